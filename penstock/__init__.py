@@ -1,0 +1,59 @@
+"""Penstock: an LLM inference engine that lives inside your asyncio program.
+
+The names below are the public interface. Importing them loads no model library and changes no global state; PyTorch
+and transformers are imported when the first engine loads a model.
+"""
+
+__version__ = "0.1.0"
+
+from penstock.config import EngineConfig
+from penstock.engine import LLM, AsyncEngineArgs, AsyncLLMEngine, InferenceEngine, RequestHandle
+from penstock.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    EngineClosed,
+    EngineOverloaded,
+    ExecutionError,
+    GrammarError,
+    OutOfMemory,
+    PenstockError,
+    RequestAborted,
+    RequestError,
+    RequestTooLarge,
+)
+from penstock.models.scripted import ScriptedModel
+from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
+from penstock.sampling import GenerationConfig, OutputKind, RequestPriority, SamplingParams
+from penstock.sequence import FinishReason
+
+__all__ = [
+    "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
+    "CompletionOutput",
+    "ConfigurationError",
+    "DeadlineExceeded",
+    "Delta",
+    "EngineClosed",
+    "EngineConfig",
+    "EngineOverloaded",
+    "ExecutionError",
+    "FinishReason",
+    "GenerationConfig",
+    "GrammarError",
+    "InferenceEngine",
+    "Logprob",
+    "OutOfMemory",
+    "OutputKind",
+    "PenstockError",
+    "RequestAborted",
+    "RequestError",
+    "RequestHandle",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestPriority",
+    "RequestTooLarge",
+    "SamplingParams",
+    "ScriptedModel",
+    "__version__",
+]

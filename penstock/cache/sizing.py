@@ -1,0 +1,58 @@
+"""How many blocks the K/V cache gets: pure arithmetic from settings and free memory.
+
+Owns the order of precedence of the settings and the limits. Never asks a device anything. Called once, at load.
+"""
+
+from __future__ import annotations
+
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError
+
+# The rest stays for activations, logits and whoever else allocates.
+MOST_OF_FREE = 0.9
+
+
+def num_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int, max_len: int) -> int:
+    """Number of K/V blocks, at least one.
+
+    `bytes_per_token` counts K and V of all layers; `free_bytes` is what the device has free (for a CPU, the quarter
+    of it that an engine may use); `max_len` is the most tokens of one sequence. The settings count in the order
+    kv_cache_tokens, gpu_memory_utilization, memory_pool_size; none of them takes more than 90% of `free_bytes`, and
+    only kv_cache_tokens more than a full batch of the longest sequences can use. Raises `ConfigurationError`, with
+    the numbers, when not even one block fits.
+    """
+    block_bytes = bytes_per_token * config.block_size
+    limit = int(free_bytes * MOST_OF_FREE) // block_bytes
+    if config.kv_cache_tokens is not None:
+        wanted = -(-config.kv_cache_tokens // config.block_size)
+    else:
+        wanted = min(_budget(config, free_bytes) // block_bytes, _useful(config, max_len))
+    blocks = min(wanted, limit)
+    if blocks < 1:
+        raise ConfigurationError(_explain(config, bytes_per_token, free_bytes))
+    return blocks
+
+
+def _budget(config: EngineConfig, free_bytes: int) -> int:
+    if config.gpu_memory_utilization is not None:
+        return int(free_bytes * config.gpu_memory_utilization)
+    return free_bytes if config.memory_pool_size is None else config.memory_pool_size
+
+
+def _useful(config: EngineConfig, max_len: int) -> int:
+    return config.max_batch_size * -(-max_len // config.block_size) + 1
+
+
+def _explain(config: EngineConfig, bytes_per_token: int, free_bytes: int) -> str:
+    rows = (
+        ("bytes per token", bytes_per_token),
+        ("block_size", config.block_size),
+        ("bytes per block", bytes_per_token * config.block_size),
+        ("free bytes", free_bytes),
+        ("of which usable", int(free_bytes * MOST_OF_FREE)),
+        ("kv_cache_tokens", config.kv_cache_tokens),
+        ("gpu_memory_utilization", config.gpu_memory_utilization),
+        ("memory_pool_size", config.memory_pool_size),
+    )
+    table = "\n".join(f"  {name:<24}{value!s:>16}" for name, value in rows)
+    return f"the K/V cache has no room for a single block: give it more memory or use a smaller block_size\n{table}"

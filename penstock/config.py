@@ -1,0 +1,129 @@
+"""`EngineConfig`: every setting of the engine, with a sentence each.
+
+Values come from keywords, then environment variables (`PENSTOCK_MAX_BATCH_SIZE=8`), then a YAML file
+(`EngineConfig.from_yaml(path)`), then the defaults. Fields stay assignable while the engine runs; an assignment is
+validated and takes effect at the next step where the field's sentence does not say otherwise. Unknown names raise
+`ConfigurationError` with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from penstock.errors import ConfigurationError
+
+GIB = 1024**3
+
+
+# Other engines' names for the same settings, accepted as keywords and in YAML.
+ALIASES = {
+    "max_num_seqs": "max_batch_size",
+    "max_model_len": "max_sequence_length",
+    "prefill_chunk_size": "max_num_batched_tokens",
+    "max_num_queued_reqs": "max_queue_size",
+    "max_num_queued_tokens": "max_queued_tokens",
+    "kv_cache_bytes": "memory_pool_size",
+    "enable_prefix_caching": "enable_kv_cache",
+}
+
+
+class EngineConfig(BaseSettings):
+    """Settings of an `InferenceEngine`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PENSTOCK_", extra="forbid", validate_assignment=True, protected_namespaces=()
+    )
+
+    # Batching
+    max_batch_size: int = Field(32, ge=1, description="Most sequences that run in one step.")
+    max_sequence_length: int | None = Field(2048, ge=1, description="Most tokens of one sequence, prompt and output; cut to what the model can. None: the model's own limit. Read at start.")
+    max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens of one step; longer prompts are prefilled in chunks, so that nobody's stream stalls.")
+    batch_timeout_ms: float = Field(50.0, ge=0, description="Longest an idle engine waits to coalesce a burst of first arrivals. The wait ends as soon as the burst pauses, so a lone request hardly waits; 0 never waits.")
+    enable_dynamic_batching: bool = Field(True, description="Accepted for callers that carry it: batches are always formed anew at every step.")
+    enable_continuous_batching: bool = Field(True, description="Accepted for callers that carry it: requests always join and leave at every step.")
+
+    # Queue
+    max_queue_size: int = Field(1000, ge=1, description="Most requests that may wait; one more raises EngineOverloaded.")
+    max_queued_tokens: int | None = Field(None, ge=1, description="Most prompt tokens that may wait; None is no limit.")
+    priority_boost_threshold: float = Field(5.0, gt=0, description="Seconds of waiting after which a request moves one priority class forward in the queue, so that nothing starves.")
+    default_max_tokens: int = Field(256, ge=1, description="New tokens of a request that gives no parameters at all.")
+
+    # K/V cache, read at start
+    block_size: int = Field(16, ge=1, le=256, description="Tokens per cache block.")
+    memory_pool_size: int | None = Field(GIB, ge=1, description="Bytes of the K/V cache. None: see gpu_memory_utilization.")
+    kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens the K/V cache holds; overrides memory_pool_size.")
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1, description="Fraction of the device's free memory (a CPU's: of a quarter of it) that the K/V cache takes; overrides memory_pool_size.")
+    enable_kv_cache: bool = Field(True, description="Reuse K/V of shared prefixes across requests. Within a request K/V is always cached.")
+    kv_cache_max_size: int | None = Field(None, ge=1, description="Most cached prefix blocks kept after their requests ended; None is as many as fit.")
+    swap_space: float = Field(0, ge=0, description="GiB of host memory for preempted K/V. Accepted; preempted requests are recomputed in this version.")
+
+    # Model, read at load
+    device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1".')
+    dtype: str = Field("auto", description='"auto" (the checkpoint\'s), "float32", "float16" or "bfloat16".')
+    tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer; None: the model's.")
+    tokenizer_mode: Literal["auto", "slow"] = Field("auto", description='"slow" loads the Python tokenizer, for debugging.')
+    skip_tokenizer_init: bool = Field(False, description="Serve token ids only; no tokenizer is loaded.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the model on the hub.")
+    tokenizer_revision: str | None = Field(None, description="Branch, tag or commit of the tokenizer on the hub.")
+    download_dir: str | None = Field(None, description="Where hub downloads are kept; None: the hub library's own folder.")
+    load_format: Literal["auto", "safetensors", "pt"] = Field("auto", description="Which weight files to read.")
+    verify_model: bool = Field(True, description="At load, compare a short paged forward pass with the model's own.")
+    seed: int | None = Field(None, description="Seeds the requests that bring no seed; None draws fresh randomness.")
+
+    # Sampling
+    logits_chunk_bytes: int = Field(256 * 1024**2, ge=1, description="Most bytes of full-vocabulary logits at once.")
+
+    # Speed and memory
+    enable_speculative_decoding: bool = Field(False, description="Accepted; has no drafter in this version. Speculation never changes the output.")
+    speculation_length: int = Field(4, ge=1, description="Tokens per draft, once a drafter is there.")
+    gc_threshold: float = Field(0.8, gt=0, le=1, description="Fraction of memory use above which optimize_memory() runs by itself when the engine turns idle.")
+    enable_gradient_checkpointing: bool = Field(False, description="Accepted for callers that carry it: it has no meaning in inference.")
+    memory_efficient_attention: bool = Field(True, description="Accepted for callers that carry it: attention is always paged.")
+
+    # Observability
+    enable_metrics: bool = Field(True, description="Collect latency and throughput figures.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="Least level of this engine's own log events.")
+    profile_performance: bool = Field(False, description="Log the time of every step at DEBUG level.")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**{ALIASES.get(name, name): value for name, value in values.items()})
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> EngineConfig:
+        """Read a YAML mapping of field names. Raises `ConfigurationError` when it is missing or not a mapping."""
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"cannot read the configuration {path}: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"{path} must hold a mapping of setting names to values")
+        return cls(**values)
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(item) for item in error.errors())
+
+
+def _explain_one(item: Any) -> str:
+    name = ".".join(map(str, item["loc"])) or "configuration"
+    if item["type"] in ("extra_forbidden", "no_such_attribute"):
+        near = difflib.get_close_matches(name, [*EngineConfig.model_fields, *ALIASES], n=1)
+        return f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    return f"{name}: {item['msg']} (got {item.get('input')!r})"

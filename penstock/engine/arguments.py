@@ -1,0 +1,39 @@
+"""The constructor arguments of `LLM` and `AsyncEngineArgs`, translated into an `EngineConfig`.
+
+Accepts the vocabulary of vLLM's lessons: what has a meaning here takes effect, what has none for one process is
+accepted at its harmless value and refused, with the remedy, at any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError
+
+# Arguments that only other engines need; any value is harmless.
+_IGNORED = frozenset({"disable_custom_all_reduce", "disable_log_requests", "enforce_eager", "max_paddings"})
+
+
+def engine_config(arguments: Mapping[str, Any]) -> EngineConfig:
+    """An `EngineConfig` from the arguments. Raises `ConfigurationError` for unknown or impossible ones."""
+    settings = {name: value for name, value in arguments.items() if name not in _IGNORED}
+    _refuse_parallel(settings)
+    _refuse_quantization(settings.pop("quantization", None))
+    settings["enable_metrics"] = not settings.pop("disable_log_stats", False)
+    return EngineConfig(**settings)
+
+
+def _refuse_parallel(settings: dict[str, Any]) -> None:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if settings.pop(name, 1) != 1:
+            raise ConfigurationError(f"{name} must be 1: this engine runs in one process, on one device")
+
+
+def _refuse_quantization(name: str | None) -> None:
+    if name is not None:
+        raise ConfigurationError(
+            f"quantization={name!r} is not available: leave it out; a checkpoint that carries its own "
+            "quantization config is loaded as transformers loads it"
+        )

@@ -1,0 +1,76 @@
+"""Puts an engine together: model, cache sized for it, scheduler, tokenizer pool, door.
+
+Runs once, on the model's thread; the only place where `models.loading` (and with it torch) is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.cache.manager import CacheManager
+from penstock.cache.sizing import num_blocks
+from penstock.config import EngineConfig
+from penstock.engine.door import Door
+from penstock.engine.log import Logger
+from penstock.engine.tokenizing import TokenizerPool
+from penstock.models.folder import check_source
+from penstock.models.protocol import ModelRunner
+from penstock.scheduling.admission import Admission
+from penstock.scheduling.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an assembled engine is made of."""
+
+    runner: ModelRunner
+    tokenizer: Any
+    pool: TokenizerPool
+    cache: CacheManager
+    scheduler: Scheduler
+    door: Door
+
+    def close(self) -> None:
+        """Let go of the model, its memory and the tokenizer threads."""
+        self.pool.close()
+        self.runner.close()
+
+
+def check_early(model: Any) -> None:
+    """Refuse a model source that cannot work before anything heavy is imported. Raises `ConfigurationError`."""
+    if isinstance(model, str | Path):
+        check_source(str(model))
+
+
+def assemble(model: Any, tokenizer: Any, config: EngineConfig, admission: Admission, log: Logger) -> Parts:
+    """Load the model and build everything around it. Raises `ConfigurationError`, `OutOfMemory`."""
+    from penstock import __version__
+
+    log.info(f"Initializing an LLM engine (v{__version__}) with config: {config.model_dump(exclude_defaults=True)}")
+    runner, tokenizer = _load(model, tokenizer, config)
+    log.info("Model weights loaded.", model=runner.spec.name, device=runner.spec.device, dtype=runner.spec.dtype)
+    blocks = num_blocks(config, runner.spec.kv_bytes_per_token, runner.free_bytes(), runner.spec.max_length)
+    runner.allocate(blocks, config.block_size)
+    log.info(f"# GPU blocks: {blocks}, # CPU blocks: 0" if "cuda" in runner.spec.device else f"# GPU blocks: 0, # CPU blocks: {blocks}")
+    cache = CacheManager(
+        blocks,
+        config.block_size,
+        enable_prefix_caching=config.enable_kv_cache,
+        max_cached_blocks=config.kv_cache_max_size,
+    )
+    scheduler = Scheduler(config, cache, max_logit_rows=max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size)))
+    pool = TokenizerPool(tokenizer)
+    door = Door(config, runner.spec, cache.capacity, copy.deepcopy(tokenizer), pool, admission)
+    return Parts(runner, tokenizer, pool, cache, scheduler, door)
+
+
+def _load(model: Any, tokenizer: Any, config: EngineConfig) -> tuple[ModelRunner, Any]:
+    if hasattr(model, "execute") and hasattr(model, "spec"):
+        return model, tokenizer
+    from penstock.models.loading import load
+
+    loaded = load(model, tokenizer, config)
+    return loaded.runner, loaded.tokenizer

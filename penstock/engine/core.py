@@ -1,0 +1,344 @@
+"""`EngineCore`: everything that happens on the engine's own event loop: requests in, steps, deltas out.
+
+The only thread that touches scheduler and cache, so nothing here needs a lock. A step is plan, execute, commit; while
+the model runs, arrivals and aborts are taken in and the last step's events are published. Tests drive the same
+coroutine on their own loop with a scripted model and a virtual clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from penstock.config import EngineConfig
+from penstock.engine.channel import RequestStatus, Wakeups
+from penstock.engine.collector import Collector
+from penstock.engine.door import Door
+from penstock.engine.log import Logger
+from penstock.engine.metrics import Metrics
+from penstock.engine.request import Request
+from penstock.errors import DeadlineExceeded, EngineClosed, ExecutionError, PenstockError, RequestAborted, RequestError
+from penstock.models.protocol import ModelRunner
+from penstock.outputs import Delta, RequestMetrics, RequestOutput
+from penstock.scheduling.scheduler import Scheduler
+from penstock.sequence import FinishReason, Sequence
+from penstock.step import Event, StepPlan, StepResult
+
+# How long an idle engine listens for the next arrival of a burst before it starts, in seconds.
+BURST_PAUSE_S = 0.001
+Execute = Callable[[StepPlan], Awaitable[StepResult]]
+
+
+class EngineCore:
+    """Serves requests with one model. Every method belongs to the loop that runs `run()`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        door: Door,
+        execute: Execute,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        log: Logger,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.scheduler = scheduler
+        self._config = config
+        self._runner = runner
+        self._door = door
+        self._execute = execute
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        self._sleep = sleep
+        self._requests: dict[str, Request] = {}
+        self._owners: dict[int, tuple[Request, int]] = {}
+        self._unpublished: list[Event] = []
+        self._encoding = 0
+        self._arrivals = 0
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._busy_since: float | None = None
+        self._seq_ids = itertools.count()
+
+    # Requests in.
+
+    def submit(self, request: Request) -> None:
+        """Take over a request; its prompt is encoded off this loop."""
+        self._requests[request.id] = request
+        self._arrivals += 1
+        self._encoding += 1
+        encoded = self._door.encode(request)
+        if encoded.done():
+            self._encoded(request, encoded)
+            return
+        loop = asyncio.get_running_loop()
+        encoded.add_done_callback(lambda f: _call_soon(loop, self._encoded, request, f))
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None) -> None:
+        """End a request from outside; unknown and ended ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        self._log.debug("request aborted", request_id=request_id, reason=reason.value)
+        wakeups = Wakeups()
+        self._end(request, reason, error, wakeups)
+        wakeups.send()
+        self._wake.set()
+
+    def abort_all(self, error: Exception | None = None) -> None:
+        """End everything, with `error` where one is given."""
+        for request_id in list(self._requests):
+            self.abort(request_id, FinishReason.ABORT if error is None else FinishReason.ERROR, error)
+
+    def stop(self) -> None:
+        """Let `run()` return once nothing is left to do."""
+        self._stopping = True
+        self._wake.set()
+
+    def close(self, error: BaseException | None) -> None:
+        """End whatever is left because the engine ends. Asks nothing of the scheduler, which may be what failed."""
+        wakeups = Wakeups()
+        message = "the engine was stopped" if error is None else f"the engine failed: {error}"
+        for request in list(self._requests.values()):
+            request.channel.put(_last_word(request, FinishReason.ABORT), wakeups)
+            self._close(request, RequestStatus.FAILED, self._output(request), EngineClosed(message), wakeups)
+        wakeups.send()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    def _encoded(self, request: Request, encoded: Future[Any]) -> None:
+        self._encoding -= 1
+        self._wake.set()
+        if request.channel.ended:
+            return
+        try:
+            self._door.enroll(request, encoded.result(), self._seq_ids, self._clock())
+            for sequence in request.sequences:
+                self.scheduler.add(sequence, self._clock())
+        except Exception as error:
+            self._reject(request, error)
+            return
+        self._owners.update((seq.id, (request, i)) for i, seq in enumerate(request.sequences))
+        self._arm_deadlines(request)
+
+    def _reject(self, request: Request, error: Exception) -> None:
+        for sequence in request.sequences:
+            self.scheduler.abort(sequence.id)
+        request.sequences = []
+        if not isinstance(error, PenstockError):
+            error = RequestError(f"the prompt could not be encoded: {type(error).__name__}: {error}")
+        self.abort(request.id, FinishReason.ERROR, error)
+
+    def _arm_deadlines(self, request: Request) -> None:
+        now, loop = self._clock(), asyncio.get_running_loop()
+        for deadline in {request.deadline, request.ttft_deadline}:
+            if deadline < float("inf"):
+                loop.call_later(max(0.0, deadline - now), self._expire)
+
+    # Steps.
+
+    async def run(self) -> None:
+        """Serve until `stop()`."""
+        while not (self._stopping and not self._requests):
+            if not self.scheduler.has_work:
+                await self._rest()
+            if not await self.step():
+                await self._pause()
+
+    async def step(self) -> bool:
+        """Plan, execute, commit; False when there was nothing to run."""
+        self._unpublished += self.scheduler.expire(self._clock())
+        plan = self.scheduler.plan(self._clock())
+        self._account_started()
+        if not plan.rows:
+            self._publish()
+            return False
+        begin = self._clock()
+        executing = self._execute(plan)
+        self._publish()
+        try:
+            result = await executing
+        except Exception as error:
+            self._unpublished += self._failed(plan, error)
+        else:
+            self._unpublished += self.scheduler.commit(plan, result)
+            self._account_step(plan, begin, result)
+        if not self.scheduler.has_work:
+            self._publish()
+        return True
+
+    async def _rest(self) -> None:
+        """Wait without using the CPU until something arrives, then for the burst to pause."""
+        self._publish()
+        self._busy_since = None
+        self._tidy()
+        while not self.scheduler.has_work and not (self._stopping and not self._requests):
+            self._wake.clear()
+            await self._wake.wait()
+            await self._coalesce()
+
+    async def _coalesce(self) -> None:
+        until = self._clock() + self._config.batch_timeout_ms / 1000
+        while self._clock() < until and self.scheduler.num_waiting < self._config.max_batch_size:
+            before = self._arrivals
+            await self._sleep(BURST_PAUSE_S)
+            if self._arrivals == before and not self._encoding:
+                break
+
+    async def _pause(self) -> None:
+        """Nothing could run although work is there: wait for news, at most a moment."""
+        if self.scheduler.has_work:
+            self._wake.clear()
+            await asyncio.wait({asyncio.ensure_future(self._wake.wait())}, timeout=0.05)
+
+    def _tidy(self) -> None:
+        if self._runner.memory_usage() > self._config.gc_threshold:
+            self._runner.trim_memory()
+
+    def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
+        if not isinstance(error, PenstockError):
+            error = ExecutionError(f"the step failed: {type(error).__name__}: {error}")
+        self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=str(error))
+        return self.scheduler.fail(plan, error)
+
+    def _expire(self) -> None:
+        self._unpublished += self.scheduler.expire(self._clock())
+        self._publish()
+        self._wake.set()
+
+    def _account_started(self) -> None:
+        now = self._clock()
+        for sequence in self.scheduler.take_started():
+            owner = self._owners.get(sequence.id)
+            if owner is None or owner[0].started is not None:
+                continue
+            request = owner[0]
+            request.started = now
+            request.channel.status = RequestStatus.PROCESSING
+            self._door.release(request)
+            self._metrics.record("queue_time", now - request.arrival)
+
+    def _account_step(self, plan: StepPlan, begin: float, result: StepResult) -> None:
+        """Back to back, a step's time includes the host work since the last one ended; idle time belongs to none."""
+        now = self._clock()
+        seconds = now - (begin if self._busy_since is None else self._busy_since)
+        self._busy_since = now
+        self._metrics.step(len(plan.rows), plan.num_tokens, sum(len(row.tokens) for row in result.rows), seconds)
+        if self._config.profile_performance:
+            self._log.debug("step", rows=len(plan.rows), tokens=plan.num_tokens, seconds=seconds, **result.timings_s)
+
+    # Deltas out.
+
+    def _publish(self) -> None:
+        """Hand every event to its reader: one hop per consumer loop."""
+        events, self._unpublished = self._unpublished, []
+        if not events:
+            return
+        wakeups, now = Wakeups(), self._clock()
+        for event in events:
+            owner = self._owners.get(event.seq_id)
+            if owner is not None:
+                self._deliver(*owner, event, now, wakeups)
+            if event.reason is not None:
+                self._owners.pop(event.seq_id, None)
+                self._runner.forget(event.seq_id)
+        wakeups.send()
+
+    def _deliver(self, request: Request, index: int, event: Event, now: float, wakeups: Wakeups) -> None:
+        assert request.collector is not None
+        if event.error is not None or event.reason in (FinishReason.DEADLINE, FinishReason.ERROR, FinishReason.ABORT):
+            self._end(request, event.reason or FinishReason.ERROR, event.error, wakeups)
+            return
+        try:
+            delta = request.collector.push(index, event)
+        except Exception as error:
+            self._end(request, FinishReason.ERROR, _text_fault(error), wakeups)
+            return
+        self._time_tokens(request, event, now)
+        if request.collector.streams:
+            request.channel.put(delta, wakeups)
+        if delta.finished:
+            self._retire(request.sequences[index])
+        if request.collector.done:
+            self._complete(request, request.collector, wakeups)
+
+    def _time_tokens(self, request: Request, event: Event, now: float) -> None:
+        if not event.tokens:
+            return
+        if request.first_token is None:
+            request.first_token = now
+            self._metrics.record("first_token_latency", now - request.arrival)
+        elif request.last_token is not None and len(request.sequences) == 1:
+            self._metrics.record("inter_token_latency", (now - request.last_token) / len(event.tokens))
+        request.last_token = now
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Stop listening to a sequence; one that still runs (a stop string ended it) is taken out of the scheduler."""
+        self._owners.pop(sequence.id, None)
+        self._unpublished += self.scheduler.abort(sequence.id)
+
+    def _complete(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
+        output = self._output(request)
+        if not collector.streams:
+            for delta in collector.replay():
+                request.channel.put(delta, wakeups)
+        self._metrics.record("end_to_end_latency", self._clock() - request.arrival)
+        self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
+
+    def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
+        """End a request that did not complete, with what it has so far."""
+        for sequence in request.sequences:
+            self._retire(sequence)
+        for delta in request.collector.close(reason) if request.collector else [_last_word(request, reason)]:
+            request.channel.put(delta, wakeups)
+        output = self._output(request)
+        status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
+        self._close(request, status, output, error or _ending_error(request, reason, output), wakeups)
+
+    def _output(self, request: Request) -> RequestOutput | None:
+        if request.collector is None:
+            return None
+
+        def since(moment: float | None) -> float | None:
+            return None if moment is None else moment - request.arrival
+        times = RequestMetrics(since(request.started), since(request.first_token), self._clock() - request.arrival)
+        return request.collector.output(times)
+
+    def _close(
+        self, request: Request, status: RequestStatus, output: RequestOutput | None, error: Exception | None, wakeups: Wakeups
+    ) -> None:
+        self._requests.pop(request.id, None)
+        self._door.release(request)
+        self._metrics.totals["requests"] += 1
+        request.channel.end(status, output, error, wakeups)
+        self._log.debug("request ended", request_id=request.id, status=status.value)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:
+        return  # the loop is closed: the engine has ended every request already
+
+
+def _last_word(request: Request, reason: FinishReason) -> Delta:
+    return Delta(request_id=request.id, finish_reason=reason.value)
+
+
+def _text_fault(error: Exception) -> PenstockError:
+    return RequestError(f"the output could not be turned into text: {type(error).__name__}: {error}")
+
+
+def _ending_error(request: Request, reason: FinishReason, output: RequestOutput | None) -> PenstockError:
+    if reason is FinishReason.DEADLINE:
+        return DeadlineExceeded(f"request {request.id} passed its deadline", output)
+    return RequestAborted(f"request {request.id} was aborted", output)

@@ -1,0 +1,149 @@
+"""`Door`: from what a caller gave to sequences the scheduler can run: encode, validate, resolve parameters.
+
+Encoding runs on the tokenizer pool's threads; everything else on the engine's thread. Refusals are typed and say what
+to change; nothing is queued before its size is known to fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from penstock.config import EngineConfig
+from penstock.engine.collector import Collector
+from penstock.engine.detokenizer import Detokenizer
+from penstock.engine.request import Params, Request
+from penstock.engine.stops import StopStrings
+from penstock.engine.textstream import TextStream
+from penstock.engine.tokenizing import TokenizerPool, encode_prompt, encode_words, needs_tokenizer
+from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
+from penstock.models.protocol import ModelSpec
+from penstock.sampling import GenerationConfig, SamplingParams
+from penstock.scheduling.admission import Admission
+from penstock.sequence import Sequence
+
+Encoded = tuple[str | None, list[int], list[list[int]]]
+
+
+class Door:
+    """Admits requests to one model. `tokenizer` is the engine thread's own copy; None serves token ids only."""
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, capacity: int, tokenizer: Any, pool: TokenizerPool, admission: Admission
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._limit = min(spec.max_length, capacity)
+        self._tokenizer = tokenizer
+        self._pool = pool
+        self._admission = admission
+        self._random = random.Random(config.seed)
+        self._token_texts: dict[int, str] = {}
+
+    def encode(self, request: Request) -> Future[Encoded]:
+        """Prompt text, prompt ids and bad words as ids; on the pool where a tokenizer is needed, else at once."""
+        words = getattr(request.params, "bad_words", ())
+        if needs_tokenizer(request.prompt) or any(isinstance(word, str) for word in words):
+            return self._pool.submit(_encode, request.prompt, words)
+        done: Future[Encoded] = Future()
+        try:
+            done.set_result(_encode(None, request.prompt, words))
+        except RequestError as error:
+            done.set_exception(error)
+        return done
+
+    def enroll(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
+        """Give the request its collector and sequences. Raises `RequestError`, `RequestTooLarge`, `DeadlineExceeded`."""
+        text, ids, bad_words = encoded
+        if now >= min(request.deadline, request.ttft_deadline):
+            raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
+        self._check_vocabulary(ids)
+        params = self._resolve(request.params, len(ids), bad_words)
+        self._admission.adjust(len(ids) - request.reserved_tokens)
+        request.reserved_tokens = len(ids)
+        request.channel.prompt, request.channel.prompt_token_ids = text, ids
+        streams = [self._stream(params) for _ in range(params.num_samples)]
+        request.collector = Collector(request.id, text, ids, params, streams, self._decode_token)
+        request.sequences = self._sequences(request, params, ids, seq_ids)
+
+    def release(self, request: Request) -> None:
+        """Give back what the request held of the waiting room; once."""
+        if not request.admitted:
+            request.admitted = True
+            self._admission.release(1, request.reserved_tokens)
+
+    def _check_vocabulary(self, ids: list[int]) -> None:
+        highest = max(ids)
+        if highest >= self._spec.vocab_size:
+            raise RequestError(f"token id {highest} is outside the model's vocabulary of {self._spec.vocab_size}")
+
+    def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
+        """Parameters with a definite `max_tokens` that fits."""
+        room = self._limit - prompt_len
+        if room < 1:
+            raise RequestTooLarge(
+                f"the prompt has {prompt_len} tokens and the limit is {self._limit} for prompt and output together: "
+                "shorten the prompt, or raise max_sequence_length or the cache size"
+            )
+        if params is None:
+            params = SamplingParams(**{**self._spec.defaults, "max_tokens": min(self._config.default_max_tokens, room)})
+        elif isinstance(params, GenerationConfig):
+            params = params.sampling_params(prompt_len, room)
+        wanted = room if params.max_tokens is None else params.max_tokens
+        if wanted > room:
+            raise RequestTooLarge(
+                f"{prompt_len} prompt tokens and max_tokens={wanted} exceed the limit of {self._limit}: "
+                f"ask for at most {room}, or max_tokens=None for what fits"
+            )
+        return dataclasses.replace(params, max_tokens=wanted, bad_words=bad_words)
+
+    def _sequences(self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int]) -> list[Sequence]:
+        assert params.max_tokens is not None
+        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
+        found: list[Sequence] = []
+        for index in range(params.num_samples):
+            sequence = Sequence(
+                id=next(seq_ids),
+                request_id=request.id,
+                params=params,
+                tokens=list(ids),
+                max_len=len(ids) + params.max_tokens,
+                stop_ids=eos | frozenset(params.stop_token_ids or ()),
+                seed=seed,
+                sample_index=index,
+                priority=request.priority,
+                arrival=request.arrival,
+                deadline=request.deadline,
+                ttft_deadline=request.ttft_deadline,
+                namespace=request.namespace,
+                parent=found[0] if found else None,
+            )
+            found.append(sequence)
+        return found
+
+    def _stream(self, params: SamplingParams) -> TextStream:
+        tokenizer = self._tokenizer if params.detokenize else None
+        detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+        stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
+        return TextStream(detokenizer, stops, params.min_tokens)
+
+    def _decode_token(self, token: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        text = self._token_texts.get(token)
+        if text is None:
+            text = self._token_texts[token] = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return text
+
+
+def _encode(tokenizer: Any, prompt: Any, bad_words: Any) -> Encoded:
+    text, ids = encode_prompt(tokenizer, prompt)
+    return text, ids, encode_words(tokenizer, bad_words) if bad_words else []

@@ -1,0 +1,121 @@
+"""`RequestHandle`: a running request in the caller's hand. Await it for the result, iterate it for the deltas.
+
+Owns the request's life: cancelling an await, closing it, or dropping the last reference aborts the request, unless it
+was detached. Works from any thread and any loop; waits on the request's `Channel` and never blocks the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Generator
+from types import TracebackType
+from typing import Protocol
+
+from penstock.engine.channel import Channel, RequestStatus
+from penstock.outputs import Delta, RequestOutput
+
+
+class Aborter(Protocol):
+    """Who can abort a request by its id."""
+
+    def abort(self, request_id: str) -> None:
+        """End the request; unknown and ended ids are ignored."""
+        ...
+
+
+class RequestHandle:
+    """One request.
+
+    `await handle` gives the final `RequestOutput`; `async for delta in handle` gives `Delta`s as they come, merged
+    when the reader is slow. Both raise `RequestAborted`, `DeadlineExceeded` (with the partial output) or the
+    request's own error.
+    """
+
+    def __init__(self, channel: Channel, engine: Aborter) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._detached = False
+
+    @property
+    def request_id(self) -> str:
+        """The request's id, given or drawn."""
+        return self._channel.request_id
+
+    @property
+    def status(self) -> RequestStatus:
+        """How far the request has come."""
+        return self._channel.status
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt's text, once known; None for token ids."""
+        return self._channel.prompt
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's token ids, once known."""
+        return self._channel.prompt_token_ids
+
+    def cancel(self) -> None:
+        """Abort the request; awaiting it then raises `RequestAborted`. Harmless when it has ended."""
+        if not self._channel.ended:
+            self._engine.abort(self.request_id)
+
+    def detach(self) -> RequestHandle:
+        """Let the request live on when this handle is dropped."""
+        self._detached = True
+        return self
+
+    def done(self) -> bool:
+        """Whether the request has ended."""
+        return self._channel.ended
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Block this thread for the final output; in a coroutine, await the handle instead.
+
+        Raises `TimeoutError` after `timeout` seconds, and what awaiting would raise.
+        """
+        return self._channel.wait_blocking(timeout)
+
+    def __await__(self) -> Generator[object, None, RequestOutput]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> RequestOutput:
+        with self._aborting_on_cancel():
+            return await self._channel.wait()
+
+    def __aiter__(self) -> RequestHandle:
+        return self
+
+    async def __anext__(self) -> Delta:
+        with self._aborting_on_cancel():
+            delta = await self._channel.take()
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    async def aclose(self) -> None:
+        """Abort the request if it still runs, as closing an async generator would."""
+        self.cancel()
+
+    async def __aenter__(self) -> RequestHandle:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.cancel()
+
+    @contextlib.contextmanager
+    def _aborting_on_cancel(self) -> Generator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    def __del__(self) -> None:
+        if not self._detached:
+            self.cancel()
+
+    def __repr__(self) -> str:
+        return f"<RequestHandle {self.request_id} {self.status.value}>"

@@ -1,0 +1,327 @@
+"""`InferenceEngine`: the engine inside your program.
+
+Owns the lifetime of everything below it: configuration, the host's threads, the door, the callbacks. Every method may
+be called from any thread or loop; importing or constructing it changes no global state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+import weakref
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+from penstock.config import EngineConfig
+from penstock.engine.boot import Parts, assemble, check_early
+from penstock.engine.callbacks import Callbacks
+from penstock.engine.channel import Channel, RequestStatus
+from penstock.engine.core import EngineCore
+from penstock.engine.handle import RequestHandle
+from penstock.engine.host import Host
+from penstock.engine.log import make_logger
+from penstock.engine.metrics import Metrics
+from penstock.engine.protocol import Callback, FinalCallback
+from penstock.engine.request import Params, Request, check_prompt, estimate_tokens
+from penstock.engine.tokenizing import Prompt
+from penstock.errors import EngineClosed, RequestError
+from penstock.outputs import RequestOutput
+from penstock.sampling import GenerationConfig, RequestPriority, SamplingParams
+from penstock.scheduling.admission import Admission
+from penstock.sequence import FinishReason
+
+# How many ended requests of `submit_request` can still be asked about.
+KEPT_REQUESTS = 1024
+
+
+class InferenceEngine:
+    """Serves one model to many callers at once.
+
+    `model` is a hub id, a folder, a live `nn.Module` (borrowed: it stays untouched and trainable), a `ScriptedModel`,
+    or None for the small model that ships with the package. Settings come as an `EngineConfig` or as keywords. The
+    model is loaded by `start()`, by entering `async with`, or on first use. Raises `ConfigurationError`.
+    """
+
+    def __init__(
+        self, model: Any = None, tokenizer: Any = None, config: EngineConfig | None = None, **settings: Any
+    ) -> None:
+        self.config = config if config is not None else EngineConfig(**settings)
+        if config is not None:
+            for name, value in settings.items():
+                setattr(self.config, name, value)
+        check_early(model)
+        self._log = make_logger(self.config.log_level)
+        self._metrics = Metrics(self.config.enable_metrics)
+        self._admission = Admission(self.config)
+        self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()
+        self._kept: OrderedDict[str, Channel] = OrderedDict()
+        self._parts: list[Parts] = []
+        self._pid = os.getpid()
+        self._host = Host(_booter(model, tokenizer, self.config, self._admission, self._metrics, self._log, self._parts))
+        self._callbacks = Callbacks(_failer(self._host))
+        self._started = False
+        self._finalizer = weakref.finalize(self, _shut_down, self._host, self._callbacks, self._parts)
+
+    # Generation.
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: Params = None,
+        *,
+        request_id: str | None = None,
+        priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None,
+        ttft_deadline: float | None = None,
+        namespace: str = "",
+        callback: Callback | None = None,
+    ) -> RequestHandle:
+        """Submit a request at once, from any thread or loop; await the handle, or iterate it.
+
+        `prompt` is a string, token ids, chat messages, `{"prompt": text}` or `{"prompt_token_ids": ids}`. Without
+        `params` the model's own generation defaults hold. `deadline` and `ttft_deadline` (first token) are seconds
+        from now. Requests share cached prefixes within a `namespace` only. `callback(delta)`, sync or async, gets
+        every delta instead of an iteration. Raises `RequestError`, `EngineOverloaded`, `EngineClosed`; what shows
+        only later (`RequestTooLarge`, `DeadlineExceeded`, `ExecutionError`) is raised by the handle.
+        """
+        check_prompt(prompt)
+        _check_params(params)
+        request = self._request(prompt, params, request_id, priority, deadline, ttft_deadline, namespace)
+        self._submit(request)
+        handle = RequestHandle(request.channel, self)
+        if callback is not None:
+            self._callbacks.stream(handle, callback)
+        return handle
+
+    def submit_request(
+        self,
+        text: Prompt,
+        generation_config: Params = None,
+        priority: RequestPriority = RequestPriority.NORMAL,
+        callback: FinalCallback | None = None,
+        *,
+        config: Params = None,
+    ) -> str:
+        """Submit and return the request's id; `callback(output)` is called once, when it has ended.
+
+        `get_request_status(id)` and `get_request(id)` answer for the last thousand of them. `config` is another
+        name of `generation_config`.
+        """
+        handle = self.generate(text, generation_config or config, priority=priority).detach()
+        self._keep(handle.request_id)
+        if callback is not None:
+            self._callbacks.finish(handle, callback)
+        return handle.request_id
+
+    async def submit_request_async(
+        self,
+        text: Prompt,
+        generation_config: Params = None,
+        priority: RequestPriority = RequestPriority.NORMAL,
+        *,
+        config: Params = None,
+    ) -> RequestOutput:
+        """Submit and wait for the result; `result.output_ids[0]` is prompt and output."""
+        return await self.generate(text, generation_config or config, priority=priority)
+
+    def abort(self, request_id: str) -> None:
+        """End a request with what it has so far; unknown and ended ids are ignored."""
+        if self._started and not self._host.closed:
+            _post(self._host, lambda core: core.abort(request_id))
+
+    def get_request_status(self, request_id: str) -> RequestStatus | None:
+        """How far a request has come; None for an unknown id."""
+        channel = self._channels.get(request_id)
+        return None if channel is None else channel.status
+
+    def get_request(self, request_id: str) -> RequestHandle | None:
+        """Another handle of a known request; dropping it aborts nothing."""
+        channel = self._channels.get(request_id)
+        return None if channel is None else RequestHandle(channel, self).detach()
+
+    # Life.
+
+    def start(self) -> None:
+        """Load the model and begin to serve; blocks until ready. Raises `ConfigurationError`, `OutOfMemory`."""
+        self._boot()
+        self._host.wait_ready()
+
+    def stop(self, drain: float = 30.0) -> None:
+        """Serve what was accepted for at most `drain` seconds, abort the rest, free everything. Harmless twice."""
+        if self._started:
+            self._host.stop(drain)
+        self._started = True
+        self._finalizer()
+
+    async def aclose(self, drain: float = 30.0) -> None:
+        """`stop` without blocking the loop."""
+        await asyncio.to_thread(self.stop, drain)
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose(30.0 if error is None else 0.0)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer (not to be used from two threads at once); None before loading, or when skipped."""
+        return self._parts[0].tokenizer if self._parts else None
+
+    def default_params(self) -> SamplingParams:
+        """What a request without parameters runs with: the model's own generation defaults. Loads the model."""
+        self.start()
+        return SamplingParams(**{**self._parts[0].runner.spec.defaults, "max_tokens": self.config.default_max_tokens})
+
+    # Figures.
+
+    def get_stats(self) -> dict[str, Any]:
+        """Status, queue, cache, latency percentiles and rates, memory, configuration."""
+        parts = self._parts[0] if self._parts and not self._host.closed else None
+        return {
+            "engine_status": self._status(),
+            "queue": parts.scheduler.stats() if parts else {"num_waiting": 0, "num_running": 0},
+            "cache_info": parts.cache.stats() if parts else {"num_entries": 0, "total_size": 0},
+            "performance_metrics": self._metrics.summaries(),
+            "totals": dict(self._metrics.totals),
+            "memory_usage": parts.runner.memory_usage() if parts else 0.0,
+            "device": parts.runner.spec.device if parts else self.config.device,
+            "model": parts.runner.spec.name if parts else None,
+            "config": self.config.model_dump(),
+        }
+
+    def optimize_memory(self) -> dict[str, float]:
+        """Collect garbage and return cached device memory; memory use before and after, as fractions."""
+        if not self._parts:
+            return {"before": 0.0, "after": 0.0}
+        runner = self._parts[0].runner
+        before = runner.memory_usage()
+        runner.trim_memory()
+        return {"before": before, "after": runner.memory_usage()}
+
+    def _status(self) -> str:
+        if self._host.error is not None:
+            return "failed"
+        if self._host.closed or not self._started:
+            return "stopped"
+        return "running" if self._host.ready else "loading"
+
+    def _boot(self) -> None:
+        if self._pid != os.getpid():
+            raise EngineClosed("this engine was made before os.fork(): make a new one in the child process")
+        if not self._started:
+            self._started = True
+            self._host.start()
+
+    def _request(
+        self,
+        prompt: Prompt,
+        params: Params,
+        request_id: str | None,
+        priority: RequestPriority,
+        deadline: float | None,
+        ttft_deadline: float | None,
+        namespace: str,
+    ) -> Request:
+        request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
+        known = self._channels.get(request_id)
+        if known is not None and not known.ended:
+            raise RequestError(f"request id {request_id!r} is already running: use another, or none")
+        now = time.monotonic()
+        request = Request(
+            id=request_id,
+            prompt=prompt,
+            params=params,
+            channel=Channel(request_id),
+            arrival=now,
+            priority=RequestPriority(priority),
+            namespace=namespace,
+            reserved_tokens=estimate_tokens(prompt),
+        )
+        if deadline is not None:
+            request.deadline = now + _seconds("deadline", deadline)
+        if ttft_deadline is not None:
+            request.ttft_deadline = now + _seconds("ttft_deadline", ttft_deadline)
+        return request
+
+    def _submit(self, request: Request) -> None:
+        self._boot()
+        self._admission.reserve(1, request.reserved_tokens)
+        try:
+            self._host.post(lambda core: core.submit(request), request)
+        except EngineClosed:
+            self._admission.release(1, request.reserved_tokens)
+            raise
+        self._channels[request.id] = request.channel
+
+    def _keep(self, request_id: str) -> None:
+        self._kept[request_id] = self._channels[request_id]
+        while len(self._kept) > KEPT_REQUESTS:
+            self._kept.popitem(last=False)
+
+
+def _check_params(params: Params) -> None:
+    if params is not None and not isinstance(params, SamplingParams | GenerationConfig):
+        raise RequestError(f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}")
+
+
+def _seconds(name: str, value: float) -> float:
+    if not value >= 0:
+        raise RequestError(f"{name} must be seconds from now, 0 or more, got {value!r}")
+    return value
+
+
+def _post(host: Host, action: Any) -> None:
+    try:
+        host.post(action)
+    except EngineClosed:
+        return
+
+
+def _failer(host: Host) -> Any:
+    def fail(request_id: str, error: Exception) -> None:
+        wrapped = RequestError(f"the callback raised {type(error).__name__}: {error}")
+        _post(host, lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))
+
+    return fail
+
+
+def _booter(
+    model: Any, tokenizer: Any, config: EngineConfig, admission: Admission, metrics: Metrics, log: Any, parts: list[Parts]
+) -> Any:
+    """What the host runs first. Holds no reference to the engine object, so that dropping it stops everything."""
+
+    async def boot(worker: ThreadPoolExecutor) -> EngineCore:
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(worker, assemble, model, tokenizer, config, admission, log)
+        parts.append(made)
+        return EngineCore(
+            config,
+            made.runner,
+            made.scheduler,
+            made.door,
+            execute=lambda plan: loop.run_in_executor(worker, made.runner.execute, plan),
+            clock=time.monotonic,
+            metrics=metrics,
+            log=log,
+        )
+
+    return boot
+
+
+def _shut_down(host: Host, callbacks: Callbacks, parts: list[Parts]) -> None:
+    if host.started:
+        host.stop(0.0)
+    callbacks.close()
+    for part in parts:
+        part.close()
+    parts.clear()
+
+

@@ -1,0 +1,113 @@
+"""`LLM`: the engine for scripts and notebooks. Blocks, returns everything at once, shows a progress bar.
+
+A thin face over `InferenceEngine`: it owns no scheduling, sampling or caching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from penstock.engine.arguments import engine_config
+from penstock.engine.handle import RequestHandle
+from penstock.engine.inference import InferenceEngine
+from penstock.engine.request import Params
+from penstock.engine.tokenizing import Prompt
+from penstock.errors import RequestError
+from penstock.outputs import RequestOutput
+from penstock.sampling import SamplingParams
+
+
+class LLM:
+    """Offline generation with one model; loads it at once. Takes the keyword arguments of `EngineConfig` as well.
+
+    Raises `ConfigurationError` (a ValueError) for a bad model or setting, `OutOfMemory` (a RuntimeError).
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        tokenizer: Any = None,
+        *,
+        seed: int | None = 0,
+        max_num_seqs: int = 256,
+        gpu_memory_utilization: float = 0.9,
+        max_model_len: int | None = None,
+        swap_space: float = 4,
+        **settings: Any,
+    ) -> None:
+        given = settings | {
+            "seed": seed,
+            "max_num_seqs": max_num_seqs,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_model_len": max_model_len,
+            "swap_space": swap_space,
+            "max_queue_size": settings.get("max_queue_size", 1_000_000),
+            "batch_timeout_ms": settings.get("batch_timeout_ms", 5.0),
+        }
+        self.engine = InferenceEngine(model, tokenizer, engine_config(given))
+        self.engine.start()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params | Sequence[Params] = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or a list of them; results in the order of the prompts.
+
+        `sampling_params` is one for all, or a list with one for each. Raises the first request's error after
+        cancelling the rest.
+        """
+        batch = _as_batch(prompts)
+        params = _as_params(sampling_params, len(batch))
+        handles = [self.engine.generate(prompt, p) for prompt, p in zip(batch, params, strict=True)]
+        return [handle.result() for handle in _progress(handles, use_tqdm)]
+
+    def chat(self, messages: Any, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Generate the reply to a conversation (a list of messages), or to each of several."""
+        several = bool(messages) and isinstance(messages[0], list)
+        return self.generate(messages if several else [messages], sampling_params, use_tqdm)
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's own generation config recommends."""
+        return self.engine.default_params()
+
+    def get_stats(self) -> dict[str, Any]:
+        """The engine's figures."""
+        return self.engine.get_stats()
+
+    def stop(self) -> None:
+        """Free the model and its memory; also happens when the object is dropped."""
+        self.engine.stop(0.0)
+
+
+def _as_batch(prompts: Any) -> list[Prompt]:
+    """One prompt or many: a string, a mapping, token ids or one conversation is a single prompt."""
+    if isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    if len(prompts) > 0 and isinstance(prompts[0], dict) and "role" in prompts[0]:
+        return [prompts]
+    return list(prompts)
+
+
+def _as_params(params: Any, count: int) -> list[Params]:
+    if isinstance(params, Sequence):
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling_params for {count} prompts: pass one for all, or one for each")
+        return list(params)
+    return [params] * count
+
+
+def _progress(handles: list[RequestHandle], show: bool) -> Iterable[RequestHandle]:
+    if not show:
+        return handles
+    from tqdm import tqdm
+
+    return tqdm(handles, desc="Processed prompts", unit="req", dynamic_ncols=True, disable=None)
+
+

@@ -1,0 +1,59 @@
+"""`Request`: the engine's own record of one call to `generate`, from the door to its terminal event.
+
+Made on the caller's thread, handed over once, then touched by the engine's thread alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from penstock.engine.channel import Channel
+from penstock.engine.collector import Collector
+from penstock.engine.tokenizing import Prompt, encode_prompt, needs_tokenizer
+from penstock.errors import RequestError
+from penstock.sampling import GenerationConfig, RequestPriority, SamplingParams
+from penstock.sequence import Sequence
+
+Params = SamplingParams | GenerationConfig | None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """Times are seconds on the engine's clock; `reserved_tokens` is what the door counted for the prompt."""
+
+    id: str
+    prompt: Prompt
+    params: Params
+    channel: Channel
+    arrival: float
+    priority: RequestPriority = RequestPriority.NORMAL
+    deadline: float = math.inf
+    ttft_deadline: float = math.inf
+    namespace: str = ""
+    reserved_tokens: int = 0
+    admitted: bool = False  # whether the door's reservation was given back
+    collector: Collector | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Refuse at the call what needs no tokenizer to be refused. Raises `RequestError`."""
+    if not needs_tokenizer(prompt):
+        encode_prompt(None, prompt)
+    elif not prompt:
+        raise RequestError("the prompt is empty: pass at least one character, or token ids")
+
+
+def estimate_tokens(prompt: Prompt) -> int:
+    """About how many tokens a prompt has: exact for ids, a quarter of the characters for text."""
+    if isinstance(prompt, str):
+        return len(prompt) // 4 + 1
+    if isinstance(prompt, dict):
+        return estimate_tokens(prompt.get("prompt_token_ids") or prompt.get("prompt") or "")
+    if needs_tokenizer(prompt):
+        return sum(len(str(message)) for message in prompt) // 4 + 1
+    return len(prompt)

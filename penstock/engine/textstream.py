@@ -1,0 +1,62 @@
+"""`TextStream`: one completion's tokens in, the text that may be shown out, and the stop string that ends it.
+
+Owns the order of things: detokenize, then look for stops. Never decides that a request ends, it only says so. Called
+by the collector on the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from penstock.engine.detokenizer import Detokenizer
+from penstock.engine.stops import StopStrings
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text; the stop string that was completed, or None; and how many of the pushed tokens count.
+
+    `num_tokens` is all of them, or, at a stop, those up to and including the one that completed it.
+    """
+
+    text: str
+    stop: str | None
+    num_tokens: int
+
+
+class TextStream:
+    """The text of one completion.
+
+    Stop strings are looked for in the text that appears with token `min_tokens` + 1 and later ones: no part of a stop
+    may lie in text that the first `min_tokens` tokens made certain. A special token has the text that the detokenizer
+    gives it; a stop token whose text must not show is simply not pushed.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings, min_tokens: int = 0) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self._stop: str | None = None
+
+    def push(self, token_ids: Iterable[int]) -> TextDelta:
+        """Take tokens one by one, up to the one that completes a stop string; later tokens are dropped."""
+        texts: list[str] = []
+        before = self._num_tokens
+        for token_id in token_ids:
+            if self._stop is not None:
+                break
+            self._num_tokens += 1
+            texts.append(self._filter(self._detokenizer.push(token_id)))
+        return TextDelta("".join(texts), self._stop, self._num_tokens - before)
+
+    def finish(self) -> str:
+        """The text still held back, now that no token follows; cut as ever if it completes a stop string."""
+        return self._filter(self._detokenizer.flush()) + self._stops.flush()
+
+    def _filter(self, text: str) -> str:
+        if self._num_tokens <= self._min_tokens:
+            return text
+        text, self._stop = self._stops.push(text)
+        return text

@@ -1,0 +1,140 @@
+"""`Executor`: runs a `StepPlan` on a transformers model: plan to tensors, logits to tokens.
+
+Owns the K/V storage and the per-sequence sampler state; decides nothing about who runs. Called by the engine's model
+thread, one step at a time. Any `AutoModelForCausalLM` whose attention goes through `AttentionInterface` will do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from penstock.errors import ExecutionError, OutOfMemory
+from penstock.models.attention import PagedAttention
+from penstock.models.layout import StepLayout, wanted_logits
+from penstock.models.memory import free_bytes, memory_usage, trim_memory
+from penstock.models.protocol import ModelSpec
+from penstock.models.sampler import Sampler
+from penstock.models.storage import KVStorage, LayerShape
+from penstock.step import Row, RowResult, StepPlan, StepResult
+
+
+class Executor:
+    """A `ModelRunner` over a module that was switched to paged attention (see `checks.attach`)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: ModelSpec,
+        layers: dict[int, int],
+        shapes: Sequence[LayerShape],
+        device: torch.device,
+        logits_chunk_bytes: int,
+    ) -> None:
+        self.spec = spec
+        self._module = module
+        self._layers = layers
+        self._shapes = shapes
+        self._device = device
+        self._storage: KVStorage | None = None
+        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes)
+
+    def free_bytes(self) -> int:
+        """Memory that a K/V cache could take now."""
+        return free_bytes(self._device)
+
+    def memory_usage(self) -> float:
+        """Fraction of the device's memory in use, 0 to 1."""
+        return memory_usage(self._device)
+
+    def trim_memory(self) -> None:
+        """Give cached, unused memory back."""
+        trim_memory(self._device)
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        """Make room for the K/V of `num_blocks` blocks. Raises `OutOfMemory`."""
+        self._storage = KVStorage(self._shapes, num_blocks, block_size, self._device)
+
+    def forget(self, seq_id: int) -> None:
+        """Drop the sampler's state of a sequence that ended."""
+        self._sampler.forget(seq_id)
+
+    def close(self) -> None:
+        """Free the cache and let go of the weights."""
+        self._storage = None
+        self._module = nn.Module()
+        self.trim_memory()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Raises `OutOfMemory` or `ExecutionError` when the forward pass itself fails."""
+        begin = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                logits, done = self._forward(plan), time.perf_counter()
+                rows = self._outcomes(plan.rows, logits)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _out_of_memory(self._device, error) from error
+        except Exception as error:
+            raise ExecutionError(f"the forward pass failed: {type(error).__name__}: {error}") from error
+        timings = {"forward": done - begin, "sample": time.perf_counter() - done}
+        return StepResult(rows, timings_s=timings)
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        """Logits [wanted places, vocab] of the step."""
+        assert self._storage is not None, "allocate() comes first"
+        self._storage.copy_blocks(plan.copies)
+        return self._run(StepLayout(plan.rows, self._storage.block_size, self._device))
+
+    def _run(self, layout: StepLayout) -> Tensor:
+        assert self._storage is not None
+        out = self._module(
+            input_ids=layout.input_ids[None],
+            position_ids=layout.positions[None],
+            use_cache=False,
+            logits_to_keep=_at_least_one(layout.logit_places),
+            paged=PagedAttention(self._storage, layout, self._layers),
+        )
+        return out.logits[0][: len(layout.logit_places)]  # type: ignore[no-any-return]
+
+    def _outcomes(self, rows: Sequence[Row], logits: Tensor) -> tuple[RowResult, ...]:
+        """Split the logits by row: prompt logprobs where asked for, one draw for each row that samples."""
+        outcomes = [RowResult() for _ in rows]
+        drawing: list[int] = []
+        places: list[int] = []
+        begin = 0
+        for i, row in enumerate(rows):
+            count = wanted_logits(row)
+            if count and row.params.prompt_logprobs is not None and row.start < row.prompt_len:
+                entries = self._sampler.prompt_logprobs(logits[begin : begin + count], row)
+                outcomes[i] = RowResult(prompt_logprobs=entries)
+            begin += count
+            if row.samples:
+                drawing.append(i)
+                places.append(begin - 1)
+        if drawing:
+            self._draw(rows, logits, drawing, places, outcomes)
+        return tuple(outcomes)
+
+    def _draw(
+        self, rows: Sequence[Row], logits: Tensor, drawing: list[int], places: list[int], outcomes: list[RowResult]
+    ) -> None:
+        chosen = logits if len(places) == len(logits) else logits[torch.tensor(places, device=logits.device)]
+        drawn = self._sampler.sample(chosen, [rows[i] for i in drawing])
+        for i, result in zip(drawing, drawn, strict=True):
+            entries = outcomes[i].prompt_logprobs
+            outcomes[i] = RowResult(result.tokens, result.logprobs, entries, result.error) if entries else result
+
+
+def _at_least_one(places: Tensor) -> Tensor:
+    """Models slice with these places; an empty choice would mean "all" to some."""
+    return places if len(places) else places.new_zeros(1)
+
+
+def _out_of_memory(device: torch.device, error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        f"{device.type.upper()} out of memory in a step: lower max_num_batched_tokens, max_batch_size or "
+        f"memory_pool_size, or use a smaller model ({error})"
+    )

@@ -1,0 +1,56 @@
+"""Looks at a model source before anything heavy is imported, so that a wrong path fails in milliseconds.
+
+Reads names and the first bytes of files only. Called by `loading` and by the engine's constructor; imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from penstock.errors import ConfigurationError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+def check_source(source: str) -> None:
+    """Raise `ConfigurationError` when `source` names a folder that is missing, incomplete or corrupt.
+
+    What looks like a hub id ("name" or "owner/name") and is no folder is left to the hub library.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.exists():
+        raise ConfigurationError(f"{source} is a file: pass the folder that holds config.json and the weights")
+    elif _looks_local(source):
+        raise ConfigurationError(f"there is no model folder {source}: check the path, or pass a hub id such as 'owner/name'")
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(f"{folder} holds no config.json: pass a folder written by save_pretrained")
+    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        raise ConfigurationError(f"{folder} holds no weights (*.safetensors or *.bin): the download may be incomplete")
+    for file in folder.glob("*.safetensors"):
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header's offsets must end exactly where the file does."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes where its header says {8 + length + end}")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ConfigurationError(f"{file} is corrupt ({error}): download or save it again") from error

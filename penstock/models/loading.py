@@ -1,0 +1,187 @@
+"""From what a caller has (hub id, folder, live module, nothing) to a model that runs: `load`.
+
+Owns device and dtype resolution, the reading of generation defaults and every way a load can fail. Never downloads
+when a local path was meant. Called once per engine, off the event loop; imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from penstock.config import EngineConfig
+from penstock.demo import MODEL_DIR
+from penstock.errors import ConfigurationError, OutOfMemory
+from penstock.models.borrow import device_and_dtype, view_of, weight_bytes
+from penstock.models.checks import attach
+from penstock.models.executor import Executor
+from penstock.models.folder import check_source
+from penstock.models.protocol import ModelSpec
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, and the tokenizer that belongs to it (None: token ids only)."""
+
+    runner: Executor
+    tokenizer: Any
+
+
+def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineConfig) -> LoadedModel:
+    """Load or borrow `model` (None: the demo model) and switch it to paged attention.
+
+    Raises `ConfigurationError` for what cannot be found, read or run, `OutOfMemory` when weights do not fit.
+    """
+    if isinstance(model, nn.Module):
+        return _ready(view_of(model), model, _tokenizer_for(None, tokenizer, config), config, _name_of(model))
+    source = str(MODEL_DIR if model is None else model)
+    check_source(source)
+    dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
+    module = _read(source, dtype, device, config)
+    return _ready(module, module, _tokenizer_for(source, tokenizer, config), config, source)
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" prefers CUDA. Raises `ConfigurationError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigurationError(f'device {name!r} is unknown: use "auto", "cpu", "cuda" or "cuda:0"') from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(f'device {name!r} is not there ({torch.cuda.device_count()} CUDA devices): use "cpu"')
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """A torch dtype, or "auto" for the checkpoint's own. Raises `ConfigurationError`."""
+    if name != "auto" and name not in DTYPES:
+        raise ConfigurationError(f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name, "auto")
+
+
+def _read(source: str, dtype: torch.dtype | str, device: torch.device, config: EngineConfig) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        module: nn.Module = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            cache_dir=config.download_dir,
+            use_safetensors={"auto": None, "safetensors": True, "pt": False}[config.load_format],
+        )
+        return module.to(device).eval()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"{device.type.upper()} out of memory while loading {source}: use a smaller model, a smaller dtype, or the CPU"
+        ) from error
+    except Exception as error:
+        raise ConfigurationError(f"cannot load the model {source!r}: {error}") from error
+
+
+def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> Any:
+    """The caller's tokenizer object, or the one named, or the model's own; None when skipped."""
+    if config.skip_tokenizer_init:
+        return None
+    name = tokenizer if isinstance(tokenizer, str) else config.tokenizer
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    if source is None and name is None:
+        raise ConfigurationError("a live module needs its tokenizer: InferenceEngine(model, tokenizer), or skip_tokenizer_init=True")
+    return _read_tokenizer(name or str(source), config)
+
+
+def _read_tokenizer(source: str, config: EngineConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source,
+            use_fast=config.tokenizer_mode == "auto",
+            revision=config.tokenizer_revision or config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            cache_dir=config.download_dir,
+        )
+    except Exception as error:
+        raise ConfigurationError(
+            f"cannot load a tokenizer from {source!r} ({error}): pass tokenizer=..., or skip_tokenizer_init=True to serve token ids"
+        ) from error
+
+
+def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> LoadedModel:
+    device, dtype = device_and_dtype(module)
+    with torch.inference_mode():
+        layers, shapes = attach(module, device, verify=config.verify_model)
+    spec = ModelSpec(
+        name=name,
+        vocab_size=_vocab_size(module),
+        max_length=min(_max_length(module), config.max_sequence_length or _max_length(module)),
+        eos_token_ids=_eos_ids(module, tokenizer),
+        kv_bytes_per_token=sum(shape.bytes_per_token for shape in shapes),
+        weight_bytes=weight_bytes(owner),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        defaults=_defaults(module),
+    )
+    return LoadedModel(Executor(module, spec, layers, shapes, device, config.logits_chunk_bytes), tokenizer)
+
+
+def _name_of(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
+
+
+def _vocab_size(module: nn.Module) -> int:
+    head: Any = module.get_output_embeddings()  # type: ignore[operator]
+    return int(head.weight.shape[0]) if head is not None else int(_text_config(module).vocab_size)
+
+
+def _text_config(module: nn.Module) -> Any:
+    return module.config.get_text_config()  # type: ignore[union-attr, operator]
+
+
+def _max_length(module: nn.Module) -> int:
+    config = _text_config(module)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2**31 - 1
+
+
+def _eos_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """All ids that end a text: the generation config's, else the model config's, else the tokenizer's."""
+    for holder in (getattr(module, "generation_config", None), _text_config(module), tokenizer):
+        found = getattr(holder, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """The sampling parameters that the model's generation config sets, in our names."""
+    generation: Any = getattr(module, "generation_config", None)
+    if generation is None:
+        return {}
+    wanted = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    found = {name: value for name, value in wanted.items() if isinstance(value, int | float) and math.isfinite(value)}
+    if not getattr(generation, "do_sample", False):
+        found["temperature"] = 0.0
+    return found

@@ -1,0 +1,247 @@
+"""Logits rules as pure functions of tensors: what a request may do to its logits before a token is drawn.
+
+Owns the arithmetic of every rule, batched over rows that each have their own parameters, and their order: bias,
+allowed tokens, suppressed tokens, penalties, user processors. Knows nothing of drawing. Called by the sampler.
+
+A rule takes `logits` float32 [R, V] and writes into them; (rows, tokens) int64 [K] name the logits it touches, no
+pair twice. `SequenceRules` is what one sequence's rules boil down to: ids inside the vocabulary, and token counts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from penstock.errors import RequestError
+from penstock.sampling import LogitsProcessor, SamplingParams
+from penstock.step import Row
+
+FLOAT_MAX = torch.finfo(torch.float32).max
+FLOAT_TINY = torch.finfo(torch.float32).tiny
+
+
+def add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, bias: Tensor) -> None:
+    """Add bias [K] of any float dtype, cut to what float32 holds."""
+    logits[rows, tokens] += bias.clamp(-FLOAT_MAX, FLOAT_MAX).to(logits.dtype)
+
+
+def allow_only(logits: Tensor, limited: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """Rule out every token of the rows `limited` int64 [L] but the (rows, tokens) named."""
+    kept = logits[rows, tokens]
+    logits[limited] = -torch.inf
+    logits[rows, tokens] = kept
+
+
+def suppress(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """Rule out tokens; here a pair may be named twice."""
+    logits[rows, tokens] = -torch.inf
+
+
+def penalize(logits: Tensor, rows: Tensor, tokens: Tensor, counts: Tensor, penalties: Tensor) -> None:
+    """Penalize tokens for having been seen: repetition [1], then frequency and presence as OpenAI defines them.
+
+    counts [K]: how often the pair's token is in the row's output (0: only in its prompt). penalties float32 [R, 3]:
+    repetition, frequency, presence. [1] Keskar et al. 2019, https://arxiv.org/abs/1909.05858.
+    """
+    repetition, frequency, presence = penalties[rows].unbind(-1)
+    seen = logits[rows, tokens]
+    seen = torch.where(seen < 0, seen * repetition, seen / repetition)
+    logits[rows, tokens] = seen - counts * frequency - (counts > 0) * presence
+
+
+def completed_bad_words(words: Iterable[Sequence[int]], tokens: Sequence[int]) -> list[int]:
+    """The tokens that would complete one of `words` (token ids) after `tokens`, prompt and output."""
+    return [w[-1] for w in words if len(w) == 1 or tuple(tokens[-(len(w) - 1) :]) == tuple(w[:-1])]
+
+
+def run_processor(processor: LogitsProcessor, output: list[int], logits: Tensor) -> None:
+    """Let a user's processor rewrite one row, float32 [V]. Raises `RequestError` when it fails or returns nonsense."""
+    name = getattr(processor, "__name__", type(processor).__name__)
+    try:
+        result = processor(output, logits)
+        if not isinstance(result, Tensor) or result.shape != logits.shape:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise RequestError(f"it must return a tensor of shape {tuple(logits.shape)}, got {got}")
+        if result is not logits:
+            logits.copy_(result)
+    except Exception as error:
+        raise RequestError(f"logits processor {name} failed: {error or type(error).__name__}") from error
+    logits.clamp_(max=FLOAT_MAX)  # +inf means "this one"; its difference to itself must stay 0
+
+
+@dataclass(slots=True)
+class TokenCounts:
+    """How often each token was seen in one sequence: `tokens[i]` is `counts[i]` times in its output.
+
+    Prompt tokens are listed too, with what the output adds to them. Grows with the sequence it is shown.
+    """
+
+    size: int
+    num_seen: int = 0
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    counts: array[int] = field(default_factory=lambda: array("q"))
+    _slots: dict[int, int] = field(default_factory=dict)
+
+    def update(self, tokens: Sequence[int], prompt_len: int) -> None:
+        """Count what was appended to `tokens` (prompt and output) since the last call."""
+        for position in range(self.num_seen, len(tokens)):
+            if tokens[position] < self.size:
+                self._add(tokens[position], int(position >= prompt_len))
+        self.num_seen = len(tokens)
+
+    def _add(self, token: int, count: int) -> None:
+        slot = self._slots.setdefault(token, len(self.tokens))
+        if slot == len(self.tokens):
+            self.tokens.append(token)
+            self.counts.append(0)
+        self.counts[slot] += count
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRules:
+    """One sequence's rules, with every id outside the vocabulary dropped. `counts` is None without penalties."""
+
+    params: SamplingParams
+    bias: dict[int, float]
+    allowed: array[int] | None
+    held_back: array[int]  # what min_tokens suppresses: EOS and every stop id
+    bad_words: tuple[tuple[int, ...], ...]
+    counts: TokenCounts | None
+
+    @classmethod
+    def of(cls, row: Row, eos_token_ids: frozenset[int], size: int) -> SequenceRules:
+        """Boil down the rules of `row` for a vocabulary of `size` tokens."""
+        p = row.params
+        penalized = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        words = [tuple(word) for word in p.bad_words if not isinstance(word, str)]
+        return cls(
+            params=p,
+            bias={token: bias for token, bias in (p.logit_bias or {}).items() if token < size},
+            allowed=None if p.allowed_token_ids is None else _inside(p.allowed_token_ids, size),
+            held_back=_inside(row.stop_ids | eos_token_ids, size),
+            bad_words=tuple(word for word in words if 0 <= word[-1] < size),
+            counts=TokenCounts(size) if penalized else None,
+        )
+
+    def continues(self, row: Row) -> bool:
+        """Whether `row` is a later state of the sequence these rules were made for."""
+        return self.params is row.params and (self.counts is None or self.counts.num_seen <= len(row.tokens))
+
+
+def has_rules(row: Row) -> bool:
+    """Whether any rule touches this row at this step."""
+    p = row.params
+    return bool(
+        p.repetition_penalty != 1
+        or p.presence_penalty
+        or p.frequency_penalty
+        or len(row.tokens) - row.prompt_len < p.min_tokens
+        or p.logit_bias
+        or p.bad_words
+        or p.logits_processors
+        or p.allowed_token_ids is not None
+    )
+
+
+def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> dict[int, RequestError]:
+    """Apply every rule of every row to `logits` float32 [R, V], in place.
+
+    `sequences[i]` belongs to `rows[i]`. Returns the errors of user processors by row; such a row's logits are void.
+    """
+    _apply_bias(logits, sequences)
+    _apply_allowed(logits, sequences)
+    _apply_suppressed(logits, rows, sequences)
+    _apply_penalties(logits, rows, sequences)
+    return _apply_processors(logits, rows)
+
+
+class _Pairs:
+    """(row, token) pairs, collected without a tensor per row."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._lengths: list[int] = []
+        self._tokens = array("q")
+
+    def add(self, row: int, tokens: Iterable[int]) -> None:
+        before = len(self._tokens)
+        self._tokens.extend(tokens)
+        self._rows.append(row)
+        self._lengths.append(len(self._tokens) - before)
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = torch.repeat_interleave(torch.tensor(self._rows), torch.tensor(self._lengths))
+        return rows.to(device), _tensor(self._tokens, device)
+
+
+def _inside(tokens: Iterable[int], size: int) -> array[int]:
+    return array("q", sorted({token for token in tokens if 0 <= token < size}))
+
+
+def _tensor(values: array[int], device: torch.device) -> Tensor:
+    return torch.frombuffer(values, dtype=torch.int64).to(device)
+
+
+def _apply_bias(logits: Tensor, sequences: Sequence[SequenceRules]) -> None:
+    pairs, values = _Pairs(), list[float]()
+    for i, rules in enumerate(sequences):
+        if rules.bias:
+            pairs.add(i, rules.bias)
+            values += rules.bias.values()
+    if pairs:
+        bias = torch.tensor(values, dtype=torch.float64, device=logits.device)
+        add_bias(logits, *pairs.tensors(logits.device), bias)
+
+
+def _apply_allowed(logits: Tensor, sequences: Sequence[SequenceRules]) -> None:
+    limited = [i for i, rules in enumerate(sequences) if rules.allowed is not None]
+    pairs = _Pairs()
+    for i in limited:
+        pairs.add(i, sequences[i].allowed or ())
+    if limited and pairs:
+        allow_only(logits, torch.tensor(limited, device=logits.device), *pairs.tensors(logits.device))
+    elif limited:
+        logits[limited] = -torch.inf
+
+
+def _apply_suppressed(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> None:
+    pairs = _Pairs()
+    for i, (row, rules) in enumerate(zip(rows, sequences, strict=True)):
+        if rules.bad_words:
+            pairs.add(i, completed_bad_words(rules.bad_words, row.tokens))
+        if len(row.tokens) - row.prompt_len < rules.params.min_tokens:
+            pairs.add(i, rules.held_back)
+    if pairs:
+        suppress(logits, *pairs.tensors(logits.device))
+
+
+def _apply_penalties(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> None:
+    pairs, counts, penalties = _Pairs(), array("q"), [(1.0, 0.0, 0.0)] * len(rows)
+    for i, (row, rules) in enumerate(zip(rows, sequences, strict=True)):
+        if rules.counts is not None:
+            rules.counts.update(row.tokens, row.prompt_len)
+            pairs.add(i, rules.counts.tokens)
+            counts += rules.counts.counts
+            p = rules.params
+            penalties[i] = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+    if pairs:
+        device = logits.device
+        penalize(logits, *pairs.tensors(device), _tensor(counts, device), torch.tensor(penalties, device=device))
+
+
+def _apply_processors(logits: Tensor, rows: Sequence[Row]) -> dict[int, RequestError]:
+    errors: dict[int, RequestError] = {}
+    for i, row in enumerate(rows):
+        try:
+            for processor in row.params.logits_processors:
+                run_processor(processor, list(row.tokens[row.prompt_len :]), logits[i])
+        except RequestError as error:
+            errors[i] = error
+    return errors

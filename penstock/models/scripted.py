@@ -1,0 +1,100 @@
+"""`ScriptedModel`: a model that emits a given script of tokens, slowly or failing when told to.
+
+For tests of programs that embed the engine, and for our own: no weights, no torch, no randomness. Give it to
+`InferenceEngine(ScriptedModel([5, 6, 7]))` in place of a model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from penstock.models.protocol import ModelSpec
+from penstock.step import Row, RowResult, StepPlan, StepResult, TokenLogprobs
+
+# A fixed list of output tokens, repeated as needed, or (all tokens so far, sample index) -> next token.
+Script = Sequence[int] | Callable[[Sequence[int], int], int]
+
+
+class ScriptedModel:
+    """Runs plans by reading a script.
+
+    Every step takes `step_s` plus `token_s` per token, in seconds, of sleep. `fail_next(error)` makes the next step
+    raise; `plans` counts steps. Vocabulary, length and EOS are as a real model's spec would say.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        vocab_size: int = 32000,
+        max_length: int = 1 << 20,
+        eos_token_ids: frozenset[int] = frozenset(),
+        step_s: float = 0.0,
+        token_s: float = 0.0,
+    ) -> None:
+        self.spec = ModelSpec(name="scripted", vocab_size=vocab_size, max_length=max_length, eos_token_ids=eos_token_ids)
+        self.step_s = step_s
+        self.token_s = token_s
+        self.plans = 0
+        self._script = script
+        self._faults: deque[Exception] = deque()
+        self._running = threading.Event()
+        self._running.set()
+
+    def fail_next(self, error: Exception) -> None:
+        """Make the next step raise `error`."""
+        self._faults.append(error)
+
+    def hold(self) -> None:
+        """Make steps wait until `release()`."""
+        self._running.clear()
+
+    def release(self) -> None:
+        """Let held steps go on."""
+        self._running.set()
+
+    def free_bytes(self) -> int:
+        """As much as a byte per token of any test needs."""
+        return 1 << 40
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        """A script needs no cache."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Emit the next scripted token of every row that samples."""
+        self.plans += 1
+        delay = self.step_s + self.token_s * plan.num_tokens
+        if delay:
+            time.sleep(delay)
+        self._running.wait()
+        if self._faults:
+            raise self._faults.popleft()
+        return StepResult(tuple(self._result(row) for row in plan.rows))
+
+    def forget(self, seq_id: int) -> None:
+        """Nothing is remembered."""
+
+    def memory_usage(self) -> float:
+        """A script uses no memory."""
+        return 0.0
+
+    def trim_memory(self) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
+        """Let held steps go on."""
+        self.release()
+
+    def _result(self, row: Row) -> RowResult:
+        if not row.samples:
+            return RowResult()
+        token = self._next(row)
+        return RowResult((token,), (TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),)),))
+
+    def _next(self, row: Row) -> int:
+        if callable(self._script):
+            return self._script(row.tokens, row.sample_index)
+        return self._script[(len(row.tokens) - row.prompt_len) % len(self._script)]

@@ -1,0 +1,158 @@
+"""`Vocabulary`: rows of float32 logits seen in blocks, so that most questions are answered without a full pass.
+
+Owns the block layout and the arithmetic that has to give the same bits whatever the batch: maxima, sums, ranks, the
+greatest logits in order. Knows nothing of requests; never writes into its logits. Called by the sampler.
+
+A sum is float32 within a block and float64 across blocks: exact to 1e-7 relative, however large the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+_LOW_WORD = 0xFFFFFFFF
+
+Top = tuple[tuple[int, float, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Unnormalised probabilities: values float32 [R, N, BLOCK], and the running sum of blocks float64 [R, N]."""
+
+    values: Tensor
+    cumulative: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Weights:
+        """Sum up `values` float32 [R, N, BLOCK]."""
+        return cls(values, values.sum(-1).cumsum(-1, dtype=torch.float64))
+
+    @property
+    def total(self) -> Tensor:
+        """The row's sum, float64 [R]."""
+        return self.cumulative[:, -1]
+
+    def take(self, rows: Tensor) -> Weights:
+        """The same for some rows, copied."""
+        return Weights(self.values[rows], self.cumulative[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Logits float32 [R, N, BLOCK], padded with -inf; each block's greatest [R, N] and each row's [R].
+
+    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak.
+    """
+
+    blocks: Tensor
+    block_peaks: Tensor
+    peak: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Vocabulary:
+        """See logits [R, V] of any float dtype in blocks; copies only where conversion or padding needs it."""
+        size = logits.shape[1]
+        padding = -size % BLOCK
+        if padding or logits.dtype != torch.float32 or not logits.is_contiguous():
+            padded = torch.empty(len(logits), size + padding, dtype=torch.float32, device=logits.device)
+            padded[:, :size] = logits
+            padded[:, size:] = -torch.inf
+            logits = padded
+        return cls._of_blocks(logits.view(len(logits), -1, BLOCK), size)
+
+    @classmethod
+    def _of_blocks(cls, blocks: Tensor, size: int) -> Vocabulary:
+        block_peaks = blocks.amax(-1)
+        return cls(blocks, block_peaks, block_peaks.amax(-1), size)
+
+    @property
+    def flat(self) -> Tensor:
+        """The logits and their padding, float32 [R, N * BLOCK]."""
+        return self.blocks.flatten(1)
+
+    def take(self, rows: Tensor) -> Vocabulary:
+        """The same for some rows, copied."""
+        return Vocabulary(self.blocks[rows], self.block_peaks[rows], self.peak[rows], self.size)
+
+    def refreshed(self) -> Vocabulary:
+        """The same logits with their peaks found anew, after somebody wrote into `flat`."""
+        return self._of_blocks(self.blocks, self.size)
+
+    def at(self, tokens: Tensor) -> Tensor:
+        """The logits [R] of one token per row, int64 [R]."""
+        return self.flat.gather(1, tokens[:, None])[:, 0]
+
+    def argmax(self) -> Tensor:
+        """The first of the greatest logits, int64 [R]."""
+        block = self.block_peaks.argmax(-1)
+        inside = self.blocks[torch.arange(len(block), device=block.device), block].argmax(-1)
+        return block * BLOCK + inside
+
+    def weights(self, temperature: Tensor | None = None) -> Weights:
+        """exp((logit - peak) / temperature [R]), so that the greatest weighs 1."""
+        below = self.blocks - self.peak[:, None, None]
+        if temperature is not None:
+            below /= temperature[:, None, None].to(below.dtype)
+        return Weights.of(below.exp_())
+
+    def log_total(self) -> Tensor:
+        """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts."""
+        return self.peak.double() + self.weights().total.log()
+
+    def num_above(self, logits: Tensor) -> Tensor:
+        """How many of the row's logits are strictly greater than `logits` [R], int64 [R]."""
+        above = torch.empty_like(self.blocks)
+        torch.gt(self.blocks, logits[:, None, None], out=above)
+        return above.sum(-1).long().sum(-1)
+
+    def candidates(self, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest logits [R, count] and their tokens, in no order; ties at the edge fall anywhere."""
+        num_blocks = self.blocks.shape[1]
+        if count * 2 > num_blocks:
+            found = self.flat[:, : self.size].topk(count)
+            return found.values, found.indices
+        # The greatest `count` logits lie in the `count` blocks with the greatest peaks.
+        block = self.block_peaks.topk(count, sorted=False).indices
+        row = torch.arange(len(block), device=block.device)[:, None]
+        found = self.blocks[row, block].flatten(1).topk(count, sorted=False)
+        return found.values, block.gather(1, found.indices // BLOCK) * BLOCK + found.indices % BLOCK
+
+    def greatest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest logits [R, count], descending, and their tokens; of equal ones the first tokens."""
+        width = min(self.size, count + BLOCK)
+        while True:
+            logits, tokens = in_order(*self.candidates(width), last_first=False)
+            if width == self.size or bool((logits[:, -1] < logits[:, max(count - 1, 0)]).all()):
+                return logits[:, :count], tokens[:, :count]
+            width = self.size
+
+    def tops(self, log_total: Tensor, counts: list[int]) -> list[Top]:
+        """Per row its `counts[i]` most likely tokens (-1: all) as (token, logprob, rank), best first.
+
+        log_total float64 [R], see `log_total()`. Equal logits share a rank.
+        """
+        counts = [self.size if count < 0 else min(count, self.size) for count in counts]
+        if not any(counts):
+            return [()] * len(counts)
+        logits, tokens = self.greatest(max(counts))
+        ranks = torch.searchsorted(-logits, -logits) + 1
+        logprobs = logits.double() - log_total[:, None]
+        columns = zip(tokens.tolist(), logprobs.tolist(), ranks.tolist(), counts, strict=True)
+        return [tuple(zip(t[:n], p[:n], r[:n], strict=True)) for t, p, r, n in columns]
+
+
+def in_order(logits: Tensor, tokens: Tensor, last_first: bool) -> tuple[Tensor, Tensor]:
+    """Sort candidates, float32 and int64 [R, W], by descending logit; equal ones by token, down if `last_first`.
+
+    One sort of 64-bit keys: the logit's bits, made to rise with its value, above the token's.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes one zero of two
+    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    low = tokens if last_first else _LOW_WORD - tokens
+    order = ((rising << 32) | low).argsort(-1, descending=True)
+    return logits.gather(1, order), tokens.gather(1, order)

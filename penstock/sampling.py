@@ -1,0 +1,246 @@
+"""What a caller may ask of the sampler: `SamplingParams`, validated once, at the door, then frozen.
+
+Owns parameter names, ranges and defaults. Never looks at tokens or tensors. Built by callers, read by everyone below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import Any
+
+from penstock.errors import RequestError
+
+# A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
+LogitsProcessor = Callable[[Sequence[int], Any], Any]
+
+
+class RequestPriority(IntEnum):
+    """Higher is served first; a class never changes, waiting only moves a request forward in the queue."""
+
+    LOW = 1
+    NORMAL = 2
+    HIGH = 3
+    CRITICAL = 4
+
+
+class OutputKind(Enum):
+    """What a streamed `RequestOutput` holds: all text so far, only the new text, or only the final result."""
+
+    CUMULATIVE = "cumulative"
+    DELTA = "delta"
+    FINAL_ONLY = "final_only"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the tokens of one request.
+
+    `temperature=0` is greedy; `top_k` of 0 or -1, `top_p=1` and `min_p=0` are off. `max_tokens` counts new tokens;
+    None means "until the model's limit". Presence and frequency penalties look at the output only, repetition
+    penalty at prompt and output. `min_tokens` suppresses EOS, stop ids and stop strings until reached. `logprobs=k`
+    returns the k most likely tokens and the chosen one; -1 the whole vocabulary. With the same `seed`, a request
+    draws the same tokens whatever else runs. Raises `RequestError` saying which value is wrong.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str | Sequence[int]] = ()
+    logits_processors: Sequence[LogitsProcessor] = ()
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    output_kind: OutputKind = OutputKind.CUMULATIVE
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (
+            ("stop", tuple(stop or ())),
+            ("stop_token_ids", tuple(self.stop_token_ids or ())),
+            ("bad_words", tuple(self.bad_words or ())),
+            ("logits_processors", tuple(self.logits_processors or ())),
+            ("logprobs", _count(self.logprobs)),
+            ("prompt_logprobs", _count(self.prompt_logprobs)),
+            ("top_k", 0 if self.top_k in (None, -1) else self.top_k),
+            ("top_p", 1.0 if self.top_p is None else self.top_p),
+        ):
+            object.__setattr__(self, name, value)
+        _validate(self)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def num_samples(self) -> int:
+        """How many sequences run for this request: `best_of` candidates, or `n`."""
+        return self.best_of or self.n
+
+
+def _count(value: int | bool | None) -> int | None:
+    """`logprobs=True` is how the OpenAI API says "just the chosen token"."""
+    if value is True:
+        return 0
+    return None if value is False else value
+
+
+def _validate(p: SamplingParams) -> None:
+    _check_numbers(p)
+    _check_counts(p)
+    _check_stops(p)
+    if p.use_beam_search:
+        raise RequestError("beam search is not available in this version: use n or best_of with a temperature")
+
+
+def _need(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise RequestError(f"{name} must be {rule}, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_numbers(p: SamplingParams) -> None:
+    for name, low, high, rule in (
+        ("temperature", 0.0, math.inf, "a finite number >= 0"),
+        ("min_p", 0.0, 1.0, "between 0 and 1"),
+        ("presence_penalty", -2.0, 2.0, "between -2 and 2"),
+        ("frequency_penalty", -2.0, 2.0, "between -2 and 2"),
+        ("length_penalty", -math.inf, math.inf, "a finite number"),
+    ):
+        value = getattr(p, name)
+        _need(_is_finite(value) and low <= value <= high, name, value, rule)
+    _need(_is_finite(p.top_p) and 0.0 < p.top_p <= 1.0, "top_p", p.top_p, "above 0 and at most 1")
+    _need(
+        _is_finite(p.repetition_penalty) and p.repetition_penalty > 0,
+        "repetition_penalty",
+        p.repetition_penalty,
+        "a number above 0",
+    )
+    for token, bias in (p.logit_bias or {}).items():
+        _need(
+            _is_int(token) and token >= 0 and _is_finite(bias),
+            "logit_bias",
+            {token: bias},
+            "token ids with finite numbers",
+        )
+
+
+def _check_counts(p: SamplingParams) -> None:
+    _need(_is_int(p.n) and p.n >= 1, "n", p.n, "an integer >= 1")
+    if p.best_of is not None:
+        _need(_is_int(p.best_of) and p.best_of >= p.n, "best_of", p.best_of, f"an integer >= n ({p.n})")
+    _need(_is_int(p.top_k) and p.top_k >= 0, "top_k", p.top_k, "an integer >= 0 (0 or -1 turns it off)")
+    if p.max_tokens is not None:
+        _need(
+            _is_int(p.max_tokens) and p.max_tokens >= 1,
+            "max_tokens",
+            p.max_tokens,
+            "an integer >= 1, or None for no limit",
+        )
+    _need(_is_int(p.min_tokens) and p.min_tokens >= 0, "min_tokens", p.min_tokens, "an integer >= 0")
+    if p.max_tokens is not None:
+        _need(p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens, f"at most max_tokens ({p.max_tokens})")
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(p, name)
+        _need(value is None or (_is_int(value) and value >= -1), name, value, "None, -1 (all) or an integer >= 0")
+    if p.seed is not None:
+        _need(_is_int(p.seed), "seed", p.seed, "an integer or None")
+    if p.allowed_token_ids is not None:
+        _need(
+            len(p.allowed_token_ids) > 0,
+            "allowed_token_ids",
+            p.allowed_token_ids,
+            "a non-empty list of token ids, or None",
+        )
+
+
+def _check_stops(p: SamplingParams) -> None:
+    assert p.stop is not None
+    assert p.stop_token_ids is not None
+    _need(all(isinstance(s, str) and s for s in p.stop), "stop", p.stop, "non-empty strings")
+    _need(all(_is_int(t) for t in p.stop_token_ids), "stop_token_ids", p.stop_token_ids, "integers")
+    _need(p.detokenize or not p.stop, "stop", p.stop, "empty when detokenize=False: stop strings need text")
+    _need(all(w for w in p.bad_words), "bad_words", p.bad_words, "non-empty strings or token id lists")
+    _need(all(callable(f) for f in p.logits_processors), "logits_processors", p.logits_processors, "callables")
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationConfig:
+    """The vocabulary of `transformers`-style callers; `sampling_params()` translates it.
+
+    `max_length` counts new tokens unless `length_mode="total"`, and is cut to what fits; a prompt that leaves no
+    room raises `RequestTooLarge`. `do_sample=False` is greedy whatever the temperature. `pad_token_id` and
+    `use_cache` are accepted because callers carry them; rows are never padded and the K/V cache is always used.
+    """
+
+    max_length: int = 512
+    length_mode: str = "new"
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float | None = 0.9
+    repetition_penalty: float = 1.0
+    do_sample: bool = True
+    early_stopping: bool = True
+    min_length: int = 0
+    length_penalty: float = 1.0
+    num_beams: int = 1
+    pad_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    use_cache: bool = True
+    seed: int | None = None
+    stop: str | Sequence[str] | None = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.length_mode not in ("new", "total"):
+            raise RequestError(f'length_mode must be "new" or "total", got {self.length_mode!r}')
+        if self.num_beams != 1:
+            raise RequestError("num_beams above 1 needs beam search, which this version does not have: use num_beams=1")
+        self.sampling_params()  # refuses bad values here, where the caller wrote them
+
+    def sampling_params(self, prompt_len: int = 0, room: int | None = None) -> SamplingParams:
+        """The same wishes as `SamplingParams`, with `max_length` cut to `room` (new tokens that still fit)."""
+        new = self.max_length - (prompt_len if self.length_mode == "total" else 0)
+        if room is not None:
+            new = max(1, min(new, room))
+        eos = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id or ())
+        return SamplingParams(
+            temperature=self.temperature if self.do_sample else 0.0,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=min(self.min_length, new),
+            max_tokens=new,
+            stop=self.stop,
+            stop_token_ids=eos,
+            seed=self.seed,
+        )

@@ -1,0 +1,1 @@
+"""Who runs next: admission, waiting queue, policy and the scheduler. Numbers only, never a tensor or a clock."""

@@ -1,0 +1,102 @@
+"""`Step` and its `Budget`: what one step has come to and may still take. They die with the step.
+
+Own the step's tokens, rows and logit rows. Never change a sequence, the cache or the running set. Made and spent by
+`Scheduler.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from penstock.cache.manager import CacheManager
+from penstock.scheduling.running import RunningSet
+from penstock.sequence import Sequence
+from penstock.step import Row
+
+
+def is_decoding(seq: Sequence) -> bool:
+    """Whether one token, besides drafts, takes it to its next sample."""
+    return seq.computed + 1 >= len(seq.tokens)
+
+
+def scores_prompt(seq: Sequence) -> bool:
+    """Whether its next tokens need logits at every position."""
+    return seq.params.prompt_logprobs is not None and seq.computed + 1 < seq.prompt_len
+
+
+class Budget:
+    """Counts down. `reserved` holds back one token, with its logits, for each decoding sequence yet to come."""
+
+    __slots__ = ("logit_rows", "reserved", "rows", "tokens")
+
+    def __init__(self, tokens: int, rows: int, logit_rows: int | None, num_decoding: int) -> None:
+        self.tokens = tokens
+        self.rows = rows
+        self.logit_rows = tokens if logit_rows is None else logit_rows
+        self.reserved = min(num_decoding, self.tokens, self.rows, self.logit_rows)
+
+    def is_open(self, num_leaving: int = 0) -> bool:
+        """Whether one more row gets at least one token with logits, once `num_leaving` decoding sequences left."""
+        return min(self.tokens, self.rows, self.logit_rows) > max(0, self.reserved - num_leaving)
+
+    def claim(self) -> None:
+        """The turn of a decoding sequence has come, or it left: what was held back for it is free."""
+        if self.reserved:
+            self.reserved -= 1
+
+    def grant(self, want: int, num_draft: int, all_logits: bool) -> int:
+        """How many of `want` tokens (the last `num_draft` of them drafts) a row gets; 0 for none.
+
+        A row needs logits of the newest token and of each draft, or, with `all_logits`, of every token.
+        """
+        if not self.rows:
+            return 0
+        logit_rows = self.logit_rows - self.reserved
+        most = logit_rows if all_logits else want - num_draft - 1 + logit_rows
+        return max(0, min(want, self.tokens - self.reserved, most))
+
+    def spend(self, tokens: int, logit_rows: int) -> None:
+        """One row was planned."""
+        self.tokens -= tokens
+        self.rows -= 1
+        self.logit_rows -= logit_rows
+
+
+class Step:
+    """What `plan` has come to so far. `is_tight` says that a running sequence had to give way for blocks."""
+
+    __slots__ = ("budget", "is_tight", "max_running", "now", "rows")
+
+    def __init__(self, now: float, budget: Budget, max_running: int) -> None:
+        self.now = now
+        self.budget = budget
+        self.max_running = max_running
+        self.rows: list[Row] = []
+        self.is_tight = False
+
+    def grant(self, seq: Sequence) -> int:
+        """How many tokens this sequence gets; 0 for none."""
+        return self.budget.grant(seq.todo, len(seq.draft), scores_prompt(seq))
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        """Plan the next tokens of a sequence whose blocks are there."""
+        start, length = seq.computed, len(seq.tokens)
+        end = start + num_tokens
+        self.budget.spend(num_tokens, num_tokens if scores_prompt(seq) else max(0, end - length + 1))
+        draft = seq.draft[: end - length] if end > length else ()
+        samples, birth = end >= length, (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
+        self.rows.append(Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *birth, draft))
+
+
+def has_room(
+    seq: Sequence, step: Step, running: RunningSet, cache: CacheManager, leaving: Collection[Sequence] = ()
+) -> bool:
+    """Whether a waiting sequence can start in this step, if those `leaving` gave up their places.
+
+    All its tokens must fit, and one more block for every running sequence, which may soon need it: without that
+    margin a start would only preempt somebody a few steps later.
+    """
+    staying = len(running) - len(leaving)
+    if staying >= step.max_running or not step.budget.is_open(sum(map(is_decoding, leaving))):
+        return False
+    return cache.fits(seq, staying - cache.num_freed_by(leaving))

@@ -1,0 +1,67 @@
+"""`Policy`: who goes first, as pure key functions. Smaller keys are better.
+
+Owns the meaning of priority, waiting time and deadlines. Keeps no state and asks no clock. Called by `WaitingQueue`
+and by `Scheduler`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from penstock.sequence import Sequence
+
+Key = tuple[int, float, float, int]
+
+
+class Policy(Protocol):
+    """What the queue and the scheduler ask."""
+
+    def key(self, seq: Sequence, now: float) -> Key:
+        """Place among the waiting at time `now`."""
+        ...
+
+    def next_change(self, seq: Sequence, now: float) -> float:
+        """When, after `now`, the key changes by itself; infinity for never."""
+        ...
+
+    def rank(self, seq: Sequence) -> int:
+        """Class alone. Only a strictly higher one may take a running sequence's place."""
+        ...
+
+    def standing(self, seq: Sequence, num_preemptions: int) -> Key:
+        """Place among the running; constant until preempted. Its first element is minus the class it defends."""
+        ...
+
+
+class AgingPolicy:
+    """Class first, one class up for every `boost_s` seconds of waiting, then the earliest deadline, then FIFO.
+
+    Tiers have no top, so whoever waited long enough beats every newcomer of any class: nothing starves. Among the
+    running, waiting counts no more; each preemption moves the victim one class up there, so that a stream of
+    newcomers cannot preempt it for ever.
+    """
+
+    def __init__(self, boost_s: float) -> None:
+        self.boost_s = boost_s
+
+    def key(self, seq: Sequence, now: float) -> Key:
+        """Place among the waiting at time `now`."""
+        return (-(seq.priority + self._boosts(seq, now)), seq.deadline, seq.arrival, seq.id)
+
+    def next_change(self, seq: Sequence, now: float) -> float:
+        """When it next moves one tier up."""
+        when = seq.arrival + (self._boosts(seq, now) + 1) * self.boost_s
+        # A sum may round to a time at which the quotient is still one tier short.
+        return when if when > now else math.nextafter(now, math.inf)
+
+    def rank(self, seq: Sequence) -> int:
+        """The priority class."""
+        return int(seq.priority)
+
+    def standing(self, seq: Sequence, num_preemptions: int) -> Key:
+        """Place among the running."""
+        return (-(seq.priority + num_preemptions), seq.deadline, seq.arrival, seq.id)
+
+    def _boosts(self, seq: Sequence, now: float) -> int:
+        return max(0, math.floor((now - seq.arrival) / self.boost_s))

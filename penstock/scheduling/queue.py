@@ -1,0 +1,100 @@
+"""`WaitingQueue`: the sequences that wait, best first, with keys that change while they wait.
+
+Owns one heap per class with lazy deletion and one of the times at which keys change. Never changes a sequence.
+Called by `Scheduler`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+
+from penstock.scheduling.policy import Key, Policy
+from penstock.sequence import Sequence
+
+_SLACK = 64  # stale entries that are not worth a rebuild
+
+
+class WaitingQueue:
+    """An entry counts only while its version is the sequence's latest; others are skipped, and dropped in bulk."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._live: dict[int, tuple[int, Sequence]] = {}
+        self._heaps: dict[int, list[tuple[Key, int, Sequence]]] = {}
+        self._changes: list[tuple[float, int, Sequence]] = []
+        self._num_entries = 0
+        self._version = 0
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._live
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """The waiting sequences in no particular order."""
+        return (seq for _, seq in self._live.values())
+
+    def push(self, seq: Sequence, now: float) -> None:
+        """Add a sequence, or refresh the key of one that is here."""
+        self._version += 1
+        self._live[seq.id] = (self._version, seq)
+        heap = self._heaps.setdefault(self._policy.rank(seq), [])
+        heapq.heappush(heap, (self._policy.key(seq, now), self._version, seq))
+        heapq.heappush(self._changes, (self._policy.next_change(seq, now), self._version, seq))
+        self._num_entries += 1
+        if self._num_entries > 2 * len(self._live) + _SLACK:
+            self._rebuild(now)
+
+    def advance(self, now: float) -> None:
+        """Refresh the keys that have changed by `now`."""
+        while self._changes and self._changes[0][0] <= now:
+            _, version, seq = heapq.heappop(self._changes)
+            if self._is_live(version, seq):
+                self.push(seq, now)
+
+    def peek(self, above: int | None = None) -> Sequence | None:
+        """The best sequence, or the best one of a class strictly above `above`; None when there is none."""
+        heads = [self._head(heap) for rank, heap in self._heaps.items() if above is None or rank > above]
+        best = min((head for head in heads if head is not None), default=None)
+        return None if best is None else best[2]
+
+    def top_rank(self) -> float:
+        """The highest class that waits; minus infinity when nobody does."""
+        return max((rank for rank, heap in self._heaps.items() if self._head(heap)), default=-math.inf)
+
+    def pop(self) -> Sequence:
+        """Take the best sequence out."""
+        seq = self.peek()
+        assert seq is not None, "pop from an empty queue"
+        self.remove(seq.id)
+        return seq
+
+    def remove(self, seq_id: int) -> bool:
+        """Take a sequence out; False when it is not here."""
+        return self._live.pop(seq_id, None) is not None
+
+    def change_policy(self, policy: Policy, now: float) -> None:
+        """Order everybody anew."""
+        self._policy = policy
+        self._rebuild(now)
+
+    def _is_live(self, version: int, seq: Sequence) -> bool:
+        live = self._live.get(seq.id)
+        return live is not None and live[0] == version
+
+    def _head(self, heap: list[tuple[Key, int, Sequence]]) -> tuple[Key, int, Sequence] | None:
+        while heap and not self._is_live(heap[0][1], heap[0][2]):
+            heapq.heappop(heap)
+            self._num_entries -= 1
+        return heap[0] if heap else None
+
+    def _rebuild(self, now: float) -> None:
+        waiting = list(self)
+        self._heaps.clear()
+        self._changes.clear()
+        self._num_entries = 0
+        for seq in waiting:
+            self.push(seq, now)

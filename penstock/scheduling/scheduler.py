@@ -1,0 +1,300 @@
+"""`Scheduler`: decides what each step runs and what its result means for every sequence.
+
+Owns the sequences' progress: tokens, draft, computed, in_flight, status. Never waits, asks no clock, touches no tensor.
+Called by the engine's loop: plan, (execute), commit or fail; arrivals and aborts may come at any time in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+
+from penstock.cache.manager import CacheManager
+from penstock.config import EngineConfig
+from penstock.errors import RequestTooLarge
+from penstock.scheduling.budget import Budget, Step, has_room, is_decoding
+from penstock.scheduling.news import News, accept
+from penstock.scheduling.policy import Policy
+from penstock.scheduling.roster import Roster
+from penstock.sequence import FinishReason, Sequence, Status
+from penstock.step import Event, Row, RowResult, StepPlan, StepResult
+
+_LEGAL_MOVES = {
+    Status.WAITING: (Status.RUNNING, Status.FINISHED),
+    Status.RUNNING: (Status.WAITING, Status.FINISHED),
+    Status.FINISHED: (),
+}
+
+
+class Scheduler:
+    """Plans best-first within a step's tokens, rows and blocks; victims come from the other end of the same order.
+
+    `policy` defaults to `AgingPolicy`, following the configuration. `max_logit_rows` bounds the positions of one step
+    that need logits, and so their memory.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        cache: CacheManager,
+        policy: Policy | None = None,
+        *,
+        max_logit_rows: int | None = None,
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._max_logit_rows = max_logit_rows
+        self._roster = Roster(config, policy)
+        self._executing: StepPlan | None = None
+        self._started: list[Sequence] = []
+        self._news = News()
+        self._ending: dict[int, tuple[FinishReason, Exception | None]] = {}  # ends that await the executing step
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence has not ended."""
+        return bool(self._roster.live)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of sequences in the queue."""
+        return len(self._roster.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Number of sequences that hold blocks."""
+        return len(self._roster.running)
+
+    @property
+    def next_deadline(self) -> float:
+        """The earliest time at which `expire` may have something to do; infinity for never."""
+        return self._roster.deadlines.next_time
+
+    def get(self, seq_id: int) -> Sequence | None:
+        """The sequence with this id, unless it ended."""
+        return self._roster.live.get(seq_id)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every sequence that has not ended, in order of arrival here."""
+        return iter(self._roster.live.values())
+
+    def stats(self) -> dict[str, int]:
+        """Counts: num_waiting and num_running now, num_preemptions and num_finished_<reason> since the start."""
+        ended = {f"num_finished_{reason.value}": self._news.num_finished[reason] for reason in FinishReason}
+        now = {"num_waiting": self.num_waiting, "num_running": self.num_running}
+        return {**now, "num_preemptions": self._roster.num_preemptions, **ended}
+
+    def add(self, seq: Sequence, now: float) -> None:
+        """Queue a new sequence. Raises `RequestTooLarge` when the whole cache could not hold it."""
+        if seq.max_len > self._cache.capacity:
+            raise RequestTooLarge(
+                f"{seq.prompt_len} prompt tokens and {seq.max_len - seq.prompt_len} new ones are {seq.max_len}, and "
+                f"the K/V cache holds {self._cache.capacity}: ask for less or raise memory_pool_size"
+            )
+        self._roster.add(seq, now)
+
+    def abort(
+        self, seq_id: int, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None
+    ) -> list[Event]:
+        """End a sequence that nobody wants any more; as `finish`."""
+        return self.finish(seq_id, reason, error)
+
+    def finish(self, seq_id: int, reason: FinishReason, error: Exception | None = None) -> list[Event]:
+        """End a sequence from outside. An id that is unknown or ended already means nothing.
+
+        One in the executing step ends when the step does, without that step's tokens; its event comes from there.
+        """
+        seq = self._roster.live.get(seq_id)
+        if seq is None:
+            return []
+        if seq.in_flight:
+            self._ending.setdefault(seq_id, (reason, error))
+            return []
+        return [self._end(seq, reason, error)]
+
+    def expire(self, now: float) -> list[Event]:
+        """End what passed its deadline, or its first-token deadline without a token. Free without deadlines."""
+        return [
+            event for seq in self._roster.deadlines.due(now) for event in self.finish(seq.id, FinishReason.DEADLINE)
+        ]
+
+    def offer(self, seq_id: int, draft: SequenceOf[int]) -> None:
+        """Propose the next tokens of a sequence that only lacks its newest one; of any other it is ignored."""
+        seq = self._roster.live.get(seq_id)
+        if seq is None or seq.status is not Status.RUNNING or seq.in_flight or seq.computed + 1 != seq.length:
+            return
+        # The step adds one token of its own after the accepted ones.
+        seq.draft = tuple(draft[: max(0, seq.max_len - seq.length - 1)])
+
+    def take_started(self) -> list[Sequence]:
+        """The sequences that left the queue for the first time since the last call."""
+        started, self._started = self._started, []
+        return started
+
+    def plan(self, now: float) -> StepPlan:
+        """Decide the next step; without rows there is nothing to do and nothing to commit."""
+        assert self._executing is None, "the last plan was neither committed nor failed"
+        self._roster.refresh(now)
+        step = self._begin(now)
+        self._plan_running(step)
+        self._plan_waiting(step)
+        plan = StepPlan(tuple(step.rows), self._cache.take_copies())
+        self._executing = plan if plan.rows else None
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Take in what a step produced: at most one event per row, exactly one terminal event per sequence."""
+        assert plan is self._executing or not plan.rows
+        self._executing = None
+        version = result.weight_version
+        events = [self._settle(row, out, version) for row, out in zip(plan.rows, result.rows, strict=True)]
+        self._cache.commit()
+        return [event for event in events if event is not None]
+
+    def fail(self, plan: StepPlan, error: Exception) -> list[Event]:
+        """The forward pass failed: end every sequence of the plan, and keep nothing that it might have written."""
+        assert plan is self._executing or not plan.rows
+        self._executing = None
+        self._cache.rollback()
+        events = []
+        for row in plan.rows:
+            seq = self._roster.live[row.seq_id]
+            seq.in_flight = 0
+            events.append(self._end(seq, *self._ending.pop(seq.id, (FinishReason.ERROR, error))))
+        return events
+
+    def _begin(self, now: float) -> Step:
+        tokens, rows = self._config.max_num_batched_tokens, self._config.max_batch_size
+        num_decoding = sum(map(is_decoding, self._roster.running))
+        return Step(now, Budget(tokens, rows, self._max_logit_rows, num_decoding), rows)
+
+    def _plan_running(self, step: Step) -> None:
+        outranked = self._roster.running.lowest_rank() < self._roster.waiting.top_rank()
+        for seq in list(self._roster.running):
+            if outranked and seq.status is Status.RUNNING:
+                outranked = self._plan_above(step, self._roster.running.rank(seq))
+            if seq.status is Status.RUNNING:
+                if is_decoding(seq):
+                    step.budget.claim()
+                self._extend(step, seq)
+
+    def _plan_above(self, step: Step, rank: int) -> bool:
+        """Start waiting sequences of a class above `rank` before a running one of that rank gets its turn.
+
+        They may take places of lower classes, but no room that the head of the queue waits for. False once one cannot.
+        """
+        waiting = self._roster.waiting
+        while (seq := waiting.peek(above=rank)) is not None:
+            head = waiting.peek()
+            if head is not None and self._has_room(step, head):
+                seq = head
+            elif not self._make_room(step, seq):
+                return False
+            self._admit(step, seq)
+        return True
+
+    def _make_room(self, step: Step, seq: Sequence) -> bool:
+        """Displace lower classes, worst first, until a waiting sequence can start; nobody if that would not do."""
+        rank, running = self._roster.policy.rank(seq), self._roster.running
+        lower = [victim for victim in running.unplanned() if running.rank(victim) < rank]
+        if not self._has_room(step, seq, lower):
+            return False
+        for victim in lower:
+            self._displace(step, victim)
+            if self._has_room(step, seq):
+                return True
+        return False
+
+    def _plan_waiting(self, step: Step) -> None:
+        """Start waiting sequences in their order, unless somebody has just given way for blocks."""
+        while not step.is_tight and (seq := self._roster.waiting.peek()) is not None and self._has_room(step, seq):
+            self._admit(step, seq)
+
+    def _has_room(self, step: Step, seq: Sequence, leaving: SequenceOf[Sequence] = ()) -> bool:
+        return has_room(seq, step, self._roster.running, self._cache, leaving)
+
+    def _admit(self, step: Step, seq: Sequence) -> None:
+        """Start a waiting sequence. All its blocks are taken at once, so a started prefill never lacks any."""
+        seq.computed = self._cache.attach(seq)
+        if not self._cache.reserve(seq, seq.length):
+            raise AssertionError("there was room for it")
+        self._move(seq, Status.RUNNING)
+        if self._roster.start(seq):
+            self._news.start(seq)
+            self._started.append(seq)
+        self._extend(step, seq)
+
+    def _extend(self, step: Step, seq: Sequence) -> None:
+        """Plan as much of a running sequence as the budget allows; where blocks lack, the worst give way."""
+        while num_tokens := step.grant(seq):
+            end = seq.computed + num_tokens
+            if self._cache.reserve(seq, end):
+                step.add(seq, num_tokens)
+                self._cache.seal(seq, min(end, seq.length))
+                seq.in_flight = num_tokens
+                return
+            if seq.draft:
+                seq.draft = ()  # a guess is not worth anybody's blocks
+                continue
+            step.is_tight = True
+            victim = next(self._roster.running.unplanned())
+            if victim is seq:
+                self._preempt(seq, step.now)
+                return
+            self._displace(step, victim)
+
+    def _displace(self, step: Step, victim: Sequence) -> None:
+        """Preempt a running sequence whose turn in this step has not come."""
+        if is_decoding(victim):
+            step.budget.claim()
+        self._preempt(victim, step.now)
+
+    def _preempt(self, seq: Sequence, now: float) -> None:
+        """Back to the queue with its tokens; its K/V are computed again, from what is still found of them."""
+        self._cache.release(seq)
+        seq.computed = 0
+        seq.draft = ()
+        self._move(seq, Status.WAITING)
+        self._roster.stop(seq, now)
+
+    def _settle(self, row: Row, out: RowResult, weight_version: int) -> Event | None:
+        seq = self._roster.live[row.seq_id]
+        seq.in_flight = 0
+        if seq.id in self._ending:
+            return self._end(seq, *self._ending.pop(seq.id))
+        if out.error is not None:
+            return self._end(seq, FinishReason.ERROR, out.error)
+        seq.draft = ()
+        count, reason, stop_token = 0, None, None
+        if row.samples:
+            assert 1 <= len(out.tokens) <= len(row.draft) + 1
+            count, reason, stop_token = accept(seq, out.tokens)
+            self._append(seq, out.tokens, count)
+        else:
+            seq.computed = row.end
+        if reason is not None:
+            self._close(seq, reason)
+        return self._news.of(row, out, count, reason, stop_token, weight_version)
+
+    def _append(self, seq: Sequence, tokens: tuple[int, ...], count: int) -> None:
+        """Accept `count` sampled tokens. All but the last were drafts, whose K/V the step has written."""
+        seq.computed = seq.length + min(count, len(tokens) - 1)
+        seq.tokens.extend(tokens[:count])
+        if len(tokens) > 1:
+            self._cache.seal(seq, seq.computed)
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Event:
+        self._close(seq, reason)
+        return self._news.end(seq, reason, error)
+
+    def _close(self, seq: Sequence, reason: FinishReason) -> None:
+        """Forget a sequence that no executing plan names."""
+        self._cache.release(seq)
+        seq.draft = ()
+        self._move(seq, Status.FINISHED, reason)
+        self._roster.drop(seq)
+
+    def _move(self, seq: Sequence, status: Status, reason: FinishReason | None = None) -> None:
+        assert status in _LEGAL_MOVES[seq.status], f"{seq.status} to {status}"
+        seq.status = status
+        seq.reason = reason

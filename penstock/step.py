@@ -1,0 +1,111 @@
+"""The frozen messages of a step: `StepPlan` goes to the model, `StepResult` comes back.
+
+A plan is valid until its step is committed or failed. Its rows name the live, append-only `tokens` and `blocks` of
+their sequences: the scheduler writes neither while a plan executes, so the executor may read them without a copy.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from penstock.sampling import SamplingParams
+from penstock.sequence import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's share of a step: positions [start, end) of its tokens go through the model.
+
+    Positions from `len(tokens)` on, if any, are `draft` tokens. `samples` says whether the step reaches the newest
+    token, so that a token is drawn after position end-1 (and after each draft). K/V of position p lives in block
+    `blocks[p // block_size]`, slot `p % block_size`. With `prompt_logprobs`, logits of all positions are needed.
+    """
+
+    seq_id: int
+    tokens: SequenceOf[int]
+    start: int
+    end: int
+    blocks: array[int]
+    samples: bool
+    params: SamplingParams
+    prompt_len: int
+    stop_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    sample_index: int = 0
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens this row puts through the model."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the next step does. `copies` are (source, destination) blocks to copy before anything is written."""
+
+    rows: tuple[Row, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens the step puts through the model."""
+        return sum(row.end - row.start for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position.
+
+    `logprob` is the model's own (no temperature, no filter), `sampled` the one under the distribution that was really
+    sampled (0.0 when greedy). `rank` of the token is 1-based in the model's distribution, 0 when not asked for; `top`
+    holds (token, logprob, rank) of the most likely tokens, best first, when asked for.
+    """
+
+    token: int
+    logprob: float
+    sampled: float
+    rank: int = 0
+    top: tuple[tuple[int, float, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row produced: accepted tokens in order (none while prefilling), or the error that ends its request.
+
+    `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i.
+    """
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One `RowResult` per row of the plan, in the plan's order; `weight_version` ran the step."""
+
+    rows: tuple[RowResult, ...]
+    weight_version: int = 0
+    timings_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """News of one sequence for its reader. `reason` is set on exactly one event, the last one.
+
+    `error` comes with FinishReason.ERROR (and with DEADLINE, when there is more to say).
+    """
+
+    seq_id: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: Exception | None = None
+    num_cached_tokens: int = 0
+    weight_version: int = 0

@@ -1,0 +1,219 @@
+"""Who may import whom. The table is the one in docs/design.md; the import graph is read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+
+from tests.architecture.source import module_name, package_files
+
+# Top row first; a part imports only from rows below its own. Parts in one set never import each other,
+# those in a tuple may, as long as no cycle of modules comes of it.
+ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
+    ("penstock", "__main__"),
+    ("cli",),
+    frozenset({"serving", "backends", "training"}),
+    ("engine", "tools"),
+    frozenset({"scheduling", "models"}),
+    frozenset({"cache", "optimizers"}),
+    ("kernels",),
+    ("step", "outputs"),
+    ("sequence", "config", "sampling", "errors", "demo"),
+)
+RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
+
+ENGINE_AND_ABOVE = frozenset(part for part, rank in RANK.items() if rank <= RANK["engine"])
+TENSOR_PARTS = frozenset({"models", "kernels", "training", "optimizers"})
+
+# Library -> parts that may import it. `LAZILY` may import it too, inside a function.
+LIBRARIES = {
+    "torch": TENSOR_PARTS,
+    "transformers": TENSOR_PARTS,
+    "asyncio": ENGINE_AND_ABOVE,
+    "anyio": ENGINE_AND_ABOVE,
+    "uvloop": ENGINE_AND_ABOVE,
+    "threading": ENGINE_AND_ABOVE | TENSOR_PARTS,  # the core has no locks
+}
+# The door to the waiting queue counts requests on the callers' threads, before the engine's thread sees them.
+EXCEPTIONS = frozenset({("penstock.scheduling.admission", "threading")})
+LAZILY = {"torch": ENGINE_AND_ABOVE, "transformers": ENGINE_AND_ABOVE}
+WEIGHT_HALF = "penstock.backends.weight"  # of the backends only this may import torch at module level
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` imports `target` (`penstock.x.y`, or a library's top name); `lazy` when inside a function."""
+
+    module: str
+    target: str
+    lazy: bool
+
+    def __str__(self) -> str:
+        return f"{self.module} imports {self.target}"
+
+
+def modules_of(files: Mapping[str, str]) -> dict[str, ast.Module]:
+    """Syntax trees by dotted name."""
+    return {module_name(path): ast.parse(source) for path, source in files.items()}
+
+
+def part_of(module: str) -> str:
+    """The name in `ROWS` that a module belongs to."""
+    return module.split(".")[1] if "." in module else module
+
+
+def imports_of(module: str, tree: ast.AST, known: Iterable[str], lazy: bool = False) -> Iterator[Import]:
+    """Every import statement of a module, resolved to a module of the package or the top name of a library."""
+    for node in ast.iter_child_nodes(tree):
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for target in targets_of(node, known):
+            yield Import(module, target, lazy)
+        yield from imports_of(module, node, known, inside)
+
+
+def targets_of(node: ast.AST, known: Iterable[str]) -> list[str]:
+    """What one statement imports; `from penstock.cache import manager` is `penstock.cache.manager`."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        names = [submodule(node.module or "", alias.name, known) for alias in node.names]
+    else:
+        return []
+    return [name if is_ours(name) else name.split(".")[0] for name in names if name != "penstock.__version__"]
+
+
+def submodule(package: str, name: str, known: Iterable[str]) -> str:
+    """What `from package import name` reaches: a module of that name, else the package."""
+    full = f"{package}.{name}"
+    return full if full in known or full == "penstock.__version__" else package
+
+
+def is_ours(name: str) -> bool:
+    """Whether a dotted name is inside the package."""
+    return name.split(".")[0] == "penstock"
+
+
+def all_imports(files: Mapping[str, str]) -> list[Import]:
+    """Every import of every module given."""
+    trees = modules_of(files)
+    return [found for module, tree in trees.items() for found in imports_of(module, tree, trees.keys())]
+
+
+def goes_down(found: Import) -> bool:
+    """Whether an import inside the package obeys the table."""
+    source, target = part_of(found.module), part_of(found.target)
+    if source == target or RANK[source] < RANK[target]:
+        return True
+    return RANK[source] == RANK[target] and isinstance(ROWS[RANK[source]], tuple)
+
+
+def may_use(found: Import) -> bool:
+    """Whether an import of a library obeys the table."""
+    part = part_of(found.module)
+    return (
+        found.target not in LIBRARIES
+        or part in LIBRARIES[found.target]
+        or (found.module, found.target) in EXCEPTIONS
+        or (found.lazy and part in LAZILY.get(found.target, ()))
+        or (found.target in LAZILY and found.module.startswith(WEIGHT_HALF))
+    )
+
+
+def layer_violations(files: Mapping[str, str]) -> list[str]:
+    """Imports that the table forbids, in words."""
+    return [
+        str(found)
+        for found in all_imports(files)
+        if not (goes_down(found) if is_ours(found.target) else may_use(found))
+    ]
+
+
+def import_cycle(files: Mapping[str, str]) -> list[str]:
+    """The modules of one import cycle, or none. Imports inside functions count: they only hide a knot."""
+    graph: dict[str, set[str]] = {}
+    for found in all_imports(files):
+        if is_ours(found.target) and found.target != found.module:
+            graph.setdefault(found.module, set()).add(found.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def type_checking_knots(files: Mapping[str, str]) -> list[str]:
+    """Files that mention TYPE_CHECKING."""
+    return [
+        path
+        for path, source in files.items()
+        for node in ast.walk(ast.parse(source))
+        if "TYPE_CHECKING" in (getattr(node, "id", ""), getattr(node, "attr", ""))
+    ]
+
+
+def test_every_part_has_its_row() -> None:
+    assert {part_of(module_name(path)) for path in package_files()} - RANK.keys() == set()
+
+
+def test_imports_go_down() -> None:
+    assert layer_violations(package_files()) == []
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    assert import_cycle(package_files()) == []
+
+
+def test_nothing_is_imported_for_type_checkers_only() -> None:
+    assert type_checking_knots(package_files()) == []
+
+
+def test_checker_sees_an_import_that_goes_up() -> None:
+    files = {
+        "penstock/cache/pool.py": "from penstock.engine import text",
+        "penstock/engine/text.py": "from penstock.errors import RequestError\nimport json",
+        "penstock/errors.py": "def f():\n    import penstock.engine.text",
+    }
+    assert layer_violations(files) == [
+        "penstock.cache.pool imports penstock.engine.text",
+        "penstock.errors imports penstock.engine.text",
+    ]
+
+
+def test_checker_sees_neighbours_that_import_each_other() -> None:
+    files = {"penstock/scheduling/a.py": "import penstock.models.b", "penstock/models/b.py": "import penstock.cache.c"}
+    assert layer_violations(files) == ["penstock.scheduling.a imports penstock.models.b"]
+
+
+def test_checker_sees_libraries_in_the_wrong_part() -> None:
+    files = {
+        "penstock/scheduling/a.py": "import asyncio\ndef f():\n    import torch.nn",
+        "penstock/engine/b.py": "import asyncio\nimport torch\ndef f():\n    import torch",
+        "penstock/models/c.py": "from torch import nn",
+        "penstock/backends/weights.py": "import torch",
+        "penstock/backends/http.py": "import torch",
+    }
+    assert layer_violations(files) == [
+        "penstock.scheduling.a imports asyncio",
+        "penstock.scheduling.a imports torch",
+        "penstock.engine.b imports torch",
+        "penstock.backends.http imports torch",
+    ]
+
+
+def test_checker_sees_cycles_and_knots() -> None:
+    files = {
+        "penstock/cache/a.py": "from penstock.cache.b import g",
+        "penstock/cache/b.py": "def g():\n    from penstock.cache import a",
+        "penstock/cache/c.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import json",
+    }
+    assert set(import_cycle(files)) == {"penstock.cache.a", "penstock.cache.b"}
+    assert type_checking_knots(files) == ["penstock/cache/c.py"]
+    assert import_cycle({"penstock/a.py": "import penstock.b", "penstock/b.py": "import json"}) == []
+
+
+def test_checker_knows_that_the_root_is_on_top() -> None:
+    files = {"penstock/__init__.py": "import penstock.cli", "penstock/cli.py": "from penstock import LLM, __version__"}
+    assert layer_violations(files) == ["penstock.cli imports penstock"]

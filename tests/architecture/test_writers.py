@@ -1,0 +1,229 @@
+"""One writer per field of `Sequence`, the one mutable record; the table is the one in docs/design.md.
+
+A write is an assignment, a deletion or a mutating call through a name that holds a sequence: one that is annotated
+`Sequence`, or is called like one (`seq`, `victim`, `best_seq`, `self.seq`, an element of `seqs` or `running`).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.architecture.source import FunctionNode, package_files
+
+SCHEDULER = "penstock/scheduling/"
+CACHE_MANAGER = "penstock/cache/manager.py"
+CONSTRUCTOR = "penstock/sequence.py"
+
+# Field -> (where it may be written: a file or a folder, in which functions; None is any of that place's).
+WRITERS: dict[str, tuple[str, frozenset[str] | None]] = {
+    "tokens": (SCHEDULER, None),
+    "draft": (SCHEDULER, None),
+    "computed": (SCHEDULER, None),
+    "in_flight": (SCHEDULER, None),
+    "blocks": (CACHE_MANAGER, None),
+    "status": (SCHEDULER, frozenset({"_move"})),
+    "reason": (SCHEDULER, frozenset({"_move"})),
+}
+FIXED_AT_BIRTH = (
+    *("id", "request_id", "params", "max_len", "stop_ids", "seed", "sample_index", "priority"),
+    *("arrival", "deadline", "ttft_deadline", "namespace", "parent", "prompt_len"),
+)
+WRITERS |= {name: (CONSTRUCTOR, frozenset({"__post_init__"})) for name in FIXED_AT_BIRTH}
+
+SEQUENCE_NAMES = frozenset({"seq", "sequence", "victim", "child", "parent", "sibling", "candidate", "worst", "best"})
+COLLECTION_NAMES = frozenset({"seqs", "sequences", "running", "waiting", "children", "siblings", "victims"})
+SEQUENCE_TYPES = frozenset({"Sequence", "Sequence | None", "None | Sequence"})
+MUTATORS = frozenset(
+    {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse", "frombytes", "fromlist", "byteswap"}
+)
+
+
+@dataclass(frozen=True)
+class Write:
+    """`function` in `path` writes `field` of a sequence."""
+
+    path: str
+    function: str
+    field: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.function} writes {self.field}"
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the table names this writer."""
+        place, functions = WRITERS[self.field]
+        return self.path.startswith(place) and (functions is None or self.function in functions)
+
+
+@dataclass
+class Writes(ast.NodeVisitor):
+    """Collects the writes of one file."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        self.found: list[Write] = []
+        self.function = "module level"
+        self.names: frozenset[str] = SEQUENCE_NAMES  # names that hold a sequence, here
+        self.aliases: dict[str, str] = {}  # local names for a sequence's list: `blocks = seq.blocks`
+
+    def visit_FunctionDef(self, node: FunctionNode) -> None:
+        outer = self.function, self.names, self.aliases
+        declared = annotations(node)
+        sequences = {name for name, kind in declared.items() if kind in SEQUENCE_TYPES}
+        self.function, self.names, self.aliases = node.name, self.names - declared.keys() | sequences, {}
+        self.generic_visit(node)
+        self.function, self.names, self.aliases = outer
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer = self.names
+        self.names = self.names | {"self"} if node.name == "Sequence" else self.names
+        self.generic_visit(node)
+        self.names = outer
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            for name, value in pairs(target, node.value):
+                field = self.field_of(value)
+                if isinstance(name, ast.Name) and field:
+                    self.aliases[name.id] = field
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self.note(self.field_of(node))
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self.note(self.field_of(node.value))
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        if isinstance(node.target, ast.Name):  # `blocks += ...` extends the aliased list in place
+            self.note(self.field_of(node.target))
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        match node:
+            case ast.Call(func=ast.Attribute(value=owner, attr=verb)) if verb in MUTATORS:
+                self.note(self.field_of(owner))
+            case ast.Call(func=ast.Name("setattr") | ast.Attribute(attr="__setattr__"), args=[owner, name, *_]):
+                if self.is_sequence(owner):
+                    self.note(name.value if isinstance(name, ast.Constant) else "status")
+        self.generic_visit(node)
+
+    def note(self, field: str | None) -> None:
+        if field in WRITERS:
+            self.found.append(Write(self.path, self.function, field))
+
+    def field_of(self, node: ast.expr) -> str | None:
+        """The field of a sequence that an expression reads, if it does."""
+        match node:
+            case ast.Attribute(value=owner, attr=field) if self.is_sequence(owner):
+                return field
+            case ast.Name(name):
+                return self.aliases.get(name)
+        return None
+
+    def is_sequence(self, node: ast.expr) -> bool:
+        """Whether an expression is called like a sequence, or declared as one here."""
+        match node:
+            case ast.Name(name):
+                return name in self.names or name.endswith("_seq")
+            case ast.Attribute(attr=name):
+                return name in SEQUENCE_NAMES or name.endswith("_seq")
+            case ast.Subscript(value=ast.Name(name) | ast.Attribute(attr=name)):
+                return name.lstrip("_") in COLLECTION_NAMES or name.endswith("_seqs")
+        return False
+
+
+def pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
+    """Which expression goes where in `target = value`; `a, b = x, y` are two assignments."""
+    match target, value:
+        case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
+            return list(zip(targets, values, strict=True))
+    return [(target, value)]
+
+
+def annotations(node: FunctionNode) -> dict[str, str]:
+    """What a function's parameters and local annotations declare, as source text by name."""
+    declared = {arg.arg: arg.annotation for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+    for item in ast.walk(node):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            declared[item.target.id] = item.annotation
+    return {name: ast.unparse(kind) for name, kind in declared.items() if kind}
+
+
+def writes(path: str, source: str) -> Iterator[Write]:
+    """Every write to a field of a sequence in one file."""
+    visitor = Writes(path)
+    visitor.visit(ast.parse(source))
+    yield from visitor.found
+
+
+def test_every_field_has_one_writer() -> None:
+    found = [write for path, source in package_files().items() for write in writes(path, source)]
+    assert [str(write) for write in found if not write.allowed] == []
+
+
+def test_table_names_every_field_of_a_sequence() -> None:
+    tree = ast.parse(package_files()[CONSTRUCTOR])
+    record = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Sequence")
+    fields = {
+        item.target.id for item in record.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+    assert fields == WRITERS.keys()
+
+
+def refused(path: str, source: str) -> list[str]:
+    """Fields that a piece of source must not write there."""
+    return [write.field for write in writes(path, source) if not write.allowed]
+
+
+def test_checker_sees_every_form_of_writing() -> None:
+    for line in (
+        "seq.tokens = []",
+        "seq.tokens += [1]",
+        "seq.tokens.append(1)",
+        "self.seq.tokens[0] = 1",
+        "del seq.tokens[0]",
+        "x, victim.tokens = 1, []",
+        "self.running[0].tokens.extend([1])",
+        "setattr(seq, 'tokens', [])",
+        "object.__setattr__(draft_seq, 'tokens', [])",
+        "for seq.tokens in []: pass",
+        "tokens = seq.tokens; tokens.append(1)",
+        "tokens = seq.tokens; tokens += [1]",
+        "tokens, x = seq.tokens, 1; tokens.pop()",
+    ):
+        assert refused("penstock/engine/a.py", line) == ["tokens"], line
+        assert refused("penstock/scheduling/a.py", line) == [], line
+
+
+def test_checker_knows_sequences_by_their_annotation() -> None:
+    assert refused("penstock/engine/a.py", "def f(row: Sequence):\n    row.computed = 1") == ["computed"]
+    assert refused("penstock/engine/a.py", "def f(row: Row):\n    row.computed = 1") == []
+    assert refused("penstock/cache/a.py", "def f(parent: Node):\n    parent.tokens = 1") == []
+    assert refused("penstock/engine/a.py", "class Sequence:\n    def grow(self):\n        self.computed += 1") == [
+        "computed"
+    ]
+
+
+def test_checker_leaves_other_objects_and_reading_alone() -> None:
+    for line in ("self.blocks = []", "handle.status = 1", "x = seq.tokens", "seq.tokens.index(1)", "pool.blocks.pop()"):
+        assert refused("penstock/engine/a.py", line) == [], line
+
+
+def test_checker_wants_the_named_function() -> None:
+    source = "def {name}(self, seq):\n    seq.status = 1"
+    assert refused("penstock/scheduling/a.py", source.format(name="commit")) == ["status"]
+    assert refused("penstock/scheduling/a.py", source.format(name="_move")) == []
+    assert refused("penstock/cache/manager.py", "seq.blocks.append(1); seq.tokens.append(1)") == ["tokens"]
+    assert refused("penstock/cache/pool.py", "seq.blocks.append(1)") == ["blocks"]
+    assert refused("penstock/scheduling/a.py", "def add(seq):\n    seq.priority = 1") == ["priority"]

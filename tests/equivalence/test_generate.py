@@ -1,0 +1,90 @@
+"""Whatever is batched, chunked, cached, shared or preempted gives what transformers gives one request at a time."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from tests.drive import Driver, greedy_by_transformers, logprobs_by_transformers, prompts, sequence
+from tests.tiny_models import ARCHITECTURES, VOCAB, build
+
+from penstock.sampling import SamplingParams
+
+NEW_TOKENS = 10
+PROMPTS = prompts(24, 200, VOCAB)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "big cache": {},
+    "preempting cache": {"num_blocks": 64, "enable_kv_cache": False},
+    "chunks of 16": {"max_num_batched_tokens": 16},
+}
+
+
+@cache
+def model_of(name: str) -> Any:
+    return build(name)
+
+
+@cache
+def expected(name: str) -> list[tuple[list[int], list[float]]]:
+    found = []
+    for prompt in PROMPTS:
+        output = greedy_by_transformers(model_of(name), prompt, NEW_TOKENS)
+        found.append((output, logprobs_by_transformers(model_of(name), prompt, output)))
+    return found
+
+
+def check(name: str, driver: Driver, first_id: int = 0) -> None:
+    sequences = [sequence(first_id + i, prompt, GREEDY) for i, prompt in enumerate(PROMPTS)]
+    outputs = driver.run(sequences)
+    for seq, output, (tokens, logprobs) in zip(sequences, outputs, expected(name), strict=True):
+        assert output == tokens
+        assert [entry.logprob for entry in driver.logprobs[seq.id]] == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_crowd_gets_what_each_gets_alone(name: str, setting: str) -> None:
+    driver = Driver(model_of(name), **SETTINGS[setting])
+    check(name, driver)
+    if setting == "preempting cache":
+        assert driver.scheduler.stats()["num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_warm_prefix_cache_changes_nothing(name: str) -> None:
+    driver = Driver(model_of(name))
+    check(name, driver)
+    before = driver.cache.stats()["hit_tokens"]
+    check(name, driver, first_id=100)
+    assert driver.cache.stats()["hit_tokens"] > before + 1000
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_siblings_draw_what_single_requests_of_their_index_draw(name: str) -> None:
+    params = SamplingParams(n=3, seed=7, temperature=0.8, top_p=0.9, max_tokens=NEW_TOKENS)
+    together, alone = [], []
+    crowd = Driver(model_of(name))
+    for i, prompt in enumerate(PROMPTS[::4]):
+        parent = sequence(10 * i, prompt, params, request_id=f"r{i}")
+        together += [parent] + [
+            sequence(10 * i + k, prompt, params, request_id=f"r{i}", sample_index=k, parent=parent) for k in (1, 2)
+        ]
+    outputs = crowd.run(together)
+    single = Driver(model_of(name), enable_kv_cache=False)
+    for seq in together:
+        prompt = seq.tokens[: seq.prompt_len]
+        alone += single.run([sequence(seq.id, prompt, params, sample_index=seq.sample_index)])
+    assert outputs == alone
+    assert len({tuple(output) for output in outputs}) > len(PROMPTS[::4])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_prompt_logprobs_are_those_of_a_plain_forward_pass(name: str) -> None:
+    driver = Driver(model_of(name), max_num_batched_tokens=64)
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2)
+    driver.run([sequence(i, prompt, params) for i, prompt in enumerate(PROMPTS[:6])])
+    for i, prompt in enumerate(PROMPTS[:6]):
+        found = [entry.logprob for entry in driver.prompt_logprobs[i]]
+        assert found == pytest.approx(logprobs_by_transformers(model_of(name), prompt[:1], prompt[1:]), abs=1e-4)

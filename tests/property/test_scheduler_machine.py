@@ -1,0 +1,290 @@
+"""The scheduler and the cache against a model of what every K/V slot holds, under random traffic and faults."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from penstock.cache.manager import CacheManager
+from penstock.config import EngineConfig
+from penstock.errors import RequestTooLarge
+from penstock.sampling import RequestPriority, SamplingParams
+from penstock.scheduling.scheduler import Scheduler
+from penstock.sequence import FinishReason, Sequence, Status
+from penstock.step import Event, Row, RowResult, StepPlan, StepResult, TokenLogprobs
+
+STOP_TOKEN = 9
+tokens_of = st.lists(st.integers(0, 2), min_size=1, max_size=24)
+# Few distinct starts, so that prefixes are shared often.
+starts = st.sampled_from([[], [0] * 8, [1] * 16, [0, 1, 2] * 5])
+
+
+class Slots:
+    """What the K/V slots hold: the prefix whose last token was written there, its scope, and the weights' version."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.content: dict[tuple[int, int], tuple[object, ...]] = {}
+
+    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Copy all at once; no destination may be a source."""
+        sources, destinations = {s for s, _ in copies}, [d for _, d in copies]
+        assert not sources & set(destinations)
+        assert len(set(destinations)) == len(destinations)
+        before = dict(self.content)
+        for source, destination in copies:
+            for slot in range(self.block_size):
+                self.content[destination, slot] = before.get((source, slot), ())
+
+    def place(self, row: Row, position: int) -> tuple[int, int]:
+        """Where a row's position lives."""
+        return row.blocks[position // self.block_size], position % self.block_size
+
+
+class Model(RuleBasedStateMachine):
+    """Plays the engine and the executor."""
+
+    @initialize(
+        num_blocks=st.integers(4, 64),
+        block_size=st.integers(1, 8),
+        batch=st.integers(1, 6),
+        budget=st.integers(1, 40),
+        caching=st.booleans(),
+        max_cached=st.one_of(st.none(), st.integers(1, 6)),
+        logit_rows=st.one_of(st.none(), st.integers(1, 12)),
+    )
+    def start(self, num_blocks, block_size, batch, budget, caching, max_cached, logit_rows):
+        self.config = EngineConfig(max_batch_size=batch, max_num_batched_tokens=budget, priority_boost_threshold=2.0)
+        self.cache = CacheManager(
+            num_blocks, block_size, enable_prefix_caching=caching, max_cached_blocks=max_cached
+        )
+        self.scheduler = Scheduler(self.config, self.cache, max_logit_rows=logit_rows)
+        self.caching, self.logit_rows = caching, logit_rows
+        self.slots = Slots(block_size)
+        self.now, self.version, self.next_id = 0.0, 0, 0
+        self.plan: StepPlan | None = None
+        self.born: dict[int, Sequence] = {}
+        self.told: dict[int, list[int]] = {}
+        self.scored: dict[int, list[int]] = {}
+        self.ended: dict[int, FinishReason] = {}
+        self.started: list[int] = []
+        self.oldest_version: dict[int, int] = {}
+
+    @rule(
+        start=starts,
+        suffix=tokens_of,
+        namespace=st.sampled_from(["", "tenant"]),
+        n=st.integers(1, 3),
+        priority=st.sampled_from(RequestPriority),
+        new=st.integers(1, 12),
+        deadline=st.sampled_from([math.inf, math.inf, 3.0, 20.0]),
+        ttft=st.sampled_from([math.inf, math.inf, math.inf, 2.0]),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    )
+    def add(self, start, suffix, namespace, n, priority, new, deadline, ttft, prompt_logprobs):
+        prompt, first = start + suffix, None
+        params = SamplingParams(n=n, max_tokens=new, prompt_logprobs=prompt_logprobs)
+        for index in range(n):
+            seq = Sequence(
+                id=self.next_id,
+                request_id=str(self.next_id - index),
+                params=params,
+                tokens=list(prompt),
+                max_len=len(prompt) + new,
+                stop_ids=frozenset([STOP_TOKEN]),
+                sample_index=index,
+                priority=priority,
+                arrival=self.now,
+                deadline=self.now + deadline,
+                ttft_deadline=self.now + ttft,
+                namespace=namespace,
+                parent=first,
+            )
+            first = first or seq
+            self.next_id += 1
+            self.add_one(seq)
+
+    def add_one(self, seq: Sequence) -> None:
+        try:
+            self.scheduler.add(seq, self.now)
+        except RequestTooLarge:
+            assert seq.max_len > self.cache.capacity
+            return
+        self.born[seq.id], self.told[seq.id], self.scored[seq.id] = seq, [], []
+
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule(which=st.integers(0, 50), reason=st.sampled_from([FinishReason.ABORT, FinishReason.STOP]))
+    def end_from_outside(self, which, reason):
+        live = list(self.scheduler.sequences())
+        self.take(self.scheduler.finish(live[which % len(live)].id, reason))
+
+    @rule(seconds=st.floats(0.0, 4.0))
+    def time_passes(self, seconds):
+        self.now += seconds
+        self.take(self.scheduler.expire(self.now))
+
+    @precondition(lambda self: self.plan is None)
+    @rule(draft=st.lists(st.integers(0, 2), min_size=1, max_size=5))
+    def draft(self, draft):
+        for seq in list(self.scheduler.sequences()):
+            self.scheduler.offer(seq.id, draft)
+
+    @rule(batch=st.integers(1, 6))
+    def resize_the_batch(self, batch):
+        self.config.max_batch_size = batch
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def new_weights(self):
+        self.version += 1
+        self.cache.reset(weight_version=self.version)
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def make_plan(self):
+        had_work = self.scheduler.has_work
+        running = [seq for seq in self.scheduler.sequences() if seq.status is Status.RUNNING]
+        decoding = [seq for seq in running if seq.computed + 1 == seq.length]
+        plan = self.scheduler.plan(self.now)
+        self.started += [seq.id for seq in self.scheduler.take_started()]
+        assert bool(plan.rows) == had_work, "a plan must make progress whenever there is work"
+        self.check_budget(plan)
+        self.check_decodes(plan, decoding)
+        for seq in self.scheduler.sequences():
+            if seq.status is Status.RUNNING and seq not in running:
+                self.oldest_version[seq.id] = self.version
+        self.plan = plan if plan.rows else None
+
+    def check_budget(self, plan: StepPlan) -> None:
+        assert plan.num_tokens <= self.config.max_num_batched_tokens
+        assert len(plan.rows) <= self.config.max_batch_size
+        assert len({row.seq_id for row in plan.rows}) == len(plan.rows)
+        logit_rows = 0
+        for row in plan.rows:
+            assert row.num_tokens > 0
+            assert row.samples == (row.end >= len(row.tokens))
+            assert row.end == len(row.tokens) + len(row.draft) or (not row.draft and row.end <= len(row.tokens))
+            scoring = row.params.prompt_logprobs is not None and row.start + 1 < row.prompt_len
+            logit_rows += row.num_tokens if scoring else row.samples * (1 + len(row.draft))
+        assert self.logit_rows is None or logit_rows <= self.logit_rows
+
+    def check_decodes(self, plan: StepPlan, decoding: list[Sequence]) -> None:
+        places = min(self.config.max_num_batched_tokens, self.config.max_batch_size, self.logit_rows or math.inf)
+        planned = {row.seq_id for row in plan.rows}
+        if len(decoding) <= places and self.scheduler.num_running <= self.config.max_batch_size:
+            assert all(seq.id in planned for seq in decoding if seq.status is Status.RUNNING), "a decode was starved"
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(data=st.data())
+    def commit(self, data):
+        self.execute(self.plan, lambda options: data.draw(st.sampled_from(options)))
+
+    def execute(self, plan: StepPlan, choose) -> None:
+        self.slots.copy(plan.copies)
+        self.write(plan)
+        for row in plan.rows:
+            self.read(row)
+        results = tuple(self.result_of(row, choose) for row in plan.rows)
+        self.plan = None
+        self.take(self.scheduler.commit(plan, StepResult(results, self.version)))
+
+    def write(self, plan: StepPlan) -> None:
+        written = {}
+        for row in plan.rows:
+            for position in range(row.start, row.end):
+                place = self.slots.place(row, position)
+                assert place not in written, "two rows write one slot"
+                written[place] = (*self.prefix(row, position), self.version)
+        self.slots.content.update(written)
+
+    def read(self, row: Row) -> None:
+        for position in range(row.end):
+            *prefix, version = self.slots.content.get(self.slots.place(row, position), (None,))
+            assert tuple(prefix) == self.prefix(row, position), f"position {position} of {row.seq_id} is wrong"
+            assert version >= self.oldest_version[row.seq_id], "stale K/V was shared"
+
+    def prefix(self, row: Row, position: int) -> tuple[object, ...]:
+        seq = self.born[row.seq_id]
+        scope = seq.namespace if self.caching else seq.request_id
+        return scope, tuple([*row.tokens, *row.draft][: position + 1])
+
+    def result_of(self, row: Row, choose) -> RowResult:
+        if choose([False] * 19 + [True]):
+            return RowResult(error=RuntimeError("a logits processor raised"))
+        last = min(row.end, row.prompt_len - 1) if row.params.prompt_logprobs is not None else 0
+        scores = tuple(TokenLogprobs(p + 1, 0.0, 0.0) for p in range(row.start, last))
+        if not row.samples:
+            return RowResult(prompt_logprobs=scores)
+        accepted = choose(range(len(row.draft) + 1))
+        return RowResult((*row.draft[:accepted], choose([0, 0, 1, 2, STOP_TOKEN])), prompt_logprobs=scores)
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def fail(self):
+        for _, destination in self.plan.copies:
+            for slot in range(self.slots.block_size):
+                self.slots.content[destination, slot] = ("poison", -1)
+        for row in self.plan.rows:
+            for position in range(row.start, row.end):
+                self.slots.content[self.slots.place(row, position)] = ("poison", -1)
+        plan, self.plan = self.plan, None
+        events = self.scheduler.fail(plan, RuntimeError("the forward pass failed"))
+        assert [event.seq_id for event in events] == [row.seq_id for row in plan.rows]
+        self.take(events)
+
+    def take(self, events: list[Event]) -> None:
+        for event in events:
+            assert event.seq_id not in self.ended, "news after the terminal event"
+            assert event.reason or event.tokens or event.prompt_logprobs
+            self.told[event.seq_id] += event.tokens
+            self.scored[event.seq_id] += [score.token for score in event.prompt_logprobs]
+            if event.reason is not None:
+                self.ended[event.seq_id] = event.reason
+                self.check_end(self.born[event.seq_id])
+
+    def check_end(self, seq: Sequence) -> None:
+        assert (seq.status, seq.reason) == (Status.FINISHED, self.ended[seq.id])
+        assert not seq.blocks
+        assert not seq.draft
+        assert not seq.in_flight
+        assert self.told[seq.id] == seq.tokens[seq.prompt_len :]
+        assert seq.length <= seq.max_len
+        assert self.scored[seq.id] == list(range(1, len(self.scored[seq.id]) + 1))
+        if seq.reason is FinishReason.LENGTH:
+            assert seq.length == seq.max_len
+            assert seq.params.prompt_logprobs is None or len(self.scored[seq.id]) == seq.prompt_len - 1
+
+    @invariant()
+    def blocks_are_conserved(self):
+        if hasattr(self, "cache"):
+            self.cache.check(self.scheduler.sequences())
+            assert set(self.born) - set(self.ended) == {seq.id for seq in self.scheduler.sequences()}
+            assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.born) - len(self.ended)
+            assert len(set(self.started)) == len(self.started)
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        most = 20 + 40 * sum(seq.max_len for seq in self.scheduler.sequences())
+        while self.scheduler.has_work and most:
+            if self.plan is None:
+                self.make_plan()
+            self.execute(self.plan, lambda options: options[0])
+            self.blocks_are_conserved()
+            most -= 1
+        assert not self.scheduler.has_work, "it never ends"
+        assert self.cache.num_free_blocks == self.cache.num_blocks
+        assert set(self.ended) == set(self.born)
+        assert self.scheduler.next_deadline == math.inf
+
+
+TestScheduler = Model.TestCase
+TestScheduler.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)

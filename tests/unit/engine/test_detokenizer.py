@@ -1,0 +1,183 @@
+"""Text appears as early as it is certain, whole characters only, and costs the same per token however long it gets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tokenizers import decoders
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from penstock.engine.detokenizer import Detokenizer
+from tests.tokenizers_for_tests import TEXT, byte_fallback, byte_level, in_context
+
+KINDS = [byte_level, byte_fallback]
+
+
+def ids_of(tokenizer: Any, *tokens: str) -> list[int]:
+    """The ids of vocabulary entries."""
+    return [tokenizer.get_vocab()[token] for token in tokens]
+
+
+def stream(tokenizer: Any, ids: list[int], **options: Any) -> list[str]:
+    """What each push returns, and last the flush."""
+    detokenizer = Detokenizer(tokenizer, **options)
+    return [detokenizer.push(token_id) for token_id in ids] + [detokenizer.flush()]
+
+
+def decode(tokenizer: Any, ids: list[int], skip_special_tokens: bool = True) -> str:
+    """What the joined stream must be."""
+    return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_joined_pushes_are_the_decoded_text(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    tokenizer = make()
+    parts = stream(tokenizer, tokenizer(TEXT)["input_ids"])
+    assert "".join(parts) == TEXT
+    assert sum(part != "" for part in parts) > 100
+
+
+def test_a_character_of_three_tokens_appears_with_the_last_one() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("a你b", add_special_tokens=False)["input_ids"]
+    assert stream(tokenizer, ids) == ["a", "", "", "你", "b", ""]
+
+
+def test_invalid_bytes_are_shown_as_soon_as_the_next_byte_cannot_save_them() -> None:
+    tokenizer = byte_level()
+    lead, end = ids_of(tokenizer, "ä", "a")  # the byte E4, and the letter
+    assert stream(tokenizer, [lead, lead, end]) == ["", "\ufffd", "\ufffda", ""]
+
+
+def test_flush_shows_half_a_character_and_begins_anew() -> None:
+    tokenizer = byte_level()
+    detokenizer = Detokenizer(tokenizer)
+    lead = ids_of(tokenizer, "ä")[0]
+    assert (detokenizer.push(lead), detokenizer.flush(), detokenizer.flush()) == ("", "\ufffd", "")
+    assert detokenizer.push(ids_of(tokenizer, "a")[0]) == "a"
+
+
+def test_a_run_of_byte_tokens_is_held_until_it_ends() -> None:
+    tokenizer = byte_fallback()
+    ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xB0>", "<0xB4>", "<0x21>", "▁lake")
+    assert stream(tokenizer, ids) == ["the", "", "", "", "", "水! lake", ""]
+
+
+def test_one_invalid_byte_spoils_its_whole_run() -> None:
+    tokenizer = byte_fallback()
+    ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xB0>", "<0xB4>", "<0xFF>", "▁lake")
+    assert stream(tokenizer, ids)[-2:] == ["\ufffd\ufffd\ufffd\ufffd lake", ""]
+
+
+def test_a_skipped_special_token_does_not_end_a_run_and_a_shown_one_does() -> None:
+    tokenizer = byte_fallback()
+    ids = ids_of(tokenizer, "<0xE6>", "<0xB0>", "<s>", "<0xB4>")
+    assert stream(tokenizer, ids) == ["", "", "", "", "水"]
+    assert stream(tokenizer, ids, skip_special_tokens=False) == ["", "", "\ufffd\ufffd<s>", "", "\ufffd"]
+
+
+def test_only_the_first_space_of_the_text_is_stripped() -> None:
+    tokenizer = byte_fallback()
+    ids = ids_of(tokenizer, "<s>", "▁", "▁the", "<s>", "▁the", "▁", "▁")
+    assert stream(tokenizer, ids) == ["", "", " the", "", " the", " ", " ", ""]
+
+
+def test_added_tokens_show_and_special_ones_only_if_asked() -> None:
+    tokenizer = byte_level()
+    ids = ids_of(tokenizer, "a", "<tool>", "<end>", "a")
+    assert stream(tokenizer, ids) == ["a", "<tool>", "", "a", ""]
+    assert stream(tokenizer, ids, skip_special_tokens=False) == ["a", "<tool>", "<end>", "a", ""]
+
+
+@pytest.mark.parametrize("make", [*KINDS, ByT5Tokenizer])
+def test_ids_outside_the_vocabulary_have_no_text(make: Callable[[], Any]) -> None:
+    tokenizer = make()
+    a = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    assert "".join(stream(tokenizer, [10**6, a, 10**6, a])) == decode(tokenizer, [a, a])
+
+
+def test_without_a_tokenizer_there_is_no_text() -> None:
+    assert stream(None, [1, 2, 3]) == ["", "", "", ""]
+
+
+def test_two_requests_of_one_tokenizer_do_not_mix() -> None:
+    tokenizer = byte_level()
+    first, second = Detokenizer(tokenizer), Detokenizer(tokenizer, skip_special_tokens=False)
+    end = ids_of(tokenizer, "<end>")[0]
+    lead, *rest = tokenizer("你", add_special_tokens=False)["input_ids"]
+    assert [first.push(lead), second.push(end), first.push(end)] == ["", "<end>", ""]
+    assert "".join(map(first.push, rest)) == "你"
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.WordPiece(),
+        decoders.Metaspace(),
+        decoders.BPEDecoder("</w>"),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+    ],
+    ids=["word pieces", "metaspace", "word ends", "metaspace with bytes", "no strip"],
+)
+def test_other_decoders_stream_exactly_too(decoder: Any) -> None:
+    tokenizer = byte_fallback()
+    tokenizer.backend_tokenizer.decoder = decoder
+    choose = random.Random(0)
+    for _ in range(100):
+        ids = [choose.randrange(len(tokenizer)) for _ in range(30)]
+        assert "".join(stream(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+def test_a_tokenizer_written_in_python_streams_exactly_too() -> None:
+    tokenizer = ByT5Tokenizer()
+    choose = random.Random(0)
+    for _ in range(100):
+        ids = [*tokenizer("für 水")["input_ids"], *(choose.randrange(259) for _ in range(20))]
+        assert "".join(stream(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+def endless(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+    """Streams of 10,000 tokens that never reach the end of a character, a run or a word."""
+    if "Ģ" in tokenizer.get_vocab():
+        streams = {"lead bytes": ["ä"], "continuations": ["Ģ"], "mixed": ["ä", "Ģ", "<s>"], "special": ["<s>"]}
+    else:
+        streams = {"byte run": ["<0xE6>"], "spaces": ["▁"], "special": ["<s>"], "short runs": ["<0xE6>", "<s>", "▁"]}
+    cycles = {name: ids_of(tokenizer, *tokens) for name, tokens in streams.items()}
+    cycles |= {"unknown": [10**6], "text": tokenizer(TEXT)["input_ids"]}
+    return {name: (ids * 10_000)[:10_000] for name, ids in cycles.items()}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known decoder", "decoded in context"])
+@pytest.mark.parametrize("make", KINDS)
+def test_no_stream_decodes_more_than_a_few_ids_per_token(
+    make: Callable[[], PreTrainedTokenizerFast], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make() if known else in_context(make())
+    original, num_decoded = tokenizer.decode, 0
+
+    def counting(ids: list[int], **options: Any) -> str:
+        nonlocal num_decoded
+        num_decoded += len(ids)
+        return str(original(ids, **options))
+
+    for name, ids in endless(tokenizer).items():
+        expected, num_decoded = decode(tokenizer, ids), 0
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "decode", counting)
+            assert "".join(stream(tokenizer, ids)) == expected, name
+        assert num_decoded <= 20 * len(ids), name
+
+
+def test_known_tokens_of_a_known_decoder_are_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("the lake and the turbine", add_special_tokens=False)["input_ids"]
+    stream(tokenizer, ids * 2)
+    calls: list[list[int]] = []
+    original = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: calls.append(ids) or original(ids, **options))
+    assert "".join(stream(tokenizer, ids * 10)) == "the lake and the turbine" * 10
+    assert len(calls) == 1  # the first token, whose text starts the stream
