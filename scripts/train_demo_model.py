@@ -194,14 +194,16 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, gold: torch.Tensor, *tau
 
 
 @torch.no_grad()
-def teach(teacher: LlamaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's TOP_K next tokens and their probabilities at every position."""
-    tops, probs = [], []
+def teach(teacher: LlamaForCausalLM, ids: torch.Tensor, minutes: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's TOP_K next tokens and their probabilities, for as many positions as the time allows."""
+    tops, probs, end = [], [], time.monotonic() + 60 * minutes
     for chunk in ids.split(SCORED):
         best = logits_of(teacher, chunk[None])[0].softmax(-1).topk(TOP_K)
         tops.append(best.indices.to(torch.int16))
         probs.append(best.values.half())
         print(f"\rteacher {len(tops) * SCORED / len(ids):4.0%}", end="", flush=True)
+        if time.monotonic() > end:
+            break
     return torch.cat(tops), torch.cat(probs)
 
 
@@ -340,8 +342,9 @@ def train_draft(options: argparse.Namespace, data: dict) -> Job:
     path = options.work / "teacher.pt"
     if not path.exists():
         teacher = AutoModelForCausalLM.from_pretrained(options.out / "model", dtype=torch.float32)
-        torch.save(teach(teacher, data["train"]), path)
-    columns = data["train"][:-1], data["train"][1:], *torch.load(path, weights_only=True)
+        torch.save(teach(teacher, data["train"], options.teach_minutes), path)
+    tops, probs = torch.load(path, weights_only=True)
+    columns = data["train"][: len(tops) - 1], data["train"][1 : len(tops)], tops, probs
     return Job("draft", columns, data["held"], options.draft_minutes, options).run()
 
 
@@ -375,6 +378,7 @@ def parse() -> argparse.Namespace:
     add("--stage", choices=("all", "model", "draft", "measure"), default="all", help="what to do (default: all)")
     add("--minutes", type=float, default=73.0, help="training time of the main model (default: 73)")
     add("--draft-minutes", type=float, default=14.0, help="training time of the draft model (default: 14)")
+    add("--teach-minutes", type=float, default=5.0, help="time to collect the main model's choices (default: 5)")
     add("--lr", type=float, default=4e-3, help="peak learning rate of both optimizers (default: 0.004)")
     add("--batch", type=int, default=12288, help="tokens per optimizer step (default: 12288)")
     add("--micro", type=int, default=4096, help="tokens per forward and backward pass (default: 4096)")
@@ -389,7 +393,7 @@ def parse() -> argparse.Namespace:
 def smoke(options: argparse.Namespace) -> None:
     folder = Path(tempfile.mkdtemp(prefix="penstock-smoke-"))
     options.out, options.work, options.files, options.compile = folder / "out", folder / "work", 60, False
-    options.minutes = options.draft_minutes = 0.1
+    options.minutes = options.draft_minutes = options.teach_minutes = 0.1
 
 
 def main() -> None:

@@ -12,11 +12,14 @@ from penstock.errors import ConfigurationError
 MOST_OF_FREE = 0.9
 
 
-def num_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int, max_len: int) -> int:
+def num_blocks(
+    config: EngineConfig, bytes_per_token: int, free_bytes: int, max_len: int, *, share: float = 1.0
+) -> int:
     """Number of K/V blocks, at least one.
 
-    `bytes_per_token` counts K and V of all layers; `free_bytes` is what the device has free (for a CPU, the quarter
-    of it that an engine may use); `max_len` is the most tokens of one sequence. The settings count in the order
+    `bytes_per_token` counts K and V of all layers; `free_bytes` is what the device has free; `max_len` is the most
+    tokens of one sequence; `share` is what gpu_memory_utilization is a fraction of (a quarter of a CPU's free memory,
+    which belongs to others too). The settings count in the order
     kv_cache_tokens, gpu_memory_utilization, memory_pool_size; none of them takes more than 90% of `free_bytes`, and
     only kv_cache_tokens more than a full batch of the longest sequences can use. Raises `ConfigurationError`, with
     the numbers, when not even one block fits.
@@ -26,7 +29,7 @@ def num_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int, max_
     if config.kv_cache_tokens is not None:
         wanted = -(-config.kv_cache_tokens // config.block_size)
     else:
-        wanted = min(_budget(config, free_bytes) // block_bytes, _useful(config, max_len))
+        wanted = min(_budget(config, int(free_bytes * share)) // block_bytes, _useful(config, max_len))
     blocks = min(wanted, limit)
     if blocks < 1:
         raise ConfigurationError(_explain(config, bytes_per_token, free_bytes))

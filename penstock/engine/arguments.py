@@ -21,6 +21,8 @@ def engine_config(arguments: Mapping[str, Any]) -> EngineConfig:
     settings = {name: value for name, value in arguments.items() if name not in _IGNORED}
     _refuse_parallel(settings)
     _refuse_quantization(settings.pop("quantization", None))
+    if settings.get("max_num_batched_tokens", 0) is None:
+        del settings["max_num_batched_tokens"]  # None leaves the choice to the engine
     settings["enable_metrics"] = not settings.pop("disable_log_stats", False)
     return EngineConfig(**settings)
 

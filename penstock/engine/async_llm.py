@@ -33,9 +33,10 @@ class OutputStream:
     final result. Cancelling, closing or dropping it aborts the request.
     """
 
-    def __init__(self, handle: RequestHandle, kind: OutputKind) -> None:
+    def __init__(self, handle: RequestHandle, kind: OutputKind, n: int) -> None:
         self._handle = handle
         self._kind = kind
+        self._n = n
         self._so_far: dict[int, CompletionOutput] = {}
         self._over = False
 
@@ -57,21 +58,25 @@ class OutputStream:
             self._over = True
             return await self._handle
         delta = await self._handle.__anext__()
-        return self._shown(delta)
+        self._so_far[delta.index] = _extended(self._so_far.get(delta.index), delta)
+        if self._kind is OutputKind.DELTA:
+            return self._output([_fresh(delta)])
+        if self._complete and delta.finish_reason in ("stop", "length"):
+            return await self._handle  # what deltas do not carry is in the result: metrics, prompt logprobs
+        return self._output([self._so_far[index] for index in sorted(self._so_far)])
 
     async def aclose(self) -> None:
         """Abort the request if it still runs."""
         await self._handle.aclose()
 
-    def _shown(self, delta: Delta) -> RequestOutput:
-        if self._kind is OutputKind.DELTA:
-            return self._output([_fresh(delta)], delta.finished)
-        self._so_far[delta.index] = _extended(self._so_far.get(delta.index), delta)
-        outputs = [self._so_far[index] for index in sorted(self._so_far)]
-        return self._output(outputs, all(out.finish_reason for out in outputs))
+    @property
+    def _complete(self) -> bool:
+        """Whether every completion has had its last delta; one that is still to come may not have had its first."""
+        return len(self._so_far) == self._n and all(out.finish_reason for out in self._so_far.values())
 
-    def _output(self, outputs: list[CompletionOutput], finished: bool) -> RequestOutput:
-        return RequestOutput(self.request_id, self._handle.prompt, self._handle.prompt_token_ids, outputs, finished)
+    def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
+        handle = self._handle
+        return RequestOutput(self.request_id, handle.prompt, handle.prompt_token_ids, outputs, self._complete)
 
 
 def _fresh(delta: Delta) -> CompletionOutput:
@@ -116,9 +121,11 @@ class AsyncLLMEngine:
         self, prompt: Prompt, sampling_params: Params = None, request_id: str | None = None, *, priority: int = 0
     ) -> OutputStream:
         """Submit at once; `await` or iterate the result. `priority` is vLLM's: lower is served first, 0 is normal."""
-        kind = sampling_params.output_kind if isinstance(sampling_params, SamplingParams) else OutputKind.CUMULATIVE
+        kind, n = OutputKind.CUMULATIVE, 1
+        if isinstance(sampling_params, SamplingParams):
+            kind, n = sampling_params.output_kind, sampling_params.n
         handle = self.engine.generate(prompt, sampling_params, request_id=request_id, priority=_class_of(priority))
-        return OutputStream(handle, kind)
+        return OutputStream(handle, kind, n)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort one request or several; unknown ids are ignored."""

@@ -21,6 +21,9 @@ from penstock.models.protocol import ModelRunner
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.scheduler import Scheduler
 
+# A host's free memory belongs to the rest of the program too: gpu_memory_utilization is a fraction of this part.
+HOST_SHARE = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -52,7 +55,10 @@ def assemble(model: Any, tokenizer: Any, config: EngineConfig, admission: Admiss
     log.info(f"Initializing an LLM engine (v{__version__}) with config: {config.model_dump(exclude_defaults=True)}")
     runner, tokenizer = _load(model, tokenizer, config)
     log.info("Model weights loaded.", model=runner.spec.name, device=runner.spec.device, dtype=runner.spec.dtype)
-    blocks = num_blocks(config, runner.spec.kv_bytes_per_token, runner.free_bytes(), runner.spec.max_length)
+    share = 1.0 if "cuda" in runner.spec.device else HOST_SHARE
+    blocks = num_blocks(
+        config, runner.spec.kv_bytes_per_token, runner.free_bytes(), runner.spec.max_length, share=share
+    )
     runner.allocate(blocks, config.block_size)
     log.info(f"# GPU blocks: {blocks}, # CPU blocks: 0" if "cuda" in runner.spec.device else f"# GPU blocks: 0, # CPU blocks: {blocks}")
     cache = CacheManager(

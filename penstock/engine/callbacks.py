@@ -14,43 +14,39 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from penstock.engine.handle import RequestHandle
-from penstock.errors import PenstockError
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 
+# How long `close` waits for callbacks that are still running, in seconds.
+GRACE_S = 5.0
 Fail = Callable[[str, Exception], None]
 
 
 class Callbacks:
-    """Starts pumps and keeps them alive. `fail(request_id, error)` ends a request whose callback raised."""
+    """Starts pumps and keeps them alive. `fail(request_id, error)` ends a request whose callback raised.
+
+    What a callback raises after its request has ended goes to the loop's exception handler, which logs it.
+    """
 
     def __init__(self, fail: Fail) -> None:
         self._fail = fail
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._own: _OwnLoop | None = None
         self._lock = threading.Lock()
 
     def stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
         """Call `callback(delta)` for every delta; the last one has a finish reason."""
-        self._start(self._guard(handle.request_id, _stream(handle, callback)))
+        self._start(self._stream(handle, callback))
 
     def finish(self, handle: RequestHandle, callback: Callable[[RequestOutput], Awaitable[None] | None]) -> None:
         """Call `callback(output)` once, at the end, however the request ends."""
-        self._start(self._guard(handle.request_id, _finish(handle, callback)))
+        self._start(self._finish(handle, callback))
 
     def close(self) -> None:
-        """Stop the thread for callers without a loop."""
+        """End the thread for callers without a loop once its callbacks are done; waits a few seconds for that."""
         with self._lock:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._loop = None
-
-    async def _guard(self, request_id: str, pump: Coroutine[Any, Any, None]) -> None:
-        try:
-            await pump
-        except PenstockError:
-            return
-        except Exception as error:
-            self._fail(request_id, error)
+            own, self._own = self._own, None
+        if own is not None:
+            own.close()
 
     def _start(self, pump: Coroutine[Any, Any, None]) -> None:
         try:
@@ -64,31 +60,71 @@ class Callbacks:
 
     def _own_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run_forever, args=(self._loop,), name="penstock-callbacks", daemon=True).start()
-            return self._loop
+            if self._own is None:
+                self._own = _OwnLoop()
+            return self._own.loop
+
+    async def _stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
+        while (delta := await _next(handle)) is not None:
+            try:
+                await _settle(callback(delta))
+            except Exception as error:
+                self._raised(handle, error)
+                return
+
+    async def _finish(self, handle: RequestHandle, callback: Callable[[RequestOutput], Awaitable[None] | None]) -> None:
+        output = await _outcome(handle)
+        try:
+            await _settle(callback(output))
+        except Exception as error:
+            self._raised(handle, error)
+
+    def _raised(self, handle: RequestHandle, error: Exception) -> None:
+        if handle.done():
+            message = f"the callback of request {handle.request_id} raised after the request had ended"
+            asyncio.get_running_loop().call_exception_handler({"message": message, "exception": error})
+        else:
+            self._fail(handle.request_id, error)
 
 
-def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
+class _OwnLoop:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._closing = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="penstock-callbacks", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; from any other one, wait for it."""
+        self.loop.call_soon_threadsafe(self._closing.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * GRACE_S)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._live())
+
+    async def _live(self) -> None:
+        await self._closing.wait()
+        if pumps := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(pumps, timeout=GRACE_S)
+
+
+async def _next(handle: RequestHandle) -> Delta | None:
+    """The next delta; None at the end, whatever it was: the last delta has told it."""
     try:
-        loop.run_forever()
-    finally:
-        loop.close()
+        return await anext(handle)
+    except Exception:
+        return None
 
 
-async def _stream(handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
-    async for delta in handle:
-        await _settle(callback(delta))
-
-
-async def _finish(handle: RequestHandle, callback: Callable[[RequestOutput], Awaitable[None] | None]) -> None:
+async def _outcome(handle: RequestHandle) -> RequestOutput:
     try:
-        output = await handle
-    except PenstockError as error:
-        output = getattr(error, "output", None) or _empty(handle, error)
-    await _settle(callback(output))
+        return await handle
+    except Exception as error:
+        return getattr(error, "output", None) or _empty(handle, error)
 
 
 async def _settle(returned: Awaitable[None] | None) -> None:
@@ -96,7 +132,7 @@ async def _settle(returned: Awaitable[None] | None) -> None:
         await returned
 
 
-def _empty(handle: RequestHandle, error: PenstockError) -> RequestOutput:
+def _empty(handle: RequestHandle, error: Exception) -> RequestOutput:
     """What a callback gets of a request that failed before it produced anything."""
     nothing = CompletionOutput(finish_reason="error")
     return RequestOutput(handle.request_id, handle.prompt, handle.prompt_token_ids, [nothing], True, error=str(error))

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from enum import Enum
 
-from penstock.outputs import Delta, RequestOutput
+from penstock.outputs import Delta, Logprob, RequestOutput
+
+Waiters = list[asyncio.Future[None]]
 
 
 class RequestStatus(Enum):
@@ -29,27 +32,49 @@ class RequestStatus(Enum):
         return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
 
 
-def merge(first: Delta, second: Delta) -> Delta:
-    """Two deltas of one completion as one."""
-    return Delta(
-        request_id=first.request_id,
-        index=first.index,
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
-        token_logprobs=first.token_logprobs + second.token_logprobs,
-        finish_reason=second.finish_reason,
-        stop_reason=second.stop_reason,
-    )
+class Slot:
+    """The deltas of one completion that nobody took yet; adding one costs the same however many there are."""
+
+    __slots__ = ("_first", "_last", "_logprobs", "_texts", "_token_ids", "_token_logprobs")
+
+    def __init__(self, delta: Delta) -> None:
+        self._first = self._last = delta
+        self._texts: list[str] = [delta.text]
+        self._token_ids: list[int] = list(delta.token_ids)
+        self._logprobs: list[Mapping[int, Logprob]] = list(delta.logprobs)
+        self._token_logprobs: list[float] = list(delta.token_logprobs)
+
+    def add(self, delta: Delta) -> None:
+        """Merge one more."""
+        self._last = delta
+        self._texts.append(delta.text)
+        self._token_ids += delta.token_ids
+        self._logprobs += delta.logprobs
+        self._token_logprobs += delta.token_logprobs
+
+    def merged(self) -> Delta:
+        """All of them as one delta."""
+        if self._last is self._first:
+            return self._first
+        return Delta(
+            request_id=self._last.request_id,
+            index=self._last.index,
+            text="".join(self._texts),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            token_logprobs=tuple(self._token_logprobs),
+            finish_reason=self._last.finish_reason,
+            stop_reason=self._last.stop_reason,
+        )
 
 
 class Wakeups:
     """Futures to complete, grouped so that each consumer loop is entered once per step."""
 
     def __init__(self) -> None:
-        self._by_loop: defaultdict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = defaultdict(list)
+        self._by_loop: defaultdict[asyncio.AbstractEventLoop, Waiters] = defaultdict(list)
 
-    def add(self, waiters: list[asyncio.Future[None]]) -> None:
+    def add(self, waiters: Waiters) -> None:
         """Remember waiters to wake."""
         for waiter in waiters:
             self._by_loop[waiter.get_loop()].append(waiter)
@@ -64,7 +89,7 @@ class Wakeups:
         self._by_loop.clear()
 
 
-def _complete(waiters: list[asyncio.Future[None]]) -> None:
+def _complete(waiters: Waiters) -> None:
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)
@@ -79,10 +104,11 @@ class Channel:
         self.prompt: str | None = None
         self.prompt_token_ids: list[int] = []
         self._lock = threading.Lock()
-        self._pending: dict[int, Delta] = {}
+        self._pending: dict[int, Slot] = {}
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._waiters: list[asyncio.Future[None]] = []
+        self._readers: Waiters = []  # of the next delta
+        self._waiters: Waiters = []  # of the end: a step's news does not wake them
         self._ended = threading.Event()
 
     # Engine's side.
@@ -90,19 +116,24 @@ class Channel:
     def put(self, delta: Delta, wakeups: Wakeups) -> None:
         """Offer a delta; it merges with one that was not taken yet."""
         with self._lock:
-            waiting = self._pending.get(delta.index)
-            self._pending[delta.index] = merge(waiting, delta) if waiting else delta
-            waiters, self._waiters = self._waiters, []
-        wakeups.add(waiters)
+            slot = self._pending.get(delta.index)
+            if slot is None:
+                self._pending[delta.index] = Slot(delta)
+            else:
+                slot.add(delta)
+            readers, self._readers = self._readers, []
+        wakeups.add(readers)
 
-    def end(self, status: RequestStatus, output: RequestOutput | None, error: BaseException | None, wakeups: Wakeups) -> None:
+    def end(
+        self, status: RequestStatus, output: RequestOutput | None, error: BaseException | None, wakeups: Wakeups
+    ) -> None:
         """The one terminal event: a result, or the error that awaiting raises."""
         with self._lock:
             assert not self.status.ended, f"request {self.request_id} ended twice"
             self.status, self._output, self._error = status, output, error
-            waiters, self._waiters = self._waiters, []
-        self._ended.set()
-        wakeups.add(waiters)
+            waiting, self._readers, self._waiters = self._readers + self._waiters, [], []
+            self._ended.set()  # with the lock held, or a waiter could register in between and sleep for good
+        wakeups.add(waiting)
 
     # Reader's side.
 
@@ -116,13 +147,12 @@ class Channel:
         while True:
             with self._lock:
                 if self._pending:
-                    return self._pending.pop(next(iter(self._pending)))
+                    return self._pending.pop(next(iter(self._pending))).merged()
                 if self.ended:
                     break
-                waiter = self._new_waiter()
-            await waiter
-        if self._error is not None:
-            raise self._error
+                self._readers, reader = _joined(self._readers)
+            await reader
+        self._raise()
         return None
 
     async def wait(self) -> RequestOutput:
@@ -131,7 +161,7 @@ class Channel:
             with self._lock:
                 if self.ended:
                     break
-                waiter = self._new_waiter()
+                self._waiters, waiter = _joined(self._waiters)
             await waiter
         return self.outcome()
 
@@ -143,13 +173,17 @@ class Channel:
 
     def outcome(self) -> RequestOutput:
         """The result of an ended request, or its error raised."""
-        if self._error is not None:
-            raise self._error
+        self._raise()
         assert self._output is not None
         return self._output
 
-    def _new_waiter(self) -> asyncio.Future[None]:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters = [w for w in self._waiters if not w.done()]
-        self._waiters.append(waiter)
-        return waiter
+    def _raise(self) -> None:
+        """Raise the error, if there is one; without the traceback of those who were told before."""
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+
+
+def _joined(waiters: Waiters) -> tuple[Waiters, asyncio.Future[None]]:
+    """A new waiter of the running loop, and it together with those that still wait."""
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    return [*(w for w in waiters if not w.done()), waiter], waiter

@@ -127,7 +127,10 @@ class Collector:
         return [self._close_one(c, reason.value) for c in self._completions if c.output.finish_reason is None]
 
     def _close_one(self, completion: _Completion, reason: str) -> Delta:
-        text = completion.text.finish()
+        try:
+            text = completion.text.finish()
+        except BaseException:  # the very fault, perhaps, that ends the request
+            text = ""
         completion.parts.append(text)
         completion.output.finish_reason = reason
         return Delta(request_id=self._request_id, index=completion.output.index, text=text, finish_reason=reason)

@@ -8,21 +8,24 @@ coroutine on their own loop with a scripted model and a virtual clock.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
 from penstock.config import EngineConfig
+from penstock.engine.alarms import Alarms
 from penstock.engine.channel import RequestStatus, Wakeups
 from penstock.engine.collector import Collector
 from penstock.engine.door import Door
+from penstock.engine.endings import closing_error, ending_error, last_word, text_fault, times_of
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
-from penstock.errors import DeadlineExceeded, EngineClosed, ExecutionError, PenstockError, RequestAborted, RequestError
+from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError
 from penstock.models.protocol import ModelRunner
-from penstock.outputs import Delta, RequestMetrics, RequestOutput
+from penstock.outputs import RequestOutput
 from penstock.scheduling.scheduler import Scheduler
 from penstock.sequence import FinishReason, Sequence
 from penstock.step import Event, StepPlan, StepResult
@@ -59,7 +62,8 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._owners: dict[int, tuple[Request, int]] = {}
         self._unpublished: list[Event] = []
-        self._encoding = 0
+        self._encoding: dict[str, Future[Any]] = {}
+        self._alarms = Alarms(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
         self._arrivals = 0
         self._wake = asyncio.Event()
         self._stopping = False
@@ -70,10 +74,17 @@ class EngineCore:
 
     def submit(self, request: Request) -> None:
         """Take over a request; its prompt is encoded off this loop."""
+        if request.id in self._requests:
+            self._refuse(request, RequestError(f"request id {request.id!r} is already running: use another, or none"))
+            return
         self._requests[request.id] = request
         self._arrivals += 1
-        self._encoding += 1
-        encoded = self._door.encode(request)
+        self._alarms.set(request)
+        try:
+            encoded = self._encoding[request.id] = self._door.encode(request)
+        except Exception as error:
+            self._reject(request, error)
+            return
         if encoded.done():
             self._encoded(request, encoded)
             return
@@ -104,10 +115,9 @@ class EngineCore:
     def close(self, error: BaseException | None) -> None:
         """End whatever is left because the engine ends. Asks nothing of the scheduler, which may be what failed."""
         wakeups = Wakeups()
-        message = "the engine was stopped" if error is None else f"the engine failed: {error}"
         for request in list(self._requests.values()):
-            request.channel.put(_last_word(request, FinishReason.ABORT), wakeups)
-            self._close(request, RequestStatus.FAILED, self._output(request), EngineClosed(message), wakeups)
+            request.channel.put(last_word(request, FinishReason.ABORT), wakeups)
+            self._close(request, RequestStatus.FAILED, self._output(request), closing_error(error), wakeups)
         wakeups.send()
 
     @property
@@ -116,9 +126,13 @@ class EngineCore:
         return len(self._requests)
 
     def _encoded(self, request: Request, encoded: Future[Any]) -> None:
-        self._encoding -= 1
         self._wake.set()
         if request.channel.ended:
+            return
+        del self._encoding[request.id]
+        # Asked for, not raised: a tokenizer's panic is no `Exception`, and would end this thread.
+        if (failure := encoded.exception()) is not None:
+            self._reject(request, failure)
             return
         try:
             self._door.enroll(request, encoded.result(), self._seq_ids, self._clock())
@@ -128,21 +142,23 @@ class EngineCore:
             self._reject(request, error)
             return
         self._owners.update((seq.id, (request, i)) for i, seq in enumerate(request.sequences))
-        self._arm_deadlines(request)
+        self._metrics.count("prompt_tokens", len(request.channel.prompt_token_ids))
 
-    def _reject(self, request: Request, error: Exception) -> None:
+    def _refuse(self, request: Request, error: RequestError) -> None:
+        """End a request that was never taken over."""
+        wakeups = Wakeups()
+        self._door.release(request)
+        request.channel.end(RequestStatus.FAILED, None, error, wakeups)
+        wakeups.send()
+
+    def _reject(self, request: Request, error: BaseException) -> None:
         for sequence in request.sequences:
             self.scheduler.abort(sequence.id)
         request.sequences = []
         if not isinstance(error, PenstockError):
             error = RequestError(f"the prompt could not be encoded: {type(error).__name__}: {error}")
-        self.abort(request.id, FinishReason.ERROR, error)
-
-    def _arm_deadlines(self, request: Request) -> None:
-        now, loop = self._clock(), asyncio.get_running_loop()
-        for deadline in {request.deadline, request.ttft_deadline}:
-            if deadline < float("inf"):
-                loop.call_later(max(0.0, deadline - now), self._expire)
+        reason = FinishReason.DEADLINE if isinstance(error, DeadlineExceeded) else FinishReason.ERROR
+        self.abort(request.id, reason, error)
 
     # Steps.
 
@@ -178,10 +194,10 @@ class EngineCore:
 
     async def _rest(self) -> None:
         """Wait without using the CPU until something arrives, then for the burst to pause."""
-        self._publish()
         self._busy_since = None
         self._tidy()
         while not self.scheduler.has_work and not (self._stopping and not self._requests):
+            self._publish()
             self._wake.clear()
             await self._wake.wait()
             await self._coalesce()
@@ -198,7 +214,8 @@ class EngineCore:
         """Nothing could run although work is there: wait for news, at most a moment."""
         if self.scheduler.has_work:
             self._wake.clear()
-            await asyncio.wait({asyncio.ensure_future(self._wake.wait())}, timeout=0.05)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 0.05)
 
     def _tidy(self) -> None:
         if self._runner.memory_usage() > self._config.gc_threshold:
@@ -209,11 +226,6 @@ class EngineCore:
             error = ExecutionError(f"the step failed: {type(error).__name__}: {error}")
         self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=str(error))
         return self.scheduler.fail(plan, error)
-
-    def _expire(self) -> None:
-        self._unpublished += self.scheduler.expire(self._clock())
-        self._publish()
-        self._wake.set()
 
     def _account_started(self) -> None:
         now = self._clock()
@@ -260,14 +272,14 @@ class EngineCore:
             return
         try:
             delta = request.collector.push(index, event)
-        except Exception as error:
-            self._end(request, FinishReason.ERROR, _text_fault(error), wakeups)
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
+            self._end(request, FinishReason.ERROR, text_fault(error), wakeups)
             return
         self._time_tokens(request, event, now)
         if request.collector.streams:
             request.channel.put(delta, wakeups)
         if delta.finished:
-            self._retire(request.sequences[index])
+            self._retire(request.sequences[index], FinishReason.STOP)
         if request.collector.done:
             self._complete(request, request.collector, wakeups)
 
@@ -281,10 +293,10 @@ class EngineCore:
             self._metrics.record("inter_token_latency", (now - request.last_token) / len(event.tokens))
         request.last_token = now
 
-    def _retire(self, sequence: Sequence) -> None:
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
         """Stop listening to a sequence; one that still runs (a stop string ended it) is taken out of the scheduler."""
         self._owners.pop(sequence.id, None)
-        self._unpublished += self.scheduler.abort(sequence.id)
+        self._unpublished += self.scheduler.finish(sequence.id, reason)
 
     def _complete(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
         output = self._output(request)
@@ -297,28 +309,33 @@ class EngineCore:
     def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
         """End a request that did not complete, with what it has so far."""
         for sequence in request.sequences:
-            self._retire(sequence)
-        for delta in request.collector.close(reason) if request.collector else [_last_word(request, reason)]:
+            self._retire(sequence, reason)
+        for delta in request.collector.close(reason) if request.collector else [last_word(request, reason)]:
             request.channel.put(delta, wakeups)
         output = self._output(request)
         status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
-        self._close(request, status, output, error or _ending_error(request, reason, output), wakeups)
+        error = error or ending_error(request, reason, output)
+        if output is not None:
+            output.error = str(error)
+        self._close(request, status, output, error, wakeups)
 
     def _output(self, request: Request) -> RequestOutput | None:
-        if request.collector is None:
-            return None
-
-        def since(moment: float | None) -> float | None:
-            return None if moment is None else moment - request.arrival
-        times = RequestMetrics(since(request.started), since(request.first_token), self._clock() - request.arrival)
-        return request.collector.output(times)
+        return None if request.collector is None else request.collector.output(times_of(request, self._clock()))
 
     def _close(
-        self, request: Request, status: RequestStatus, output: RequestOutput | None, error: Exception | None, wakeups: Wakeups
+        self,
+        request: Request,
+        status: RequestStatus,
+        output: RequestOutput | None,
+        error: Exception | None,
+        wakeups: Wakeups,
     ) -> None:
         self._requests.pop(request.id, None)
+        self._alarms.clear(request.id)
+        if (encoded := self._encoding.pop(request.id, None)) is not None:
+            encoded.cancel()
         self._door.release(request)
-        self._metrics.totals["requests"] += 1
+        self._metrics.count("requests", 1)
         request.channel.end(status, output, error, wakeups)
         self._log.debug("request ended", request_id=request.id, status=status.value)
 
@@ -328,17 +345,3 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:
         return  # the loop is closed: the engine has ended every request already
-
-
-def _last_word(request: Request, reason: FinishReason) -> Delta:
-    return Delta(request_id=request.id, finish_reason=reason.value)
-
-
-def _text_fault(error: Exception) -> PenstockError:
-    return RequestError(f"the output could not be turned into text: {type(error).__name__}: {error}")
-
-
-def _ending_error(request: Request, reason: FinishReason, output: RequestOutput | None) -> PenstockError:
-    if reason is FinishReason.DEADLINE:
-        return DeadlineExceeded(f"request {request.id} passed its deadline", output)
-    return RequestAborted(f"request {request.id} was aborted", output)

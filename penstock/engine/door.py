@@ -32,7 +32,13 @@ class Door:
     """Admits requests to one model. `tokenizer` is the engine thread's own copy; None serves token ids only."""
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, capacity: int, tokenizer: Any, pool: TokenizerPool, admission: Admission
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        capacity: int,
+        tokenizer: Any,
+        pool: TokenizerPool,
+        admission: Admission,
     ) -> None:
         self._config = config
         self._spec = spec
@@ -56,12 +62,12 @@ class Door:
         return done
 
     def enroll(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
-        """Give the request its collector and sequences. Raises `RequestError`, `RequestTooLarge`, `DeadlineExceeded`."""
+        """Give the request its collector and sequences. Raises `RequestError`, `DeadlineExceeded`."""
         text, ids, bad_words = encoded
         if now >= min(request.deadline, request.ttft_deadline):
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
-        self._check_vocabulary(ids)
         params = self._resolve(request.params, len(ids), bad_words)
+        self._check_vocabulary(ids)  # after the length: looking at a million ids holds the interpreter lock
         self._admission.adjust(len(ids) - request.reserved_tokens)
         request.reserved_tokens = len(ids)
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
@@ -100,7 +106,9 @@ class Door:
             )
         return dataclasses.replace(params, max_tokens=wanted, bad_words=bad_words)
 
-    def _sequences(self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int]) -> list[Sequence]:
+    def _sequences(
+        self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int]
+    ) -> list[Sequence]:
         assert params.max_tokens is not None
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids

@@ -102,7 +102,9 @@ class RequestHandle:
     async def __aenter__(self) -> RequestHandle:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.cancel()
 
     @contextlib.contextmanager

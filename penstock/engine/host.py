@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from penstock.engine.channel import RequestStatus, Wakeups
 from penstock.engine.core import EngineCore
 from penstock.engine.request import Request
-from penstock.errors import EngineClosed, PenstockError
+from penstock.errors import EngineClosed, ExecutionError, PenstockError
 
+T = TypeVar("T")
 Action = Callable[[EngineCore], None]
 Boot = Callable[[ThreadPoolExecutor], Awaitable[EngineCore]]
 
@@ -29,15 +31,39 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
+class _Worker(ThreadPoolExecutor):
+    """The model's thread. What asyncio cannot carry to the engine's loop, or takes for its own, arrives as an error.
+
+    A `StopIteration` would never arrive at all (Python 3.11), a `CancelledError` or `SystemExit` end the engine.
+    """
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """As any executor's."""
+        return super().submit(_contained, fn, *args, **kwargs)
+
+
+def _contained(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    try:
+        return fn(*args, **kwargs)
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise
+        raise ExecutionError(f"the model raised {type(error).__name__}: {error}") from error
+
+
 class Host:
     """Runs one `EngineCore`, made by `boot` on the model's worker thread."""
 
     def __init__(self, boot: Boot) -> None:
         self._boot = boot
-        self._loop = new_event_loop()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="penstock-model")
+        self._worker = _Worker(1, thread_name_prefix="penstock-model", initializer=self._join_family)
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
-        self._lock = threading.Lock()  # guards _closed against a post that would never run
+        self._family: set[int] = set()  # threads that the engine's end waits for
+        # Guards the flags against a post that would never run. Reentrant, because what is allocated under it may set
+        # off the garbage collector, whose finalizers abort requests, which posts.
+        self._lock = threading.RLock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
         self._closed = False
         self._core: EngineCore | None = None
         self._early: list[tuple[Action, Request | None]] = []
@@ -45,24 +71,35 @@ class Host:
         self.error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin to boot; returns at once."""
-        self._thread.start()
+        """Begin to boot; returns at once. From any thread, any number of times; after `stop` it does nothing."""
+        with self._lock:
+            if self._loop is None and not self._closed:
+                self._loop = new_event_loop()
+                self._thread.start()
 
     def wait_ready(self) -> None:
-        """Block until the model is loaded. Raises what went wrong."""
-        self._settled.wait()
+        """Block until the model is loaded. Raises what went wrong, or `EngineClosed`."""
+        if self.started:
+            self._settled.wait()
         if self.error is not None:
             raise self.error
+        if not self.ready:
+            raise EngineClosed("the engine was stopped: create a new one")
 
     @property
     def started(self) -> bool:
-        """Whether `start()` was called."""
-        return self._thread.ident is not None
+        """Whether the engine's thread was started."""
+        return self._loop is not None
 
     @property
     def ready(self) -> bool:
         """Whether the model is loaded and requests are being served."""
         return self._core is not None and not self._closed
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that the engine's thread has taken over and that have not ended."""
+        return 0 if self._core is None else self._core.num_requests
 
     @property
     def closed(self) -> bool:
@@ -72,21 +109,32 @@ class Host:
     def post(self, action: Action, request: Request | None = None) -> None:
         """Run `action` on the engine's thread, after booting. Raises `EngineClosed`.
 
-        `request` is ended with the error should booting fail.
+        `request` is what the action brings in, if anything: it is refused once the engine stops, and ended with the
+        error should booting fail.
         """
         with self._lock:
-            if self._closed:
-                raise EngineClosed("the engine was stopped") from self.error
+            if self._loop is None or self._closed or (self._stopping and request is not None):
+                raise EngineClosed("the engine was stopped: create a new one") from self.error
             self._loop.call_soon_threadsafe(self._act, action, request)
 
     def stop(self, drain_s: float) -> None:
-        """Serve what was accepted for at most `drain_s` seconds, end the rest, join the threads."""
+        """Serve what was accepted for at most `drain_s` seconds, end the rest, join the threads.
+
+        On a thread of the engine's own (an engine may be collected as garbage on any) it waits for nothing: the loop
+        ends by itself after the step.
+        """
+        with self._lock:
+            self._stopping = True
+            if self._loop is None:
+                self._closed = True
+                return
         self._try_post(lambda core: core.stop())
-        if threading.current_thread() is self._thread:
-            return  # collected as garbage there: the loop ends by itself
-        self._thread.join(drain_s)
+        own = threading.get_ident() in self._family
+        if not own:
+            self._thread.join(min(drain_s, threading.TIMEOUT_MAX))
         if self._thread.is_alive():
             self._try_post(lambda core: core.abort_all())
+        if not own:
             self._thread.join()
 
     def _try_post(self, action: Action) -> None:
@@ -101,8 +149,14 @@ class Host:
         else:
             action(self._core)
 
+    def _join_family(self) -> None:
+        self._family.add(threading.get_ident())
+
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+        self._join_family()
+        loop = self._loop
+        assert loop is not None
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
             try:
                 runner.run(self._serve())
             finally:

@@ -63,7 +63,6 @@ class InferenceEngine:
         self._pid = os.getpid()
         self._host = Host(_booter(model, tokenizer, self.config, self._admission, self._metrics, self._log, self._parts))
         self._callbacks = Callbacks(_failer(self._host))
-        self._started = False
         self._finalizer = weakref.finalize(self, _shut_down, self._host, self._callbacks, self._parts)
 
     # Generation.
@@ -130,8 +129,7 @@ class InferenceEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request with what it has so far; unknown and ended ids are ignored."""
-        if self._started and not self._host.closed:
-            _post(self._host, lambda core: core.abort(request_id))
+        _post(self._host, lambda core: core.abort(request_id))
 
     def get_request_status(self, request_id: str) -> RequestStatus | None:
         """How far a request has come; None for an unknown id."""
@@ -152,9 +150,7 @@ class InferenceEngine:
 
     def stop(self, drain: float = 30.0) -> None:
         """Serve what was accepted for at most `drain` seconds, abort the rest, free everything. Harmless twice."""
-        if self._started:
-            self._host.stop(drain)
-        self._started = True
+        self._host.stop(drain)
         self._finalizer()
 
     async def aclose(self, drain: float = 30.0) -> None:
@@ -187,7 +183,7 @@ class InferenceEngine:
         parts = self._parts[0] if self._parts and not self._host.closed else None
         return {
             "engine_status": self._status(),
-            "queue": parts.scheduler.stats() if parts else {"num_waiting": 0, "num_running": 0},
+            "queue": self._queue_stats(parts),
             "cache_info": parts.cache.stats() if parts else {"num_entries": 0, "total_size": 0},
             "performance_metrics": self._metrics.summaries(),
             "totals": dict(self._metrics.totals),
@@ -206,19 +202,26 @@ class InferenceEngine:
         runner.trim_memory()
         return {"before": before, "after": runner.memory_usage()}
 
+    def _queue_stats(self, parts: Parts | None) -> dict[str, int]:
+        """Sequences as the scheduler counts them; requests that have not ended; what is held of the waiting room."""
+        return {
+            **(parts.scheduler.stats() if parts else {"num_waiting": 0, "num_running": 0}),
+            "num_requests": self._host.num_requests,
+            "num_queued_requests": self._admission.num_requests,
+            "num_queued_tokens": self._admission.num_tokens,
+        }
+
     def _status(self) -> str:
         if self._host.error is not None:
             return "failed"
-        if self._host.closed or not self._started:
+        if self._host.closed or not self._host.started:
             return "stopped"
         return "running" if self._host.ready else "loading"
 
     def _boot(self) -> None:
         if self._pid != os.getpid():
             raise EngineClosed("this engine was made before os.fork(): make a new one in the child process")
-        if not self._started:
-            self._started = True
-            self._host.start()
+        self._host.start()
 
     def _request(
         self,
@@ -317,8 +320,7 @@ def _booter(
 
 
 def _shut_down(host: Host, callbacks: Callbacks, parts: list[Parts]) -> None:
-    if host.started:
-        host.stop(0.0)
+    host.stop(0.0)
     callbacks.close()
     for part in parts:
         part.close()

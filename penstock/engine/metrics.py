@@ -30,11 +30,18 @@ class Series:
 
     def summary(self) -> dict[str, float]:
         """count, mean, min, max, latest and percentiles; empty when nothing was recorded."""
-        values = sorted(self._values.tolist())
-        if not values:
+        recorded = self._values.tolist()  # one copy: the engine's thread records meanwhile
+        if not recorded:
             return {}
-        latest = self._values[(self.count - 1) % WINDOW]
-        found = {"count": self.count, "mean": sum(values) / len(values), "min": values[0], "max": values[-1], "latest": latest}
+        values = sorted(recorded)
+        latest = recorded[(self.count - 1) % len(recorded)]
+        found = {
+            "count": self.count,
+            "mean": sum(values) / len(values),
+            "min": values[0],
+            "max": values[-1],
+            "latest": latest,
+        }
         return found | {f"p{q}": _percentile(values, q) for q in (50, 90, 95, 99)}
 
 
@@ -92,6 +99,11 @@ class Metrics:
         """Add one value to a series."""
         if self.enabled:
             self._series[name].record(value)
+
+    def count(self, name: str, amount: int) -> None:
+        """Add to a total."""
+        if self.enabled:
+            self.totals[name] += amount
 
     def step(self, rows: int, tokens: int, generated: int, seconds: float) -> None:
         """Account for one step: how many rows, tokens through the model, tokens drawn, and how long it took."""

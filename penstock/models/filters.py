@@ -82,8 +82,8 @@ def nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
     """Top-p [1] without sorting the row: keep the fewest greatest weights whose sum reaches top_p of the row's.
 
     weights float32 [R, V] in [0, 1]; top_p float64 [R], 1 keeps all. Sums are float64. A histogram of the mass finds
-    the narrow band of weights in which the sum is reached, and only the band is sorted. Of equal weights the last
-    tokens are kept, as in transformers. [1] Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
+    the narrow band of weights in which the sum is reached, and only the band is sorted. Of equal weights the first
+    tokens are kept. [1] Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
     """
     band = ((_BITS_OF_ONE - weights.view(torch.int32)) >> _BAND_BITS).clamp_(0, _NUM_BANDS - 1)
     mass = torch.zeros(len(weights), _NUM_BANDS, dtype=torch.float64, device=weights.device)
@@ -108,4 +108,4 @@ def _members(weights: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.zeros_like(values, dtype=torch.int64)
     values[row, column] = weights[row, token]
     tokens[row, column] = token
-    return in_order(values, tokens, last_first=True)
+    return in_order(values, tokens)

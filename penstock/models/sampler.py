@@ -94,6 +94,7 @@ class Sampler:
         order. A row whose processor fails, whose rules leave no token (both `RequestError`) or whose logits are not
         numbers (`ExecutionError`) carries its error and hurts nobody else.
         """
+        assert len(logits) == len(rows)
         results: list[RowResult] = []
         for chunk in self._chunks(logits):
             results += self._sample_chunk(logits[chunk], rows[chunk])
@@ -106,7 +107,7 @@ class Sampler:
         logits [end - start, V], of every position of the row. `sampled` repeats `logprob`: nothing was sampled.
         """
         num_scored = max(0, min(row.end, row.prompt_len - 1) - row.start)
-        tokens = torch.tensor(row.tokens[row.start + 1 : row.start + 1 + num_scored], dtype=torch.int64)
+        tokens = torch.tensor(list(row.tokens[row.start + 1 : row.start + 1 + num_scored]), dtype=torch.int64)
         scored: list[TokenLogprobs] = []
         logits = logits[:num_scored]
         for chunk in self._chunks(logits):
@@ -127,7 +128,7 @@ class Sampler:
         weights = raw.weights()
         choice = Choice.none(len(rows), logits.device)
         errors: dict[int, RequestError] = {}
-        for group, members in _grouped(rows).items():
+        for group, members in _grouped(rows, raw.size).items():
             index = torch.tensor(members, device=logits.device)
             some = [rows[i] for i in members]
             seen = raw if len(members) == len(rows) else raw.take(index)
@@ -150,28 +151,30 @@ class Sampler:
         return known
 
 
-def _grouped(rows: Sequence[Row]) -> dict[Group, list[int]]:
+def _grouped(rows: Sequence[Row], size: int) -> dict[Group, list[int]]:
     groups: dict[Group, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        groups[_group(row)].append(i)
+        groups[_group(row, size)].append(i)
     return groups
 
 
-def _group(row: Row) -> Group:
+def _group(row: Row, size: int) -> Group:
     p = row.params
     ruled = rules.has_rules(row)
     if p.greedy:
         return Group(Way.GREEDY, ruled, False, 0)
     if p.top_k:
-        return Group(Way.TOP_K, ruled, False, _width(p.top_k))
+        return Group(Way.TOP_K, ruled, False, _width(p.top_k, size))
     plain = not ruled and p.temperature == 1
     if p.top_p < 1:
-        return Group(Way.NUCLEUS, ruled, plain, _NUM_CANDIDATES)
+        return Group(Way.NUCLEUS, ruled, plain, _width(0, size))
     return Group(Way.MIN_P if p.min_p else Way.WHOLE, ruled, plain, 0)
 
 
-def _width(top_k: int) -> int:
+def _width(top_k: int, size: int) -> int:
     """Room for the top-k and for ties with its last one, in powers of 2 so that groups stay few."""
+    if size <= _MOST_CANDIDATES:
+        return size
     width = max(_NUM_CANDIDATES, 1 << (top_k + top_k // 2).bit_length())
     return width if width <= _MOST_CANDIDATES else 0
 
@@ -220,8 +223,7 @@ def _draw_from_few(
     seen: Vocabulary, weights: Weights | None, p: Filters, uniforms: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """The same from the `width` greatest logits, where nothing else is kept, and from the vocabulary elsewhere."""
-    width = min(width, seen.size)
-    logits, tokens = in_order(*seen.candidates(width), last_first=True)
+    logits, tokens = in_order(*seen.candidates(width))
     total = torch.ones_like(uniforms) if weights is None else weights.total
     kept, sure = filter_candidates(logits, seen.peak, total, p)
     token, mass = draw_from_candidates(tokens, kept, uniforms)

@@ -5,6 +5,8 @@ Owns the memory; knows nothing of sequences, reference counts or prefixes (that 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,8 +39,8 @@ class KVStorage:
         self.block_size = block_size
         slots = num_blocks * block_size
         try:
-            self.keys = [torch.zeros(slots, s.heads, s.key_dim, dtype=s.dtype, device=device) for s in shapes]
-            self.values = [torch.zeros(slots, s.heads, s.value_dim, dtype=s.dtype, device=device) for s in shapes]
+            self.keys = [_zeros((slots, s.heads, s.key_dim), s.dtype, device) for s in shapes]
+            self.values = [_zeros((slots, s.heads, s.value_dim), s.dtype, device) for s in shapes]
         except (RuntimeError, MemoryError) as error:
             wanted = slots * sum(s.bytes_per_token for s in shapes)
             raise OutOfMemory(
@@ -59,3 +61,14 @@ class KVStorage:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer."""
         return self.keys[index], self.values[index]
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that cost no host memory until they are written: fresh pages of the operating system.
+
+    Padding reads slots that nothing wrote, so they must be finite.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)

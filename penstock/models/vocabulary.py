@@ -126,7 +126,7 @@ class Vocabulary:
         """The `count` greatest logits [R, count], descending, and their tokens; of equal ones the first tokens."""
         width = min(self.size, count + BLOCK)
         while True:
-            logits, tokens = in_order(*self.candidates(width), last_first=False)
+            logits, tokens = in_order(*self.candidates(width))
             if width == self.size or bool((logits[:, -1] < logits[:, max(count - 1, 0)]).all()):
                 return logits[:, :count], tokens[:, :count]
             width = self.size
@@ -146,13 +146,12 @@ class Vocabulary:
         return [tuple(zip(t[:n], p[:n], r[:n], strict=True)) for t, p, r, n in columns]
 
 
-def in_order(logits: Tensor, tokens: Tensor, last_first: bool) -> tuple[Tensor, Tensor]:
-    """Sort candidates, float32 and int64 [R, W], by descending logit; equal ones by token, down if `last_first`.
+def in_order(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort candidates, float32 and int64 [R, W], by descending logit, then by ascending token.
 
-    One sort of 64-bit keys: the logit's bits, made to rise with its value, above the token's.
+    One sort of 64-bit keys: the logit's bits, made to rise with its value, above the token's, falling.
     """
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes one zero of two
     rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    low = tokens if last_first else _LOW_WORD - tokens
-    order = ((rising << 32) | low).argsort(-1, descending=True)
+    order = ((rising << 32) | (_LOW_WORD - tokens)).argsort(-1, descending=True)
     return logits.gather(1, order), tokens.gather(1, order)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -48,7 +50,7 @@ class Model(RuleBasedStateMachine):
     """Plays the engine and the executor."""
 
     @initialize(
-        num_blocks=st.integers(4, 64),
+        num_blocks=st.one_of(st.integers(4, 12), st.integers(4, 64)),
         block_size=st.integers(1, 8),
         batch=st.integers(1, 6),
         budget=st.integers(1, 40),
@@ -126,21 +128,15 @@ class Model(RuleBasedStateMachine):
         self.now += seconds
         self.take(self.scheduler.expire(self.now))
 
-    @precondition(lambda self: self.plan is None)
-    @rule(draft=st.lists(st.integers(0, 2), min_size=1, max_size=5))
-    def draft(self, draft):
-        for seq in list(self.scheduler.sequences()):
-            self.scheduler.offer(seq.id, draft)
-
     @rule(batch=st.integers(1, 6))
     def resize_the_batch(self, batch):
         self.config.max_batch_size = batch
 
     @precondition(lambda self: self.plan is None)
-    @rule()
-    def new_weights(self):
+    @rule(is_told=st.booleans())
+    def new_weights(self, is_told):
         self.version += 1
-        self.cache.reset(weight_version=self.version)
+        self.cache.reset(weight_version=self.version if is_told else None)
 
     @precondition(lambda self: self.plan is None)
     @rule()
@@ -165,6 +161,7 @@ class Model(RuleBasedStateMachine):
         logit_rows = 0
         for row in plan.rows:
             assert row.num_tokens > 0
+            assert row.end <= self.born[row.seq_id].max_len
             assert row.samples == (row.end >= len(row.tokens))
             assert row.end == len(row.tokens) + len(row.draft) or (not row.draft and row.end <= len(row.tokens))
             scoring = row.params.prompt_logprobs is not None and row.start + 1 < row.prompt_len
@@ -180,7 +177,20 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.plan is not None)
     @rule(data=st.data())
     def commit(self, data):
-        self.execute(self.plan, lambda options: data.draw(st.sampled_from(options)))
+        self.execute(self.plan, data.draw(st.randoms(use_true_random=False)).choice)
+
+    @precondition(lambda self: self.plan is None and self.scheduler.has_work)
+    @rule(rng=st.randoms(use_true_random=False), count=st.integers(1, 8))
+    def run_steps(self, rng, count):
+        for _ in range(count):
+            for seq in self.scheduler.sequences():
+                if rng.random() < 0.5:
+                    self.scheduler.offer(seq.id, [rng.randrange(3) for _ in range(rng.randint(1, 5))])
+            self.now += 0.1
+            self.make_plan()
+            if self.plan is not None:
+                self.execute(self.plan, rng.choice)
+            self.blocks_are_conserved()
 
     def execute(self, plan: StepPlan, choose) -> None:
         self.slots.copy(plan.copies)
@@ -283,8 +293,51 @@ class Model(RuleBasedStateMachine):
 
 TestScheduler = Model.TestCase
 TestScheduler.settings = settings(
-    max_examples=60,
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+def burst(model: Model, rng: random.Random) -> None:
+    """Add requests at random, most of them alike."""
+    for _ in range(rng.randint(1, 5)):
+        model.add(
+            start=rng.choice([[], [0] * 8, [0] * 8, [0, 1, 2] * 5]),
+            suffix=[rng.randrange(3) for _ in range(rng.randint(1, 12))],
+            namespace=rng.choice(["", "", "", "tenant"]),
+            n=rng.choice([1, 1, 2, 4]),
+            priority=rng.choice(list(RequestPriority)),
+            new=rng.randint(1, 20),
+            deadline=rng.choice([math.inf] * 5 + [5.0]),
+            ttft=rng.choice([math.inf] * 9 + [2.0]),
+            prompt_logprobs=rng.choice([None] * 5 + [0]),
+        )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_crowds_share_and_preempt_without_harm(seed: int) -> None:
+    """Denser traffic than the machine comes up with: full batches, scarce blocks, many siblings."""
+    rng, model = random.Random(seed), Model()
+    model.start(
+        num_blocks=rng.randint(12, 40),
+        block_size=rng.randint(1, 6),
+        batch=rng.randint(3, 10),
+        budget=rng.randint(4, 60),
+        caching=rng.random() < 0.8,
+        max_cached=rng.choice([None, None, 2]),
+        logit_rows=rng.choice([None, None, 12]),
+    )
+    for _ in range(12):
+        burst(model, rng)
+        model.run_steps(rng, rng.randint(1, 12))
+        model.make_plan()
+        if model.plan is not None:
+            for _ in range(rng.choice([0, 0, 1])):
+                model.end_from_outside(rng.randrange(50), FinishReason.ABORT)
+            model.time_passes(rng.random())
+            model.fail() if rng.random() < 0.1 else model.execute(model.plan, rng.choice)
+        if rng.random() < 0.1:
+            model.new_weights(rng.random() < 0.5)
+    model.teardown()

@@ -14,7 +14,6 @@ from penstock.engine.stops import StopStrings
 from penstock.engine.textstream import TextStream
 from tests.tokenizers_for_tests import byte_fallback, byte_level, in_context
 
-
 TOKENIZERS = {
     "byte level": byte_level(),
     "byte fallback": byte_fallback(),

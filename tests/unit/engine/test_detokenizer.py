@@ -120,15 +120,16 @@ def test_two_requests_of_one_tokenizer_do_not_mix() -> None:
         decoders.BPEDecoder("</w>"),
         decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
         decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+        decoders.Sequence([decoders.Metaspace(), decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
     ],
-    ids=["word pieces", "metaspace", "word ends", "metaspace with bytes", "no strip"],
+    ids=["word pieces", "metaspace", "word ends", "metaspace with bytes", "no strip", "strip twice"],
 )
 def test_other_decoders_stream_exactly_too(decoder: Any) -> None:
     tokenizer = byte_fallback()
     tokenizer.backend_tokenizer.decoder = decoder
-    choose = random.Random(0)
+    choose, space = random.Random(0), tokenizer.get_vocab()["▁"]
     for _ in range(100):
-        ids = [choose.randrange(len(tokenizer)) for _ in range(30)]
+        ids = [choose.choice([space, choose.randrange(len(tokenizer))]) for _ in range(30)]
         assert "".join(stream(tokenizer, ids)) == decode(tokenizer, ids)
 
 
@@ -176,8 +177,13 @@ def test_known_tokens_of_a_known_decoder_are_not_decoded_again(monkeypatch: pyte
     tokenizer = byte_level()
     ids = tokenizer("the lake and the turbine", add_special_tokens=False)["input_ids"]
     stream(tokenizer, ids * 2)
-    calls: list[list[int]] = []
-    original = tokenizer.decode
-    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: calls.append(ids) or original(ids, **options))
+    original, num_calls = tokenizer.decode, 0
+
+    def counting(ids: list[int], **options: Any) -> str:
+        nonlocal num_calls
+        num_calls += 1
+        return str(original(ids, **options))
+
+    monkeypatch.setattr(tokenizer, "decode", counting)
     assert "".join(stream(tokenizer, ids * 10)) == "the lake and the turbine" * 10
-    assert len(calls) == 1  # the first token, whose text starts the stream
+    assert num_calls == 1  # for the first token, with which the text starts

@@ -33,7 +33,7 @@ def test_text_is_encoded_as_the_tokenizer_does(make: Callable[[], Any], add_spec
         assert encode_prompt(tokenizer, {"prompt": text}, add_special_tokens=add_special_tokens) == (text, expected)
 
 
-def test_truncation_padding_and_own_methods_of_a_tokenizer_are_respected() -> None:
+def test_truncation_and_padding_are_ignored_and_split_special_tokens_is_not() -> None:
     plain, changed = byte_level(), byte_level()
     changed.backend_tokenizer.enable_truncation(3)
     changed.backend_tokenizer.enable_padding(length=999)
@@ -191,7 +191,7 @@ def mixed_calls(number: int) -> list[tuple[Callable[..., Any], Any]]:
 def test_sixteen_threads_get_what_one_after_the_other_gives(make: Callable[[], Any]) -> None:
     tokenizer = make()
     calls = [call for number in range(640) for call in mixed_calls(number)]
-    expected = [fn(make(), argument) for fn, argument in calls[:200]] + [fn(tokenizer, arg) for fn, arg in calls[200:]]
+    expected = [fn(tokenizer, argument) for fn, argument in calls]
     pool, found = TokenizerPool(tokenizer), [None] * len(calls)
 
     def call_every_sixteenth(first: int) -> None:
@@ -209,28 +209,28 @@ def test_sixteen_threads_get_what_one_after_the_other_gives(make: Callable[[], A
 
 
 def test_no_two_threads_share_a_tokenizer() -> None:
-    tokenizer, both_busy = byte_level(), threading.Barrier(2)
-    pool = TokenizerPool(tokenizer, num_workers=2)
+    tokenizer, both_busy = byte_level(), threading.Barrier(2, timeout=60)
+    pool = TokenizerPool(tokenizer)
 
     def who(own: Any) -> tuple[str, int, int]:
         both_busy.wait()
         return threading.current_thread().name, id(own), id(own.backend_tokenizer)
 
     first, second = (future.result() for future in [pool.submit(who), pool.submit(who)])
-    pool.close()
     assert all(a != b for a, b in zip(first, second, strict=True))
     assert id(tokenizer) not in (first[1], second[1])
+    pool.close()
 
 
 def test_the_caller_may_change_the_tokenizer_and_keeps_its_state() -> None:
     tokenizer = byte_level()
-    full = tokenizer.encode(TEXT)
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    pool = TokenizerPool(tokenizer)
+    full, backend = tokenizer.encode(TEXT), tokenizer.backend_tokenizer
+    backend.enable_truncation(4)
+    pool, truncation = TokenizerPool(tokenizer), backend.truncation
     assert pool.submit(encode_prompt, TEXT).result() == (TEXT, full)
     tokenizer.add_tokens(["the"])
     assert pool.submit(encode_prompt, TEXT).result() == (TEXT, full)
-    assert tokenizer.backend_tokenizer.truncation["max_length"] == 4
+    assert backend.truncation == truncation
     pool.close()
 
 
@@ -245,8 +245,7 @@ def test_an_error_reaches_its_caller_and_the_worker_goes_on() -> None:
 def test_a_cancelled_call_is_not_made() -> None:
     pool, go, made = TokenizerPool(None, num_workers=1), threading.Event(), []
     busy = pool.submit(lambda _: go.wait())
-    waiting = pool.submit(lambda _: made.append(1))
-    last = pool.submit(lambda _: made.append(2))
+    waiting, last = (pool.submit(lambda _, number=number: made.append(number)) for number in (1, 2))
     assert waiting.cancel()
     go.set()
     last.result()

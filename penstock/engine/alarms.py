@@ -1,0 +1,46 @@
+"""`Alarms`: one timer per request with a deadline, so that it ends in time whatever the engine is busy with.
+
+A request may pass its deadline while its prompt is encoded, in the queue, or in the middle of a long step. Owns the
+timers and nothing else; belongs to the engine's loop. Called by `EngineCore`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from penstock.engine.request import Request
+
+
+class Alarms:
+    """Calls `ring(request)` once a request's time is over; times are seconds on `clock`."""
+
+    def __init__(self, clock: Callable[[], float], ring: Callable[[Request], None]) -> None:
+        self._clock = clock
+        self._ring = ring
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def set(self, request: Request) -> None:
+        """Watch a request; free for one without a deadline."""
+        due = _due(request)
+        if due < math.inf:
+            delay = max(0.0, due - self._clock())
+            self._timers[request.id] = asyncio.get_running_loop().call_later(delay, self._check, request)
+
+    def clear(self, request_id: str) -> None:
+        """Stop watching."""
+        if (timer := self._timers.pop(request_id, None)) is not None:
+            timer.cancel()
+
+    def _check(self, request: Request) -> None:
+        """Loops round times, so a timer may be early; and a first token turns one deadline into the other."""
+        if self._clock() < _due(request):
+            self.set(request)
+        else:
+            self._ring(request)
+
+
+def _due(request: Request) -> float:
+    has_begun = request.first_token is not None
+    return request.deadline if has_begun else min(request.deadline, request.ttft_deadline)

@@ -1,0 +1,42 @@
+"""What a request's reader is told at its end: last deltas, times, and the error that awaiting raises.
+
+Pure functions over a `Request`; they end nothing themselves. Called by `EngineCore`.
+"""
+
+from __future__ import annotations
+
+from penstock.engine.request import Request
+from penstock.errors import DeadlineExceeded, EngineClosed, PenstockError, RequestAborted, RequestError
+from penstock.outputs import Delta, RequestMetrics, RequestOutput
+from penstock.sequence import FinishReason
+
+
+def last_word(request: Request, reason: FinishReason) -> Delta:
+    """The last delta of a request that has no completions to ask for theirs."""
+    return Delta(request_id=request.id, finish_reason=reason.value)
+
+
+def times_of(request: Request, now: float) -> RequestMetrics:
+    """When things happened, in seconds since the request's arrival."""
+
+    def since(moment: float | None) -> float | None:
+        return None if moment is None else moment - request.arrival
+
+    return RequestMetrics(since(request.started), since(request.first_token), now - request.arrival)
+
+
+def text_fault(error: BaseException) -> PenstockError:
+    """The detokenizer failed."""
+    return RequestError(f"the output could not be turned into text: {type(error).__name__}: {error}")
+
+
+def ending_error(request: Request, reason: FinishReason, output: RequestOutput | None) -> PenstockError:
+    """The request ended early without a fault."""
+    if reason is FinishReason.DEADLINE:
+        return DeadlineExceeded(f"request {request.id} passed its deadline", output)
+    return RequestAborted(f"request {request.id} was aborted", output)
+
+
+def closing_error(error: BaseException | None) -> EngineClosed:
+    """The engine ended under the request: when told to, or because of `error`."""
+    return EngineClosed("the engine was stopped" if error is None else f"the engine failed: {error}")

@@ -1,0 +1,616 @@
+"""The step loop, driven on the test's own loop: a scripted model, a virtual clock, no threads, no waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from penstock.cache.manager import CacheManager
+from penstock.config import EngineConfig
+from penstock.engine.channel import Channel, RequestStatus, Wakeups
+from penstock.engine.core import EngineCore
+from penstock.engine.door import Door
+from penstock.engine.log import make_logger
+from penstock.engine.metrics import Metrics
+from penstock.engine.request import Request
+from penstock.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    ExecutionError,
+    RequestAborted,
+    RequestError,
+    RequestTooLarge,
+)
+from penstock.models.scripted import Script, ScriptedModel
+from penstock.outputs import Delta, RequestOutput
+from penstock.sampling import SamplingParams
+from penstock.scheduling.admission import Admission
+from penstock.scheduling.scheduler import Scheduler
+from penstock.step import Event, StepPlan, StepResult
+
+
+class LetterTokenizer:
+    """Token 0 is "a", token 1 is "b"; 30 cannot be decoded, 31 makes the tokenizer panic as Rust code does."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def convert_ids_to_tokens(self, ids: list[int], **options: Any) -> list[str]:
+        return [chr(97 + i) for i in ids]
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        if 30 in ids:
+            raise ValueError("no text for 30")
+        if 31 in ids:
+            raise Panic("index out of bounds")
+        return "".join(self.convert_ids_to_tokens(ids))
+
+
+class Panic(BaseException):
+    """What a panic in a Rust tokenizer arrives as: not an `Exception`."""
+
+
+class HeldPool:
+    """A tokenizer pool whose results come when the test says so."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        """A future that nobody works on."""
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+class BrokenPool:
+    """A tokenizer pool that was closed."""
+
+    def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Refuse."""
+        raise EngineClosed("the tokenizer workers were stopped")
+
+
+class TracedScheduler(Scheduler):
+    """Notes when it plans and commits."""
+
+    trace: list[str]
+
+    def plan(self, now: float) -> StepPlan:
+        self.trace.append("plan")
+        return super().plan(now)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        self.trace.append("commit")
+        return super().commit(plan, result)
+
+
+class TracedChannel(Channel):
+    """Notes when it is written to, and how often it ends."""
+
+    trace: list[str]
+
+    def put(self, delta: Delta, wakeups: Wakeups) -> None:
+        self.trace.append("publish")
+        super().put(delta, wakeups)
+
+    def end(self, *args: Any) -> None:
+        self.trace.append("end")
+        super().end(*args)
+
+
+class Rig:
+    """An engine core and everything that it needs; `now` is its clock."""
+
+    def __init__(self, script: Script = (5, 6, 7), pool: Any = None, **settings: Any) -> None:
+        self.config = EngineConfig(**{"batch_timeout_ms": 0, "block_size": 4, **settings})
+        self.model = ScriptedModel(script, vocab_size=32, max_length=64)
+        self.cache = CacheManager(32, 4)
+        self.scheduler = TracedScheduler(self.config, self.cache)
+        self.trace = self.scheduler.trace = []
+        self.admission = Admission(self.config)
+        self.metrics = Metrics()
+        self.now = 0.0
+        self.sleeps: list[float] = []
+        self.plans: list[StepPlan] = []
+        self.while_sleeping: Callable[[], None] = lambda: None
+        self.while_executing: Callable[[], None] = lambda: None
+        door = Door(self.config, self.model.spec, self.cache.capacity, LetterTokenizer(), pool, self.admission)
+        log = make_logger("CRITICAL")
+        self.core = EngineCore(
+            *(self.config, self.model, self.scheduler, door, self.execute, lambda: self.now, self.metrics, log),
+            sleep=self.sleep,
+        )
+
+    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Begin at once, as a thread does; end when the loop gets to it."""
+        self.trace.append("execute")
+        self.plans.append(plan)
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        loop.call_soon(self.finish_step, plan, future)
+        return future
+
+    def finish_step(self, plan: StepPlan, future: asyncio.Future[StepResult]) -> None:
+        """The model is done."""
+        self.while_executing()
+        self.trace.append("result")
+        self.now += 0.01
+        try:
+            future.set_result(self.model.execute(plan))
+        except Exception as error:
+            future.set_exception(error)
+
+    async def sleep(self, seconds: float) -> None:
+        """Time passes at once."""
+        self.sleeps.append(seconds)
+        self.now += seconds
+        self.while_sleeping()
+        await asyncio.sleep(0)
+
+    def submit(self, prompt: Any = (1, 2, 3), *, name: str = "a", max_tokens: int = 2, **options: Any) -> Channel:
+        """A request, as a caller's thread would hand it over; options are of `Request` and `SamplingParams`."""
+        times = {key: options.pop(key) for key in ("deadline", "ttft_deadline") if key in options}
+        channel = TracedChannel(name)
+        channel.trace = self.trace
+        prompt = list(prompt) if isinstance(prompt, tuple) else prompt
+        self.admission.reserve(1, 3)
+        params = SamplingParams(max_tokens=max_tokens, **options)
+        given = {"id": name, "prompt": prompt, "params": params, "channel": channel, "arrival": self.now}
+        self.core.submit(Request(**given, **times, reserved_tokens=3))
+        return channel
+
+    async def steps(self, count: int) -> None:
+        """Take some steps."""
+        for _ in range(count):
+            await self.core.step()
+
+    async def finish(self) -> None:
+        """Serve to the end."""
+        self.core.stop()
+        await asyncio.wait_for(self.core.run(), 30)
+
+    def is_clean(self) -> bool:
+        """Whether nothing is left of any request."""
+        free = self.cache.stats()["num_free_blocks"] == 32
+        empty = not self.scheduler.has_work and self.core.num_requests == 0
+        return free and empty and (self.admission.num_requests, self.admission.num_tokens) == (0, 0)
+
+
+async def drain(channel: Channel) -> list[Delta]:
+    """The deltas that are there already, without the error after them."""
+    found = []
+    while True:
+        try:
+            delta = await asyncio.wait_for(channel.take(), 5)
+        except Exception:
+            return found
+        if delta is None:
+            return found
+        found.append(delta)
+
+
+def ending(channel: Channel) -> RequestOutput | Exception:
+    """How a request ended."""
+    assert channel.ended
+    try:
+        return channel.outcome()
+    except Exception as error:
+        return error
+
+
+def ids_of(channel: Channel) -> list[int]:
+    """The tokens of a request that completed."""
+    return channel.outcome().outputs[0].token_ids
+
+
+async def test_events_are_published_while_the_next_step_executes() -> None:
+    rig = Rig()
+    rig.submit(max_tokens=2)
+    await rig.steps(2)
+    first = ["plan", "execute", "result", "commit"]
+    second = ["plan", "execute", "publish", "result", "commit"]
+    assert rig.trace == [*first, *second, "publish", "end"]
+
+
+async def test_last_event_is_published_at_once_when_no_step_follows() -> None:
+    rig = Rig()
+    channel = rig.submit(max_tokens=1)
+    await rig.steps(1)
+    assert channel.ended
+    assert ids_of(channel) == [5]
+
+
+async def test_step_without_work_runs_nothing() -> None:
+    rig = Rig()
+    assert not await rig.core.step()
+    assert rig.plans == []
+
+
+async def test_arrivals_during_a_step_join_the_next_one() -> None:
+    rig = Rig()
+    rig.submit(name="a", max_tokens=3)
+    left = ["b"]
+    rig.while_executing = lambda: left and rig.submit(name=left.pop())  # type: ignore[assignment,return-value]
+    await rig.steps(2)
+    assert [len(plan.rows) for plan in rig.plans] == [1, 2]
+
+
+async def test_burst_is_coalesced_into_one_step() -> None:
+    rig = Rig(batch_timeout_ms=50)
+    left = ["b", "c"]
+    rig.while_sleeping = lambda: left and rig.submit(name=left.pop(0))  # type: ignore[assignment,return-value]
+    running = asyncio.create_task(rig.core.run())
+    await asyncio.sleep(0)
+    rig.submit(name="a")
+    while not rig.plans:
+        await asyncio.sleep(0)
+    assert len(rig.plans[0].rows) == 3
+    assert len(rig.sleeps) == 3  # two arrivals, then the pause that ends the burst
+    rig.core.stop()
+    await running
+    assert rig.is_clean()
+
+
+async def test_burst_that_never_pauses_is_cut_off_by_the_timeout() -> None:
+    rig = Rig(batch_timeout_ms=20, max_batch_size=64)
+    rig.while_sleeping = lambda: rig.submit(name=f"r{len(rig.sleeps)}", max_tokens=1)  # type: ignore[assignment,return-value]
+    running = asyncio.create_task(rig.core.run())
+    await asyncio.sleep(0)
+    rig.submit(name="a")
+    while not rig.plans:
+        await asyncio.sleep(0)
+    assert len(rig.sleeps) in (20, 21)  # of a millisecond each, give or take a rounding
+    rig.while_sleeping = lambda: None
+    rig.core.stop()
+    await running
+
+
+async def test_full_batch_ends_the_burst() -> None:
+    rig = Rig(batch_timeout_ms=50, max_batch_size=2)
+    left = ["b", "c", "d", "e"]
+    rig.while_sleeping = lambda: left and rig.submit(name=left.pop(0))  # type: ignore[assignment,return-value]
+    running = asyncio.create_task(rig.core.run())
+    await asyncio.sleep(0)
+    rig.submit(name="a")
+    while not rig.plans:
+        await asyncio.sleep(0)
+    assert len(rig.sleeps) == 1
+    rig.core.stop()
+    await running
+
+
+async def test_without_batch_timeout_the_first_request_starts_at_once() -> None:
+    rig = Rig(batch_timeout_ms=0)
+    running = asyncio.create_task(rig.core.run())
+    await asyncio.sleep(0)
+    rig.submit(name="a")
+    while not rig.plans:
+        await asyncio.sleep(0)
+    assert rig.sleeps == []
+    rig.core.stop()
+    await running
+
+
+async def test_stop_string_ends_a_sequence_that_is_in_flight() -> None:
+    """The stop shows when step 3 is published, while step 4 executes with the sequence still in it."""
+    rig = Rig(script=[0, 1, 2, 3, 4, 5, 6])  # a b c d e f g
+    channel = rig.submit(max_tokens=7, stop="bc")
+    await rig.steps(4)
+    assert len(rig.plans) == 4
+    deltas = await drain(channel)
+    assert "".join(delta.text for delta in deltas) == "a"
+    assert [t for delta in deltas for t in delta.token_ids] == [0, 1, 2]
+    assert deltas[-1].finish_reason == "stop"
+    assert deltas[-1].stop_reason == "bc"
+    assert not await rig.core.step()
+    assert rig.is_clean()
+    assert rig.trace.count("end") == 1
+
+
+async def test_sequence_that_a_stop_string_ended_counts_as_stopped() -> None:
+    """It was counted as aborted: the scheduler was told to abort what still ran."""
+    rig = Rig(script=[0, 1, 2, 3, 4, 5, 6])
+    rig.submit(max_tokens=7, stop="bc")
+    await rig.finish()
+    stats = rig.scheduler.stats()
+    assert (stats["num_finished_stop"], stats["num_finished_abort"]) == (1, 0)
+
+
+async def test_failed_step_ends_its_batch_and_the_engine_serves_on() -> None:
+    rig = Rig(max_batch_size=1)
+    rig.model.fail_next(ValueError("boom"))
+    first, second = rig.submit(name="a"), rig.submit(name="b")
+    await rig.finish()
+    error = ending(first)
+    assert isinstance(error, ExecutionError)
+    assert "boom" in str(error)
+    assert ids_of(second) == [5, 6]
+    assert rig.trace.count("end") == 2
+    assert rig.is_clean()
+
+
+async def test_failed_step_keeps_its_own_error_type() -> None:
+    rig = Rig()
+    error = ExecutionError("CUDA fell off the bus")
+    rig.model.fail_next(error)
+    channel = rig.submit()
+    await rig.finish()
+    assert ending(channel) is error
+
+
+@pytest.mark.parametrize("bad", [30, 31])
+async def test_failing_detokenizer_fails_its_request_alone(bad: int) -> None:
+    """A tokenizer that failed to decode failed again for the last words, and took the whole engine with it."""
+    rig = Rig(script=lambda tokens, index: bad if tokens[0] == 9 else 1)
+    first, second = rig.submit((9, 1), name="a", max_tokens=3), rig.submit((2, 2), name="b", max_tokens=3)
+    await rig.finish()
+    error = ending(first)
+    assert isinstance(error, RequestError)
+    assert "could not be turned into text" in str(error)
+    assert first.status is RequestStatus.FAILED
+    assert second.outcome().text == "bbb"
+    assert rig.trace.count("end") == 2
+    assert rig.is_clean()
+
+
+async def test_request_with_a_broken_text_can_still_be_aborted() -> None:
+    """The abort asked for the held-back text, and the tokenizer's error went to whoever aborted."""
+    rig = Rig(script=[30])
+    channel = rig.submit(max_tokens=5)
+    await rig.steps(1)
+    rig.core.abort("a")
+    await rig.finish()
+    assert isinstance(ending(channel), RequestAborted)
+    assert rig.is_clean()
+
+
+async def test_tokenizer_that_panics_fails_its_request_alone() -> None:
+    """The panic is no `Exception`: it went to the loop's exception handler, and the request never ended."""
+    pool = HeldPool()
+    rig = Rig(pool=pool)
+    channel = rig.submit("text")
+    pool.futures[0].set_exception(Panic("index out of bounds"))
+    await rig.finish()
+    error = ending(channel)
+    assert isinstance(error, RequestError)
+    assert "could not be encoded: Panic" in str(error)
+    assert rig.is_clean()
+
+
+async def test_request_that_cannot_even_be_given_to_the_tokenizers_ends() -> None:
+    """A closed pool raised out of `submit`, and the request never ended."""
+    rig = Rig(pool=BrokenPool())
+    channel = rig.submit("text")
+    await rig.finish()
+    assert isinstance(ending(channel), EngineClosed)
+    assert rig.is_clean()
+
+
+async def test_aborted_while_encoding_is_never_scheduled() -> None:
+    pool = HeldPool()
+    rig = Rig(pool=pool)
+    channel = rig.submit("text")
+    rig.core.abort("a")
+    assert isinstance(ending(channel), RequestAborted)
+    assert pool.futures[0].cancelled()  # no worker needs to look at it any more
+    await rig.finish()
+    assert rig.plans == []
+    assert rig.is_clean()
+
+
+async def test_too_large_request_is_refused_with_the_numbers() -> None:
+    rig = Rig()
+    channel = rig.submit(tuple(range(30)), max_tokens=35)
+    await rig.finish()
+    error = ending(channel)
+    assert isinstance(error, RequestTooLarge)
+    assert "at most 34" in str(error)
+    assert rig.is_clean()
+
+
+async def test_length_is_looked_at_before_the_token_ids() -> None:
+    """The largest of a million ids was looked for first, which held the interpreter lock for 10 ms."""
+    rig = Rig()
+    channel = rig.submit((99,) * 65)  # too long, and outside the vocabulary of 32
+    await rig.finish()
+    assert isinstance(ending(channel), RequestTooLarge)
+
+
+async def test_second_request_with_a_running_id_is_refused_and_the_first_goes_on() -> None:
+    """Two threads with the same id: the second replaced the first in the books, which could not be aborted any more."""
+    rig = Rig()
+    first, second = rig.submit(name="a"), rig.submit(name="a")
+    assert isinstance(ending(second), RequestError)
+    await rig.finish()
+    assert ids_of(first) == [5, 6]
+    assert rig.is_clean()
+
+
+async def test_abort_ends_a_request_at_once_and_its_blocks_follow_with_the_step() -> None:
+    rig = Rig()
+    channel = rig.submit(max_tokens=20)
+    await rig.steps(2)
+    rig.while_executing = lambda: rig.core.abort("a")
+    await rig.core.step()
+    error = ending(channel)
+    assert isinstance(error, RequestAborted)
+    assert isinstance(error.output, RequestOutput)
+    assert error.output.generated_ids == [5, 6]
+    assert error.output.outputs[0].finish_reason == "abort"
+    assert error.output.error == str(error)
+    assert channel.status is RequestStatus.CANCELLED
+    assert rig.is_clean()
+
+
+async def test_abort_of_ended_and_unknown_requests_means_nothing() -> None:
+    rig = Rig()
+    channel = rig.submit()
+    await rig.finish()
+    rig.core.abort("a")
+    rig.core.abort("nobody")
+    assert ids_of(channel) == [5, 6]
+    assert rig.trace.count("end") == 1
+
+
+async def test_completions_of_one_request_end_it_together() -> None:
+    rig = Rig(script=lambda tokens, index: index)
+    channel = rig.submit(max_tokens=2, n=3)
+    await rig.steps(2)
+    assert [out.token_ids for out in channel.outcome().outputs] == [[0, 0], [1, 1], [2, 2]]
+    assert sorted(delta.index for delta in await drain(channel) if delta.finished) == [0, 1, 2]
+    assert rig.trace.count("end") == 1
+    assert rig.is_clean()
+
+
+async def test_deadline_in_the_queue_ends_a_request_that_never_ran() -> None:
+    rig = Rig(max_batch_size=1)
+    first = rig.submit(name="a", max_tokens=5)
+    await rig.steps(1)
+    second = rig.submit(name="b", deadline=0.025)
+    await rig.steps(3)
+    error = ending(second)
+    assert isinstance(error, DeadlineExceeded)
+    assert second.status is RequestStatus.FAILED
+    await rig.finish()
+    assert len(ids_of(first)) == 5
+    assert rig.is_clean()
+
+
+async def test_deadline_in_mid_stream_keeps_what_was_generated() -> None:
+    rig = Rig()
+    channel = rig.submit(max_tokens=20, deadline=0.025)  # steps end at 0.01, 0.02, 0.03
+    await rig.steps(4)
+    error = ending(channel)
+    assert isinstance(error, DeadlineExceeded)
+    assert isinstance(error.output, RequestOutput)
+    assert error.output.outputs[0].token_ids == [5, 6, 7]
+    assert error.output.outputs[0].finish_reason == "deadline"
+    deltas = await drain(channel)
+    assert deltas[-1].finish_reason == "deadline"
+    assert rig.is_clean()
+
+
+async def test_first_token_deadline_is_over_with_the_first_token() -> None:
+    rig = Rig(max_batch_size=1)
+    first = rig.submit(name="a", max_tokens=4, ttft_deadline=0.015)
+    await rig.steps(1)
+    second = rig.submit(name="b", max_tokens=4, ttft_deadline=0.015)
+    await rig.finish()
+    assert len(ids_of(first)) == 4
+    assert isinstance(ending(second), DeadlineExceeded)
+
+
+async def test_deadline_that_passed_while_encoding_says_so_in_the_last_delta() -> None:
+    """Its last delta had the finish reason "error"."""
+    rig = Rig()
+    rig.now = 5.0
+    channel = rig.submit(deadline=4.0)
+    await rig.finish()
+    assert isinstance(ending(channel), DeadlineExceeded)
+    assert (await drain(channel))[-1].finish_reason == "deadline"
+
+
+async def test_deadline_rings_while_the_prompt_is_still_encoded() -> None:
+    """Deadlines were watched only from the moment the prompt's tokens were known."""
+    pool = HeldPool()
+    rig = Rig(pool=pool)
+    channel = rig.submit("text", deadline=0.001)
+    rig.now = 1.0
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(channel.wait(), 5)
+    assert rig.is_clean()
+
+
+async def test_deadline_rings_in_the_middle_of_a_step() -> None:
+    """A sequence in the executing step was told only when the step had ended."""
+    rig = Rig()
+    channel = rig.submit(max_tokens=20, deadline=0.001)
+    rig.now = -1.0
+    held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    inline = rig.core.step()
+    rig.finish_step = lambda plan, future: held.add_done_callback(  # type: ignore[method-assign]
+        lambda _: future.set_result(rig.model.execute(plan))
+    )
+    step = asyncio.create_task(inline)
+    await asyncio.sleep(0)
+    rig.now = 1.0
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(channel.wait(), 5)
+    assert not step.done()
+    held.set_result(None)
+    await step
+    assert rig.is_clean()
+
+
+async def test_admission_is_given_back_when_a_request_starts() -> None:
+    rig = Rig(max_batch_size=1)
+    rig.submit(name="a")
+    rig.submit(name="b")
+    assert (rig.admission.num_requests, rig.admission.num_tokens) == (2, 6)
+    await rig.steps(1)
+    assert (rig.admission.num_requests, rig.admission.num_tokens) == (1, 3)
+
+
+async def test_totals_count_requests_and_tokens() -> None:
+    """Prompt tokens were never counted."""
+    rig = Rig()
+    rig.submit(name="a")
+    rig.submit(name="b")
+    await rig.finish()
+    assert rig.metrics.totals == {"requests": 2, "prompt_tokens": 6, "generated_tokens": 4, "steps": 2}
+
+
+async def test_candidates_are_shown_only_when_the_best_is_known() -> None:
+    rig = Rig(script=lambda tokens, index: index)
+    channel = rig.submit(max_tokens=2, best_of=3, n=1)
+    await rig.steps(1)
+    assert "publish" not in rig.trace
+    await rig.finish()
+    assert [delta.token_ids for delta in await drain(channel)] == [(0, 0)]
+
+
+async def test_run_ends_only_when_everything_accepted_is_served() -> None:
+    rig = Rig()
+    channels = [rig.submit(name=str(i), max_tokens=3) for i in range(5)]
+    await rig.finish()
+    assert all(ids_of(channel) == [5, 6, 7] for channel in channels)
+
+
+async def test_closing_ends_what_is_left_with_engine_closed() -> None:
+    rig = Rig()
+    channel = rig.submit(max_tokens=9)
+    await rig.steps(1)
+    rig.core.close(None)
+    assert isinstance(ending(channel), EngineClosed)
+    assert rig.core.num_requests == 0
+
+
+async def test_abort_all_ends_everything_with_the_given_error() -> None:
+    rig = Rig()
+    channels = [rig.submit(name=str(i)) for i in range(3)]
+    error = ExecutionError("weights are gone")
+    rig.core.abort_all(error)
+    assert all(ending(channel) is error for channel in channels)
+    await rig.finish()
+    assert rig.is_clean()
+
+
+async def test_waiting_for_room_leaves_no_tasks_behind() -> None:
+    """Each wait left a task that waited for the same wake-up until the loop was closed."""
+    rig = Rig(max_batch_size=1)
+    rig.submit(max_tokens=3)
+    before = asyncio.all_tasks()
+    starving = {"left": 3}
+    plan = rig.scheduler.plan
+
+    def starve(now: float) -> StepPlan:
+        starving["left"] -= 1
+        return StepPlan(()) if starving["left"] > 0 else plan(now)
+
+    rig.scheduler.plan = starve  # type: ignore[method-assign]
+    await rig.finish()
+    assert asyncio.all_tasks() <= before

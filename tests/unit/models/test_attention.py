@@ -1,0 +1,103 @@
+"""Paged attention over random ragged rows equals attention written out by hand for one query at a time."""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from penstock.models.attention import Options, PagedAttention
+from penstock.models.layout import StepLayout
+from penstock.models.storage import KVStorage, LayerShape
+from penstock.sampling import SamplingParams
+from penstock.step import Row
+
+BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
+
+
+def attend_by_hand(query: Tensor, keys: Tensor, values: Tensor, options: Options) -> Tensor:
+    """One position: query [H, D], keys and values [L, K, D]; the query is the last position of the context."""
+    if options.window is not None:
+        keys, values = keys[-options.window :], values[-options.window :]
+    out = []
+    for head in range(HEADS):
+        own = head // (HEADS // KV_HEADS)
+        scores = keys[:, own] @ query[head] * options.scaling
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        if options.sinks is not None:
+            scores = torch.cat([scores, options.sinks[head][None]])
+        weights = torch.softmax(scores, 0)[: len(keys)]
+        out.append(weights @ values[:, own])
+    return torch.stack(out)
+
+
+def ragged_rows(rng: random.Random) -> list[Row]:
+    """Six rows at random places of their sequences, blocks handed out in random order."""
+    blocks = list(range(64))
+    rng.shuffle(blocks)
+    rows = []
+    for number in range(6):
+        end = rng.randint(1, 30)
+        start = end - 1 if number % 2 else rng.randint(0, end - 1)
+        table = array("i", [blocks.pop() for _ in range(-(-end // BLOCK))])
+        rows.append(Row(number, [0] * end, start, end, table, True, SamplingParams(), end))
+    return rows
+
+
+OPTIONS = {
+    "plain": Options(0.3, None, None, None),
+    "window": Options(0.3, 5, None, None),
+    "softcap": Options(0.3, None, 2.0, None),
+    "sinks": Options(0.3, None, None, torch.linspace(-1, 2, HEADS)),
+    "everything": Options(0.3, 3, 2.0, torch.linspace(-1, 2, HEADS)),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_every_row_attends_to_its_own_context(kind: str, seed: int) -> None:
+    options, rows = OPTIONS[kind], ragged_rows(random.Random(seed))
+    generator = torch.Generator().manual_seed(seed)
+    shape = LayerShape(KV_HEADS, DIM, DIM, torch.float32)
+    storage = KVStorage([shape], 64, BLOCK, torch.device("cpu"))
+    for cache in storage.layer(0):
+        cache.copy_(torch.randn(cache.shape, generator=generator))
+    layout = StepLayout(tuple(rows), BLOCK, torch.device("cpu"))
+    count = len(layout.input_ids)
+    query = torch.randn(HEADS, count, DIM, generator=generator)
+    key, value = (torch.randn(KV_HEADS, count, DIM, generator=generator) for _ in range(2))
+    module = nn.Identity()
+    found = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, options)
+
+    keys, values = storage.layer(0)
+    place = 0
+    for row in rows:
+        slots = [row.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(row.end)]
+        assert torch.equal(keys[slots[row.start :]], key[:, place : place + row.num_tokens].transpose(0, 1))
+        for position in range(row.start, row.end):
+            seen = slots[: position + 1]
+            wanted = attend_by_hand(query[:, place], keys[seen], values[seen], options)
+            torch.testing.assert_close(found[place], wanted, rtol=1e-5, atol=1e-5)
+            place += 1
+
+
+def test_values_may_have_another_size_than_keys() -> None:
+    storage = KVStorage([LayerShape(KV_HEADS, DIM, 3, torch.float32)], 2, BLOCK, torch.device("cpu"))
+    row = Row(0, [0] * 5, 0, 5, array("i", [1, 0]), True, SamplingParams(), 5)
+    layout, module = StepLayout((row,), BLOCK, torch.device("cpu")), nn.Identity()
+    query, key, value = torch.randn(HEADS, 5, DIM), torch.randn(KV_HEADS, 5, DIM), torch.randn(KV_HEADS, 5, 3)
+    found = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, OPTIONS["plain"])
+    wanted = attend_by_hand(query[:, -1], key.transpose(0, 1), value.transpose(0, 1), OPTIONS["plain"])
+    torch.testing.assert_close(found[-1], wanted)
+
+
+def test_copied_blocks_hold_what_their_sources_held() -> None:
+    storage = KVStorage([LayerShape(1, 2, 2, torch.float32)] * 2, 4, BLOCK, torch.device("cpu"))
+    storage.layer(1)[0][:BLOCK] = 7.0
+    storage.copy_blocks([(0, 2)])
+    assert storage.layer(1)[0][2 * BLOCK : 3 * BLOCK].eq(7.0).all()
+    assert storage.layer(1)[0][BLOCK : 2 * BLOCK].eq(0.0).all()
