@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
-from penstock.errors import RequestError
+from penstock.errors import RequestError, RequestTooLarge
 
 # A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
@@ -228,10 +228,18 @@ class GenerationConfig:
         self.sampling_params()  # refuses bad values here, where the caller wrote them
 
     def sampling_params(self, prompt_len: int = 0, room: int | None = None) -> SamplingParams:
-        """The same wishes as `SamplingParams`, with `max_length` cut to `room` (new tokens that still fit)."""
+        """The same wishes as `SamplingParams`, with `max_length` cut to `room` (new tokens that still fit).
+
+        Raises `RequestTooLarge` when a prompt of `prompt_len` tokens uses up `max_length`.
+        """
         new = self.max_length - (prompt_len if self.length_mode == "total" else 0)
+        if prompt_len and new < 1:
+            raise RequestTooLarge(
+                f"the prompt has {prompt_len} tokens and max_length={self.max_length} leaves no room for output: "
+                'raise max_length, or count new tokens only with length_mode="new"'
+            )
         if room is not None:
-            new = max(1, min(new, room))
+            new = min(new, room)
         eos = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id or ())
         return SamplingParams(
             temperature=self.temperature if self.do_sample else 0.0,

@@ -12,9 +12,7 @@ from penstock.errors import ConfigurationError
 MOST_OF_FREE = 0.9
 
 
-def num_blocks(
-    config: EngineConfig, bytes_per_token: int, free_bytes: int, max_len: int, *, share: float = 1.0
-) -> int:
+def num_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int, max_len: int, *, share: float = 1.0) -> int:
     """Number of K/V blocks, at least one.
 
     `bytes_per_token` counts K and V of all layers; `free_bytes` is what the device has free; `max_len` is the most

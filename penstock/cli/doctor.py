@@ -80,8 +80,10 @@ def shown(name: str, value: Any) -> str:
     """A value with its unit, which its name ends with."""
     if value is None or value == []:
         return "none"
-    if isinstance(value, bool | str):
-        return {True: "yes", False: "no"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
     if isinstance(value, list):
         return "; ".join(", ".join(shown(key, item) for key, item in entry.items()) for entry in value)
     return next((show(value) for unit, show in UNITS.items() if name.endswith(f"_{unit}")), f"{value:,}")

@@ -58,8 +58,9 @@ def leaving_at_once() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        note("\ninterrupted while loading")
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            note("\ninterrupted")
+            sys.stdout.flush()
         os._exit(INTERRUPTED)
 
 

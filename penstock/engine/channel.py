@@ -7,9 +7,10 @@ nobody else anything. Written by the engine's thread, read from any thread or lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 from penstock.outputs import Delta, Logprob, RequestOutput
@@ -68,6 +69,12 @@ class Slot:
         )
 
 
+def hop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    """Call a function on another thread's loop. A closed loop has nobody left who would want it."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
+
+
 class Wakeups:
     """Futures to complete, grouped so that each consumer loop is entered once per step."""
 
@@ -80,12 +87,9 @@ class Wakeups:
             self._by_loop[waiter.get_loop()].append(waiter)
 
     def send(self) -> None:
-        """Wake everybody: one `call_soon_threadsafe` per loop. A closed loop has nobody left to wake."""
+        """Wake everybody: one hop per loop."""
         for loop, waiters in self._by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_complete, waiters)
-            except RuntimeError:
-                continue
+            hop(loop, _complete, waiters)
         self._by_loop.clear()
 
 

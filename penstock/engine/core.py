@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
 from penstock.config import EngineConfig
 from penstock.engine.alarms import Alarms
-from penstock.engine.channel import RequestStatus, Wakeups
+from penstock.engine.channel import RequestStatus, Wakeups, hop
 from penstock.engine.collector import Collector
 from penstock.engine.door import Door
 from penstock.engine.endings import closing_error, ending_error, last_word, text_fault, times_of
@@ -32,6 +33,8 @@ from penstock.step import Event, StepPlan, StepResult
 
 # How long an idle engine listens for the next arrival of a burst before it starts, in seconds.
 BURST_PAUSE_S = 0.001
+# Least time between two collections of garbage by an idle engine, in seconds.
+TIDY_PAUSE_S = 60.0
 Execute = Callable[[StepPlan], Awaitable[StepResult]]
 
 
@@ -68,6 +71,7 @@ class EngineCore:
         self._wake = asyncio.Event()
         self._stopping = False
         self._busy_since: float | None = None
+        self._next_tidy = -math.inf
         self._seq_ids = itertools.count()
 
     # Requests in.
@@ -89,7 +93,7 @@ class EngineCore:
             self._encoded(request, encoded)
             return
         loop = asyncio.get_running_loop()
-        encoded.add_done_callback(lambda f: _call_soon(loop, self._encoded, request, f))
+        encoded.add_done_callback(lambda f: hop(loop, self._encoded, request, f))
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None) -> None:
         """End a request from outside; unknown and ended ids are ignored."""
@@ -218,8 +222,11 @@ class EngineCore:
                 await asyncio.wait_for(self._wake.wait(), 0.05)
 
     def _tidy(self) -> None:
-        if self._runner.memory_usage() > self._config.gc_threshold:
+        """Give memory back, seldom: collecting garbage holds the interpreter lock, 0.1 s with torch loaded."""
+        now = self._clock()
+        if now >= self._next_tidy and self._runner.memory_usage() > self._config.gc_threshold:
             self._runner.trim_memory()
+            self._next_tidy = now + TIDY_PAUSE_S
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
         if not isinstance(error, PenstockError):
@@ -338,10 +345,3 @@ class EngineCore:
         self._metrics.count("requests", 1)
         request.channel.end(status, output, error, wakeups)
         self._log.debug("request ended", request_id=request.id, status=status.value)
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        return  # the loop is closed: the engine has ended every request already

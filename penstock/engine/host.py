@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Executor
 
 from penstock.engine.channel import RequestStatus, Wakeups
 from penstock.engine.core import EngineCore
 from penstock.engine.request import Request
-from penstock.errors import EngineClosed, ExecutionError, PenstockError
+from penstock.engine.worker import Worker
+from penstock.errors import EngineClosed, PenstockError
 
-T = TypeVar("T")
 Action = Callable[[EngineCore], None]
-Boot = Callable[[ThreadPoolExecutor], Awaitable[EngineCore]]
+Boot = Callable[[Executor], Awaitable[EngineCore]]
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -31,34 +30,13 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-class _Worker(ThreadPoolExecutor):
-    """The model's thread. What asyncio cannot carry to the engine's loop, or takes for its own, arrives as an error.
-
-    A `StopIteration` would never arrive at all (Python 3.11), a `CancelledError` or `SystemExit` end the engine.
-    """
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """As any executor's."""
-        return super().submit(_contained, fn, *args, **kwargs)
-
-
-def _contained(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    try:
-        return fn(*args, **kwargs)
-    except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, StopIteration):
-            raise
-        raise ExecutionError(f"the model raised {type(error).__name__}: {error}") from error
-
-
 class Host:
     """Runs one `EngineCore`, made by `boot` on the model's worker thread."""
 
     def __init__(self, boot: Boot) -> None:
         self._boot = boot
-        self._worker = _Worker(1, thread_name_prefix="penstock-model", initializer=self._join_family)
+        self._worker = Worker("penstock-model")
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
-        self._family: set[int] = set()  # threads that the engine's end waits for
         # Guards the flags against a post that would never run. Reentrant, because what is allocated under it may set
         # off the garbage collector, whose finalizers abort requests, which posts.
         self._lock = threading.RLock()
@@ -129,7 +107,7 @@ class Host:
                 self._closed = True
                 return
         self._try_post(lambda core: core.stop())
-        own = threading.get_ident() in self._family
+        own = threading.get_ident() in (self._thread.ident, self._worker.ident)
         if not own:
             self._thread.join(min(drain_s, threading.TIMEOUT_MAX))
         if self._thread.is_alive():
@@ -149,11 +127,7 @@ class Host:
         else:
             action(self._core)
 
-    def _join_family(self) -> None:
-        self._family.add(threading.get_ident())
-
     def _run(self) -> None:
-        self._join_family()
         loop = self._loop
         assert loop is not None
         with asyncio.Runner(loop_factory=lambda: loop) as runner:

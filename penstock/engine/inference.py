@@ -12,7 +12,7 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from types import TracebackType
 from typing import Any, Self
 
@@ -301,7 +301,7 @@ def _booter(
 ) -> Any:
     """What the host runs first. Holds no reference to the engine object, so that dropping it stops everything."""
 
-    async def boot(worker: ThreadPoolExecutor) -> EngineCore:
+    async def boot(worker: Executor) -> EngineCore:
         loop = asyncio.get_running_loop()
         made = await loop.run_in_executor(worker, assemble, model, tokenizer, config, admission, log)
         parts.append(made)

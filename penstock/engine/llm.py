@@ -5,6 +5,7 @@ A thin face over `InferenceEngine`: it owns no scheduling, sampling or caching.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from penstock.sampling import SamplingParams
 class LLM:
     """Offline generation with one model; loads it at once. Takes the keyword arguments of `EngineConfig` as well.
 
+    Explicit bytes (`memory_pool_size`) count more than `gpu_memory_utilization`.
     Raises `ConfigurationError` (a ValueError) for a bad model or setting, `OutOfMemory` (a RuntimeError).
     """
 
@@ -36,10 +38,11 @@ class LLM:
         swap_space: float = 4,
         **settings: Any,
     ) -> None:
+        bytes_given = not settings.keys().isdisjoint(("memory_pool_size", "kv_cache_bytes"))
         given = settings | {
             "seed": seed,
             "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": gpu_memory_utilization,
+            "gpu_memory_utilization": None if bytes_given else gpu_memory_utilization,
             "max_model_len": max_model_len,
             "swap_space": swap_space,
             "max_queue_size": settings.get("max_queue_size", 1_000_000),
@@ -62,7 +65,11 @@ class LLM:
         batch = _as_batch(prompts)
         params = _as_params(sampling_params, len(batch))
         handles = [self.engine.generate(prompt, p) for prompt, p in zip(batch, params, strict=True)]
-        return [handle.result() for handle in _progress(handles, use_tqdm)]
+        try:
+            return [handle.result() for handle in _progress(handles, use_tqdm)]
+        finally:
+            for handle in handles:  # whoever keeps the exception keeps this frame, and with it the handles
+                handle.cancel()
 
     def chat(self, messages: Any, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Generate the reply to a conversation (a list of messages), or to each of several."""
@@ -104,10 +111,9 @@ def _as_params(params: Any, count: int) -> list[Params]:
 
 
 def _progress(handles: list[RequestHandle], show: bool) -> Iterable[RequestHandle]:
-    if not show:
+    """A bar on a terminal only: making one sets the start method of `multiprocessing` for the whole program."""
+    if not show or sys.stderr is None or not sys.stderr.isatty():
         return handles
     from tqdm import tqdm
 
-    return tqdm(handles, desc="Processed prompts", unit="req", dynamic_ncols=True, disable=None)
-
-
+    return tqdm(handles, desc="Processed prompts", unit="req", dynamic_ncols=True)

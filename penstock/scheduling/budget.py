@@ -63,16 +63,15 @@ class Budget:
 
 
 class Step:
-    """What `plan` has come to so far. `is_tight` says that a running sequence had to give way for blocks."""
+    """What `plan` has come to so far."""
 
-    __slots__ = ("budget", "is_tight", "max_running", "now", "rows")
+    __slots__ = ("budget", "max_running", "now", "rows")
 
     def __init__(self, now: float, budget: Budget, max_running: int) -> None:
         self.now = now
         self.budget = budget
         self.max_running = max_running
         self.rows: list[Row] = []
-        self.is_tight = False
 
     def grant(self, seq: Sequence) -> int:
         """How many tokens this sequence gets; 0 for none."""

@@ -51,9 +51,11 @@ class AgingPolicy:
 
     def next_change(self, seq: Sequence, now: float) -> float:
         """When it next moves one tier up."""
-        when = seq.arrival + (self._boosts(seq, now) + 1) * self.boost_s
-        # A sum may round to a time at which the quotient is still one tier short.
-        return when if when > now else math.nextafter(now, math.inf)
+        boosts = self._boosts(seq, now)
+        when = seq.arrival + (boosts + 1) * self.boost_s
+        while self._boosts(seq, when) <= boosts:
+            when = math.nextafter(when, math.inf)  # the sum was rounded to just before the change
+        return when
 
     def rank(self, seq: Sequence) -> int:
         """The priority class."""

@@ -173,7 +173,7 @@ class Scheduler:
         for seq in list(self._roster.running):
             if outranked and seq.status is Status.RUNNING:
                 outranked = self._plan_above(step, self._roster.running.rank(seq))
-            if seq.status is Status.RUNNING:
+            if seq.status is Status.RUNNING and not seq.in_flight:  # a victim may have found room again
                 if is_decoding(seq):
                     step.budget.claim()
                 self._extend(step, seq)
@@ -206,8 +206,8 @@ class Scheduler:
         return False
 
     def _plan_waiting(self, step: Step) -> None:
-        """Start waiting sequences in their order, unless somebody has just given way for blocks."""
-        while not step.is_tight and (seq := self._roster.waiting.peek()) is not None and self._has_room(step, seq):
+        """Start waiting sequences in their order, until one has no room."""
+        while (seq := self._roster.waiting.peek()) is not None and self._has_room(step, seq):
             self._admit(step, seq)
 
     def _has_room(self, step: Step, seq: Sequence, leaving: SequenceOf[Sequence] = ()) -> bool:
@@ -236,7 +236,6 @@ class Scheduler:
             if seq.draft:
                 seq.draft = ()  # a guess is not worth anybody's blocks
                 continue
-            step.is_tight = True
             victim = next(self._roster.running.unplanned())
             if victim is seq:
                 self._preempt(seq, step.now)

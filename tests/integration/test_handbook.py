@@ -38,7 +38,7 @@ from tests.tokenizers_for_tests import byte_level
 
 PATIENCE_S = 30.0
 TOKENIZER = byte_level()
-IDS = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id}
+IDS = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id, "max_position_embeddings": 96}
 EOS = TOKENIZER.eos_token_id
 
 
@@ -298,6 +298,7 @@ def test_requests_come_from_many_threads(scripted: Make) -> None:
 
 # Status, failures, limits.
 
+
 def test_status_goes_from_queued_to_completed(scripted: Make) -> None:
     """004-30, 004-67."""
     engine, model = scripted(max_batch_size=1)
@@ -371,13 +372,14 @@ def test_critical_requests_are_processed_first(scripted: Make) -> None:
     served: list[str] = []
 
     def script(tokens: Any, index: int) -> int:
-        served.append(TOKENIZER.decode(list(tokens), skip_special_tokens=True))
+        served.append(str(TOKENIZER.decode(list(tokens), skip_special_tokens=True)))
         return int(EOS)
 
     engine, model = scripted(script, max_batch_size=1)
     hold_one(engine, model)
-    for text, priority in (("low", RequestPriority.LOW), ("normal", None), ("high", RequestPriority.HIGH)):
-        engine.submit_request(text, **({} if priority is None else {"priority": priority}))
+    engine.submit_request("low", priority=RequestPriority.LOW)
+    engine.submit_request("normal")
+    engine.submit_request("high", priority=RequestPriority.HIGH)
     run(PRIORITIES, engine=engine)
     wait_until(lambda: engine.get_stats()["queue"]["num_waiting"] == 5)
     model.release()
@@ -410,7 +412,7 @@ request_id = engine.submit_request(
 def tiny() -> Iterator[InferenceEngine]:
     """A live random model in an engine."""
     model = build("llama", vocab_size=len(TOKENIZER), **IDS)
-    engine = InferenceEngine(model, TOKENIZER, EngineConfig(max_batch_size=8, max_sequence_length=256))
+    engine = InferenceEngine(model, TOKENIZER, EngineConfig(max_batch_size=8))
     yield engine
     engine.stop(0.0)
 
@@ -418,7 +420,7 @@ def tiny() -> Iterator[InferenceEngine]:
 def test_custom_generation_parameters_are_honoured(tiny: InferenceEngine) -> None:
     """004-55 to 004-62: `max_length` counts new tokens, cut to what fits."""
     output = result_of(tiny, run(GENERATION, engine=tiny).request_id)
-    assert len(output.generated_ids) <= 256 - len(output.prompt_token_ids)
+    assert len(output.generated_ids) <= 96 - len(output.prompt_token_ids)
     everything = GenerationConfig(min_length=1, length_penalty=1.0, num_beams=1, pad_token_id=0, use_cache=True)
     assert (everything.max_length, everything.temperature, everything.top_k, everything.top_p) == (512, 1.0, 50, 0.9)
     assert (everything.repetition_penalty, everything.do_sample, everything.early_stopping) == (1.0, True, True)
@@ -447,7 +449,7 @@ def test_length_may_count_the_prompt_too(tiny: InferenceEngine) -> None:
     total = GenerationConfig(max_length=len(prompt) + 3, length_mode="total", do_sample=False)
     output = asyncio.run(tiny.submit_request_async(prompt, total))
     assert len(output.output_ids[0]) <= len(prompt) + 3
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestTooLarge, match="max_length=2 leaves no room"):
         asyncio.run(tiny.submit_request_async(prompt, GenerationConfig(max_length=2, length_mode="total")))
     with pytest.raises(RequestTooLarge):
         asyncio.run(tiny.submit_request_async([5] * 300))
@@ -470,9 +472,13 @@ def test_sampling_is_off_with_do_sample_false(tiny: InferenceEngine) -> None:
     """004-60."""
     greedy = GenerationConfig(max_length=6, do_sample=False, temperature=1.9)
     one, two = (asyncio.run(tiny.submit_request_async("The lamps", greedy)).generated_ids for _ in range(2))
-    assert one == two == asyncio.run(
-        tiny.submit_request_async("The lamps", SamplingParams(temperature=0.0, max_tokens=6))
-    ).generated_ids
+    assert (
+        one
+        == two
+        == asyncio.run(
+            tiny.submit_request_async("The lamps", SamplingParams(temperature=0.0, max_tokens=6))
+        ).generated_ids
+    )
 
 
 # Statistics and memory.

@@ -6,9 +6,12 @@ snippets are left out. Some of these snippets fail on today's vLLM; here all of 
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
@@ -16,7 +19,18 @@ from typing import Any
 
 import pytest
 
-from penstock import LLM, ConfigurationError, OutOfMemory, RequestError, RequestOutput, SamplingParams, ScriptedModel
+from penstock import (
+    LLM,
+    AsyncEngineArgs,
+    AsyncLLMEngine,
+    ConfigurationError,
+    OutOfMemory,
+    OutputKind,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    ScriptedModel,
+)
 from penstock.demo import MODEL_DIR
 from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level
@@ -38,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def demo() -> Iterator[LLM]:
     """The trained model that comes with the package, for what needs text that means something."""
-    llm = LLM(model=str(MODEL_DIR), max_num_seqs=16, max_model_len=256)
+    llm = LLM(model=str(MODEL_DIR), dtype="float32", max_num_seqs=16, max_model_len=256)  # bfloat16 logits tie
     yield llm
     llm.stop()
 
@@ -129,6 +143,12 @@ def test_the_constructor_takes_every_parameter_of_the_lesson(run: Run) -> None:
     check_completions(output, 3)
 
 
+def test_explicit_bytes_count_more_than_a_fraction_of_memory(folder: str) -> None:
+    """003-11: 128 bytes a token, 16 tokens a block."""
+    cache = LLM(folder, memory_pool_size=100 * 16 * 256).get_stats()["cache_info"]
+    assert cache["num_blocks"] == 100
+
+
 @pytest.mark.parametrize(
     ("setting", "remedy"),
     [
@@ -149,7 +169,7 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_with_the_remedy(
 
 def test_dtype_seed_and_length_take_effect(folder: str) -> None:
     """003-1 (a positional local path), 003-6, 003-10, 003-13, 003-19, 003-21."""
-    settings = {"dtype": "bfloat16", "max_model_len": 32, "max_num_seqs": 2, "disable_log_stats": True}
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 32, "max_num_seqs": 2, "disable_log_stats": True}
     first, second = (LLM(folder, seed=7, **settings) for _ in range(2))
     params = SamplingParams(temperature=1.0, max_tokens=8)
     texts = [llm.generate([HELLO] * 3, params) for llm in (first, second)]
@@ -249,7 +269,7 @@ def test_the_strategies_run_side_by_side(run: Run, demo: LLM) -> None:
         assert outputs[4].outputs[0].stop_reason in (".", "!", "?", None)
 
 
-def test_beam_search_is_refused_in_words(run: Run) -> None:
+def test_beam_search_is_refused_in_words() -> None:
     """003-57: not in this version, and said so."""
     with pytest.raises(RequestError, match=r"beam search is not available.*use n or best_of"):
         SamplingParams(use_beam_search=True, best_of=5, temperature=0.0, max_tokens=100)
@@ -275,8 +295,9 @@ def test_every_temperature_of_the_table_works(demo: LLM, temperature: float) -> 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy(demo: LLM) -> None:
     """003-37, 003-38, 003-64."""
-    tables = [{"top_p": p} for p in (0.1, 0.5, 0.9, 1.0)] + [{"top_k": k} for k in (1, 10, 50, 100)]
-    settings = [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, *tables]
+    tables = {"top_p": (0.1, 0.5, 0.9, 1.0), "top_k": (1, 10, 50, 100)}
+    settings: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}]
+    settings += [{name: value} for name, values in tables.items() for value in values]
     outputs = demo.generate(["import os"] * len(settings), [SamplingParams(**s, max_tokens=8) for s in settings])
     for output in outputs:
         check_completions(output, 8)
@@ -286,10 +307,10 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy(demo: LLM) -> None:
 
 def test_penalties_change_what_is_drawn(demo: LLM) -> None:
     """003-41 to 003-43: the greedy text of a small model repeats itself, with a penalty it does not."""
-    plain, *penalised = (
-        demo.generate("The name of", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, **penalty))[0]
-        for penalty in ({}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.8})
-    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    penalties = [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.8}]
+    params = [greedy, *(dataclasses.replace(greedy, **penalty) for penalty in penalties)]
+    plain, *penalised = demo.generate(["The name of"] * 4, params)
     for output in penalised:
         assert len(set(output.generated_ids)) > len(set(plain.generated_ids))
 
@@ -311,7 +332,8 @@ def test_special_tokens_are_skipped_unless_asked_for() -> None:
     """003-50, 003-51."""
     tokenizer = byte_level()
     end = tokenizer.convert_tokens_to_ids("<end>")
-    llm = LLM(ScriptedModel([end, *tokenizer.encode("ok", add_special_tokens=False)], max_length=64), tokenizer)
+    ok = tokenizer.encode("ok", add_special_tokens=False)
+    llm = LLM(ScriptedModel([end, *ok], max_length=64), tokenizer)  # type: ignore[list-item]
     kept = SamplingParams(max_tokens=3, skip_special_tokens=False, spaces_between_special_tokens=False)
     [hidden], [shown] = llm.generate("a", SamplingParams(max_tokens=3)), llm.generate("a", kept)
     assert (hidden.text, shown.text) == ("ok", "<end>ok")
@@ -330,7 +352,9 @@ def test_the_newer_parameters_work_too(demo: LLM) -> None:
         {"stop_token_ids": [third]},
         {"min_p": 1.0, "temperature": 1.0},
     ]
-    biased, allowed, bad, stopped, likeliest = demo.generate(["x ="] * 5, [SamplingParams(**bounds | w) for w in wanted])
+    biased, allowed, bad, stopped, likeliest = demo.generate(
+        ["x ="] * 5, [SamplingParams(**bounds | w) for w in wanted]
+    )
     assert first not in biased.generated_ids
     assert set(allowed.generated_ids) == {first}
     assert first not in bad.generated_ids
@@ -406,7 +430,9 @@ def test_example_2_detailed_output(run: Run) -> None:
     check_completions(output, 20)
     completion = output.outputs[0]
     assert completion.logprobs is not None
-    for token, chosen, entries in zip(completion.token_ids, completion.token_logprobs, completion.logprobs, strict=True):
+    for token, chosen, entries in zip(
+        completion.token_ids, completion.token_logprobs, completion.logprobs, strict=True
+    ):
         assert len(entries) == 5  # greedy: the chosen token is one of the five
         assert entries[token].rank == 1
         assert entries[token].logprob == pytest.approx(chosen)
@@ -603,10 +629,36 @@ def test_streaming_shows_all_text_so_far(run: Run) -> None:
     run(ASYNC_STREAMING, shown=shown)
     for outputs in shown.values():
         texts, lengths = [output.text for output in outputs], [len(output.generated_ids) for output in outputs]
-        assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
+        assert all(after.startswith(before) for before, after in pairwise(texts))
         assert lengths == sorted(set(lengths))
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
         check_completions(outputs[-1], 100)
+
+
+def test_a_stream_of_two_is_finished_when_both_are() -> None:
+    """003-31, 003-77: the last item is the whole result, with what deltas do not carry."""
+    model = ScriptedModel(lambda tokens, index: 2 if index == 0 else 5, max_length=64, eos_token_ids=frozenset({2}))
+    engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(model, skip_tokenizer_init=True))
+    params = SamplingParams(n=2, max_tokens=4, prompt_logprobs=0)
+
+    async def stream(output_kind: OutputKind) -> list[RequestOutput]:
+        wanted = dataclasses.replace(params, output_kind=output_kind)
+        return [output async for output in engine.generate([7, 8], wanted)]
+
+    for kind in OutputKind:
+        outputs = asyncio.run(stream(kind))
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    [final] = outputs
+    *_, last = asyncio.run(stream(OutputKind.CUMULATIVE))
+    assert last.outputs == final.outputs
+    assert last.prompt_logprobs is not None
+    deltas = asyncio.run(stream(OutputKind.DELTA))
+    for index in range(2):
+        tokens = [
+            token for delta in deltas for part in delta.outputs if part.index == index for token in part.token_ids
+        ]
+        assert tokens == final.outputs[index].token_ids
+    engine.shutdown()
 
 
 WHEN_TO_USE_EACH = """
@@ -623,10 +675,6 @@ async def stream():
 
 def test_offline_and_online_mode_give_the_same_text(run: Run, folder: str) -> None:
     """003-24, 003-26."""
-    import asyncio
-
-    from penstock import AsyncEngineArgs
-
     params = SamplingParams(temperature=0.0, max_tokens=12)
     found = run(WHEN_TO_USE_EACH, prompts=[HELLO], sampling_params=params, args=AsyncEngineArgs(model=folder))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,33 +19,14 @@ from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.scheduler import Scheduler
 from penstock.sequence import FinishReason, Sequence, Status
 from penstock.step import Event, Row, RowResult, StepPlan, StepResult, TokenLogprobs
+from tests.unit.scheduling.slots import Slots
+
+Choose = Callable[[Any], Any]  # one of a sequence of options
 
 STOP_TOKEN = 9
 tokens_of = st.lists(st.integers(0, 2), min_size=1, max_size=24)
 # Few distinct starts, so that prefixes are shared often.
 starts = st.sampled_from([[], [0] * 8, [1] * 16, [0, 1, 2] * 5])
-
-
-class Slots:
-    """What the K/V slots hold: the prefix whose last token was written there, its scope, and the weights' version."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.content: dict[tuple[int, int], tuple[object, ...]] = {}
-
-    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """Copy all at once; no destination may be a source."""
-        sources, destinations = {s for s, _ in copies}, [d for _, d in copies]
-        assert not sources & set(destinations)
-        assert len(set(destinations)) == len(destinations)
-        before = dict(self.content)
-        for source, destination in copies:
-            for slot in range(self.block_size):
-                self.content[destination, slot] = before.get((source, slot), ())
-
-    def place(self, row: Row, position: int) -> tuple[int, int]:
-        """Where a row's position lives."""
-        return row.blocks[position // self.block_size], position % self.block_size
 
 
 class Model(RuleBasedStateMachine):
@@ -58,11 +41,18 @@ class Model(RuleBasedStateMachine):
         max_cached=st.one_of(st.none(), st.integers(1, 6)),
         logit_rows=st.one_of(st.none(), st.integers(1, 12)),
     )
-    def start(self, num_blocks, block_size, batch, budget, caching, max_cached, logit_rows):
+    def start(
+        self,
+        num_blocks: int,
+        block_size: int,
+        batch: int,
+        budget: int,
+        caching: bool,
+        max_cached: int | None,
+        logit_rows: int | None,
+    ) -> None:
         self.config = EngineConfig(max_batch_size=batch, max_num_batched_tokens=budget, priority_boost_threshold=2.0)
-        self.cache = CacheManager(
-            num_blocks, block_size, enable_prefix_caching=caching, max_cached_blocks=max_cached
-        )
+        self.cache = CacheManager(num_blocks, block_size, enable_prefix_caching=caching, max_cached_blocks=max_cached)
         self.scheduler = Scheduler(self.config, self.cache, max_logit_rows=logit_rows)
         self.caching, self.logit_rows = caching, logit_rows
         self.slots = Slots(block_size)
@@ -86,7 +76,18 @@ class Model(RuleBasedStateMachine):
         ttft=st.sampled_from([math.inf, math.inf, math.inf, 2.0]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
     )
-    def add(self, start, suffix, namespace, n, priority, new, deadline, ttft, prompt_logprobs):
+    def add(
+        self,
+        start: list[int],
+        suffix: list[int],
+        namespace: str,
+        n: int,
+        priority: RequestPriority,
+        new: int,
+        deadline: float,
+        ttft: float,
+        prompt_logprobs: int | None,
+    ) -> None:
         prompt, first = start + suffix, None
         params = SamplingParams(n=n, max_tokens=new, prompt_logprobs=prompt_logprobs)
         for index in range(n):
@@ -119,28 +120,28 @@ class Model(RuleBasedStateMachine):
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(which=st.integers(0, 50), reason=st.sampled_from([FinishReason.ABORT, FinishReason.STOP]))
-    def end_from_outside(self, which, reason):
+    def end_from_outside(self, which: int, reason: FinishReason) -> None:
         live = list(self.scheduler.sequences())
         self.take(self.scheduler.finish(live[which % len(live)].id, reason))
 
     @rule(seconds=st.floats(0.0, 4.0))
-    def time_passes(self, seconds):
+    def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.take(self.scheduler.expire(self.now))
 
     @rule(batch=st.integers(1, 6))
-    def resize_the_batch(self, batch):
+    def resize_the_batch(self, batch: int) -> None:
         self.config.max_batch_size = batch
 
     @precondition(lambda self: self.plan is None)
     @rule(is_told=st.booleans())
-    def new_weights(self, is_told):
+    def new_weights(self, is_told: bool) -> None:
         self.version += 1
         self.cache.reset(weight_version=self.version if is_told else None)
 
     @precondition(lambda self: self.plan is None)
     @rule()
-    def make_plan(self):
+    def make_plan(self) -> None:
         had_work = self.scheduler.has_work
         running = [seq for seq in self.scheduler.sequences() if seq.status is Status.RUNNING]
         decoding = [seq for seq in running if seq.computed + 1 == seq.length]
@@ -176,12 +177,12 @@ class Model(RuleBasedStateMachine):
 
     @precondition(lambda self: self.plan is not None)
     @rule(data=st.data())
-    def commit(self, data):
-        self.execute(self.plan, data.draw(st.randoms(use_true_random=False)).choice)
+    def commit(self, data: Any) -> None:
+        self.execute(data.draw(st.randoms(use_true_random=False)).choice)
 
     @precondition(lambda self: self.plan is None and self.scheduler.has_work)
     @rule(rng=st.randoms(use_true_random=False), count=st.integers(1, 8))
-    def run_steps(self, rng, count):
+    def run_steps(self, rng: random.Random, count: int) -> None:
         for _ in range(count):
             for seq in self.scheduler.sequences():
                 if rng.random() < 0.5:
@@ -189,39 +190,24 @@ class Model(RuleBasedStateMachine):
             self.now += 0.1
             self.make_plan()
             if self.plan is not None:
-                self.execute(self.plan, rng.choice)
+                self.execute(rng.choice)
             self.blocks_are_conserved()
 
-    def execute(self, plan: StepPlan, choose) -> None:
+    def execute(self, choose: Choose) -> None:
+        plan = self.take_plan()
         self.slots.copy(plan.copies)
-        self.write(plan)
+        self.slots.write(plan, self.scope, self.version)
         for row in plan.rows:
-            self.read(row)
+            self.slots.check(row, self.scope(row), self.oldest_version[row.seq_id])
         results = tuple(self.result_of(row, choose) for row in plan.rows)
-        self.plan = None
         self.take(self.scheduler.commit(plan, StepResult(results, self.version)))
 
-    def write(self, plan: StepPlan) -> None:
-        written = {}
-        for row in plan.rows:
-            for position in range(row.start, row.end):
-                place = self.slots.place(row, position)
-                assert place not in written, "two rows write one slot"
-                written[place] = (*self.prefix(row, position), self.version)
-        self.slots.content.update(written)
-
-    def read(self, row: Row) -> None:
-        for position in range(row.end):
-            *prefix, version = self.slots.content.get(self.slots.place(row, position), (None,))
-            assert tuple(prefix) == self.prefix(row, position), f"position {position} of {row.seq_id} is wrong"
-            assert version >= self.oldest_version[row.seq_id], "stale K/V was shared"
-
-    def prefix(self, row: Row, position: int) -> tuple[object, ...]:
+    def scope(self, row: Row) -> str:
+        """Who may share with this row."""
         seq = self.born[row.seq_id]
-        scope = seq.namespace if self.caching else seq.request_id
-        return scope, tuple([*row.tokens, *row.draft][: position + 1])
+        return seq.namespace if self.caching else seq.request_id
 
-    def result_of(self, row: Row, choose) -> RowResult:
+    def result_of(self, row: Row, choose: Choose) -> RowResult:
         if choose([False] * 19 + [True]):
             return RowResult(error=RuntimeError("a logits processor raised"))
         last = min(row.end, row.prompt_len - 1) if row.params.prompt_logprobs is not None else 0
@@ -233,17 +219,17 @@ class Model(RuleBasedStateMachine):
 
     @precondition(lambda self: self.plan is not None)
     @rule()
-    def fail(self):
-        for _, destination in self.plan.copies:
-            for slot in range(self.slots.block_size):
-                self.slots.content[destination, slot] = ("poison", -1)
-        for row in self.plan.rows:
-            for position in range(row.start, row.end):
-                self.slots.content[self.slots.place(row, position)] = ("poison", -1)
-        plan, self.plan = self.plan, None
+    def fail(self) -> None:
+        plan = self.take_plan()
+        self.slots.spoil(plan)
         events = self.scheduler.fail(plan, RuntimeError("the forward pass failed"))
         assert [event.seq_id for event in events] == [row.seq_id for row in plan.rows]
         self.take(events)
+
+    def take_plan(self) -> StepPlan:
+        plan, self.plan = self.plan, None
+        assert plan is not None
+        return plan
 
     def take(self, events: list[Event]) -> None:
         for event in events:
@@ -268,21 +254,21 @@ class Model(RuleBasedStateMachine):
             assert seq.params.prompt_logprobs is None or len(self.scored[seq.id]) == seq.prompt_len - 1
 
     @invariant()
-    def blocks_are_conserved(self):
+    def blocks_are_conserved(self) -> None:
         if hasattr(self, "cache"):
             self.cache.check(self.scheduler.sequences())
             assert set(self.born) - set(self.ended) == {seq.id for seq in self.scheduler.sequences()}
             assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.born) - len(self.ended)
             assert len(set(self.started)) == len(self.started)
 
-    def teardown(self):
+    def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
         most = 20 + 40 * sum(seq.max_len for seq in self.scheduler.sequences())
         while self.scheduler.has_work and most:
             if self.plan is None:
                 self.make_plan()
-            self.execute(self.plan, lambda options: options[0])
+            self.execute(lambda options: options[0])
             self.blocks_are_conserved()
             most -= 1
         assert not self.scheduler.has_work, "it never ends"
@@ -337,7 +323,7 @@ def test_crowds_share_and_preempt_without_harm(seed: int) -> None:
             for _ in range(rng.choice([0, 0, 1])):
                 model.end_from_outside(rng.randrange(50), FinishReason.ABORT)
             model.time_passes(rng.random())
-            model.fail() if rng.random() < 0.1 else model.execute(model.plan, rng.choice)
+            model.fail() if rng.random() < 0.1 else model.execute(rng.choice)
         if rng.random() < 0.1:
             model.new_weights(rng.random() < 0.5)
     model.teardown()

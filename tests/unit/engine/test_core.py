@@ -116,6 +116,7 @@ class Rig:
         self.now = 0.0
         self.sleeps: list[float] = []
         self.plans: list[StepPlan] = []
+        self.planned = asyncio.Event()
         self.while_sleeping: Callable[[], None] = lambda: None
         self.while_executing: Callable[[], None] = lambda: None
         door = Door(self.config, self.model.spec, self.cache.capacity, LetterTokenizer(), pool, self.admission)
@@ -129,6 +130,7 @@ class Rig:
         """Begin at once, as a thread does; end when the loop gets to it."""
         self.trace.append("execute")
         self.plans.append(plan)
+        self.planned.set()
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         loop.call_soon(self.finish_step, plan, future)
@@ -182,7 +184,7 @@ class Rig:
 
 async def drain(channel: Channel) -> list[Delta]:
     """The deltas that are there already, without the error after them."""
-    found = []
+    found: list[Delta] = []
     while True:
         try:
             delta = await asyncio.wait_for(channel.take(), 5)
@@ -234,7 +236,7 @@ async def test_arrivals_during_a_step_join_the_next_one() -> None:
     rig = Rig()
     rig.submit(name="a", max_tokens=3)
     left = ["b"]
-    rig.while_executing = lambda: left and rig.submit(name=left.pop())  # type: ignore[assignment,return-value]
+    rig.while_executing = lambda: left and rig.submit(name=left.pop())  # type: ignore[assignment]
     await rig.steps(2)
     assert [len(plan.rows) for plan in rig.plans] == [1, 2]
 
@@ -242,12 +244,11 @@ async def test_arrivals_during_a_step_join_the_next_one() -> None:
 async def test_burst_is_coalesced_into_one_step() -> None:
     rig = Rig(batch_timeout_ms=50)
     left = ["b", "c"]
-    rig.while_sleeping = lambda: left and rig.submit(name=left.pop(0))  # type: ignore[assignment,return-value]
+    rig.while_sleeping = lambda: left and rig.submit(name=left.pop(0))  # type: ignore[assignment]
     running = asyncio.create_task(rig.core.run())
     await asyncio.sleep(0)
     rig.submit(name="a")
-    while not rig.plans:
-        await asyncio.sleep(0)
+    await rig.planned.wait()
     assert len(rig.plans[0].rows) == 3
     assert len(rig.sleeps) == 3  # two arrivals, then the pause that ends the burst
     rig.core.stop()
@@ -257,12 +258,11 @@ async def test_burst_is_coalesced_into_one_step() -> None:
 
 async def test_burst_that_never_pauses_is_cut_off_by_the_timeout() -> None:
     rig = Rig(batch_timeout_ms=20, max_batch_size=64)
-    rig.while_sleeping = lambda: rig.submit(name=f"r{len(rig.sleeps)}", max_tokens=1)  # type: ignore[assignment,return-value]
+    rig.while_sleeping = lambda: rig.submit(name=f"r{len(rig.sleeps)}", max_tokens=1)  # type: ignore[assignment]
     running = asyncio.create_task(rig.core.run())
     await asyncio.sleep(0)
     rig.submit(name="a")
-    while not rig.plans:
-        await asyncio.sleep(0)
+    await rig.planned.wait()
     assert len(rig.sleeps) in (20, 21)  # of a millisecond each, give or take a rounding
     rig.while_sleeping = lambda: None
     rig.core.stop()
@@ -272,12 +272,11 @@ async def test_burst_that_never_pauses_is_cut_off_by_the_timeout() -> None:
 async def test_full_batch_ends_the_burst() -> None:
     rig = Rig(batch_timeout_ms=50, max_batch_size=2)
     left = ["b", "c", "d", "e"]
-    rig.while_sleeping = lambda: left and rig.submit(name=left.pop(0))  # type: ignore[assignment,return-value]
+    rig.while_sleeping = lambda: left and rig.submit(name=left.pop(0))  # type: ignore[assignment]
     running = asyncio.create_task(rig.core.run())
     await asyncio.sleep(0)
     rig.submit(name="a")
-    while not rig.plans:
-        await asyncio.sleep(0)
+    await rig.planned.wait()
     assert len(rig.sleeps) == 1
     rig.core.stop()
     await running
@@ -288,8 +287,7 @@ async def test_without_batch_timeout_the_first_request_starts_at_once() -> None:
     running = asyncio.create_task(rig.core.run())
     await asyncio.sleep(0)
     rig.submit(name="a")
-    while not rig.plans:
-        await asyncio.sleep(0)
+    await rig.planned.wait()
     assert rig.sleeps == []
     rig.core.stop()
     await running

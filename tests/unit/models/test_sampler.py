@@ -101,12 +101,12 @@ def test_draws_follow_the_exact_distribution(params: dict[str, Any]) -> None:
 @pytest.mark.parametrize("params", WAYS, ids=str)
 def test_draws_of_every_kind_follow_the_exact_distribution(params: dict[str, Any]) -> None:
     logits = logits_of(1, 30, scale=1.0, seed=1)[0]
-    check_distribution(logits, draws(logits, 10_000, **params), **params)
+    check_distribution(logits, draws(logits, 5_000, **params), **params)
 
 
 def test_draws_from_a_nucleus_larger_than_any_candidate_list_follow_the_exact_distribution() -> None:
     logits = logits_of(1, 1100, scale=0.5)[0]
-    check_distribution(logits, draws(logits, 10_000, top_p=0.9), top_p=0.9)
+    check_distribution(logits, draws(logits, 5_000, top_p=0.9), top_p=0.9)
 
 
 def check_distribution(logits: Tensor, found: list[int], **params: Any) -> None:

@@ -1,0 +1,37 @@
+"""Serve your own live `nn.Module`, train it, and serve what it has learned: one set of weights, no copy."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from penstock import LLM, SamplingParams
+
+LESSON = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    shape = LlamaConfig(vocab_size=10, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(shape).train()
+
+    # Token ids in and out need no tokenizer. Without reuse of prefixes, no K/V of older weights is left behind.
+    llm = LLM(model, skip_tokenizer_init=True, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0, max_tokens=len(LESSON) - 3, ignore_eos=True)
+    print("says before:", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.tensor([LESSON])
+    for step in range(40):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 13 == 0:
+            print(f"step {step:2}: loss {loss.item():.3f}")
+
+    print("says after: ", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
+    print("was taught: ", LESSON[3:])
+    llm.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The `penstock` command: the real one in processes of its own, its parts by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock import ConfigurationError, Delta, InferenceEngine, SamplingParams, ScriptedModel
+from penstock.cli import main
+from penstock.cli.chat import Conversation
+from penstock.cli.doctor import as_text, label, shown
+from penstock.cli.findings import Finding, find_problems
+from penstock.cli.generate import Turns, read_prompt
+from penstock.cli.measuring import overall_ratio, percentiles
+from penstock.cli.session import stream
+from penstock.cli.workloads import WORKLOADS, Workload, cache_tokens
+from penstock.demo import MODEL_DIR
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+PATIENCE_S = 60
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "penstock", *args]
+
+
+def penstock(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(*args), input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, env=ENVIRONMENT, check=False
+    )
+
+
+@contextmanager
+def running(*args: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs meanwhile; never left behind."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command(*args), stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(text: str, stream: Any) -> None:
+    """Read lines up to one that holds `text`."""
+    assert any(text in line for line in stream), f"{text!r} did not come"
+
+
+# The real thing.
+
+
+def test_help_and_version_load_no_model_library() -> None:
+    for option in ("--help", "--version", "bench --help"):
+        code = (
+            "import sys\nfrom penstock.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+            "    assert end.code == 0\nassert not {'torch', 'transformers'} & sys.modules.keys()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *option.split()], env=ENVIRONMENT, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"penstock" in done.stdout
+
+
+def test_generate_tells_what_it_made_and_how_fast() -> None:
+    asked = ("--max-tokens", "5", "--n", "2", "--seed", "3", "--logprobs", "2", "--json", "--stats")
+    done = penstock("generate", "-", *asked, stdin="import ")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["prompt"] == "import "
+    assert [out["index"] for out in found["outputs"]] == [0, 1]
+    assert all(len(out["token_ids"]) == len(out["logprobs"]) <= 5 for out in found["outputs"])
+    assert found["usage"]["completion_tokens"] == sum(len(out["token_ids"]) for out in found["outputs"])
+    assert found["stats"]["tokens_per_s"] > 0
+    assert "first token after" in done.stderr
+    assert done.stderr.count("\n") == 1  # no library's progress bar
+
+
+def test_ctrl_c_cancels_a_generation() -> None:
+    with running("generate", "def f():", "--max-tokens", "1900") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert said.strip() == "interrupted: the generation was cancelled"
+
+
+def test_closed_stdout_ends_a_generation_quietly() -> None:
+    with running("generate", "def f():", "--max-tokens", "1900") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(PATIENCE_S) == 0
+        assert process.stderr.read() == ""
+
+
+def test_ctrl_c_cancels_an_answer_and_then_leaves_the_chat() -> None:
+    with running("chat", "--model", str(MODEL_DIR), "--system", "Write Python.", "--max-tokens", "1500") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("def f():\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        wait_for("cancelled", process.stderr)
+        process.stdin.write("/reset\n")
+        process.stdin.flush()
+        wait_for("the conversation is forgotten", process.stderr)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_bench_prints_one_line_with_the_ratio() -> None:
+    done = penstock("bench", "--shape", "llama-15m", "--workloads", "single", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    found = json.loads(done.stdout)
+    single = found["workloads"]["single"]
+    assert found["ratio"] == single["ratio"] > 0
+    assert single["output_tokens"] == 64
+    assert single["engine"]["first_token_s"]["p50"] > 0
+    assert single["engine"]["inter_token_s"].keys() == {"p50", "p95", "p99"}
+    assert "transformers tok/s" in done.stderr
+
+
+def test_doctor_examines_everything() -> None:
+    done = penstock("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, found["problems"]
+    assert found["ok"]
+    assert found["hardware"]["cores"] >= 1
+    assert found["cache"]["tokens"] >= found["cache"]["longest_sequence"]
+    assert found["speed"]["16_streams_tokens_per_s"] > 0
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "--model", "./nowhere", "x"], "there is no model folder ./nowhere"),
+        (["generate", "--temperature", "-1", "x"], "temperature must be"),
+        (["generate", "--logprobs", "1", "x"], "add --json"),
+        (["bench", "--workloads", "single,huge"], "choose from single, prefill"),
+        (["bench", "--shape", "llama-15m", "--model", "m"], "exclude each other"),
+    ],
+)
+def test_mistake_is_told_in_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    out, said = capsys.readouterr()
+    assert out == ""
+    assert said.startswith("penstock: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_wrong_option_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--max-tokens", "many", "x"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "penstock doctor" in capsys.readouterr().err
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_DEBUG", "1")
+    with pytest.raises(ConfigurationError):
+        main(["generate", "--model", "./nowhere", "x"])
+
+
+# Parts.
+
+
+@pytest.mark.parametrize("ending", [asyncio.CancelledError, BrokenPipeError])
+async def test_stream_that_nobody_reads_any_more_aborts_its_request(ending: type[BaseException]) -> None:
+    def show(delta: Delta) -> None:
+        raise ending
+
+    endless = SamplingParams(max_tokens=30_000, detokenize=False)
+    model = ScriptedModel([5], step_s=0.001)
+    async with InferenceEngine(model, skip_tokenizer_init=True, max_sequence_length=None) as engine:
+        with pytest.raises(ending):
+            await stream(engine, [1, 2], endless, show)
+        await engine.generate([3], SamplingParams(max_tokens=1, detokenize=False))
+        assert engine.get_stats()["queue"]["num_running"] == 0
+        assert engine.get_stats()["queue"]["num_finished_abort"] == 1
+
+
+def test_prompt_comes_from_the_argument_or_from_stdin() -> None:
+    assert read_prompt("x", StringIO("y")) == "x"
+    assert read_prompt("-", StringIO("y\n")) == "y\n"
+    assert read_prompt(None, StringIO("y")) == "y"
+
+
+def test_completions_are_shown_one_after_the_other() -> None:
+    turns = Turns(2)
+    pushed = [(0, "a", None), (1, "c", None), (0, "b", None), (1, "d\n", "stop"), (0, "", "length")]
+    shown = [turns.push(Delta("r", index, text, finish_reason=end)) for index, text, end in pushed]
+    assert shown == ["--- 1 of 2 ---\na", "", "b", "", "\n--- 2 of 2 ---\ncd\n"]
+
+
+def test_single_completion_ends_with_one_line_break() -> None:
+    assert Turns(1).push(Delta("r", 0, "a", finish_reason="stop")) == "a\n"
+    assert Turns(1).push(Delta("r", 0, "a\n", finish_reason="stop")) == "a\n"
+
+
+def test_conversation_remembers_whole_exchanges() -> None:
+    talk = Conversation(chats=True, system="Be brief.")
+    talk.add("one", "1")
+    talk.add("two", "")
+    roles = [message["role"] for message in talk.prompt("three")]  # type: ignore[union-attr,index]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert talk.forget_oldest()
+    assert not talk.forget_oldest()
+    assert Conversation(chats=False).prompt("def f") == "def f"
+
+
+def test_slash_commands_are_obeyed() -> None:
+    talk = Conversation(chats=True, turns=[("a", "b")])
+    assert "with this system message" in (talk.obey("/system Be kind.") or "")
+    assert (talk.system, talk.turns) == ("Be kind.", [])
+    assert talk.obey("/exit") is None
+    assert "/reset" in (talk.obey("/unknown") or "")
+    assert "completes" in (Conversation(chats=False).obey("/system x") or "")
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_repeats_have_the_same_lengths_and_other_ids(name: str) -> None:
+    first, second = (WORKLOADS[name].draw(repeat, vocab_size=100) for repeat in (0, 1))
+    assert [(len(prompt), count) for prompt, count in first] == [(len(prompt), count) for prompt, count in second]
+    assert first != second
+    assert WORKLOADS[name].draw(0, 100) == first
+    assert all(0 <= token < 100 for prompt, _ in first for token in prompt)
+    shared = WORKLOADS[name].shared
+    assert all(prompt[:shared] == first[0][0][:shared] for prompt, _ in first)
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 40, 576, 4096])
+def test_workloads_fit_every_model(max_length: int) -> None:
+    for workload in WORKLOADS.values():
+        assert workload.fitted(max_length).longest <= max_length
+        assert all(prompt and count for prompt, count in workload.fitted(max_length).draw(0, vocab_size=2))
+    assert WORKLOADS["single"].fitted(4096) == WORKLOADS["single"]
+    assert WORKLOADS["prefix32"].fitted(288) == Workload("prefix32", 32, 256, 16, 16)
+
+
+def test_cache_holds_the_largest_workload() -> None:
+    assert cache_tokens([[([1] * 16, 1)], [([1] * 8, 8), ([1], 1)]], block_size=16) == 32
+
+
+def test_percentiles_are_by_nearest_rank() -> None:
+    assert percentiles([float(i) for i in range(100, 0, -1)]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+    assert percentiles([]) is None
+    assert overall_ratio([2.0, 8.0]) == 4.0
+    assert overall_ratio([]) is None
+
+
+def test_problems_are_found_and_weighed() -> None:
+    report: dict[str, dict[str, Any]] = {
+        "versions": {"torch": "2.5.1+cpu", "transformers": "5.23.0", "uvloop": "0.21"},
+        "hardware": {"threads": 1, "cores": 8, "ram_free_bytes": 1 << 20, "nvidia_driver": True, "cuda_devices": []},
+        "cache": {"tokens": 100, "longest_sequence": 2048},
+        "model": {"dtype": "bfloat16"},
+        "rates": {"matmul_gflop_per_s": 10.0, "matmul_float32_gflop_per_s": 100.0},
+    }
+    found = find_problems(report)
+    assert [finding.broken for finding in found] == [True, False, False, False, False, False]
+    assert "BROKEN: torch 2.5.1+cpu is too old" in as_text(report, found)
+    assert find_problems({}) == []
+    assert Finding("p", "r").as_json() == {"problem": "p", "remedy": "r", "broken": False}
+
+
+def test_doctor_says_units() -> None:
+    assert shown("size_bytes", 3 << 20) == "3.0 MiB"
+    assert shown("first_token_s", 0.0123) == "12.3 ms"
+    assert shown("memory_gb_per_s", 20.0) == "20.0 GB/s"
+    assert (shown("x", None), shown("x", True), shown("tokens", 65552)) == ("none", "yes", "65,552")
+    assert label("16_streams_tokens_per_s") == "16 streams"

@@ -1,0 +1,148 @@
+"""Every example runs by itself and prints what it is about; README's code runs too, and its map is the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from penstock import RequestPriority
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MOST_LINES = 40
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+README = DOCUMENTS[0].read_text(encoding="utf-8")
+
+
+def output_of(script: Path) -> str:
+    """What a script prints, run as a user would run it, without a terminal and without arguments."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [sys.executable, script],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def streams_two_answers(out: str) -> None:
+    assert out.count("you> ") == 2
+    assert out.endswith("\n4 messages\n")
+
+
+def serves_higher_classes_first(out: str) -> None:
+    ended = re.findall(r"^ *\d+\. (\w+)-\d$", out, re.MULTILINE)
+    assert len(ended) == 15
+    assert ended == sorted(ended, key=lambda name: -RequestPriority[name])
+    assert "missed its deadline: LOW-3 with " in out
+
+
+def answers_with_events(out: str) -> None:
+    messages = out.splitlines()
+    assert "lifespan.startup.complete" in messages[0]
+    assert "'status': 200" in messages[1]
+    assert messages[-1] == "{'type': 'http.response.body'}"
+    assert len(messages) > 3
+    assert all("'body': b'data: " in message or "'body': b\"data: " in message for message in messages[2:-1])
+
+
+def leaves_no_request(out: str) -> None:
+    ways = ["asyncio.timeout", "break", "handle.cancel()", "deadline", "requests left"]
+    assert [line.partition(":")[0] for line in out.splitlines()] == ways
+    assert "handle.cancel(): cancelled\n" in out
+    assert out.endswith("requests left: 0\n")
+
+
+def calls_back_for_each(out: str) -> None:
+    submitted = re.findall(r"^\[worker\] submitted (\S+)$", out, re.MULTILINE)
+    ended = re.findall(r"^\[penstock-callbacks\] (\S+) ended with \d+ tokens", out, re.MULTILINE)
+    assert len(submitted) == 3
+    assert sorted(ended) == sorted(submitted)
+    assert re.search(r"^\[MainThread\] \d+ pieces: ", out, re.MULTILINE)
+
+
+def says_what_it_was_taught(out: str) -> None:
+    said = dict(line.split(": ", 1) for line in out.splitlines())
+    assert said["says after"].strip() == said["was taught"].strip() != said["says before"].strip()
+
+
+def completes_fifty(out: str) -> None:
+    assert re.search(r"^50 prompts, \d+ tokens, \d+ tokens/s$", out, re.MULTILINE)
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "batch": completes_fifty,
+    "callbacks": calls_back_for_each,
+    "cancel": leaves_no_request,
+    "own_module": says_what_it_was_taught,
+    "priorities": serves_higher_classes_first,
+    "stream": streams_two_answers,
+    "web_service": answers_with_events,
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_prints_what_it_is_about(example: Path) -> None:
+    CHECKS[example.stem](output_of(example))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_short_and_says_what_it_shows(example: Path) -> None:
+    source = example.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_LINES
+    assert source.startswith('"""')
+
+
+def test_readme_names_every_example() -> None:
+    assert EXAMPLES
+    assert [path.name for path in EXAMPLES if f"(examples/{path.name})" not in README] == []
+
+
+def first_code(markdown: str) -> str:
+    found = re.search(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+    assert found, "there is no Python in it"
+    return found[1]
+
+
+def test_readmes_first_code_streams_in_fifteen_lines(tmp_path: Path) -> None:
+    code = first_code(README)
+    assert len(code.splitlines()) <= 15
+    script = tmp_path / "first.py"
+    script.write_text(code, encoding="utf-8")
+    assert output_of(script).strip()
+
+
+def names_on_the_map(markdown: str) -> set[str]:
+    """The names under `penstock/` in the tree that README draws, each with a sentence behind it."""
+    tree = re.search(r"^penstock/\n((?:  \S+ +\S.*\n)+)", markdown, re.MULTILINE)
+    assert tree, "there is no map"
+    return {line.split()[0] for line in tree[1].splitlines()}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name != "__pycache__"}
+
+
+def test_readmes_map_is_the_package() -> None:
+    assert names_on_the_map(README) == names_in(ROOT / "penstock")
+
+
+def broken_links(document: Path) -> Iterable[str]:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    return [link for link in targets if "://" not in link and not (document.parent / link).exists()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    assert broken_links(document) == []

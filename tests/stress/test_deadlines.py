@@ -1,0 +1,117 @@
+"""Deadlines hold in real time, also while the model is busy with a long step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from penstock.engine.handle import RequestHandle
+from penstock.engine.inference import InferenceEngine
+from penstock.errors import DeadlineExceeded, RequestAborted
+from penstock.models.scripted import ScriptedModel
+from penstock.outputs import Delta, RequestOutput
+from penstock.sampling import SamplingParams
+
+LATE_S = 0.05
+ENDLESS = SamplingParams(max_tokens=1500)
+ATTEMPTS = 3  # at what other programs on the machine may spoil
+
+
+async def lateness_s(handle: RequestHandle, due: float) -> float:
+    """How long after `due`, on the monotonic clock, the request is told that its time is over."""
+    with pytest.raises(DeadlineExceeded):
+        await handle
+    late_s = time.monotonic() - due
+    assert late_s >= 0
+    return late_s
+
+
+@pytest.mark.parametrize("kind", ["deadline", "ttft_deadline"])
+async def test_deadline_in_the_queue_is_kept_while_a_long_step_runs(kind: str) -> None:
+    """A timer that fired a fraction of a millisecond early found nothing due, and nobody looked again until the step
+    had ended: so several, at odd times."""
+    best_s = 1.0
+    for _ in range(ATTEMPTS):
+        model = ScriptedModel([5])
+        async with InferenceEngine(model, batch_timeout_ms=0, max_batch_size=1) as engine:
+            model.hold()  # one step that lasts until this is over
+            running = engine.generate([1], SamplingParams(max_tokens=2))
+            now = time.monotonic()
+            delays_s = [0.05 + 0.00137 * i for i in range(40)]
+            options = [{kind: delay} for delay in delays_s]
+            waiting = [engine.generate([1], ENDLESS, **option) for option in options]  # type: ignore[arg-type]
+            late_s = await asyncio.gather(
+                *(lateness_s(handle, now + delay) for handle, delay in zip(waiting, delays_s, strict=True))
+            )
+            model.release()
+            assert (await running).generated_ids == [5, 5]
+        best_s = min(best_s, max(late_s))
+        if best_s <= LATE_S:
+            return
+    pytest.fail(f"a deadline was kept {best_s:.3f} s late")
+
+
+async def test_deadline_of_a_running_request_is_kept_while_its_step_runs() -> None:
+    for _ in range(ATTEMPTS):
+        model = ScriptedModel([5])
+        async with InferenceEngine(model, batch_timeout_ms=0) as engine:
+            model.hold()
+            late_s = await lateness_s(engine.generate([1], ENDLESS, deadline=0.1), time.monotonic() + 0.1)
+            model.release()
+        if late_s <= LATE_S:
+            return
+    pytest.fail(f"the deadline was kept {late_s:.3f} s late")
+
+
+async def test_expiry_in_mid_stream_gives_what_there_is() -> None:
+    async with InferenceEngine(ScriptedModel([5, 6], step_s=0.002), batch_timeout_ms=0) as engine:
+        handle = engine.generate([1], ENDLESS, deadline=0.1)
+        deltas: list[Delta] = []
+
+        async def read() -> None:
+            async for delta in handle:
+                deltas.append(delta)  # noqa: PERF401 - the ones before the error count too
+
+        with pytest.raises(DeadlineExceeded) as caught:
+            await read()
+        output = caught.value.output
+        assert isinstance(output, RequestOutput)
+        tokens = [token for delta in deltas for token in delta.token_ids]
+        assert tokens == output.generated_ids
+        assert 1 <= len(tokens) < 100
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["deadline"]
+        assert output.outputs[0].finish_reason == "deadline"
+        assert output.error == str(caught.value)
+
+
+async def test_first_token_deadline_leaves_a_stream_alone() -> None:
+    async with InferenceEngine(ScriptedModel([5], step_s=0.002), batch_timeout_ms=0) as engine:
+        output = await engine.generate([1], SamplingParams(max_tokens=60), ttft_deadline=0.1)
+        assert len(output.generated_ids) == 60
+        assert output.metrics.total_s is not None
+        assert output.metrics.total_s > 0.1
+
+
+async def test_timeouts_compose_with_deadlines() -> None:
+    async with InferenceEngine(ScriptedModel([5], step_s=0.002), batch_timeout_ms=0) as engine:
+        with pytest.raises(TimeoutError) as caught:
+            async with asyncio.timeout(10):
+                await engine.generate([1], ENDLESS, deadline=0.05)
+        assert isinstance(caught.value, DeadlineExceeded)
+        handle = engine.generate([1], ENDLESS, deadline=100)
+        with pytest.raises(TimeoutError) as caught:
+            async with asyncio.timeout(0.05):
+                await handle
+        assert not isinstance(caught.value, DeadlineExceeded)
+        with pytest.raises(RequestAborted):
+            await handle
+
+
+async def test_deadline_of_zero_never_runs() -> None:
+    model = ScriptedModel([5])
+    async with InferenceEngine(model, batch_timeout_ms=0) as engine:
+        with pytest.raises(DeadlineExceeded):
+            await engine.generate([1], ENDLESS, deadline=0)
+        assert model.plans == 0

@@ -1,0 +1,124 @@
+"""What one consumer does, or does not do, is nobody else's business: blocked loops, slow readers, floods, idleness."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import threading
+import time
+
+import pytest
+
+from penstock.engine.channel import RequestStatus
+from penstock.engine.inference import InferenceEngine
+from penstock.errors import EngineOverloaded
+from penstock.models.scripted import ScriptedModel
+from penstock.outputs import Delta
+from penstock.sampling import SamplingParams
+
+ATTEMPTS = 3  # at what other programs on the machine may spoil
+STEP_S = 0.002
+
+
+class Reader(threading.Thread):
+    """Reads one request in a loop of its own thread, and stops that loop for a while after the first delta."""
+
+    def __init__(self, engine: InferenceEngine, num_tokens: int, block_s: float = 0.0) -> None:
+        super().__init__()
+        self.engine = engine
+        self.num_tokens = num_tokens
+        self.block_s = block_s
+        self.deltas: list[Delta] = []
+        self.times: list[float] = []
+
+    def run(self) -> None:
+        asyncio.run(self.read())
+
+    async def read(self) -> None:
+        async for delta in self.engine.generate([1], SamplingParams(max_tokens=self.num_tokens)):
+            self.deltas.append(delta)
+            self.times.append(time.perf_counter())
+            if len(self.deltas) == 1:
+                time.sleep(self.block_s)  # noqa: ASYNC251 - the mistake that this is about
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens read."""
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+    @property
+    def longest_gap_s(self) -> float:
+        """The longest time between two deltas."""
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+def test_blocked_loop_delays_nobody_else_and_its_deltas_merge() -> None:
+    for _ in range(ATTEMPTS):
+        engine = InferenceEngine(ScriptedModel([5, 6, 7], step_s=STEP_S), batch_timeout_ms=0)
+        engine.start()
+        blocked, other = Reader(engine, 150, block_s=0.2), Reader(engine, 150)
+        for reader in (blocked, other):
+            reader.start()
+        for reader in (blocked, other):
+            reader.join()
+        engine.stop()
+        assert blocked.tokens == other.tokens == [5, 6, 7] * 50
+        assert max(len(delta.token_ids) for delta in blocked.deltas) >= 10
+        assert len(blocked.deltas) < len(other.deltas)
+        if other.longest_gap_s < 0.05:
+            return
+    pytest.fail(f"{ATTEMPTS} times another loop's deltas came up to {other.longest_gap_s:.3f} s apart")
+
+
+async def test_reader_that_never_reads_gets_one_merged_delta() -> None:
+    async with InferenceEngine(ScriptedModel([5, 6, 7, 8])) as engine:
+        handle = engine.generate([1], SamplingParams(max_tokens=1000))
+        output = await handle
+        deltas = [delta async for delta in handle]
+        assert len(deltas) == 1
+        assert list(deltas[0].token_ids) == output.generated_ids == [5, 6, 7, 8] * 250
+        assert len(deltas[0].token_logprobs) == 1000
+        assert deltas[0].finish_reason == "length"
+
+
+async def test_flood_is_refused_quickly_and_the_engine_serves_afterwards() -> None:
+    model = ScriptedModel([5, 6, 7], max_length=4096)
+    async with InferenceEngine(model, max_queue_size=100, max_batch_size=1, batch_timeout_ms=0) as engine:
+        model.hold()
+        prompt, params = [1] * 1000, SamplingParams(max_tokens=3)
+        first = engine.generate(prompt, params)
+        for _ in range(5000):
+            if first.status is RequestStatus.PROCESSING:
+                break
+            await asyncio.sleep(0.001)
+        accepted, refusals_s, advice_s, before_kib = [], [], [], 0
+        for number in range(10_000):
+            begin = time.perf_counter()
+            try:
+                accepted.append(engine.generate(prompt, params))
+            except EngineOverloaded as error:
+                refusals_s.append(time.perf_counter() - begin)
+                advice_s.append(error.retry_after_s)
+            if number == 1000:
+                before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        growth_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+        assert len(accepted) == 100
+        assert min(advice_s) > 0
+        assert sorted(refusals_s)[int(0.999 * len(refusals_s))] < 0.005  # the rest is other programs' time
+        assert growth_kib < 20 * 1024
+        model.release()
+        outputs = await asyncio.gather(first, *accepted)
+        assert all(output.generated_ids == [5, 6, 7] for output in outputs)
+        assert (await engine.generate([1], params)).generated_ids == [5, 6, 7]
+
+
+async def test_idle_engine_uses_no_cpu() -> None:
+    """Real time is what this is about, so it waits for a second."""
+    async with InferenceEngine(ScriptedModel([5])) as engine:
+        engine.submit_request([1], SamplingParams(max_tokens=3), callback=lambda output: None)
+        await engine.generate([1], SamplingParams(max_tokens=3))
+        gc.collect()
+        begin = time.process_time()
+        await asyncio.sleep(1)
+        assert time.process_time() - begin < 0.01

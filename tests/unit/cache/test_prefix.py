@@ -1,0 +1,37 @@
+"""Digests tell apart everything that K/V depend on."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.cache.prefix import PrefixIndex, digest
+
+
+def test_digest_covers_parent_order_and_width_of_tokens() -> None:
+    root = PrefixIndex().root("")
+    digests = [
+        digest(root, [1, 2]),
+        digest(root, [2, 1]),
+        digest(root, [1]),
+        digest(root, [1 + 2 * 2**32]),
+        digest(digest(root, [1]), [2]),
+    ]
+    assert len(set(digests)) == 5
+    assert digest(root, [1, 2]) == digest(root, [1, 2])
+
+
+def test_roots_differ_by_scope_and_by_weights() -> None:
+    index, newer = PrefixIndex(), PrefixIndex(weight_version=1)
+    roots = [index.root(""), index.root("a"), index.root("a", 1), index.root("a, 1"), newer.root("")]
+    assert len(set(roots)) == 5
+
+
+def test_first_registration_stays() -> None:
+    index = PrefixIndex()
+    assert index.put(b"x", 3)
+    assert not index.put(b"x", 4)
+    assert (index.get(b"x"), len(index), list(index)) == (3, 1, [3])
+    index.remove(3)
+    assert index.get(b"x") is None
+    with pytest.raises(KeyError):
+        index.remove(3)

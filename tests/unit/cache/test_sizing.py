@@ -1,0 +1,41 @@
+"""Number of blocks from settings and memory, by hand: 100 bytes per token, blocks of 10 tokens, 1,000 bytes each."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.cache.sizing import num_blocks
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError
+
+
+def blocks(free_bytes: int = 10**9, max_len: int = 10**6, **settings: object) -> int:
+    return num_blocks(EngineConfig(block_size=10, **settings), 100, free_bytes, max_len)
+
+
+def test_tokens_go_before_fraction_and_fraction_before_bytes() -> None:
+    assert blocks(memory_pool_size=7999) == 7
+    assert blocks(free_bytes=100_000, memory_pool_size=7999, gpu_memory_utilization=0.5) == 50
+    assert blocks(memory_pool_size=7999, gpu_memory_utilization=0.5, kv_cache_tokens=31) == 4
+
+
+def test_without_any_setting_it_takes_what_may_be_taken() -> None:
+    assert blocks(free_bytes=100_000, memory_pool_size=None) == 90
+
+
+def test_a_tenth_of_free_memory_stays() -> None:
+    assert blocks(free_bytes=10_000, memory_pool_size=10**8) == 9
+    assert blocks(free_bytes=10_000, gpu_memory_utilization=1.0) == 9
+    assert blocks(free_bytes=10_000, kv_cache_tokens=10**6) == 9
+
+
+def test_no_more_than_a_full_batch_can_use_and_one() -> None:
+    assert blocks(memory_pool_size=10**8, max_batch_size=2, max_len=25) == 2 * 3 + 1
+    assert blocks(kv_cache_tokens=1000, max_batch_size=2, max_len=25) == 100
+
+
+def test_too_little_for_one_block_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        blocks(free_bytes=1111)
+    for number in ("1000", "1111", "999", str(1024**3)):
+        assert number in str(caught.value)

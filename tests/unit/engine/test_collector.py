@@ -1,0 +1,167 @@
+"""Events of a request's sequences become deltas, and at the end its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from penstock.engine.collector import Collector
+from penstock.engine.detokenizer import Detokenizer
+from penstock.engine.stops import StopStrings
+from penstock.engine.textstream import TextStream
+from penstock.outputs import Logprob, RequestMetrics
+from penstock.sampling import SamplingParams
+from penstock.sequence import FinishReason
+from penstock.step import Event, TokenLogprobs
+
+
+class LetterTokenizer:
+    """Token 0 is "a", token 1 is "b"; 25 has no text at all."""
+
+    def __len__(self) -> int:
+        return 26
+
+    def convert_ids_to_tokens(self, ids: list[int], **options: Any) -> list[str]:
+        return [chr(97 + i) for i in ids]
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        if 25 in ids:
+            raise ValueError("no text for z")
+        return "".join(self.convert_ids_to_tokens(ids))
+
+
+def make(count: int = 1, **options: Any) -> Collector:
+    """A collector of `count` candidates for a prompt of [9]."""
+    params = SamplingParams(max_tokens=99, **options)
+    stops = tuple(params.stop or ())
+    streams = [
+        TextStream(Detokenizer(LetterTokenizer()), StopStrings(stops, params.include_stop_str_in_output))
+        for _ in range(count)
+    ]
+    return Collector("r", "j", [9], params, streams, lambda token: chr(97 + token))
+
+
+def event(tokens: Sequence[int] = (), reason: FinishReason | None = None, **fields: Any) -> Event:
+    """Each token has logprob -1, but for "b" with -3; sampled ones are half of that."""
+    logprobs = tuple(scored(token) for token in tokens)
+    return Event(0, tuple(tokens), logprobs, reason=reason, **fields)
+
+
+def scored(token: int) -> TokenLogprobs:
+    """A token's logprobs, with the two most likely."""
+    logprob = -3.0 if token == 1 else -1.0
+    return TokenLogprobs(token, logprob, logprob / 2, 5, ((0, -0.1, 1), (2, -0.2, 2)))
+
+
+def test_tokens_become_text_and_sums() -> None:
+    collector = make()
+    first = collector.push(0, event([0, 1]))
+    last = collector.push(0, event([2], FinishReason.LENGTH, weight_version=7))
+    assert (first.text, first.token_ids, first.token_logprobs, first.finish_reason) == (
+        "ab",
+        (0, 1),
+        (-1.0, -3.0),
+        None,
+    )
+    assert (last.text, last.finish_reason) == ("c", "length")
+    output = collector.output(RequestMetrics())
+    (only,) = output.outputs
+    assert (output.finished, output.prompt, output.prompt_token_ids) == (True, "j", [9])
+    assert (only.text, only.token_ids, only.cumulative_logprob) == ("abc", [0, 1, 2], -5.0)
+    assert only.sampled_logprobs == [-0.5, -1.5, -0.5]
+    assert only.weight_versions == [0, 0, 7]
+    assert only.logprobs is None
+    assert output.output_ids == [[9, 0, 1, 2]]
+
+
+def test_stop_string_cuts_text_and_tokens() -> None:
+    collector = make(stop="bc")
+    delta = collector.push(0, event([0, 1, 2, 3]))
+    assert (delta.text, delta.token_ids, delta.finish_reason, delta.stop_reason) == ("a", (0, 1, 2), "stop", "bc")
+    only = collector.output(RequestMetrics()).outputs[0]
+    assert (only.token_ids, len(only.token_logprobs), only.cumulative_logprob) == ([0, 1, 2], 3, -5.0)
+    assert collector.done
+
+
+def test_text_that_could_become_a_stop_string_is_held_back_until_the_end() -> None:
+    collector = make(stop="bcd")
+    assert collector.push(0, event([0, 1])).text == "a"
+    assert collector.push(0, event([2], FinishReason.LENGTH)).text == "bc"
+
+
+@pytest.mark.parametrize(("shown", "text"), [(False, "a"), (True, "ab")])
+def test_text_of_the_stop_token_shows_only_when_asked_for(shown: bool, text: str) -> None:
+    collector = make(stop_token_ids=[1], include_stop_str_in_output=shown)
+    delta = collector.push(0, event([0, 1], FinishReason.STOP, stop_token=1))
+    assert (delta.text, delta.token_ids, delta.stop_reason) == (text, (0, 1), 1)
+
+
+def test_eos_is_no_stop_reason_since_nobody_asked_for_it() -> None:
+    delta = make().push(0, event([0, 1], FinishReason.STOP, stop_token=1))
+    assert (delta.finish_reason, delta.stop_reason) == ("stop", None)
+
+
+def test_logprobs_show_the_most_likely_tokens_and_the_chosen_one() -> None:
+    collector = make(logprobs=2)
+    delta = collector.push(0, event([1]))
+    wanted = {
+        0: Logprob(-0.1, 1, "a"),
+        2: Logprob(-0.2, 2, "c"),
+        1: Logprob(-3.0, 5, "b", -1.5),
+    }
+    assert delta.logprobs == (wanted,)
+    assert collector.output(RequestMetrics()).outputs[0].logprobs == [wanted]
+
+
+def test_prompt_logprobs_begin_with_none_and_are_taken_once() -> None:
+    collector = make(count=2, n=2, prompt_logprobs=0)
+    for index in range(2):
+        collector.push(index, event([0], prompt_logprobs=(scored(1),), num_cached_tokens=4))
+    output = collector.output(RequestMetrics())
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == 2
+    assert output.num_cached_tokens == 4
+
+
+def test_best_candidates_are_chosen_by_likelihood() -> None:
+    collector = make(count=3, n=2, best_of=3)
+    assert not collector.streams
+    for index, token in enumerate((1, 0, 2)):
+        collector.push(index, event([token, token], FinishReason.LENGTH))
+    outputs = collector.output(RequestMetrics()).outputs
+    assert [(out.index, out.text) for out in outputs] == [(0, "aa"), (1, "cc")]
+    assert [(delta.index, delta.text, delta.finish_reason) for delta in collector.replay()] == [
+        (0, "aa", "length"),
+        (1, "cc", "length"),
+    ]
+
+
+def test_done_when_every_completion_has_ended() -> None:
+    collector = make(count=2, n=2)
+    collector.push(0, event([0], FinishReason.LENGTH))
+    assert not collector.done
+    collector.push(1, event([0, 0], FinishReason.LENGTH))
+    assert collector.done
+    assert collector.num_generated == 3
+
+
+def test_closing_ends_what_still_runs_with_the_text_held_back() -> None:
+    collector = make(count=2, n=2, stop="bcd")
+    collector.push(0, event([0], FinishReason.LENGTH))
+    collector.push(1, event([0, 1]))
+    deltas = collector.close(FinishReason.DEADLINE)
+    assert [(delta.index, delta.text, delta.finish_reason) for delta in deltas] == [(1, "b", "deadline")]
+    assert [out.finish_reason for out in collector.output(RequestMetrics()).outputs] == ["length", "deadline"]
+    assert collector.close(FinishReason.DEADLINE) == []
+
+
+def test_closing_after_the_detokenizer_failed_does_not_fail_again() -> None:
+    """What was held back was decoded once more, and the error came out of the engine's own loop."""
+    collector = make()
+    with pytest.raises(ValueError, match="no text for z"):
+        collector.push(0, event([25]))
+    (delta,) = collector.close(FinishReason.ERROR)
+    assert (delta.text, delta.finish_reason) == ("", "error")

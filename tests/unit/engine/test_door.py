@@ -1,0 +1,181 @@
+"""The door: what a caller gave becomes sequences that fit, or a typed refusal that says what to change."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from penstock.config import EngineConfig
+from penstock.engine.channel import Channel
+from penstock.engine.door import Door
+from penstock.engine.request import Params, Request
+from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
+from penstock.models.protocol import ModelSpec
+from penstock.sampling import GenerationConfig, RequestPriority, SamplingParams
+from penstock.scheduling.admission import Admission
+
+LIMIT = 40
+
+
+class Tokenizer:
+    """Every character is a token: "a" is 0."""
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        return [ord(char) - 97 for char in text]
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(chr(97 + i) for i in ids)
+
+
+class Pool:
+    """Encodes at once, on the caller's thread, and counts how often."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Run it."""
+        self.calls += 1
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(Tokenizer(), *args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Rig:
+    """A door of a model with 26 tokens and room for 40."""
+
+    def __init__(self, **settings: Any) -> None:
+        config = EngineConfig(**settings)
+        self.pool = Pool()
+        self.admission = Admission(config)
+        spec = ModelSpec(
+            name="m", vocab_size=26, max_length=64, eos_token_ids=frozenset({1}), defaults={"temperature": 0.5}
+        )
+        self.door = Door(config, spec, LIMIT, Tokenizer(), self.pool, self.admission)  # type: ignore[arg-type]
+        self.ids = itertools.count()
+
+    def enroll(self, prompt: Any, params: Params = None, now: float = 0.0, **fields: Any) -> Request:
+        """A request that has passed the door."""
+        request = Request(id="r", prompt=prompt, params=params, channel=Channel("r"), arrival=0.0, **fields)
+        self.admission.reserve(1, request.reserved_tokens)
+        self.door.enroll(request, self.door.encode(request).result(0), self.ids, now)
+        return request
+
+
+def test_token_ids_pass_without_a_tokenizer() -> None:
+    rig = Rig()
+    request = rig.enroll([3, 4], SamplingParams(max_tokens=5))
+    assert rig.pool.calls == 0
+    assert (request.channel.prompt, request.channel.prompt_token_ids) == (None, [3, 4])
+    (sequence,) = request.sequences
+    assert (sequence.tokens, sequence.max_len, sequence.stop_ids) == ([3, 4], 7, frozenset({1}))
+
+
+def test_text_and_bad_words_are_encoded_on_the_pool() -> None:
+    rig = Rig()
+    request = rig.enroll("cab", SamplingParams(max_tokens=5, bad_words=["de", [7]]))
+    assert rig.pool.calls == 1
+    assert (request.channel.prompt, request.channel.prompt_token_ids) == ("cab", [2, 0, 1])
+    assert [3, 4] in request.sequences[0].params.bad_words
+    assert [7] in request.sequences[0].params.bad_words
+
+
+def test_words_as_ids_need_no_pool() -> None:
+    rig = Rig()
+    rig.enroll([1], SamplingParams(max_tokens=5, bad_words=[[7]]))
+    assert rig.pool.calls == 0
+
+
+def test_without_parameters_the_models_defaults_hold() -> None:
+    params = Rig(default_max_tokens=12).enroll([1]).sequences[0].params
+    assert (params.temperature, params.max_tokens) == (0.5, 12)
+    assert Rig(default_max_tokens=1000).enroll([1]).sequences[0].params.max_tokens == LIMIT - 1
+
+
+def test_no_limit_means_until_the_room_is_full() -> None:
+    assert Rig().enroll([1] * 10, SamplingParams(max_tokens=None)).sequences[0].max_len == LIMIT
+
+
+def test_generation_config_is_cut_to_the_room() -> None:
+    assert Rig().enroll([1] * 10, GenerationConfig(max_length=512)).sequences[0].max_len == LIMIT
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "says"),
+    [
+        ([1] * LIMIT, SamplingParams(max_tokens=1), "the prompt has 40 tokens and the limit is 40"),
+        ([1] * 30, SamplingParams(max_tokens=11), "30 prompt tokens and max_tokens=11 exceed the limit of 40"),
+    ],
+)
+def test_what_can_never_fit_is_refused_with_the_numbers(prompt: list[int], params: Params, says: str) -> None:
+    with pytest.raises(RequestTooLarge, match=says):
+        Rig().enroll(prompt, params)
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(RequestError, match="token id 26 is outside the model's vocabulary of 26"):
+        Rig().enroll([3, 26])
+
+
+@pytest.mark.parametrize("late", ["deadline", "ttft_deadline"])
+def test_deadline_that_has_passed_is_told(late: str) -> None:
+    with pytest.raises(DeadlineExceeded):
+        Rig().enroll([1], None, 2.0, **{late: 2.0})
+
+
+def test_completions_share_everything_but_their_number() -> None:
+    request = Rig().enroll(
+        [3, 4],
+        SamplingParams(n=3, max_tokens=2, seed=11),
+        priority=RequestPriority.HIGH,
+        deadline=9.0,
+        namespace="tenant",
+    )
+    first, second, third = request.sequences
+    assert [seq.sample_index for seq in request.sequences] == [0, 1, 2]
+    assert {seq.seed for seq in request.sequences} == {11}
+    assert {seq.priority for seq in request.sequences} == {RequestPriority.HIGH}
+    assert {(seq.deadline, seq.ttft_deadline, seq.namespace) for seq in request.sequences} == {
+        (9.0, math.inf, "tenant")
+    }
+    assert (first.parent, second.parent, third.parent) == (None, first, first)
+    assert first.tokens is not second.tokens
+    assert len({seq.id for seq in request.sequences}) == 3
+
+
+def test_best_of_runs_as_many_candidates() -> None:
+    assert len(Rig().enroll([3], SamplingParams(n=1, best_of=4, max_tokens=2)).sequences) == 4
+
+
+def test_ignored_eos_leaves_the_stop_ids_that_were_asked_for() -> None:
+    params = SamplingParams(max_tokens=2, ignore_eos=True, stop_token_ids=[7])
+    assert Rig().enroll([3], params).sequences[0].stop_ids == frozenset({7})
+
+
+def test_requests_without_a_seed_draw_the_engines() -> None:
+    seeds = [[rig.enroll([3]).sequences[0].seed for _ in range(3)] for rig in (Rig(seed=5), Rig(seed=5), Rig(seed=6))]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert len(set(seeds[0])) == 3
+
+
+def test_estimate_is_corrected_and_given_back_once() -> None:
+    rig = Rig()
+    request = rig.enroll("cabcab", reserved_tokens=2)
+    assert (rig.admission.num_requests, rig.admission.num_tokens) == (1, 6)
+    rig.door.release(request)
+    rig.door.release(request)
+    assert (rig.admission.num_requests, rig.admission.num_tokens) == (0, 0)
+
+
+def test_prompts_that_are_none_come_back_as_an_error() -> None:
+    rig = Rig()
+    with pytest.raises(RequestError, match="empty"):
+        rig.enroll([])
