@@ -17,6 +17,8 @@ Errors say what was wrong and what to change. `assert` is only for bugs of our o
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PenstockError(Exception):
     """Base of every error that Penstock raises on purpose."""
@@ -49,7 +51,7 @@ class EngineOverloaded(PenstockError, RuntimeError):
 class _Partial(PenstockError):
     """An ending that still has something to give: `output` is the `RequestOutput` so far, or None."""
 
-    def __init__(self, message: str, output: object = None) -> None:
+    def __init__(self, message: str, output: Any = None) -> None:
         super().__init__(message)
         self.output = output
 

@@ -41,8 +41,8 @@ class SamplingParams:
     `temperature=0` is greedy; `top_k` of 0 or -1, `top_p=1` and `min_p=0` are off. `max_tokens` counts new tokens;
     None means "until the model's limit". Presence and frequency penalties look at the output only, repetition
     penalty at prompt and output. `min_tokens` suppresses EOS, stop ids and stop strings until reached. `logprobs=k`
-    returns the k most likely tokens and the chosen one; -1 the whole vocabulary. With the same `seed`, a request
-    draws the same tokens whatever else runs. Raises `RequestError` saying which value is wrong.
+    returns the k most likely tokens and the chosen one; -1 the whole vocabulary. The same `seed` gives
+    the same random numbers whatever else runs. Raises `RequestError` saying which value is wrong.
     """
 
     n: int = 1

@@ -29,7 +29,8 @@ class RequestHandle:
 
     `await handle` gives the final `RequestOutput`; `async for delta in handle` gives `Delta`s as they come, merged
     when the reader is slow. Both raise `RequestAborted`, `DeadlineExceeded` (with the partial output) or the
-    request's own error.
+    request's own error; an iteration does so after a last delta whose `finish_reason` says the same. Leaving an
+    iteration with `break` aborts the request once the handle itself is dropped or closed.
     """
 
     def __init__(self, channel: Channel, engine: Aborter) -> None:

@@ -109,6 +109,7 @@ class Host:
         self._try_post(lambda core: core.stop())
         own = threading.get_ident() in (self._thread.ident, self._worker.ident)
         if not own:
+            self._settled.wait()  # a drain is time to serve, not to load
             self._thread.join(min(drain_s, threading.TIMEOUT_MAX))
         if self._thread.is_alive():
             self._try_post(lambda core: core.abort_all())

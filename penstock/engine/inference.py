@@ -26,7 +26,7 @@ from penstock.engine.host import Host
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.protocol import Callback, FinalCallback
-from penstock.engine.request import Params, Request, check_prompt, estimate_tokens
+from penstock.engine.request import Params, Request, check_prompt, estimate_tokens, snapshot
 from penstock.engine.tokenizing import Prompt
 from penstock.errors import EngineClosed, RequestError
 from penstock.outputs import RequestOutput
@@ -89,6 +89,7 @@ class InferenceEngine:
         """
         check_prompt(prompt)
         _check_params(params)
+        prompt = snapshot(prompt)
         request = self._request(prompt, params, request_id, priority, deadline, ttft_deadline, namespace)
         self._submit(request)
         handle = RequestHandle(request.channel, self)
@@ -192,6 +193,14 @@ class InferenceEngine:
             "model": parts.runner.spec.name if parts else None,
             "config": self.config.model_dump(),
         }
+
+    def reset_prefix_cache(self) -> None:
+        """Reuse no K/V computed until now, as after changing the weights of a borrowed module.
+
+        Running requests keep what they hold; what they add from here on is not shared with new ones.
+        """
+        parts = self._parts
+        _post(self._host, lambda core: parts[0].cache.reset())
 
     def optimize_memory(self) -> dict[str, float]:
         """Collect garbage and return cached device memory; memory use before and after, as fractions."""

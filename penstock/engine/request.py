@@ -6,6 +6,7 @@ Made on the caller's thread, handed over once, then touched by the engine's thre
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from penstock.engine.channel import Channel
@@ -52,8 +53,15 @@ def estimate_tokens(prompt: Prompt) -> int:
     """About how many tokens a prompt has: exact for ids, a quarter of the characters for text."""
     if isinstance(prompt, str):
         return len(prompt) // 4 + 1
-    if isinstance(prompt, dict):
+    if isinstance(prompt, Mapping):
         return estimate_tokens(prompt.get("prompt_token_ids") or prompt.get("prompt") or "")
     if needs_tokenizer(prompt):
         return sum(len(str(message)) for message in prompt) // 4 + 1
     return len(prompt)
+
+
+def snapshot(prompt: Prompt) -> Prompt:
+    """The prompt as it is now: the caller may go on to change its list while it waits to be encoded."""
+    if isinstance(prompt, str):
+        return prompt
+    return dict(prompt) if isinstance(prompt, Mapping) else list(prompt)

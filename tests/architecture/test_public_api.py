@@ -94,7 +94,11 @@ def drawn_tree(drawing: str) -> dict[str, tuple[str, str | None]]:
 
 def actual_tree() -> dict[str, tuple[str, str | None]]:
     """The same, read from the classes; private classes between two public ones do not count."""
-    public = [c for name, c in vars(errors).items() if isinstance(c, type) and not name.startswith("_")]
+    public = [
+        c
+        for name, c in vars(errors).items()
+        if isinstance(c, type) and c.__module__ == errors.__name__ and not name.startswith("_")
+    ]
     return {c.__name__: (public_parent(c), builtin_base(c)) for c in public}
 
 

@@ -47,6 +47,15 @@ def new_engine(**settings: Any) -> InferenceEngine:
     return InferenceEngine(ScriptedModel([5, 6, 7], max_length=256), skip_tokenizer_init=True, **settings)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small would only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def engine() -> Iterator[InferenceEngine]:
     made = new_engine()
@@ -76,7 +85,7 @@ def in_thread(work: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def run_script(source: str, *arguments: str, **environment: str) -> str:
+def run_script(source: str, *arguments: str) -> str:
     """Run a program without a `__main__` guard in a new interpreter; what it printed. Warnings are errors."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", source, *arguments],
@@ -84,7 +93,7 @@ def run_script(source: str, *arguments: str, **environment: str) -> str:
         text=True,
         timeout=100,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from penstock import (
@@ -44,6 +45,15 @@ from tests.tokenizers_for_tests import byte_level
 PATIENCE_S = 30.0
 AT_ONCE_S = 0.05
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small would only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

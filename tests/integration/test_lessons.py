@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from penstock import (
     LLM,
@@ -36,6 +37,15 @@ from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level
 
 HELLO = "Hello, my name is"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small would only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +318,11 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy(demo: LLM) -> None:
 def test_penalties_change_what_is_drawn(demo: LLM) -> None:
     """003-41 to 003-43: the greedy text of a small model repeats itself, with a penalty it does not."""
     greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    penalties = [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.8}]
+    penalties: list[dict[str, Any]] = [
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 1.8},
+    ]
     params = [greedy, *(dataclasses.replace(greedy, **penalty) for penalty in penalties)]
     plain, *penalised = demo.generate(["The name of"] * 4, params)
     for output in penalised:

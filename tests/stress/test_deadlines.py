@@ -34,7 +34,7 @@ async def test_deadline_in_the_queue_is_kept_while_a_long_step_runs(kind: str) -
     had ended: so several, at odd times."""
     best_s = 1.0
     for _ in range(ATTEMPTS):
-        model = ScriptedModel([5])
+        model = ScriptedModel([5], max_length=4096)
         async with InferenceEngine(model, batch_timeout_ms=0, max_batch_size=1) as engine:
             model.hold()  # one step that lasts until this is over
             running = engine.generate([1], SamplingParams(max_tokens=2))
@@ -55,7 +55,7 @@ async def test_deadline_in_the_queue_is_kept_while_a_long_step_runs(kind: str) -
 
 async def test_deadline_of_a_running_request_is_kept_while_its_step_runs() -> None:
     for _ in range(ATTEMPTS):
-        model = ScriptedModel([5])
+        model = ScriptedModel([5], max_length=4096)
         async with InferenceEngine(model, batch_timeout_ms=0) as engine:
             model.hold()
             late_s = await lateness_s(engine.generate([1], ENDLESS, deadline=0.1), time.monotonic() + 0.1)
@@ -66,7 +66,7 @@ async def test_deadline_of_a_running_request_is_kept_while_its_step_runs() -> No
 
 
 async def test_expiry_in_mid_stream_gives_what_there_is() -> None:
-    async with InferenceEngine(ScriptedModel([5, 6], step_s=0.002), batch_timeout_ms=0) as engine:
+    async with InferenceEngine(ScriptedModel([5, 6], step_s=0.002, max_length=4096), batch_timeout_ms=0) as engine:
         handle = engine.generate([1], ENDLESS, deadline=0.1)
         deltas: list[Delta] = []
 
@@ -87,7 +87,7 @@ async def test_expiry_in_mid_stream_gives_what_there_is() -> None:
 
 
 async def test_first_token_deadline_leaves_a_stream_alone() -> None:
-    async with InferenceEngine(ScriptedModel([5], step_s=0.002), batch_timeout_ms=0) as engine:
+    async with InferenceEngine(ScriptedModel([5], step_s=0.002, max_length=4096), batch_timeout_ms=0) as engine:
         output = await engine.generate([1], SamplingParams(max_tokens=60), ttft_deadline=0.1)
         assert len(output.generated_ids) == 60
         assert output.metrics.total_s is not None
@@ -95,7 +95,7 @@ async def test_first_token_deadline_leaves_a_stream_alone() -> None:
 
 
 async def test_timeouts_compose_with_deadlines() -> None:
-    async with InferenceEngine(ScriptedModel([5], step_s=0.002), batch_timeout_ms=0) as engine:
+    async with InferenceEngine(ScriptedModel([5], step_s=0.002, max_length=4096), batch_timeout_ms=0) as engine:
         with pytest.raises(TimeoutError) as caught:
             async with asyncio.timeout(10):
                 await engine.generate([1], ENDLESS, deadline=0.05)
@@ -110,7 +110,7 @@ async def test_timeouts_compose_with_deadlines() -> None:
 
 
 async def test_deadline_of_zero_never_runs() -> None:
-    model = ScriptedModel([5])
+    model = ScriptedModel([5], max_length=4096)
     async with InferenceEngine(model, batch_timeout_ms=0) as engine:
         with pytest.raises(DeadlineExceeded):
             await engine.generate([1], ENDLESS, deadline=0)

@@ -55,7 +55,7 @@ class Reader(threading.Thread):
 
 def test_blocked_loop_delays_nobody_else_and_its_deltas_merge() -> None:
     for _ in range(ATTEMPTS):
-        engine = InferenceEngine(ScriptedModel([5, 6, 7], step_s=STEP_S), batch_timeout_ms=0)
+        engine = InferenceEngine(ScriptedModel([5, 6, 7], step_s=STEP_S, max_length=4096), batch_timeout_ms=0)
         engine.start()
         blocked, other = Reader(engine, 150, block_s=0.2), Reader(engine, 150)
         for reader in (blocked, other):
@@ -72,7 +72,7 @@ def test_blocked_loop_delays_nobody_else_and_its_deltas_merge() -> None:
 
 
 async def test_reader_that_never_reads_gets_one_merged_delta() -> None:
-    async with InferenceEngine(ScriptedModel([5, 6, 7, 8])) as engine:
+    async with InferenceEngine(ScriptedModel([5, 6, 7, 8], max_length=4096)) as engine:
         handle = engine.generate([1], SamplingParams(max_tokens=1000))
         output = await handle
         deltas = [delta async for delta in handle]
@@ -115,7 +115,7 @@ async def test_flood_is_refused_quickly_and_the_engine_serves_afterwards() -> No
 
 async def test_idle_engine_uses_no_cpu() -> None:
     """Real time is what this is about, so it waits for a second."""
-    async with InferenceEngine(ScriptedModel([5])) as engine:
+    async with InferenceEngine(ScriptedModel([5], max_length=4096)) as engine:
         engine.submit_request([1], SamplingParams(max_tokens=3), callback=lambda output: None)
         await engine.generate([1], SamplingParams(max_tokens=3))
         gc.collect()

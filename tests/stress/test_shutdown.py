@@ -27,7 +27,9 @@ PROMPTLY_S = 2.0  # on a busy machine; all the ways to wait for ever take much l
 
 def slow_engine(**settings: Any) -> InferenceEngine:
     """Endless requests take 3 s each."""
-    return InferenceEngine(ScriptedModel([5, 6, 7], step_s=0.002), **{"batch_timeout_ms": 0, **settings})
+    return InferenceEngine(
+        ScriptedModel([5, 6, 7], step_s=0.002, max_length=4096), **{"batch_timeout_ms": 0, **settings}
+    )
 
 
 def begun(engine: InferenceEngine) -> RequestHandle:
@@ -202,7 +204,7 @@ class StoppingModel(ScriptedModel):
 
 def test_stop_on_the_models_thread_does_not_deadlock() -> None:
     """It joined the engine's thread, which waited for the model's."""
-    model = StoppingModel([5])
+    model = StoppingModel([5], max_length=4096)
     engine = InferenceEngine(model, batch_timeout_ms=0)
     model.during_step = lambda: engine.stop(0)
     handle = engine.generate([1], ENDLESS)
@@ -212,7 +214,7 @@ def test_stop_on_the_models_thread_does_not_deadlock() -> None:
 
 def test_engine_collected_as_garbage_on_the_models_thread_ends() -> None:
     """The garbage collector runs where it likes. On the model's thread the finalizer waited for itself."""
-    model = StoppingModel([5])
+    model = StoppingModel([5], max_length=4096)
     engine = InferenceEngine(model, batch_timeout_ms=0)
     handle = begun(engine)
     cycle: list[Any] = [engine]
@@ -258,7 +260,7 @@ from penstock import InferenceEngine, SamplingParams
 from penstock.models.scripted import ScriptedModel
 
 ENDLESS = SamplingParams(max_tokens=1500)
-engine = InferenceEngine(ScriptedModel([5], step_s=0.005), batch_timeout_ms=0)
+engine = InferenceEngine(ScriptedModel([5], step_s=0.005, max_length=4096), batch_timeout_ms=0)
 
 async def first(handle):
     return await anext(handle)

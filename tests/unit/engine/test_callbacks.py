@@ -49,7 +49,7 @@ class Inbox:
 @pytest.fixture
 def engine() -> Iterator[InferenceEngine]:
     """A scripted engine, stopped afterwards."""
-    found = InferenceEngine(ScriptedModel([5, 6, 7]), batch_timeout_ms=0)
+    found = InferenceEngine(ScriptedModel([5, 6, 7], max_length=4096), batch_timeout_ms=0)
     yield found
     found.stop(0)
 
