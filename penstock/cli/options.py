@@ -12,7 +12,7 @@ from typing import Any
 from penstock.errors import ConfigurationError
 from penstock.sampling import SamplingParams
 
-_SAMPLING = ("temperature", "top_p", "top_k", "seed", "n", "stop", "logprobs", "max_tokens")
+_SAMPLING = ("temperature", "top_p", "top_k", "seed", "n", "stop", "logprobs", "max_tokens", "min_tokens")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -37,6 +37,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> ar
     group.add_argument(
         "--max-tokens", type=int, metavar="N", help=f"most new tokens (default: {max_tokens}, or what fits)"
     )
+    group.add_argument("--min-tokens", type=int, metavar="N", help="do not end before this many new tokens")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; higher is wilder")
     group.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P together"

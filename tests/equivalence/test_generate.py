@@ -80,6 +80,16 @@ def test_siblings_draw_what_single_requests_of_their_index_draw(name: str) -> No
     assert len({tuple(output) for output in outputs}) > len(PROMPTS[::4])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_seeded_request_draws_the_same_alone_in_a_crowd_and_after_preemption(name: str) -> None:
+    params = SamplingParams(seed=11, temperature=0.9, top_k=40, repetition_penalty=1.2, max_tokens=24)
+    tight, single = Driver(model_of(name), num_blocks=64, enable_kv_cache=False), Driver(model_of(name))
+    crowd = tight.run([sequence(i, prompt, params) for i, prompt in enumerate(PROMPTS)])
+    assert tight.scheduler.stats()["num_preemptions"] > 0
+    alone = [single.run([sequence(i, prompt, params)])[0] for i, prompt in enumerate(PROMPTS) if i % 3 == 0]
+    assert crowd[::3] == alone
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_prompt_logprobs_are_those_of_a_plain_forward_pass(name: str) -> None:
     driver = Driver(model_of(name), max_num_batched_tokens=64)

@@ -180,17 +180,24 @@ def test_loading_and_generating_changes_no_global_state_either() -> None:
 
 
 LEFT_OVER = """
+import asyncio, sys
 from penstock import InferenceEngine, SamplingParams, ScriptedModel
+async def first(handle):
+    return await anext(handle)
 idle, never = (InferenceEngine(ScriptedModel([5], max_length=64), skip_tokenizer_init=True) for _ in range(2))
 idle.generate([1], SamplingParams(max_tokens=2)).result(30)
-idle.submit_request([1], SamplingParams(max_tokens=2), callback=lambda output: print("called back", flush=True))
+idle.submit_request([1], SamplingParams(max_tokens=2), callback=lambda output: sys.stdout.write("called back\\n"))
 done = idle.submit_request([1], SamplingParams(max_tokens=2))
 idle.get_request(done).result(30)
-print("the end")
+busy = InferenceEngine(ScriptedModel([5], max_length=4096, step_s=0.005), skip_tokenizer_init=True)
+handle = busy.generate([1], SamplingParams(max_tokens=4000))
+asyncio.run(first(handle))
+sys.stdout.write("the end\\n")
 """
 
 
 def test_a_script_ends_although_it_stopped_no_engine() -> None:
+    """One engine was never started, one is idle, one is in the middle of a request."""
     assert sorted(run_script(LEFT_OVER).splitlines()) == ["called back", "the end"]
 
 

@@ -654,7 +654,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
 
 
 def test_settings_that_do_nothing_change_no_token(folder: str) -> None:
-    """004-50, 004-53: speculation, checkpointing and the rest never change the output."""
+    """004-13, 004-50, 004-53: speculation, checkpointing and the rest never change the output."""
     plain, recipe = (
         InferenceEngine(folder, None, EngineConfig(**settings))
         for settings in (
