@@ -13,8 +13,7 @@ def main() -> None:
     shape = LlamaConfig(vocab_size=10, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(shape).train()
 
-    # Token ids in and out need no tokenizer. Without reuse of prefixes, no K/V of older weights is left behind.
-    llm = LLM(model, skip_tokenizer_init=True, enable_prefix_caching=False)
+    llm = LLM(model, skip_tokenizer_init=True)  # token ids in and out
     params = SamplingParams(temperature=0, max_tokens=len(LESSON) - 3, ignore_eos=True)
     print("says before:", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
 
@@ -28,6 +27,7 @@ def main() -> None:
         if step % 13 == 0:
             print(f"step {step:2}: loss {loss.item():.3f}")
 
+    llm.engine.reset_prefix_cache()  # K/V of the old weights
     print("says after: ", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
     print("was taught: ", LESSON[3:])
     llm.stop()

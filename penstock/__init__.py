@@ -7,7 +7,7 @@ and transformers are imported when the first engine loads a model.
 __version__ = "0.1.0"
 
 from penstock.config import EngineConfig
-from penstock.engine import LLM, AsyncEngineArgs, AsyncLLMEngine, InferenceEngine, RequestHandle
+from penstock.engine import LLM, AsyncEngineArgs, AsyncLLMEngine, InferenceEngine, RequestHandle, RequestStatus
 from penstock.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -52,6 +52,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "RequestPriority",
+    "RequestStatus",
     "RequestTooLarge",
     "SamplingParams",
     "ScriptedModel",

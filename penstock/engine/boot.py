@@ -55,22 +55,28 @@ def assemble(model: Any, tokenizer: Any, config: EngineConfig, admission: Admiss
     log.info(f"Initializing an LLM engine (v{__version__}) with config: {config.model_dump(exclude_defaults=True)}")
     runner, tokenizer = _load(model, tokenizer, config)
     log.info("Model weights loaded.", model=runner.spec.name, device=runner.spec.device, dtype=runner.spec.dtype)
-    share = 1.0 if "cuda" in runner.spec.device else HOST_SHARE
-    blocks = num_blocks(
-        config, runner.spec.kv_bytes_per_token, runner.free_bytes(), runner.spec.max_length, share=share
-    )
+    longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
+    cache = _cache(runner, longest, config, log)
+    max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
+    scheduler = Scheduler(config, cache, max_logit_rows=max_logit_rows)
+    pool = TokenizerPool(tokenizer)
+    door = Door(config, runner.spec, min(longest, cache.capacity), copy.deepcopy(tokenizer), pool, admission)
+    return Parts(runner, tokenizer, pool, cache, scheduler, door)
+
+
+def _cache(runner: ModelRunner, longest: int, config: EngineConfig, log: Logger) -> CacheManager:
+    """A cache of the configured size, and the memory behind it."""
+    on_gpu = "cuda" in runner.spec.device
+    share = 1.0 if on_gpu else HOST_SHARE
+    blocks = num_blocks(config, runner.spec.kv_bytes_per_token, runner.free_bytes(), longest, share=share)
     runner.allocate(blocks, config.block_size)
-    log.info(f"# GPU blocks: {blocks}, # CPU blocks: 0" if "cuda" in runner.spec.device else f"# GPU blocks: 0, # CPU blocks: {blocks}")
-    cache = CacheManager(
+    log.info(f"# GPU blocks: {blocks if on_gpu else 0}, # CPU blocks: {0 if on_gpu else blocks}")
+    return CacheManager(
         blocks,
         config.block_size,
         enable_prefix_caching=config.enable_kv_cache,
         max_cached_blocks=config.kv_cache_max_size,
     )
-    scheduler = Scheduler(config, cache, max_logit_rows=max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size)))
-    pool = TokenizerPool(tokenizer)
-    door = Door(config, runner.spec, cache.capacity, copy.deepcopy(tokenizer), pool, admission)
-    return Parts(runner, tokenizer, pool, cache, scheduler, door)
 
 
 def _load(model: Any, tokenizer: Any, config: EngineConfig) -> tuple[ModelRunner, Any]:

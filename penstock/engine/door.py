@@ -7,8 +7,7 @@ to change; nothing is queued before its size is known to fit.
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -29,24 +28,26 @@ Encoded = tuple[str | None, list[int], list[list[int]]]
 
 
 class Door:
-    """Admits requests to one model. `tokenizer` is the engine thread's own copy; None serves token ids only."""
+    """Admits requests to one model.
+
+    `limit` is the most tokens of one sequence. `tokenizer` is the engine thread's own copy; None serves token ids only.
+    """
 
     def __init__(
         self,
         config: EngineConfig,
         spec: ModelSpec,
-        capacity: int,
+        limit: int,
         tokenizer: Any,
         pool: TokenizerPool,
         admission: Admission,
     ) -> None:
         self._config = config
         self._spec = spec
-        self._limit = min(spec.max_length, capacity)
+        self._limit = limit
         self._tokenizer = tokenizer
         self._pool = pool
         self._admission = admission
-        self._random = random.Random(config.seed)
         self._token_texts: dict[int, str] = {}
 
     def encode(self, request: Request) -> Future[Encoded]:
@@ -67,7 +68,9 @@ class Door:
         if now >= min(request.deadline, request.ttft_deadline):
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
         params = self._resolve(request.params, len(ids), bad_words)
-        self._check_vocabulary(ids)  # after the length: looking at a million ids holds the interpreter lock
+        self._check_vocabulary(
+            "the prompt", ids
+        )  # after the length: looking at a million ids holds the interpreter lock
         self._admission.adjust(len(ids) - request.reserved_tokens)
         request.reserved_tokens = len(ids)
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
@@ -81,10 +84,12 @@ class Door:
             request.admitted = True
             self._admission.release(1, request.reserved_tokens)
 
-    def _check_vocabulary(self, ids: list[int]) -> None:
-        highest = max(ids)
+    def _check_vocabulary(self, name: str, ids: Collection[int]) -> None:
+        highest = max(ids, default=0)
         if highest >= self._spec.vocab_size:
-            raise RequestError(f"token id {highest} is outside the model's vocabulary of {self._spec.vocab_size}")
+            raise RequestError(
+                f"token id {highest} in {name} is outside the model's vocabulary of {self._spec.vocab_size}"
+            )
 
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
         """Parameters with a definite `max_tokens` that fits."""
@@ -104,24 +109,26 @@ class Door:
                 f"{prompt_len} prompt tokens and max_tokens={wanted} exceed the limit of {self._limit}: "
                 f"ask for at most {room}, or max_tokens=None for what fits"
             )
+        self._check_vocabulary("logit_bias", params.logit_bias or ())
+        self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
         return dataclasses.replace(params, max_tokens=wanted, bad_words=bad_words)
 
     def _sequences(
         self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int]
     ) -> list[Sequence]:
         assert params.max_tokens is not None
-        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        sibling = dataclasses.replace(params, prompt_logprobs=None)  # one scoring of the prompt is enough
         eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
         found: list[Sequence] = []
         for index in range(params.num_samples):
             sequence = Sequence(
                 id=next(seq_ids),
                 request_id=request.id,
-                params=params,
+                params=sibling if found else params,
                 tokens=list(ids),
                 max_len=len(ids) + params.max_tokens,
                 stop_ids=eos | frozenset(params.stop_token_ids or ()),
-                seed=seed,
+                seed=request.seed if params.seed is None else params.seed,
                 sample_index=index,
                 priority=request.priority,
                 arrival=request.arrival,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 import uuid
 import weakref
@@ -60,6 +61,7 @@ class InferenceEngine:
         self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()
         self._kept: OrderedDict[str, Channel] = OrderedDict()
         self._parts: list[Parts] = []
+        self._random = random.Random(self.config.seed)
         self._pid = os.getpid()
         self._host = Host(_booter(model, tokenizer, self.config, self._admission, self._metrics, self._log, self._parts))
         self._callbacks = Callbacks(_failer(self._host))
@@ -256,6 +258,7 @@ class InferenceEngine:
             priority=RequestPriority(priority),
             namespace=namespace,
             reserved_tokens=estimate_tokens(prompt),
+            seed=self._random.getrandbits(62),
         )
         if deadline is not None:
             request.deadline = now + _seconds("deadline", deadline)

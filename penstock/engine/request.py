@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from penstock.engine.channel import Channel
 from penstock.engine.collector import Collector
-from penstock.engine.tokenizing import Prompt, encode_prompt, needs_tokenizer
+from penstock.engine.tokenizing import Prompt, check_keys, encode_prompt, needs_tokenizer
 from penstock.errors import RequestError
 from penstock.sampling import GenerationConfig, RequestPriority, SamplingParams
 from penstock.sequence import Sequence
@@ -33,6 +33,7 @@ class Request:
     ttft_deadline: float = math.inf
     namespace: str = ""
     reserved_tokens: int = 0
+    seed: int = 0  # drawn at submission, for parameters that bring none
     admitted: bool = False  # whether the door's reservation was given back
     collector: Collector | None = None
     sequences: list[Sequence] = field(default_factory=list)
@@ -43,9 +44,11 @@ class Request:
 
 def check_prompt(prompt: Prompt) -> None:
     """Refuse at the call what needs no tokenizer to be refused. Raises `RequestError`."""
+    if isinstance(prompt, Mapping):
+        check_keys(prompt)
     if not needs_tokenizer(prompt):
         encode_prompt(None, prompt)
-    elif not prompt:
+    elif not (prompt.get("prompt") if isinstance(prompt, Mapping) else prompt):
         raise RequestError("the prompt is empty: pass at least one character, or token ids")
 
 

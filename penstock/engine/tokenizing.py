@@ -85,6 +85,12 @@ def needs_tokenizer(prompt: Prompt) -> bool:
     return isinstance(prompt, str) or _is_chat(prompt)
 
 
+def check_keys(prompt: Mapping[str, Any]) -> None:
+    """Refuse a mapping that is no prompt. Raises `RequestError`."""
+    if unknown := set(prompt) - {"prompt", "prompt_token_ids"}:
+        raise RequestError(f"a prompt has no key {min(map(str, unknown))!r}: pass {_WANTED}")
+
+
 def encode_prompt(tokenizer: Any, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[str | None, list[int]]:
     """Return (the prompt's text, its token ids); the text is None where only ids were given.
 
@@ -125,8 +131,7 @@ def _encode_word(tokenizer: Any, word: str | Sequence[int]) -> list[list[int]]:
 def _encode_mapping(
     tokenizer: Any, prompt: Mapping[str, Any], add_special_tokens: bool
 ) -> tuple[str | None, list[int]]:
-    if unknown := set(prompt) - {"prompt", "prompt_token_ids"}:
-        raise RequestError(f"a prompt has no key {min(map(str, unknown))!r}: pass {_WANTED}")
+    check_keys(prompt)
     text = prompt.get("prompt")
     if not isinstance(text, str | None):
         raise RequestError(f'"prompt" must be a string, got {type(text).__name__}: pass {_WANTED}')

@@ -6,7 +6,9 @@ when a local path was meant. Called once per engine, off the event loop; imports
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,14 +82,15 @@ def _read(source: str, dtype: torch.dtype | str, device: torch.device, config: E
     from transformers import AutoModelForCausalLM
 
     try:
-        module: nn.Module = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            revision=config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-            cache_dir=config.download_dir,
-            use_safetensors={"auto": None, "safetensors": True, "pt": False}[config.load_format],
-        )
+        with _no_bar() if Path(source).is_dir() else contextlib.nullcontext():
+            module: nn.Module = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                revision=config.revision or "main",
+                trust_remote_code=config.trust_remote_code,
+                cache_dir=config.download_dir,
+                use_safetensors={"auto": None, "safetensors": True, "pt": False}[config.load_format],
+            )
         return module.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
@@ -95,6 +98,20 @@ def _read(source: str, dtype: torch.dtype | str, device: torch.device, config: E
         ) from error
     except Exception as error:
         raise ConfigurationError(f"cannot load the model {source!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """No bar over weights that lie on disk: making one fixes the whole program's multiprocessing start method."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> Any:

@@ -182,7 +182,7 @@ def test_dtype_seed_and_length_take_effect(folder: str) -> None:
     settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 32, "max_num_seqs": 2, "disable_log_stats": True}
     first, second = (LLM(folder, seed=7, **settings) for _ in range(2))
     params = SamplingParams(temperature=1.0, max_tokens=8)
-    one, two = ([llm.generate(HELLO, params)[0].generated_ids for _ in range(3)] for llm in (first, second))
+    one, two = ([out.generated_ids for out in llm.generate([HELLO] * 4, params)] for llm in (first, second))
     assert one == two
     assert len({tuple(tokens) for tokens in one}) > 1
     assert first.get_stats()["performance_metrics"] == {}

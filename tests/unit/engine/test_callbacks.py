@@ -37,7 +37,8 @@ class Inbox:
 
     async def later(self, item: Delta | RequestOutput) -> None:
         """The same, asynchronously."""
-        await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0)
         self(item)
 
     @property
@@ -137,11 +138,12 @@ def test_raising_callback_fails_its_request_alone(engine: InferenceEngine, error
     assert len(inbox.tokens) == 30
 
 
-def test_stop_returns_after_the_last_callbacks(engine: InferenceEngine) -> None:
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_stop_returns_after_the_last_callbacks(engine: InferenceEngine, kind: str) -> None:
     """The callbacks' loop was stopped in the turn in which the last news arrived, before anybody was told."""
     inboxes = [Inbox() for _ in range(20)]
     for inbox in inboxes:
-        engine.submit_request([1], tokens(1500), callback=inbox)
+        engine.submit_request([1], tokens(1500), callback=inbox if kind == "sync" else inbox.later)
     engine.stop(0)
     assert all(len(inbox.items) == 1 for inbox in inboxes)
 

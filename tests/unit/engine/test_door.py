@@ -121,7 +121,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(prompt: list[int], param
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
-    with pytest.raises(RequestError, match="token id 26 is outside the model's vocabulary of 26"):
+    with pytest.raises(RequestError, match="token id 26 in the prompt is outside the model's vocabulary of 26"):
         Rig().enroll([3, 26])
 
 
@@ -160,10 +160,20 @@ def test_ignored_eos_leaves_the_stop_ids_that_were_asked_for() -> None:
     assert Rig().enroll([3], params).sequences[0].stop_ids == frozenset({7})
 
 
-def test_requests_without_a_seed_draw_the_engines() -> None:
-    seeds = [[rig.enroll([3]).sequences[0].seed for _ in range(3)] for rig in (Rig(seed=5), Rig(seed=5), Rig(seed=6))]
-    assert seeds[0] == seeds[1] != seeds[2]
-    assert len(set(seeds[0])) == 3
+def test_requests_without_a_seed_use_the_one_drawn_at_submission() -> None:
+    assert Rig().enroll([3], seed=5).sequences[0].seed == 5
+    assert Rig().enroll([3], SamplingParams(seed=7, max_tokens=2), seed=5).sequences[0].seed == 7
+
+
+def test_only_the_first_completion_scores_the_prompt() -> None:
+    request = Rig().enroll([3, 4], SamplingParams(n=2, max_tokens=2, prompt_logprobs=1))
+    assert [seq.params.prompt_logprobs for seq in request.sequences] == [1, None]
+
+
+def test_wishes_for_tokens_that_do_not_exist_are_refused() -> None:
+    for wish in ({"allowed_token_ids": [26]}, {"logit_bias": {26: 1.0}}):
+        with pytest.raises(RequestError, match=f"token id 26 in {next(iter(wish))}"):
+            Rig().enroll([3], SamplingParams(max_tokens=2, **wish))  # type: ignore[arg-type]
 
 
 def test_estimate_is_corrected_and_given_back_once() -> None:
