@@ -1,11 +1,14 @@
-"""Puts an engine together: model, cache sized for it, scheduler, tokenizer pool, door.
+"""Puts an engine together: model, cache sized for it, scheduler, tokenizer pool, door; and takes it apart.
 
-Runs once, on the model's thread; the only place where `models.loading` (and with it torch) is imported.
+Assembling runs once, on the model's thread; the only place where `models.loading` (and with it torch) is imported.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,12 @@ from typing import Any
 from penstock.cache.manager import CacheManager
 from penstock.cache.sizing import num_blocks
 from penstock.config import EngineConfig
+from penstock.engine.callbacks import Callbacks
+from penstock.engine.core import EngineCore
 from penstock.engine.door import Door
+from penstock.engine.host import Boot, Host
 from penstock.engine.log import Logger
+from penstock.engine.metrics import Metrics
 from penstock.engine.tokenizing import TokenizerPool
 from penstock.models.folder import check_source
 from penstock.models.protocol import ModelRunner
@@ -86,3 +93,44 @@ def _load(model: Any, tokenizer: Any, config: EngineConfig) -> tuple[ModelRunner
 
     loaded = load(model, tokenizer, config)
     return loaded.runner, loaded.tokenizer
+
+
+def booter(
+    model: Any,
+    tokenizer: Any,
+    config: EngineConfig,
+    admission: Admission,
+    metrics: Metrics,
+    log: Logger,
+    parts: list[Parts],
+) -> Boot:
+    """What the host runs first; what it assembles is put into `parts`.
+
+    Holds no reference to the engine object, so that dropping that one stops everything.
+    """
+
+    async def boot(worker: Executor) -> EngineCore:
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(worker, assemble, model, tokenizer, config, admission, log)
+        parts.append(made)
+        return EngineCore(
+            config,
+            made.runner,
+            made.scheduler,
+            made.door,
+            execute=lambda plan: loop.run_in_executor(worker, made.runner.execute, plan),
+            clock=time.monotonic,
+            metrics=metrics,
+            log=log,
+        )
+
+    return boot
+
+
+def shut_down(host: Host, callbacks: Callbacks, parts: list[Parts]) -> None:
+    """Stop at once, and let go of whatever was assembled."""
+    host.stop(0.0)
+    callbacks.close()
+    for part in parts:
+        part.close()
+    parts.clear()

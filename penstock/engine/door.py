@@ -68,9 +68,8 @@ class Door:
         if now >= min(request.deadline, request.ttft_deadline):
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
         params = self._resolve(request.params, len(ids), bad_words)
-        self._check_vocabulary(
-            "the prompt", ids
-        )  # after the length: looking at a million ids holds the interpreter lock
+        # After the length: looking at a million ids holds the interpreter lock.
+        self._check_vocabulary("the prompt", ids)
         self._admission.adjust(len(ids) - request.reserved_tokens)
         request.reserved_tokens = len(ids)
         request.channel.prompt, request.channel.prompt_token_ids = text, ids

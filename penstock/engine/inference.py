@@ -13,15 +13,13 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict
-from concurrent.futures import Executor
 from types import TracebackType
 from typing import Any, Self
 
 from penstock.config import EngineConfig
-from penstock.engine.boot import Parts, assemble, check_early
+from penstock.engine.boot import Parts, booter, check_early, shut_down
 from penstock.engine.callbacks import Callbacks
 from penstock.engine.channel import Channel, RequestStatus
-from penstock.engine.core import EngineCore
 from penstock.engine.handle import RequestHandle
 from penstock.engine.host import Host
 from penstock.engine.log import make_logger
@@ -63,9 +61,9 @@ class InferenceEngine:
         self._parts: list[Parts] = []
         self._random = random.Random(self.config.seed)
         self._pid = os.getpid()
-        self._host = Host(_booter(model, tokenizer, self.config, self._admission, self._metrics, self._log, self._parts))
+        self._host = Host(booter(model, tokenizer, self.config, self._admission, self._metrics, self._log, self._parts))
         self._callbacks = Callbacks(_failer(self._host))
-        self._finalizer = weakref.finalize(self, _shut_down, self._host, self._callbacks, self._parts)
+        self._finalizer = weakref.finalize(self, shut_down, self._host, self._callbacks, self._parts)
 
     # Generation.
 
@@ -306,36 +304,3 @@ def _failer(host: Host) -> Any:
         _post(host, lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))
 
     return fail
-
-
-def _booter(
-    model: Any, tokenizer: Any, config: EngineConfig, admission: Admission, metrics: Metrics, log: Any, parts: list[Parts]
-) -> Any:
-    """What the host runs first. Holds no reference to the engine object, so that dropping it stops everything."""
-
-    async def boot(worker: Executor) -> EngineCore:
-        loop = asyncio.get_running_loop()
-        made = await loop.run_in_executor(worker, assemble, model, tokenizer, config, admission, log)
-        parts.append(made)
-        return EngineCore(
-            config,
-            made.runner,
-            made.scheduler,
-            made.door,
-            execute=lambda plan: loop.run_in_executor(worker, made.runner.execute, plan),
-            clock=time.monotonic,
-            metrics=metrics,
-            log=log,
-        )
-
-    return boot
-
-
-def _shut_down(host: Host, callbacks: Callbacks, parts: list[Parts]) -> None:
-    host.stop(0.0)
-    callbacks.close()
-    for part in parts:
-        part.close()
-    parts.clear()
-
-

@@ -5,6 +5,7 @@ Made on the caller's thread, handed over once, then touched by the engine's thre
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,4 +68,4 @@ def snapshot(prompt: Prompt) -> Prompt:
     """The prompt as it is now: the caller may go on to change its list while it waits to be encoded."""
     if isinstance(prompt, str):
         return prompt
-    return dict(prompt) if isinstance(prompt, Mapping) else list(prompt)
+    return dict(prompt) if isinstance(prompt, Mapping) else copy.copy(prompt)

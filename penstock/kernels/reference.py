@@ -46,7 +46,9 @@ def grouped_attention(
     gpt-oss. Softmax is in float32.
     """
     if softcap is None and sinks_K_Q is None and key_B_K_L_D.shape[-1] == value_B_K_L_V.shape[-1]:
-        return F.scaled_dot_product_attention(query_B_K_Q_D, key_B_K_L_D, value_B_K_L_V, attn_mask=visible, scale=scaling)
+        return F.scaled_dot_product_attention(
+            query_B_K_Q_D, key_B_K_L_D, value_B_K_L_V, attn_mask=visible, scale=scaling
+        )
     scores = torch.matmul(query_B_K_Q_D, key_B_K_L_D.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -1,1 +1,1 @@
-"""What runs the model: loading, the executor (plan to tensors to logits to tokens), attention, sampler, `ScriptedModel`."""
+"""What runs the model: loading, executor, attention, sampler, `ScriptedModel`. Importing it is light."""

@@ -51,7 +51,9 @@ def refuse_foreign(module: nn.Module) -> None:
     if config is None or not hasattr(module, "set_attn_implementation"):
         raise _refusal(module, "it is not a transformers model")
     text = config.get_text_config()
-    kinds = {str(kind) for kind in (getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())}
+    kinds = {
+        str(kind) for kind in (getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
+    }
     foreign = sorted(kind for kind in kinds if any(word in kind for word in _FOREIGN))
     if foreign:
         raise _refusal(module, f"its layers keep other state than keys and values ({', '.join(foreign)})")

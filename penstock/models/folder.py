@@ -24,7 +24,7 @@ def check_source(source: str) -> None:
     elif folder.exists():
         raise ConfigurationError(f"{source} is a file: pass the folder that holds config.json and the weights")
     elif _looks_local(source):
-        raise ConfigurationError(f"there is no model folder {source}: check the path, or pass a hub id such as 'owner/name'")
+        raise ConfigurationError(f"there is no model folder {source}: check the path, or pass a hub id ('owner/name')")
 
 
 def _looks_local(source: str) -> bool:

@@ -94,7 +94,8 @@ def _read(source: str, dtype: torch.dtype | str, device: torch.device, config: E
         return module.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
-            f"{device.type.upper()} out of memory while loading {source}: use a smaller model, a smaller dtype, or the CPU"
+            f"{device.type.upper()} out of memory while loading {source}: "
+            "use a smaller model, a smaller dtype, or the CPU"
         ) from error
     except Exception as error:
         raise ConfigurationError(f"cannot load the model {source!r}: {error}") from error
@@ -122,7 +123,9 @@ def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> 
     if tokenizer is not None and not isinstance(tokenizer, str):
         return tokenizer
     if source is None and name is None:
-        raise ConfigurationError("a live module needs its tokenizer: InferenceEngine(model, tokenizer), or skip_tokenizer_init=True")
+        raise ConfigurationError(
+            "a live module needs its tokenizer: InferenceEngine(model, tokenizer), or skip_tokenizer_init=True"
+        )
     return _read_tokenizer(name or str(source), config)
 
 
@@ -139,7 +142,8 @@ def _read_tokenizer(source: str, config: EngineConfig) -> Any:
         )
     except Exception as error:
         raise ConfigurationError(
-            f"cannot load a tokenizer from {source!r} ({error}): pass tokenizer=..., or skip_tokenizer_init=True to serve token ids"
+            f"cannot load a tokenizer from {source!r} ({error}): "
+            "pass tokenizer=..., or skip_tokenizer_init=True to serve token ids"
         ) from error
 
 
@@ -197,7 +201,10 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     generation: Any = getattr(module, "generation_config", None)
     if generation is None:
         return {}
-    wanted = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    wanted = {
+        name: getattr(generation, name, None)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    }
     found = {name: value for name, value in wanted.items() if isinstance(value, int | float) and math.isfinite(value)}
     if not getattr(generation, "do_sample", False):
         found["temperature"] = 0.0

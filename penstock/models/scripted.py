@@ -35,7 +35,9 @@ class ScriptedModel:
         step_s: float = 0.0,
         token_s: float = 0.0,
     ) -> None:
-        self.spec = ModelSpec(name="scripted", vocab_size=vocab_size, max_length=max_length, eos_token_ids=eos_token_ids)
+        self.spec = ModelSpec(
+            name="scripted", vocab_size=vocab_size, max_length=max_length, eos_token_ids=eos_token_ids
+        )
         self.step_s = step_s
         self.token_s = token_s
         self.plans = 0

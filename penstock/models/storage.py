@@ -44,8 +44,8 @@ class KVStorage:
         except (RuntimeError, MemoryError) as error:
             wanted = slots * sum(s.bytes_per_token for s in shapes)
             raise OutOfMemory(
-                f"{device.type.upper()} out of memory: the K/V cache wanted {wanted / 2**20:.0f} MiB for {slots} tokens; "
-                "lower memory_pool_size (bytes) or kv_cache_tokens"
+                f"{device.type.upper()} out of memory: the K/V cache wanted {wanted / 2**20:.0f} MiB "
+                f"for {slots} tokens; lower memory_pool_size (bytes) or kv_cache_tokens"
             ) from error
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:

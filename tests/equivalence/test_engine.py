@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.drive import greedy_by_transformers, prompts
-from tests.tiny_models import VOCAB, build
 
 from penstock import InferenceEngine, SamplingParams
+from tests.drive import greedy_by_transformers, prompts
+from tests.tiny_models import VOCAB, build
 
 PROMPTS = prompts(24, 200, VOCAB, seed=1)
 

@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from tests.drive import Driver, greedy_by_transformers, logprobs_by_transformers, prompts, sequence
-from tests.tiny_models import ARCHITECTURES, VOCAB, build
 
 from penstock.sampling import SamplingParams
+from tests.drive import Driver, greedy_by_transformers, logprobs_by_transformers, prompts, sequence
+from tests.tiny_models import ARCHITECTURES, VOCAB, build
 
 NEW_TOKENS = 10
 PROMPTS = prompts(24, 200, VOCAB)

@@ -292,7 +292,9 @@ def test_parameters_that_name_unknown_tokens_hurt_nobody(tiny: InferenceEngine) 
     neighbours = [tiny.generate([3, 4, 5], dataclasses.replace(GREEDY, **values)) for values in harmless]
     for name, wish in (("allowed_token_ids", [VOCAB]), ("logit_bias", {VOCAB: 9.0})):
         bad = tiny.generate([3, 4, 5], SamplingParams(max_tokens=4, **{name: wish}))
-        failure(RequestError, ValueError, f"token id {VOCAB} in {name} is outside", lambda bad=bad: bad.result(PATIENCE_S))
+        failure(
+            RequestError, ValueError, f"token id {VOCAB} in {name} is outside", lambda bad=bad: bad.result(PATIENCE_S)
+        )
     assert [handle.result(PATIENCE_S).generated_ids for handle in neighbours] == [wanted[0]] * 2
     nothing_leaks(tiny)
 

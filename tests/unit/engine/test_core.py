@@ -119,7 +119,7 @@ class Rig:
         self.planned = asyncio.Event()
         self.while_sleeping: Callable[[], None] = lambda: None
         self.while_executing: Callable[[], None] = lambda: None
-        door = Door(self.config, self.model.spec, self.cache.capacity, LetterTokenizer(), pool, self.admission)
+        door = Door(self.config, self.model.spec, self.model.spec.max_length, LetterTokenizer(), pool, self.admission)
         log = make_logger("CRITICAL")
         self.core = EngineCore(
             *(self.config, self.model, self.scheduler, door, self.execute, lambda: self.now, self.metrics, log),

@@ -173,7 +173,7 @@ def test_only_the_first_completion_scores_the_prompt() -> None:
 def test_wishes_for_tokens_that_do_not_exist_are_refused() -> None:
     for wish in ({"allowed_token_ids": [26]}, {"logit_bias": {26: 1.0}}):
         with pytest.raises(RequestError, match=f"token id 26 in {next(iter(wish))}"):
-            Rig().enroll([3], SamplingParams(max_tokens=2, **wish))  # type: ignore[arg-type]
+            Rig().enroll([3], SamplingParams(max_tokens=2, **wish))
 
 
 def test_estimate_is_corrected_and_given_back_once() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from tests.tiny_models import build
 
 from penstock.models.borrow import view_of, weight_bytes
 from penstock.models.checks import attach
+from tests.tiny_models import build
 
 
 def test_a_view_shares_every_parameter() -> None:

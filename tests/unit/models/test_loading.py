@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_models import build
 from torch import nn
 
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError
 from penstock.models.loading import load, resolve_device, resolve_dtype
+from tests.tiny_models import build
 
 IDS_ONLY = {"skip_tokenizer_init": True}
 
