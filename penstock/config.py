@@ -9,6 +9,8 @@ validated and takes effect at the next step where the field's sentence does not 
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +60,7 @@ class EngineConfig(BaseSettings):
     memory_pool_size: int | None = Field(GIB, ge=1, description="Bytes of the K/V cache. None: see gpu_memory_utilization.")
     kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens the K/V cache holds; overrides memory_pool_size.")
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1, description="Fraction of the device's free memory (a CPU's: of a quarter of it) that the K/V cache takes; overrides memory_pool_size.")
-    enable_kv_cache: bool = Field(True, description="Reuse K/V of shared prefixes across requests. Within a request K/V is always cached.")
+    enable_kv_cache: bool = Field(True, description="Reuse K/V of shared prefixes across requests. Within a request K/V is always cached. Read at start.")
     kv_cache_max_size: int | None = Field(None, ge=1, description="Most cached prefix blocks kept after their requests ended; None is as many as fit.")
     swap_space: float = Field(0, ge=0, description="GiB of host memory for preempted K/V. Accepted; preempted requests are recomputed in this version.")
 
@@ -74,10 +76,11 @@ class EngineConfig(BaseSettings):
     download_dir: str | None = Field(None, description="Where hub downloads are kept; None: the hub library's own folder.")
     load_format: Literal["auto", "safetensors", "pt"] = Field("auto", description="Which weight files to read.")
     verify_model: bool = Field(True, description="At load, compare a short paged forward pass with the model's own.")
-    seed: int | None = Field(None, description="Seeds the requests that bring no seed; None draws fresh randomness.")
+    seed: int | None = Field(None, description="Seeds the requests that bring no seed; None draws fresh randomness. Read at construction.")
 
     # Sampling
-    logits_chunk_bytes: int = Field(256 * 1024**2, ge=1, description="Most bytes of full-vocabulary logits at once.")
+    max_logprobs: int = Field(20, ge=-1, description="Most logprobs or prompt_logprobs of a request; -1 allows the whole vocabulary, which is slow and large.")
+    logits_chunk_bytes: int = Field(256 * 1024**2, ge=1, description="Most bytes of full-vocabulary logits at once. Read at start.")
 
     # Speed and memory
     enable_speculative_decoding: bool = Field(False, description="Accepted; has no drafter in this version. Speculation never changes the output.")
@@ -87,19 +90,19 @@ class EngineConfig(BaseSettings):
     memory_efficient_attention: bool = Field(True, description="Accepted for callers that carry it: attention is always paged.")
 
     # Observability
-    enable_metrics: bool = Field(True, description="Collect latency and throughput figures.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="Least level of this engine's own log events.")
+    enable_metrics: bool = Field(True, description="Collect latency and throughput figures. Read at construction.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="Least level of this engine's own log events. Read at construction.")
     profile_performance: bool = Field(False, description="Log the time of every step at DEBUG level.")
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**{ALIASES.get(name, name): value for name, value in values.items()})
+            super().__init__(**canonical(values))
         except ValidationError as error:
             raise ConfigurationError(_explain(error)) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
-            super().__setattr__(name, value)
+            super().__setattr__(ALIASES.get(name, name), value)
         except ValidationError as error:
             raise ConfigurationError(_explain(error)) from None
 
@@ -114,7 +117,18 @@ class EngineConfig(BaseSettings):
             raise ConfigurationError(f"cannot read the configuration {path}: {error}") from None
         if not isinstance(values, dict):
             raise ConfigurationError(f"{path} must hold a mapping of setting names to values")
-        return cls(**values)
+        return cls(**{name: value for name, value in canonical(values).items() if f"PENSTOCK_{name.upper()}" not in os.environ})
+
+
+def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings under this project's names. Raises `ConfigurationError` for one that is given twice."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        own = ALIASES.get(name, name)
+        if own in found:
+            raise ConfigurationError(f"{own} is given twice, once under another name ({name}): leave one out")
+        found[own] = value
+    return found
 
 
 def _explain(error: ValidationError) -> str:

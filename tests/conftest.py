@@ -1,4 +1,4 @@
-"""What holds for every test: two threads, no network, settings from nowhere but the test, repeatable examples.
+"""What holds for every test: one thread (the models are tiny), no network, settings and examples of its own.
 
 The environment is set before anything imports PyTorch, so tests that need no model never load it.
 """
@@ -11,10 +11,8 @@ from hypothesis import settings
 
 from penstock.config import EngineConfig
 
-NUM_THREADS = str(min(2, os.cpu_count() or 1))
-
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, NUM_THREADS)
+    os.environ.setdefault(name, "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the library warns whenever a test starts a process
 for name in EngineConfig.model_fields:

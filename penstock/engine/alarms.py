@@ -1,4 +1,4 @@
-"""`Alarms`: one timer per request with a deadline, so that it ends in time whatever the engine is busy with.
+"""`Alarms`: one timer per request with a deadline, so that it ends in time whatever step is running.
 
 A request may pass its deadline while its prompt is encoded, in the queue, or in the middle of a long step. Owns the
 timers and nothing else; belongs to the engine's loop. Called by `EngineCore`.

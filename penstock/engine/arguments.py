@@ -9,21 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.config import EngineConfig
+from penstock.config import EngineConfig, canonical
 from penstock.errors import ConfigurationError
 
 # Arguments that only other engines need; any value is harmless.
 _IGNORED = frozenset({"disable_custom_all_reduce", "disable_log_requests", "enforce_eager", "max_paddings"})
 
 
-def engine_config(arguments: Mapping[str, Any]) -> EngineConfig:
-    """An `EngineConfig` from the arguments. Raises `ConfigurationError` for unknown or impossible ones."""
-    settings = {name: value for name, value in arguments.items() if name not in _IGNORED}
+def engine_config(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> EngineConfig:
+    """An `EngineConfig` from the arguments and, for what they leave open, a caller's own `defaults`.
+
+    Raises `ConfigurationError` for unknown or impossible arguments.
+    """
+    given = canonical({name: value for name, value in arguments.items() if name not in _IGNORED})
+    settings = {**defaults, **given}
+    if "memory_pool_size" in given and "gpu_memory_utilization" not in given:
+        settings["gpu_memory_utilization"] = None  # bytes that were asked for count more than a default fraction
     _refuse_parallel(settings)
     _refuse_quantization(settings.pop("quantization", None))
     if settings.get("max_num_batched_tokens", 0) is None:
         del settings["max_num_batched_tokens"]  # None leaves the choice to the engine
-    settings["enable_metrics"] = not settings.pop("disable_log_stats", False)
+    if settings.pop("disable_log_stats", False):
+        settings["enable_metrics"] = False
     return EngineConfig(**settings)
 
 

@@ -5,6 +5,7 @@ A thin face over `InferenceEngine`; it owns nothing but the accumulation of what
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ class AsyncEngineArgs:
     def __init__(self, model: Any = None, tokenizer: Any = None, **settings: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.config = engine_config({"max_num_seqs": 256, "max_model_len": None} | settings)
+        self.config = engine_config(settings, {"max_batch_size": 256, "max_sequence_length": None})
 
 
 class OutputStream:
@@ -133,7 +134,8 @@ class AsyncLLMEngine:
             self.engine.abort(one)
 
     async def get_tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """The model's tokenizer; loads the model if that has not happened."""
+        await asyncio.to_thread(self.engine.start)
         return self.engine.tokenizer
 
     def get_stats(self) -> dict[str, Any]:

@@ -62,6 +62,15 @@ def assemble(model: Any, tokenizer: Any, config: EngineConfig, admission: Admiss
     log.info(f"Initializing an LLM engine (v{__version__}) with config: {config.model_dump(exclude_defaults=True)}")
     runner, tokenizer = _load(model, tokenizer, config)
     log.info("Model weights loaded.", model=runner.spec.name, device=runner.spec.device, dtype=runner.spec.dtype)
+    try:
+        return _around(runner, tokenizer, config, admission, log)
+    except BaseException:
+        runner.close()
+        raise
+
+
+def _around(runner: ModelRunner, tokenizer: Any, config: EngineConfig, admission: Admission, log: Logger) -> Parts:
+    """What a loaded model needs around it."""
     longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
     cache = _cache(runner, longest, config, log)
     max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))

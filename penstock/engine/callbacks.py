@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from penstock.engine.handle import RequestHandle
+from penstock.errors import DeadlineExceeded, RequestAborted
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 
 # How long `close` waits for callbacks that are still running, in seconds.
@@ -134,5 +135,6 @@ async def _settle(returned: Awaitable[None] | None) -> None:
 
 def _empty(handle: RequestHandle, error: Exception) -> RequestOutput:
     """What a callback gets of a request that failed before it produced anything."""
-    nothing = CompletionOutput(finish_reason="error")
+    reasons = ((RequestAborted, "abort"), (DeadlineExceeded, "deadline"), (Exception, "error"))
+    nothing = CompletionOutput(finish_reason=next(name for kind, name in reasons if isinstance(error, kind)))
     return RequestOutput(handle.request_id, handle.prompt, handle.prompt_token_ids, [nothing], True, error=str(error))

@@ -55,11 +55,6 @@ class Collector:
         """Whether every completion has ended."""
         return all(c.output.finish_reason is not None for c in self._completions)
 
-    @property
-    def num_generated(self) -> int:
-        """Tokens generated so far, over all completions."""
-        return sum(len(c.output.token_ids) for c in self._completions)
-
     def push(self, index: int, event: Event) -> Delta:
         """Take in one event. The delta's `finish_reason` may come from a stop string found in its text."""
         completion = self._completions[index]
@@ -68,19 +63,21 @@ class Collector:
         self._num_cached_tokens += event.num_cached_tokens if index == 0 else 0
         text, count, stop = self._text_of(completion, event)
         entries = event.logprobs[:count]
-        self._account(completion.output, event, count, entries)
+        mapped = tuple(map(self._by_token, entries)) if self._params.logprobs is not None else ()
+        self._account(completion.output, event, count)
+        if completion.output.logprobs is not None:
+            completion.output.logprobs += mapped
         reason, stop_reason = self._ending(event, stop)
         if reason is not None and stop is None:
             text += completion.text.finish()
         completion.parts.append(text)
         completion.output.finish_reason, completion.output.stop_reason = reason, stop_reason
-        wants_logprobs = self._params.logprobs is not None
         return Delta(
             request_id=self._request_id,
             index=index,
             text=text,
             token_ids=event.tokens[:count],
-            logprobs=tuple(self._by_token(e) for e in entries) if wants_logprobs else (),
+            logprobs=mapped,
             token_logprobs=tuple(e.logprob for e in entries),
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -109,8 +106,7 @@ class Collector:
 
     def output(self, metrics: RequestMetrics) -> RequestOutput:
         """The result so far: the best `n` candidates when there are more, in order of likelihood."""
-        for completion in self._completions:
-            completion.output.text = "".join(completion.parts)
+        self._join()
         return RequestOutput(
             request_id=self._request_id,
             prompt=self._prompt,
@@ -124,7 +120,15 @@ class Collector:
 
     def close(self, reason: FinishReason) -> list[Delta]:
         """End what still runs from outside; the last deltas carry the text that was held back."""
-        return [self._close_one(c, reason.value) for c in self._completions if c.output.finish_reason is None]
+        deltas = [self._close_one(c, reason.value) for c in self._completions if c.output.finish_reason is None]
+        if self.streams:
+            return deltas
+        self._join()
+        return self.replay()
+
+    def _join(self) -> None:
+        for completion in self._completions:
+            completion.output.text = "".join(completion.parts)
 
     def _close_one(self, completion: _Completion, reason: str) -> Delta:
         try:
@@ -153,15 +157,13 @@ class Collector:
             return delta.text, delta.num_tokens, delta.stop
         return delta.text, len(event.tokens), None
 
-    def _account(self, out: CompletionOutput, event: Event, count: int, entries: tuple[TokenLogprobs, ...]) -> None:
+    def _account(self, out: CompletionOutput, event: Event, count: int) -> None:
         out.token_ids += event.tokens[:count]
         out.weight_versions += [event.weight_version] * count
-        for entry in entries:
+        for entry in event.logprobs[:count]:
             out.cumulative_logprob += entry.logprob
             out.token_logprobs.append(entry.logprob)
             out.sampled_logprobs.append(entry.sampled)
-        if out.logprobs is not None:
-            out.logprobs += [self._by_token(entry) for entry in entries]
 
     def _ending(self, event: Event, stop: str | None) -> tuple[str | None, str | int | None]:
         if stop is not None:

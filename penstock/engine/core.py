@@ -231,6 +231,7 @@ class EngineCore:
     def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
         if not isinstance(error, PenstockError):
             error = ExecutionError(f"the step failed: {type(error).__name__}: {error}")
+        self._busy_since = None
         self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=str(error))
         return self.scheduler.fail(plan, error)
 

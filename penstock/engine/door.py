@@ -7,6 +7,7 @@ to change; nothing is queued before its size is known to fit.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -90,6 +91,13 @@ class Door:
                 f"token id {highest} in {name} is outside the model's vocabulary of {self._spec.vocab_size}"
             )
 
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        most = self._config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name) or 0
+            if most >= 0 and not 0 <= value <= most:
+                raise RequestError(f"{name}={value} is more than this engine gives ({most}): raise max_logprobs")
+
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
         """Parameters with a definite `max_tokens` that fits."""
         room = self._limit - prompt_len
@@ -108,6 +116,7 @@ class Door:
                 f"{prompt_len} prompt tokens and max_tokens={wanted} exceed the limit of {self._limit}: "
                 f"ask for at most {room}, or max_tokens=None for what fits"
             )
+        self._check_logprobs(params)
         self._check_vocabulary("logit_bias", params.logit_bias or ())
         self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
         return dataclasses.replace(params, max_tokens=wanted, bad_words=bad_words)
@@ -132,7 +141,7 @@ class Door:
                 priority=request.priority,
                 arrival=request.arrival,
                 deadline=request.deadline,
-                ttft_deadline=request.ttft_deadline,
+                ttft_deadline=math.inf if found else request.ttft_deadline,  # a first token is any completion's
                 namespace=request.namespace,
                 parent=found[0] if found else None,
             )

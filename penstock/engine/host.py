@@ -7,6 +7,7 @@ where that is installed, but no policy is set, no signal handled. Knows nothing 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
@@ -34,7 +35,8 @@ class Host:
     """Runs one `EngineCore`, made by `boot` on the model's worker thread."""
 
     def __init__(self, boot: Boot) -> None:
-        self._boot = boot
+        self._boot: Boot | None = boot
+        self._pid = os.getpid()
         self._worker = Worker("penstock-model")
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
         # Guards the flags against a post that would never run. Reentrant, because what is allocated under it may set
@@ -92,7 +94,8 @@ class Host:
         """
         with self._lock:
             if self._loop is None or self._closed or (self._stopping and request is not None):
-                raise EngineClosed("the engine was stopped: create a new one") from self.error
+                reason = "the engine was stopped" if self.error is None else f"the engine failed: {self.error}"
+                raise EngineClosed(f"{reason}; create a new one") from self.error
             self._loop.call_soon_threadsafe(self._act, action, request)
 
     def stop(self, drain_s: float) -> None:
@@ -101,6 +104,8 @@ class Host:
         On a thread of the engine's own (an engine may be collected as garbage on any) it waits for nothing: the loop
         ends by itself after the step.
         """
+        if os.getpid() != self._pid:
+            return  # a forked child has none of the threads
         with self._lock:
             self._stopping = True
             if self._loop is None:
@@ -139,7 +144,9 @@ class Host:
 
     async def _serve(self) -> None:
         try:
-            core = await self._boot(self._worker)
+            boot, self._boot = self._boot, None  # it holds a borrowed module, which stop() lets go of
+            assert boot is not None
+            core = await boot(self._worker)
         except Exception as error:
             self.error = error
             await self._close(None)

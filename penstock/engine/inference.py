@@ -25,7 +25,7 @@ from penstock.engine.host import Host
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.protocol import Callback, FinalCallback
-from penstock.engine.request import Params, Request, check_prompt, estimate_tokens, snapshot
+from penstock.engine.request import Params, Request, estimate_tokens, taken
 from penstock.engine.tokenizing import Prompt
 from penstock.errors import EngineClosed, RequestError
 from penstock.outputs import RequestOutput
@@ -83,13 +83,13 @@ class InferenceEngine:
 
         `prompt` is a string, token ids, chat messages, `{"prompt": text}` or `{"prompt_token_ids": ids}`. Without
         `params` the model's own generation defaults hold. `deadline` and `ttft_deadline` (first token) are seconds
-        from now. Requests share cached prefixes within a `namespace` only. `callback(delta)`, sync or async, gets
-        every delta instead of an iteration. Raises `RequestError`, `EngineOverloaded`, `EngineClosed`; what shows
-        only later (`RequestTooLarge`, `DeadlineExceeded`, `ExecutionError`) is raised by the handle.
+        from now, noticed once the model is loaded. Requests share cached prefixes within a `namespace` only.
+        `callback(delta)`, sync or async, gets every delta instead of an iteration. Raises `RequestError`,
+        `EngineOverloaded`, `EngineClosed`; what shows only later (`RequestTooLarge`, `DeadlineExceeded`,
+        `ExecutionError`) is raised by the handle.
         """
-        check_prompt(prompt)
+        prompt = taken(prompt)
         _check_params(params)
-        prompt = snapshot(prompt)
         request = self._request(prompt, params, request_id, priority, deadline, ttft_deadline, namespace)
         self._submit(request)
         handle = RequestHandle(request.channel, self)
@@ -150,7 +150,10 @@ class InferenceEngine:
         self._host.wait_ready()
 
     def stop(self, drain: float = 30.0) -> None:
-        """Serve what was accepted for at most `drain` seconds, abort the rest, free everything. Harmless twice."""
+        """Serve what was accepted for at most `drain` seconds, abort the rest, free everything. Harmless twice.
+
+        Waits for a step that is running, and for a model that is loading.
+        """
         self._host.stop(drain)
         self._finalizer()
 
@@ -253,7 +256,7 @@ class InferenceEngine:
             params=params,
             channel=Channel(request_id),
             arrival=now,
-            priority=RequestPriority(priority),
+            priority=_class(priority),
             namespace=namespace,
             reserved_tokens=estimate_tokens(prompt),
             seed=self._random.getrandbits(62),
@@ -285,8 +288,16 @@ def _check_params(params: Params) -> None:
         raise RequestError(f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}")
 
 
+def _class(priority: RequestPriority) -> RequestPriority:
+    try:
+        return RequestPriority(priority)
+    except ValueError:
+        names = ", ".join(known.name for known in RequestPriority)
+        raise RequestError(f"priority must be a RequestPriority ({names}), got {priority!r}") from None
+
+
 def _seconds(name: str, value: float) -> float:
-    if not value >= 0:
+    if not (isinstance(value, int | float) and value >= 0):
         raise RequestError(f"{name} must be seconds from now, 0 or more, got {value!r}")
     return value
 

@@ -18,37 +18,26 @@ from penstock.errors import RequestError
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
 
+_DEFAULTS = {
+    "seed": 0,
+    "max_batch_size": 256,
+    "max_sequence_length": None,
+    "gpu_memory_utilization": 0.9,
+    "max_queue_size": 1_000_000,
+    "batch_timeout_ms": 5.0,
+}
+
 
 class LLM:
-    """Offline generation with one model; loads it at once. Takes the keyword arguments of `EngineConfig` as well.
+    """Offline generation with one model; loads it at once.
 
-    Explicit bytes (`memory_pool_size`) count more than `gpu_memory_utilization`.
+    Takes the keyword arguments of `EngineConfig`, and vLLM's names for them. Its own defaults suit batches: seed 0, 256
+    sequences at once, the model's full length, 0.9 of the memory that is there, a queue without practical limit.
     Raises `ConfigurationError` (a ValueError) for a bad model or setting, `OutOfMemory` (a RuntimeError).
     """
 
-    def __init__(
-        self,
-        model: Any = None,
-        tokenizer: Any = None,
-        *,
-        seed: int | None = 0,
-        max_num_seqs: int = 256,
-        gpu_memory_utilization: float = 0.9,
-        max_model_len: int | None = None,
-        swap_space: float = 4,
-        **settings: Any,
-    ) -> None:
-        bytes_given = not settings.keys().isdisjoint(("memory_pool_size", "kv_cache_bytes"))
-        given = settings | {
-            "seed": seed,
-            "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": None if bytes_given else gpu_memory_utilization,
-            "max_model_len": max_model_len,
-            "swap_space": swap_space,
-            "max_queue_size": settings.get("max_queue_size", 1_000_000),
-            "batch_timeout_ms": settings.get("batch_timeout_ms", 5.0),
-        }
-        self.engine = InferenceEngine(model, tokenizer, engine_config(given))
+    def __init__(self, model: Any = None, tokenizer: Any = None, **settings: Any) -> None:
+        self.engine = InferenceEngine(model, tokenizer, engine_config(settings, _DEFAULTS))
         self.engine.start()
 
     def generate(

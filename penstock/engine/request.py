@@ -43,14 +43,19 @@ class Request:
     last_token: float | None = None
 
 
-def check_prompt(prompt: Prompt) -> None:
-    """Refuse at the call what needs no tokenizer to be refused. Raises `RequestError`."""
+def taken(prompt: Prompt) -> Prompt:
+    """The prompt as it is now, whatever the caller does to it later, refused if it needs no tokenizer to be refused.
+
+    Raises `RequestError`.
+    """
     if isinstance(prompt, Mapping):
         check_keys(prompt)
     if not needs_tokenizer(prompt):
-        encode_prompt(None, prompt)
-    elif not (prompt.get("prompt") if isinstance(prompt, Mapping) else prompt):
+        text, ids = encode_prompt(None, prompt)
+        return {"prompt": text, "prompt_token_ids": ids}
+    if not (prompt.get("prompt") if isinstance(prompt, Mapping) else prompt):
         raise RequestError("the prompt is empty: pass at least one character, or token ids")
+    return prompt if isinstance(prompt, str) else copy.deepcopy(prompt)
 
 
 def estimate_tokens(prompt: Prompt) -> int:
@@ -58,14 +63,7 @@ def estimate_tokens(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt) // 4 + 1
     if isinstance(prompt, Mapping):
-        return estimate_tokens(prompt.get("prompt_token_ids") or prompt.get("prompt") or "")
+        return estimate_tokens(prompt["prompt_token_ids" if "prompt_token_ids" in prompt else "prompt"])
     if needs_tokenizer(prompt):
         return sum(len(str(message)) for message in prompt) // 4 + 1
     return len(prompt)
-
-
-def snapshot(prompt: Prompt) -> Prompt:
-    """The prompt as it is now: the caller may go on to change its list while it waits to be encoded."""
-    if isinstance(prompt, str):
-        return prompt
-    return dict(prompt) if isinstance(prompt, Mapping) else copy.copy(prompt)

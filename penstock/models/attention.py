@@ -122,10 +122,12 @@ class ShapeProbe:
     def __init__(self) -> None:
         self.layers: dict[int, int] = {}
         self.shapes: list[LayerShape] = []
+        self.num_windows = 0
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """Attend without a cache: [T, H, V]."""
         self.layers[id(module)] = len(self.shapes)
+        self.num_windows += options.window is not None
         self.shapes.append(LayerShape(key.shape[0], key.shape[-1], value.shape[-1], key.dtype))
         out = F.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=options.scaling, enable_gqa=True

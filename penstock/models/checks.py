@@ -25,12 +25,14 @@ _FOREIGN = ("mamba", "recurrent", "linear_attention", "conv", "rwkv", "chunked_a
 PROBE_TOKENS = 12
 
 
-def attach(module: nn.Module, device: torch.device, *, verify: bool) -> tuple[dict[int, int], list[LayerShape]]:
+def attach(
+    module: nn.Module, device: torch.device, *, verify: bool, longest: int = 1 << 31
+) -> tuple[dict[int, int], list[LayerShape]]:
     """Switch `module` to paged attention: (layer index by module id, what each layer stores).
 
-    Raises `ConfigurationError` for models that cannot run so: recurrent or convolutional state, ALiBi, encoders.
+    `longest` is the most tokens of one sequence: windows that reach as far need no support.
+    Raises `ConfigurationError` for models that cannot run so, of those that `refuse_foreign` let pass.
     """
-    refuse_foreign(module)
     ids = _probe_ids(module, device)
     own = _logits(module, ids) if verify else None
     _switch(module)
@@ -40,6 +42,7 @@ def attach(module: nn.Module, device: torch.device, *, verify: bool) -> tuple[di
         raise _refusal(module, "its attention does not go through transformers' attention interface")
     if len(probe.layers) != len(probe.shapes):
         raise _refusal(module, "a layer attends more than once")
+    _check_windows(module, probe, longest)
     if own is not None:
         _compare(module, own, _paged_logits(module, ids, probe, device))
     return probe.layers, probe.shapes
@@ -63,6 +66,22 @@ def refuse_foreign(module: nn.Module) -> None:
         raise _refusal(module, "ALiBi positions are not carried by the attention interface")
     if not getattr(module, "_supports_attention_backend", False):
         raise _refusal(module, "its architecture does not support custom attention functions")
+
+
+def _check_windows(module: nn.Module, probe: ShapeProbe, longest: int) -> None:
+    """Refuse a model that would apply sliding windows through its mask alone: they do not reach the attention."""
+    text: Any = module.config.get_text_config()  # type: ignore[union-attr, operator]
+    window = getattr(text, "sliding_window", None)
+    if not isinstance(window, int) or window >= longest:
+        return
+    kinds = getattr(text, "layer_types", None)
+    expected = list(kinds).count("sliding_attention") if kinds else len(probe.shapes)
+    if probe.num_windows < expected:
+        raise _refusal(
+            module,
+            f"{expected} layers slide over {window} tokens but {probe.num_windows} tell their attention so "
+            f"(with max_sequence_length up to {window} it can run)",
+        )
 
 
 def _refusal(module: nn.Module, reason: str) -> ConfigurationError:
@@ -103,7 +122,11 @@ def _paged_logits(module: nn.Module, ids: Tensor, probe: ShapeProbe, device: tor
     for start, end in parts:
         layout = StepLayout((_row(0, tokens, start, end, block), _row(1, tokens, 0, end, block)), block, device)
         paged = PagedAttention(storage, layout, probe.layers)
-        found.append(_forward(module, layout.input_ids, layout.positions, paged=paged)[: end - start])
+        wanted = torch.arange(end - start, device=device)
+        logits = _forward(module, layout.input_ids, layout.positions, paged=paged, logits_to_keep=wanted)
+        if len(logits) != len(wanted):
+            raise _refusal(module, "it gives logits of other positions than asked for (logits_to_keep)")
+        found.append(logits)
     return torch.cat(found)
 
 

@@ -7,6 +7,7 @@ thread, one step at a time. Any `AutoModelForCausalLM` whose attention goes thro
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from penstock.errors import ExecutionError, OutOfMemory
 from penstock.models.attention import PagedAttention
-from penstock.models.layout import StepLayout, wanted_logits
+from penstock.models.layout import StepLayout, scores_prompt, wanted_logits
 from penstock.models.memory import free_bytes, memory_usage, trim_memory
 from penstock.models.protocol import ModelSpec
 from penstock.models.sampler import Sampler
@@ -76,8 +77,10 @@ class Executor:
                 logits, done = self._forward(plan), time.perf_counter()
                 rows = self._outcomes(plan.rows, logits)
         except (torch.OutOfMemoryError, MemoryError) as error:
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the step's tensors
             raise _out_of_memory(self._device, error) from error
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)
             raise ExecutionError(f"the forward pass failed: {type(error).__name__}: {error}") from error
         timings = {"forward": done - begin, "sample": time.perf_counter() - done}
         return StepResult(rows, timings_s=timings)
@@ -97,7 +100,12 @@ class Executor:
             logits_to_keep=_at_least_one(layout.logit_places),
             paged=PagedAttention(self._storage, layout, self._layers),
         )
-        return out.logits[0][: len(layout.logit_places)]  # type: ignore[no-any-return]
+        logits: Tensor = out.logits[0]
+        if len(logits) != max(1, len(layout.logit_places)):
+            raise ExecutionError(
+                f"the model gave {len(logits)} rows of logits where {len(layout.logit_places)} were asked"
+            )
+        return logits[: len(layout.logit_places)]
 
     def _outcomes(self, rows: Sequence[Row], logits: Tensor) -> tuple[RowResult, ...]:
         """Split the logits by row: prompt logprobs where asked for, one draw for each row that samples."""
@@ -107,7 +115,7 @@ class Executor:
         begin = 0
         for i, row in enumerate(rows):
             count = wanted_logits(row)
-            if count and row.params.prompt_logprobs is not None and row.start < row.prompt_len:
+            if scores_prompt(row):
                 entries = self._sampler.prompt_logprobs(logits[begin : begin + count], row)
                 outcomes[i] = RowResult(prompt_logprobs=entries)
             begin += count

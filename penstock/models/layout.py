@@ -137,6 +137,11 @@ def _bucket(length: int) -> int:
 
 def wanted_logits(row: Row) -> int:
     """How many logit rows a plan row needs: all its positions, its newest (and each draft's), or none."""
-    if row.params.prompt_logprobs is not None and row.start < row.prompt_len:
+    if scores_prompt(row):
         return row.num_tokens
     return 1 + len(row.draft) if row.samples else 0
+
+
+def scores_prompt(row: Row) -> bool:
+    """Whether the row has prompt tokens whose logprobs were asked for."""
+    return row.params.prompt_logprobs is not None and row.start + 1 < row.prompt_len

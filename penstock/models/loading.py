@@ -18,13 +18,15 @@ from torch import nn
 
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
-from penstock.errors import ConfigurationError, OutOfMemory
+from penstock.errors import ConfigurationError, OutOfMemory, PenstockError
 from penstock.models.borrow import device_and_dtype, view_of, weight_bytes
-from penstock.models.checks import attach
+from penstock.models.checks import attach, refuse_foreign
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source
 from penstock.models.protocol import ModelSpec
+from penstock.models.storage import LayerShape
 
+NO_LIMIT = 2**31 - 1
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -148,13 +150,14 @@ def _read_tokenizer(source: str, config: EngineConfig) -> Any:
 
 
 def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> LoadedModel:
+    refuse_foreign(module)
     device, dtype = device_and_dtype(module)
-    with torch.inference_mode():
-        layers, shapes = attach(module, device, verify=config.verify_model)
+    longest = min(_max_length(module), config.max_sequence_length or _max_length(module))
+    layers, shapes = _attach(module, device, config.verify_model, longest)
     spec = ModelSpec(
         name=name,
         vocab_size=_vocab_size(module),
-        max_length=min(_max_length(module), config.max_sequence_length or _max_length(module)),
+        max_length=longest,
         eos_token_ids=_eos_ids(module, tokenizer),
         kv_bytes_per_token=sum(shape.bytes_per_token for shape in shapes),
         weight_bytes=weight_bytes(owner),
@@ -163,6 +166,20 @@ def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
         defaults=_defaults(module),
     )
     return LoadedModel(Executor(module, spec, layers, shapes, device, config.logits_chunk_bytes), tokenizer)
+
+
+def _attach(
+    module: nn.Module, device: torch.device, verify: bool, longest: int
+) -> tuple[dict[int, int], list[LayerShape]]:
+    try:
+        with torch.inference_mode():
+            return attach(module, device, verify=verify, longest=longest)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"{device.type.upper()} out of memory while trying the model: use a smaller one") from error
+    except PenstockError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"a trial pass of the model failed: {type(error).__name__}: {error}") from error
 
 
 def _name_of(module: nn.Module) -> str:
@@ -180,11 +197,27 @@ def _text_config(module: nn.Module) -> Any:
 
 def _max_length(module: nn.Module) -> int:
     config = _text_config(module)
+    return min(_position_limit(config), _rope_limit(config))
+
+
+def _rope_limit(config: Any) -> int:
+    """Up to where rotary frequencies are the same for everybody.
+
+    "longrope" chooses them by the longest position of a forward pass, in which requests share: beyond the original
+    length a neighbour would change a request's output. "dynamic" does so beyond the length that holds anyway.
+    """
+    found: Any = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else [value for value in found.values() if isinstance(value, dict)]
+    long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min((int(kind["original_max_position_embeddings"]) for kind in long), default=NO_LIMIT)
+
+
+def _position_limit(config: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    return 2**31 - 1
+    return NO_LIMIT
 
 
 def _eos_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:

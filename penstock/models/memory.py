@@ -40,4 +40,14 @@ def _host() -> tuple[int, int]:
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         available = page * pages // 2
-    return page * pages, available
+    limit, used = _cgroup()
+    return min(page * pages, limit), min(available, max(0, limit - used))
+
+
+def _cgroup() -> tuple[int, int]:
+    """(limit, used) bytes of the container, if it has a limit."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return int(limit), int(used)
+    except (OSError, ValueError):
+        return 1 << 62, 0

@@ -41,7 +41,7 @@ class KVStorage:
         try:
             self.keys = [_zeros((slots, s.heads, s.key_dim), s.dtype, device) for s in shapes]
             self.values = [_zeros((slots, s.heads, s.value_dim), s.dtype, device) for s in shapes]
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             wanted = slots * sum(s.bytes_per_token for s in shapes)
             raise OutOfMemory(
                 f"{device.type.upper()} out of memory: the K/V cache wanted {wanted / 2**20:.0f} MiB "
@@ -71,4 +71,4 @@ def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)

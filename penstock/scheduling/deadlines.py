@@ -32,7 +32,9 @@ class Deadlines:
     def forget(self, seq_id: int) -> None:
         """Stop watching."""
         self._live.discard(seq_id)
-        if len(self._heap) > 4 * len(self._live) + _SLACK:
+        if not self._live:
+            self._heap.clear()  # nothing that ended is kept alive
+        elif len(self._heap) > 4 * len(self._live) + _SLACK:
             self._heap = [entry for entry in self._heap if entry[1] in self._live]
             heapq.heapify(self._heap)
 

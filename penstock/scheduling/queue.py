@@ -45,7 +45,7 @@ class WaitingQueue:
         heapq.heappush(heap, (self._policy.key(seq, now), self._version, seq))
         heapq.heappush(self._changes, (self._policy.next_change(seq, now), self._version, seq))
         self._num_entries += 1
-        if self._num_entries > 2 * len(self._live) + _SLACK:
+        if max(self._num_entries, len(self._changes)) > 2 * len(self._live) + _SLACK:
             self._rebuild(now)
 
     def advance(self, now: float) -> None:
@@ -74,7 +74,10 @@ class WaitingQueue:
 
     def remove(self, seq_id: int) -> bool:
         """Take a sequence out; False when it is not here."""
-        return self._live.pop(seq_id, None) is not None
+        found = self._live.pop(seq_id, None) is not None
+        if not self._live:
+            self._clear()  # an idle queue keeps no ended sequence alive
+        return found
 
     def change_policy(self, policy: Policy, now: float) -> None:
         """Order everybody anew."""
@@ -93,8 +96,11 @@ class WaitingQueue:
 
     def _rebuild(self, now: float) -> None:
         waiting = list(self)
+        self._clear()
+        for seq in waiting:
+            self.push(seq, now)
+
+    def _clear(self) -> None:
         self._heaps.clear()
         self._changes.clear()
         self._num_entries = 0
-        for seq in waiting:
-            self.push(seq, now)

@@ -387,7 +387,7 @@ def test_an_unknown_hub_id_is_refused_when_loading() -> None:
     engine = InferenceEngine("nobody-we-know/no-such-model")
     failure(ConfigurationError, ValueError, "cannot load the model 'nobody-we-know/no-such-model'", engine.start)
     assert engine.get_stats()["engine_status"] == "failed"
-    failure(EngineClosed, RuntimeError, "stopped", lambda: engine.generate([1]))
+    failure(EngineClosed, RuntimeError, "the engine failed: cannot load", lambda: engine.generate([1]))
 
 
 def test_an_incomplete_folder_is_refused_at_once(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_an_architecture_that_cannot_be_paged_is_refused_with_the_remedy(name: s
     engine = InferenceEngine(model, skip_tokenizer_init=True)
     error = failure(ConfigurationError, ValueError, "cannot run in the paged engine", engine.start)
     assert "Remedy: serve it with another backend" in str(error)
-    failure(EngineClosed, RuntimeError, "stopped", lambda: engine.generate([1]))
+    failure(EngineClosed, RuntimeError, "the engine failed: .* cannot run", lambda: engine.generate([1]))
 
 
 def test_a_module_that_is_no_language_model_is_refused() -> None:

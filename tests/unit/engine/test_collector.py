@@ -145,7 +145,6 @@ def test_done_when_every_completion_has_ended() -> None:
     assert not collector.done
     collector.push(1, event([0, 0], FinishReason.LENGTH))
     assert collector.done
-    assert collector.num_generated == 3
 
 
 def test_closing_ends_what_still_runs_with_the_text_held_back() -> None:
@@ -165,3 +164,12 @@ def test_closing_after_the_detokenizer_failed_does_not_fail_again() -> None:
         collector.push(0, event([25]))
     (delta,) = collector.close(FinishReason.ERROR)
     assert (delta.text, delta.finish_reason) == ("", "error")
+
+
+def test_candidates_that_end_early_show_the_best_of_them() -> None:
+    """best_of > n streams nothing until the end; an early end used to show held-back text of every candidate."""
+    collector = make(count=3, n=1)
+    for index in range(3):
+        collector.push(index, event([index]))
+    (delta,) = collector.close(FinishReason.DEADLINE)
+    assert (delta.index, delta.finish_reason, len(delta.token_ids)) == (0, "deadline", 1)

@@ -189,3 +189,16 @@ def test_prompts_that_are_none_come_back_as_an_error() -> None:
     rig = Rig()
     with pytest.raises(RequestError, match="empty"):
         rig.enroll([])
+
+
+def test_more_logprobs_than_the_engine_gives_are_refused() -> None:
+    for wish in ({"logprobs": 21}, {"prompt_logprobs": -1}):
+        with pytest.raises(RequestError, match="raise max_logprobs"):
+            Rig().enroll([3], SamplingParams(max_tokens=2, **wish))  # type: ignore[arg-type]
+    assert Rig(max_logprobs=-1).enroll([3], SamplingParams(max_tokens=2, logprobs=-1)).sequences
+
+
+def test_a_first_token_deadline_is_the_first_completions_alone() -> None:
+    """Siblings still waiting for a place used to end a request whose first token had come in time."""
+    request = Rig().enroll([3, 4], SamplingParams(n=3, max_tokens=2), ttft_deadline=5.0)
+    assert [seq.ttft_deadline for seq in request.sequences] == [5.0, math.inf, math.inf]

@@ -12,7 +12,7 @@ from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError
 from penstock.models.loading import load, resolve_device, resolve_dtype
-from tests.tiny_models import build
+from tests.tiny_models import ARCHITECTURES, build
 
 IDS_ONLY = {"skip_tokenizer_init": True}
 
@@ -88,3 +88,21 @@ def test_a_model_whose_paged_pass_differs_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rotary, "forward", deaf)
     with pytest.raises(ConfigurationError, match="differs from the model's own"):
         load(model, None, EngineConfig(**IDS_ONLY))
+
+
+def test_rotary_frequencies_that_depend_on_neighbours_end_the_context() -> None:
+    """longrope chooses frequencies by the longest position of a pass: a neighbour changed a request's tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = build("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    assert load(model, None, EngineConfig(max_model_len=None, **IDS_ONLY)).runner.spec.max_length == 64
+
+
+def test_windows_that_only_a_mask_would_apply_are_refused() -> None:
+    """phimoe slides through its mask alone; a probe shorter than the window cannot see that."""
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    shape = {**ARCHITECTURES["mixtral"], "sliding_window": 16}
+    model = PhimoeForCausalLM(PhimoeConfig(**shape)).eval()
+    with pytest.raises(ConfigurationError, match="slide over 16 tokens"):
+        load(model, None, EngineConfig(**IDS_ONLY))
+    assert load(model, None, EngineConfig(max_model_len=16, **IDS_ONLY)).runner.spec.max_length == 16
