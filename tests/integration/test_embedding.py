@@ -47,15 +47,6 @@ def new_engine(**settings: Any) -> InferenceEngine:
     return InferenceEngine(ScriptedModel([5, 6, 7], max_length=256), skip_tokenizer_init=True, **settings)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small would only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def engine() -> Iterator[InferenceEngine]:
     made = new_engine()

@@ -16,7 +16,6 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from penstock import (
@@ -45,15 +44,6 @@ from tests.tokenizers_for_tests import byte_level
 PATIENCE_S = 30.0
 AT_ONCE_S = 0.05
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small would only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -219,7 +209,7 @@ def test_the_first_error_of_a_batch_cancels_the_rest() -> None:
     llm = LLM(model, skip_tokenizer_init=True)
     model.hold()
     error = failure(RequestError, ValueError, "vocabulary", lambda: llm.generate([[100], [1], [2]], GREEDY))
-    wait_until(lambda: llm.get_stats()["queue"]["num_requests"] == 0)
+    wait_until(lambda: llm.get_stats()["queue"]["num_queued_requests"] == 0)
     model.release()
     nothing_leaks(llm.engine)
     assert error.__traceback__ is not None

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from penstock import (
     LLM,
@@ -37,15 +36,6 @@ from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level
 
 HELLO = "Hello, my name is"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small would only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 P99_MS, MAX_MS = 10.0, 50.0
 QUIET_MS = 2.0  # p99 of an idle loop on a machine that has nothing else to do is a tenth of this
@@ -25,10 +24,7 @@ def benchmark() -> Iterator[ModuleType]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield module
-    torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("name", ["prefill", "stream", "tokenize"])
