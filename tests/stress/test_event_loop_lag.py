@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,15 +15,15 @@ ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    """The script, as a module; with one thread for PyTorch, whose others would only wait for each other."""
+def benchmark() -> ModuleType:
+    """The script, as a module."""
     path = Path(__file__).parents[2] / "benchmarks" / "event_loop_lag.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
+    return module
 
 
 @pytest.mark.parametrize("name", ["prefill", "stream", "tokenize"])
