@@ -17,18 +17,16 @@ from typing import Any
 
 from penstock.config import EngineConfig
 from penstock.engine.alarms import Alarms
-from penstock.engine.channel import RequestStatus, Wakeups, hop
-from penstock.engine.collector import Collector
+from penstock.engine.channel import hop
+from penstock.engine.desk import Desk
 from penstock.engine.door import Door
-from penstock.engine.endings import closing_error, ending_error, last_word, text_fault, times_of
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
 from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError
 from penstock.models.protocol import ModelRunner
-from penstock.outputs import RequestOutput
 from penstock.scheduling.scheduler import Scheduler
-from penstock.sequence import FinishReason, Sequence
+from penstock.sequence import FinishReason
 from penstock.step import Event, StepPlan, StepResult
 
 # How long an idle engine listens for the next arrival of a burst before it starts, in seconds.
@@ -62,9 +60,7 @@ class EngineCore:
         self._metrics = metrics
         self._log = log
         self._sleep = sleep
-        self._requests: dict[str, Request] = {}
-        self._owners: dict[int, tuple[Request, int]] = {}
-        self._unpublished: list[Event] = []
+        self._desk = Desk(scheduler, runner, door, clock, metrics, log, self._forget)
         self._encoding: dict[str, Future[Any]] = {}
         self._alarms = Alarms(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
         self._arrivals = 0
@@ -78,10 +74,8 @@ class EngineCore:
 
     def submit(self, request: Request) -> None:
         """Take over a request; its prompt is encoded off this loop."""
-        if request.id in self._requests:
-            self._refuse(request, RequestError(f"request id {request.id!r} is already running: use another, or none"))
+        if not self._desk.open(request):
             return
-        self._requests[request.id] = request
         self._arrivals += 1
         self._alarms.set(request)
         try:
@@ -97,18 +91,16 @@ class EngineCore:
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None) -> None:
         """End a request from outside; unknown and ended ids are ignored."""
-        request = self._requests.get(request_id)
+        request = self._desk.requests.get(request_id)
         if request is None:
             return
         self._log.debug("request aborted", request_id=request_id, reason=reason.value)
-        wakeups = Wakeups()
-        self._end(request, reason, error, wakeups)
-        wakeups.send()
+        self._desk.end(request, reason, error)
         self._wake.set()
 
     def abort_all(self, error: Exception | None = None) -> None:
         """End everything, with `error` where one is given."""
-        for request_id in list(self._requests):
+        for request_id in list(self._desk.requests):
             self.abort(request_id, FinishReason.ABORT if error is None else FinishReason.ERROR, error)
 
     def stop(self) -> None:
@@ -118,16 +110,12 @@ class EngineCore:
 
     def close(self, error: BaseException | None) -> None:
         """End whatever is left because the engine ends. Asks nothing of the scheduler, which may be what failed."""
-        wakeups = Wakeups()
-        for request in list(self._requests.values()):
-            request.channel.put(last_word(request, FinishReason.ABORT), wakeups)
-            self._close(request, RequestStatus.FAILED, self._output(request), closing_error(error), wakeups)
-        wakeups.send()
+        self._desk.close(error)
 
     @property
     def num_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self._requests)
+        return len(self._desk.requests)
 
     def _encoded(self, request: Request, encoded: Future[Any]) -> None:
         self._wake.set()
@@ -145,15 +133,13 @@ class EngineCore:
         except Exception as error:
             self._reject(request, error)
             return
-        self._owners.update((seq.id, (request, i)) for i, seq in enumerate(request.sequences))
-        self._metrics.count("prompt_tokens", len(request.channel.prompt_token_ids))
+        self._desk.seat(request)
 
-    def _refuse(self, request: Request, error: RequestError) -> None:
-        """End a request that was never taken over."""
-        wakeups = Wakeups()
-        self._door.release(request)
-        request.channel.end(RequestStatus.FAILED, None, error, wakeups)
-        wakeups.send()
+    def _forget(self, request_id: str) -> None:
+        """A request ended: its alarm and its encoding, if that still runs, are of no use any more."""
+        self._alarms.clear(request_id)
+        if (encoded := self._encoding.pop(request_id, None)) is not None:
+            encoded.cancel()
 
     def _reject(self, request: Request, error: BaseException) -> None:
         for sequence in request.sequences:
@@ -168,7 +154,7 @@ class EngineCore:
 
     async def run(self) -> None:
         """Serve until `stop()`."""
-        while not (self._stopping and not self._requests):
+        while not (self._stopping and not self._desk.requests):
             if not self.scheduler.has_work:
                 await self._rest()
             if not await self.step():
@@ -176,32 +162,32 @@ class EngineCore:
 
     async def step(self) -> bool:
         """Plan, execute, commit; False when there was nothing to run."""
-        self._unpublished += self.scheduler.expire(self._clock())
+        self._desk.add_news(self.scheduler.expire(self._clock()))
         plan = self.scheduler.plan(self._clock())
-        self._account_started()
+        self._desk.note_started()
         if not plan.rows:
-            self._publish()
+            self._desk.publish()
             return False
         begin = self._clock()
         executing = self._execute(plan)
-        self._publish()
+        self._desk.publish()
         try:
             result = await executing
         except Exception as error:
-            self._unpublished += self._failed(plan, error)
+            self._desk.add_news(self._failed(plan, error))
         else:
-            self._unpublished += self.scheduler.commit(plan, result)
+            self._desk.add_news(self.scheduler.commit(plan, result))
             self._account_step(plan, begin, result)
         if not self.scheduler.has_work:
-            self._publish()
+            self._desk.publish()
         return True
 
     async def _rest(self) -> None:
         """Wait without using the CPU until something arrives, then for the burst to pause."""
         self._busy_since = None
         self._tidy()
-        while not self.scheduler.has_work and not (self._stopping and not self._requests):
-            self._publish()
+        while not self.scheduler.has_work and not (self._stopping and not self._desk.requests):
+            self._desk.publish()
             self._wake.clear()
             await self._wake.wait()
             await self._coalesce()
@@ -235,18 +221,6 @@ class EngineCore:
         self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=str(error))
         return self.scheduler.fail(plan, error)
 
-    def _account_started(self) -> None:
-        now = self._clock()
-        for sequence in self.scheduler.take_started():
-            owner = self._owners.get(sequence.id)
-            if owner is None or owner[0].started is not None:
-                continue
-            request = owner[0]
-            request.started = now
-            request.channel.status = RequestStatus.PROCESSING
-            self._door.release(request)
-            self._metrics.record("queue_time", now - request.arrival)
-
     def _account_step(self, plan: StepPlan, begin: float, result: StepResult) -> None:
         """Back to back, a step's time includes the host work since the last one ended; idle time belongs to none."""
         now = self._clock()
@@ -255,94 +229,3 @@ class EngineCore:
         self._metrics.step(len(plan.rows), plan.num_tokens, sum(len(row.tokens) for row in result.rows), seconds)
         if self._config.profile_performance:
             self._log.debug("step", rows=len(plan.rows), tokens=plan.num_tokens, seconds=seconds, **result.timings_s)
-
-    # Deltas out.
-
-    def _publish(self) -> None:
-        """Hand every event to its reader: one hop per consumer loop."""
-        events, self._unpublished = self._unpublished, []
-        if not events:
-            return
-        wakeups, now = Wakeups(), self._clock()
-        for event in events:
-            owner = self._owners.get(event.seq_id)
-            if owner is not None:
-                self._deliver(*owner, event, now, wakeups)
-            if event.reason is not None:
-                self._owners.pop(event.seq_id, None)
-                self._runner.forget(event.seq_id)
-        wakeups.send()
-
-    def _deliver(self, request: Request, index: int, event: Event, now: float, wakeups: Wakeups) -> None:
-        assert request.collector is not None
-        if event.error is not None or event.reason in (FinishReason.DEADLINE, FinishReason.ERROR, FinishReason.ABORT):
-            self._end(request, event.reason or FinishReason.ERROR, event.error, wakeups)
-            return
-        try:
-            delta = request.collector.push(index, event)
-        except BaseException as error:  # a tokenizer's panic is no `Exception`
-            self._end(request, FinishReason.ERROR, text_fault(error), wakeups)
-            return
-        self._time_tokens(request, event, now)
-        if request.collector.streams:
-            request.channel.put(delta, wakeups)
-        if delta.finished:
-            self._retire(request.sequences[index], FinishReason.STOP)
-        if request.collector.done:
-            self._complete(request, request.collector, wakeups)
-
-    def _time_tokens(self, request: Request, event: Event, now: float) -> None:
-        if not event.tokens:
-            return
-        if request.first_token is None:
-            request.first_token = now
-            self._metrics.record("first_token_latency", now - request.arrival)
-        elif request.last_token is not None and len(request.sequences) == 1:
-            self._metrics.record("inter_token_latency", (now - request.last_token) / len(event.tokens))
-        request.last_token = now
-
-    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Stop listening to a sequence; one that still runs (a stop string ended it) is taken out of the scheduler."""
-        self._owners.pop(sequence.id, None)
-        self._unpublished += self.scheduler.finish(sequence.id, reason)
-
-    def _complete(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
-        output = self._output(request)
-        if not collector.streams:
-            for delta in collector.replay():
-                request.channel.put(delta, wakeups)
-        self._metrics.record("end_to_end_latency", self._clock() - request.arrival)
-        self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
-
-    def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
-        """End a request that did not complete, with what it has so far."""
-        for sequence in request.sequences:
-            self._retire(sequence, reason)
-        for delta in request.collector.close(reason) if request.collector else [last_word(request, reason)]:
-            request.channel.put(delta, wakeups)
-        output = self._output(request)
-        status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
-        error = error or ending_error(request, reason, output)
-        if output is not None:
-            output.error = str(error)
-        self._close(request, status, output, error, wakeups)
-
-    def _output(self, request: Request) -> RequestOutput | None:
-        return None if request.collector is None else request.collector.output(times_of(request, self._clock()))
-
-    def _close(
-        self,
-        request: Request,
-        status: RequestStatus,
-        output: RequestOutput | None,
-        error: Exception | None,
-        wakeups: Wakeups,
-    ) -> None:
-        self._requests.pop(request.id, None)
-        self._alarms.clear(request.id)
-        if (encoded := self._encoding.pop(request.id, None)) is not None:
-            encoded.cancel()
-        self._door.release(request)
-        self._metrics.count("requests", 1)
-        request.channel.end(status, output, error, wakeups)
-        self._log.debug("request ended", request_id=request.id, status=status.value)

@@ -13,6 +13,7 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 from typing import Any, Self
 
@@ -127,6 +128,20 @@ class InferenceEngine:
     ) -> RequestOutput:
         """Submit and wait for the result; `result.output_ids[0]` is prompt and output."""
         return await self.generate(text, generation_config or config, priority=priority)
+
+    async def score(
+        self, prompt_ids: SequenceOf[int], completion_ids: SequenceOf[int], *, namespace: str = ""
+    ) -> list[float]:
+        """The model's log probability of each completion token after the prompt, batched with whatever else runs.
+
+        Both are token ids, at least one each. Raises `RequestError`, and what awaiting a request raises.
+        """
+        if not len(prompt_ids) or not len(completion_ids):
+            raise RequestError("score needs at least one prompt id and one completion id")
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = await self.generate([*prompt_ids, *completion_ids], params, namespace=namespace)
+        entries = (output.prompt_logprobs or [])[len(prompt_ids) :]
+        return [entry[token].logprob for entry, token in zip(entries, completion_ids, strict=True) if entry]
 
     def abort(self, request_id: str) -> None:
         """End a request with what it has so far; unknown and ended ids are ignored."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -32,6 +32,12 @@ class Engine(Protocol):
         callback: Callback | None = None,
     ) -> RequestHandle:
         """Submit at once, from any thread or loop; await or iterate the handle."""
+        ...
+
+    async def score(
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""
+    ) -> list[float]:
+        """The model's log probability of each completion token after the prompt."""
         ...
 
     def abort(self, request_id: str) -> None:

@@ -1,0 +1,183 @@
+"""`Desk`: the open requests, and what their readers are told.
+
+Owns which sequence belongs to which request, the events not yet published, and every ending: exactly one each. Runs on
+the engine's loop, called by `EngineCore`; hands deltas to channels and knows nothing of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.engine.channel import RequestStatus, Wakeups
+from penstock.engine.collector import Collector
+from penstock.engine.door import Door
+from penstock.engine.endings import closing_error, ending_error, last_word, text_fault, times_of
+from penstock.engine.log import Logger
+from penstock.engine.metrics import Metrics
+from penstock.engine.request import Request
+from penstock.errors import RequestError
+from penstock.models.protocol import ModelRunner
+from penstock.outputs import RequestOutput
+from penstock.scheduling.scheduler import Scheduler
+from penstock.sequence import FinishReason, Sequence
+from penstock.step import Event
+
+
+class Desk:
+    """`ended(request_id)` is called once for every request that ends."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        door: Door,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        log: Logger,
+        ended: Callable[[str], None],
+    ) -> None:
+        self.requests: dict[str, Request] = {}
+        self._scheduler = scheduler
+        self._runner = runner
+        self._door = door
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        self._ended = ended
+        self._owners: dict[int, tuple[Request, int]] = {}
+        self._unpublished: list[Event] = []
+
+    def open(self, request: Request) -> bool:
+        """Take a request in; False, with its end, when its id is in use."""
+        if request.id not in self.requests:
+            self.requests[request.id] = request
+            return True
+        error = RequestError(f"request id {request.id!r} is already running: use another, or none")
+        wakeups = Wakeups()
+        self._door.release(request)
+        request.channel.end(RequestStatus.FAILED, None, error, wakeups)
+        wakeups.send()
+        return False
+
+    def seat(self, request: Request) -> None:
+        """From now on its sequences' events reach the request."""
+        self._owners.update((seq.id, (request, i)) for i, seq in enumerate(request.sequences))
+        self._metrics.count("prompt_tokens", len(request.channel.prompt_token_ids))
+
+    def add_news(self, events: list[Event]) -> None:
+        """Remember events for the next `publish`."""
+        self._unpublished += events
+
+    def note_started(self) -> None:
+        """Requests whose first sequence was just planned have left the queue."""
+        now = self._clock()
+        for sequence in self._scheduler.take_started():
+            owner = self._owners.get(sequence.id)
+            if owner is None or owner[0].started is not None:
+                continue
+            request = owner[0]
+            request.started = now
+            request.channel.status = RequestStatus.PROCESSING
+            self._door.release(request)
+            self._metrics.record("queue_time", now - request.arrival)
+
+    def publish(self) -> None:
+        """Hand every event to its reader: one hop per consumer loop."""
+        events, self._unpublished = self._unpublished, []
+        if not events:
+            return
+        wakeups, now = Wakeups(), self._clock()
+        for event in events:
+            owner = self._owners.get(event.seq_id)
+            if owner is not None:
+                self._deliver(*owner, event, now, wakeups)
+            if event.reason is not None:
+                self._owners.pop(event.seq_id, None)
+                self._runner.forget(event.seq_id)
+        wakeups.send()
+
+    def _deliver(self, request: Request, index: int, event: Event, now: float, wakeups: Wakeups) -> None:
+        assert request.collector is not None
+        if event.error is not None or event.reason in (FinishReason.DEADLINE, FinishReason.ERROR, FinishReason.ABORT):
+            self._end(request, event.reason or FinishReason.ERROR, event.error, wakeups)
+            return
+        try:
+            delta = request.collector.push(index, event)
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
+            self._end(request, FinishReason.ERROR, text_fault(error), wakeups)
+            return
+        self._time_tokens(request, event, now)
+        if request.collector.streams:
+            request.channel.put(delta, wakeups)
+        if delta.finished:
+            self._retire(request.sequences[index], FinishReason.STOP)
+        if request.collector.done:
+            self._complete(request, request.collector, wakeups)
+
+    def _time_tokens(self, request: Request, event: Event, now: float) -> None:
+        if not event.tokens:
+            return
+        if request.first_token is None:
+            request.first_token = now
+            self._metrics.record("first_token_latency", now - request.arrival)
+        elif request.last_token is not None and len(request.sequences) == 1:
+            self._metrics.record("inter_token_latency", (now - request.last_token) / len(event.tokens))
+        request.last_token = now
+
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Stop listening to a sequence; one that still runs (a stop string ended it) is taken out of the scheduler."""
+        self._owners.pop(sequence.id, None)
+        self._unpublished += self._scheduler.finish(sequence.id, reason)
+
+    def _complete(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
+        output = self._output(request)
+        if not collector.streams:
+            for delta in collector.replay():
+                request.channel.put(delta, wakeups)
+        self._metrics.record("end_to_end_latency", self._clock() - request.arrival)
+        self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
+
+    def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request that did not complete, with what it has so far, and tell its reader at once."""
+        wakeups = Wakeups()
+        self._end(request, reason, error, wakeups)
+        wakeups.send()
+
+    def close(self, error: BaseException | None) -> None:
+        """End whatever is left because the engine ends. Asks nothing of the scheduler, which may be what failed."""
+        wakeups = Wakeups()
+        for request in list(self.requests.values()):
+            request.channel.put(last_word(request, FinishReason.ABORT), wakeups)
+            self._close(request, RequestStatus.FAILED, self._output(request), closing_error(error), wakeups)
+        wakeups.send()
+
+    def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
+        """End a request that did not complete, with what it has so far."""
+        for sequence in request.sequences:
+            self._retire(sequence, reason)
+        for delta in request.collector.close(reason) if request.collector else [last_word(request, reason)]:
+            request.channel.put(delta, wakeups)
+        output = self._output(request)
+        status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
+        error = error or ending_error(request, reason, output)
+        if output is not None:
+            output.error = str(error)
+        self._close(request, status, output, error, wakeups)
+
+    def _output(self, request: Request) -> RequestOutput | None:
+        return None if request.collector is None else request.collector.output(times_of(request, self._clock()))
+
+    def _close(
+        self,
+        request: Request,
+        status: RequestStatus,
+        output: RequestOutput | None,
+        error: Exception | None,
+        wakeups: Wakeups,
+    ) -> None:
+        self.requests.pop(request.id, None)
+        self._ended(request.id)
+        self._door.release(request)
+        self._metrics.count("requests", 1)
+        request.channel.end(status, output, error, wakeups)
+        self._log.debug("request ended", request_id=request.id, status=status.value)
