@@ -76,12 +76,12 @@ class SamplingParams:
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         for name, value in (
-            ("stop", tuple(stop or ())),
-            ("stop_token_ids", tuple(self.stop_token_ids or ())),
-            ("bad_words", tuple(self.bad_words or ())),
-            ("logits_processors", tuple(self.logits_processors or ())),
+            ("stop", _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)),
+            ("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids)),
+            ("bad_words", _tuple("bad_words", self.bad_words)),
+            ("logits_processors", _tuple("logits_processors", self.logits_processors)),
+            ("output_kind", _output_kind(self.output_kind)),
             ("logprobs", _count(self.logprobs)),
             ("prompt_logprobs", _count(self.prompt_logprobs)),
             ("top_k", 0 if self.top_k in (None, -1) else self.top_k),
@@ -99,6 +99,21 @@ class SamplingParams:
     def num_samples(self) -> int:
         """How many sequences run for this request: `best_of` candidates, or `n`."""
         return self.best_of or self.n
+
+
+def _tuple(name: str, values: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(values or ())
+    except TypeError:
+        raise RequestError(f"{name} must be a list, got {values!r}") from None
+
+
+def _output_kind(value: OutputKind | str) -> OutputKind:
+    try:
+        return OutputKind(value)
+    except ValueError:
+        known = ", ".join(repr(kind.value) for kind in OutputKind)
+        raise RequestError(f"output_kind must be an OutputKind or one of {known}, got {value!r}") from None
 
 
 def _count(value: int | bool | None) -> int | None:
@@ -146,6 +161,9 @@ def _check_numbers(p: SamplingParams) -> None:
         p.repetition_penalty,
         "a number above 0",
     )
+    _need(
+        p.logit_bias is None or isinstance(p.logit_bias, Mapping), "logit_bias", p.logit_bias, "a mapping of token ids"
+    )
     for token, bias in (p.logit_bias or {}).items():
         _need(
             _is_int(token) and token >= 0 and _is_finite(bias),
@@ -176,6 +194,7 @@ def _check_counts(p: SamplingParams) -> None:
     if p.seed is not None:
         _need(_is_int(p.seed), "seed", p.seed, "an integer or None")
     if p.allowed_token_ids is not None:
+        _tuple("allowed_token_ids", p.allowed_token_ids)
         _need(
             len(p.allowed_token_ids) > 0,
             "allowed_token_ids",

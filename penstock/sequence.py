@@ -85,8 +85,3 @@ class Sequence:
     def todo(self) -> int:
         """Number of tokens that still have to go through the model before the next sample."""
         return len(self.tokens) + len(self.draft) - self.computed - self.in_flight
-
-    @property
-    def is_prefilling(self) -> bool:
-        """Whether more than the newest token is uncomputed."""
-        return self.computed + self.in_flight + 1 < len(self.tokens)

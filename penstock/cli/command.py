@@ -15,7 +15,7 @@ from typing import NoReturn
 from penstock import __version__
 from penstock.cli import bench, chat, doctor, generate
 from penstock.cli.session import INTERRUPTED
-from penstock.cli.terminal import abandon_stdout, forgive_encoding, one_line
+from penstock.cli.terminal import abandon_stdout, fill_standard_streams, forgive_encoding, one_line
 from penstock.errors import PenstockError
 
 MISTAKE = 2
@@ -63,6 +63,7 @@ def _without_command(parser: argparse.ArgumentParser) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong options leave by `SystemExit`, as argparse does."""
+    fill_standard_streams()
     forgive_encoding()
     args = make_parser().parse_args(argv)
     try:
@@ -77,5 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         abandon_stdout()
         return 0
+    except OSError as error:
+        abandon_stdout()
+        print(f"penstock: error: {one_line(error)}", file=sys.stderr)
+        return MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED

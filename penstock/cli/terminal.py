@@ -14,6 +14,18 @@ from typing import TextIO
 DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 
 
+def fill_standard_streams() -> None:
+    """Open what a caller closed (`>&-`) on nothing: else the event loop's own files would take those numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+
+
 def has_colors(stream: TextIO) -> bool:
     """Whether escape sequences make sense there: a terminal, and nobody set NO_COLOR."""
     return stream.isatty() and not os.environ.get("NO_COLOR")

@@ -34,6 +34,22 @@ def engine_config(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     return EngineConfig(**settings)
 
 
+def with_settings(config: EngineConfig | None, settings: dict[str, Any]) -> EngineConfig:
+    """The caller's own config object, so that later assignments count; a copy where keywords change it."""
+    if config is None:
+        return EngineConfig(**settings)
+    if not isinstance(config, EngineConfig):
+        raise ConfigurationError(
+            f"config must be an EngineConfig, got {type(config).__name__}: "
+            "write EngineConfig(**settings) or EngineConfig.from_yaml(path)"
+        )
+    if settings:
+        config = config.model_copy()
+        for name, value in settings.items():
+            setattr(config, name, value)
+    return config
+
+
 def _refuse_parallel(settings: dict[str, Any]) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if settings.pop(name, 1) != 1:

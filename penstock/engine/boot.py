@@ -23,6 +23,7 @@ from penstock.engine.host import Boot, Host
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.tokenizing import TokenizerPool
+from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
 from penstock.models.protocol import ModelRunner
 from penstock.scheduling.admission import Admission
@@ -53,6 +54,10 @@ def check_early(model: Any) -> None:
     """Refuse a model source that cannot work before anything heavy is imported. Raises `ConfigurationError`."""
     if isinstance(model, str | Path):
         check_source(str(model))
+    elif not (model is None or _is_runner(model) or hasattr(model, "parameters")):
+        raise ConfigurationError(
+            f"a model cannot be a {type(model).__name__}: pass a hub id, a folder, an nn.Module, or nothing"
+        )
 
 
 def assemble(model: Any, tokenizer: Any, config: EngineConfig, admission: Admission, log: Logger) -> Parts:
@@ -95,8 +100,12 @@ def _cache(runner: ModelRunner, longest: int, config: EngineConfig, log: Logger)
     )
 
 
+def _is_runner(model: Any) -> bool:
+    return hasattr(model, "execute") and hasattr(model, "spec")
+
+
 def _load(model: Any, tokenizer: Any, config: EngineConfig) -> tuple[ModelRunner, Any]:
-    if hasattr(model, "execute") and hasattr(model, "spec"):
+    if _is_runner(model):
         return model, tokenizer
     from penstock.models.loading import load
 

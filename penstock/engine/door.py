@@ -116,6 +116,11 @@ class Door:
                 f"{prompt_len} prompt tokens and max_tokens={wanted} exceed the limit of {self._limit}: "
                 f"ask for at most {room}, or max_tokens=None for what fits"
             )
+        if params.num_samples > self._config.max_queue_size:
+            raise RequestTooLarge(
+                f"{params.num_samples} completions of one prompt are more than may wait "
+                f"({self._config.max_queue_size}): ask for fewer, or raise max_queue_size"
+            )
         self._check_logprobs(params)
         self._check_vocabulary("logit_bias", params.logit_bias or ())
         self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())

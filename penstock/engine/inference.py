@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from penstock.config import EngineConfig
+from penstock.engine.arguments import with_settings
 from penstock.engine.boot import Parts, booter, check_early, shut_down
 from penstock.engine.callbacks import Callbacks
 from penstock.engine.channel import Channel, RequestStatus
@@ -26,11 +27,19 @@ from penstock.engine.host import Host
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.protocol import Callback, FinalCallback
-from penstock.engine.request import Params, Request, estimate_tokens, taken
+from penstock.engine.request import (
+    Params,
+    Request,
+    check_params,
+    estimate_tokens,
+    priority_class,
+    seconds,
+    taken,
+)
 from penstock.engine.tokenizing import Prompt
 from penstock.errors import EngineClosed, RequestError
 from penstock.outputs import RequestOutput
-from penstock.sampling import GenerationConfig, RequestPriority, SamplingParams
+from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
 from penstock.sequence import FinishReason
 
@@ -49,10 +58,7 @@ class InferenceEngine:
     def __init__(
         self, model: Any = None, tokenizer: Any = None, config: EngineConfig | None = None, **settings: Any
     ) -> None:
-        self.config = config if config is not None else EngineConfig(**settings)
-        if config is not None:
-            for name, value in settings.items():
-                setattr(self.config, name, value)
+        self.config = with_settings(config, settings)
         check_early(model)
         self._log = make_logger(self.config.log_level)
         self._metrics = Metrics(self.config.enable_metrics)
@@ -90,7 +96,7 @@ class InferenceEngine:
         `ExecutionError`) is raised by the handle.
         """
         prompt = taken(prompt)
-        _check_params(params)
+        check_params(params)
         request = self._request(prompt, params, request_id, priority, deadline, ttft_deadline, namespace)
         self._submit(request)
         handle = RequestHandle(request.channel, self)
@@ -167,14 +173,19 @@ class InferenceEngine:
     def stop(self, drain: float = 30.0) -> None:
         """Serve what was accepted for at most `drain` seconds, abort the rest, free everything. Harmless twice.
 
-        Waits for a step that is running, and for a model that is loading.
+        Waits for a step that is running, and for a model that is loading. It blocks the thread: in a coroutine, use
+        `await engine.aclose()`, or `async with`, whose end drains too unless an exception leaves it.
         """
         self._host.stop(drain)
         self._finalizer()
 
     async def aclose(self, drain: float = 30.0) -> None:
-        """`stop` without blocking the loop."""
-        await asyncio.to_thread(self.stop, drain)
+        """`stop` without blocking the loop. Cancelling it ends the drain: the rest is aborted at once."""
+        try:
+            await asyncio.to_thread(self.stop, drain)
+        except asyncio.CancelledError:
+            _post(self._host, lambda core: core.abort_all())
+            raise
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self.start)
@@ -271,15 +282,15 @@ class InferenceEngine:
             params=params,
             channel=Channel(request_id),
             arrival=now,
-            priority=_class(priority),
+            priority=priority_class(priority),
             namespace=namespace,
             reserved_tokens=estimate_tokens(prompt),
             seed=self._random.getrandbits(62),
         )
         if deadline is not None:
-            request.deadline = now + _seconds("deadline", deadline)
+            request.deadline = now + seconds("deadline", deadline)
         if ttft_deadline is not None:
-            request.ttft_deadline = now + _seconds("ttft_deadline", ttft_deadline)
+            request.ttft_deadline = now + seconds("ttft_deadline", ttft_deadline)
         return request
 
     def _submit(self, request: Request) -> None:
@@ -296,25 +307,6 @@ class InferenceEngine:
         self._kept[request_id] = self._channels[request_id]
         while len(self._kept) > KEPT_REQUESTS:
             self._kept.popitem(last=False)
-
-
-def _check_params(params: Params) -> None:
-    if params is not None and not isinstance(params, SamplingParams | GenerationConfig):
-        raise RequestError(f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}")
-
-
-def _class(priority: RequestPriority) -> RequestPriority:
-    try:
-        return RequestPriority(priority)
-    except ValueError:
-        names = ", ".join(known.name for known in RequestPriority)
-        raise RequestError(f"priority must be a RequestPriority ({names}), got {priority!r}") from None
-
-
-def _seconds(name: str, value: float) -> float:
-    if not (isinstance(value, int | float) and value >= 0):
-        raise RequestError(f"{name} must be seconds from now, 0 or more, got {value!r}")
-    return value
 
 
 def _post(host: Host, action: Any) -> None:

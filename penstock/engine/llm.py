@@ -84,7 +84,7 @@ class LLM:
 
 def _as_batch(prompts: Any) -> list[Prompt]:
     """One prompt or many: a string, a mapping, token ids or one conversation is a single prompt."""
-    if isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if prompts is None or isinstance(prompts, str | bytes | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]
     if len(prompts) > 0 and isinstance(prompts[0], dict) and "role" in prompts[0]:
         return [prompts]

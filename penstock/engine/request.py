@@ -67,3 +67,25 @@ def estimate_tokens(prompt: Prompt) -> int:
     if needs_tokenizer(prompt):
         return sum(len(str(message)) for message in prompt) // 4 + 1
     return len(prompt)
+
+
+def check_params(params: Params) -> None:
+    """Raises `RequestError` for anything but parameters."""
+    if params is not None and not isinstance(params, SamplingParams | GenerationConfig):
+        raise RequestError(f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}")
+
+
+def priority_class(priority: RequestPriority) -> RequestPriority:
+    """The class of that number. Raises `RequestError`."""
+    try:
+        return RequestPriority(priority)
+    except ValueError:
+        names = ", ".join(known.name for known in RequestPriority)
+        raise RequestError(f"priority must be a RequestPriority ({names}), got {priority!r}") from None
+
+
+def seconds(name: str, value: float) -> float:
+    """The number. A time that has passed already is a deadline that is missed, not a mistake. Raises `RequestError`."""
+    if not isinstance(value, int | float) or value != value:
+        raise RequestError(f"{name} must be seconds from now, got {value!r}")
+    return value

@@ -18,6 +18,8 @@ def check_source(source: str) -> None:
 
     What looks like a hub id ("name" or "owner/name") and is no folder is left to the hub library.
     """
+    if not source.strip():
+        raise ConfigurationError("the model's name is empty: pass a folder or a hub id, or None for the demo model")
     folder = Path(source).expanduser()
     if folder.is_dir():
         _check_folder(folder)

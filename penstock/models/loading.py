@@ -100,7 +100,8 @@ def _read(source: str, dtype: torch.dtype | str, device: torch.device, config: E
             "use a smaller model, a smaller dtype, or the CPU"
         ) from error
     except Exception as error:
-        raise ConfigurationError(f"cannot load the model {source!r}: {error}") from error
+        where = "" if Path(source).is_dir() else " (there is no such folder here, so it was taken for a hub id)"
+        raise ConfigurationError(f"cannot load the model {source!r}{where}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -298,3 +298,11 @@ def test_doctor_says_units() -> None:
     assert shown("memory_gb_per_s", 20.0) == "20.0 GB/s"
     assert (shown("x", None), shown("x", True), shown("tokens", 65552)) == ("none", "yes", "65,552")
     assert label("16_streams_tokens_per_s") == "16 streams"
+
+
+def test_closed_and_full_outputs_end_without_a_traceback() -> None:
+    """A closed stdout used to abort inside the event loop, a full disk to show a traceback."""
+    for where, code in ((">&-", 0), (">/dev/full", 2)):
+        shell = f'"{sys.executable}" -m penstock generate x --max-tokens 2 {where}'
+        done = subprocess.run(["bash", "-c", shell], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from penstock import (
     LLM,
     AsyncEngineArgs,
     ConfigurationError,
+    DeadlineExceeded,
     EngineClosed,
     EngineConfig,
     EngineOverloaded,
@@ -29,6 +31,7 @@ from penstock import (
     GenerationConfig,
     InferenceEngine,
     OutOfMemory,
+    OutputKind,
     PenstockError,
     RequestAborted,
     RequestError,
@@ -261,7 +264,7 @@ def test_what_are_no_parameters_is_refused(scripted: Make) -> None:
         "must be SamplingParams or GenerationConfig, got dict",
         lambda: engine.generate([1], wrong),
     )
-    refusal(RequestError, ValueError, "deadline must be seconds", lambda: engine.generate([1], deadline=-1.0))
+    refusal(RequestError, ValueError, "deadline must be seconds", lambda: engine.generate([1], deadline=math.nan))
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused(scripted: Make) -> None:
@@ -582,3 +585,46 @@ def test_using_a_stopped_engine_says_so_at_once(scripted: Make) -> None:
     never_started.stop()
     refusal(EngineClosed, RuntimeError, "the engine was stopped", lambda: never_started.generate([1]))
     refusal(EngineClosed, RuntimeError, "the engine was stopped", never_started.start)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"stop": 5}, "stop must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids must be a list"),
+        ({"logit_bias": [1]}, "logit_bias must be a mapping"),
+        ({"output_kind": "nope"}, "output_kind must be an OutputKind or one of 'cumulative'"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(values: dict[str, Any], says: str) -> None:
+    refusal(RequestError, ValueError, says, lambda: SamplingParams(**values))
+
+
+def test_an_output_kind_may_be_given_by_its_name() -> None:
+    """The name used to be accepted and to stream cumulative text."""
+    assert SamplingParams(output_kind="delta").output_kind is OutputKind.DELTA  # type: ignore[arg-type]
+
+
+def test_a_config_or_model_of_the_wrong_type_says_what_to_pass() -> None:
+    wrong: Any = {"max_batch_size": 3}
+    refusal(ConfigurationError, ValueError, "EngineConfig.from_yaml", lambda: InferenceEngine(config=wrong))
+    refusal(ConfigurationError, ValueError, "a model cannot be a dict", lambda: InferenceEngine(wrong))
+    refusal(ConfigurationError, ValueError, "name is empty", lambda: InferenceEngine(""))
+
+
+def test_keywords_beside_a_config_leave_the_callers_object_alone() -> None:
+    config = EngineConfig(max_batch_size=8)
+    engine = InferenceEngine(ScriptedModel([5], max_length=64), None, config, max_num_seqs=3)
+    assert (config.max_batch_size, engine.config.max_batch_size) == (8, 3)
+
+
+def test_a_deadline_in_the_past_is_missed_rather_than_wrong(scripted: Make) -> None:
+    engine, _ = scripted()
+    failure(DeadlineExceeded, TimeoutError, "passed its deadline", lambda: engine.generate([1], deadline=-1.0).result())
+
+
+def test_more_completions_than_may_wait_are_refused(scripted: Make) -> None:
+    engine, _ = scripted(max_queue_size=4)
+    many = SamplingParams(n=5, max_tokens=1)
+    failure(RequestTooLarge, ValueError, "5 completions", lambda: engine.generate([1], many).result(PATIENCE_S))
