@@ -22,12 +22,11 @@ from rich.console import Console
 from penstock import __version__
 from penstock.cli.measuring import Figures, measure_engine, overall_ratio, result_table
 from penstock.cli.options import add_model_options, engine_settings, names_of, positive
-from penstock.cli.session import event_loop, leaving_at_once, loaded_engine, quiet_libraries
+from penstock.cli.session import alone, event_loop, leaving_at_once, loaded_engine, quiet_libraries
 from penstock.cli.terminal import note, waiting_for, write
 from penstock.cli.workloads import WARM_UP, WORKLOADS, Work, Workload, cache_tokens
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
-from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError
 from penstock.models.baseline import SHAPES, Baseline, load_module, random_module
 
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = [WORKLOADS[name] for name in names_of(args.workloads, tuple(WORKLOADS))]
     name = args.shape or args.model or str(MODEL_DIR)
     with leaving_at_once(), waiting_for(f"loading {name} ..."):
-        baseline, loading_s = _load_baseline(args)
+        baseline, loading_s = alone(_load_baseline, args)
     config = EngineConfig()
     limit = min(baseline.max_length, config.max_sequence_length or baseline.max_length)
     fitted, notes = fit(chosen, limit)
@@ -85,11 +84,8 @@ def run(args: argparse.Namespace) -> int:
         note(line)
     works = [workload.draw(0, baseline.vocab_size) for workload in fitted]
     tokens = config.kv_cache_tokens or cache_tokens(works, config.block_size)
-    with (
-        loaded_engine(baseline.module, skip_tokenizer_init=True, kv_cache_tokens=tokens) as engine,
-        event_loop() as loop,
-    ):
-        summaries = _measure(args, fitted, baseline, engine, loop)
+    with event_loop() as loop:
+        summaries = _measure(args, fitted, baseline, tokens, loop)
     _report(args, summaries, facts(name, baseline) | {"repeats": args.repeats, "load_s": loading_s, "notes": notes})
     return 0
 
@@ -117,10 +113,16 @@ def _measure(
     args: argparse.Namespace,
     workloads: list[Workload],
     baseline: Baseline,
-    engine: InferenceEngine,
+    kv_cache_tokens: int,
     loop: asyncio.Runner,
 ) -> dict[str, Any]:
-    """Every workload's summary, by name."""
+    """Every workload's summary, by name. Engine and baseline never exist on threads at the same time, see `alone`."""
+
+    def with_engine(work: Work, figures: Figures) -> None:
+        warm_up = WARM_UP.fitted(baseline.max_length).draw(0, baseline.vocab_size)
+        with loaded_engine(baseline.module, skip_tokenizer_init=True, kv_cache_tokens=kv_cache_tokens) as engine:
+            loop.run(measure_engine(engine, warm_up, Figures()))
+            loop.run(measure_engine(engine, work, figures))
 
     def one(turn: Workload, repeat: int, figures: Figures, step: Callable[[str], None]) -> None:
         """Engine and baseline on the same requests; who begins changes from repeat to repeat."""
@@ -128,9 +130,9 @@ def _measure(
         for who in ("engine", "transformers")[:: 1 if repeat % 2 == 0 else -1]:
             step(f"{turn.name}: {who}")
             if who == "engine":
-                loop.run(measure_engine(engine, work, figures))
+                with_engine(work, figures)
             elif not args.skip_baseline:
-                figures.baseline_s.append(_seconds(baseline, work))
+                figures.baseline_s.append(alone(_seconds, baseline, work))
 
     with _progress(TASKS_PER_REPEAT * (1 + len(workloads) * args.repeats)) as step:
         one(WARM_UP.fitted(baseline.max_length), 0, Figures(), step)

@@ -19,7 +19,7 @@ from typing import Any
 from penstock import __version__
 from penstock.cache.sizing import num_blocks
 from penstock.cli.findings import Finding
-from penstock.cli.session import event_loop, loaded_engine, quiet_libraries, stream
+from penstock.cli.session import alone, event_loop, loaded_engine, quiet_libraries, stream
 from penstock.cli.terminal import one_line
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
@@ -41,9 +41,9 @@ def examine(config: EngineConfig) -> tuple[dict[str, dict[str, Any]], list[Findi
         ("versions", versions),
         ("imports", _imports),
         ("hardware", _hardware),
-        ("model", lambda: _model(config, loaded)),
+        ("model", lambda: alone(_model, config, loaded)),
         ("cache", lambda: _cache(config, loaded[0].runner)),
-        ("rates", lambda: _rates(loaded[0].runner.spec)),
+        ("rates", lambda: alone(_rates, loaded[0].runner.spec)),
         ("speed", lambda: _speed(config, loaded[0])),
     ):
         if section in ("cache", "rates", "speed") and not loaded:

@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from penstock.cli.terminal import note, waiting_for
 from penstock.engine.host import new_event_loop
@@ -21,6 +23,8 @@ from penstock.engine.inference import InferenceEngine
 from penstock.engine.tokenizing import Prompt
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
+
+T = TypeVar("T")
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
@@ -98,3 +102,24 @@ async def stream(
         output = await handle
     total = time.perf_counter() - begin
     return output, Timing(total if first is None else first, total, sum(len(out.token_ids) for out in output.outputs))
+
+
+def alone(function: Callable[..., T], *args: Any) -> T:
+    """Run on a thread of its own that ends with it.
+
+    PyTorch's helpers belong to the thread that computes. While two such teams exist on one machine, OpenMP puts waiting
+    helpers to sleep, and small operations take twice as long: neither side may leave a team behind.
+    """
+    result: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(function(*args))
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=work, name="penstock-alone", daemon=True)
+    thread.start()
+    found = result.result()
+    thread.join()
+    return found
