@@ -75,6 +75,8 @@ class EngineConfig(BaseSettings):
     tokenizer_revision: str | None = Field(None, description="Branch, tag or commit of the tokenizer on the hub.")
     download_dir: str | None = Field(None, description="Where hub downloads are kept; None: the hub library's own folder.")
     load_format: Literal["auto", "safetensors", "pt"] = Field("auto", description="Which weight files to read.")
+    quantization: Literal["int8"] | None = Field(None, description='"int8" packs the weights as 8-bit integers with a scale per output and quantizes activations per token (CPU). None keeps the checkpoint\'s precision.')
+    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description='"int8" stores keys and values in a byte each with a scale per token and head (CPU): twice the tokens in the same memory.')
     verify_model: bool = Field(True, description="At load, compare a short paged forward pass with the model's own.")
     seed: int | None = Field(None, description="Seeds the requests that bring no seed; None draws fresh randomness. Read at construction.")
 
@@ -85,6 +87,9 @@ class EngineConfig(BaseSettings):
     # Speed and memory
     enable_speculative_decoding: bool = Field(False, description="Accepted; has no drafter in this version. Speculation never changes the output.")
     speculation_length: int = Field(4, ge=1, description="Tokens per draft, once a drafter is there.")
+    num_threads: int | None = Field(None, ge=1, description="Threads that compute on the CPU; None: one for each core this process may use. Read at load.")
+    deterministic: bool = Field(False, description="Promise that a request's tokens and logprobs are bitwise the same whatever runs beside it (CPU); a model for which that cannot hold is refused. Read at load.")
+    disabled_rewrites: tuple[str, ...] = Field((), description='Rewrites to leave out when a model is loaded: "kernels" (all of them), "fused_layers", "packed_linears", "packed_norms".')
     gc_threshold: float = Field(0.8, gt=0, le=1, description="Fraction of memory use above which optimize_memory() runs by itself when the engine turns idle.")
     enable_gradient_checkpointing: bool = Field(False, description="Accepted for callers that carry it: it has no meaning in inference.")
     memory_efficient_attention: bool = Field(True, description="Accepted for callers that carry it: attention is always paged.")

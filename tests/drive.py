@@ -27,7 +27,7 @@ def prompts(count: int, longest: int, vocab: int, seed: int = 0) -> list[list[in
 class Driver:
     """One model, ready to run sequences; `seen` collects each sequence's logprobs by id."""
 
-    def __init__(self, model: nn.Module, *, num_blocks: int = 1024, block_size: int = 4, **settings: Any) -> None:
+    def __init__(self, model: nn.Module | str, *, num_blocks: int = 1024, block_size: int = 4, **settings: Any) -> None:
         settings = {"max_sequence_length": None, "max_num_batched_tokens": 4096} | settings
         config = EngineConfig(skip_tokenizer_init=True, block_size=block_size, **settings)
         self.runner = load(model, None, config).runner

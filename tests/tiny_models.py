@@ -53,6 +53,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
         "rotary_pct": 0.5,
     },
+    "granite": {**LLAMA, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+    "smollm3": {**LLAMA, "no_rope_layers": [1, 0]},
+    "olmo2": LLAMA,
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         **HEADS8,
@@ -62,6 +65,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
+
+
+# How many of the two layers a rewrite takes over; the rest runs as transformers wrote it.
+FUSED = dict.fromkeys(ARCHITECTURES, 2) | {"gpt_neox": 0, "gpt_oss": 0}
 
 
 def build(name: str, **changes: Any) -> nn.Module:

@@ -1,7 +1,8 @@
 """Attention over the paged cache, entered through transformers' `AttentionInterface`.
 
 Registers one function, `penstock`; the step's metadata reaches it as the keyword argument `paged` of `model(...)`.
-Owns no weights and no memory. `PagedAttention` serves a step; `ShapeProbe` only looks at what a model stores.
+Owns no weights and no memory. `PagedAttention` serves a step in plain torch; `ShapeProbe` only looks at what a model
+stores and how it attends.
 """
 
 from __future__ import annotations
@@ -122,12 +123,17 @@ class ShapeProbe:
     def __init__(self) -> None:
         self.layers: dict[int, int] = {}
         self.shapes: list[LayerShape] = []
-        self.num_windows = 0
+        self.options: list[Options] = []
+
+    @property
+    def num_windows(self) -> int:
+        """How many layers slide."""
+        return sum(options.window is not None for options in self.options)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """Attend without a cache: [T, H, V]."""
         self.layers[id(module)] = len(self.shapes)
-        self.num_windows += options.window is not None
+        self.options.append(options)
         self.shapes.append(LayerShape(key.shape[0], key.shape[-1], value.shape[-1], key.dtype))
         out = F.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=options.scaling, enable_gqa=True

@@ -1,21 +1,23 @@
 """Whether a model can run through the paged cache: refused early by what it is, then by what it computes.
 
-`attach` switches a module to our attention, learns what each layer stores, and compares a short paged pass with the
-model's own. Called once per load; every refusal is a `ConfigurationError` that names the remedy.
+`probe` switches a module to our attention and learns what each layer stores; `compare` holds a short paged pass against
+the model's own. Called by `loading`; every refusal is a `ConfigurationError` that names the remedy.
 """
 
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError
-from penstock.models.attention import IMPLEMENTATION, PagedAttention, ShapeProbe
+from penstock.models.attention import IMPLEMENTATION, Options, ShapeProbe
 from penstock.models.layout import StepLayout
-from penstock.models.storage import KVStorage, LayerShape
+from penstock.models.paging import Paging
+from penstock.models.storage import LayerShape
 from penstock.sampling import SamplingParams
 from penstock.step import Row
 
@@ -23,12 +25,24 @@ REMEDY = "serve it with another backend, or with a model that keeps plain key/va
 # Layer kinds whose state is not keys and values, or whose keys a page cannot hold.
 _FOREIGN = ("mamba", "recurrent", "linear_attention", "conv", "rwkv", "chunked_attention")
 PROBE_TOKENS = 12
+TRIAL_BLOCK = 16  # a whole panel of the kernels
 
 
-def attach(
-    module: nn.Module, device: torch.device, *, verify: bool, longest: int = 1 << 31
-) -> tuple[dict[int, int], list[LayerShape]]:
-    """Switch `module` to paged attention: (layer index by module id, what each layer stores).
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What a probe of a model found: its attention modules (index by id), in the order they run, and its own logits.
+
+    `shapes` is what each stores, `options` how each attends; `own` is None when no comparison is wanted.
+    """
+
+    layers: dict[int, int]
+    shapes: list[LayerShape]
+    options: list[Options]
+    own: Tensor | None
+
+
+def probe(module: nn.Module, device: torch.device, *, verify: bool, longest: int = 1 << 31) -> Probed:
+    """Switch `module` to our attention and look at what its layers store.
 
     `longest` is the most tokens of one sequence: windows that reach as far need no support.
     Raises `ConfigurationError` for models that cannot run so, of those that `refuse_foreign` let pass.
@@ -36,16 +50,40 @@ def attach(
     ids = _probe_ids(module, device)
     own = _logits(module, ids) if verify else None
     _switch(module)
-    probe = ShapeProbe()
-    _forward(module, ids, torch.arange(len(ids), device=device), paged=probe)
-    if not probe.shapes:
+    found = ShapeProbe()
+    _forward(module, ids, torch.arange(len(ids), device=device), paged=found)
+    if not found.shapes:
         raise _refusal(module, "its attention does not go through transformers' attention interface")
-    if len(probe.layers) != len(probe.shapes):
+    if len(found.layers) != len(found.shapes):
         raise _refusal(module, "a layer attends more than once")
-    _check_windows(module, probe, longest)
-    if own is not None:
-        _compare(module, own, _paged_logits(module, ids, probe, device))
-    return probe.layers, probe.shapes
+    _check_windows(module, found, longest)
+    return Probed(found.layers, found.shapes, found.options, own)
+
+
+def compare(module: nn.Module, probed: Probed, paging: Paging, *, tolerance: float | None = None) -> None:
+    """Hold a paged pass in ragged chunks against the model's own logits. Raises `ConfigurationError`.
+
+    `tolerance` is relative to the largest logit; None is what rounding in the model's dtype explains.
+    """
+    if probed.own is None:
+        return
+    device = probed.own.device
+    paged = _paged_logits(module, _probe_ids(module, device), probed, paging, device)
+    scale = probed.own.abs().max().clamp(min=1.0)
+    worst = ((probed.own - paged).abs().max() / scale).item()
+    if tolerance is None:
+        tolerance = 1e-3 if probed.shapes[0].dtype == torch.float32 else 0.1
+    if not worst <= tolerance:
+        raise _refusal(module, f"a paged pass differs from the model's own (relative logit error {worst:.3g})")
+
+
+def trial_pass(module: nn.Module, probed: Probed, paging: Paging, device: torch.device) -> None:
+    """One pass of the probe's tokens as a single row."""
+    ids = _probe_ids(module, device)
+    storage = paging.storage(probed.shapes, 1, TRIAL_BLOCK)
+    layout = StepLayout((_row(0, ids.tolist(), 0, len(ids), TRIAL_BLOCK),), TRIAL_BLOCK, device)
+    paged = paging.attention(storage, layout, probed.layers)
+    _forward(module, layout.input_ids, layout.positions, paged=paged)
 
 
 def refuse_foreign(module: nn.Module) -> None:
@@ -114,14 +152,14 @@ def _forward(module: nn.Module, ids: Tensor, positions: Tensor, **options: Any) 
     return out.logits[0].float()  # type: ignore[no-any-return]
 
 
-def _paged_logits(module: nn.Module, ids: Tensor, probe: ShapeProbe, device: torch.device) -> Tensor:
+def _paged_logits(module: nn.Module, ids: Tensor, probed: Probed, paging: Paging, device: torch.device) -> Tensor:
     """The probe's tokens in three chunks (many, many, one), beside a second row with the same tokens in one go."""
-    block, parts = 4, ((0, 5), (5, len(ids) - 1), (len(ids) - 1, len(ids)))
-    storage = KVStorage(probe.shapes, 2 * -(-len(ids) // block), block, device)
+    block, parts = TRIAL_BLOCK, ((0, 5), (5, len(ids) - 1), (len(ids) - 1, len(ids)))
+    storage = paging.storage(probed.shapes, 2 * -(-len(ids) // block), block)
     tokens, found = ids.tolist(), []
     for start, end in parts:
         layout = StepLayout((_row(0, tokens, start, end, block), _row(1, tokens, 0, end, block)), block, device)
-        paged = PagedAttention(storage, layout, probe.layers)
+        paged = paging.attention(storage, layout, probed.layers)
         wanted = torch.arange(end - start, device=device)
         logits = _forward(module, layout.input_ids, layout.positions, paged=paged, logits_to_keep=wanted)
         if len(logits) != len(wanted):
@@ -134,11 +172,3 @@ def _row(which: int, tokens: list[int], start: int, end: int, block: int) -> Row
     count = -(-len(tokens) // block)
     blocks = array("i", range(which * count, (which + 1) * count))
     return Row(which, tokens, start, end, blocks, True, SamplingParams(), len(tokens))
-
-
-def _compare(module: nn.Module, own: Tensor, paged: Tensor) -> None:
-    scale = own.abs().max().clamp(min=1.0)
-    worst = ((own - paged).abs().max() / scale).item()
-    exact = next(module.parameters()).dtype == torch.float32
-    if not worst <= (1e-3 if exact else 0.1):
-        raise _refusal(module, f"a paged pass differs from the model's own (relative logit error {worst:.3g})")

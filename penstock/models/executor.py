@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ExecutionError, OutOfMemory
-from penstock.models.attention import PagedAttention
 from penstock.models.layout import StepLayout, scores_prompt, wanted_logits
 from penstock.models.memory import free_bytes, memory_usage, trim_memory
+from penstock.models.paging import Paging, Storage
 from penstock.models.protocol import ModelSpec
 from penstock.models.sampler import Sampler
-from penstock.models.storage import KVStorage, LayerShape
+from penstock.models.storage import LayerShape
 from penstock.step import Row, RowResult, StepPlan, StepResult
 
 
@@ -32,6 +32,7 @@ class Executor:
         spec: ModelSpec,
         layers: dict[int, int],
         shapes: Sequence[LayerShape],
+        paging: Paging,
         device: torch.device,
         logits_chunk_bytes: int,
     ) -> None:
@@ -39,8 +40,9 @@ class Executor:
         self._module = module
         self._layers = layers
         self._shapes = shapes
+        self._paging = paging
         self._device = device
-        self._storage: KVStorage | None = None
+        self._storage: Storage | None = None
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes)
 
     def free_bytes(self) -> int:
@@ -57,7 +59,7 @@ class Executor:
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Make room for the K/V of `num_blocks` blocks. Raises `OutOfMemory`."""
-        self._storage = KVStorage(self._shapes, num_blocks, block_size, self._device)
+        self._storage = self._paging.storage(self._shapes, num_blocks, block_size)
 
     def forget(self, seq_id: int) -> None:
         """Drop the sampler's state of a sequence that ended."""
@@ -67,6 +69,7 @@ class Executor:
         """Free the cache and let go of the weights."""
         self._storage = None
         self._module = nn.Module()
+        self._paging.close()
         self.trim_memory()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -98,7 +101,7 @@ class Executor:
             position_ids=layout.positions[None],
             use_cache=False,
             logits_to_keep=_at_least_one(layout.logit_places),
-            paged=PagedAttention(self._storage, layout, self._layers),
+            paged=self._paging.attention(self._storage, layout, self._layers),
         )
         logits: Tensor = out.logits[0]
         if len(logits) != max(1, len(layout.logit_places)):

@@ -20,11 +20,11 @@ from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError, OutOfMemory, PenstockError
 from penstock.models.borrow import device_and_dtype, view_of, weight_bytes
-from penstock.models.checks import attach, refuse_foreign
+from penstock.models.checks import refuse_foreign
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source
 from penstock.models.protocol import ModelSpec
-from penstock.models.storage import LayerShape
+from penstock.models.readying import Ready, ready
 
 NO_LIMIT = 2**31 - 1
 DTYPES = {
@@ -154,27 +154,27 @@ def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
     refuse_foreign(module)
     device, dtype = device_and_dtype(module)
     longest = min(_max_length(module), config.max_sequence_length or _max_length(module))
-    layers, shapes = _attach(module, device, config.verify_model, longest)
+    facts: dict[str, Any] = {
+        "name": name,
+        "vocab_size": _vocab_size(module),
+        "max_length": longest,
+        "eos_token_ids": _eos_ids(module, tokenizer),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "defaults": _defaults(module),
+    }
+    made = _try(module, device, longest, config, owned=module is owner)
     spec = ModelSpec(
-        name=name,
-        vocab_size=_vocab_size(module),
-        max_length=longest,
-        eos_token_ids=_eos_ids(module, tokenizer),
-        kv_bytes_per_token=sum(shape.bytes_per_token for shape in shapes),
-        weight_bytes=weight_bytes(owner),
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        defaults=_defaults(module),
+        **facts, kv_bytes_per_token=made.kv_bytes_per_token, weight_bytes=weight_bytes(owner) + made.packed_bytes
     )
-    return LoadedModel(Executor(module, spec, layers, shapes, device, config.logits_chunk_bytes), tokenizer)
+    runner = Executor(module, spec, made.layers, made.shapes, made.paging, device, config.logits_chunk_bytes)
+    return LoadedModel(runner, tokenizer)
 
 
-def _attach(
-    module: nn.Module, device: torch.device, verify: bool, longest: int
-) -> tuple[dict[int, int], list[LayerShape]]:
+def _try(module: nn.Module, device: torch.device, longest: int, config: EngineConfig, *, owned: bool) -> Ready:
     try:
         with torch.inference_mode():
-            return attach(module, device, verify=verify, longest=longest)
+            return ready(module, device, longest, config, owned=owned)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"{device.type.upper()} out of memory while trying the model: use a smaller one") from error
     except PenstockError:

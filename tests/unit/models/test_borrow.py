@@ -7,7 +7,7 @@ import copy
 import torch
 
 from penstock.models.borrow import view_of, weight_bytes
-from penstock.models.checks import attach
+from penstock.models.checks import probe
 from tests.tiny_models import build
 
 
@@ -22,7 +22,7 @@ def test_a_view_shares_every_parameter() -> None:
 def test_changes_of_the_view_leave_the_owner_as_it_was() -> None:
     module = build("llama").train()
     config = copy.deepcopy(module.config.to_dict())
-    attach(view_of(module), torch.device("cpu"), verify=True)
+    probe(view_of(module), torch.device("cpu"), verify=True)
     assert module.training
     assert module.config.to_dict() == config
     assert module.config._attn_implementation == "eager"

@@ -1,0 +1,128 @@
+"""From a module that was read to one that runs fast: probe, choice of kernels, rewrites, comparison (`ready`).
+
+Owns the order of these steps and what a load may leave out. Called by `loading`; refusals are `ConfigurationError`s.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError
+from penstock.kernels import native
+from penstock.models.checks import Probed, compare, probe, trial_pass
+from penstock.models.filepages import release_file_pages
+from penstock.models.paging import Paging, PanelPaging, PlainPaging
+from penstock.models.panels import supports
+from penstock.models.storage import LayerShape
+from penstock.models.threads import kernel_threads, one_torch_thread
+from penstock.optimizers.rewriting import rewrite
+
+QUANTIZED_TOLERANCE = 0.3  # of the largest logit, over random or trained weights; a wrong rewrite is off by 1
+
+log = logging.getLogger("penstock")
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the executor needs of a module that is ready to run."""
+
+    layers: dict[int, int]
+    shapes: list[LayerShape]
+    paging: Paging
+    kv_bytes_per_token: int
+    packed_bytes: int
+
+
+def ready(module: nn.Module, device: torch.device, longest: int, config: EngineConfig, *, owned: bool) -> Ready:
+    """Switch `module` to paged attention and, on a CPU with kernels, rewrite it in place if it is `owned`.
+
+    Raises `ConfigurationError` for a model that cannot run, or not as the config demands.
+    """
+    probed = probe(module, device, verify=config.verify_model, longest=longest)
+    kernels = _kernels(probed, device, config)
+    if kernels is None:
+        _demand_nothing(config)
+        paging: Paging = PlainPaging(device)
+        compare(module, probed, paging)
+        return Ready(probed.layers, probed.shapes, paging, paging.bytes_per_token(probed.shapes), 0)
+    paging = PanelPaging(kernels, config.kv_cache_dtype == "int8")
+    try:
+        if not owned:
+            _demand_owned(config)
+        else:
+            _rewrite(module, probed, kernels, paging, device, config)
+        loose = config.quantization or config.kv_cache_dtype != "auto"
+        compare(module, probed, paging, tolerance=QUANTIZED_TOLERANCE if loose else None)
+    except BaseException:
+        paging.close()
+        raise
+    packed = sum(getattr(part, "num_bytes", 0) for part in module.modules())
+    return Ready(probed.layers, probed.shapes, paging, paging.bytes_per_token(probed.shapes), packed)
+
+
+def _kernels(probed: Probed, device: torch.device, config: EngineConfig) -> native.Kernels | None:
+    usable = device.type == "cpu" and "kernels" not in config.disabled_rewrites and supports(probed.shapes)
+    return native.Kernels(kernel_threads(config.num_threads)) if usable and native.available() else None
+
+
+def _rewrite(
+    module: nn.Module,
+    probed: Probed,
+    kernels: native.Kernels,
+    paging: Paging,
+    device: torch.device,
+    config: EngineConfig,
+) -> None:
+    one_torch_thread()
+    report = rewrite(
+        module,
+        probed,
+        kernels,
+        lambda: trial_pass(module, probed, paging, device),
+        quantize=config.quantization == "int8",
+        without=config.disabled_rewrites,
+    )
+    release_file_pages()
+    log.debug("rewrites: %s", ", ".join(map(str, report)))
+    if config.deterministic:
+        _demand_all_fused(module, probed)
+
+
+def _demand_nothing(config: EngineConfig) -> None:
+    for name, wanted in (
+        ("quantization", config.quantization),
+        ("kv_cache_dtype", config.kv_cache_dtype != "auto"),
+        ("deterministic", config.deterministic),
+    ):
+        if wanted:
+            raise ConfigurationError(
+                f"{name}={getattr(config, name)!r} needs the compiled CPU kernels: device='cpu', a C compiler, and "
+                f"no 'kernels' in disabled_rewrites (`penstock doctor` says what is missing); or leave {name} out"
+            )
+
+
+def _demand_owned(config: EngineConfig) -> None:
+    for name in ("quantization", "deterministic"):
+        if getattr(config, name):
+            raise ConfigurationError(
+                f"{name} rewrites the weights, and this module is yours: save it with save_pretrained, pass the folder"
+            )
+
+
+def _demand_all_fused(module: nn.Module, probed: Probed) -> None:
+    """Deterministic outputs hold for what the kernels compute; a product of torch's depends on its neighbours."""
+    left = [
+        type(part).__name__
+        for part in module.modules()
+        if isinstance(part, nn.Linear) or (id(part) in probed.layers and list(part.parameters()))
+    ]
+    if left:
+        raise ConfigurationError(
+            f"deterministic=True is not possible for {type(module).__name__}: "
+            f"{', '.join(sorted(set(left)))} run outside the kernels"
+        )

@@ -1,0 +1,89 @@
+"""What a small module computes, found by trying it: which norm, which activation.
+
+Names lie (`LayerNorm` in one model is RMSNorm in another, Gemma's weight is one less than what it multiplies by), so
+a candidate counts when it gives the module's own numbers. Pure; called while a model is rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from penstock.kernels.native import LAYER, RMS
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NormFacts:
+    """A norm over the last dimension: kind (`RMS` or `LAYER`), weight [N] and bias [N] in float32, eps."""
+
+    kind: int
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+def norm_of(module: nn.Module | None) -> NormFacts | None:
+    """The norm that `module` computes, or None when it is none that we know."""
+    weight = getattr(module, "weight", None)
+    if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    x = torch.linspace(-2.0, 3.0, len(weight)).sin().mul(1.7).add(0.3).to(weight.dtype)[None]
+    try:
+        wanted = module(x).float()
+    except Exception:
+        return None
+    for facts in _norm_candidates(module, weight):
+        if wanted.shape == x.shape and _close(_norm(facts, x.float()), wanted, weight.dtype):
+            return facts
+    return None
+
+
+def activation_of(module: Callable[[Tensor], Tensor] | None) -> str | None:
+    """The name of the activation that `module` computes, or None when it is none that we know."""
+    if module is None:
+        return None
+    x = torch.linspace(-6.0, 6.0, 64)
+    try:
+        wanted = module(x)
+    except Exception:
+        return None
+    return next((name for name, known in ACTIVATIONS.items() if torch.allclose(known(x), wanted, atol=1e-6)), None)
+
+
+def _norm_candidates(module: nn.Module, weight: Tensor) -> Iterator[NormFacts]:
+    eps = next((float(found) for found in _epsilons(module)), 1e-6)
+    raw, bias = weight.detach().float(), getattr(module, "bias", None)
+    bias = bias.detach().float() if isinstance(bias, Tensor) else None
+    for kind in (RMS, LAYER):
+        yield NormFacts(kind, raw, bias, eps)
+        yield NormFacts(kind, raw + 1.0, bias, eps)
+
+
+def _epsilons(module: nn.Module) -> Iterator[float]:
+    for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            yield value
+
+
+def _norm(facts: NormFacts, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True) if facts.kind == LAYER else x
+    scaled = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + facts.eps) * facts.weight
+    return scaled if facts.bias is None else scaled + facts.bias
+
+
+def _close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-3))

@@ -1,0 +1,140 @@
+"""The pass `fused_layers`: decoder layers become `FusedLayer`s, each compared with its original before it takes over.
+
+During one trial pass of the model every layer is a `_Trial`: it runs the original, builds a fused layer from the same
+weights, runs that on the same input, and keeps it only if the outputs agree. Called by `rewriting`, once per load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from penstock.kernels.native import Kernels
+from penstock.optimizers.blocks import Block, block_of
+from penstock.optimizers.fused import FusedLayer, Shape
+
+# Relative difference (Frobenius) up to which a fused layer counts as the same; a wrong structure is off by about 1.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+QUANTIZED_TOLERANCE = 0.15
+
+
+class How(Protocol):
+    """How an attention module attends, as seen in a probe: see `models.attention.Options`."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class Stores(Protocol):
+    """What an attention module stores per token."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def key_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+
+
+class Probed(Protocol):
+    """What is known of the model's attention modules, in the order they run; `layers` by id of the module."""
+
+    @property
+    def layers(self) -> dict[int, int]: ...
+    @property
+    def options(self) -> Any: ...
+    @property
+    def shapes(self) -> Any: ...
+
+
+def fuse_layers(
+    module: nn.Module, probed: Probed, kernels: Kernels, quantize: bool, run: Callable[[], object]
+) -> tuple[int, int]:
+    """Replace what can be replaced, in place: (layers fused, layers there are). `run` makes one trial pass."""
+    places = list(_layers(module, probed.layers))
+    trials = [_Trial(layer, kernels, probed, quantize) for _, _, layer in places]
+    for (parent, index, _), trial in zip(places, trials, strict=True):
+        parent[index] = trial
+    try:
+        run()
+    finally:
+        for (parent, index, _), trial in zip(places, trials, strict=True):
+            parent[index] = trial.chosen
+    return sum(isinstance(trial.chosen, FusedLayer) for trial in trials), len(trials)
+
+
+def _layers(module: nn.Module, attending: Mapping[int, int]) -> Iterator[tuple[nn.ModuleList, int, nn.Module]]:
+    """(list, index, layer) of every entry of a module list that holds one attention module."""
+    for parent in [found for found in module.modules() if isinstance(found, nn.ModuleList)]:
+        for index, layer in enumerate(parent):
+            if sum(id(part) in attending for part in layer.modules()) == 1:
+                yield parent, index, layer
+
+
+class _Trial(nn.Module):
+    """Stands in for a layer during the trial pass; `chosen` takes its place afterwards."""
+
+    def __init__(self, layer: nn.Module, kernels: Kernels, probed: Probed, quantize: bool) -> None:
+        super().__init__()
+        self.chosen = layer
+        self._make = (kernels, probed, quantize)
+        for name in ("attention_type", "layer_type"):  # read by some models' loop over their layers
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        before = hidden_states.clone()
+        wanted = self.chosen(hidden_states, *args, **kwargs)
+        if isinstance(wanted, Tensor):
+            self._consider(before, wanted, args, kwargs)
+        return wanted
+
+    def _consider(self, before: Tensor, wanted: Tensor, args: Any, kwargs: Any) -> None:
+        kernels, probed, quantize = self._make
+        block = block_of(self.chosen)
+        layer = None if block is None else probed.layers.get(id(block.attention))
+        if block is None or layer is None or before.dtype != block.o.weight.dtype:
+            return
+        limit = QUANTIZED_TOLERANCE if quantize else TOLERANCE[before.dtype]
+        for shape in _shapes(block, probed, layer):
+            fused = FusedLayer(kernels, block, shape, quantize)
+            try:
+                found = fused(before.clone(), *args, **kwargs)
+            except (TypeError, RuntimeError):
+                continue
+            if _distance(found - before, wanted - before) <= limit:
+                self.chosen = _with_loop_attributes(fused, self)
+                return
+
+
+def _shapes(block: Block, probed: Probed, layer: int) -> Iterator[Shape]:
+    """The ways this layer may attend: with and without rotary positions, scaled by the attention or before it."""
+    stored, options = probed.shapes[layer], probed.options[layer]
+    rows = sum(len(matrix.weight) for matrix in block.qkv)
+    heads = (rows - stored.heads * (stored.key_dim + stored.value_dim)) // stored.key_dim
+    if heads < stored.heads or heads % stored.heads or block.o.weight.shape[1] != heads * stored.value_dim:
+        return
+    for rotates in (True, False):
+        for scaling in dict.fromkeys((options.scaling, stored.key_dim**-0.5)):
+            yield Shape(
+                layer, heads, stored.heads, stored.key_dim, stored.value_dim, scaling=scaling, window=options.window,
+                softcap=options.softcap, sinks=options.sinks, rotates=rotates,
+            )  # fmt: skip
+
+
+def _with_loop_attributes(fused: FusedLayer, trial: _Trial) -> FusedLayer:
+    for name in ("attention_type", "layer_type"):
+        if hasattr(trial, name):
+            setattr(fused, name, getattr(trial, name))
+    return fused
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """Relative Frobenius distance; infinite when anything is not finite."""
+    distance = ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-12)).item()
+    return distance if distance == distance else float("inf")

@@ -1,0 +1,91 @@
+"""The passes `packed_linears` and `packed_norms`: what no fused layer took becomes single calls of compiled kernels.
+
+Owns the replacement modules. A linear module becomes `PackedLinear`, the output head gives float32 logits; a norm that
+is known becomes `PackedNorm`. Called by `rewriting`, once per load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from penstock.kernels.native import MAX_ROW, TYPES, Kernels, Linear, Norm
+from penstock.optimizers.behaviour import norm_of
+from penstock.optimizers.blocks import Matrix, matrix_of
+
+MIN_WEIGHTS = 256  # routers and other crumbs stay as they are
+
+
+class PackedLinear(nn.Module):
+    """x W^T + b for x [..., K], in x's dtype or `out_dtype`."""
+
+    def __init__(self, kernels: Kernels, matrix: Matrix, quantize: bool, out_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self._dtype = matrix.weight.dtype
+        self._linear = Linear(kernels, [matrix.weight], [matrix.bias], quantize=quantize, out_dtype=out_dtype)
+        self.num_bytes = self._linear.num_bytes
+        self.in_features, self.out_features = self._linear.k, self._linear.n
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last dimension."""
+        rows = x.reshape(-1, x.shape[-1]).to(self._dtype)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        return self._linear(rows).view(*x.shape[:-1], self.out_features)
+
+
+class PackedNorm(nn.Module):
+    """A norm over the last dimension."""
+
+    def __init__(self, norm: Norm, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._norm, self._dtype = norm, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension."""
+        rows = x.reshape(-1, x.shape[-1]).to(self._dtype).contiguous()
+        return self._norm(rows).view(x.shape)
+
+
+def pack_linears(module: nn.Module, kernels: Kernels, quantize: bool) -> int:
+    """Replace every plain linear module, in place; how many. The output head gives float32."""
+    head = module.get_output_embeddings()  # type: ignore[operator]
+
+    def packed(found: nn.Module) -> nn.Module | None:
+        matrix = matrix_of(found)
+        if matrix is None or not _fits(matrix.weight):
+            return None
+        return PackedLinear(kernels, matrix, quantize, torch.float32 if found is head else None)
+
+    return _replace(module, packed)
+
+
+def pack_norms(module: nn.Module, kernels: Kernels) -> int:
+    """Replace every norm whose kind is known, in place; how many."""
+
+    def packed(found: nn.Module) -> nn.Module | None:
+        facts = norm_of(found) if not list(found.children()) else None
+        if facts is None or len(facts.weight) > MAX_ROW:
+            return None
+        dtype = found.weight.dtype
+        return PackedNorm(Norm(kernels, facts.kind, facts.weight, facts.bias, facts.eps, dtype), dtype)  # type: ignore[arg-type]
+
+    return _replace(module, packed)
+
+
+def _fits(weight: Tensor) -> bool:
+    known = weight.dtype in TYPES and weight.dtype != torch.int8 and weight.device.type == "cpu"
+    return known and weight.numel() >= MIN_WEIGHTS and weight.shape[1] <= MAX_ROW
+
+
+def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Put `make(child)` in the place of every submodule for which it makes one."""
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            made = make(child)
+            if made is not None:
+                parent.add_module(name, made)
+                count += 1
+    return count
