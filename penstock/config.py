@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from penstock.errors import ConfigurationError
@@ -32,6 +33,9 @@ ALIASES = {
     "kv_cache_bytes": "memory_pool_size",
     "enable_prefix_caching": "enable_kv_cache",
 }
+
+# What `disabled_rewrites` may name: the passes of `optimizers.rewriting`, and all of them with the kernels they need.
+REWRITES = ("kernels", "fused_layers", "packed_linears", "packed_norms")
 
 
 class EngineConfig(BaseSettings):
@@ -98,6 +102,16 @@ class EngineConfig(BaseSettings):
     enable_metrics: bool = Field(True, description="Collect latency and throughput figures. Read at construction.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="Least level of this engine's own log events. Read at construction.")
     profile_performance: bool = Field(False, description="Log the time of every step at DEBUG level.")
+
+    @field_validator("disabled_rewrites")
+    @classmethod
+    def _check_rewrites(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in REWRITES:
+                near = difflib.get_close_matches(name, REWRITES, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(REWRITES)}"
+                raise PydanticCustomError("unknown_rewrite", "there is no rewrite {name}: {hint}", {"name": repr(name), "hint": hint})
+        return names
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -1,11 +1,13 @@
 """Compiles `native.c` on first use with the system's compiler, into the user's cache folder, and opens the library.
 
 Owns the cache key (source, compiler, CPU) and the one log line when there is no compiler; never raises. Called by
-`native`; two processes that compile at once each write their own file, and the last rename wins.
+`native`; two processes that compile at once each write their own file, and the last rename wins. A broken file in the
+cache is replaced; where the cache cannot be written, the library is compiled anew for each process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-std=gnu11", "-w")
+FLAGS = ("-O3", "-shared", "-fPIC", "-pthread", "-std=gnu11", "-w")
+THIS_CPU = ("-march=native",)
 TIMEOUT_S = 120
 
 log = logging.getLogger("penstock")
@@ -34,15 +37,15 @@ class Build:
 
 
 @functools.cache
-def build() -> Build:
-    """Open the library, compiling it if this source, compiler and CPU have not met before."""
+def build(target: tuple[str, ...] = THIS_CPU) -> Build:
+    """Open the library, compiling it if this source, compiler, CPU and target have not met before.
+
+    `target` are the compiler's flags that choose the instruction set.
+    """
     try:
         compiler = _compiler()
-        path = cache_folder() / f"native-{_key(compiler)}.so"
-        if not path.exists():
-            _compile(compiler, path)
-        return Build(ctypes.CDLL(str(path)), f"compiled with {Path(compiler).name} for this CPU")
-    except (OSError, subprocess.SubprocessError, _NoCompiler) as error:
+        return Build(_open(compiler, target), f"compiled with {Path(compiler).name} for this CPU")
+    except (OSError, RuntimeError, subprocess.SubprocessError, _NoCompiler) as error:
         reason = _reason(error)
         log.warning("kernels run in plain torch: %s", reason)
         return Build(None, reason)
@@ -68,9 +71,28 @@ def _compiler() -> str:
     raise _NoCompiler("no C compiler was found (install gcc or clang, or set CC)")
 
 
-def _key(compiler: str) -> str:
+def _open(compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
+    path = cache_folder() / f"native-{_key(compiler, target)}.so"
+    if path.exists():
+        with contextlib.suppress(OSError):  # broken: replaced below
+            return ctypes.CDLL(str(path))
+    if _writable(path.parent):
+        _compile(compiler, target, path)
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        _compile(compiler, target, Path(folder) / path.name)
+        return ctypes.CDLL(str(Path(folder) / path.name))
+
+
+def _writable(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
+
+
+def _key(compiler: str, target: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT_S, check=True).stdout
-    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _cpu())
+    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS + target).encode(), _cpu())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -84,12 +106,11 @@ def _cpu() -> bytes:
     return "\n".join(found[name] for name in sorted(found)).encode() + platform.machine().encode()
 
 
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _compile(compiler: str, target: tuple[str, ...], path: Path) -> None:
     handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", name, "-lm"]
+        command = [compiler, *FLAGS, *target, str(SOURCE), "-o", name, "-lm"]
         subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=True)
         os.chmod(name, 0o755)
         os.replace(name, path)

@@ -50,10 +50,49 @@ INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vi splati(int32_t x) { return x - (vi){0}; }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
-INLINE float sum_of(vf v) { float s = 0; for (int i = 0; i < VL; i++) s += v[i]; return s; }
-INLINE float max_of(vf v) { float m = v[0]; for (int i = 1; i < VL; i++) m = v[i] > m ? v[i] : m; return m; }
+#if defined(__AVX512F__)
+INLINE float sum_of(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float max_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+INLINE float sum_of(vf v)
+{
+    for (int h = VL / 2; h; h /= 2)
+        for (int i = 0; i < h; i++) v[i] += v[i + h];
+    return v[0];
+}
+INLINE float max_of(vf v)
+{
+    for (int h = VL / 2; h; h /= 2)
+        for (int i = 0; i < h; i++) v[i] = v[i] > v[i + h] ? v[i] : v[i + h];
+    return v[0];
+}
+#endif
 
 /* ---- loading and storing VL numbers of any format as float32 ---- */
+
+#if defined(__FLT16_MAX__)
+static inline float half_to_float(uint16_t h) { union { uint16_t u; _Float16 h; } x = {h}; return (float)x.h; }
+static inline uint16_t float_to_half(float f) { union { _Float16 h; uint16_t u; } x = {(_Float16)f}; return x.u; }
+#else /* compilers without the type (gcc before 12, clang before 15, on x86) */
+typedef union { float f; uint32_t u; } bits;
+static inline float half_to_float(uint16_t h)
+{
+    bits x = {.u = (uint32_t)(h & 0x7fff) << 13};
+    x.f *= 0x1p112f;
+    if ((h & 0x7c00) == 0x7c00) x.u |= 0x7f800000;
+    x.u |= (uint32_t)(h & 0x8000) << 16;
+    return x.f;
+}
+static inline uint16_t float_to_half(float f) /* to nearest even */
+{
+    bits x = {f};
+    uint16_t sign = x.u >> 16 & 0x8000;
+    x.u &= 0x7fffffff;
+    if (x.u >= 0x47800000) return sign | (x.u > 0x7f800000 ? 0x7e00 : 0x7c00);
+    if (x.u < 0x38800000) { x.f += 0.5f; return sign | (uint16_t)(x.u - 0x3f000000); } /* subnormal: the sum rounds */
+    return sign | (uint16_t)((x.u + 0xc8000fff + (x.u >> 13 & 1)) >> 13);
+}
+#endif
 
 INLINE vf from_half(const void *p)
 {
@@ -63,7 +102,7 @@ INLINE vf from_half(const void *p)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128(p));
 #else
     vf v;
-    for (int i = 0; i < VL; i++) v[i] = (float)((const _Float16 *)p)[i];
+    for (int i = 0; i < VL; i++) v[i] = half_to_float(((const uint16_t *)p)[i]);
     return v;
 #endif
 }
@@ -75,17 +114,32 @@ INLINE void to_half(void *p, vf v)
 #elif defined(__AVX2__) && defined(__F16C__)
     _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)v, 0));
 #else
-    for (int i = 0; i < VL; i++) ((_Float16 *)p)[i] = (_Float16)v[i];
+    for (int i = 0; i < VL; i++) ((uint16_t *)p)[i] = float_to_half(v[i]);
 #endif
 }
 
 INLINE vh to_bf16(vf v) /* round to nearest even; NaN stays NaN */
 {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
     vu u = (vu)v;
     u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     vi nan = v != v;
     u = (u & (vu)~nan) | (0x7fc0 & (vu)nan);
     return __builtin_convertvector(u, vh);
+#endif
+}
+
+INLINE vf from_bytes(const void *p)
+{
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+#else
+    return __builtin_convertvector(*(const vb *)p, vf);
+#endif
 }
 
 INLINE vf load(const void *p, long i, int f)
@@ -105,7 +159,7 @@ INLINE void store(void *p, long i, int f, vf v)
 static float load1(const void *p, long i, int f)
 {
     if (f == F32) return ((const float *)p)[i];
-    if (f == F16) return (float)((const _Float16 *)p)[i];
+    if (f == F16) return half_to_float(((const uint16_t *)p)[i]);
     union { uint32_t u; float f; } x = {(uint32_t)((const uint16_t *)p)[i] << 16};
     return x.f;
 }
@@ -208,7 +262,7 @@ struct pool {
     size_t own_size;
 };
 
-enum { SPINS = 6000, OWN = 1 << 20 };
+enum { SPINS = 6000 };
 
 static void relax(long *spins) /* whoever waits long lets others have the core */
 {
@@ -306,24 +360,30 @@ pool *ps_pool_new(int threads)
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     p->threads = 1;
-    p->own[0] = memory(OWN);
     for (; p->threads < threads; p->threads++) {
         seat *s = malloc(sizeof *s);
         *s = (seat){p, p->threads};
-        p->own[p->threads] = memory(OWN);
         if (pthread_create(&p->ids[p->threads], NULL, work, s)) { free(s); break; }
     }
     return p;
 }
 
-/* Grow the shared scratch; called before threads start. 0 when there is no memory. */
-static int reserve(pool *p, size_t bytes)
+/* Grow the shared scratch and each thread's own; called before threads start. 0 when there is no memory. */
+static int reserve(pool *p, size_t shared, size_t own)
 {
-    if (bytes <= p->scratch_size) return 1;
-    free(p->scratch);
-    p->scratch = memory(bytes);
-    p->scratch_size = p->scratch ? bytes : 0;
-    return p->scratch != NULL;
+    if (shared > p->scratch_size) {
+        free(p->scratch);
+        p->scratch = memory(shared);
+        p->scratch_size = p->scratch ? shared : 0;
+    }
+    if (own > p->own_size) {
+        p->own_size = own;
+        for (int i = 0; i < p->threads; i++) {
+            free(p->own[i]);
+            if (!(p->own[i] = memory(own))) p->own_size = 0;
+        }
+    }
+    return shared <= p->scratch_size && own <= p->own_size;
 }
 
 /* ---- the tile: c[mr][NR] (+)= a[mr][k] b[k][NR], the one product everything here is made of ---- */
@@ -353,50 +413,82 @@ INLINE vf dot(vf acc, vi b, int32_t a, int f)
     return acc + (vf)b * x.f;
 }
 
-/* Where a tile reads b: `count` stretches of `steps` words each; two vectors, `stride` bytes from word to word.
- * `soon` are the stretches that will be wanted next: the same place in them is prefetched. */
+/* Where a tile reads b: `count` stretches of `steps` words each, `stride` bytes from word to word; vector v of stretch
+ * s begins at at[v][s]. `soon` are the stretches that will be wanted next: the same place in them is prefetched. */
+enum { WIDE = 2 * NV, WIDE_ROWS = VL == 16 ? 6 : 2 }; /* few rows take twice the columns, to keep the units busy */
 typedef struct {
-    const char *const *left, *const *right, *const *soon_left, *const *soon_right;
+    const char *const *at[WIDE], *const *soon[WIDE];
     long count, steps, stride;
 } columns;
 
-INLINE void tile(const int f, const int mr, const int32_t *a, long ars, columns b, float *c, long ldc, int add)
+INLINE void tile(const int f, const int mr, const int nv, const int32_t *a, long ars, const columns *b, float *c, long ldc, int add)
 {
-    vf acc[MR][NV];
+    vf acc[MR][WIDE];
     for (int i = 0; i < mr; i++)
-        for (int j = 0; j < NV; j++) acc[i][j] = add ? *(vf *)(c + i * ldc + j * VL) : (vf){0};
-    for (long s = 0; s < b.count; s++) {
-        const char *l = b.left[s], *r = b.right[s], *sl = b.soon_left[s], *sr = b.soon_right[s];
-        for (long k = 0; k < b.steps; k++) {
-            vi bl = f == F16 ? (vi)from_half(l) : *(const vi *)l, br = f == F16 ? (vi)from_half(r) : *(const vi *)r;
-            __builtin_prefetch(sl, 0, 2);
-            __builtin_prefetch(sr, 0, 2);
+        for (int j = 0; j < nv; j++) acc[i][j] = add ? *(vf *)(c + i * ldc + j * VL) : (vf){0};
+    const long stride = b->stride, steps = b->steps;
+    for (long s = 0; s < b->count; s++) {
+        const char *at[WIDE], *soon[WIDE];
+        for (int j = 0; j < nv; j++) at[j] = b->at[j][s], soon[j] = b->soon[j][s];
+        long offset = 0;
+        for (long k = 0; k < steps; k++, offset += stride) {
+            vi x[WIDE];
+            _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) {
+                x[j] = f == F16 ? (vi)from_half(at[j] + offset) : *(const vi *)(at[j] + offset);
+                __builtin_prefetch(soon[j] + offset, 0, 2);
+            }
             _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
-                int32_t x = a[(i / 3) * (3 * ars) + (i % 3) * ars];
-                acc[i][0] = dot(acc[i][0], bl, x, f);
-                acc[i][1] = dot(acc[i][1], br, x, f);
+                int32_t y = a[(i / 3) * (3 * ars) + (i % 3) * ars];
+                _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) acc[i][j] = dot(acc[i][j], x[j], y, f);
             }
             a++;
-            l += b.stride;
-            r += b.stride;
-            sl += b.stride;
-            sr += b.stride;
         }
     }
     for (int i = 0; i < mr; i++)
-        for (int j = 0; j < NV; j++) *(vf *)(c + i * ldc + j * VL) = acc[i][j];
+        for (int j = 0; j < nv; j++) *(vf *)(c + i * ldc + j * VL) = acc[i][j];
 }
 
-typedef void (*tile_fn)(const int32_t *, long, columns, float *, long, int);
+/* The same for one panel of weights and rows that lie interleaved, a[k][mr]; fetches `step` bytes from `soon` per k. */
+INLINE void product(const int f, const int mr, const int32_t *a, const char *b, long k, const char *soon, long step, float *c)
+{
+    vf acc[MR][NV];
+    const long half = f == F16 ? 2 * VL : 4 * VL;
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = (vf){0};
+    for (; k > 0; k--) {
+        vi bl = f == F16 ? (vi)from_half(b) : *(const vi *)b;
+        vi br = f == F16 ? (vi)from_half(b + half) : *(const vi *)(b + half);
+        __builtin_prefetch(soon, 0, 2);
+        _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+            acc[i][0] = dot(acc[i][0], bl, a[i], f);
+            acc[i][1] = dot(acc[i][1], br, a[i], f);
+        }
+        a += mr;
+        b += 2 * half;
+        soon += step;
+    }
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < NV; j++) *(vf *)(c + i * NR + j * VL) = acc[i][j];
+}
+
+typedef void (*tile_fn)(const int32_t *, long, const columns *, float *, long, int);
+typedef void (*product_fn)(const int32_t *, const char *, long, const char *, long, float *);
 #define TILE(f, n) \
-    static void tile_##f##_##n(const int32_t *a, long ars, columns b, float *c, long ldc, int add) \
-    { tile(f, n <= MR ? n : MR, a, ars, b, c, ldc, add); }
+    static void tile_##f##_##n(const int32_t *a, long ars, const columns *b, float *c, long ldc, int add) \
+    { tile(f, n <= MR ? n : MR, NV, a, ars, b, c, ldc, add); } \
+    static void wide_##f##_##n(const int32_t *a, long ars, const columns *b, float *c, long ldc, int add) \
+    { tile(f, n <= WIDE_ROWS ? n : WIDE_ROWS, WIDE, a, ars, b, c, ldc, add); } \
+    static void product_##f##_##n(const int32_t *a, const char *b, long k, const char *soon, long step, float *c) \
+    { product(f, n <= MR ? n : MR, a, b, k, soon, step, c); }
 #define TILES(f) TILE(f, 1) TILE(f, 2) TILE(f, 3) TILE(f, 4) TILE(f, 5) TILE(f, 6) \
     TILE(f, 7) TILE(f, 8) TILE(f, 9) TILE(f, 10) TILE(f, 11) TILE(f, 12)
-#define TABLE(f) {0, tile_##f##_1, tile_##f##_2, tile_##f##_3, tile_##f##_4, tile_##f##_5, tile_##f##_6, \
-    tile_##f##_7, tile_##f##_8, tile_##f##_9, tile_##f##_10, tile_##f##_11, tile_##f##_12}
+#define TABLE(t, f) {0, t##_##f##_1, t##_##f##_2, t##_##f##_3, t##_##f##_4, t##_##f##_5, t##_##f##_6, \
+    t##_##f##_7, t##_##f##_8, t##_##f##_9, t##_##f##_10, t##_##f##_11, t##_##f##_12}
 TILES(F32) TILES(BF16) TILES(F16) TILES(I8)
-static const tile_fn tiles[4][13] = {TABLE(F32), TABLE(BF16), TABLE(F16), TABLE(I8)};
+static const tile_fn tiles[4][13] = {TABLE(tile, F32), TABLE(tile, BF16), TABLE(tile, F16), TABLE(tile, I8)};
+static const tile_fn wides[4][13] = {TABLE(wide, F32), TABLE(wide, BF16), TABLE(wide, F16), TABLE(wide, I8)};
+static const product_fn products[4][13] = {
+    TABLE(product, F32), TABLE(product, BF16), TABLE(product, F16), TABLE(product, I8)};
 
 /* ---- norms ---- */
 
@@ -450,10 +542,13 @@ static void norm_run(pool *p, void *arg, int id)
     }
 }
 
-void ps_norm(pool *p, const norm *n, const void *x, long rows, void *out, int add)
+/* 0 when there is no memory for scratch, here and below. */
+int ps_norm(pool *p, const norm *n, const void *x, long rows, void *out, int add)
 {
     norm_job j = {n, x, out, rows, add};
+    if (!reserve(p, 0, (n->n + VL) * 4)) return 0;
     call(p, norm_run, &j);
+    return 1;
 }
 
 /* ---- products with packed weights ---- */
@@ -478,7 +573,8 @@ typedef struct {
     const char *x;
     char *out;
     long rows, ldx, ldo; /* in elements */
-    char *a;             /* prepared rows, `stride` bytes each; a float per row (its scale) behind them */
+    char *rows_at;       /* prepared rows, `stride` bytes each, */
+    char *a;             /* and interleaved, tile after tile, unless one tile holds them all */
     long stride;
     float *row_scales;
     int direct;
@@ -488,14 +584,20 @@ INLINE long words(const linear *w) { return (w->k + per_word(w->format) - 1) / p
 
 static void quantize_row(uint8_t *out, const float *x, long n, float *scale)
 {
-    vf top = splat(0.0f);
-    float most = 0;
+    vf top = splat(0.0f), broken = splat(0.0f);
+    float most = 0, sick = 0;
     long i = 0;
-    for (; i + VL <= n; i += VL) top = vmax(top, (vf)(*(const vi *)(x + i) & 0x7fffffff));
-    for (; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    for (; i + VL <= n; i += VL) {
+        top = vmax(top, (vf)(*(const vi *)(x + i) & 0x7fffffff));
+        broken += *(const vf *)(x + i) * 0.0f;
+    }
+    for (; i < n; i++) {
+        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        sick += x[i] * 0.0f;
+    }
     most = fmaxf(most, max_of(top));
     float inverse = most > 0 ? 127.0f / most : 0.0f;
-    *scale = most == most && most < INFINITY ? most / 127.0f : NAN; /* a row with NaN stays one */
+    *scale = sick + sum_of(broken) == 0 ? most / 127.0f : NAN; /* a row with NaN or infinity is NaN altogether */
     for (i = 0; i + VL <= n; i += VL) {
         vf v = *(const vf *)(x + i) * inverse + (12582912.0f + 128.0f);
         *(vb *)(out + i) = __builtin_convertvector((vi)v, vb);
@@ -503,101 +605,143 @@ static void quantize_row(uint8_t *out, const float *x, long n, float *scale)
     for (; i < n; i++) out[i] = (uint8_t)(lrintf(x[i] * inverse) + 128);
 }
 
-static void prepare(const linear_job *j, long m, float *row)
+static void prepare(const linear_job *j, long m, char *dst, float *row)
 {
     const linear *w = j->w;
-    char *dst = j->a + m * j->stride;
     widen(row, j->x + m * j->ldx * SIZE[w->in_type], w->k, w->in_type);
     if (w->norm_kind) normalize(row, w->k, w->norm_kind, w->norm_weight, w->norm_bias, w->eps);
     if (w->format == I8) quantize_row((uint8_t *)dst, row, w->k, &j->row_scales[m]);
     else narrow(dst, row, w->k, w->format == BF16 ? BF16 : F32);
 }
 
-INLINE void finish_row(const linear_job *j, long m, long n, const float *c, const int act, const int out_type)
+/* Where row m lies once it is prepared: in its place if one tile holds all rows, else to be interleaved from there. */
+INLINE char *prepared(const linear_job *j, long m)
+{
+    return j->direct ? (char *)j->x + m * j->stride : j->rows_at + m * j->stride;
+}
+
+/* Words [begin, end) of the rows [m, m + mr) of a tile become a[k][mr]. */
+static void interleave(const linear_job *j, long m, long mr, long begin, long end)
+{
+    const int32_t *from[MR];
+    int32_t *to = (int32_t *)j->a + m * words(j->w) + begin * mr;
+    for (long i = 0; i < mr; i++) from[i] = (const int32_t *)prepared(j, m + i);
+    for (long x = begin; x < end; x++)
+        for (long i = 0; i < mr; i++) *to++ = from[i][x];
+}
+
+/* Finish `rows` rows of a panel's sums c and store them. */
+INLINE void finish_rows(const linear_job *j, long m, long rows, long n, const float *c, const int act, const int type, const int mode)
 {
     const linear *w = j->w;
-    vf v[NV];
+    const int many = mode == GATED ? 1 : NV, quantized = w->format == I8;
+    const long at = mode == GATED ? n / 2 : n, end = mode == GATED ? w->n / 2 : w->n;
+    vf bias[NV], scale[NV];
+    vi offset[NV];
     for (int i = 0; i < NV; i++) {
-        v[i] = *(const vf *)(c + i * VL);
-        if (w->format == I8) {
-            vi sum = (vi)v[i] - *(const vi *)(w->offsets + n + i * VL);
-            v[i] = __builtin_convertvector(sum, vf) * *(const vf *)(w->scales + n + i * VL) * j->row_scales[m];
+        bias[i] = w->bias ? *(const vf *)(w->bias + n + i * VL) : splat(0.0f);
+        scale[i] = quantized ? *(const vf *)(w->scales + n + i * VL) : splat(1.0f);
+        offset[i] = quantized ? *(const vi *)(w->offsets + n + i * VL) : splati(0);
+    }
+    for (long x = 0; x < rows; x++, c += NR) {
+        char *out = j->out + (m + x) * j->ldo * SIZE[type];
+        vf v[NV];
+        for (int i = 0; i < NV; i++) {
+            v[i] = *(const vf *)(c + i * VL);
+            if (quantized) v[i] = __builtin_convertvector((vi)v[i] - offset[i], vf) * scale[i] * j->row_scales[m + x];
+            v[i] += bias[i];
         }
-        if (w->bias) v[i] += *(const vf *)(w->bias + n + i * VL);
-    }
-    int many = NV;
-    long end = w->n;
-    if (w->mode == GATED) {
-        v[0] = activate(v[0], act) * v[1];
-        many = 1;
-        n /= 2;
-        end /= 2;
-    } else if (act) {
-        for (int i = 0; i < NV; i++) v[i] = activate(v[i], act);
-    }
-    char *out = j->out + m * j->ldo * SIZE[out_type];
-    for (int i = 0; i < many; i++, n += VL) {
-        if (n + VL <= end) {
-            if (w->mode == ADD) v[i] = load(out, n, out_type) + w->scale * v[i];
-            store(out, n, out_type, v[i]);
-        } else {
-            for (long x = n; x < end; x++)
-                store1(out, x, out_type, w->mode == ADD ? load1(out, x, out_type) + w->scale * v[i][x - n] : v[i][x - n]);
+        if (mode == GATED) v[0] = activate(v[0], act) * v[1];
+        else if (act)
+            for (int i = 0; i < NV; i++) v[i] = activate(v[i], act);
+        for (int i = 0; i < many; i++) {
+            long to = at + i * VL;
+            if (to + VL <= end) {
+                store(out, to, type, mode == ADD ? load(out, to, type) + w->scale * v[i] : v[i]);
+                continue;
+            }
+            for (long e = to; e < end; e++)
+                store1(out, e, type, mode == ADD ? load1(out, e, type) + w->scale * v[i][e - to] : v[i][e - to]);
         }
     }
 }
 
 static void finish(const linear_job *j, long m, long rows, long n, const float *c)
 {
-    int act = j->w->act, type = j->w->out_type;
-    for (long i = 0; i < rows; i++, c += NR) {
-        if (type == BF16 && act == IDENTITY) finish_row(j, m + i, n, c, IDENTITY, BF16);
-        else if (type == BF16 && act == SILU) finish_row(j, m + i, n, c, SILU, BF16);
-        else finish_row(j, m + i, n, c, act, type);
+    int act = j->w->act, type = j->w->out_type, mode = j->w->mode;
+    if (type == BF16 && mode == GATED && act == SILU) finish_rows(j, m, rows, n, c, SILU, BF16, GATED);
+    else if (type == BF16 && mode == STORE && !act) finish_rows(j, m, rows, n, c, IDENTITY, BF16, STORE);
+    else if (type == BF16 && mode == ADD && !act) finish_rows(j, m, rows, n, c, IDENTITY, BF16, ADD);
+    else finish_rows(j, m, rows, n, c, act, type, mode);
+}
+
+enum { WORDS_PER_CLAIM = 512 };
+
+static void prepare_rows(pool *p, const linear_job *j, long tiles_m, int id)
+{
+    for (long m; !j->direct && (m = claim(p)) < j->rows;) prepare(j, m, prepared(j, m), (float *)p->own[id]);
+    barrier(p);
+    if (tiles_m == 1) return;
+    long k = words(j->w), parts = (k + WORDS_PER_CLAIM - 1) / WORDS_PER_CLAIM;
+    for (long u; (u = claim(p)) < tiles_m * parts;) {
+        long t = u / parts, begin = u % parts * WORDS_PER_CLAIM, m = t * j->rows / tiles_m;
+        interleave(j, m, (t + 1) * j->rows / tiles_m - m, begin, begin + WORDS_PER_CLAIM < k ? begin + WORDS_PER_CLAIM : k);
+    }
+    barrier(p);
+}
+
+/* Panel q for all rows; `next` is the panel that this thread takes afterwards. */
+static void multiply_panel(const linear_job *j, long q, long next, long tiles_m)
+{
+    const linear *w = j->w;
+    const long k = words(w), size = k * NR * (w->format == F16 ? 2 : 4), word = size / k;
+    const char *b = w->weights + q * size, *right = b + word / 2, *ahead = w->weights + next * size;
+    float c[MR * NR];
+    if (tiles_m == 1) {
+        const char *soon = b + 8192, *soon_right = soon + word / 2;
+        columns cols = {{&b, &right}, {&soon, &soon_right}, 1, k, word};
+        tiles[w->format][j->rows]((const int32_t *)prepared(j, 0), j->stride / 4, &cols, c, NR, 0);
+        finish(j, 0, j->rows, q * NR, c);
+        return;
+    }
+    for (long t = 0; t < tiles_m; t++) { /* the first two tiles fetch half of the next panel each */
+        long m = t * j->rows / tiles_m, mr = (t + 1) * j->rows / tiles_m - m;
+        const char *soon = t < 2 ? ahead + t * (size / 2) : b;
+        products[w->format][mr]((const int32_t *)j->a + m * k, b, k, soon, t < 2 ? word / 2 : 0, c);
+        finish(j, m, mr, q * NR, c);
     }
 }
 
 static void linear_run(pool *p, void *arg, int id)
 {
     linear_job j = *(linear_job *)arg;
-    const linear *w = j.w;
-    long k = words(w), size = k * NR * (w->format == F16 ? 2 : 4), panels = (w->n + NR - 1) / NR;
-    long tiles_m = (j.rows + MR - 1) / MR, piece = panels / (8 * p->threads) + 1;
-    float c[MR * NR];
-    if (!j.direct) {
-        for (long m; (m = claim(p)) < j.rows;) prepare(&j, m, (float *)p->own[id]);
-        barrier(p);
+    long panels = (j.w->n + NR - 1) / NR, tiles_m = (j.rows + MR - 1) / MR, piece = panels / (32 * p->threads);
+    if (piece < 1) piece = 1;
+    if (!j.direct || tiles_m > 1) {
+        prepare_rows(p, &j, tiles_m, id);
     }
-    for (long first; (first = claim(p) * piece) < panels;) {
-        for (long q = first; q < first + piece && q < panels; q++) {
-            for (long t = 0; t < tiles_m; t++) {
-                long m = t * j.rows / tiles_m, mr = (t + 1) * j.rows / tiles_m - m;
-                const char *b = w->weights + q * size, *right = b + size / k / 2;
-                /* one tile streams its own panel; of several, the first two fetch the next panel */
-                const char *soon = tiles_m == 1 ? b + 8192 : t == 0 ? b + size : b, *soon_right = soon + size / k / 2;
-                columns cols = {&b, &right, &soon, &soon_right, 1, k, size / k};
-                tiles[w->format][mr]((const int32_t *)(j.a + m * j.stride), j.stride / 4, cols, c, NR, 0);
-                finish(&j, m, mr, q * NR, c);
-            }
-        }
+    for (long first = claim(p) * piece, next; first < panels; first = next) {
+        next = claim(p) * piece; /* known early, so that its weights can be fetched */
+        long last = first + piece < panels ? first + piece : panels;
+        for (long q = first; q < last; q++)
+            multiply_panel(&j, q, q + 1 < last ? q + 1 : next < panels ? next : q, tiles_m);
     }
 }
 
-/* 0 when there is no memory for scratch. */
 int ps_linear(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
 {
     long k = words(w), size = SIZE[w->in_type];
-    linear_job j = {w, x, out, rows, ldx, ldo, (char *)x, ldx * size, NULL, 0};
+    linear_job j = {.w = w, .x = x, .out = out, .rows = rows, .ldx = ldx, .ldo = ldo, .stride = ldx * size};
     if (rows == 0) return 1;
     int same = w->format == w->in_type && w->k % per_word(w->format) == 0 && (ldx * size) % 4 == 0;
     j.direct = same && w->format != F16 && !w->norm_kind;
-    if (!j.direct) {
-        j.stride = k * 4 + 64;
-        if (!reserve(p, rows * (j.stride + 4))) return 0;
-        j.a = p->scratch;
-        j.row_scales = (float *)(p->scratch + rows * j.stride);
-        if (w->k % per_word(w->format)) memset(j.a, 0, rows * j.stride);
-    }
+    if (!j.direct) j.stride = k * 4 + 64;
+    size_t plain = j.direct ? 0 : rows * (j.stride + 4), interleaved = rows > MR ? rows * k * 4 : 0;
+    if (!reserve(p, plain + interleaved, (w->k + VL) * 4)) return 0;
+    j.row_scales = (float *)p->scratch;
+    j.rows_at = p->scratch + (j.direct ? 0 : rows * 4);
+    j.a = p->scratch + plain;
+    if (!j.direct && w->k % per_word(w->format)) memset(j.rows_at, 0, rows * j.stride);
     call(p, linear_run, &j);
     return 1;
 }
@@ -688,18 +832,21 @@ long ps_cache_bytes(const cache *c, long panels) { return panels * c->heads * he
 INLINE long key_at(long lane, long d, long p) { return (d / p * LANES + lane) * p + d % p; }
 INLINE long value_at(long lane, long d, long p, long dim) { return (lane / p * dim + d) * p + lane % p; }
 
-static float amax(const float *x, long n)
+static float amax(const float *x, long n) /* NaN when one of them is no number, or infinite */
 {
-    float most = 0;
-    for (long i = 0; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    return most;
+    float most = 0, sick = 0;
+    for (long i = 0; i < n; i++) {
+        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        sick += x[i] * 0.0f;
+    }
+    return most + sick;
 }
 
 INLINE void put(const cache *c, char *side, long at, float x)
 {
     if (c->format == BF16) ((uint16_t *)side)[at] = (uint16_t)x; /* never taken: see write_side */
     else if (c->format == F32) ((float *)side)[at] = x;
-    else if (c->format == F16) ((_Float16 *)side)[at] = (_Float16)x;
+    else if (c->format == F16) ((uint16_t *)side)[at] = float_to_half(x);
     else ((int8_t *)side)[at] = (int8_t)lrintf(x);
 }
 
@@ -857,13 +1004,15 @@ static void place(pool *p, const attention *a, float *row)
     }
 }
 
-enum { Q_WORDS = MAX_HEAD, O_WIDTH = MAX_HEAD + NR };
+enum { Q_WORDS = MAX_HEAD, O_WIDTH = MAX_HEAD + WIDE * VL };
 
 /* One thread's workspace: up to MR queries that walk along their keys together. */
 typedef struct {
     int32_t query[MR][Q_WORDS], weight[MR][KEYS];
     float out[MR][O_WIDTH], score[MR][KEYS], most[MR], total[MR], key_scale[KEYS], value_scale[KEYS];
     long position[MR], row[MR], token[MR], head[MR];
+    const char *after[PANELS]; /* where the keys of the next walk begin, */
+    long afters;               /* that many panels; their values lie behind them */
     char keys[KEYS * MAX_HEAD * 4 + 4096], values[KEYS * MAX_HEAD * 4 + 4096];
 } bench;
 
@@ -882,9 +1031,9 @@ static void assemble(const attention *a, bench *w, const int32_t *table, long n,
         char *at = head_of(c, table[j], head);
         uint16_t *k = (uint16_t *)w->keys + j * c->key_dim * LANES, *v = (uint16_t *)w->values + j * c->value_dim * LANES;
         for (long i = 0; i < c->key_dim * LANES; i += VL)
-            store(k, i, BF16, __builtin_convertvector(*(const vb *)(at + i), vf));
+            store(k, i, BF16, from_bytes(at + i));
         for (long i = 0; i < c->value_dim * LANES; i += VL)
-            store(v, i, BF16, __builtin_convertvector(*(const vb *)(at + values + i), vf));
+            store(v, i, BF16, from_bytes(at + values + i));
         memcpy(w->key_scale + j * LANES, scales_of(c, at), LANES * 4);
         memcpy(w->value_scale + j * LANES, scales_of(c, at) + LANES, LANES * 4);
     }
@@ -925,6 +1074,20 @@ INLINE void soften(const attention *a, bench *w, long i, long from, long n, int 
     for (long d = 0; d < a->c->value_dim; d += VL) *(vf *)(w->out[i] + d) *= shrink;
 }
 
+/* The next walk will be along keys [from, to) of a row: its first tile is fetched while the present one ends. */
+static void aim(const attention *a, bench *w, long row, long head, long from, long to)
+{
+    const int32_t *table = a->s->tables + a->s->table[row] + from / LANES;
+    w->afters = 0;
+    for (long j = 0; a->s->whole && a->c->format != I8 && j < PANELS && from + j * LANES < to; j++)
+        w->after[w->afters++] = head_of(a->c, table[j], head);
+}
+
+INLINE void fetch(const char *p, long bytes)
+{
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 /* Queries [i, i + mr) see keys [from, to) of a row; `from` is a multiple of KEYS. */
 static void walk(const attention *a, bench *w, long i, long mr, long row, long head, long from, long to)
 {
@@ -951,27 +1114,39 @@ static void walk(const attention *a, bench *w, long i, long mr, long row, long h
             keys[j] = loose ? w->keys + at * c->key_dim * LANES * SIZE[f] : panel;
             vals[j] = loose ? w->values + at * c->value_dim * LANES * SIZE[f] : panel + values;
         }
-        for (long v = 0; v < n * LANES; v += NR) {
-            long r = v + VL;
-            const char *left = keys[v / LANES] + v % LANES * word, *right = keys[r / LANES] + r % LANES * word;
-            const char *sl = keys[PANELS + v / LANES] + v % LANES * word, *sr = keys[PANELS + r / LANES] + r % LANES * word;
-            columns b = {&left, &right, &sl, &sr, 1, c->key_dim / p, LANES * word};
-            tiles[f][mr](w->query[i], Q_WORDS, b, w->score[i] + v, KEYS, 0);
+        for (long j = 0; known <= PANELS && j < w->afters; j++) {
+            keys[PANELS + j] = w->after[j];
+            vals[PANELS + j] = w->after[j] + values;
+            if (j >= n) fetch(w->after[j], values + side_bytes(c, c->value_dim));
+        }
+        const int wide = mr <= WIDE_ROWS, nv = wide ? WIDE : NV;
+        const tile_fn run = (wide ? wides : tiles)[f][mr];
+        for (long v = 0; v < n * LANES; v += nv * VL) {
+            const char *at[WIDE], *next[WIDE];
+            columns b = {.count = 1, .steps = c->key_dim / p, .stride = LANES * word};
+            for (int x = 0; x < nv; x++) {
+                long lane = v + x * VL;
+                at[x] = keys[lane / LANES] + lane % LANES * word;
+                next[x] = keys[PANELS + lane / LANES] + lane % LANES * word;
+                b.at[x] = &at[x], b.soon[x] = &next[x];
+            }
+            run(w->query[i], Q_WORDS, &b, w->score[i] + v, KEYS, 0);
         }
         for (long x = i; x < i + mr; x++) {
             if (f == BF16) soften(a, w, x, t, n, BF16);
             else soften(a, w, x, t, n, F32);
         }
-        for (long d = 0; d < c->value_dim; d += NR) {
-            const char *left[PANELS], *right[PANELS], *sl[PANELS], *sr[PANELS];
-            for (long j = 0; j < n; j++) {
-                left[j] = vals[j] + d * word;
-                right[j] = left[j] + VL * word;
-                sl[j] = vals[PANELS + j] + d * word;
-                sr[j] = sl[j] + VL * word;
+        for (long d = 0; d < c->value_dim; d += nv * VL) {
+            const char *at[WIDE][PANELS], *next[WIDE][PANELS];
+            columns b = {.count = n, .steps = LANES / p, .stride = c->value_dim * word};
+            for (int x = 0; x < nv; x++) {
+                b.at[x] = at[x], b.soon[x] = next[x];
+                for (long j = 0; j < n; j++) {
+                    at[x][j] = vals[j] + (d + x * VL) * word;
+                    next[x][j] = vals[PANELS + j] + (d + x * VL) * word;
+                }
             }
-            columns b = {left, right, sl, sr, n, LANES / p, c->value_dim * word};
-            tiles[f][mr](w->weight[i], KEYS, b, w->out[i] + d, O_WIDTH, 1);
+            run(w->weight[i], KEYS, &b, w->out[i] + d, O_WIDTH, 1);
         }
     }
 }
@@ -986,7 +1161,7 @@ static void take_query(const attention *a, bench *w, long i, long row, long toke
     w->head[i] = head;
     w->most[i] = -INFINITY;
     w->total[i] = 0;
-    memset(w->out[i], 0, sizeof w->out[i]);
+    memset(w->out[i], 0, (dim + WIDE * VL) * sizeof(float));
     widen(x, a->query + (token * a->query_token + head * a->query_head) * SIZE[a->type], dim, a->type);
     narrow(w->query[i], x, dim, a->c->compute == BF16 ? BF16 : F32);
 }
@@ -1011,7 +1186,20 @@ static long first_key(const attention *a, const bench *w, long i)
     return low / KEYS * KEYS;
 }
 
-static void attend_tile(const attention *a, bench *w, long bundle, long head, long begin, long end)
+/* Aim at the first keys of a task; a task beyond the last is none. */
+static void aim_at(const attention *a, bench *w, long task)
+{
+    const step *s = a->s;
+    long bundle = task / a->c->heads;
+    w->afters = 0;
+    if (bundle >= s->bundles) return;
+    long row = s->row[bundle], position = s->start[row] + (s->rows[bundle] > 1 ? 0 : s->begin[bundle]);
+    long low = a->window && position >= a->window ? position - a->window + 1 : 0;
+    aim(a, w, row, task % a->c->heads, low / KEYS * KEYS, position + 1);
+}
+
+/* Queries [begin, end) of a task; `next` is the task that this thread takes afterwards. */
+static void attend_tile(const attention *a, bench *w, long bundle, long head, long begin, long end, long next)
 {
     const step *s = a->s;
     const long group = a->heads / a->c->heads, row = s->row[bundle], many = s->rows[bundle] > 1;
@@ -1021,12 +1209,20 @@ static void attend_tile(const attention *a, bench *w, long bundle, long head, lo
         take_query(a, w, q - begin, r, s->first[r] + t, s->start[r] + t, head * group + q % group);
         from = first_key(a, w, q - begin) < from ? first_key(a, w, q - begin) : from;
     }
-    if (!many) walk(a, w, 0, end - begin, row, head, from, w->position[end - begin - 1] + 1);
-    if (many) walk(a, w, 0, end - begin, row, head, from, s->shared[bundle]);
+    const long shared = s->shared[bundle];
+    if (!many) {
+        aim_at(a, w, next);
+        walk(a, w, 0, end - begin, row, head, from, w->position[end - begin - 1] + 1);
+    } else {
+        aim(a, w, row, head, shared, w->position[0] + 1);
+        walk(a, w, 0, end - begin, row, head, from, shared);
+    }
     for (long i = 0, n; many && i < end - begin; i += n) { /* then each row along its own keys */
         for (n = 1; i + n < end - begin && w->row[i + n] == w->row[i];) n++;
         from = first_key(a, w, i);
-        walk(a, w, i, n, w->row[i], head, from > s->shared[bundle] ? from : s->shared[bundle], w->position[i] + 1);
+        if (i + n == end - begin) aim_at(a, w, next);
+        else aim(a, w, w->row[i + n], head, shared, w->position[i + n] + 1);
+        walk(a, w, i, n, w->row[i], head, from > shared ? from : shared, w->position[i] + 1);
     }
     for (long i = 0; i < end - begin; i++) give_out(a, w, i);
 }
@@ -1039,15 +1235,57 @@ static void attention_run(pool *p, void *arg, int id)
     bench *w = (bench *)p->own[id];
     place(p, a, (float *)p->own[id]);
     barrier(p);
-    for (long u; (u = claim(p)) < s->bundles * heads;) {
+    for (long u = claim(p), next; u < s->bundles * heads; u = next) {
+        next = claim(p);
         long bundle = u / heads, many = s->rows[bundle] > 1;
         long queries = group * (many ? s->rows[bundle] : s->end[bundle] - s->begin[bundle]);
         long most = many && group < MR ? MR / group * group : MR;
         for (long q = 0; q < queries; q += most)
-            attend_tile(a, w, bundle, u % heads, q, q + most < queries ? q + most : queries);
+            attend_tile(a, w, bundle, u % heads, q, q + most < queries ? q + most : queries, next);
     }
 }
 
 /* Write the step's keys and values, then attend: out [tokens][heads][value_dim]. */
-void ps_attention(pool *p, const attention *a) { call(p, attention_run, (void *)a); }
-long ps_workspace(void) { return sizeof(bench) <= OWN ? MAX_HEAD : 0; }
+int ps_attention(pool *p, const attention *a)
+{
+    size_t rows = (a->heads * a->c->key_dim + VL) * 4;
+    if (!reserve(p, 0, rows > sizeof(bench) ? rows : sizeof(bench))) return 0;
+    call(p, attention_run, (void *)a);
+    return 1;
+}
+
+/* ---- logits ---- */
+
+typedef struct {
+    const float *logits; /* [rows][width]; width is a multiple of block, block one of LANES */
+    long rows, width, block;
+    float *peaks;   /* [rows][width / block] */
+    double *totals; /* [rows]: sum of exp(logit - greatest) */
+} survey;
+
+static void survey_run(pool *p, void *arg, int id)
+{
+    survey *s = arg;
+    long blocks = s->width / s->block;
+    (void)id;
+    for (long m; (m = claim(p)) < s->rows;) {
+        const float *x = s->logits + m * s->width;
+        float *peaks = s->peaks + m * blocks, most = -INFINITY;
+        double total = 0;
+        for (long b = 0; b < blocks; b++) {
+            vf top = *(const vf *)(x + b * s->block);
+            for (long i = VL; i < s->block; i += VL) top = vmax(top, *(const vf *)(x + b * s->block + i));
+            peaks[b] = max_of(top);
+            most = peaks[b] > most ? peaks[b] : most;
+        }
+        for (long b = 0; b < blocks; b++) {
+            vf sum = splat(0.0f);
+            for (long i = 0; i < s->block; i += VL) sum += vexp(*(const vf *)(x + b * s->block + i) - most);
+            total += sum_of(sum);
+        }
+        s->totals[m] = total;
+        if (total != total) peaks[0] = NAN;
+    }
+}
+
+void ps_survey(pool *p, survey *s) { call(p, survey_run, s); }

@@ -6,6 +6,7 @@ Used by one thread at a time. Layouts and the order of sums are documented in `n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ STORE, ADD, GATED = 0, 1, 2
 NO_NORM, RMS, LAYER = 0, 1, 2
 PANEL = 16  # tokens of a cache panel: LANES in native.c
 TILE = 64  # keys of an attention tile: KEYS in native.c
-MAX_ROW = 200_000  # numbers of a row that a thread's scratch holds
 MAX_HEAD = 512
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int32, ctypes.c_float
@@ -51,6 +51,7 @@ _Step = _struct(
     **dict.fromkeys(("slots", "first", "start", "table", "tables", "row", "rows", "begin", "end", "shared"), _P),
 )
 _Rotary = _struct("rotary", norm=_I, type=_I, width=_L, eps=_F, query_norm=_P, key_norm=_P, cos=_P, sin=_P)
+_Survey = _struct("survey", logits=_P, rows=_L, width=_L, block=_L, peaks=_P, totals=_P)
 _Attention = _struct(
     "attention",
     **dict.fromkeys(("c", "s", "r", "query", "key", "value", "out"), _P),
@@ -69,10 +70,10 @@ def available() -> bool:
 
 
 class Kernels:
-    """A pool of `threads` threads that run the compiled kernels. `close()` ends them."""
+    """A pool of `threads` threads that run the compiled kernels, or another build's `library`. `close()` ends them."""
 
-    def __init__(self, threads: int) -> None:
-        library = build().library
+    def __init__(self, threads: int, library: ctypes.CDLL | None = None) -> None:
+        library = library or build().library
         assert library is not None, "ask available() first"
         self.library = library
         self.threads = threads
@@ -120,7 +121,7 @@ class Norm:
 
     def _run(self, x: Tensor, out: Tensor, add: int) -> None:
         k = self._kernels
-        k.library.ps_norm(k.pool, self._pointer, x.data_ptr(), x.shape[0], out.data_ptr(), add)
+        _ok(k.library.ps_norm(k.pool, self._pointer, x.data_ptr(), x.shape[0], out.data_ptr(), add))
 
 
 class Linear:
@@ -168,10 +169,8 @@ class Linear:
         k, rows = self._kernels, x.shape[0]
         if out is None:
             out = torch.empty(rows, self.width, dtype=self.dtype)
-        if not k.library.ps_linear(
-            k.pool, self._pointer, x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0)
-        ):
-            raise MemoryError(f"no memory to prepare {rows} rows of {self.k} numbers")
+        at = (x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0))
+        _ok(k.library.ps_linear(k.pool, self._pointer, *at))
         return out
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -303,12 +302,12 @@ class FusedAttention:
         self._pointer = ctypes.addressof(self._call)
 
     def __call__(self, paged: Any, layer: int, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """Attend for one layer of a step: [T, H V]. `paged` has `kernels`, `caches`, `steps`; cos, sin [1, T, width]."""
+        """Attend for one layer of a step: [T, H V]. `paged` has `kernels`, `caches`, `steps`; cos and sin [1, T, W]."""
         out = torch.empty(qkv.shape[0], self._width, dtype=self._dtype)
         call, base, kernels = self._call, qkv.data_ptr(), paged.kernels
         call.c, call.s, call.r = paged.caches[layer].pointer, paged.steps.pointer, self._rotary.at(cos, sin)
         call.query, call.key, call.value, call.out = base, base + self._key, base + self._value, out.data_ptr()
-        kernels.library.ps_attention(kernels.pool, self._pointer)
+        _ok(kernels.library.ps_attention(kernels.pool, self._pointer))
         return out
 
 
@@ -328,19 +327,37 @@ def attend(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         query.shape[1], TYPES[query.dtype], scaling, softcap or 0.0, window or 0, _at(sinks),
     )  # fmt: skip
-    kernels.library.ps_attention(kernels.pool, ctypes.addressof(call))
+    _ok(kernels.library.ps_attention(kernels.pool, ctypes.addressof(call)))
+
+
+def survey_logits(kernels: Kernels, logits: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Of logits float32 [R, N * block]: each block's greatest [R, N]; sums of exp(logit - row's greatest), float64 [R].
+
+    A row with a NaN has a NaN in both. `block` is a multiple of 16.
+    """
+    rows, width = logits.shape
+    peaks, totals = torch.empty(rows, width // block), torch.empty(rows, dtype=torch.float64)
+    call = _Survey(logits.data_ptr(), rows, width, block, peaks.data_ptr(), totals.data_ptr())
+    kernels.library.ps_survey(kernels.pool, ctypes.byref(call))
+    return peaks, totals
 
 
 def pages(num_bytes: int) -> Tensor:
     """Zeroed bytes that cost nothing until they are touched, on huge pages where the system has them."""
     region = mmap.mmap(-1, max(1, num_bytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a system may be built without them
+            region.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(region, dtype=torch.uint8)
 
 
 def _floats(x: Tensor) -> Tensor:
     return x.detach().float().contiguous().clone()
+
+
+def _ok(enough: int) -> None:
+    if not enough:
+        raise MemoryError("no memory for the kernels' scratch: lower max_num_batched_tokens")
 
 
 def _at(x: Tensor | None) -> int | None:

@@ -43,7 +43,7 @@ class Executor:
         self._paging = paging
         self._device = device
         self._storage: Storage | None = None
-        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes)
+        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, paging.survey)
 
     def free_bytes(self) -> int:
         """Memory that a K/V cache could take now."""

@@ -7,15 +7,17 @@ executor and by the trial passes of `checks`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from penstock.kernels.native import Kernels
+from penstock.kernels.native import Kernels, survey_logits
 from penstock.models.attention import Paged, PagedAttention
 from penstock.models.layout import StepLayout
 from penstock.models.panels import PanelAttention, PanelStorage
 from penstock.models.storage import KVStorage, LayerShape
+from penstock.models.vocabulary import Survey
 
 
 class Storage(Protocol):
@@ -43,6 +45,8 @@ class Paging(Protocol):
         """Bytes of K and V of one token, all layers together."""
         ...
 
+    survey: Survey | None  # how the sampler looks at logits
+
     def close(self) -> None:
         """Let go of threads and memory."""
         ...
@@ -50,6 +54,8 @@ class Paging(Protocol):
 
 class PlainPaging:
     """The reference: tensors of slots, on any device."""
+
+    survey = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -76,6 +82,7 @@ class PanelPaging:
     def __init__(self, kernels: Kernels, int8: bool) -> None:
         self._kernels = kernels
         self._int8 = int8
+        self.survey: Survey | None = partial(survey_logits, kernels)
 
     def storage(self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int) -> Storage:
         """Room for K/V. Raises `OutOfMemory`."""

@@ -20,6 +20,7 @@ from penstock.models.paging import Paging, PanelPaging, PlainPaging
 from penstock.models.panels import supports
 from penstock.models.storage import LayerShape
 from penstock.models.threads import kernel_threads, one_torch_thread
+from penstock.optimizers.fused import FusedLayer
 from penstock.optimizers.rewriting import rewrite
 
 QUANTIZED_TOLERANCE = 0.3  # of the largest logit, over random or trained weights; a wrong rewrite is off by 1
@@ -115,14 +116,16 @@ def _demand_owned(config: EngineConfig) -> None:
 
 
 def _demand_all_fused(module: nn.Module, probed: Probed) -> None:
-    """Deterministic outputs hold for what the kernels compute; a product of torch's depends on its neighbours."""
-    left = [
-        type(part).__name__
-        for part in module.modules()
-        if isinstance(part, nn.Linear) or (id(part) in probed.layers and list(part.parameters()))
-    ]
+    """Deterministic outputs hold for what the kernels compute; a product or activation of torch's minds its neighbours."""
+    fused = sum(isinstance(part, FusedLayer) for part in module.modules())
+    left = [f"{len(probed.layers) - fused} of {len(probed.layers)} layers"] if fused < len(probed.layers) else []
+    left += sorted({type(part).__name__ for part in module.modules() if _computes_with_weights(part)})
     if left:
         raise ConfigurationError(
-            f"deterministic=True is not possible for {type(module).__name__}: "
-            f"{', '.join(sorted(set(left)))} run outside the kernels"
+            f"deterministic=True is not possible for {type(module).__name__}: {', '.join(left)} run outside the "
+            "kernels; leave deterministic or disabled_rewrites out"
         )
+
+
+def _computes_with_weights(part: nn.Module) -> bool:
+    return not isinstance(part, nn.Embedding) and any(True for _ in part.parameters(recurse=False))

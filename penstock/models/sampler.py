@@ -20,7 +20,7 @@ from penstock.errors import ExecutionError, RequestError
 from penstock.models import rules
 from penstock.models.filters import Filters, filter_candidates, filter_vocabulary
 from penstock.models.randomness import draw_from_blocks, draw_from_candidates, uniform
-from penstock.models.vocabulary import Top, Vocabulary, Weights, in_order
+from penstock.models.vocabulary import Survey, Top, Vocabulary, Weights, in_order
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
@@ -54,6 +54,9 @@ class Group:
     width: int
 
 
+_PLAIN_GREEDY = Group(Way.GREEDY, False, False, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Per row: the token int64, its sampled log probability float64, and whether there was a choice at all, bool."""
@@ -81,9 +84,13 @@ class Sampler:
     `vocab_size` is about how many logits a row has; `chunk_bytes` bounds the temporary tensors over the vocabulary.
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int], chunk_bytes: int = 256 * _MIB) -> None:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: frozenset[int], chunk_bytes: int = 256 * _MIB,
+        survey: Survey | None = None,
+    ) -> None:  # fmt: skip
         self._eos_token_ids = eos_token_ids
         self._chunk_logits = max(vocab_size, chunk_bytes // _BYTES_PER_LOGIT)
+        self._survey = survey
         self._sequences: dict[int, rules.SequenceRules] = {}
 
     @torch.no_grad()
@@ -96,7 +103,8 @@ class Sampler:
         """
         assert len(logits) == len(rows)
         results: list[RowResult] = []
-        for chunk in self._chunks(logits):
+        whole = self._survey is not None and all(_group(row, logits.shape[1]) == _PLAIN_GREEDY for row in rows)
+        for chunk in self._chunks(logits, whole):
             results += self._sample_chunk(logits[chunk], rows[chunk])
         return results
 
@@ -111,33 +119,37 @@ class Sampler:
         scored: list[TokenLogprobs] = []
         logits = logits[:num_scored]
         for chunk in self._chunks(logits):
-            scored += _score(logits[chunk], tokens[chunk].to(logits.device), row.params.prompt_logprobs or 0)
+            raw = Vocabulary.of(logits[chunk], self._survey)
+            scored += _score(raw, tokens[chunk].to(logits.device), row.params.prompt_logprobs or 0)
         return tuple(scored)
 
     def forget(self, seq_id: int) -> None:
         """Drop what is remembered of a sequence, if anything."""
         self._sequences.pop(seq_id, None)
 
-    def _chunks(self, logits: Tensor) -> Iterable[slice]:
-        most = min(self._chunk_logits, _CPU_CHUNK_LOGITS) if logits.device.type == "cpu" else self._chunk_logits
+    def _chunks(self, logits: Tensor, whole: bool = False) -> Iterable[slice]:
+        """Few rows at a time; as many as memory allows if nothing but the survey goes through the `whole` of them."""
+        cached = logits.device.type == "cpu" and not whole
+        most = min(self._chunk_logits, _CPU_CHUNK_LOGITS) if cached else self._chunk_logits
         size = max(1, most // logits.shape[1])
         return (slice(first, first + size) for first in range(0, len(logits), size))
 
     def _sample_chunk(self, logits: Tensor, rows: Sequence[Row]) -> list[RowResult]:
-        raw = Vocabulary.of(logits)
-        weights = raw.weights()
+        raw = Vocabulary.of(logits, self._survey)
+        groups = _grouped(rows, raw.size)
+        weights = raw.weights() if any(group.plain for group in groups) else None
         choice = Choice.none(len(rows), logits.device)
         errors: dict[int, RequestError] = {}
-        for group, members in _grouped(rows, raw.size).items():
+        for group, members in groups.items():
             index = torch.tensor(members, device=logits.device)
             some = [rows[i] for i in members]
             seen = raw if len(members) == len(rows) else raw.take(index)
             if group.ruled:
                 seen, failed = self._apply_rules(raw.take(index), some)
                 errors |= {members[i]: error for i, error in failed.items()}
-            own = _weights_of(weights, index, len(rows)) if group.plain else None
+            own = _weights_of(weights, index, len(rows)) if group.plain and weights is not None else None
             choice.put(index, _choose(group, seen, own, some))
-        return _results(raw, raw.peak.double() + weights.total.log(), choice, rows, errors)
+        return _results(raw, raw.log_total(weights), choice, rows, errors)
 
     def _apply_rules(self, copy: Vocabulary, rows: Sequence[Row]) -> tuple[Vocabulary, dict[int, RequestError]]:
         sequences = [self._sequence(row, copy.size) for row in rows]
@@ -278,9 +290,8 @@ def _details(
     return rank, dict(zip(asked, some.tops(log_total[index], counts), strict=True))
 
 
-def _score(logits: Tensor, tokens: Tensor, count: int) -> list[TokenLogprobs]:
-    """What the model thinks of one token [R] per row of logits [R, V]."""
-    raw = Vocabulary.of(logits)
+def _score(raw: Vocabulary, tokens: Tensor, count: int) -> list[TokenLogprobs]:
+    """What the model thinks of one token [R] per row."""
     log_total = raw.log_total()
     every = list(range(len(tokens)))
     rank, tops = _details(raw, log_total, tokens, every, [count] * len(every))

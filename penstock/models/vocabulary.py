@@ -8,6 +8,7 @@ A sum is float32 within a block and float64 across blocks: exact to 1e-7 relativ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ BLOCK = 64
 _LOW_WORD = 0xFFFFFFFF
 
 Top = tuple[tuple[int, float, int], ...]
+# Of logits float32 [R, N * BLOCK]: each block's greatest [R, N], and the row's sum of exp(logit - peak), float64 [R].
+Survey = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +48,18 @@ class Weights:
 class Vocabulary:
     """Logits float32 [R, N, BLOCK], padded with -inf; each block's greatest [R, N] and each row's [R].
 
-    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak.
+    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. `total` is the
+    sum of exp(logit - peak), float64 [R], where a `Survey` found it already.
     """
 
     blocks: Tensor
     block_peaks: Tensor
     peak: Tensor
     size: int
+    total: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor) -> Vocabulary:
+    def of(cls, logits: Tensor, survey: Survey | None = None) -> Vocabulary:
         """See logits [R, V] of any float dtype in blocks; copies only where conversion or padding needs it."""
         size = logits.shape[1]
         padding = -size % BLOCK
@@ -63,7 +68,11 @@ class Vocabulary:
             padded[:, :size] = logits
             padded[:, size:] = -torch.inf
             logits = padded
-        return cls._of_blocks(logits.view(len(logits), -1, BLOCK), size)
+        blocks = logits.view(len(logits), -1, BLOCK)
+        if survey is None:
+            return cls._of_blocks(blocks, size)
+        block_peaks, total = survey(logits, BLOCK)
+        return cls(blocks, block_peaks, block_peaks.amax(-1), size, total)
 
     @classmethod
     def _of_blocks(cls, blocks: Tensor, size: int) -> Vocabulary:
@@ -77,7 +86,8 @@ class Vocabulary:
 
     def take(self, rows: Tensor) -> Vocabulary:
         """The same for some rows, copied."""
-        return Vocabulary(self.blocks[rows], self.block_peaks[rows], self.peak[rows], self.size)
+        total = None if self.total is None else self.total[rows]
+        return Vocabulary(self.blocks[rows], self.block_peaks[rows], self.peak[rows], self.size, total)
 
     def refreshed(self) -> Vocabulary:
         """The same logits with their peaks found anew, after somebody wrote into `flat`."""
@@ -100,9 +110,12 @@ class Vocabulary:
             below /= temperature[:, None, None].to(below.dtype)
         return Weights.of(below.exp_())
 
-    def log_total(self) -> Tensor:
-        """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts."""
-        return self.peak.double() + self.weights().total.log()
+    def log_total(self, weights: Weights | None = None) -> Tensor:
+        """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts. `weights()`, if known, save work."""
+        total = self.total
+        if total is None:
+            total = (self.weights() if weights is None else weights).total
+        return self.peak.double() + total.log()
 
     def num_above(self, logits: Tensor) -> Tensor:
         """How many of the row's logits are strictly greater than `logits` [R], int64 [R]."""

@@ -39,7 +39,8 @@ def norm_of(module: nn.Module | None) -> NormFacts | None:
     weight = getattr(module, "weight", None)
     if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
-    x = torch.linspace(-2.0, 3.0, len(weight)).sin().mul(1.7).add(0.3).to(weight.dtype)[None]
+    x = torch.linspace(-2.0, 3.0, len(weight)).sin().mul(1.7).add(0.3)
+    x = torch.stack([x, x * 1e-3]).to(weight.dtype)  # in small numbers eps shows
     try:
         wanted = module(x).float()
     except Exception:
@@ -86,4 +87,5 @@ def _norm(facts: NormFacts, x: Tensor) -> Tensor:
 
 def _close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-3))
+    allowed = tolerance * wanted.abs().amax(-1).clamp(min=1e-3)
+    return bool(((found - wanted).abs().amax(-1) <= allowed).all())

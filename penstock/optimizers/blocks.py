@@ -62,6 +62,8 @@ class _Unfit(Exception):
 
 def _llama(layer: nn.Module) -> Block:
     attention = _child(layer, "self_attn")
+    if getattr(getattr(attention, "config", None), "clip_qkv", None) is not None:
+        raise _Unfit  # clipped only where numbers are large: no trial would show it
     sandwich = hasattr(layer, "pre_feedforward_layernorm")
     first, second = "input_layernorm", "post_attention_layernorm"
     names: tuple[str | None, ...]

@@ -7,18 +7,20 @@ weights, runs that on the same input, and keeps it only if the outputs agree. Ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from penstock.kernels.native import Kernels
+from penstock.kernels.native import RMS, Kernels
 from penstock.optimizers.blocks import Block, block_of
 from penstock.optimizers.fused import FusedLayer, Shape
 
 # Relative difference (Frobenius) up to which a fused layer counts as the same; a wrong structure is off by about 1.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 QUANTIZED_TOLERANCE = 0.15
+FAR = 1 << 20  # tokens: farther than the positions at which models begin to treat attention differently
 
 
 class How(Protocol):
@@ -100,16 +102,38 @@ class _Trial(nn.Module):
         layer = None if block is None else probed.layers.get(id(block.attention))
         if block is None or layer is None or before.dtype != block.o.weight.dtype:
             return
+        if not _consistent(block, before.shape[-1]) or self._minds_positions(before, wanted, args, kwargs):
+            return
         limit = QUANTIZED_TOLERANCE if quantize else TOLERANCE[before.dtype]
         for shape in _shapes(block, probed, layer):
-            fused = FusedLayer(kernels, block, shape, quantize)
             try:
+                fused = FusedLayer(kernels, block, shape, quantize)
                 found = fused(before.clone(), *args, **kwargs)
-            except (TypeError, RuntimeError):
+            except MemoryError:
+                raise
+            except Exception:  # a guess that does not fit this layer
                 continue
             if _distance(found - before, wanted - before) <= limit:
                 self.chosen = _with_loop_attributes(fused, self)
                 return
+
+    def _minds_positions(self, before: Tensor, wanted: Tensor, args: Any, kwargs: Any) -> bool:
+        """Whether positions do more than rotate: some models sharpen attention, but only far from the beginning."""
+        near = kwargs.get("position_ids")
+        if not isinstance(near, Tensor):
+            return False
+        with suppress(Exception):
+            return not torch.equal(self.chosen(before.clone(), *args, **{**kwargs, "position_ids": near + FAR}), wanted)
+        return True
+
+
+def _consistent(block: Block, width: int) -> bool:
+    """Whether the parts belong together by their sizes: kernels read as far as they are told."""
+    downs = [] if block.down is None else [block.down.weight]
+    outer = [matrix.weight.shape[1] for matrix in (*block.qkv, *block.mlp)] + [len(w) for w in (block.o.weight, *downs)]
+    outer += [len(norm.weight) for norm in block.norms if norm is not None]
+    inner = {len(matrix.weight) for matrix in block.mlp} | {w.shape[1] for w in downs}
+    return set(outer) == {width} and len(inner) <= 1
 
 
 def _shapes(block: Block, probed: Probed, layer: int) -> Iterator[Shape]:
@@ -119,12 +143,22 @@ def _shapes(block: Block, probed: Probed, layer: int) -> Iterator[Shape]:
     heads = (rows - stored.heads * (stored.key_dim + stored.value_dim)) // stored.key_dim
     if heads < stored.heads or heads % stored.heads or block.o.weight.shape[1] != heads * stored.value_dim:
         return
+    if not _norms_fit(block, heads * stored.key_dim, stored.heads * stored.key_dim, stored.key_dim):
+        return
     for rotates in (True, False):
         for scaling in dict.fromkeys((options.scaling, stored.key_dim**-0.5)):
             yield Shape(
                 layer, heads, stored.heads, stored.key_dim, stored.value_dim, scaling=scaling, window=options.window,
                 softcap=options.softcap, sinks=options.sinks, rotates=rotates,
             )  # fmt: skip
+
+
+def _norms_fit(block: Block, query_width: int, key_width: int, head: int) -> bool:
+    """Whether the norms of queries and keys are RMSNorms, both of one head or both of all heads, or there are none."""
+    norms = [norm for norm in (block.query_norm, block.key_norm) if norm is not None]
+    sizes = [len(norm.weight) for norm in norms]
+    plain = all(norm.kind == RMS and norm.bias is None for norm in norms)
+    return plain and sizes in ([], [head, head], [query_width, key_width])
 
 
 def _with_loop_attributes(fused: FusedLayer, trial: _Trial) -> FusedLayer:

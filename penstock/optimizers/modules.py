@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from penstock.kernels.native import MAX_ROW, TYPES, Kernels, Linear, Norm
+from penstock.kernels.native import TYPES, Kernels, Linear, Norm
 from penstock.optimizers.behaviour import norm_of
 from penstock.optimizers.blocks import Matrix, matrix_of
 
@@ -66,7 +66,7 @@ def pack_norms(module: nn.Module, kernels: Kernels) -> int:
 
     def packed(found: nn.Module) -> nn.Module | None:
         facts = norm_of(found) if not list(found.children()) else None
-        if facts is None or len(facts.weight) > MAX_ROW:
+        if facts is None:
             return None
         dtype = found.weight.dtype
         return PackedNorm(Norm(kernels, facts.kind, facts.weight, facts.bias, facts.eps, dtype), dtype)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def pack_norms(module: nn.Module, kernels: Kernels) -> int:
 
 def _fits(weight: Tensor) -> bool:
     known = weight.dtype in TYPES and weight.dtype != torch.int8 and weight.device.type == "cpu"
-    return known and weight.numel() >= MIN_WEIGHTS and weight.shape[1] <= MAX_ROW
+    return known and weight.numel() >= MIN_WEIGHTS
 
 
 def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> int:

@@ -1,0 +1,113 @@
+"""Attention over a fused projection: norms and rotary positions are those by hand, the bits always the same."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.kernels.native import FusedAttention, Kernels, Rotary
+from tests.unit.kernels.hand import ROUNDING, Sequences, attention_by_hand
+
+HEADS, KV_HEADS, DIM, VALUE_DIM, LENGTH = 6, 2, 24, 20, 90
+EPS, SCALING = 1e-5, 0.3
+NO_NORM, PER_HEAD, OVER_ALL = 0, 1, 2
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weights_of(norm: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of the norms of queries and keys."""
+    if norm == NO_NORM:
+        return None, None
+    sizes = (DIM, DIM) if norm == PER_HEAD else (HEADS * DIM, KV_HEADS * DIM)
+    return torch.linspace(0.5, 2, sizes[0]), torch.linspace(2, 0.1, sizes[1])
+
+
+def angles(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [LENGTH, width] of rotary positions; both halves are the same."""
+    frequency = torch.linspace(1, 0.01, width // 2).repeat(2)
+    angle = torch.arange(LENGTH)[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def finished(x: Tensor, norm: int, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [T, H, D] as they should enter attention, in float64."""
+    x, cos, sin = x.double(), cos.double()[:, None], sin.double()[:, None]
+    if weight is not None:
+        flat = x if norm == PER_HEAD else x.flatten(1)
+        flat = flat * (flat.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+        x = flat.view(x.shape)
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+class World:
+    """One sequence as rows of a fused projection, and attention over them."""
+
+    def __init__(self, kernels: Kernels, dtype: torch.dtype, norm: int, width: int) -> None:
+        self.held = Sequences(kernels, (LENGTH,), HEADS, KV_HEADS, DIM, VALUE_DIM, dtype)
+        self.qkv = torch.cat([x[0].flatten(1) for x in (self.held.query, self.held.key, self.held.value)], 1)
+        self.cos, self.sin = angles(width, dtype)
+        self.weights = weights_of(norm)
+        self.attention = FusedAttention(
+            HEADS, KV_HEADS, DIM, VALUE_DIM, dtype, scaling=SCALING, window=None, softcap=None, sinks=None,
+            rotary=Rotary(norm, EPS, *self.weights),
+        )  # fmt: skip
+
+    def attend(self, begin: int, end: int, rotates: bool = True) -> Tensor:
+        """Tokens [begin, end) as one step: [T, H V]."""
+        steps = self.held.steps([(0, begin, end)])
+        paged = SimpleNamespace(kernels=self.held.kernels, caches=[self.held.cache], steps=steps)
+        cos, sin = (x[None, begin:end].contiguous() if rotates else None for x in (self.cos, self.sin))
+        return self.attention(paged, 0, self.qkv[begin:end].clone(), cos, sin)
+
+
+@pytest.mark.parametrize("width", [DIM, 8])
+@pytest.mark.parametrize("norm", [NO_NORM, PER_HEAD, OVER_ALL])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_and_rotary_positions_are_those_by_hand(
+    kernels: Kernels, dtype: torch.dtype, norm: int, width: int
+) -> None:
+    world = World(kernels, dtype, norm, width)
+    query, key = (
+        finished(x[0], norm, weight, world.cos, world.sin)
+        for x, weight in zip((world.held.query, world.held.key), world.weights, strict=True)
+    )
+    wanted = attention_by_hand(query, key, world.held.value[0], scaling=SCALING)
+    found = world.attend(0, LENGTH)
+    stored, values = world.held.cache.read(world.held.slots(0))
+    roundings = 3 * ROUNDING[dtype]  # of the norm over all heads, of the rotated number, of the product's operands
+    torch.testing.assert_close(stored.double(), key, rtol=roundings, atol=roundings * 3 + 1e-6)
+    assert torch.equal(values, world.held.value[0].float())
+    torch.testing.assert_close(found.view(wanted.shape).double(), wanted, rtol=0, atol=60 * ROUNDING[dtype] + 1e-5)
+
+
+@pytest.mark.parametrize("norm", [NO_NORM, PER_HEAD, OVER_ALL])
+def test_without_positions_nothing_is_rotated(kernels: Kernels, norm: int) -> None:
+    world = World(kernels, torch.float32, norm, DIM)
+    still, none = torch.ones(LENGTH, DIM), torch.zeros(LENGTH, DIM)
+    query, key = (
+        finished(x[0], norm, weight, still, none)
+        for x, weight in zip((world.held.query, world.held.key), world.weights, strict=True)
+    )
+    wanted = attention_by_hand(query, key, world.held.value[0], scaling=SCALING).float().flatten(1)
+    torch.testing.assert_close(world.attend(0, LENGTH, rotates=False), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [DIM, 8])
+@pytest.mark.parametrize("norm", [NO_NORM, PER_HEAD, OVER_ALL])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_gets_the_same_bits_alone_and_in_a_prompt(
+    kernels: Kernels, dtype: torch.dtype, norm: int, width: int
+) -> None:
+    """Few tokens are prepared head by head, many token by token."""
+    whole, chunked = World(kernels, dtype, norm, width), World(kernels, dtype, norm, width)
+    wanted = whole.attend(0, LENGTH)
+    ends = (0, 1, 2, 5, 6, 30, 45, 46, LENGTH)
+    found = torch.cat([chunked.attend(begin, end) for begin, end in pairwise(ends)])
+    assert torch.equal(found, wanted)

@@ -1,0 +1,76 @@
+"""Pools of threads: any number of them, used from any thread, gone when closed."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from penstock.kernels.native import Kernels, Linear, available
+
+TASKS = "/proc/self/task"
+
+pytestmark = pytest.mark.skipif(not available(), reason="no compiler")
+
+
+def product(kernels: Kernels, rows: int = 40) -> torch.Tensor:
+    """A product that is large enough to have a piece for every thread."""
+    weight = torch.arange(64 * 500).reshape(500, 64).remainder(17).float()
+    x = torch.arange(rows * 64).reshape(rows, 64).remainder(5).float()
+    return Linear(kernels, [weight], [None])(x)
+
+
+def test_pools_of_any_size_give_the_same() -> None:
+    pools = [Kernels(count) for count in (1, 2, 3, 5, 8)]
+    results = [product(pool) for pool in pools]
+    assert all(torch.equal(result, results[0]) for result in results)
+    for pool in pools:
+        pool.close()
+
+
+def test_a_pool_made_on_one_thread_works_on_another() -> None:
+    kernels, found = Kernels(2), []
+    thread = threading.Thread(target=lambda: found.append(product(kernels)))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], product(kernels))
+    kernels.close()
+
+
+def test_pools_of_several_threads_run_beside_each_other() -> None:
+    found: list[torch.Tensor] = []
+
+    def run() -> None:
+        kernels = Kernels(2)
+        found.extend(product(kernels) for _ in range(5))
+        kernels.close()
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = Kernels(1)
+    wanted = product(alone)
+    assert len(found) == 15
+    assert all(torch.equal(result, wanted) for result in found)
+    alone.close()
+
+
+@pytest.mark.skipif(not os.path.exists(TASKS), reason="the system does not list threads")
+def test_closed_pools_leave_no_threads_behind() -> None:
+    before = len(os.listdir(TASKS))
+    for _ in range(60):
+        kernels = Kernels(4)
+        product(kernels, rows=1)
+        kernels.close()
+    # a thread that ended may be listed for a moment longer
+    assert len(os.listdir(TASKS)) < before + 30
+
+
+def test_closing_twice_does_nothing() -> None:
+    kernels = Kernels(2)
+    kernels.close()
+    kernels.close()

@@ -1,0 +1,237 @@
+"""Products, norms and embeddings of the compiled kernels are those of plain torch, within what rounding explains.
+
+Bounds: one rounding of the result, plus what float32 sums lose of the sum of magnitudes; int8 adds half a step of
+each scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from penstock.kernels.native import ADD, GATED, LAYER, RMS, Kernels, Linear, Norm
+from tests.unit.kernels.hand import ROUNDING
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = (1, 2, 3, 5, 11, 12, 13, 25, 40)
+SHAPES = ((1, 1), (7, 5), (33, 17), (64, 64), (100, 131), (31, 260))  # outputs, inputs
+SUM = 2e-6  # what a float32 sum of a few hundred terms loses, relative to the sum of magnitudes
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def magnitude(x: Tensor, weight: Tensor) -> Tensor:
+    return x.double().abs() @ weight.double().abs().T
+
+
+def check(found: Tensor, wanted: Tensor, slack: Tensor | float) -> None:
+    """`found` is `wanted` but for one rounding to its dtype and `slack`."""
+    allowed = wanted.abs() * ROUNDING[found.dtype] * 1.01 + slack + 1e-30
+    worst = ((found.double() - wanted).abs() / allowed).max().item()
+    assert worst <= 1, f"the error is {worst:.3g} times what is allowed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_any_number_of_rows_are_those_of_torch(kernels: Kernels, dtype: torch.dtype) -> None:
+    for n, k in SHAPES:
+        weight = randn(n, k, dtype=dtype)
+        linear = Linear(kernels, [weight], [None])
+        for rows in ROWS:
+            x = randn(rows, k, dtype=dtype, seed=rows)
+            check(linear(x), x.double() @ weight.double().T, SUM * magnitude(x, weight))
+
+
+def test_int8_products_are_exact_where_every_scale_is_one(kernels: Kernels) -> None:
+    """Whole numbers with a greatest magnitude of 127 quantize to themselves."""
+    for n, k in ((33, 17), (64, 64), (5, 130)):
+        x, weight = randn(13, k).mul(30).round(), randn(n, k, seed=1).mul(30).round()
+        x[:, 0], weight[:, 1] = 127, -127
+        x, weight = x.clamp(-127, 127), weight.clamp(-127, 127)
+        found = Linear(kernels, [weight], [None], quantize=True)(x)
+        torch.testing.assert_close(found, (x.double() @ weight.double().T).float(), rtol=1e-6, atol=0)
+
+
+def quantized_slack(x: Tensor, weight: Tensor) -> Tensor:
+    """Half a step of each factor's scale, for every term."""
+    steps = [m.double().abs().amax(1, keepdim=True) / 127 for m in (x, weight)]
+    rounds_x = steps[0] * 0.502 * weight.double().abs().sum(1)
+    rounds_weight = x.double().abs().sum(1, keepdim=True) * 0.502 * steps[1].T
+    return rounds_x + rounds_weight + 0.26 * x.shape[1] * steps[0] * steps[1].T
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_products_are_off_by_half_a_step_of_each_scale_at_most(kernels: Kernels, dtype: torch.dtype) -> None:
+    for n, k in SHAPES:
+        weight = randn(n, k, dtype=dtype)
+        linear = Linear(kernels, [weight], [None], quantize=True)
+        for rows in ROWS:
+            x = randn(rows, k, dtype=dtype, seed=rows)
+            slack = SUM * magnitude(x, weight) + quantized_slack(x, weight)
+            check(linear(x), x.double() @ weight.double().T, slack)
+
+
+def test_int8_rows_of_zeros_give_zeros_and_broken_rows_stay_broken_alone(kernels: Kernels) -> None:
+    x = randn(4, 40)
+    x[1], x[2, 3], x[3, 39] = 0, torch.nan, torch.inf
+    found = Linear(kernels, [randn(20, 40)], [None], quantize=True)(x)
+    assert found[0].isfinite().all()
+    assert found[1].eq(0).all()
+    assert found[2:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrices_and_biases_lie_one_below_the_other(kernels: Kernels, dtype: torch.dtype) -> None:
+    parts = [randn(n, 48, dtype=dtype, seed=n) for n in (20, 7, 33)]
+    biases = [randn(20, dtype=dtype), None, randn(33, dtype=dtype, seed=1)]
+    x = randn(6, 48, dtype=dtype)
+    weight, bias = torch.cat(parts), torch.cat([biases[0], torch.zeros(7, dtype=dtype), biases[2]])
+    wanted = x.double() @ weight.double().T + bias.double()
+    check(Linear(kernels, parts, biases)(x), wanted, SUM * (magnitude(x, weight) + bias.double().abs()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_scales_what_it_adds_to_the_output(kernels: Kernels, dtype: torch.dtype) -> None:
+    weight, bias, x = randn(37, 50, dtype=dtype), randn(37, dtype=dtype), randn(14, 50, dtype=dtype, seed=1)
+    before = randn(14, 37, dtype=dtype, seed=2)
+    found = Linear(kernels, [weight], [bias], mode=ADD, scale=0.25)(x, before.clone())
+    wanted = before.double() + 0.25 * (x.double() @ weight.double().T + bias.double())
+    check(found, wanted, SUM * (magnitude(x, weight) + 4))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_each_activation_is_that_of_torch(kernels: Kernels, act: str) -> None:
+    """A product with the identity: whatever goes in is what is activated."""
+    x = torch.cat([torch.linspace(-20, 20, 397), torch.tensor([0.0, -300.0, 300.0])])[None]
+    found = Linear(kernels, [torch.eye(400)], [None], act=act)(x)
+    torch.testing.assert_close(found.double(), ACTIVATIONS[act](x.double()), rtol=2e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_products_activate_the_first_half_and_multiply_by_the_second(
+    kernels: Kernels, act: str, dtype: torch.dtype
+) -> None:
+    for half in (1, 16, 21, 48):
+        gate, up = randn(half, 33, dtype=dtype), randn(half, 33, dtype=dtype, seed=1)
+        bias, x = randn(half, dtype=dtype, seed=2), randn(13, 33, dtype=dtype, seed=3)
+        first = ACTIVATIONS[act](x.double() @ gate.double().T + bias.double())
+        second = x.double() @ up.double().T
+        slack = 2 * SUM * (magnitude(x, gate) + 2) * (1 + magnitude(x, up))
+        check(Linear(kernels, [gate, up], [bias, None], mode=GATED, act=act)(x), first * second, slack)
+
+
+def norm_by_hand(x: Tensor, kind: int, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    x = x.double()
+    x = x - x.mean(1, keepdim=True) if kind == LAYER else x
+    x = x * (x.pow(2).mean(1, keepdim=True) + eps).rsqrt() * weight.double()
+    return x if bias is None else x + bias.double()
+
+
+@pytest.mark.parametrize("kind", [RMS, LAYER], ids=["RMS", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_are_those_written_out_by_hand(kernels: Kernels, kind: int, dtype: torch.dtype) -> None:
+    for n in (1, 5, 16, 67, 256):
+        weight, bias, x = (
+            randn(n),
+            randn(n, seed=1) if kind == LAYER else None,
+            randn(9, n, dtype=dtype, seed=2) * 3 + 1,
+        )
+        norm = Norm(kernels, kind, weight, bias, 1e-5, dtype)
+        wanted = norm_by_hand(x, kind, weight, bias, 1e-5)
+        check(norm(x), wanted, 2e-5)
+        before = randn(9, n, dtype=dtype, seed=3)
+        found = before.clone()
+        norm.add_to(found, x, 0.5)
+        check(found, before.double() + 0.5 * wanted, 2e-5)
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["whole", "int8"])
+@pytest.mark.parametrize("kind", [RMS, LAYER], ids=["RMS", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_inside_a_product_comes_before_it(
+    kernels: Kernels, dtype: torch.dtype, kind: int, quantize: bool
+) -> None:
+    k = 67
+    weight, x = randn(40, k, dtype=dtype), randn(15, k, dtype=dtype, seed=2) * 5
+    norm = Norm(kernels, kind, randn(k, seed=3), randn(k, seed=4) if kind == LAYER else None, 1e-5, dtype)
+    normed = norm_by_hand(x, kind, norm.weight, norm.bias, 1e-5)
+    slack = (SUM + ROUNDING[dtype]) * magnitude(normed, weight)  # the norm's result is rounded once
+    if quantize:
+        slack = slack + quantized_slack(normed, weight)
+    check(Linear(kernels, [weight], [None], norm=norm, quantize=quantize)(x), normed @ weight.double().T, slack)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_gives_float32_without_rounding(kernels: Kernels, dtype: torch.dtype) -> None:
+    weight, x = randn(37, 64, dtype=dtype), randn(14, 64, dtype=dtype, seed=1)
+    found = Linear(kernels, [weight], [None], out_dtype=torch.float32)(x)
+    assert found.dtype == torch.float32
+    check(found, x.double() @ weight.double().T, SUM * magnitude(x, weight))
+
+
+def test_rows_may_lie_apart_and_the_output_may_be_part_of_a_tensor(kernels: Kernels) -> None:
+    wide, weight, out = randn(9, 100, dtype=torch.bfloat16), randn(32, 40, dtype=torch.bfloat16), torch.zeros(9, 50)
+    linear = Linear(kernels, [weight], [None], out_dtype=torch.float32)
+    linear(wide[:, 10:50], out[:, :32])
+    assert torch.equal(out[:, :32], linear(wide[:, 10:50].contiguous()))
+    assert out[:, 32:].eq(0).all()
+
+
+def test_no_rows_give_no_rows(kernels: Kernels) -> None:
+    assert Linear(kernels, [randn(8, 8)], [None])(randn(0, 8)).shape == (0, 8)
+    assert Norm(kernels, RMS, randn(8), None, 1e-5, torch.float32)(randn(0, 8)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["whole", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embeddings_are_rows_of_the_packed_matrix(kernels: Kernels, dtype: torch.dtype, quantize: bool) -> None:
+    weight, ids = randn(90, 37, dtype=dtype), torch.tensor([3, 89, 0, 3, 40])
+    found = Linear(kernels, [weight], [None], quantize=quantize).embed(ids, dtype)
+    if quantize:
+        steps = weight.double().abs().amax(1, keepdim=True) / 127
+        check(found, weight[ids].double(), 0.502 * steps[ids] + ROUNDING[dtype] * steps[ids] * 127)
+    else:
+        assert torch.equal(found, weight[ids])
+
+
+def variants(kernels: Kernels, dtype: torch.dtype) -> Sequence[Linear]:
+    k = 67
+    weights, norm = [randn(24, k, dtype=dtype), randn(24, k, dtype=dtype, seed=1)], randn(k).abs()
+    own = Norm(kernels, RMS, norm, None, 1e-5, dtype)
+    even = [w[:, :64].contiguous() for w in weights]
+    return [
+        Linear(kernels, even, [None, None], quantize=False),
+        Linear(kernels, weights, [None, None], act="gelu_tanh"),
+        Linear(kernels, weights, [randn(24), None], mode=GATED, act="silu", norm=own),
+        Linear(kernels, weights, [None, None], mode=ADD, scale=0.7, quantize=True),
+        Linear(kernels, weights, [None, None], norm=own, quantize=True, out_dtype=torch.float32),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_gets_the_same_bits_whatever_rows_and_threads_are_there(kernels: Kernels, dtype: torch.dtype) -> None:
+    pools = [kernels, *(Kernels(count, kernels.library) for count in (1, 3))]
+    x = randn(40, 67, dtype=dtype)
+    for alike in zip(*(variants(pool, dtype) for pool in pools), strict=True):
+        rows = x[:, : alike[0].k].contiguous()
+        out = randn(40, alike[0].width, seed=5).to(alike[0].dtype)
+        wanted = alike[0](rows, out.clone())
+        for linear in alike:
+            for begin, size in ((0, 1), (39, 1), (17, 2), (5, 7), (20, 12), (8, 13), (0, 25)):
+                here = slice(begin, begin + size)
+                assert torch.equal(linear(rows[here], out[here].clone()), wanted[here])
+    for pool in pools[1:]:
+        pool.close()
