@@ -26,7 +26,6 @@ def engine_config(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     if "memory_pool_size" in given and "gpu_memory_utilization" not in given:
         settings["gpu_memory_utilization"] = None  # bytes that were asked for count more than a default fraction
     _refuse_parallel(settings)
-    _refuse_quantization(settings.pop("quantization", None))
     if settings.get("max_num_batched_tokens", 0) is None:
         del settings["max_num_batched_tokens"]  # None leaves the choice to the engine
     if settings.pop("disable_log_stats", False):
@@ -54,11 +53,3 @@ def _refuse_parallel(settings: dict[str, Any]) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if settings.pop(name, 1) != 1:
             raise ConfigurationError(f"{name} must be 1: this engine runs in one process, on one device")
-
-
-def _refuse_quantization(name: str | None) -> None:
-    if name is not None:
-        raise ConfigurationError(
-            f"quantization={name!r} is not available: leave it out; a checkpoint that carries its own "
-            "quantization config is loaded as transformers loads it"
-        )

@@ -672,6 +672,7 @@ static void finish(const linear_job *j, long m, long rows, long n, const float *
     if (type == BF16 && mode == GATED && act == SILU) finish_rows(j, m, rows, n, c, SILU, BF16, GATED);
     else if (type == BF16 && mode == STORE && !act) finish_rows(j, m, rows, n, c, IDENTITY, BF16, STORE);
     else if (type == BF16 && mode == ADD && !act) finish_rows(j, m, rows, n, c, IDENTITY, BF16, ADD);
+    else if (type == F32 && mode == STORE && !act) finish_rows(j, m, rows, n, c, IDENTITY, F32, STORE);
     else finish_rows(j, m, rows, n, c, act, type, mode);
 }
 
@@ -690,8 +691,8 @@ static void prepare_rows(pool *p, const linear_job *j, long tiles_m, int id)
     barrier(p);
 }
 
-/* Panel q for all rows; `next` is the panel that this thread takes afterwards. */
-static void multiply_panel(const linear_job *j, long q, long next, long tiles_m)
+/* Tiles [begin, end) of `tiles_m` of panel q; `next` is the panel that this thread takes afterwards. */
+static void multiply_panel(const linear_job *j, long q, long next, long begin, long end, long tiles_m)
 {
     const linear *w = j->w;
     const long k = words(w), size = k * NR * (w->format == F16 ? 2 : 4), word = size / k;
@@ -704,27 +705,29 @@ static void multiply_panel(const linear_job *j, long q, long next, long tiles_m)
         finish(j, 0, j->rows, q * NR, c);
         return;
     }
-    for (long t = 0; t < tiles_m; t++) { /* the first two tiles fetch half of the next panel each */
-        long m = t * j->rows / tiles_m, mr = (t + 1) * j->rows / tiles_m - m;
-        const char *soon = t < 2 ? ahead + t * (size / 2) : b;
-        products[w->format][mr]((const int32_t *)j->a + m * k, b, k, soon, t < 2 ? word / 2 : 0, c);
+    for (long t = begin; t < end; t++) { /* the first two tiles fetch half of the next panel each */
+        long m = t * j->rows / tiles_m, mr = (t + 1) * j->rows / tiles_m - m, fetches = t - begin < 2 && next != q;
+        const char *soon = fetches ? ahead + (t - begin) * (size / 2) : b;
+        products[w->format][mr]((const int32_t *)j->a + m * k, b, k, soon, fetches ? word / 2 : 0, c);
         finish(j, m, mr, q * NR, c);
     }
 }
 
+/* Work is claimed in pieces of several panels, or of one panel's tiles, small enough that no thread waits long. */
 static void linear_run(pool *p, void *arg, int id)
 {
     linear_job j = *(linear_job *)arg;
-    long panels = (j.w->n + NR - 1) / NR, tiles_m = (j.rows + MR - 1) / MR, piece = panels / (32 * p->threads);
-    if (piece < 1) piece = 1;
-    if (!j.direct || tiles_m > 1) {
-        prepare_rows(p, &j, tiles_m, id);
-    }
-    for (long first = claim(p) * piece, next; first < panels; first = next) {
-        next = claim(p) * piece; /* known early, so that its weights can be fetched */
-        long last = first + piece < panels ? first + piece : panels;
-        for (long q = first; q < last; q++)
-            multiply_panel(&j, q, q + 1 < last ? q + 1 : next < panels ? next : q, tiles_m);
+    const long panels = (j.w->n + NR - 1) / NR, tiles_m = (j.rows + MR - 1) / MR, pieces = 32 * p->threads;
+    const long several = panels >= pieces ? panels / pieces : 1, wanted = panels >= pieces ? 1 : pieces / panels;
+    const long parts = wanted < tiles_m ? wanted : tiles_m, units = (panels + several - 1) / several * parts;
+    if (!j.direct || tiles_m > 1) prepare_rows(p, &j, tiles_m, id);
+    for (long u = claim(p), next; u < units; u = next) {
+        next = claim(p); /* known early, so that its weights can be fetched */
+        long first = u / parts * several, last = first + several < panels ? first + several : panels, part = u % parts;
+        for (long q = first; q < last; q++) {
+            long after = q + 1 < last ? q + 1 : next < units ? next / parts * several : q;
+            multiply_panel(&j, q, after, part * tiles_m / parts, (part + 1) * tiles_m / parts, tiles_m);
+        }
     }
 }
 
@@ -856,8 +859,10 @@ static void write_side(const cache *c, char *side, float *scale, long lane, cons
     if (c->format == BF16) {
         uint16_t row[MAX_HEAD];
         narrow(row, x, dim, BF16);
-        for (long d = 0; d < dim; d++)
-            ((uint16_t *)side)[keys ? key_at(lane, d, 2) : value_at(lane, d, 2, dim)] = row[d];
+        if (keys)
+            for (long d = 0; d < dim; d += 2) memcpy(side + (d / 2 * LANES + lane) * 4, row + d, 4);
+        else
+            for (long d = 0; d < dim; d++) ((uint16_t *)side)[value_at(lane, d, 2, dim)] = row[d];
         return;
     }
     float top = c->format == I8 ? amax(x, dim) : 0, inverse = c->format != I8 ? 1 : top > 0 ? 127 / top : 0;
@@ -1252,6 +1257,26 @@ int ps_attention(pool *p, const attention *a)
     if (!reserve(p, 0, rows > sizeof(bench) ? rows : sizeof(bench))) return 0;
     call(p, attention_run, (void *)a);
     return 1;
+}
+
+/* ---- memory ---- */
+
+typedef struct { char *at; long bytes; } region;
+
+static void touch_run(pool *p, void *arg, int id)
+{
+    region *r = arg;
+    const long piece = 1 << 21;
+    (void)id;
+    for (long u; (u = claim(p) * piece) < r->bytes;)
+        for (long i = u; i < u + piece && i < r->bytes; i += 4096) ((volatile char *)r->at)[i] = 0;
+}
+
+/* Have the system find the pages of a zeroed region now. */
+void ps_touch(pool *p, void *at, long bytes)
+{
+    region r = {at, bytes};
+    call(p, touch_run, &r);
 }
 
 /* ---- logits ---- */

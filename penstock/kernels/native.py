@@ -231,11 +231,15 @@ class PanelCache:
         dtype: torch.dtype, compute: torch.dtype,
     ) -> None:  # fmt: skip
         self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
-        self._library = kernels.library
+        self._library, self._pool = kernels.library, kernels.pool
         self._struct = _Cache(0, heads, key_dim, value_dim, TYPES[dtype], TYPES[compute])
         self.pointer = ctypes.addressof(self._struct)
         self._memory = pages(int(self._library.ps_cache_bytes(_P(self.pointer), _L(panels))))
         self._struct.base = self._memory.data_ptr()
+
+    def touch(self) -> None:
+        """Have the system find the memory's pages now; only while nothing is stored."""
+        self._library.ps_touch(self._pool, _P(self._memory.data_ptr()), _L(self._memory.numel()))
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [n, heads, key_dim] and values of slots (int64 [n]), in float32."""

@@ -149,7 +149,7 @@ def _forward(module: nn.Module, ids: Tensor, positions: Tensor, **options: Any) 
             out = module(input_ids=ids[None], position_ids=positions[None], use_cache=False, **options)
     except TypeError as error:
         raise _refusal(module, f"the step's metadata does not reach its attention ({error})") from error
-    return out.logits[0].float()  # type: ignore[no-any-return]
+    return out.logits[0].float().clone()  # type: ignore[no-any-return]
 
 
 def _paged_logits(module: nn.Module, ids: Tensor, probed: Probed, paging: Paging, device: torch.device) -> Tensor:

@@ -55,7 +55,7 @@ class Paging(Protocol):
 class PlainPaging:
     """The reference: tensors of slots, on any device."""
 
-    survey = None
+    survey: Survey | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -77,16 +77,20 @@ class PlainPaging:
 
 
 class PanelPaging:
-    """The compiled kernels, on the CPU; `int8` stores keys and values in a byte each."""
+    """The compiled kernels, on the CPU: `int8` stores keys and values in a byte each, `touch` takes all memory now."""
 
-    def __init__(self, kernels: Kernels, int8: bool) -> None:
+    def __init__(self, kernels: Kernels, int8: bool, *, touch: bool = False) -> None:
         self._kernels = kernels
+        self._touch = touch
         self._int8 = int8
         self.survey: Survey | None = partial(survey_logits, kernels)
 
     def storage(self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int) -> Storage:
         """Room for K/V. Raises `OutOfMemory`."""
-        return PanelStorage(self._kernels, shapes, num_blocks, block_size, self._int8)
+        made = PanelStorage(self._kernels, shapes, num_blocks, block_size, self._int8)
+        if self._touch:
+            made.touch()
+        return made
 
     def attention(self, storage: PanelStorage, layout: StepLayout, layers: dict[int, int]) -> Paged:
         """What answers for the attention of one step."""

@@ -56,6 +56,11 @@ class PanelStorage:
                 "tokens; lower memory_pool_size (bytes) or kv_cache_tokens"
             ) from error
 
+    def touch(self) -> None:
+        """Have the system find all pages now."""
+        for cache in self.caches:
+            cache.touch()
+
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer."""
         if not copies:
@@ -138,7 +143,7 @@ def steps_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> native.
 
 def _table(row: Row, block_size: int, whole: bool) -> np.ndarray:
     """The panels of a row's context, or its slots where blocks are not whole panels."""
-    blocks = np.array(row.blocks[: -(-row.end // block_size)], dtype=np.int32)
+    blocks: np.ndarray = np.array(row.blocks[: -(-row.end // block_size)], dtype=np.int32)
     unit = block_size // PANEL if whole else block_size
     if unit > 1:
         blocks = (blocks[:, None] * unit + np.arange(unit, dtype=np.int32)).reshape(-1)

@@ -51,7 +51,7 @@ def ready(module: nn.Module, device: torch.device, longest: int, config: EngineC
         paging: Paging = PlainPaging(device)
         compare(module, probed, paging)
         return Ready(probed.layers, probed.shapes, paging, paging.bytes_per_token(probed.shapes), 0)
-    paging = PanelPaging(kernels, config.kv_cache_dtype == "int8")
+    paging = PanelPaging(kernels, config.kv_cache_dtype == "int8", touch=config.preallocate_kv_cache)
     try:
         if not owned:
             _demand_owned(config)
@@ -116,7 +116,7 @@ def _demand_owned(config: EngineConfig) -> None:
 
 
 def _demand_all_fused(module: nn.Module, probed: Probed) -> None:
-    """Deterministic outputs hold for what the kernels compute; a product or activation of torch's minds its neighbours."""
+    """Deterministic outputs hold for what the kernels compute; a product of torch's minds its neighbours."""
     fused = sum(isinstance(part, FusedLayer) for part in module.modules())
     left = [f"{len(probed.layers) - fused} of {len(probed.layers)} layers"] if fused < len(probed.layers) else []
     left += sorted({type(part).__name__ for part in module.modules() if _computes_with_weights(part)})

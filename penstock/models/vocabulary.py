@@ -111,7 +111,7 @@ class Vocabulary:
         return Weights.of(below.exp_())
 
     def log_total(self, weights: Weights | None = None) -> Tensor:
-        """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts. `weights()`, if known, save work."""
+        """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts; known `weights()` save work."""
         total = self.total
         if total is None:
             total = (self.weights() if weights is None else weights).total

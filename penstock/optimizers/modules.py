@@ -11,15 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from penstock.kernels.native import TYPES, Kernels, Linear, Norm
+from penstock.kernels.native import TYPES, Kernels, Linear, Norm, pages
 from penstock.optimizers.behaviour import norm_of
 from penstock.optimizers.blocks import Matrix, matrix_of
 
+MAX_REUSED = 16 * 1024**2  # logits
 MIN_WEIGHTS = 256  # routers and other crumbs stay as they are
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b for x [..., K], in x's dtype or `out_dtype`."""
+    """x W^T + b for x [..., K], in x's dtype; or in `out_dtype`, in memory that the next call writes again."""
 
     def __init__(self, kernels: Kernels, matrix: Matrix, quantize: bool, out_dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -27,12 +28,24 @@ class PackedLinear(nn.Module):
         self._linear = Linear(kernels, [matrix.weight], [matrix.bias], quantize=quantize, out_dtype=out_dtype)
         self.num_bytes = self._linear.num_bytes
         self.in_features, self.out_features = self._linear.k, self._linear.n
+        self._reuse = out_dtype is not None
+        self._room = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last dimension."""
         rows = x.reshape(-1, x.shape[-1]).to(self._dtype)
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        return self._linear(rows).view(*x.shape[:-1], self.out_features)
+        out = self._linear(rows, self._space(len(rows)) if self._reuse else None)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _space(self, rows: int) -> Tensor | None:
+        """Room for logits [rows, N] that is used again by the next call: fresh memory would be zeroed page by page."""
+        wanted = rows * self.out_features
+        if wanted > MAX_REUSED:
+            return None
+        if wanted > len(self._room):
+            self._room = pages(wanted * 4).view(torch.float32)
+        return self._room[:wanted].view(rows, self.out_features)
 
 
 class PackedNorm(nn.Module):

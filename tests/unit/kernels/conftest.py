@@ -1,4 +1,4 @@
-"""`kernels`: a pool of two threads for every instruction set that this CPU has, so that no path stays untried."""
+"""`kernels`: a pool of one thread for every instruction set that this CPU has, so that no path stays untried."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def cpu_flags() -> set[str]:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    """Two threads of the kernels, compiled for the target."""
+    """The kernels, compiled for the target."""
     flags, needed = TARGETS[request.param]
     if not available() or not cpu_flags().issuperset(needed.split()):
         pytest.skip("no compiler, or a CPU without these instructions")
-    made = Kernels(2, build(flags).library)
+    made = Kernels(1, build(flags).library)
     yield made
     made.close()

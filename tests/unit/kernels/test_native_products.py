@@ -223,7 +223,7 @@ def variants(kernels: Kernels, dtype: torch.dtype) -> Sequence[Linear]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_gets_the_same_bits_whatever_rows_and_threads_are_there(kernels: Kernels, dtype: torch.dtype) -> None:
-    pools = [kernels, *(Kernels(count, kernels.library) for count in (1, 3))]
+    pools = [kernels, *(Kernels(count, kernels.library) for count in (2, 3))]
     x = randn(40, 67, dtype=dtype)
     for alike in zip(*(variants(pool, dtype) for pool in pools), strict=True):
         rows = x[:, : alike[0].k].contiguous()
