@@ -631,7 +631,7 @@ static void interleave(const linear_job *j, long m, long mr, long begin, long en
 }
 
 /* Finish `rows` rows of a panel's sums c and store them. */
-INLINE void finish_rows(const linear_job *j, long m, long rows, long n, const float *c, const int act, const int type, const int mode)
+INLINE void finish_rows(const linear_job *j, long m, long rows, long n, const float *c, long ldc, const int act, const int type, const int mode)
 {
     const linear *w = j->w;
     const int many = mode == GATED ? 1 : NV, quantized = w->format == I8;
@@ -643,7 +643,7 @@ INLINE void finish_rows(const linear_job *j, long m, long rows, long n, const fl
         scale[i] = quantized ? *(const vf *)(w->scales + n + i * VL) : splat(1.0f);
         offset[i] = quantized ? *(const vi *)(w->offsets + n + i * VL) : splati(0);
     }
-    for (long x = 0; x < rows; x++, c += NR) {
+    for (long x = 0; x < rows; x++, c += ldc) {
         char *out = j->out + (m + x) * j->ldo * SIZE[type];
         vf v[NV];
         for (int i = 0; i < NV; i++) {
@@ -666,14 +666,14 @@ INLINE void finish_rows(const linear_job *j, long m, long rows, long n, const fl
     }
 }
 
-static void finish(const linear_job *j, long m, long rows, long n, const float *c)
+static void finish(const linear_job *j, long m, long rows, long n, const float *c, long ldc)
 {
     int act = j->w->act, type = j->w->out_type, mode = j->w->mode;
-    if (type == BF16 && mode == GATED && act == SILU) finish_rows(j, m, rows, n, c, SILU, BF16, GATED);
-    else if (type == BF16 && mode == STORE && !act) finish_rows(j, m, rows, n, c, IDENTITY, BF16, STORE);
-    else if (type == BF16 && mode == ADD && !act) finish_rows(j, m, rows, n, c, IDENTITY, BF16, ADD);
-    else if (type == F32 && mode == STORE && !act) finish_rows(j, m, rows, n, c, IDENTITY, F32, STORE);
-    else finish_rows(j, m, rows, n, c, act, type, mode);
+    if (type == BF16 && mode == GATED && act == SILU) finish_rows(j, m, rows, n, c, ldc, SILU, BF16, GATED);
+    else if (type == BF16 && mode == STORE && !act) finish_rows(j, m, rows, n, c, ldc, IDENTITY, BF16, STORE);
+    else if (type == BF16 && mode == ADD && !act) finish_rows(j, m, rows, n, c, ldc, IDENTITY, BF16, ADD);
+    else if (type == F32 && mode == STORE && !act) finish_rows(j, m, rows, n, c, ldc, IDENTITY, F32, STORE);
+    else finish_rows(j, m, rows, n, c, ldc, act, type, mode);
 }
 
 enum { WORDS_PER_CLAIM = 512 };
@@ -691,25 +691,39 @@ static void prepare_rows(pool *p, const linear_job *j, long tiles_m, int id)
     barrier(p);
 }
 
+INLINE long panel_bytes(const linear *w) { return words(w) * NR * (w->format == F16 ? 2 : 4); }
+
+/* Panel q for the rows of a single tile, and the one after it if they are few enough: how many panels that was. */
+static long multiply_one_tile(const linear_job *j, long q, long last)
+{
+    const linear *w = j->w;
+    const long size = panel_bytes(w), k = words(w), word = size / k, pair = j->rows <= WIDE_ROWS && q + 1 < last;
+    const char *at[WIDE], *soon[WIDE];
+    columns b = {.count = 1, .steps = k, .stride = word};
+    float c[MR * WIDE * VL];
+    for (int x = 0; x < WIDE; x++) {
+        at[x] = w->weights + (q + x / NV) * size + x % NV * (word / NV);
+        soon[x] = at[x] + 2048;
+        b.at[x] = &at[x], b.soon[x] = &soon[x];
+    }
+    (pair ? wides : tiles)[w->format][j->rows]((const int32_t *)prepared(j, 0), j->stride / 4, &b, c, WIDE * VL, 0);
+    finish(j, 0, j->rows, q * NR, c, WIDE * VL);
+    if (pair) finish(j, 0, j->rows, (q + 1) * NR, c + NR, WIDE * VL);
+    return 1 + pair;
+}
+
 /* Tiles [begin, end) of `tiles_m` of panel q; `next` is the panel that this thread takes afterwards. */
 static void multiply_panel(const linear_job *j, long q, long next, long begin, long end, long tiles_m)
 {
     const linear *w = j->w;
-    const long k = words(w), size = k * NR * (w->format == F16 ? 2 : 4), word = size / k;
-    const char *b = w->weights + q * size, *right = b + word / 2, *ahead = w->weights + next * size;
+    const long k = words(w), size = panel_bytes(w);
+    const char *b = w->weights + q * size, *ahead = w->weights + next * size;
     float c[MR * NR];
-    if (tiles_m == 1) {
-        const char *soon = b + 8192, *soon_right = soon + word / 2;
-        columns cols = {{&b, &right}, {&soon, &soon_right}, 1, k, word};
-        tiles[w->format][j->rows]((const int32_t *)prepared(j, 0), j->stride / 4, &cols, c, NR, 0);
-        finish(j, 0, j->rows, q * NR, c);
-        return;
-    }
     for (long t = begin; t < end; t++) { /* the first two tiles fetch half of the next panel each */
         long m = t * j->rows / tiles_m, mr = (t + 1) * j->rows / tiles_m - m, fetches = t - begin < 2 && next != q;
         const char *soon = fetches ? ahead + (t - begin) * (size / 2) : b;
-        products[w->format][mr]((const int32_t *)j->a + m * k, b, k, soon, fetches ? word / 2 : 0, c);
-        finish(j, m, mr, q * NR, c);
+        products[w->format][mr]((const int32_t *)j->a + m * k, b, k, soon, fetches ? size / k / 2 : 0, c);
+        finish(j, m, mr, q * NR, c, NR);
     }
 }
 
@@ -724,7 +738,8 @@ static void linear_run(pool *p, void *arg, int id)
     for (long u = claim(p), next; u < units; u = next) {
         next = claim(p); /* known early, so that its weights can be fetched */
         long first = u / parts * several, last = first + several < panels ? first + several : panels, part = u % parts;
-        for (long q = first; q < last; q++) {
+        for (long q = first; tiles_m == 1 && q < last;) q += multiply_one_tile(&j, q, last);
+        for (long q = first; tiles_m > 1 && q < last; q++) {
             long after = q + 1 < last ? q + 1 : next < units ? next / parts * several : q;
             multiply_panel(&j, q, after, part * tiles_m / parts, (part + 1) * tiles_m / parts, tiles_m);
         }
