@@ -107,7 +107,6 @@ def _cpu_name() -> str:
 
 def _model(config: EngineConfig, loaded: list[Any]) -> dict[str, Any]:
     """Loads the demo model, for the examinations after this one."""
-    from penstock.models.facts import kernels_in_use
     from penstock.models.loading import load
 
     begin = time.perf_counter()
@@ -119,7 +118,8 @@ def _model(config: EngineConfig, loaded: list[Any]) -> dict[str, Any]:
         "device": spec.device,
         "dtype": spec.dtype,
         "weight_bytes": spec.weight_bytes,
-        "kernels": kernels_in_use(),
+        "kernels": spec.kernels,
+        "rewrites": ", ".join(spec.rewrites) or "none",
     }
 
 

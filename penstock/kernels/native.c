@@ -49,7 +49,14 @@ INLINE int per_word(int f) { return f == BF16 ? 2 : f == I8 ? 4 : 1; }
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vi splati(int32_t x) { return x - (vi){0}; }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+/* The greater, or b where either is no number. */
+#if defined(__AVX512F__)
+INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+#endif
 #if defined(__AVX512F__)
 INLINE float sum_of(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE float max_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
@@ -202,6 +209,21 @@ static void narrow(void *dst, const float *src, long n, int f)
 
 /* ---- elementary functions ---- */
 
+#if defined(__AVX512F__)
+INLINE vf vexp(vf x) /* Cephes expf; exactly 0 from -110 down */
+{
+    x = (vf)_mm512_min_ps((__m512)splat(88.0f), (__m512)vmax(splat(-110.0f), x)); /* NaN passes both */
+    __m512 n = _mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+    vf r = x - (vf)n * 0.693359375f + (vf)n * 2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return (vf)_mm512_scalef_ps((__m512)p, n);
+}
+#else
 INLINE vf vexp(vf x) /* Cephes expf; exactly 0 below -87 */
 {
     vi small = x < splat(-87.0f);
@@ -219,6 +241,7 @@ INLINE vf vexp(vf x) /* Cephes expf; exactly 0 below -87 */
     vf power = (vf)(((vi)shifted << 23) + (127 << 23)); /* the low bits of `shifted` are n */
     return pick(small, splat(0.0f), p * power);
 }
+#endif
 
 INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(x + x) + 1.0f); }
 
@@ -414,11 +437,11 @@ INLINE vf dot(vf acc, vi b, int32_t a, int f)
 }
 
 /* Where a tile reads b: `count` stretches of `steps` words each, `stride` bytes from word to word; vector v of stretch
- * s begins at at[v][s]. `soon` are the stretches that will be wanted next: the same place in them is prefetched. */
+ * s begins at at[v][s] + shift[v]. `soon` are the stretches that will be wanted next: the same place in them is prefetched. */
 enum { WIDE = 2 * NV, WIDE_ROWS = VL == 16 ? 6 : 2 }; /* few rows take twice the columns, to keep the units busy */
 typedef struct {
     const char *const *at[WIDE], *const *soon[WIDE];
-    long count, steps, stride;
+    long shift[WIDE], count, steps, stride;
 } columns;
 
 INLINE void tile(const int f, const int mr, const int nv, const int32_t *a, long ars, const columns *b, float *c, long ldc, int add)
@@ -429,7 +452,7 @@ INLINE void tile(const int f, const int mr, const int nv, const int32_t *a, long
     const long stride = b->stride, steps = b->steps;
     for (long s = 0; s < b->count; s++) {
         const char *at[WIDE], *soon[WIDE];
-        for (int j = 0; j < nv; j++) at[j] = b->at[j][s], soon[j] = b->soon[j][s];
+        for (int j = 0; j < nv; j++) at[j] = b->at[j][s] + b->shift[j], soon[j] = b->soon[j][s] + b->shift[j];
         long offset = 0;
         for (long k = 0; k < steps; k++, offset += stride) {
             vi x[WIDE];
@@ -970,15 +993,19 @@ typedef struct {
     const float *sinks;
 } attention;
 
-static void rotate(const attention *a, long token, float *x, long dim, const float *weight)
+typedef struct { float cosine[MAX_HEAD], sine[MAX_HEAD]; } angles;
+
+static void angles_of(const rotary *r, long token, angles *g)
 {
-    const rotary *r = a->r;
-    float cosine[MAX_HEAD], sine[MAX_HEAD];
+    widen(g->cosine, r->cos + token * r->width * SIZE[r->type], r->width, r->type);
+    widen(g->sine, r->sin + token * r->width * SIZE[r->type], r->width, r->type);
+}
+
+static void rotate(const rotary *r, const angles *g, float *restrict x, long dim, const float *weight)
+{
+    const float *restrict cosine = g->cosine, *restrict sine = g->sine;
     long half = r->width / 2;
     if (r->norm == 1 && weight) normalize(x, dim, RMS, weight, NULL, r->eps);
-    if (!half) return;
-    widen(cosine, r->cos + token * r->width * SIZE[r->type], r->width, r->type);
-    widen(sine, r->sin + token * r->width * SIZE[r->type], r->width, r->type);
     for (long i = 0; i < half; i++) {
         float lo = x[i], hi = x[i + half];
         x[i] = lo * cosine[i] - hi * sine[i];
@@ -987,18 +1014,18 @@ static void rotate(const attention *a, long token, float *x, long dim, const flo
 }
 
 /* Finish queries and key of one key/value head, and put key and value into the cache. */
-static void place_head(const attention *a, long token, long head)
+static void place_head(const attention *a, long token, long head, const angles *g)
 {
     long group = a->heads / a->c->heads, dim = a->c->key_dim, size = SIZE[a->type];
     float key[MAX_HEAD + VL], value[MAX_HEAD + VL];
     widen(key, a->key + (token * a->key_token + head * a->key_head) * size, dim, a->type);
     widen(value, a->value + (token * a->value_token + head * a->value_head) * size, a->c->value_dim, a->type);
-    if (a->r) rotate(a, token, key, dim, a->r->key_norm);
+    if (a->r) rotate(a->r, g, key, dim, a->r->key_norm);
     write_head(a->c, a->s->slots[token], head, key, value);
-    for (long g = head * group; a->r && g < (head + 1) * group; g++) {
-        char *q = a->query + (token * a->query_token + g * a->query_head) * size;
+    for (long h = head * group; a->r && h < (head + 1) * group; h++) {
+        char *q = a->query + (token * a->query_token + h * a->query_head) * size;
         widen(key, q, dim, a->type);
-        rotate(a, token, key, dim, a->r->query_norm);
+        rotate(a->r, g, key, dim, a->r->query_norm);
         narrow(q, key, dim, a->type);
     }
 }
@@ -1014,17 +1041,20 @@ static void place(pool *p, const attention *a, float *row)
 {
     long heads = a->c->heads, whole = a->r && a->r->norm == 2, size = SIZE[a->type], dim = a->c->key_dim;
     long pieces = whole || a->s->tokens >= 4 * p->threads ? a->s->tokens : a->s->tokens * heads;
+    angles g;
     for (long u; (u = claim(p)) < pieces;) {
-        if (pieces != a->s->tokens) { place_head(a, u / heads, u % heads); continue; }
+        if (a->r && a->r->width) angles_of(a->r, pieces == a->s->tokens ? u : u / heads, &g);
+        if (pieces != a->s->tokens) { place_head(a, u / heads, u % heads, &g); continue; }
         if (whole) {
             normalize_all(a, a->query + u * a->query_token * size, a->heads * dim, a->r->query_norm, row);
             normalize_all(a, a->key + u * a->key_token * size, heads * dim, a->r->key_norm, row);
         }
-        for (long h = 0; h < heads; h++) place_head(a, u, h);
+        for (long h = 0; h < heads; h++) place_head(a, u, h, &g);
     }
 }
 
-enum { Q_WORDS = MAX_HEAD, O_WIDTH = MAX_HEAD + WIDE * VL };
+enum { Q_WORDS = MAX_HEAD + 16, /* rows begin in different sets of the cache */
+     O_WIDTH = MAX_HEAD + WIDE * VL };
 
 /* One thread's workspace: up to MR queries that walk along their keys together. */
 typedef struct {
@@ -1059,39 +1089,47 @@ static void assemble(const attention *a, bench *w, const int32_t *table, long n,
     }
 }
 
-/* Scores of query i over n panels from key `from` on become weights; the running maximum, sum and output follow. */
-INLINE void soften(const attention *a, bench *w, long i, long from, long n, int f)
+/* Scores of query i over n panels from key `from` on become weights; the running maximum, sum and output follow.
+ * `plain`: all keys are visible, and scores are only scaled. */
+INLINE void soften_(const attention *a, bench *w, long i, long from, const long n, const int f, const int plain)
 {
-    long position = w->position[i], low = a->window && position >= a->window ? position - a->window + 1 : 0;
-    int open = from >= low && from + n * LANES - 1 <= position, scaled = a->c->format == I8;
+    const long position = w->position[i], low = a->window && position >= a->window ? position - a->window + 1 : 0;
+    const int scaled = !plain && a->c->format == I8;
+    vf s[KEYS / VL], top = splat(-INFINITY), sum = splat(0.0f), scaling = splat(a->scaling);
     vi lane;
     for (int x = 0; x < VL; x++) lane[x] = x;
-    vf s[KEYS / VL], top = splat(-INFINITY), sum = splat(0.0f);
-    long vectors = n * LANES / VL;
-    for (long j = 0; j < vectors; j++) {
-        s[j] = *(vf *)(w->score[i] + j * VL) * a->scaling;
+    _Pragma("GCC unroll 16") for (long j = 0; j < n * LANES / VL; j++) {
+        s[j] = *(vf *)(w->score[i] + j * VL) * scaling;
         if (scaled) s[j] *= *(vf *)(w->key_scale + j * VL);
-        if (a->softcap > 0) s[j] = a->softcap * vtanh(s[j] / a->softcap);
-        if (!open) {
+        if (!plain && a->softcap > 0) s[j] = a->softcap * vtanh(s[j] / a->softcap);
+        if (!plain) {
             vi key = lane + (int32_t)(from + j * VL);
             s[j] = pick((key <= (int32_t)position) & (key >= (int32_t)low), s[j], splat(-INFINITY));
         }
         top = vmax(s[j], top);
     }
-    float most = max_of(top);
-    most = most > w->most[i] ? most : w->most[i];
+    float most = max_of(top), before = w->most[i];
+    most = most > before ? most : before;
     if (most == -INFINITY) { memset(w->weight[i], 0, sizeof w->weight[i]); return; }
-    for (long j = 0; j < vectors; j++) {
+    _Pragma("GCC unroll 16") for (long j = 0; j < n * LANES / VL; j++) {
         s[j] = vexp(s[j] - most);
         sum += s[j];
         if (scaled) s[j] = pick(s[j] > 0.0f, s[j] * *(vf *)(w->value_scale + j * VL), splat(0.0f));
         store(w->weight[i], j * VL, f == BF16 ? BF16 : F32, s[j]);
     }
-    float shrink = vexp(splat(w->most[i] - most))[0];
+    if (most == before) { w->total[i] += sum_of(sum); return; }
+    float shrink = vexp(splat(before - most))[0];
     w->total[i] = w->total[i] * shrink + sum_of(sum);
     w->most[i] = most;
-    if (shrink == 1.0f) return;
     for (long d = 0; d < a->c->value_dim; d += VL) *(vf *)(w->out[i] + d) *= shrink;
+}
+
+INLINE void soften(const attention *a, bench *w, long i, long from, long n, const int f)
+{
+    const long position = w->position[i];
+    const int visible = from + n * LANES - 1 <= position && (!a->window || from > position - a->window);
+    if (n == PANELS && visible && a->softcap <= 0 && a->c->format != I8) soften_(a, w, i, from, PANELS, f, 1);
+    else soften_(a, w, i, from, n, f, 0);
 }
 
 /* The next walk will be along keys [from, to) of a row: its first tile is fetched while the present one ends. */
@@ -1142,13 +1180,11 @@ static void walk(const attention *a, bench *w, long i, long mr, long row, long h
         const int wide = mr <= WIDE_ROWS, nv = wide ? WIDE : NV;
         const tile_fn run = (wide ? wides : tiles)[f][mr];
         for (long v = 0; v < n * LANES; v += nv * VL) {
-            const char *at[WIDE], *next[WIDE];
             columns b = {.count = 1, .steps = c->key_dim / p, .stride = LANES * word};
             for (int x = 0; x < nv; x++) {
                 long lane = v + x * VL;
-                at[x] = keys[lane / LANES] + lane % LANES * word;
-                next[x] = keys[PANELS + lane / LANES] + lane % LANES * word;
-                b.at[x] = &at[x], b.soon[x] = &next[x];
+                b.at[x] = &keys[lane / LANES], b.soon[x] = &keys[PANELS + lane / LANES];
+                b.shift[x] = lane % LANES * word;
             }
             run(w->query[i], Q_WORDS, &b, w->score[i] + v, KEYS, 0);
         }
@@ -1156,16 +1192,10 @@ static void walk(const attention *a, bench *w, long i, long mr, long row, long h
             if (f == BF16) soften(a, w, x, t, n, BF16);
             else soften(a, w, x, t, n, F32);
         }
+        columns b = {.count = n, .steps = LANES / p, .stride = c->value_dim * word};
+        for (int x = 0; x < nv; x++) b.at[x] = vals, b.soon[x] = vals + PANELS;
         for (long d = 0; d < c->value_dim; d += nv * VL) {
-            const char *at[WIDE][PANELS], *next[WIDE][PANELS];
-            columns b = {.count = n, .steps = LANES / p, .stride = c->value_dim * word};
-            for (int x = 0; x < nv; x++) {
-                b.at[x] = at[x], b.soon[x] = next[x];
-                for (long j = 0; j < n; j++) {
-                    at[x][j] = vals[j] + (d + x * VL) * word;
-                    next[x][j] = vals[PANELS + j] + (d + x * VL) * word;
-                }
-            }
+            for (int x = 0; x < nv; x++) b.shift[x] = (d + x * VL) * word;
             run(w->weight[i], KEYS, &b, w->out[i] + d, O_WIDTH, 1);
         }
     }

@@ -69,6 +69,11 @@ def available() -> bool:
     return build().library is not None
 
 
+def note() -> str:
+    """How the kernels were compiled, or why there are none."""
+    return build().note
+
+
 class Kernels:
     """A pool of `threads` threads that run the compiled kernels, or another build's `library`. `close()` ends them."""
 

@@ -17,11 +17,6 @@ COPY_BYTES = 96 * 1024**2
 MATRIX_SIZE = {"cpu": 768, "cuda": 4096}
 
 
-def kernels_in_use() -> str:
-    """Which implementation the hot operations run with."""
-    return "plain torch reference"
-
-
 def hardware() -> dict[str, Any]:
     """Threads that PyTorch uses, the best CPU instructions it knows here, free host memory, CUDA devices."""
     return {

@@ -165,7 +165,11 @@ def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
     }
     made = _try(module, device, longest, config, owned=module is owner)
     spec = ModelSpec(
-        **facts, kv_bytes_per_token=made.kv_bytes_per_token, weight_bytes=weight_bytes(owner) + made.packed_bytes
+        **facts,
+        kv_bytes_per_token=made.kv_bytes_per_token,
+        weight_bytes=weight_bytes(owner) + made.packed_bytes,
+        kernels=made.kernels,
+        rewrites=made.rewrites,
     )
     runner = Executor(module, spec, made.layers, made.shapes, made.paging, device, config.logits_chunk_bytes)
     return LoadedModel(runner, tokenizer)

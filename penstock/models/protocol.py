@@ -16,6 +16,7 @@ from penstock.step import StepPlan, StepResult
 class ModelSpec:
     """Facts about a loaded model. Sizes are bytes; `max_length` is tokens, prompt and output together.
 
+    `kernels` says what its hot operations run with, `rewrites` what was replaced in it to be faster.
     `defaults` are the sampling parameters that the model's own generation config recommends.
     """
 
@@ -27,6 +28,8 @@ class ModelSpec:
     weight_bytes: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    kernels: str = "none"
+    rewrites: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -37,6 +37,8 @@ class Ready:
     paging: Paging
     kv_bytes_per_token: int
     packed_bytes: int
+    kernels: str
+    rewrites: tuple[str, ...]
 
 
 def ready(module: nn.Module, device: torch.device, longest: int, config: EngineConfig, *, owned: bool) -> Ready:
@@ -50,20 +52,32 @@ def ready(module: nn.Module, device: torch.device, longest: int, config: EngineC
         _demand_nothing(config)
         paging: Paging = PlainPaging(device)
         compare(module, probed, paging)
-        return Ready(probed.layers, probed.shapes, paging, paging.bytes_per_token(probed.shapes), 0)
+        return _ready(module, probed, paging, "plain torch" + _why_plain(device, config), ())
     paging = PanelPaging(kernels, config.kv_cache_dtype == "int8", touch=config.preallocate_kv_cache)
+    rewrites: tuple[str, ...] = ()
     try:
         if not owned:
             _demand_owned(config)
         else:
-            _rewrite(module, probed, kernels, paging, device, config)
+            rewrites = _rewrite(module, probed, kernels, paging, device, config)
         loose = config.quantization or config.kv_cache_dtype != "auto"
         compare(module, probed, paging, tolerance=QUANTIZED_TOLERANCE if loose else None)
     except BaseException:
         paging.close()
         raise
+    return _ready(module, probed, paging, f"{native.note()}, {kernels.threads} threads", rewrites)
+
+
+def _ready(module: nn.Module, probed: Probed, paging: Paging, kernels: str, rewrites: tuple[str, ...]) -> Ready:
     packed = sum(getattr(part, "num_bytes", 0) for part in module.modules())
-    return Ready(probed.layers, probed.shapes, paging, paging.bytes_per_token(probed.shapes), packed)
+    per_token = paging.bytes_per_token(probed.shapes)
+    return Ready(probed.layers, probed.shapes, paging, per_token, packed, kernels, rewrites)
+
+
+def _why_plain(device: torch.device, config: EngineConfig) -> str:
+    if device.type != "cpu" or "kernels" in config.disabled_rewrites:
+        return ""
+    return f": {'this model stores what the kernels do not' if native.available() else native.note()}"
 
 
 def _kernels(probed: Probed, device: torch.device, config: EngineConfig) -> native.Kernels | None:
@@ -78,7 +92,7 @@ def _rewrite(
     paging: Paging,
     device: torch.device,
     config: EngineConfig,
-) -> None:
+) -> tuple[str, ...]:
     one_torch_thread()
     report = rewrite(
         module,
@@ -92,6 +106,7 @@ def _rewrite(
     log.debug("rewrites: %s", ", ".join(map(str, report)))
     if config.deterministic:
         _demand_all_fused(module, probed)
+    return tuple(map(str, report))
 
 
 def _demand_nothing(config: EngineConfig) -> None:
