@@ -2,6 +2,8 @@
 
 A plan is valid until its step is committed or failed. Its rows name the live, append-only `tokens` and `blocks` of
 their sequences: the scheduler writes neither while a plan executes, so the executor may read them without a copy.
+
+What is made for every row of every step is a named tuple: as frozen, and made in a third of the time.
 """
 
 from __future__ import annotations
@@ -9,13 +11,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's share of a step: positions [start, end) of its tokens go through the model.
 
     Positions from `len(tokens)` on, if any, are `draft` tokens. `samples` says whether the step reaches the newest
@@ -55,8 +57,7 @@ class StepPlan:
         return sum(row.end - row.start for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """Log probabilities at one position.
 
     `logprob` is the model's own (no temperature, no filter), `sampled` the one under the distribution that was really
@@ -71,8 +72,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What one row produced: accepted tokens in order (none while prefilling), or the error that ends its request.
 
     `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i.
@@ -93,8 +93,7 @@ class StepResult:
     timings_s: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """News of one sequence for its reader. `reason` is set on exactly one event, the last one.
 
     `error` comes with FinishReason.ERROR (and with DEADLINE, when there is more to say).

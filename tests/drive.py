@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
+from penstock.models.executor import Executor
 from penstock.models.loading import load
 from penstock.sampling import SamplingParams
 from penstock.scheduling.scheduler import Scheduler
@@ -25,23 +27,32 @@ def prompts(count: int, longest: int, vocab: int, seed: int = 0) -> list[list[in
 
 
 class Driver:
-    """One model, ready to run sequences; `seen` collects each sequence's logprobs by id."""
+    """One model, ready to run sequences; `logprobs` collects each sequence's by id.
 
-    def __init__(self, model: nn.Module | str, *, num_blocks: int = 1024, block_size: int = 4, **settings: Any) -> None:
+    Given the `runner` of another driver, it runs the same model with a cache of its own.
+    """
+
+    def __init__(
+        self, model: nn.Module | str | Executor, *, num_blocks: int = 1024, block_size: int = 4, **settings: Any
+    ) -> None:
         settings = {"max_sequence_length": None, "max_num_batched_tokens": 4096} | settings
         config = EngineConfig(skip_tokenizer_init=True, block_size=block_size, **settings)
-        self.runner = load(model, None, config).runner
+        self.runner = model if isinstance(model, Executor) else load(model, None, config).runner
         self.runner.allocate(num_blocks, block_size)
         self.cache = CacheManager(num_blocks, block_size, enable_prefix_caching=config.enable_kv_cache)
         self.scheduler = Scheduler(config, self.cache, max_logit_rows=4096)
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
 
-    def run(self, sequences: list[Sequence]) -> list[list[int]]:
-        """Run all to their ends; the output tokens of each."""
+    def run(self, sequences: list[Sequence], late: Iterable[Sequence] = ()) -> list[list[int]]:
+        """Run all to their ends, those of `late` arriving one at a step; the output tokens of each."""
+        arriving = list(late)
         for sequence in sequences:
             self.scheduler.add(sequence, 0.0)
-        while self.scheduler.has_work:
+        sequences = sequences + arriving
+        while self.scheduler.has_work or arriving:
+            if arriving:
+                self.scheduler.add(arriving.pop(0), 0.0)
             plan = self.scheduler.plan(0.0)
             assert plan.rows, "work is left but nothing was planned"
             for event in self.scheduler.commit(plan, self.runner.execute(plan)):

@@ -209,8 +209,9 @@ class InferenceEngine:
     # Figures.
 
     def get_stats(self) -> dict[str, Any]:
-        """Status, queue, cache, latency percentiles and rates, memory, configuration."""
+        """Status, queue, cache, latency percentiles and rates, memory, configuration, facts of the loaded model."""
         parts = self._parts[0] if self._parts and not self._host.closed else None
+        spec = parts.runner.spec if parts else None
         return {
             "engine_status": self._status(),
             "queue": self._queue_stats(parts),
@@ -218,8 +219,11 @@ class InferenceEngine:
             "performance_metrics": self._metrics.summaries(),
             "totals": dict(self._metrics.totals),
             "memory_usage": parts.runner.memory_usage() if parts else 0.0,
-            "device": parts.runner.spec.device if parts else self.config.device,
-            "model": parts.runner.spec.name if parts else None,
+            "device": spec.device if spec else self.config.device,
+            "model": spec.name if spec else None,
+            "weight_bytes": spec.weight_bytes if spec else 0,
+            "kernels": spec.kernels if spec else None,
+            "rewrites": spec.rewrites if spec else (),
             "config": self.config.model_dump(),
         }
 

@@ -834,21 +834,6 @@ void ps_pack(pool *p, const packing *g) { call(p, pack_run, (void *)g); }
 long ps_columns(long n) { return (n + NR - 1) / NR * NR; }
 long ps_lanes(void) { return VL; }
 
-/* Rows of an embedding that shares its packed weights with the output head. */
-void ps_embed(const linear *w, const int64_t *ids, long rows, void *out, int type)
-{
-    long per = per_word(w->format), k = words(w), size = w->format == F16 ? 2 : 4;
-    for (long m = 0; m < rows; m++) {
-        long n = ids[m];
-        const char *src = w->weights + (n / NR) * k * NR * size + (n % NR) * size;
-        for (long i = 0; i < w->k; i++) {
-            const char *word = src + i / per * NR * size;
-            float x = w->format == I8 ? ((const int8_t *)word)[i % 4] * w->scales[n] : load1(word, i % per, w->format);
-            store1(out, m * w->k + i, type, x);
-        }
-    }
-}
-
 /* ---- the paged cache ----
  *
  * One buffer per layer: [panels][kv heads][keys | values | scales]. A panel holds the LANES tokens of consecutive

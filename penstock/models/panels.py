@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError, OutOfMemory
-from penstock.kernels import native
-from penstock.kernels.native import PANEL, TILE
+from penstock.kernels import native, paged
+from penstock.kernels.paged import PANEL, TILE
 from penstock.models.attention import Options
 from penstock.models.layout import StepLayout
 from penstock.models.storage import LayerShape
@@ -28,9 +28,7 @@ ROWS_PER_TASK = 32
 def supports(shapes: Sequence[LayerShape]) -> bool:
     """Whether the kernels can hold what these layers store."""
     return all(
-        shape.dtype in native.TYPES
-        and shape.key_dim % 2 == 0
-        and max(shape.key_dim, shape.value_dim) <= native.MAX_HEAD
+        shape.dtype in native.TYPES and shape.key_dim % 2 == 0 and max(shape.key_dim, shape.value_dim) <= paged.MAX_HEAD
         for shape in shapes
     )
 
@@ -72,10 +70,10 @@ class PanelStorage:
             cache.copy(source, destination)
 
 
-def _cache(kernels: native.Kernels, panels: int, shape: LayerShape, int8: bool) -> native.PanelCache:
+def _cache(kernels: native.Kernels, panels: int, shape: LayerShape, int8: bool) -> paged.PanelCache:
     compute = torch.bfloat16 if int8 else shape.dtype
     stored = torch.int8 if int8 else shape.dtype
-    return native.PanelCache(kernels, panels, shape.heads, shape.key_dim, shape.value_dim, stored, compute)
+    return paged.PanelCache(kernels, panels, shape.heads, shape.key_dim, shape.value_dim, stored, compute)
 
 
 class PanelAttention:
@@ -93,7 +91,7 @@ class PanelAttention:
         layer = self._layers[id(module)]
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         query, key, value = (_rows_of(x, out.dtype) for x in (query, key, value))
-        native.attend(
+        paged.attend(
             self.kernels,
             self.caches[layer],
             self.steps,
@@ -120,7 +118,7 @@ def _rows_of(x_H_T_D: Tensor, dtype: torch.dtype) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def steps_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> native.Steps:
+def steps_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> paged.Steps:
     """The kernels' index arrays of a step: where contexts lie, and which tokens are attended for together."""
     whole = block_size % PANEL == 0
     tables = [_table(row, block_size, whole) for row in rows]
@@ -130,7 +128,7 @@ def steps_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> native.
     tables = [tables[index] for index in order]
     bundles = np.array(list(_bundles(rows, groups)), dtype=np.int32).reshape(-1, 5)
     names = ("row", "rows", "begin", "end", "shared")
-    return native.Steps(
+    return paged.Steps(
         whole,
         slots,
         first=firsts[order],

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock.kernels import native
-from penstock.kernels.native import ADD, GATED, STORE, FusedAttention, Kernels, Linear, Norm, Rotary
+from penstock.kernels.native import Kernels
+from penstock.kernels.paged import FusedAttention, Rotary
+from penstock.kernels.products import ADD, GATED, STORE, Linear, Norm
 from penstock.optimizers.behaviour import NormFacts
 from penstock.optimizers.blocks import Block, Matrix
 
@@ -106,6 +107,6 @@ def _norm(kernels: Kernels, facts: NormFacts | None, dtype: torch.dtype) -> Norm
 def _rotary(block: Block, shape: Shape) -> Rotary:
     query, key = block.query_norm, block.key_norm
     if query is None or key is None:
-        return native.Rotary(0, 0.0, None, None)
+        return Rotary(0, 0.0, None, None)
     whole = len(query.weight) != shape.key_dim
-    return native.Rotary(2 if whole else 1, query.eps, query.weight, key.weight)
+    return Rotary(2 if whole else 1, query.eps, query.weight, key.weight)

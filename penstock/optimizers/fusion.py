@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from penstock.kernels.native import RMS, Kernels
+from penstock.kernels.native import Kernels
+from penstock.kernels.products import RMS
 from penstock.optimizers.blocks import Block, block_of
 from penstock.optimizers.fused import FusedLayer, Shape
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from penstock.kernels.native import TYPES, Kernels, Linear, Norm, pages
+from penstock.kernels.native import TYPES, Kernels, pages
+from penstock.kernels.products import Linear, Norm
 from penstock.optimizers.behaviour import norm_of
 from penstock.optimizers.blocks import Matrix, matrix_of
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import PANEL, Kernels, PanelCache, Steps, attend
+from penstock.kernels.native import Kernels
+from penstock.kernels.paged import PANEL, PanelCache, Steps, attend
 from penstock.models.layout import StepLayout
 from penstock.models.panels import steps_of
 from penstock.sampling import SamplingParams

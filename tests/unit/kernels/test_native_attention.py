@@ -48,6 +48,7 @@ PARTS: tuple[Part, ...] = (
 LENGTHS = [end for _, _, end in PARTS]
 INT8 = {"dtype": torch.bfloat16, "store": torch.int8}
 FORMATS: dict[str, dict[str, Any]] = {str(dtype): {"dtype": dtype} for dtype in DTYPES} | {"int8": INT8}
+LAYOUTS = [(format, 16) for format in FORMATS] + [(str(dtype), 4) for dtype in DTYPES]  # int8 needs whole panels
 
 
 def check(world: Sequences, scaling: float, **options: Any) -> None:
@@ -97,13 +98,10 @@ def chunks(length: int, rng: random.Random) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "everything"])
-@pytest.mark.parametrize("block_size", [16, 4])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "block_size"), LAYOUTS)
 def test_a_token_gets_the_same_bits_in_any_chunk_beside_anybody_on_any_threads(
     kernels: Kernels, format: str, block_size: int, kind: str
 ) -> None:
-    if format == "int8" and block_size == 4:
-        pytest.skip("int8 needs whole panels")
     pools = [kernels, *(Kernels(count, kernels.library) for count in (2, 3))]
     world = Sequences(kernels, (135, 97, 40), 6, 2, 24, block_size=block_size, **FORMATS[format])
     wanted = [world.attend((which, 0, length), **OPTIONS[kind])[0] for which, length in enumerate(world.lengths)]
@@ -140,14 +138,11 @@ def test_rows_that_share_a_prefix_get_the_bits_that_they_get_alone(
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("block_size", [16, 4])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "block_size"), LAYOUTS)
 def test_broken_numbers_of_one_sequence_reach_nobody_else(
     kernels: Kernels, format: str, block_size: int, broken: float
 ) -> None:
     """Neither beside it in a step, nor after it in the slots that it leaves."""
-    if format == "int8" and block_size == 4:
-        pytest.skip("int8 needs whole panels")
     clean, world = (
         Sequences(kernels, (100, 97, 101), 6, 2, 24, block_size=block_size, **FORMATS[format]) for _ in range(2)
     )

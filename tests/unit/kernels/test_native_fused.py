@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import FusedAttention, Kernels, Rotary
+from penstock.kernels.native import Kernels
+from penstock.kernels.paged import FusedAttention, Rotary
 from tests.unit.kernels.hand import ROUNDING, Sequences, attention_by_hand
 
 HEADS, KV_HEADS, DIM, VALUE_DIM, LENGTH = 6, 2, 24, 20, 90

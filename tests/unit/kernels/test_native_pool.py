@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from penstock.kernels.native import Kernels, Linear, available
+from penstock.kernels.native import Kernels, available
+from penstock.kernels.products import Linear
 
 TASKS = "/proc/self/task"
 

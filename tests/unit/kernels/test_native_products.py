@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.kernels.native import ADD, GATED, LAYER, RMS, Kernels, Linear, Norm
+from penstock.kernels.native import Kernels
+from penstock.kernels.products import ADD, GATED, LAYER, RMS, Linear, Norm
 from tests.unit.kernels.hand import ROUNDING
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -193,18 +194,6 @@ def test_rows_may_lie_apart_and_the_output_may_be_part_of_a_tensor(kernels: Kern
 def test_no_rows_give_no_rows(kernels: Kernels) -> None:
     assert Linear(kernels, [randn(8, 8)], [None])(randn(0, 8)).shape == (0, 8)
     assert Norm(kernels, RMS, randn(8), None, 1e-5, torch.float32)(randn(0, 8)).shape == (0, 8)
-
-
-@pytest.mark.parametrize("quantize", [False, True], ids=["whole", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_embeddings_are_rows_of_the_packed_matrix(kernels: Kernels, dtype: torch.dtype, quantize: bool) -> None:
-    weight, ids = randn(90, 37, dtype=dtype), torch.tensor([3, 89, 0, 3, 40])
-    found = Linear(kernels, [weight], [None], quantize=quantize).embed(ids, dtype)
-    if quantize:
-        steps = weight.double().abs().amax(1, keepdim=True) / 127
-        check(found, weight[ids].double(), 0.502 * steps[ids] + ROUNDING[dtype] * steps[ids] * 127)
-    else:
-        assert torch.equal(found, weight[ids])
 
 
 def variants(kernels: Kernels, dtype: torch.dtype) -> Sequence[Linear]:

@@ -6,7 +6,6 @@ import math
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,7 +63,7 @@ def draws(logits: Tensor, count: int, **params: Any) -> list[int]:
     many = logits.expand(5000, -1).contiguous()
     found: list[int] = []
     for first in range(0, count, 5000):
-        found += tokens_of(sampler.sample(many, [replace(row, end=first + i) for i in range(5000)]))
+        found += tokens_of(sampler.sample(many, [row._replace(end=first + i) for i in range(5000)]))
     return found
 
 
@@ -178,7 +177,7 @@ def test_min_tokens_holds_eos_back_until_reached() -> None:
     for output, token in [([], 2), ([2], 2), ([2, 2], 0)]:
         row = row_of(tokens=[1, 1, 1, *output], temperature=0.0, min_tokens=2)
         assert tokens_of(sampler.sample(logits, [row])) == [token]
-    row = replace(row_of(tokens=[1, 1, 1], temperature=0.0, min_tokens=2), stop_ids=frozenset({2}))
+    row = row_of(tokens=[1, 1, 1], temperature=0.0, min_tokens=2)._replace(stop_ids=frozenset({2}))
     assert tokens_of(sampler.sample(logits, [row])) == [1]
 
 
@@ -215,7 +214,7 @@ def test_penalties_follow_a_sequence_as_it_grows() -> None:
         scores = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([tokens]), logits[step][None].clone())[0]
         counts = torch.bincount(torch.tensor(tokens[3:], dtype=torch.int64), minlength=50)
         expected = (scores - 0.2 * counts - 0.3 * (counts > 0)).argmax().item()
-        found = tokens_of(sampler.sample(logits[step : step + 1], [replace(row, end=len(tokens))]))
+        found = tokens_of(sampler.sample(logits[step : step + 1], [row._replace(end=len(tokens))]))
         assert found == [expected]
         tokens += found
 
@@ -326,7 +325,7 @@ def test_neighbours_never_change_a_bit_of_a_row(dtype: torch.dtype, size: int, n
 def test_chunks_do_not_change_a_bit(chunk_bytes: int) -> None:
     logits, rows = logits_of(40, 1000), mixture(40)
     assert sample(logits, *rows, chunk_bytes=chunk_bytes) == sample(logits, *rows)
-    row = replace(row_of(tokens=range(40), prompt_len=40, prompt_logprobs=3), start=0)
+    row = row_of(tokens=range(40), prompt_len=40, prompt_logprobs=3)._replace(start=0)
     whole = Sampler(1000, EOS).prompt_logprobs(logits, row)
     assert Sampler(1000, EOS, chunk_bytes).prompt_logprobs(logits, row) == whole
 
@@ -341,7 +340,7 @@ def test_logits_in_any_memory_layout_give_the_same_results() -> None:
 def test_a_seed_repeats_its_draws_and_each_part_of_the_key_changes_them() -> None:
     logits = torch.zeros(4, 5000)
     row = row_of(3)
-    keys = [row, replace(row, seed=4), replace(row, sample_index=1), replace(row, end=row.end + 1)]
+    keys = [row, row._replace(seed=4), row._replace(sample_index=1), row._replace(end=row.end + 1)]
     tokens = tokens_of(sample(logits, *keys))
     assert tokens == tokens_of(sample(logits, *keys))
     assert len(set(tokens)) == 4
@@ -370,7 +369,7 @@ def test_prompt_logprobs_are_those_of_log_softmax(start: int, end: int, scored: 
     """A prompt of 6: position 0 has no logprob, the last of the prompt is scored by the position before it."""
     tokens = [11, 12, 13, 14, 15, 16, 17, 18]
     logits = logits_of(end - start, 100)
-    row = replace(row_of(tokens=tokens, prompt_len=6, prompt_logprobs=2), start=start, end=end)
+    row = row_of(tokens=tokens, prompt_len=6, prompt_logprobs=2)._replace(start=start, end=end)
     entries = Sampler(100, EOS).prompt_logprobs(logits, row)
     exact = logits.double().log_softmax(-1)
     assert [entry.token for entry in entries] == tokens[start + 1 : start + 1 + scored]
@@ -385,6 +384,6 @@ def test_prompt_logprobs_are_those_of_log_softmax(start: int, end: int, scored: 
 
 @pytest.mark.parametrize(("count", "length"), [(0, 0), (1, 1), (-1, 20)])
 def test_prompt_logprobs_have_a_rank_always_and_as_many_tops_as_asked(count: int, length: int) -> None:
-    row = replace(row_of(tokens=[1, 2, 3], prompt_len=3, prompt_logprobs=count), start=0)
+    row = row_of(tokens=[1, 2, 3], prompt_len=3, prompt_logprobs=count)._replace(start=0)
     entries = Sampler(20, EOS).prompt_logprobs(logits_of(3, 20), row)
     assert [(len(entry.top), entry.rank > 0) for entry in entries] == [(length, True)] * 2

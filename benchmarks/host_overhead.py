@@ -1,0 +1,225 @@
+"""How much work of the engine's own does a step take, beside the model?
+
+`ScriptedModel` costs next to nothing, so what remains is the host's work: planning the step, committing its result,
+and fanning the news out to the readers. Measured on 256 running requests, of which each gets one token per step:
+
+  direct   the engine's core driven step by step on one thread; each part is timed by itself, the model's call is left
+           out, and readers take their deltas in between. The aim is 1.5 ms for the three together.
+  live     the whole engine with its threads and 256 readers on a loop: how long the model waits from the end of one
+           step to the beginning of the next. Fanning out happens while the next step runs, but shares the
+           interpreter's lock with it.
+
+Both with token ids only, and with texts, by the tokenizer of the small model in the package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from harness.console import finish, progress, show
+from harness.options import parser_for
+from harness.stats import percentile
+from penstock import EngineConfig, InferenceEngine, SamplingParams, ScriptedModel
+from penstock.demo import MODEL_DIR
+from penstock.engine.boot import Parts, assemble
+from penstock.engine.channel import Channel
+from penstock.engine.core import EngineCore
+from penstock.engine.log import make_logger
+from penstock.engine.metrics import Metrics
+from penstock.engine.request import Request
+from penstock.scheduling.admission import Admission
+from penstock.step import StepPlan, StepResult
+
+TARGET_MS = 1.5
+PROMPT_TOKENS, VOCABULARY, SKIPPED_STEPS = 16, 4096, 8
+SCRIPT = [5 + 37 * i % 4000 for i in range(512)]  # ordinary tokens of the small model
+PARTS = ("plan", "commit", "fan-out", "together")
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Passes everything on to `inner`; `seconds` gathers what calls of the methods in `timed` take, by name."""
+
+    inner: Any
+    timed: tuple[str, ...]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.inner, name)
+        return self._watched(name, found) if name in self.timed else found
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        taken = self.seconds.setdefault(name, [])
+
+        def watched(*args: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*args)
+            taken.append(time.perf_counter() - begin)
+            return result
+
+        return watched
+
+
+class TimedModel(ScriptedModel):
+    """Notes when steps begin and end, as (begin, end, rows)."""
+
+    def __init__(self) -> None:
+        super().__init__(SCRIPT, vocab_size=VOCABULARY)
+        self.steps: list[tuple[float, float, int]] = []
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """A scripted step."""
+        begin = time.perf_counter()
+        result = super().execute(plan)
+        self.steps.append((begin, time.perf_counter(), len(plan.rows)))
+        return result
+
+
+def make_config(requests: int, new_tokens: int) -> EngineConfig:
+    """Room for everybody, in one step."""
+    return EngineConfig(
+        max_batch_size=requests,
+        max_queue_size=max(1000, requests),
+        max_num_batched_tokens=requests * PROMPT_TOKENS,
+        kv_cache_tokens=requests * (PROMPT_TOKENS + new_tokens + 32),
+        log_level="ERROR",
+    )
+
+
+def prompts(requests: int) -> list[list[int]]:
+    """One per request, no two alike."""
+    return [[5 + (number + place) % 4000 for place in range(PROMPT_TOKENS)] for number in range(requests)]
+
+
+def asked(new_tokens: int, texts: bool) -> SamplingParams:
+    """Parameters of every request."""
+    return SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=texts)
+
+
+async def direct(requests: int, steps: int, tokenizer: Any) -> dict[str, list[float]]:
+    """Seconds of the parts of every step, without the model's."""
+    new_tokens = steps + SKIPPED_STEPS + 1
+    config, model, log = make_config(requests, new_tokens), TimedModel(), make_logger("ERROR")
+    admission = Admission(config)
+    parts = assemble(model, tokenizer, config, admission, log)
+    scheduler: Any = Stopwatch(parts.scheduler, ("plan", "commit"))
+    core = make_core(config, model, scheduler, parts, log)
+    readers = [
+        submit(core, admission, i, ids, asked(new_tokens, tokenizer is not None)) for i, ids in prompted(requests)
+    ]
+    whole = [await step_s(core, model) for _ in range(SKIPPED_STEPS + steps)][SKIPPED_STEPS:]
+    for reader in readers:
+        reader.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+    parts.close()
+    plan, commit = (scheduler.seconds[name][SKIPPED_STEPS:] for name in ("plan", "commit"))
+    rest = [total - a - b for total, a, b in zip(whole, plan, commit, strict=True)]
+    return dict(zip(PARTS, (plan, commit, rest, whole), strict=True))
+
+
+def prompted(requests: int) -> list[tuple[int, list[int]]]:
+    """Numbers and prompts."""
+    return list(enumerate(prompts(requests)))
+
+
+def make_core(config: EngineConfig, model: TimedModel, scheduler: Any, parts: Parts, log: Any) -> EngineCore:
+    """A core whose model runs on this very thread."""
+
+    async def execute(plan: StepPlan) -> StepResult:
+        return model.execute(plan)
+
+    return EngineCore(config, model, scheduler, parts.door, execute, time.monotonic, Metrics(), log)
+
+
+def submit(
+    core: EngineCore, admission: Admission, number: int, ids: list[int], params: SamplingParams
+) -> asyncio.Task[None]:
+    """Hand a request over, as a caller's thread would; the task of a reader who takes every delta."""
+    admission.reserve(1, len(ids))
+    name, prompt = f"r{number}", {"prompt": None, "prompt_token_ids": ids}
+    channel = Channel(name)
+    core.submit(
+        Request(
+            id=name,
+            prompt=prompt,
+            params=params,
+            channel=channel,
+            arrival=time.monotonic(),
+            reserved_tokens=len(ids),
+        )
+    )
+    return asyncio.create_task(take_all(channel))
+
+
+async def take_all(channel: Channel) -> None:
+    """Read to the end."""
+    while await channel.take() is not None:
+        pass
+
+
+async def step_s(core: EngineCore, model: TimedModel) -> float:
+    """Seconds of one step without the model; then every reader gets his turn."""
+    begin = time.perf_counter()
+    await core.step()
+    took = time.perf_counter() - begin
+    for _ in range(4):  # a hop, a future, a task: each is a turn of the loop
+        await asyncio.sleep(0)
+    executed = model.steps[-1]
+    return took - (executed[1] - executed[0])
+
+
+async def live(requests: int, steps: int, tokenizer: Any) -> list[float]:
+    """Seconds from the end of every full step to the beginning of the next."""
+    new_tokens, model = steps + SKIPPED_STEPS + 1, TimedModel()
+    params = asked(new_tokens, tokenizer is not None)
+
+    async def read(ids: list[int]) -> None:
+        async for _ in engine.generate(ids, params):
+            pass
+
+    async with InferenceEngine(model, tokenizer, make_config(requests, new_tokens)) as engine:
+        await asyncio.gather(*map(read, prompts(requests)))
+    full = [(begin, end) for begin, end, rows in model.steps if rows == requests][SKIPPED_STEPS:]
+    return [after[0] - before[1] for before, after in pairwise(full)]
+
+
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    """Median and p99."""
+    return {f"p{q}": round(1000 * percentile(seconds, q), 4) for q in (50, 99)}
+
+
+def measure(requests: int, steps: int) -> dict[str, dict[str, Any]]:
+    """By kind of request, then by what was timed."""
+    from transformers import AutoTokenizer
+
+    found: dict[str, dict[str, Any]] = {}
+    with progress(4) as step:
+        for kind, tokenizer in (("ids", None), ("texts", AutoTokenizer.from_pretrained(str(MODEL_DIR)))):
+            step(f"{kind}, direct")
+            parts = asyncio.run(direct(requests, steps, tokenizer))
+            step(f"{kind}, live")
+            waits = asyncio.run(live(requests, steps, tokenizer))
+            found[kind] = {name: milliseconds(values) for name, values in parts.items()}
+            found[kind]["live wait"] = milliseconds(waits)
+    return found
+
+
+def main() -> None:
+    """Measure, and print the table and the JSON line."""
+    parser = parser_for(__doc__)
+    parser.add_argument("--requests", type=int, metavar="N", default=256, help="running at once (default: 256)")
+    parser.add_argument("--steps", type=int, metavar="N", default=200, help="measured steps (default: 200)")
+    args = parser.parse_args()
+    found = measure(args.requests, args.steps)
+    rows = [[kind, name, *ms.values()] for kind, parts in found.items() for name, ms in parts.items()]
+    show(f"host work per step, {args.requests} requests, ms", ("requests", "part", "p50", "p99"), rows)
+    finish({"requests": args.requests, "steps": args.steps, "target_ms": TARGET_MS, "ms": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""How much memory does the engine hold, beside its weights and its K/V cache?
+
+One fresh process imports, loads, starts and works; after each phase its resident memory is read. The cache is made as
+large as the workload needs, so that all of it gets used: pages of a cache that nothing was written to yet are not
+resident. What is above weights and cache is the interpreter, the libraries, activations and logits.
+
+`private` is what this process alone holds: weights that are mapped from a file are resident, but not private.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from harness.console import finish, note, show
+from harness.engines import room
+from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
+from harness.processes import fresh
+from peers.workloads import limits, parse
+
+EPILOG = """examples:
+  python benchmarks/memory.py
+  python benchmarks/memory.py --shape qwen3-0.6b --quantization int8
+  python benchmarks/memory.py --shape qwen3-0.6b --workload 32x512+32 --set max_num_batched_tokens=2048
+"""
+MIB = 1 << 20
+
+
+def measure(source: str, settings: dict[str, Any], workload: str) -> dict[str, Any]:
+    """The life of one process. Raises `ProcessFailed`."""
+    needed = {**room(limits(parse(workload))), "log_level": "ERROR"}
+    order = {"born": time.monotonic(), "model": source, "settings": {**needed, **settings}, "workload": workload}
+    return fresh("harness.life", json.dumps(order))
+
+
+def summary(life: dict[str, Any]) -> dict[str, Any]:
+    """Memory by phase in bytes, and what it comes to relative to weights and cache."""
+    memory = {
+        phase["phase"]: {name: value for name, value in phase.items() if name.endswith("_bytes")}
+        for phase in life["phases"]
+    }
+    needed = life["weight_bytes"] + life["cache_bytes"]
+    libraries = memory["import torch, transformers"]["rss_bytes"]
+    worked, peak = (memory["work"][name] for name in ("rss_bytes", "peak_bytes"))
+    return {
+        "memory": memory,
+        "weight_bytes": life["weight_bytes"],
+        "cache_bytes": life["cache_bytes"],
+        "load_over_weights": round((memory["load"]["rss_bytes"] - libraries) / life["weight_bytes"], 3),
+        "work_over_needed": round((worked - libraries) / needed, 3),
+        "rss_over_needed": round(worked / needed, 3),
+        "peak_over_needed": round(peak / needed, 3),
+    }
+
+
+def main() -> None:
+    """Measure, and print the table and the JSON line."""
+    parser = parser_for(__doc__, EPILOG)
+    add_model_options(parser)
+    parser.add_argument("--workload", metavar="W", default="batch8", help="a name or 8x128+64 (default: batch8)")
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    settings = settings_of(args)
+    life = measure(source_of(args), settings, args.workload)
+    if "rss_bytes" not in life["phases"][0]:
+        raise SystemExit("this benchmark reads /proc/self/status, which only Linux has")
+    found = summary(life)
+    rows = [[name, *(round(size / MIB) for size in sizes.values())] for name, sizes in found["memory"].items()]
+    show(f"{name_of(args)}, {args.workload}, MiB", ("after", "resident", "private", "peak"), rows)
+    note(f"weights {found['weight_bytes'] / MIB:,.1f} MiB, cache {found['cache_bytes'] / MIB:,.1f} MiB")
+    note(
+        f"loading added {found['load_over_weights']:.2f} of the weights; after work the process holds "
+        f"{found['rss_over_needed']:.2f} of weights + cache, {found['work_over_needed']:.2f} without the libraries"
+    )
+    finish({"model": name_of(args), "settings": settings, "workload": args.workload, **found})
+
+
+if __name__ == "__main__":
+    main()

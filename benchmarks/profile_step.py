@@ -1,0 +1,167 @@
+"""Where does each millisecond of a step go?
+
+One step is made by hand and run again and again on the loaded model: N sequences that each decode one token at a
+context of C tokens, or one prompt of N tokens. Told are the phases that the executor reports (forward pass, sampling)
+and what is left, then, if asked for, the Python functions (--functions) and PyTorch's operations (--operations) that
+took the most time. Both of these slow the step down: read them as proportions. Native kernels that PyTorch does not
+know count for the Python function that calls them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import time
+from array import array
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from harness.console import finish, note, show
+from harness.engines import vocabulary_of
+from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
+from harness.stats import percentile
+from penstock import EngineConfig, SamplingParams
+from penstock.cli.session import alone, quiet_libraries
+from penstock.step import Row, StepPlan
+
+EPILOG = """examples:
+  python benchmarks/profile_step.py --decode 1 --context 512
+  python benchmarks/profile_step.py --shape qwen3-0.6b --decode 32 --context 256 --functions 15
+  python benchmarks/profile_step.py --shape qwen3-0.6b --prefill 512 --operations 12
+"""
+
+
+def tokens_of(number: int, count: int, vocab_size: int) -> list[int]:
+    """Any tokens, others for every sequence."""
+    return [3 + (7 * number + place) % (min(vocab_size, 7000) - 3) for place in range(count)]
+
+
+def row(number: int, start: int, end: int, block_size: int, vocab_size: int) -> Row:
+    """A sequence of `end` tokens, of which those from `start` on go through the model; it has blocks of its own."""
+    blocks = -(-end // block_size)
+    return Row(
+        seq_id=number,
+        tokens=tokens_of(number, end, vocab_size),
+        start=start,
+        end=end,
+        blocks=array("q", range(number * blocks, (number + 1) * blocks)),
+        samples=True,
+        params=SamplingParams(temperature=0.0, max_tokens=1),
+        prompt_len=end - 1 if start else end,
+    )
+
+
+def make_plan(args: argparse.Namespace, block_size: int, vocab_size: int) -> StepPlan:
+    """The step that was asked for."""
+    if args.prefill:
+        return StepPlan((row(0, 0, args.prefill, block_size, vocab_size),))
+    context = args.context
+    return StepPlan(tuple(row(i, context - 1, context, block_size, vocab_size) for i in range(args.decode)))
+
+
+def load(source: str, config: EngineConfig, plan: StepPlan) -> Any:
+    """The model, with a cache for the step."""
+    from penstock.models import loading
+
+    quiet_libraries()
+    runner = loading.load(source, None, config).runner
+    runner.allocate(sum(len(row.blocks) for row in plan.rows), config.block_size)
+    return runner
+
+
+def phases(runner: Any, plan: StepPlan, steps: int) -> dict[str, list[float]]:
+    """Seconds of every phase of every step, and of the rest, after a step that is not counted."""
+    found: dict[str, list[float]] = {}
+    runner.execute(plan)
+    for _ in range(steps):
+        begin = time.perf_counter()
+        result = runner.execute(plan)
+        whole = time.perf_counter() - begin
+        parts = {**result.timings_s, "rest": whole - sum(result.timings_s.values()), "whole step": whole}
+        for name, seconds in parts.items():
+            found.setdefault(name, []).append(seconds)
+    return found
+
+
+def functions(run: Callable[[], None], steps: int, count: int) -> list[list[Any]]:
+    """(function, ms per step in it alone, ms per step with what it calls, calls per step), the costliest first."""
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    stats: Any = pstats.Stats(profile)
+    rows = [
+        [f"{'/'.join(file.split('/')[-2:])}:{line} {name}", 1000 * alone_s / steps, 1000 * all_s / steps, calls / steps]
+        for (file, line, name), (_, calls, alone_s, all_s, _) in stats.stats.items()
+    ]
+    return sorted(rows, key=lambda found: -found[1])[:count]
+
+
+def operations(run: Callable[[], None], steps: int, count: int) -> list[list[Any]]:
+    """(operation, ms per step in it alone, ms per step with what it calls, calls per step), the costliest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    rows = [
+        [event.key, event.self_cpu_time_total / 1000 / steps, event.cpu_time_total / 1000 / steps, event.count / steps]
+        for event in profiler.key_averages()
+    ]
+    return sorted(rows, key=lambda found: -found[1])[:count]
+
+
+def measure(source: str, config: EngineConfig, args: argparse.Namespace, plan: StepPlan) -> dict[str, Any]:
+    """All that was asked for, on the thread that also loaded the model, as in the engine."""
+    runner = load(source, config, plan)
+
+    def run() -> None:
+        for _ in range(args.steps):
+            runner.execute(plan)
+
+    return {
+        "phases_ms": {name: summary(seconds) for name, seconds in phases(runner, plan, args.steps).items()},
+        "functions": functions(run, args.steps, args.functions) if args.functions else [],
+        "operations": operations(run, args.steps, args.operations) if args.operations else [],
+    }
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and p90 in milliseconds."""
+    return {"p50": round(1000 * median(seconds), 4), "p90": round(1000 * percentile(seconds, 90), 4)}
+
+
+def main() -> None:
+    """Measure, and print the tables and the JSON line."""
+    parser = parser_for(__doc__, EPILOG)
+    add_model_options(parser)
+    step = parser.add_argument_group("step")
+    kind = step.add_mutually_exclusive_group()
+    kind.add_argument("--decode", type=int, default=1, metavar="N", help="sequences with one token each (default: 1)")
+    kind.add_argument("--prefill", type=int, metavar="N", help="one prompt of N tokens instead")
+    step.add_argument("--context", type=int, default=256, metavar="C", help="tokens of a decoding sequence (256)")
+    step.add_argument("--steps", type=int, default=20, metavar="N", help="how often the step is run (default: 20)")
+    step.add_argument("--functions", type=int, default=0, metavar="N", help="show the N costliest Python functions")
+    step.add_argument("--operations", type=int, default=0, metavar="N", help="show the N costliest PyTorch operations")
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    source, settings = source_of(args), settings_of(args)
+    longest = max(2048, args.prefill or args.context)
+    config = EngineConfig(**{"max_sequence_length": longest, "skip_tokenizer_init": True, **settings})
+    plan = make_plan(args, config.block_size, vocabulary_of(source))
+    found = alone(measure, source, config, args, plan)
+    what = f"prefill of {args.prefill}" if args.prefill else f"{args.decode} decoding at context {args.context}"
+    rows = [[name, *ms.values()] for name, ms in found["phases_ms"].items()]
+    show(f"{name_of(args)}: {what}, ms per step", ("phase", "p50", "p90"), rows)
+    for name in ("functions", "operations"):
+        if found[name]:
+            show(f"{name}, while profiled", (name[:-1], "ms alone", "ms with calls", "calls"), found[name])
+    whole = found["phases_ms"]["whole step"]["p50"]
+    note(f"{1000 * plan.num_tokens / whole:,.0f} tokens/s if steps were all there is")
+    finish({"model": name_of(args), "step": what, "settings": settings, **found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What does int8 cost in quality, and what does it save?
+
+Scores Python source that is on this machine, the standard library's, with the model as it is, with int8 weights, and
+with int8 weights and an int8 cache: the change in perplexity, in how many positions the most likely token is the same,
+and what the weights take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from harness.console import finish, note, show
+from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
+from penstock import EngineConfig, InferenceEngine, SamplingParams
+
+EPILOG = """examples:
+  python benchmarks/quantization.py
+  python benchmarks/quantization.py --windows 100 --length 512
+"""
+WAYS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "int8 weights": {"quantization": "int8"},
+    "int8 weights and cache": {"quantization": "int8", "kv_cache_dtype": "int8"},
+    "int8 cache": {"kv_cache_dtype": "int8"},
+}
+Scored = list[tuple[float, int]]
+
+
+def windows_of(tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """Token ids of `count` pieces of the standard library, from files in alphabetical order, one piece a file."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = (path.read_text(errors="ignore") for path in files if path.stat().st_size > 8 * length)
+    pieces = (tokenizer.encode(text[: 8 * length])[:length] for text in texts)
+    return [piece for _, piece in zip(range(count), pieces, strict=False)]
+
+
+async def score(engine: InferenceEngine, windows: list[list[int]]) -> Scored:
+    """(logprob of the token that came, most likely token) at every position but the first."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+    outputs = await asyncio.gather(*(engine.generate(window, params) for window in windows))
+    found: Scored = []
+    for window, output in zip(windows, outputs, strict=True):
+        for token, entry in zip(window[1:], (output.prompt_logprobs or [])[1:], strict=True):
+            assert entry is not None
+            found.append((entry[token].logprob, max(entry, key=lambda known: entry[known].logprob)))
+    return found
+
+
+async def measure(source: str, settings: dict[str, Any], windows: list[list[int]]) -> tuple[Scored, int]:
+    """The scores, and the bytes of the weights."""
+    config = EngineConfig(log_level="ERROR", enable_kv_cache=False, **settings)
+    async with InferenceEngine(source, config=config) as engine:
+        return await score(engine, windows), engine.get_stats()["weight_bytes"]
+
+
+def compared(found: Scored, exact: Scored) -> dict[str, float]:
+    """Perplexity, its change, and the share of positions with the same most likely token."""
+    nats, before = (-math.fsum(logprob for logprob, _ in scored) / len(scored) for scored in (found, exact))
+    same = sum(a[1] == b[1] for a, b in zip(found, exact, strict=True)) / len(exact)
+    return {"perplexity": math.exp(nats), "change": math.exp(nats - before) - 1, "agreement": same}
+
+
+def main() -> None:
+    """Measure, and print the table and the JSON line."""
+    parser = parser_for(__doc__, EPILOG)
+    add_model_options(parser)
+    parser.add_argument("--windows", type=int, default=60, help="pieces of text (default: 60)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a piece (default: 256)")
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    from transformers import AutoTokenizer
+
+    source, given = source_of(args), settings_of(args)
+    windows = windows_of(AutoTokenizer.from_pretrained(source), args.windows, args.length)
+    results: dict[str, dict[str, float]] = {}
+    exact: Scored = []
+    for name, settings in WAYS.items():
+        note(name)
+        found, size = asyncio.run(measure(source, {**given, **settings}, windows))
+        exact = exact or found
+        results[name] = {**compared(found, exact), "weight_bytes": size}
+    rows = [[name, *result.values()] for name, result in results.items()]
+    show(f"{name_of(args)}, {len(exact):,} tokens", ("", "perplexity", "change", "agreement", "weight bytes"), rows)
+    finish({"model": name_of(args), "tokens": len(exact), "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Products with packed weights and norms, as Python objects over the compiled kernels: `Linear` and `Norm`.
+
+Owns the packed copies of weights; every other tensor is the caller's. Used by the rewrites of `optimizers`. The
+layout of packed weights is documented in `native.c`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.kernels.native import TYPES, Float, Int, Kernels, Long, Ptr, address, check, floats, pages, struct
+
+ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")
+STORE, ADD, GATED = 0, 1, 2
+NO_NORM, RMS, LAYER = 0, 1, 2
+
+_Linear = struct(
+    "linear",
+    **dict.fromkeys(("n", "k"), Long),
+    **dict.fromkeys(("format", "mode", "act", "in_type", "out_type", "norm_kind"), Int),
+    **dict.fromkeys(("scale", "eps"), Float),
+    **dict.fromkeys(("weights", "bias", "scales", "offsets", "norm_weight", "norm_bias"), Ptr),
+)
+_Packing = struct("packing", rows=Ptr, n=Long, k=Long, type=Int, format=Int, weights=Ptr, scales=Ptr, offsets=Ptr)
+_Norm = struct("norm", n=Long, kind=Int, dtype=Int, eps=Float, scale=Float, weight=Ptr, bias=Ptr)
+
+
+class Norm:
+    """RMSNorm or LayerNorm over rows of `weight.shape[0]` numbers, computed in float32."""
+
+    def __init__(
+        self, kernels: Kernels, kind: int, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> None:
+        self.kind, self.eps = kind, eps
+        self.weight, self.bias = floats(weight), None if bias is None else floats(bias)
+        self._kernels = kernels
+        self._struct = _Norm(len(weight), kind, TYPES[dtype], eps, 1.0, address(self.weight), address(self.bias))
+        self._pointer = ctypes.addressof(self._struct)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The norm of x [M, N]; into `out` if given."""
+        out = torch.empty_like(x) if out is None else out
+        self._run(x, out, 0)
+        return out
+
+    def add_to(self, out: Tensor, x: Tensor, scale: float = 1.0) -> None:
+        """out += scale * norm(x), both [M, N], in place."""
+        self._struct.scale = scale
+        self._run(x, out, 1)
+
+    def _run(self, x: Tensor, out: Tensor, add: int) -> None:
+        k = self._kernels
+        check(k.library.ps_norm(k.pool, self._pointer, x.data_ptr(), x.shape[0], out.data_ptr(), add))
+
+
+class Linear:
+    """y = act(norm(x) W^T + b) with packed weights W [N, K], the rows of several matrices one below the other.
+
+    `mode` STORE writes y, ADD adds scale * y to the output, GATED takes two equal matrices and gives
+    act(first) * second. `quantize` packs int8 weights with a scale per output and quantizes each row of x.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *,
+        mode: int = STORE,
+        act: str = "identity",
+        norm: Norm | None = None,
+        scale: float = 1.0,
+        quantize: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = weights[0].dtype
+        self.n, self.k = sum(len(w) for w in weights), weights[0].shape[1]
+        self.width = self.n // 2 if mode == GATED else self.n
+        self.dtype = out_dtype or dtype
+        self.num_bytes = 0
+        self._kernels = kernels
+        self._norm = norm
+        source = self._sources(weights, mode)
+        self._bias = self._columns_of(biases, weights, mode)
+        format = TYPES[torch.int8 if quantize else dtype]
+        self._pack(weights, source, format)
+        self._struct = _Linear(
+            n=self.n, k=self.k, format=format, mode=mode, act=ACTIVATIONS.index(act), in_type=TYPES[dtype],
+            out_type=TYPES[self.dtype], norm_kind=norm.kind if norm else NO_NORM, scale=scale,
+            eps=norm.eps if norm else 0.0, weights=address(self._weights), bias=address(self._bias),
+            scales=address(self._scales),
+            offsets=address(self._offsets), norm_weight=address(norm.weight if norm else None),
+            norm_bias=address(norm.bias if norm else None),
+        )  # fmt: skip
+        self._pointer = ctypes.addressof(self._struct)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Apply to x [M, K], rows contiguous: `out` [M, N], made if not given."""
+        k, rows = self._kernels, x.shape[0]
+        if out is None:
+            out = torch.empty(rows, self.width, dtype=self.dtype)
+        at = (x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0))
+        check(k.library.ps_linear(k.pool, self._pointer, *at))
+        return out
+
+    def _order(self, mode: int) -> np.ndarray:
+        """Which output each packed column is; -1 for padding. GATED panels alternate `lanes` gates and `lanes` ups."""
+        columns = self._kernels.columns(self.n)
+        order = np.arange(columns)
+        if mode == GATED:
+            lanes, half = self._kernels.lanes, self.n // 2
+            panel, lane = order // (2 * lanes), order % (2 * lanes)
+            place = panel * lanes + lane % lanes
+            return np.where(place < half, place + (lane >= lanes) * half, -1)
+        return np.where(order < self.n, order, -1)
+
+    def _sources(self, weights: Sequence[Tensor], mode: int) -> np.ndarray:
+        """The address of the matrix row behind each packed column."""
+        assert all(w.stride(1) == 1 and w.device.type == "cpu" for w in weights)
+        rows = np.concatenate(
+            [np.arange(len(w)) * (w.stride(0) * w.element_size()) + w.data_ptr() for w in weights]
+        ).astype(np.int64)
+        order = self._order(mode)
+        return np.where(order >= 0, rows[order], 0)
+
+    def _columns_of(self, biases: Sequence[Tensor | None], weights: Sequence[Tensor], mode: int) -> Tensor | None:
+        if all(bias is None for bias in biases):
+            return None
+        flat = torch.cat(
+            [torch.zeros(len(w)) if b is None else b.detach().float() for b, w in zip(biases, weights, strict=True)]
+        )
+        order = torch.from_numpy(self._order(mode))
+        return torch.where(order >= 0, flat[order], 0.0).contiguous()
+
+    def _pack(self, weights: Sequence[Tensor], source: np.ndarray, format: int) -> None:
+        columns, per = len(source), {1: 2, 3: 4}.get(format, 1)
+        self._weights = pages(columns * -(-self.k // per) * (2 if format == 2 else 4))
+        quantized = format == TYPES[torch.int8]
+        self._scales = torch.zeros(columns) if quantized else None
+        self._offsets = torch.zeros(columns, dtype=torch.int32) if quantized else None
+        self.num_bytes = self._weights.numel()
+        packing = _Packing(
+            source.ctypes.data, columns, self.k, TYPES[weights[0].dtype], format, address(self._weights),
+            address(self._scales), address(self._offsets),
+        )  # fmt: skip
+        self._kernels.library.ps_pack(self._kernels.pool, ctypes.byref(packing))

@@ -1,0 +1,105 @@
+"""Which rows the kernels attend for together, and where their contexts lie."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.errors import ConfigurationError, OutOfMemory
+from penstock.kernels.native import Kernels, available
+from penstock.kernels.paged import Steps, attend
+from penstock.models.panels import PanelStorage, steps_of, supports
+from penstock.models.storage import LayerShape
+from penstock.sampling import SamplingParams
+from penstock.step import Row
+
+SHAPE = LayerShape(2, 8, 8, torch.float32)
+
+
+def row(start: int, end: int, blocks: list[int]) -> Row:
+    return Row(0, [0] * end, start, end, array("i", blocks), True, SamplingParams(), end)
+
+
+def arrays(rows: list[Row], block_size: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """What `Steps` is told."""
+    told: dict[str, list[int]] = {}
+
+    def note(self: Steps, whole: bool, slots: np.ndarray, **named: np.ndarray) -> None:
+        told.update({name: list(map(int, values)) for name, values in named.items()})
+
+    monkeypatch.setattr(Steps, "__init__", note)
+    steps_of(rows, block_size, np.zeros(sum(r.num_tokens for r in rows), dtype=np.int64))
+    return told
+
+
+def bundles(told: dict[str, list[int]]) -> list[tuple[int, ...]]:
+    """(first row, rows, begin, end, shared) of each."""
+    return list(zip(*(told[name] for name in ("row", "rows", "begin", "end", "shared")), strict=True))
+
+
+def test_a_prompt_is_cut_into_tasks_the_last_tokens_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = arrays([row(10, 110, list(range(7)))], 16, monkeypatch)
+    assert bundles(told) == [(0, 1, 52, 100, 0), (0, 1, 4, 52, 0), (0, 1, 0, 4, 0)]
+    assert told["tables"] == [0, 1, 2, 3, 4, 5, 6]
+    assert (told["first"], told["start"]) == ([0], [10])
+
+
+def test_rows_with_the_same_first_blocks_share_whole_tiles_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are 64 keys, four blocks of 16: rows 0 and 2 have nine blocks in common, two tiles."""
+    common = list(range(20, 29))
+    rows = [row(150, 151, [*common, 1]), row(80, 81, list(range(6))), row(149, 150, [*common, 2])]
+    told = arrays(rows, 16, monkeypatch)
+    assert bundles(told) == [(0, 2, 0, 1, 128), (2, 1, 0, 1, 0)]
+    assert told["first"] == [0, 2, 1]
+    assert told["start"] == [150, 149, 80]
+    assert told["tables"] == [*common, 1, *common, 2, *range(6)]
+
+
+def test_what_a_row_writes_itself_is_never_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At position 127 the second tile is not complete before the step."""
+    same = list(range(8))
+    assert bundles(arrays([row(127, 128, same)] * 2, 16, monkeypatch)) == [(0, 2, 0, 1, 64)]
+    assert bundles(arrays([row(63, 64, same)] * 2, 16, monkeypatch)) == [(0, 1, 0, 1, 0), (1, 1, 0, 1, 0)]
+
+
+def test_large_blocks_are_several_panels_and_small_ones_are_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arrays([row(39, 40, [3, 1])], 32, monkeypatch)["tables"] == [6, 7, 2]
+    assert arrays([row(5, 6, [3, 1])], 4, monkeypatch)["tables"] == [12, 13, 14, 15, 4, 5]
+
+
+def test_kernels_hold_even_heads_of_known_formats() -> None:
+    assert supports([SHAPE])
+    assert not supports([SHAPE, LayerShape(2, 7, 8, torch.float32)])
+    assert not supports([LayerShape(2, 8, 520, torch.float32)])
+    assert not supports([LayerShape(2, 8, 8, torch.float64)])
+
+
+@pytest.mark.skipif(not available(), reason="no compiler")
+def test_a_cache_of_panels_is_refused_with_what_to_change() -> None:
+    kernels = Kernels(1)
+    with pytest.raises(ConfigurationError, match="block_size that is a multiple of 16"):
+        PanelStorage(kernels, [SHAPE], 4, 8, int8=True)
+    with pytest.raises(OutOfMemory, match="lower memory_pool_size"):
+        PanelStorage(kernels, [SHAPE], 1 << 42, 16, int8=False)
+    kernels.close()
+
+
+@pytest.mark.skipif(not available(), reason="no compiler")
+@pytest.mark.parametrize("block_size", [4, 16, 32])
+def test_copied_blocks_hold_what_their_sources_held(block_size: int) -> None:
+    kernels, length = Kernels(1), 2 * block_size
+    storage = PanelStorage(kernels, [SHAPE] * 2, 6, block_size, int8=False)
+    steps = steps_of([row(0, length, [0, 1])], block_size, np.arange(length))
+    written = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim)
+    out = torch.empty_like(written[0])
+    attend(kernels, storage.caches[1], steps, out, written[0], written[1], out, scaling=1.0)
+    storage.copy_blocks([])
+    storage.copy_blocks([(0, 3), (1, 5)])
+    copied = torch.cat([torch.arange(block_size) + block * block_size for block in (3, 5)])
+    assert torch.equal(torch.stack(storage.caches[1].read(copied)), written)
+    assert torch.stack(storage.caches[0].read(copied)).eq(0).all()
+    assert torch.stack(storage.caches[1].read(torch.arange(block_size) + 2 * block_size)).eq(0).all()
+    kernels.close()

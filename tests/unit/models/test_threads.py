@@ -1,0 +1,41 @@
+"""How many threads the kernels get, and that PyTorch keeps to one of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from penstock.models.threads import kernel_threads, one_torch_thread
+
+
+def test_the_wanted_number_holds() -> None:
+    assert kernel_threads(7) == 7
+
+
+def test_otherwise_there_is_one_for_each_core_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert 1 <= kernel_threads(None) <= (os.cpu_count() or 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert kernel_threads(None) == 1
+
+
+def test_one_thread_here_leaves_other_threads_theirs() -> None:
+    seen: list[int] = []
+
+    def run() -> None:
+        torch.set_num_threads(2)
+        one_torch_thread()
+        seen.append(torch.get_num_threads())
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    assert seen == [1, 2]

@@ -1,0 +1,56 @@
+"""A model after a load's steps: probed, rewritten, its logits compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.kernels.native import Kernels
+from penstock.models.checks import Probed, compare, probe, trial_pass
+from penstock.models.paging import PanelPaging
+from penstock.optimizers.rewriting import Applied, rewrite
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The module, rewritten in place, what each pass did, and the logits it had for the probe's tokens."""
+
+    module: nn.Module
+    report: dict[str, Applied]
+    probed: Probed
+    paging: PanelPaging
+
+    @property
+    def own_logits(self) -> Tensor:
+        """What the module computed before."""
+        assert self.probed.own is not None
+        return self.probed.own
+
+    def compare(self, tolerance: float) -> None:
+        """Raises `ConfigurationError` where logits are off by more than this share of the largest."""
+        compare(self.module, self.probed, self.paging, tolerance=tolerance)
+
+    def count(self, kind: type[nn.Module]) -> int:
+        """How many modules of a kind there are."""
+        return sum(isinstance(module, kind) for module in self.module.modules())
+
+
+def rewritten(module: Any, kernels: Kernels, *, quantize: bool = False, without: Collection[str] = ()) -> Rewritten:
+    """Rewrite `module`, as a load would."""
+    with torch.inference_mode():
+        probed, paging = probe(module, CPU, verify=True), PanelPaging(kernels, False)
+        report = rewrite(
+            module,
+            probed,
+            kernels,
+            lambda: trial_pass(module, probed, paging, CPU),
+            quantize=quantize,
+            without=without,
+        )
+    return Rewritten(module, {applied.name: applied for applied in report}, probed, paging)

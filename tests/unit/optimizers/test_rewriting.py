@@ -1,0 +1,150 @@
+"""Rewrites take over what they can prove equal, leave the rest, and can be left out one by one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from penstock.config import REWRITES, EngineConfig
+from penstock.errors import ConfigurationError
+from penstock.kernels.native import Kernels, available
+from penstock.models.loading import load
+from penstock.optimizers.fused import FusedLayer
+from penstock.optimizers.modules import PackedLinear, PackedNorm
+from penstock.optimizers.rewriting import PASSES
+from tests.tiny_models import ARCHITECTURES, FUSED, build
+from tests.unit.optimizers.rewritten import rewritten
+
+pytestmark = pytest.mark.skipif(not available(), reason="no compiler")
+PLAIN = {"fused_layers": FusedLayer, "packed_linears": PackedLinear, "packed_norms": PackedNorm}
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+@pytest.fixture
+def kernels() -> Iterator[Kernels]:
+    made = Kernels(1)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_rewritten_as_far_as_the_table_says(
+    kernels: Kernels, name: str, dtype: torch.dtype
+) -> None:
+    made = rewritten(build(name).to(dtype), kernels)
+    fused = made.report["fused_layers"]
+    assert (fused.changed, fused.seen) == (FUSED[name], 2)
+    assert {pass_name: made.count(kind) for pass_name, kind in PLAIN.items()} == {
+        pass_name: applied.changed for pass_name, applied in made.report.items()
+    }
+    assert not any(type(module) is nn.Linear for module in made.module.modules())
+    made.compare(ROUNDING[dtype])
+
+
+def test_the_names_of_a_configuration_are_those_of_the_passes() -> None:
+    assert set(REWRITES) == {"kernels", *PASSES}
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_or_all_that_there_are() -> None:
+    with pytest.raises(ConfigurationError, match="there is no rewrite 'fused_layer': did you mean 'fused_layers'"):
+        EngineConfig(disabled_rewrites=("packed_norms", "fused_layer"))
+    config = EngineConfig(disabled_rewrites=["kernels"])
+    with pytest.raises(ConfigurationError, match="choose from kernels, fused_layers, packed_linears, packed_norms"):
+        config.disabled_rewrites = ("zzz",)
+    assert config.disabled_rewrites == ("kernels",)
+
+
+@pytest.mark.parametrize("left_out", PASSES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_each_pass_can_be_left_out(kernels: Kernels, name: str, left_out: str) -> None:
+    made = rewritten(build(name), kernels, without=[left_out])
+    assert made.report.keys() == PASSES.keys() - {left_out}
+    assert made.count(PLAIN[left_out]) == 0
+    assert all(made.count(kind) for pass_name, kind in PLAIN.items() if pass_name != left_out)
+    made.compare(1e-5)
+
+
+def test_without_fusing_its_matrices_and_norms_are_packed_one_by_one(kernels: Kernels) -> None:
+    made = rewritten(build("llama"), kernels, without=["fused_layers"])
+    assert made.count(PackedLinear) == 2 * 7 + 1
+    assert made.count(PackedNorm) == 2 * 2 + 1
+
+
+class Louder(LlamaDecoderLayer):
+    """One step louder than its structure says."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) * 1.01
+
+
+class Sharper(LlamaDecoderLayer):
+    """Attends more sharply far from the beginning, where no trial goes."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, position_ids: Tensor, **kwargs: Any) -> Tensor:
+        factor = 1 + 0.1 * torch.log1p(torch.floor(position_ids / 100))
+        return super().forward(hidden_states * factor[..., None], *args, position_ids=position_ids, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Louder, Sharper])
+def test_a_layer_that_computes_more_than_its_structure_shows_stays_as_it_is(
+    kernels: Kernels, kind: type[LlamaDecoderLayer]
+) -> None:
+    model = build("llama")
+    model.model.layers[1].__class__ = kind
+    made = rewritten(model, kernels)
+    assert [type(layer) for layer in model.model.layers] == [FusedLayer, kind]
+    assert made.report["fused_layers"].changed == 1
+    made.compare(1e-5)
+
+
+def test_parts_whose_sizes_do_not_belong_together_are_never_run(kernels: Kernels) -> None:
+    """Kernels read as far as they are told: a guess must not make them read beyond a tensor."""
+    model = build("llama")
+    layer = model.model.layers[0]
+    layer.self_attn.q_norm = nn.RMSNorm(7, eps=1e-6)
+    layer.self_attn.k_norm = nn.RMSNorm(7, eps=1e-6)
+    made = rewritten(model, kernels)
+    assert made.report["fused_layers"].changed == 1
+    made.compare(1e-5)
+
+
+def test_int8_logits_are_near_and_not_the_same(kernels: Kernels) -> None:
+    made = rewritten(build("llama"), kernels, quantize=True)
+    assert made.report["fused_layers"].changed == 2
+    made.compare(0.1)
+
+
+def test_original_weights_are_let_go(kernels: Kernels) -> None:
+    model = build("llama")
+    layer = model.model.layers[0]
+    watched = [weakref.ref(module) for module in (layer, layer.self_attn.q_proj, layer.mlp, model.lm_head)]
+    weights = [weakref.ref(parameter) for parameter in layer.parameters()]
+    del layer
+    made = rewritten(model, kernels)
+    gc.collect()
+    assert [reference() for reference in watched + weights] == [None] * (len(watched) + len(weights))
+    assert [name for name, _ in made.module.named_parameters()] == ["model.embed_tokens.weight"]
+
+
+def test_packed_weights_count_as_weights_of_the_model(tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    plain = sum(parameter.numel() * 4 for parameter in model.parameters())
+    spec = load(tmp_path, None, EngineConfig(skip_tokenizer_init=True)).runner.spec
+    assert 0.95 * plain <= spec.weight_bytes <= 1.2 * plain  # norms are within what they come before
+
+
+def test_a_borrowed_module_keeps_its_layers() -> None:
+    model = build("llama")
+    before = [type(module) for module in model.modules()]
+    load(model, None, EngineConfig(skip_tokenizer_init=True))
+    assert [type(module) for module in model.modules()] == before
