@@ -160,4 +160,6 @@ def _explain_one(item: Any) -> str:
     if item["type"] in ("extra_forbidden", "no_such_attribute"):
         near = difflib.get_close_matches(name, [*EngineConfig.model_fields, *ALIASES], n=1)
         return f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    if item["type"] == "literal_error":
+        return f"{name}={item.get('input')!r} is not available: choose {item['ctx']['expected']}, or leave it out"
     return f"{name}: {item['msg']} (got {item.get('input')!r})"
