@@ -36,6 +36,12 @@ examples:
 COMMAND = "python benchmarks/compare.py --peers benchmarks/peers/peers.toml"
 
 
+def command(args: argparse.Namespace) -> str:
+    """What measures the same again: the settings of this engine, sittings and repeats as they were given."""
+    settings = "".join(f" --set {setting}" for setting in args.set)
+    return f"{COMMAND} --sittings {args.sittings} --repeats {args.repeats}{settings}"
+
+
 def print_ratios(found: dict[str, Any]) -> None:
     """A table for each of our engines."""
     for name, peers in found["ratios"].items():
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if not found["engines"]:
         raise SystemExit(f"there is no measurement of {model} in {results.path}")
     print_ratios(found)
-    args.report.write_text(render(found, COMMAND), encoding="utf-8")
+    args.report.write_text(render(found, command(args)), encoding="utf-8")
     note(f"measurements: {results.path}\nreport: {args.report}")
     finish(found)
 
