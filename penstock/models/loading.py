@@ -163,11 +163,12 @@ def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
         "dtype": str(dtype).removeprefix("torch."),
         "defaults": _defaults(module),
     }
+    read = weight_bytes(owner)
     made = _try(module, device, longest, config, owned=module is owner)
     spec = ModelSpec(
         **facts,
         kv_bytes_per_token=made.kv_bytes_per_token,
-        weight_bytes=weight_bytes(owner) + made.packed_bytes,
+        weight_bytes=min(read, weight_bytes(owner) + made.packed_bytes),  # a head tied to the embedding counts once
         kernels=made.kernels,
         rewrites=made.rewrites,
     )
