@@ -870,8 +870,7 @@ static float amax(const float *x, long n) /* NaN when one of them is no number, 
 
 INLINE void put(const cache *c, char *side, long at, float x)
 {
-    if (c->format == BF16) ((uint16_t *)side)[at] = (uint16_t)x; /* never taken: see write_side */
-    else if (c->format == F32) ((float *)side)[at] = x;
+    if (c->format == F32) ((float *)side)[at] = x;
     else if (c->format == F16) ((uint16_t *)side)[at] = float_to_half(x);
     else ((int8_t *)side)[at] = (int8_t)lrintf(x);
 }

@@ -62,8 +62,7 @@ class StepLayout:
             ids += row.tokens[row.start : row.end]
             if row.end > len(row.tokens):
                 ids += row.draft[max(0, row.start - len(row.tokens)) : row.end - len(row.tokens)]
-            self._contexts.append(self._slots_of(row))
-        writes = [slots[row.start :] for slots, row in zip(self._contexts, self.rows, strict=True)]
+        writes = [self._slots_of(row, row.start) for row in self.rows]
         places = [np.arange(row.start, row.end) for row in self.rows]
         self.input_ids = self._tensor(np.asarray(ids, dtype=np.int64))
         self.positions = self._tensor(np.concatenate(places))
@@ -72,6 +71,8 @@ class StepLayout:
 
     def groups(self, window: int | None) -> tuple[list[DecodeGroup], list[PrefillRow]]:
         """Rows grouped for attention in which a query sees at most the last `window` positions, itself included."""
+        if not self._contexts:
+            self._contexts = [self._slots_of(row, 0) for row in self.rows]
         if window not in self._windows:
             self._windows[window] = (self._decode_groups(window), self._prefill_rows(window))
         return self._windows[window]
@@ -79,10 +80,12 @@ class StepLayout:
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
 
-    def _slots_of(self, row: Row) -> np.ndarray:
-        count = -(-row.end // self.block_size)
-        blocks = np.array(row.blocks[:count], dtype=np.int64)
-        return (blocks[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)[: row.end]
+    def _slots_of(self, row: Row, begin: int) -> np.ndarray:
+        """Where positions [begin, end) of the row lie."""
+        first, count = begin // self.block_size, -(-row.end // self.block_size)
+        blocks = np.array(row.blocks[first:count], dtype=np.int64)
+        slots = (blocks[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)
+        return slots[begin - first * self.block_size : row.end - first * self.block_size]
 
     def _wanted(self) -> list[np.ndarray]:
         ends = np.cumsum([row.num_tokens for row in self.rows])

@@ -24,26 +24,6 @@ QUANTIZED_TOLERANCE = 0.15
 FAR = 1 << 20  # tokens: farther than the positions at which models begin to treat attention differently
 
 
-class How(Protocol):
-    """How an attention module attends, as seen in a probe: see `models.attention.Options`."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-
-class Stores(Protocol):
-    """What an attention module stores per token."""
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def key_dim(self) -> int: ...
-    @property
-    def value_dim(self) -> int: ...
-
-
 class Probed(Protocol):
     """What is known of the model's attention modules, in the order they run; `layers` by id of the module."""
 
