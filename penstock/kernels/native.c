@@ -285,7 +285,7 @@ struct pool {
     size_t own_size;
 };
 
-enum { SPINS = 6000 };
+enum { SPINS = 40000 };
 
 static void relax(long *spins) /* whoever waits long lets others have the core */
 {
@@ -552,7 +552,7 @@ typedef struct { const norm *n; const char *x; char *out; long rows; int add; } 
 
 static void norm_run(pool *p, void *arg, int id)
 {
-    norm_job j = *(norm_job *)arg;
+    const norm_job j = *(norm_job *)arg;
     int f = j.n->dtype, size = SIZE[f];
     float *row = (float *)p->own[id];
     for (long m; (m = claim(p)) < j.rows;) {
@@ -566,10 +566,12 @@ static void norm_run(pool *p, void *arg, int id)
 }
 
 /* 0 when there is no memory for scratch, here and below. */
+static size_t norm_row(const norm *n) { return (n->n + VL) * 4; }
+
 int ps_norm(pool *p, const norm *n, const void *x, long rows, void *out, int add)
 {
     norm_job j = {n, x, out, rows, add};
-    if (!reserve(p, 0, (n->n + VL) * 4)) return 0;
+    if (!reserve(p, 0, norm_row(n))) return 0;
     call(p, norm_run, &j);
     return 1;
 }
@@ -600,6 +602,7 @@ typedef struct {
     char *a;             /* and interleaved, tile after tile, unless one tile holds them all */
     long stride;
     float *row_scales;
+    size_t plain; /* bytes of scratch before `a` */
     int direct;
 } linear_job;
 
@@ -631,6 +634,7 @@ static void quantize_row(uint8_t *out, const float *x, long n, float *scale)
 static void prepare(const linear_job *j, long m, char *dst, float *row)
 {
     const linear *w = j->w;
+    ((int32_t *)dst)[words(w) - 1] = 0; /* k may end within a word */
     widen(row, j->x + m * j->ldx * SIZE[w->in_type], w->k, w->in_type);
     if (w->norm_kind) normalize(row, w->k, w->norm_kind, w->norm_weight, w->norm_bias, w->eps);
     if (w->format == I8) quantize_row((uint8_t *)dst, row, w->k, &j->row_scales[m]);
@@ -756,7 +760,7 @@ static void linear_run(pool *p, void *arg, int id)
     linear_job j = *(linear_job *)arg;
     const long panels = (j.w->n + NR - 1) / NR, tiles_m = (j.rows + MR - 1) / MR, pieces = 32 * p->threads;
     const long several = panels >= pieces ? panels / pieces : 1, wanted = panels >= pieces ? 1 : pieces / panels;
-    const long parts = wanted < tiles_m ? wanted : tiles_m, units = (panels + several - 1) / several * parts;
+    const long parts = tiles_m < 8 ? 1 : wanted < tiles_m ? wanted : tiles_m, units = (panels + several - 1) / several * parts;
     if (!j.direct || tiles_m > 1) prepare_rows(p, &j, tiles_m, id);
     for (long u = claim(p), next; u < units; u = next) {
         next = claim(p); /* known early, so that its weights can be fetched */
@@ -769,20 +773,34 @@ static void linear_run(pool *p, void *arg, int id)
     }
 }
 
-int ps_linear(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
+typedef struct { size_t shared, own; } room;
+
+/* The job of applying w to rows of x, and how much scratch it wants. */
+static room plan_linear(linear_job *j, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
 {
     long k = words(w), size = SIZE[w->in_type];
-    linear_job j = {.w = w, .x = x, .out = out, .rows = rows, .ldx = ldx, .ldo = ldo, .stride = ldx * size};
-    if (rows == 0) return 1;
+    *j = (linear_job){.w = w, .x = x, .out = out, .rows = rows, .ldx = ldx, .ldo = ldo, .stride = ldx * size};
     int same = w->format == w->in_type && w->k % per_word(w->format) == 0 && (ldx * size) % 4 == 0;
-    j.direct = same && w->format != F16 && !w->norm_kind;
-    if (!j.direct) j.stride = k * 4 + 64;
-    size_t plain = j.direct ? 0 : rows * (j.stride + 4), interleaved = rows > MR ? rows * k * 4 : 0;
-    if (!reserve(p, plain + interleaved, (w->k + VL) * 4)) return 0;
-    j.row_scales = (float *)p->scratch;
-    j.rows_at = p->scratch + (j.direct ? 0 : rows * 4);
-    j.a = p->scratch + plain;
-    if (!j.direct && w->k % per_word(w->format)) memset(j.rows_at, 0, rows * j.stride);
+    j->direct = same && w->format != F16 && !w->norm_kind;
+    if (!j->direct) j->stride = k * 4 + 64;
+    j->plain = j->direct ? 0 : rows * (j->stride + 4);
+    return (room){j->plain + (rows > MR ? rows * k * 4 : 0), (w->k + VL) * 4};
+}
+
+static void place_linear(linear_job *j, pool *p)
+{
+    j->row_scales = (float *)p->scratch;
+    j->rows_at = p->scratch + (j->direct ? 0 : j->rows * 4);
+    j->a = p->scratch + j->plain;
+}
+
+int ps_linear(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
+{
+    linear_job j;
+    if (rows == 0) return 1;
+    room r = plan_linear(&j, w, x, rows, ldx, out, ldo);
+    if (!reserve(p, r.shared, r.own)) return 0;
+    place_linear(&j, p);
     call(p, linear_run, &j);
     return 1;
 }
@@ -975,6 +993,7 @@ typedef struct {
     float scaling, softcap;
     long window;
     const float *sinks;
+    long layer; /* its place among the caches of a program */
 } attention;
 
 typedef struct { float cosine[MAX_HEAD], sine[MAX_HEAD]; } angles;
@@ -1279,12 +1298,101 @@ static void attention_run(pool *p, void *arg, int id)
     }
 }
 
+static size_t attention_row(const attention *a, long key_dim)
+{
+    size_t rows = (a->heads * key_dim + VL) * 4;
+    return rows > sizeof(bench) ? rows : sizeof(bench);
+}
+
 /* Write the step's keys and values, then attend: out [tokens][heads][value_dim]. */
 int ps_attention(pool *p, const attention *a)
 {
-    size_t rows = (a->heads * a->c->key_dim + VL) * 4;
-    if (!reserve(p, 0, rows > sizeof(bench) ? rows : sizeof(bench))) return 0;
+    if (!reserve(p, 0, attention_row(a, a->c->key_dim))) return 0;
     call(p, attention_run, (void *)a);
+    return 1;
+}
+
+/* ---- programs: the kernels of many layers in one call, so that no caller is waited for in between ---- */
+
+enum { LINEAR, ADD_NORM, ATTENTION };
+
+/* What reads rows from register `in` and writes rows to register `out`, side by side in memory. An attention reads
+ * (H D | K D | K V) of each row; its cache, step and angles are the program's. */
+typedef struct {
+    int32_t kind, in, out, unused;
+    const void *what;
+} op;
+
+typedef struct {
+    const op *ops;
+    long count, rows;
+    char *const *at; /* the registers */
+    const cache *const *caches;
+    const step *s;
+    const char *cos, *sin; /* [rows][width]; width 0 rotates nothing */
+    long width;
+    int32_t type;
+} program;
+
+static room plan_op(const program *g, const op *o, linear_job *j)
+{
+    if (o->kind == LINEAR) {
+        const linear *w = o->what;
+        return plan_linear(j, w, g->at[o->in], g->rows, w->k, g->at[o->out], w->mode == GATED ? w->n / 2 : w->n);
+    }
+    if (o->kind == ADD_NORM) return (room){0, norm_row(o->what)};
+    const attention *a = o->what;
+    return (room){0, attention_row(a, g->caches[a->layer]->key_dim)};
+}
+
+static void run_attention(pool *p, const program *g, const op *o, int id)
+{
+    attention a = *(const attention *)o->what;
+    rotary r = *a.r;
+    a.c = g->caches[a.layer], a.s = g->s, a.r = &r;
+    r.cos = g->cos, r.sin = g->sin, r.type = g->type;
+    if (r.width) r.width = g->width;
+    a.query = g->at[o->in];
+    a.key = a.query + a.heads * a.c->key_dim * SIZE[a.type];
+    a.value = a.key + a.c->heads * a.c->key_dim * SIZE[a.type];
+    a.out = g->at[o->out];
+    attention_run(p, &a, id);
+}
+
+static void run_op(pool *p, const program *g, const op *o, int id)
+{
+    linear_job j;
+    plan_op(g, o, &j);
+    if (o->kind == LINEAR) {
+        place_linear(&j, p);
+        linear_run(p, &j, id);
+    } else if (o->kind == ADD_NORM) {
+        norm_job n = {o->what, g->at[o->in], g->at[o->out], g->rows, 1};
+        norm_run(p, &n, id);
+    } else run_attention(p, g, o, id);
+}
+
+static void program_run(pool *p, void *arg, int id)
+{
+    const program *g = arg;
+    for (long i = 0; i < g->count; i++) {
+        run_op(p, g, g->ops + i, id);
+        barrier(p);
+    }
+}
+
+int ps_program(pool *p, const program *g)
+{
+    size_t shared = 0, own = 0;
+    if (g->rows == 0) return 1;
+    for (long i = 0; i < g->count; i++) {
+        linear_job j;
+        room r = plan_op(g, g->ops + i, &j);
+        shared = r.shared > shared ? r.shared : shared;
+        own = r.own > own ? r.own : own;
+    }
+    if (!reserve(p, shared, own)) return 0;
+    call(p, program_run, (void *)g);
     return 1;
 }
 
@@ -1310,36 +1418,70 @@ void ps_touch(pool *p, void *at, long bytes)
 
 /* ---- logits ---- */
 
+enum { STRETCH = 8192 }; /* logits that are seen twice while they are near */
+
 typedef struct {
-    const float *logits; /* [rows][width]; width is a multiple of block, block one of LANES */
+    const float *logits; /* [rows][width]; width is a multiple of block, block one of LANES that divides STRETCH */
     long rows, width, block;
-    float *peaks;   /* [rows][width / block] */
-    double *totals; /* [rows]: sum of exp(logit - greatest) */
+    float *peaks;     /* [rows][width / block] */
+    float *greatest;  /* [rows]; NaN where a row has one */
+    double *totals;   /* [rows]: sum of exp(logit - greatest) */
+    int64_t *tokens;  /* [rows]: the first of the greatest */
 } survey;
+
+typedef struct { double total; float most; } stretch; /* total: sum of exp(logit - most) */
+
+static stretch survey_stretch(const survey *s, const float *x, float *peaks, long n)
+{
+    stretch found = {0, -INFINITY};
+    for (long b = 0; b < n; b += s->block) {
+        vf top = *(const vf *)(x + b);
+        for (long i = VL; i < s->block; i += VL) top = vmax(top, *(const vf *)(x + b + i));
+        *peaks = max_of(top);
+        found.most = *peaks > found.most ? *peaks : found.most;
+        peaks++;
+    }
+    const float base = found.most > -INFINITY ? found.most : 0;
+    for (long b = 0; b < n; b += s->block) {
+        vf sum = splat(0.0f);
+        for (long i = 0; i < s->block; i += VL) sum += vexp(*(const vf *)(x + b + i) - base);
+        found.total += sum_of(sum);
+    }
+    return found;
+}
+
+static void survey_row(const survey *s, long m, const stretch *found, long count)
+{
+    const float *x = s->logits + m * s->width, *peaks = s->peaks + m * (s->width / s->block);
+    float most = -INFINITY;
+    double total = 0;
+    long block = 0, token = 0;
+    for (long i = 0; i < count; i++) most = found[i].most > most ? found[i].most : most;
+    for (long i = 0; i < count; i++) total += found[i].total * exp((double)found[i].most - most);
+    while (block + 1 < s->width / s->block && peaks[block] != most) block++;
+    while (token + 1 < s->block && x[block * s->block + token] != most) token++;
+    s->totals[m] = total;
+    s->tokens[m] = block * s->block + token;
+    s->greatest[m] = total == total ? most : NAN;
+}
 
 static void survey_run(pool *p, void *arg, int id)
 {
-    survey *s = arg;
-    long blocks = s->width / s->block;
+    const survey *s = arg;
+    const long count = (s->width + STRETCH - 1) / STRETCH;
+    stretch *found = (stretch *)p->scratch;
     (void)id;
-    for (long m; (m = claim(p)) < s->rows;) {
-        const float *x = s->logits + m * s->width;
-        float *peaks = s->peaks + m * blocks, most = -INFINITY;
-        double total = 0;
-        for (long b = 0; b < blocks; b++) {
-            vf top = *(const vf *)(x + b * s->block);
-            for (long i = VL; i < s->block; i += VL) top = vmax(top, *(const vf *)(x + b * s->block + i));
-            peaks[b] = max_of(top);
-            most = peaks[b] > most ? peaks[b] : most;
-        }
-        for (long b = 0; b < blocks; b++) {
-            vf sum = splat(0.0f);
-            for (long i = 0; i < s->block; i += VL) sum += vexp(*(const vf *)(x + b * s->block + i) - most);
-            total += sum_of(sum);
-        }
-        s->totals[m] = total;
-        if (total != total) peaks[0] = NAN;
+    for (long u; (u = claim(p)) < s->rows * count;) {
+        long at = u / count * s->width + u % count * STRETCH, rest = s->width - u % count * STRETCH;
+        found[u] = survey_stretch(s, s->logits + at, s->peaks + at / s->block, rest < STRETCH ? rest : STRETCH);
     }
+    barrier(p);
+    for (long m; (m = claim(p)) < s->rows;) survey_row(s, m, found + m * count, count);
 }
 
-void ps_survey(pool *p, survey *s) { call(p, survey_run, s); }
+int ps_survey(pool *p, survey *s)
+{
+    if (!reserve(p, s->rows * ((s->width + STRETCH - 1) / STRETCH) * sizeof(stretch), 0)) return 0;
+    call(p, survey_run, s);
+    return 1;
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ def struct(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-_Survey = struct("survey", logits=Ptr, rows=Long, width=Long, block=Long, peaks=Ptr, totals=Ptr)
+_Survey = struct(
+    "survey", logits=Ptr, rows=Long, width=Long, block=Long, peaks=Ptr, greatest=Ptr, totals=Ptr, tokens=Ptr
+)
 
 
 def available() -> bool:
@@ -52,8 +54,10 @@ class Kernels:
         library.ps_linear.argtypes = [Ptr, Ptr, Ptr, Long, Long, Ptr, Long]
         library.ps_norm.argtypes = [Ptr, Ptr, Ptr, Long, Ptr, Int]
         library.ps_attention.argtypes = [Ptr, Ptr]
+        library.ps_program.argtypes = [Ptr, Ptr]
         self.pool = Ptr(library.ps_pool_new(threads))
         self.lanes = int(library.ps_lanes())
+        self._workspace = pages(0)
 
     def close(self) -> None:
         """End the threads. Nothing made from these kernels may run afterwards."""
@@ -61,21 +65,42 @@ class Kernels:
             self.library.ps_pool_free(self.pool)
             self.pool = Ptr()
 
+    def workspace(self, num_bytes: int) -> int:
+        """The address of memory that is anybody's until the next kernel is called; kept, for fresh pages are slow."""
+        if num_bytes > len(self._workspace):
+            self._workspace = pages(num_bytes)
+        return self._workspace.data_ptr()
+
     def columns(self, n: int) -> int:
         """Packed columns of n outputs: n rounded up to whole panels."""
         return int(self.library.ps_columns(Long(n)))
 
 
-def survey_logits(kernels: Kernels, logits: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Of logits float32 [R, N * block]: each block's greatest [R, N]; sums of exp(logit - row's greatest), float64 [R].
+class Surveyed(NamedTuple):
+    """Of logits [R, N * block]: each block's greatest `peaks` [R, N] and the row's `greatest` [R], both float32.
 
-    A row with a NaN has a NaN in both. `block` is a multiple of 16.
+    `totals` is the sum of exp(logit - greatest), float64 [R]; `tokens` the first of the greatest, int64 [R]. A row
+    with a NaN has a NaN for its greatest and its total.
     """
+
+    peaks: Tensor
+    greatest: Tensor
+    totals: Tensor
+    tokens: Tensor
+
+
+def survey_logits(kernels: Kernels, logits: Tensor, block: int) -> Surveyed:
+    """Look at logits float32 [R, N * block] once. `block` is a multiple of 16 that divides 8192."""
     rows, width = logits.shape
-    peaks, totals = torch.empty(rows, width // block), torch.empty(rows, dtype=torch.float64)
-    call = _Survey(logits.data_ptr(), rows, width, block, peaks.data_ptr(), totals.data_ptr())
-    kernels.library.ps_survey(kernels.pool, ctypes.byref(call))
-    return peaks, totals
+    found = Surveyed(
+        torch.empty(rows, width // block),
+        torch.empty(rows),
+        torch.empty(rows, dtype=torch.float64),
+        torch.empty(rows, dtype=torch.int64),
+    )
+    call = _Survey(logits.data_ptr(), rows, width, block, *(x.data_ptr() for x in found))
+    check(kernels.library.ps_survey(kernels.pool, ctypes.byref(call)))
+    return found
 
 
 def pages(num_bytes: int) -> Tensor:

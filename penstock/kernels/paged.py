@@ -1,19 +1,20 @@
-"""Attention over paged keys and values, over the compiled kernels: `PanelCache`, `Steps`, `attend`, `FusedAttention`.
+"""Attention over paged keys and values, over the compiled kernels: `PanelCache`, `Steps`, `attend`.
 
 Owns the memory of a layer's cache and the index arrays of a step; every other tensor is the caller's. Used by the
-attention of `models` and the fused layers of `optimizers`. The layout of a panel is documented in `native.c`.
+attention of `models` and by `program`. The layout of a panel is documented in `native.c`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import TYPES, Float, Int, Kernels, Long, Ptr, address, check, floats, pages, struct
+from penstock.kernels.native import TYPES, Float, Int, Kernels, Long, Ptr, address, check, pages, struct
 
 PANEL = 16  # tokens of a cache panel: LANES in native.c
 TILE = 64  # keys of an attention tile: KEYS in native.c
@@ -27,8 +28,7 @@ _Step = struct(
     whole=Long,
     **dict.fromkeys(("slots", "first", "start", "table", "tables", "row", "rows", "begin", "end", "shared"), Ptr),
 )
-_Rotary = struct("rotary", norm=Int, type=Int, width=Long, eps=Float, query_norm=Ptr, key_norm=Ptr, cos=Ptr, sin=Ptr)
-_Attention = struct(
+AttentionCall = struct(
     "attention",
     **dict.fromkeys(("c", "s", "r", "query", "key", "value", "out"), Ptr),
     **dict.fromkeys(("query_token", "query_head", "key_token", "key_head", "value_token", "value_head", "heads"), Long),
@@ -37,6 +37,7 @@ _Attention = struct(
     softcap=Float,
     window=Long,
     sinks=Ptr,
+    layer=Long,
 )
 
 
@@ -85,68 +86,22 @@ class Steps:
         self.pointer = ctypes.addressof(self._struct)
 
 
-class Rotary:
-    """Norm of queries and keys (0 none, 1 per head, 2 over all heads) and rotary positions, applied in place."""
-
-    def __init__(self, norm: int, eps: float, query_norm: Tensor | None, key_norm: Tensor | None) -> None:
-        self._keep = [None if w is None else floats(w) for w in (query_norm, key_norm)]
-        self._struct = _Rotary(norm, 0, 0, eps, address(self._keep[0]), address(self._keep[1]), None, None)
-        self.pointer = ctypes.addressof(self._struct)
-
-    def at(self, cos: Tensor | None, sin: Tensor | None) -> int:
-        """Set the positions of a step, cos and sin [T, width]; the address to call with."""
-        struct = self._struct
-        if cos is None or sin is None:
-            struct.width = 0
-        else:
-            struct.type, struct.width = TYPES[cos.dtype], cos.shape[-1]
-            struct.cos, struct.sin = cos.data_ptr(), sin.data_ptr()
-        return self.pointer
-
-
-class FusedAttention:
-    """Attention over rows of a fused projection [T, (H D | K D | K V)], with its norms and rotary positions.
-
-    The call is prepared once; a step fills in where its tensors are.
-    """
-
-    def __init__(
-        self, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, *, scaling: float,
-        window: int | None, softcap: float | None, sinks: Tensor | None, rotary: Rotary,
-    ) -> None:  # fmt: skip
-        width = heads * key_dim + kv_heads * (key_dim + value_dim)
-        self._width, self._dtype, self._rotary = heads * value_dim, dtype, rotary
-        self._key = heads * key_dim * dtype.itemsize
-        self._value = self._key + kv_heads * key_dim * dtype.itemsize
-        self._sinks = None if sinks is None else floats(sinks)
-        self._call = _Attention(
-            None, None, None, None, None, None, None, width, key_dim, width, key_dim, width, value_dim, heads,
-            TYPES[dtype], scaling, softcap or 0.0, window or 0, address(self._sinks),
-        )  # fmt: skip
-        self._pointer = ctypes.addressof(self._call)
-
-    def __call__(self, paged: Any, layer: int, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """Attend for one layer of a step: [T, H V]. `paged` has `kernels`, `caches`, `steps`; cos and sin [1, T, W]."""
-        out = torch.empty(qkv.shape[0], self._width, dtype=self._dtype)
-        call, base, kernels = self._call, qkv.data_ptr(), paged.kernels
-        call.c, call.s, call.r = paged.caches[layer].pointer, paged.steps.pointer, self._rotary.at(cos, sin)
-        call.query, call.key, call.value, call.out = base, base + self._key, base + self._value, out.data_ptr()
-        check(kernels.library.ps_attention(kernels.pool, self._pointer))
-        return out
+def table_of(caches: Sequence[PanelCache]) -> Any:
+    """The caches of all layers as an array of addresses; they must outlive it."""
+    return (Ptr * len(caches))(*(cache.pointer for cache in caches))
 
 
 def attend(
     kernels: Kernels, cache: PanelCache, steps: Steps, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *,
     scaling: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    rotary: int = 0,
 ) -> None:  # fmt: skip
     """Write the step's keys and values into the cache, then attend: out [T, H, V].
 
-    query [T, H, D], key [T, K, D], value [T, K, V] of one dtype, with the last dimension contiguous. With `rotary`
-    (see `Rotary.at`) query is finished in place first, and key on its way into the cache. `sinks` is float32 [H].
+    query [T, H, D], key [T, K, D], value [T, K, V] of one dtype, with the last dimension contiguous. `sinks` is
+    float32 [H].
     """
-    call = _Attention(
-        cache.pointer, steps.pointer, rotary or None,
+    call = AttentionCall(
+        cache.pointer, steps.pointer, None,
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         query.shape[1], TYPES[query.dtype], scaling, softcap or 0.0, window or 0, address(sinks),

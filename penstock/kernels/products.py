@@ -31,16 +31,17 @@ _Norm = struct("norm", n=Long, kind=Int, dtype=Int, eps=Float, scale=Float, weig
 
 
 class Norm:
-    """RMSNorm or LayerNorm over rows of `weight.shape[0]` numbers, computed in float32."""
+    """RMSNorm or LayerNorm over rows of `weight.shape[0]` numbers, computed in float32; `scale` is for `add_to`."""
 
     def __init__(
-        self, kernels: Kernels, kind: int, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> None:
-        self.kind, self.eps = kind, eps
+        self, kernels: Kernels, kind: int, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype,
+        scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.kind, self.eps, self.width = kind, eps, len(weight)
         self.weight, self.bias = floats(weight), None if bias is None else floats(bias)
         self._kernels = kernels
-        self._struct = _Norm(len(weight), kind, TYPES[dtype], eps, 1.0, address(self.weight), address(self.bias))
-        self._pointer = ctypes.addressof(self._struct)
+        self._struct = _Norm(len(weight), kind, TYPES[dtype], eps, scale, address(self.weight), address(self.bias))
+        self.pointer = ctypes.addressof(self._struct)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The norm of x [M, N]; into `out` if given."""
@@ -48,14 +49,13 @@ class Norm:
         self._run(x, out, 0)
         return out
 
-    def add_to(self, out: Tensor, x: Tensor, scale: float = 1.0) -> None:
+    def add_to(self, out: Tensor, x: Tensor) -> None:
         """out += scale * norm(x), both [M, N], in place."""
-        self._struct.scale = scale
         self._run(x, out, 1)
 
     def _run(self, x: Tensor, out: Tensor, add: int) -> None:
         k = self._kernels
-        check(k.library.ps_norm(k.pool, self._pointer, x.data_ptr(), x.shape[0], out.data_ptr(), add))
+        check(k.library.ps_norm(k.pool, self.pointer, x.data_ptr(), x.shape[0], out.data_ptr(), add))
 
 
 class Linear:
@@ -97,7 +97,7 @@ class Linear:
             offsets=address(self._offsets), norm_weight=address(norm.weight if norm else None),
             norm_bias=address(norm.bias if norm else None),
         )  # fmt: skip
-        self._pointer = ctypes.addressof(self._struct)
+        self.pointer = ctypes.addressof(self._struct)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Apply to x [M, K], rows contiguous: `out` [M, N], made if not given."""
@@ -105,7 +105,7 @@ class Linear:
         if out is None:
             out = torch.empty(rows, self.width, dtype=self.dtype)
         at = (x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0))
-        check(k.library.ps_linear(k.pool, self._pointer, *at))
+        check(k.library.ps_linear(k.pool, self.pointer, *at))
         return out
 
     def _order(self, mode: int) -> np.ndarray:

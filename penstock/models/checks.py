@@ -77,13 +77,13 @@ def compare(module: nn.Module, probed: Probed, paging: Paging, *, tolerance: flo
         raise _refusal(module, f"a paged pass differs from the model's own (relative logit error {worst:.3g})")
 
 
-def trial_pass(module: nn.Module, probed: Probed, paging: Paging, device: torch.device) -> None:
-    """One pass of the probe's tokens as a single row."""
+def trial_pass(module: nn.Module, probed: Probed, paging: Paging, device: torch.device) -> Tensor:
+    """The logits [T, vocab] of one pass of the probe's tokens as a single row."""
     ids = _probe_ids(module, device)
     storage = paging.storage(probed.shapes, 1, TRIAL_BLOCK)
     layout = StepLayout((_row(0, ids.tolist(), 0, len(ids), TRIAL_BLOCK),), TRIAL_BLOCK, device)
     paged = paging.attention(storage, layout, probed.layers)
-    _forward(module, layout.input_ids, layout.positions, paged=paged)
+    return _forward(module, layout.input_ids, layout.positions, paged=paged)
 
 
 def refuse_foreign(module: nn.Module) -> None:

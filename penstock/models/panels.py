@@ -6,6 +6,7 @@ token that begin with the same cache blocks are attended together, so that a sha
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -47,6 +48,7 @@ class PanelStorage:
         panels = -(-num_blocks * block_size // PANEL)
         try:
             self.caches = [_cache(kernels, panels, shape, int8) for shape in shapes]
+            self.table = paged.table_of(self.caches)
         except (OSError, MemoryError) as error:
             wanted = num_blocks * block_size * sum(shape.bytes_per_token for shape in shapes)
             raise OutOfMemory(
@@ -83,6 +85,7 @@ class PanelAttention:
         self.storage = storage
         self.kernels = storage.kernels
         self.caches = storage.caches
+        self.table = ctypes.addressof(storage.table)
         self.steps = steps_of(layout.rows, storage.block_size, layout.write_slots.numpy())
         self._layers = layers
 

@@ -132,7 +132,7 @@ def _demand_owned(config: EngineConfig) -> None:
 
 def _demand_all_fused(module: nn.Module, probed: Probed) -> None:
     """Deterministic outputs hold for what the kernels compute; a product of torch's minds its neighbours."""
-    fused = sum(isinstance(part, FusedLayer) for part in module.modules())
+    fused = sum(part.num_layers for part in module.modules() if isinstance(part, FusedLayer))
     left = [f"{len(probed.layers) - fused} of {len(probed.layers)} layers"] if fused < len(probed.layers) else []
     left += sorted({type(part).__name__ for part in module.modules() if _computes_with_weights(part)})
     if left:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penstock.kernels.native import Surveyed
+
 BLOCK = 64
 _LOW_WORD = 0xFFFFFFFF
 
 Top = tuple[tuple[int, float, int], ...]
-# Of logits float32 [R, N * BLOCK]: each block's greatest [R, N], and the row's sum of exp(logit - peak), float64 [R].
-Survey = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# Looks at logits float32 [R, N * BLOCK]; see `Surveyed`.
+Survey = Callable[[Tensor, int], Surveyed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class Weights:
 class Vocabulary:
     """Logits float32 [R, N, BLOCK], padded with -inf; each block's greatest [R, N] and each row's [R].
 
-    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. `total` is the
-    sum of exp(logit - peak), float64 [R], where a `Survey` found it already.
+    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. Where a `Survey`
+    looked, `total` is the sum of exp(logit - peak), float64 [R], and `first` the first greatest logit, int64 [R].
     """
 
     blocks: Tensor
@@ -57,6 +59,7 @@ class Vocabulary:
     peak: Tensor
     size: int
     total: Tensor | None = None
+    first: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor, survey: Survey | None = None) -> Vocabulary:
@@ -71,8 +74,8 @@ class Vocabulary:
         blocks = logits.view(len(logits), -1, BLOCK)
         if survey is None:
             return cls._of_blocks(blocks, size)
-        block_peaks, total = survey(logits, BLOCK)
-        return cls(blocks, block_peaks, block_peaks.amax(-1), size, total)
+        found = survey(logits, BLOCK)
+        return cls(blocks, found.peaks, found.greatest, size, found.totals, found.tokens)
 
     @classmethod
     def _of_blocks(cls, blocks: Tensor, size: int) -> Vocabulary:
@@ -86,8 +89,8 @@ class Vocabulary:
 
     def take(self, rows: Tensor) -> Vocabulary:
         """The same for some rows, copied."""
-        total = None if self.total is None else self.total[rows]
-        return Vocabulary(self.blocks[rows], self.block_peaks[rows], self.peak[rows], self.size, total)
+        total, first = (None if x is None else x[rows] for x in (self.total, self.first))
+        return Vocabulary(self.blocks[rows], self.block_peaks[rows], self.peak[rows], self.size, total, first)
 
     def refreshed(self) -> Vocabulary:
         """The same logits with their peaks found anew, after somebody wrote into `flat`."""
@@ -99,6 +102,8 @@ class Vocabulary:
 
     def argmax(self) -> Tensor:
         """The first of the greatest logits, int64 [R]."""
+        if self.first is not None:
+            return self.first
         block = self.block_peaks.argmax(-1)
         inside = self.blocks[torch.arange(len(block), device=block.device), block].argmax(-1)
         return block * BLOCK + inside

@@ -1,21 +1,24 @@
-"""`FusedLayer`: a decoder layer as five calls of compiled kernels, in place of its original module.
+"""`FusedLayer`: decoder layers as one call of compiled kernels, in place of the original modules.
 
-Owns packed copies of the layer's weights. The residual stream is updated in place; norms run inside the product that
-follows them, the residual sum inside the product before it. Called by the model's own loop over its layers.
+Owns packed copies of the layers' weights. The residual stream is updated in place; norms run inside the product that
+follows them, the residual sum inside the product before it. Called by the model's own loop over its layers; where
+layers follow each other, the first runs them all and the others are `Joined`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.paged import FusedAttention, Rotary
 from penstock.kernels.products import ADD, GATED, STORE, Linear, Norm
+from penstock.kernels.program import STREAM, Attention, Program, Rotary
 from penstock.optimizers.behaviour import NormFacts
 from penstock.optimizers.blocks import Block, Matrix
+
+# Registers of a layer's program besides the stream.
+_QKV, _ATTENDED, _INNER, _BEFORE_NORM = 1, 2, 3, 4
 
 
 class Shape:
@@ -36,43 +39,33 @@ class FusedLayer(nn.Module):
 
     def __init__(self, kernels: Kernels, block: Block, shape: Shape, quantize: bool) -> None:
         super().__init__()
-        dtype = block.o.weight.dtype
-        first, after_attention, second, after_mlp = (_norm(kernels, facts, dtype) for facts in block.norms)
-        self._layer = shape.layer
-        self._rotates = shape.rotates
-        self._scale = block.scale
-        self._after_attention, self._after_mlp = after_attention, after_mlp
-
-        def linear(matrices: Any, **options: Any) -> Linear:
-            weights, biases = [m.weight for m in matrices], [m.bias for m in matrices]
-            return Linear(kernels, weights, biases, quantize=quantize, **options)
-
-        def out(matrix: Matrix, after: Norm | None) -> Linear:
-            return linear([matrix], mode=STORE if after else ADD, scale=block.scale)
-
-        self._qkv = linear(block.qkv, norm=first)
-        self._out = out(block.o, after_attention)
-        self._attention = FusedAttention(
-            shape.heads, shape.kv_heads, shape.key_dim, shape.value_dim, dtype, scaling=shape.scaling,
-            window=shape.window, softcap=shape.softcap, sinks=shape.sinks, rotary=_rotary(block, shape),
-        )  # fmt: skip
-        self._own_mlp, self._own_norm = block.own_mlp, second if block.own_mlp is not None else None
-        if block.down is not None:
-            mode = GATED if len(block.mlp) == 2 else STORE
-            self._up = linear(block.mlp, norm=second, mode=mode, act=block.act)
-            self._down = out(block.down, after_mlp)
+        builder = _Builder(kernels, block, quantize)
+        builder.attend(shape)
+        self._scale, self._own_mlp = block.scale, block.own_mlp
+        if block.own_mlp is None:
+            builder.mlp()
+        else:
+            self._own_norm, self._after_mlp = builder.norm(block.norms[2]), builder.norm(block.norms[3])
+        self._program, self.num_bytes = builder.program, builder.num_bytes
+        self.num_layers = 1
 
     def forward(self, hidden_states: Tensor, *_: Any, paged: Any, position_embeddings: Any = None, **__: Any) -> Tensor:
-        """The layer's output [1, T, N], in the memory of its input."""
-        x = hidden_states[0]
-        cos, sin = position_embeddings if self._rotates and position_embeddings is not None else (None, None)
-        attended = self._attention(paged, self._layer, self._qkv(x), cos, sin)
-        _add(x, self._out, attended, self._after_attention, self._scale)
-        if self._own_mlp is None:
-            _add(x, self._down, self._up(x), self._after_mlp, self._scale)
-        else:
-            self._add_own_mlp(x)
+        """The output [1, T, N] of the last layer, in the memory of the input."""
+        hidden_states = hidden_states.contiguous()
+        cos, sin = position_embeddings if position_embeddings is not None else (None, None)
+        self._program.run(hidden_states[0], paged, cos, sin)
+        if self._own_mlp is not None:
+            self._add_own_mlp(hidden_states[0])
         return hidden_states
+
+    def join(self, other: FusedLayer) -> bool:
+        """Run `other`, which comes next and gets the same arguments, in the same call; False if that cannot be."""
+        if self._own_mlp is not None or other._own_mlp is not None:
+            return False
+        self._program.extend(other._program)
+        self.num_layers += other.num_layers
+        self.num_bytes += other.num_bytes
+        return True
 
     def _add_own_mlp(self, x: Tensor) -> None:
         assert self._own_mlp is not None
@@ -81,32 +74,73 @@ class FusedLayer(nn.Module):
         if self._after_mlp is None:
             x.add_(y, alpha=self._scale)
         else:
-            self._after_mlp.add_to(x, y.contiguous(), self._scale)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of packed weights."""
-        parts = [self._qkv, self._out] + ([] if self._own_mlp is not None else [self._up, self._down])
-        return sum(part.num_bytes for part in parts)
+            self._after_mlp.add_to(x, y.contiguous())
 
 
-def _add(x: Tensor, linear: Linear, y: Tensor, after: Norm | None, scale: float) -> None:
-    """x += scale * after(linear(y))."""
-    if after is None:
-        linear(y, x)
-    else:
-        after.add_to(x, linear(y), scale)
+class Joined(nn.Module):
+    """Where a layer was that an earlier one runs."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Nothing is left to do."""
+        return hidden_states
 
 
-def _norm(kernels: Kernels, facts: NormFacts | None, dtype: torch.dtype) -> Norm | None:
-    if facts is None:
-        return None
-    return Norm(kernels, facts.kind, facts.weight, facts.bias, facts.eps, dtype)
+class _Builder:
+    """Writes the program of one layer."""
+
+    def __init__(self, kernels: Kernels, block: Block, quantize: bool) -> None:
+        self._kernels, self._block, self._quantize = kernels, block, quantize
+        self._dtype = block.o.weight.dtype
+        self.program = Program(kernels, self._dtype)
+        self.num_bytes = 0
+
+    def attend(self, shape: Shape) -> None:
+        """x += scale * post(o(attention(qkv(pre(x)))))."""
+        block = self._block
+        attention = Attention(
+            shape.layer, shape.heads, shape.kv_heads, shape.key_dim, shape.value_dim, self._dtype,
+            scaling=shape.scaling, window=shape.window, softcap=shape.softcap, sinks=shape.sinks,
+            rotary=_rotary(block, shape),
+        )  # fmt: skip
+        self.program.linear(self._linear(block.qkv, norm=self.norm(block.norms[0])), STREAM, _QKV)
+        self.program.attention(attention, _QKV, _ATTENDED)
+        self._add(block.o, _ATTENDED, block.norms[1])
+
+    def mlp(self) -> None:
+        """x += scale * post(down(act(up(pre(x)))))."""
+        block = self._block
+        assert block.down is not None
+        mode = GATED if len(block.mlp) == 2 else STORE
+        up = self._linear(block.mlp, norm=self.norm(block.norms[2]), mode=mode, act=block.act)
+        self.program.linear(up, STREAM, _INNER)
+        self._add(block.down, _INNER, block.norms[3])
+
+    def norm(self, facts: NormFacts | None) -> Norm | None:
+        """A norm of the block, scaled as what it adds."""
+        if facts is None:
+            return None
+        kind, weight, bias, eps = facts.kind, facts.weight, facts.bias, facts.eps
+        return Norm(self._kernels, kind, weight, bias, eps, self._dtype, self._block.scale)
+
+    def _add(self, matrix: Matrix, source: int, facts: NormFacts | None) -> None:
+        """x += scale * norm(matrix(source))."""
+        after = self.norm(facts)
+        if after is None:
+            self.program.linear(self._linear([matrix], mode=ADD, scale=self._block.scale), source, STREAM)
+        else:
+            self.program.linear(self._linear([matrix]), source, _BEFORE_NORM)
+            self.program.add_norm(after, _BEFORE_NORM, STREAM)
+
+    def _linear(self, matrices: Any, **options: Any) -> Linear:
+        weights, biases = [m.weight for m in matrices], [m.bias for m in matrices]
+        made = Linear(self._kernels, weights, biases, quantize=self._quantize, **options)
+        self.num_bytes += made.num_bytes
+        return made
 
 
 def _rotary(block: Block, shape: Shape) -> Rotary:
     query, key = block.query_norm, block.key_norm
     if query is None or key is None:
-        return Rotary(0, 0.0, None, None)
+        return Rotary(0, 0.0, None, None, rotates=shape.rotates)
     whole = len(query.weight) != shape.key_dim
-    return Rotary(2 if whole else 1, query.eps, query.weight, key.weight)
+    return Rotary(2 if whole else 1, query.eps, query.weight, key.weight, rotates=shape.rotates)

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
 from penstock.optimizers.fusion import Probed, fuse_layers
 from penstock.optimizers.modules import pack_linears, pack_norms
 
 PASSES = {
-    "fused_layers": "decoder layers as five kernel calls: packed products with norms, activations and residuals inside",
+    "fused_layers": "decoder layers as one kernel call: packed products with norms, activations and residuals inside",
     "packed_linears": "the remaining linear modules, the output head among them, with packed weights",
     "packed_norms": "the remaining RMSNorm and LayerNorm modules as one kernel call",
 }
@@ -40,7 +40,7 @@ def rewrite(
     module: nn.Module,
     probed: Probed,
     kernels: Kernels,
-    run: Callable[[], object],
+    run: Callable[[], Tensor],
     *,
     quantize: bool = False,
     without: Collection[str] = (),

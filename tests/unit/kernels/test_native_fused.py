@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from itertools import pairwise
+from math import prod
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.paged import FusedAttention, Rotary
+from penstock.kernels.paged import table_of
+from penstock.kernels.program import STREAM, Attention, Program, Rotary
 from tests.unit.kernels.hand import ROUNDING, Sequences, attention_by_hand
 
 HEADS, KV_HEADS, DIM, VALUE_DIM, LENGTH = 6, 2, 24, 20, 90
@@ -55,17 +58,23 @@ class World:
         self.qkv = torch.cat([x[0].flatten(1) for x in (self.held.query, self.held.key, self.held.value)], 1)
         self.cos, self.sin = angles(width, dtype)
         self.weights = weights_of(norm)
-        self.attention = FusedAttention(
-            HEADS, KV_HEADS, DIM, VALUE_DIM, dtype, scaling=SCALING, window=None, softcap=None, sinks=None,
-            rotary=Rotary(norm, EPS, *self.weights),
+        self.attention = Attention(
+            0, HEADS, KV_HEADS, DIM, VALUE_DIM, dtype, scaling=SCALING, window=None, softcap=None, sinks=None,
+            rotary=Rotary(norm, EPS, *self.weights, rotates=True),
         )  # fmt: skip
+        self.program = Program(kernels, dtype)
+        self.program.attention(self.attention, STREAM, STREAM + 1)
 
     def attend(self, begin: int, end: int, rotates: bool = True) -> Tensor:
         """Tokens [begin, end) as one step: [T, H V]."""
-        steps = self.held.steps([(0, begin, end)])
-        paged = SimpleNamespace(kernels=self.held.kernels, caches=[self.held.cache], steps=steps)
+        table = table_of([self.held.cache])
+        paged = SimpleNamespace(table=ctypes.addressof(table), steps=self.held.steps([(0, begin, end)]))
         cos, sin = (x[None, begin:end].contiguous() if rotates else None for x in (self.cos, self.sin))
-        return self.attention(paged, 0, self.qkv[begin:end].clone(), cos, sin)
+        self.program.run(self.qkv[begin:end].clone(), paged, cos, sin)
+        shape = (end - begin, HEADS * VALUE_DIM)
+        kernels = self.held.kernels
+        memory = (ctypes.c_char * (prod(shape) * self.qkv.itemsize)).from_address(kernels.workspace(0))
+        return torch.frombuffer(memory, dtype=self.qkv.dtype).clone().view(shape)
 
 
 @pytest.mark.parametrize("width", [DIM, 8])

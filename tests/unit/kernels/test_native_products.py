@@ -150,12 +150,12 @@ def test_norms_are_those_written_out_by_hand(kernels: Kernels, kind: int, dtype:
             randn(n, seed=1) if kind == LAYER else None,
             randn(9, n, dtype=dtype, seed=2) * 3 + 1,
         )
-        norm = Norm(kernels, kind, weight, bias, 1e-5, dtype)
+        norm = Norm(kernels, kind, weight, bias, 1e-5, dtype, 0.5)
         wanted = norm_by_hand(x, kind, weight, bias, 1e-5)
         check(norm(x), wanted, 2e-5)
         before = randn(9, n, dtype=dtype, seed=3)
         found = before.clone()
-        norm.add_to(found, x, 0.5)
+        norm.add_to(found, x)
         check(found, before.double() + 0.5 * wanted, 2e-5)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from penstock.config import REWRITES, EngineConfig
 from penstock.errors import ConfigurationError
 from penstock.kernels.native import Kernels, available
 from penstock.models.loading import load
-from penstock.optimizers.fused import FusedLayer
+from penstock.optimizers.fused import FusedLayer, Joined
 from penstock.optimizers.modules import PackedLinear, PackedNorm
 from penstock.optimizers.rewriting import PASSES
 from tests.tiny_models import ARCHITECTURES, FUSED, build
@@ -43,9 +44,9 @@ def test_every_architecture_is_rewritten_as_far_as_the_table_says(
     made = rewritten(build(name).to(dtype), kernels)
     fused = made.report["fused_layers"]
     assert (fused.changed, fused.seen) == (FUSED[name], 2)
-    assert {pass_name: made.count(kind) for pass_name, kind in PLAIN.items()} == {
-        pass_name: applied.changed for pass_name, applied in made.report.items()
-    }
+    found = {pass_name: made.count(kind) for pass_name, kind in PLAIN.items()}
+    found["fused_layers"] = sum(part.num_layers for part in made.module.modules() if isinstance(part, FusedLayer))
+    assert found == {pass_name: applied.changed for pass_name, applied in made.report.items()}
     assert not any(type(module) is nn.Linear for module in made.module.modules())
     made.compare(ROUNDING[dtype])
 
@@ -103,6 +104,52 @@ def test_a_layer_that_computes_more_than_its_structure_shows_stays_as_it_is(
     made = rewritten(model, kernels)
     assert [type(layer) for layer in model.model.layers] == [FusedLayer, kind]
     assert made.report["fused_layers"].changed == 1
+    made.compare(1e-5)
+
+
+def test_layers_that_follow_each_other_run_as_one_call(kernels: Kernels) -> None:
+    model = build("llama")
+    made = rewritten(model, kernels)
+    assert [type(layer) for layer in model.model.layers] == [FusedLayer]
+    assert model.model.layers[0].num_layers == 2
+    made.compare(1e-5)
+
+
+class Indexing(LlamaModel):
+    """Knows how many layers there should be."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert len(self.layers) == self.config.num_hidden_layers
+        return super().forward(*args, **kwargs)
+
+
+class Halving(LlamaModel):
+    """Does something of its own between its layers."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        x = self.embed_tokens(input_ids)
+        position_ids = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        angles = self.rotary_emb(x, position_ids)
+        kwargs = {name: kwargs.get(name) for name in ("paged",)}
+        for layer in self.layers:
+            x = layer(x / 2, position_embeddings=angles, position_ids=position_ids, attention_mask=None, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
+
+
+def test_layers_are_not_joined_over_what_a_model_does_between_them(kernels: Kernels) -> None:
+    model = build("llama")
+    model.model.__class__ = Halving
+    made = rewritten(model, kernels)
+    assert made.report["fused_layers"].changed == 2
+    assert made.count(Joined) == 0
+    made.compare(1e-5)
+
+
+def test_a_model_that_counts_its_layers_keeps_their_number(kernels: Kernels) -> None:
+    model = build("llama")
+    model.model.__class__ = Indexing
+    made = rewritten(model, kernels)
+    assert [type(layer) for layer in model.model.layers] == [FusedLayer, Joined]
     made.compare(1e-5)
 
 
