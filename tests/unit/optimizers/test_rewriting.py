@@ -130,9 +130,12 @@ class Halving(LlamaModel):
         x = self.embed_tokens(input_ids)
         position_ids = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
         angles = self.rotary_emb(x, position_ids)
-        kwargs = {name: kwargs.get(name) for name in ("paged",)}
+        hidden = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
+        given = {"position_embeddings": angles, "position_ids": position_ids, "attention_mask": hidden}
+        if "paged" in kwargs:
+            given["paged"] = kwargs["paged"]
         for layer in self.layers:
-            x = layer(x / 2, position_embeddings=angles, position_ids=position_ids, attention_mask=None, **kwargs)
+            x = layer(x / 2, **given)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
 
 
