@@ -149,10 +149,19 @@ INLINE vf from_bytes(const void *p)
 #endif
 }
 
+INLINE vu widened(const uint16_t *p)
+{
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#else
+    return __builtin_convertvector(*(const vh *)p, vu);
+#endif
+}
+
 INLINE vf load(const void *p, long i, int f)
 {
     if (f == F32) return *(const vf *)((const float *)p + i);
-    if (f == BF16) return (vf)(__builtin_convertvector(*(const vh *)((const uint16_t *)p + i), vu) << 16);
+    if (f == BF16) return (vf)(widened((const uint16_t *)p + i) << 16);
     return from_half((const uint16_t *)p + i);
 }
 
@@ -186,7 +195,7 @@ INLINE void widen_(float *dst, const void *src, long n, int f)
     for (; i < n; i++) dst[i] = load1(src, i, f);
 }
 
-static void widen(float *dst, const void *src, long n, int f)
+INLINE void widen(float *dst, const void *src, long n, int f)
 {
     if (f == F32) widen_(dst, src, n, F32);
     else if (f == BF16) widen_(dst, src, n, BF16);
@@ -200,7 +209,7 @@ INLINE void narrow_(void *dst, const float *src, long n, int f)
     for (; i < n; i++) store1(dst, i, f, src[i]);
 }
 
-static void narrow(void *dst, const float *src, long n, int f)
+INLINE void narrow(void *dst, const float *src, long n, int f)
 {
     if (f == F32) narrow_(dst, src, n, F32);
     else if (f == BF16) narrow_(dst, src, n, BF16);
@@ -893,18 +902,31 @@ INLINE void put(const cache *c, char *side, long at, float x)
     else ((int8_t *)side)[at] = (int8_t)lrintf(x);
 }
 
+/* Words of 32 bits: a token's keys are one lane of every line, its values every other half word of their lines. */
+static void write_bf16(char *side, long lane, const float *x, long dim, int keys)
+{
+    uint16_t row[MAX_HEAD + VL] __attribute__((aligned(64)));
+    int32_t *words = (int32_t *)side;
+    long d = 0;
+    narrow_(row, x, dim, BF16);
+    if (keys) {
+        for (; d < dim / 2; d++) words[d * LANES + lane] = ((int32_t *)row)[d];
+        return;
+    }
+#if defined(__AVX512BW__)
+    const __mmask32 halves = lane % 2 ? 0xaaaaaaaa : 0x55555555; /* the other halves may be being written too */
+    for (; d + VL <= dim; d += VL) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_load_si256((__m256i *)(row + d)));
+        _mm512_mask_storeu_epi16(words + lane / 2 * dim + d, halves, lane % 2 ? _mm512_slli_epi32(wide, 16) : wide);
+    }
+#endif
+    for (; d < dim; d++) ((uint16_t *)side)[value_at(lane, d, 2, dim)] = row[d];
+}
+
 static void write_side(const cache *c, char *side, float *scale, long lane, const float *x, long dim, int keys)
 {
     long p = per_word(c->compute);
-    if (c->format == BF16) {
-        uint16_t row[MAX_HEAD];
-        narrow(row, x, dim, BF16);
-        if (keys)
-            for (long d = 0; d < dim; d += 2) memcpy(side + (d / 2 * LANES + lane) * 4, row + d, 4);
-        else
-            for (long d = 0; d < dim; d++) ((uint16_t *)side)[value_at(lane, d, 2, dim)] = row[d];
-        return;
-    }
+    if (c->format == BF16) { write_bf16(side, lane, x, dim, keys); return; }
     float top = c->format == I8 ? amax(x, dim) : 0, inverse = c->format != I8 ? 1 : top > 0 ? 127 / top : 0;
     if (c->format == I8) scale[lane] = top / 127;
     for (long d = 0; d < dim; d++) put(c, side, keys ? key_at(lane, d, p) : value_at(lane, d, p, dim), x[d] * inverse);
