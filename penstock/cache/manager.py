@@ -134,6 +134,12 @@ class CacheManager:
             blocks.append(self._fresh())
         return True
 
+    def has_slot(self, seq: Sequence) -> bool:
+        """Whether the first uncomputed position can be written as things are, and completes no block."""
+        i, slot = divmod(seq.computed, self.block_size)
+        blocks = seq.blocks
+        return slot + 1 < self.block_size and i < len(blocks) and self._pool.is_private(blocks[i])
+
     def seal(self, seq: Sequence, end: int) -> None:
         """Make findable every block that positions < `end` complete, end being at most the number of tokens.
 

@@ -55,6 +55,16 @@ class Budget:
         most = logit_rows if all_logits else want - num_draft - 1 + logit_rows
         return max(0, min(want, self.tokens - self.reserved, most))
 
+    def draw(self) -> bool:
+        """Spend the token, with its logits, that is held back for a decoding sequence; False if none is."""
+        if not self.reserved:
+            return False
+        self.reserved -= 1
+        self.tokens -= 1
+        self.rows -= 1
+        self.logit_rows -= 1
+        return True
+
     def spend(self, tokens: int, logit_rows: int) -> None:
         """One row was planned."""
         self.tokens -= tokens
@@ -76,6 +86,18 @@ class Step:
     def grant(self, seq: Sequence) -> int:
         """How many tokens this sequence gets; 0 for none."""
         return self.budget.grant(seq.todo, len(seq.draft), scores_prompt(seq))
+
+    def decode(self, seq: Sequence, cache: CacheManager) -> bool:
+        """Plan a sequence that lacks only its newest token, if a token is held back and a slot is there for it.
+
+        The short way to what `grant` and `add` do, for most rows of most steps. False: nothing was planned.
+        """
+        length = len(seq.tokens)
+        if seq.computed + 1 != length or seq.draft or not cache.has_slot(seq) or not self.budget.draw():
+            return False
+        birth = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
+        self.rows.append(Row(seq.id, seq.tokens, length - 1, length, seq.blocks, True, *birth))
+        return True
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         """Plan the next tokens of a sequence whose blocks are there."""

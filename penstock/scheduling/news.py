@@ -15,11 +15,12 @@ from penstock.step import Event, Row, RowResult, TokenLogprobs
 
 def accept(seq: Sequence, tokens: SequenceOf[int]) -> tuple[int, FinishReason | None, int | None]:
     """Returns (how many of the sampled tokens count, why the sequence ends with the last of them, its stop token)."""
+    stop_ids, room = seq.stop_ids, seq.max_len - len(seq.tokens)
     for count, token in enumerate(tokens, 1):
         # The sampler suppresses stop ids before min_tokens, so this is a second look.
-        if token in seq.stop_ids and seq.num_generated + count > seq.params.min_tokens:
+        if token in stop_ids and seq.num_generated + count > seq.params.min_tokens:
             return count, FinishReason.STOP, token
-        if seq.length + count >= seq.max_len:
+        if count >= room:
             return count, FinishReason.LENGTH, None
     return len(tokens), None, None
 

@@ -173,10 +173,14 @@ class Scheduler:
         for seq in list(self._roster.running):
             if outranked and seq.status is Status.RUNNING:
                 outranked = self._plan_above(step, self._roster.running.rank(seq))
-            if seq.status is Status.RUNNING and not seq.in_flight:  # a victim may have found room again
-                if is_decoding(seq):
-                    step.budget.claim()
-                self._extend(step, seq)
+            if seq.status is not Status.RUNNING or seq.in_flight:  # a victim may have found room again
+                continue
+            if step.decode(seq, self._cache):
+                seq.in_flight = 1
+                continue
+            if is_decoding(seq):
+                step.budget.claim()
+            self._extend(step, seq)
 
     def _plan_above(self, step: Step, rank: int) -> bool:
         """Start waiting sequences of a class above `rank` before a running one of that rank gets its turn.
@@ -230,7 +234,7 @@ class Scheduler:
             end = seq.computed + num_tokens
             if self._cache.reserve(seq, end):
                 step.add(seq, num_tokens)
-                self._cache.seal(seq, min(end, seq.length))
+                self._cache.seal(seq, min(end, len(seq.tokens)))
                 seq.in_flight = num_tokens
                 return
             if seq.draft:
@@ -277,9 +281,10 @@ class Scheduler:
 
     def _append(self, seq: Sequence, tokens: tuple[int, ...], count: int) -> None:
         """Accept `count` sampled tokens. All but the last were drafts, whose K/V the step has written."""
-        seq.computed = seq.length + min(count, len(tokens) - 1)
+        seq.computed = len(seq.tokens)
         seq.tokens.extend(tokens[:count])
         if len(tokens) > 1:
+            seq.computed += min(count, len(tokens) - 1)
             self._cache.seal(seq, seq.computed)
 
     def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Event:

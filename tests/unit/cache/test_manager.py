@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.cache.manager import CacheManager
-from tests.unit.cache.hand import run, sequence, start
+from tests.unit.cache.hand import compute, run, sequence, start
 
 
 def test_tokens_become_blocks() -> None:
@@ -78,6 +78,30 @@ def test_reserve_is_all_or_nothing() -> None:
     assert (list(second.blocks), cache.num_free_blocks) == ([], 1)
     assert cache.reserve(second, 4)
     assert list(second.blocks) == [2]
+
+
+def test_slot_is_there_while_a_block_of_its_own_has_two_to_fill() -> None:
+    cache = CacheManager(10, 4)
+    seq = sequence([*range(6)])
+    run(cache, seq)
+    found = []
+    for token in range(6, 10):
+        seq.tokens.append(token)
+        found.append(cache.has_slot(seq))
+        compute(cache, seq)
+    assert found == [True, False, False, True], "7 completes its block, 8 has none"
+
+
+def test_shared_block_has_no_slot() -> None:
+    cache = CacheManager(10, 4)
+    parent, child = sequence([*range(6)]), sequence([*range(6)])
+    run(cache, parent)
+    child.computed = cache.fork(parent, child)
+    parent.tokens.append(6)
+    assert not cache.has_slot(parent)
+    assert not cache.has_slot(child)
+    compute(cache, child)
+    assert cache.has_slot(parent)
 
 
 def test_fits_counts_revived_blocks_and_the_margin() -> None:

@@ -50,3 +50,20 @@ def test_more_decodes_than_tokens_are_served_in_turn() -> None:
             budget.spend(tokens, logit_rows=1)
         served += tokens
     assert served == 2
+
+
+def left(budget: Budget) -> dict[str, int]:
+    """What has not been spent."""
+    return {name: getattr(budget, name) for name in Budget.__slots__}
+
+
+def test_drawing_is_to_claim_to_be_granted_and_to_spend_one_token() -> None:
+    limits = {"tokens": 3, "rows": 2, "logit_rows": 3, "num_decoding": 5}
+    drawn, asked = Budget(**limits), Budget(**limits)
+    for _ in range(2):
+        assert drawn.draw()
+        asked.claim()
+        asked.spend(asked.grant(want=1, num_draft=0, all_logits=False), logit_rows=1)
+        assert left(drawn) == left(asked)
+    assert not drawn.draw()
+    assert drawn.rows == 0

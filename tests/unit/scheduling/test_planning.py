@@ -32,6 +32,23 @@ def test_rows_name_the_live_tokens_and_blocks() -> None:
     assert (seq.in_flight, seq.computed, seq.todo) == (0, 6, 1)
 
 
+def test_rows_of_decoding_sequences_say_the_same_wherever_their_token_lies() -> None:
+    """Positions 6 and 7 lie in a block that is there, 8 in a new one."""
+    world = World()
+    seq = world.add(1, 6, seed=5, sample_index=2, stop_ids=frozenset([3]))
+    world.step()
+    for start in (6, 7, 8):
+        assert world.begin() == {1: (start, start + 1)}
+        (row,) = world.plan.rows
+        assert (row.seq_id, row.samples, row.prompt_len, row.seed, row.sample_index) == (1, True, 6, 5, 2)
+        assert (row.params, row.stop_ids, row.draft) == (seq.params, frozenset([3]), ())
+        assert row.tokens is seq.tokens
+        assert row.blocks is seq.blocks
+        assert len(row.blocks) == start // 4 + 1
+        assert (seq.in_flight, seq.todo) == (1, 0)
+        world.end()
+
+
 def test_nothing_to_do_is_an_empty_plan() -> None:
     world = World()
     assert world.begin() == {}
