@@ -5,10 +5,8 @@ Assembling runs once, on the model's thread; the only place where `models.loadin
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import time
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from penstock.engine.host import Boot, Host
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.tokenizing import TokenizerPool
+from penstock.engine.worker import Worker
 from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
 from penstock.models.protocol import ModelRunner
@@ -127,16 +126,15 @@ def booter(
     Holds no reference to the engine object, so that dropping that one stops everything.
     """
 
-    async def boot(worker: Executor) -> EngineCore:
-        loop = asyncio.get_running_loop()
-        made = await loop.run_in_executor(worker, assemble, model, tokenizer, config, admission, log)
+    async def boot(worker: Worker) -> EngineCore:
+        made = await worker.run(assemble, model, tokenizer, config, admission, log).done
         parts.append(made)
         return EngineCore(
             config,
             made.runner,
             made.scheduler,
             made.door,
-            execute=lambda plan: loop.run_in_executor(worker, made.runner.execute, plan),
+            execute=lambda plan: worker.run(made.runner.execute, plan),
             clock=time.monotonic,
             metrics=metrics,
             log=log,

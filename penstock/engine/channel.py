@@ -1,7 +1,7 @@
 """`Channel`: what lies between the engine's thread and whoever waits for one request.
 
-A one-slot mailbox per completion: deltas that nobody took yet merge, so a slow reader costs its own memory once and
-nobody else anything. Written by the engine's thread, read from any thread or loop; holds no reference to the engine.
+A mailbox of the transcripts that have news. A delta is cut when somebody takes it, with all that came until then, so a
+slow reader costs nobody anything. Written by the engine's thread, read from any thread or loop; knows no engine.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum
 
-from penstock.outputs import Delta, Logprob, RequestOutput
+from penstock.engine.transcript import Transcript
+from penstock.outputs import Delta, RequestOutput
 
 Waiters = list[asyncio.Future[None]]
 
@@ -31,42 +32,6 @@ class RequestStatus(Enum):
     def ended(self) -> bool:
         """Whether nothing more will happen."""
         return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
-
-
-class Slot:
-    """The deltas of one completion that nobody took yet; adding one costs the same however many there are."""
-
-    __slots__ = ("_first", "_last", "_logprobs", "_texts", "_token_ids", "_token_logprobs")
-
-    def __init__(self, delta: Delta) -> None:
-        self._first = self._last = delta
-        self._texts: list[str] = [delta.text]
-        self._token_ids: list[int] = list(delta.token_ids)
-        self._logprobs: list[Mapping[int, Logprob]] = list(delta.logprobs)
-        self._token_logprobs: list[float] = list(delta.token_logprobs)
-
-    def add(self, delta: Delta) -> None:
-        """Merge one more."""
-        self._last = delta
-        self._texts.append(delta.text)
-        self._token_ids += delta.token_ids
-        self._logprobs += delta.logprobs
-        self._token_logprobs += delta.token_logprobs
-
-    def merged(self) -> Delta:
-        """All of them as one delta."""
-        if self._last is self._first:
-            return self._first
-        return Delta(
-            request_id=self._last.request_id,
-            index=self._last.index,
-            text="".join(self._texts),
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            token_logprobs=tuple(self._token_logprobs),
-            finish_reason=self._last.finish_reason,
-            stop_reason=self._last.stop_reason,
-        )
 
 
 def hop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
@@ -108,7 +73,7 @@ class Channel:
         self.prompt: str | None = None
         self.prompt_token_ids: list[int] = []
         self._lock = threading.Lock()
-        self._pending: dict[int, Slot] = {}
+        self._news: dict[Transcript, None] = {}  # as a set that knows who waits longest
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
         self._readers: Waiters = []  # of the next delta
@@ -117,16 +82,14 @@ class Channel:
 
     # Engine's side.
 
-    def put(self, delta: Delta, wakeups: Wakeups) -> None:
-        """Offer a delta; it merges with one that was not taken yet."""
+    def put(self, transcript: Transcript, wakeups: Wakeups) -> None:
+        """Show what was written to a transcript since it was last put here."""
         with self._lock:
-            slot = self._pending.get(delta.index)
-            if slot is None:
-                self._pending[delta.index] = Slot(delta)
-            else:
-                slot.add(delta)
+            transcript.show()
+            self._news[transcript] = None
             readers, self._readers = self._readers, []
-        wakeups.add(readers)
+        if readers:
+            wakeups.add(readers)
 
     def end(
         self, status: RequestStatus, output: RequestOutput | None, error: BaseException | None, wakeups: Wakeups
@@ -150,11 +113,12 @@ class Channel:
         """The next delta, or None at the regular end; raises the request's error after its last delta."""
         while True:
             with self._lock:
-                if self._pending:
-                    return self._pending.pop(next(iter(self._pending))).merged()
+                if self._news:
+                    self._news.pop(transcript := next(iter(self._news)))
+                    return transcript.cut()
                 if self.ended:
                     break
-                self._readers, reader = _joined(self._readers)
+                reader = _join(self._readers)
             await reader
         self._raise()
         return None
@@ -165,7 +129,7 @@ class Channel:
             with self._lock:
                 if self.ended:
                     break
-                self._waiters, waiter = _joined(self._waiters)
+                waiter = _join(self._waiters)
             await waiter
         return self.outcome()
 
@@ -187,7 +151,9 @@ class Channel:
             raise self._error.with_traceback(None)
 
 
-def _joined(waiters: Waiters) -> tuple[Waiters, asyncio.Future[None]]:
-    """A new waiter of the running loop, and it together with those that still wait."""
-    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    return [*(w for w in waiters if not w.done()), waiter], waiter
+def _join(waiters: Waiters) -> asyncio.Future[None]:
+    """A new waiter of the running loop, among those that still wait."""
+    if waiters:
+        waiters[:] = [waiter for waiter in waiters if not waiter.done()]
+    waiters.append(waiter := asyncio.get_running_loop().create_future())
+    return waiter

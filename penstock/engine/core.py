@@ -23,6 +23,7 @@ from penstock.engine.door import Door
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
+from penstock.engine.worker import Job
 from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError
 from penstock.models.protocol import ModelRunner
 from penstock.scheduling.scheduler import Scheduler
@@ -33,7 +34,7 @@ from penstock.step import Event, StepPlan, StepResult
 BURST_PAUSE_S = 0.001
 # Least time between two collections of garbage by an idle engine, in seconds.
 TIDY_PAUSE_S = 60.0
-Execute = Callable[[StepPlan], Awaitable[StepResult]]
+Execute = Callable[[StepPlan], Job[StepResult]]
 
 
 class EngineCore:
@@ -170,9 +171,10 @@ class EngineCore:
             return False
         begin = self._clock()
         executing = self._execute(plan)
+        await executing.begun  # publishing at once would hold the interpreter's lock, which the model needs to begin
         self._desk.publish()
         try:
-            result = await executing
+            result = await executing.done
         except Exception as error:
             self._desk.add_news(self._failed(plan, error))
         else:

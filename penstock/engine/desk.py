@@ -7,6 +7,7 @@ the engine's loop, called by `EngineCore`; hands deltas to channels and knows no
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from penstock.engine.channel import RequestStatus, Wakeups
 from penstock.engine.collector import Collector
@@ -21,6 +22,17 @@ from penstock.outputs import RequestOutput
 from penstock.scheduling.scheduler import Scheduler
 from penstock.sequence import FinishReason, Sequence
 from penstock.step import Event
+
+_REGULAR = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+@dataclass(slots=True)
+class _Mailing:
+    """What one `publish` comes to."""
+
+    now: float
+    wakeups: Wakeups = field(default_factory=Wakeups)
+    latencies_s: list[float] = field(default_factory=list)
 
 
 class Desk:
@@ -86,43 +98,44 @@ class Desk:
         events, self._unpublished = self._unpublished, []
         if not events:
             return
-        wakeups, now = Wakeups(), self._clock()
+        mailing, owners = _Mailing(self._clock()), self._owners
         for event in events:
-            owner = self._owners.get(event.seq_id)
+            owner = owners.get(event.seq_id)
             if owner is not None:
-                self._deliver(*owner, event, now, wakeups)
+                self._deliver(*owner, event, mailing)
             if event.reason is not None:
-                self._owners.pop(event.seq_id, None)
+                owners.pop(event.seq_id, None)
                 self._runner.forget(event.seq_id)
-        wakeups.send()
+        self._metrics.record("inter_token_latency", *mailing.latencies_s)
+        mailing.wakeups.send()
 
-    def _deliver(self, request: Request, index: int, event: Event, now: float, wakeups: Wakeups) -> None:
-        assert request.collector is not None
-        if event.error is not None or event.reason in (FinishReason.DEADLINE, FinishReason.ERROR, FinishReason.ABORT):
-            self._end(request, event.reason or FinishReason.ERROR, event.error, wakeups)
+    def _deliver(self, request: Request, index: int, event: Event, mailing: _Mailing) -> None:
+        collector = request.collector
+        assert collector is not None
+        if event.reason is not None and event.reason not in _REGULAR:
+            self._end(request, event.reason, event.error, mailing.wakeups)
             return
         try:
-            delta = request.collector.push(index, event)
+            transcript = collector.push(index, event)
         except BaseException as error:  # a tokenizer's panic is no `Exception`
-            self._end(request, FinishReason.ERROR, text_fault(error), wakeups)
+            self._end(request, FinishReason.ERROR, text_fault(error), mailing.wakeups)
             return
-        self._time_tokens(request, event, now)
-        if request.collector.streams:
-            request.channel.put(delta, wakeups)
-        if delta.finished:
+        if event.tokens:
+            self._time_tokens(request, len(event.tokens), mailing)
+        if collector.streams:
+            request.channel.put(transcript, mailing.wakeups)
+        if transcript.finish_reason is not None:
             self._retire(request.sequences[index], FinishReason.STOP)
-        if request.collector.done:
-            self._complete(request, request.collector, wakeups)
+            if collector.done:
+                self._complete(request, collector, mailing.wakeups)
 
-    def _time_tokens(self, request: Request, event: Event, now: float) -> None:
-        if not event.tokens:
-            return
-        if request.first_token is None:
-            request.first_token = now
-            self._metrics.record("first_token_latency", now - request.arrival)
-        elif request.last_token is not None and len(request.sequences) == 1:
-            self._metrics.record("inter_token_latency", (now - request.last_token) / len(event.tokens))
-        request.last_token = now
+    def _time_tokens(self, request: Request, count: int, mailing: _Mailing) -> None:
+        last, request.last_token = request.last_token, mailing.now
+        if last is None:
+            request.first_token = mailing.now
+            self._metrics.record("first_token_latency", mailing.now - request.arrival)
+        elif len(request.sequences) == 1:
+            mailing.latencies_s.append((mailing.now - last) / count)
 
     def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
         """Stop listening to a sequence; one that still runs (a stop string ended it) is taken out of the scheduler."""
@@ -132,22 +145,24 @@ class Desk:
     def _complete(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
         output = self._output(request)
         if not collector.streams:
-            for delta in collector.replay():
-                request.channel.put(delta, wakeups)
+            for transcript in collector.chosen():
+                request.channel.put(transcript, wakeups)
         self._metrics.record("end_to_end_latency", self._clock() - request.arrival)
         self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
 
     def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
         """End a request that did not complete, with what it has so far, and tell its reader at once."""
-        wakeups = Wakeups()
-        self._end(request, reason, error, wakeups)
-        wakeups.send()
+        self.publish()  # what was committed counts, and may have ended it
+        if not request.channel.ended:
+            wakeups = Wakeups()
+            self._end(request, reason, error, wakeups)
+            wakeups.send()
 
     def close(self, error: BaseException | None) -> None:
         """End whatever is left because the engine ends. Asks nothing of the scheduler, which may be what failed."""
         wakeups = Wakeups()
         for request in list(self.requests.values()):
-            request.channel.put(last_word(request, FinishReason.ABORT), wakeups)
+            self._say_last_words(request, FinishReason.ABORT, wakeups)
             self._close(request, RequestStatus.FAILED, self._output(request), closing_error(error), wakeups)
         wakeups.send()
 
@@ -155,14 +170,17 @@ class Desk:
         """End a request that did not complete, with what it has so far."""
         for sequence in request.sequences:
             self._retire(sequence, reason)
-        for delta in request.collector.close(reason) if request.collector else [last_word(request, reason)]:
-            request.channel.put(delta, wakeups)
+        self._say_last_words(request, reason, wakeups)
         output = self._output(request)
         status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
         error = error or ending_error(request, reason, output)
         if output is not None:
             output.error = str(error)
         self._close(request, status, output, error, wakeups)
+
+    def _say_last_words(self, request: Request, reason: FinishReason, wakeups: Wakeups) -> None:
+        for transcript in request.collector.close(reason) if request.collector else [last_word(request, reason)]:
+            request.channel.put(transcript, wakeups)
 
     def _output(self, request: Request) -> RequestOutput | None:
         return None if request.collector is None else request.collector.output(times_of(request, self._clock()))

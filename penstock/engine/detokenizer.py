@@ -42,7 +42,7 @@ class Detokenizer:
 
     The joined results of `push` and the final `flush` equal `tokenizer.decode(ids, skip_special_tokens=...,
     clean_up_tokenization_spaces=False)` for any ids; ids outside the vocabulary have no text. A push costs O(1)
-    amortised. `tokenizer` is a transformers tokenizer whose vocabulary no longer changes, or None for no text at all.
+    amortised. `tokenizer` is a transformers tokenizer whose vocabulary no longer changes.
     `spaces_between_special_tokens` is accepted because callers carry it: transformers 5 decodes the same either way.
 
     `tokenizers.DecodeStream` is not used: it loses what it holds back at the end, raises on a run of byte tokens that
@@ -138,15 +138,13 @@ class Detokenizer:
             # It skips other tokens than the ones transformers lists as special. What it decodes shows at least as
             # U+FFFD, but for spaces at the start of a text, so a token that is empty eight times in a row is left out.
             return tokenizer.convert_ids_to_tokens(token_id) if self._decode([token_id] * 8) else None
-        if tokenizer is None or token_id >= len(tokenizer):
+        if token_id >= len(tokenizer):
             return None
         tokens = tokenizer.convert_ids_to_tokens([token_id], skip_special_tokens=self._skip_special_tokens)
         return tokens[0] if tokens else None
 
 
 def _facts_of(tokenizer: Any, skip_special_tokens: bool) -> _Facts:
-    if tokenizer is None:
-        return _Facts(context_free=True)
     both = _facts.setdefault(tokenizer, {})
     if skip_special_tokens not in both:
         both[skip_special_tokens] = _Facts(context_free=_is_context_free(tokenizer))

@@ -17,7 +17,7 @@ from penstock.engine.collector import Collector
 from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.request import Params, Request
 from penstock.engine.stops import StopStrings
-from penstock.engine.textstream import TextStream
+from penstock.engine.textstream import NoText, Text, TextStream
 from penstock.engine.tokenizing import TokenizerPool, encode_prompt, encode_words, needs_tokenizer
 from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
 from penstock.models.protocol import ModelSpec
@@ -74,8 +74,8 @@ class Door:
         self._admission.adjust(len(ids) - request.reserved_tokens)
         request.reserved_tokens = len(ids)
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
-        streams = [self._stream(params) for _ in range(params.num_samples)]
-        request.collector = Collector(request.id, text, ids, params, streams, self._decode_token)
+        texts = [self._text(params) for _ in range(params.num_samples)]
+        request.collector = Collector(request.id, text, ids, params, texts, self._decode_token)
         request.sequences = self._sequences(request, params, ids, seq_ids)
 
     def release(self, request: Request) -> None:
@@ -153,10 +153,11 @@ class Door:
             found.append(sequence)
         return found
 
-    def _stream(self, params: SamplingParams) -> TextStream:
-        tokenizer = self._tokenizer if params.detokenize else None
+    def _text(self, params: SamplingParams) -> Text:
+        if self._tokenizer is None or not params.detokenize:
+            return NoText()
         detokenizer = Detokenizer(
-            tokenizer,
+            self._tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )

@@ -6,14 +6,17 @@ Pure functions over a `Request`; they end nothing themselves. Called by `EngineC
 from __future__ import annotations
 
 from penstock.engine.request import Request
+from penstock.engine.transcript import Transcript
 from penstock.errors import DeadlineExceeded, EngineClosed, PenstockError, RequestAborted, RequestError
-from penstock.outputs import Delta, RequestMetrics, RequestOutput
+from penstock.outputs import RequestMetrics, RequestOutput
 from penstock.sequence import FinishReason
 
 
-def last_word(request: Request, reason: FinishReason) -> Delta:
-    """The last delta of a request that has no completions to ask for theirs."""
-    return Delta(request_id=request.id, finish_reason=reason.value)
+def last_word(request: Request, reason: FinishReason) -> Transcript:
+    """For the last delta of a request that has no completions to ask for theirs."""
+    transcript = Transcript(request.id)
+    transcript.end("", reason.value)
+    return transcript
 
 
 def times_of(request: Request, now: float) -> RequestMetrics:

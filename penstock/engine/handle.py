@@ -7,7 +7,6 @@ was detached. Works from any thread and any loop; waits on the request's `Channe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Generator
 from types import TracebackType
 from typing import Protocol
@@ -83,15 +82,21 @@ class RequestHandle:
         return self._wait().__await__()
 
     async def _wait(self) -> RequestOutput:
-        with self._aborting_on_cancel():
+        try:
             return await self._channel.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def __aiter__(self) -> RequestHandle:
         return self
 
     async def __anext__(self) -> Delta:
-        with self._aborting_on_cancel():
+        try:
             delta = await self._channel.take()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         if delta is None:
             raise StopAsyncIteration
         return delta
@@ -107,14 +112,6 @@ class RequestHandle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
-
-    @contextlib.contextmanager
-    def _aborting_on_cancel(self) -> Generator[None]:
-        try:
-            yield
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
 
     def __del__(self) -> None:
         if not self._detached:

@@ -10,7 +10,6 @@ import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 
 from penstock.engine.channel import RequestStatus, Wakeups
 from penstock.engine.core import EngineCore
@@ -19,7 +18,7 @@ from penstock.engine.worker import Worker
 from penstock.errors import EngineClosed, PenstockError
 
 Action = Callable[[EngineCore], None]
-Boot = Callable[[Executor], Awaitable[EngineCore]]
+Boot = Callable[[Worker], Awaitable[EngineCore]]
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

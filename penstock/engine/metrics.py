@@ -5,7 +5,7 @@ Written by the engine's thread at every step; read from any thread. Times are se
 
 from __future__ import annotations
 
-from array import array
+from collections import deque
 from collections.abc import Mapping
 
 WINDOW = 2048
@@ -17,30 +17,26 @@ class Series:
     __slots__ = ("_values", "count")
 
     def __init__(self) -> None:
-        self._values: array[float] = array("d")
+        self._values: deque[float] = deque(maxlen=WINDOW)
         self.count = 0
 
-    def record(self, value: float) -> None:
-        """Add one value."""
-        if len(self._values) < WINDOW:
-            self._values.append(value)
-        else:
-            self._values[self.count % WINDOW] = value
-        self.count += 1
+    def record(self, *values: float) -> None:
+        """Add values."""
+        self._values.extend(values)
+        self.count += len(values)
 
     def summary(self) -> dict[str, float]:
         """count, mean, min, max, latest and percentiles; empty when nothing was recorded."""
-        recorded = self._values.tolist()  # one copy: the engine's thread records meanwhile
+        recorded = list(self._values)  # one copy: the engine's thread records meanwhile
         if not recorded:
             return {}
         values = sorted(recorded)
-        latest = recorded[(self.count - 1) % len(recorded)]
         found = {
             "count": self.count,
             "mean": sum(values) / len(values),
             "min": values[0],
             "max": values[-1],
-            "latest": latest,
+            "latest": recorded[-1],
         }
         return found | {f"p{q}": _percentile(values, q) for q in (50, 90, 95, 99)}
 
@@ -95,10 +91,10 @@ class Metrics:
         self._rates: Mapping[str, Rate] = {"tokens_per_second": Rate(), "prompt_tokens_per_second": Rate()}
         self.totals = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
 
-    def record(self, name: str, value: float) -> None:
-        """Add one value to a series."""
+    def record(self, name: str, *values: float) -> None:
+        """Add values to a series."""
         if self.enabled:
-            self._series[name].record(value)
+            self._series[name].record(*values)
 
     def count(self, name: str, amount: int) -> None:
         """Add to a total."""

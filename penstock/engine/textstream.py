@@ -6,15 +6,14 @@ by the collector on the engine's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.stops import StopStrings
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """New text; the stop string that was completed, or None; and how many of the pushed tokens count.
 
     `num_tokens` is all of them, or, at a stop, those up to and including the one that completed it.
@@ -23,6 +22,30 @@ class TextDelta:
     text: str
     stop: str | None
     num_tokens: int
+
+
+class Text(Protocol):
+    """What the collector asks."""
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Take accepted tokens."""
+        ...
+
+    def finish(self) -> str:
+        """The text still held back, now that no token follows."""
+        ...
+
+
+class NoText:
+    """Of a completion whose text nobody wants, or nobody can tell."""
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """All of them count."""
+        return TextDelta("", None, len(token_ids))
+
+    def finish(self) -> str:
+        """Nothing."""
+        return ""
 
 
 class TextStream:
@@ -36,12 +59,15 @@ class TextStream:
     def __init__(self, detokenizer: Detokenizer, stops: StopStrings, min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
+        self._watches = bool(stops)
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._stop: str | None = None
 
-    def push(self, token_ids: Iterable[int]) -> TextDelta:
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Take tokens one by one, up to the one that completes a stop string; later tokens are dropped."""
+        if not self._watches:
+            return TextDelta("".join(map(self._detokenizer.push, token_ids)), None, len(token_ids))
         texts: list[str] = []
         before = self._num_tokens
         for token_id in token_ids:

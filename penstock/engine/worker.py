@@ -1,24 +1,33 @@
 """`Worker`: the one thread on which a model is loaded and run.
 
-An executor without limits of its own: not joined when the interpreter exits, so that the engine can still end in order,
-and nothing that a model raises can confuse an event loop. Knows nothing of models. Called by `Host`.
+Not joined when the interpreter exits, so that the engine can still end in order; nothing that a model raises can
+confuse an event loop. Knows nothing of models. Made by `Host`, used from the coroutines on its loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from penstock.engine.channel import hop
 from penstock.errors import ExecutionError
 
 T = TypeVar("T")
 
 
-class Worker(Executor):
-    """Runs what is submitted, one after the other. The thread starts with the first submission."""
+class Job(NamedTuple, Generic[T]):
+    """Futures of the loop that asked: when the thread has turned to the job, and what comes of it."""
+
+    begun: asyncio.Future[None]
+    done: asyncio.Future[T]
+
+
+class Worker:
+    """Runs what it is given, one after the other. The thread starts with the first job."""
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -31,22 +40,26 @@ class Worker(Executor):
         """The thread's identifier; None before it started."""
         return self._thread.ident
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run `fn` on the thread; from one thread at a time. Raises `RuntimeError` after `shutdown`."""
+    def run(self, fn: Callable[..., T], *args: Any) -> Job[T]:
+        """Run `fn` on the thread, unless `done` is cancelled before its turn; from coroutines of one loop.
+
+        Raises `RuntimeError` after `shutdown`.
+        """
         if self._ended:
             raise RuntimeError("the worker was shut down")
         if not self._started:
             self._started = True
             self._thread.start()
-        future: Future[T] = Future()
-        self._jobs.put(lambda: _resolve(future, fn, args, kwargs))
-        return future
+        loop = asyncio.get_running_loop()
+        job: Job[T] = Job(loop.create_future(), loop.create_future())
+        self._jobs.put(functools.partial(_do, loop, job, fn, args))
+        return job
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more; what was submitted still runs."""
+    def shutdown(self) -> None:
+        """Finish what was given, take no more, and wait for the thread."""
         self._ended = True
         self._jobs.put(None)
-        if wait and self._started:
+        if self._started:
             self._thread.join()
 
 
@@ -56,16 +69,26 @@ def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
         del job  # an idle worker keeps nothing alive
 
 
-def _resolve(future: Future[T], fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not future.set_running_or_notify_cancel():
+def _do(loop: asyncio.AbstractEventLoop, job: Job[T], fn: Callable[..., T], args: tuple[Any, ...]) -> None:
+    if job.done.cancelled():
         return
+    hop(loop, _settle, job.begun, None, None)
     try:
-        result = fn(*args, **kwargs)
+        result = fn(*args)
     except BaseException as error:
-        future.set_exception(_portable(error))
-        del future  # else its traceback and it keep each other alive
+        hop(loop, _settle, job.done, None, _portable(error))
+        del job  # else the error's traceback and the future keep each other alive
     else:
+        hop(loop, _settle, job.done, result, None)
+
+
+def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
         future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -16,12 +16,13 @@ from queue import SimpleQueue
 
 import pytest
 
-from penstock.engine.channel import Channel, RequestStatus, Slot
+from penstock.engine.channel import Channel, RequestStatus
 from penstock.engine.collector import Collector
 from penstock.engine.handle import RequestHandle
 from penstock.engine.host import new_event_loop
 from penstock.engine.inference import InferenceEngine
 from penstock.engine.request import Request
+from penstock.engine.transcript import Transcript
 from penstock.errors import RequestAborted
 from penstock.models.scripted import ScriptedModel
 from penstock.sampling import SamplingParams
@@ -29,7 +30,7 @@ from penstock.sequence import Sequence as EngineSequence
 
 VOCAB = 1000
 ENDLESS = 1500  # tokens that no victim lives to see
-OURS = (Channel, Slot, Request, RequestHandle, Collector, EngineSequence)
+OURS = (Channel, Transcript, Request, RequestHandle, Collector, EngineSequence)
 
 
 def next_token(tokens: Sequence[int], index: int) -> int:

@@ -13,6 +13,7 @@ from penstock.engine.callbacks import Callbacks
 from penstock.engine.channel import Channel, RequestStatus, Wakeups
 from penstock.engine.handle import RequestHandle
 from penstock.engine.inference import InferenceEngine
+from penstock.engine.transcript import Transcript
 from penstock.errors import EngineClosed, EngineOverloaded, ExecutionError, RequestError
 from penstock.models.scripted import ScriptedModel
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
@@ -157,11 +158,11 @@ def handle_of(channel: Channel) -> RequestHandle:
     return RequestHandle(channel, Nobody())
 
 
-def ended(error: BaseException | None = None, *deltas: Delta) -> RequestHandle:
+def ended(error: BaseException | None = None, *transcripts: Transcript) -> RequestHandle:
     """A handle of a request that has ended."""
     channel, wakeups = Channel("a"), Wakeups()
-    for delta in deltas:
-        channel.put(delta, wakeups)
+    for transcript in transcripts:
+        channel.put(transcript, wakeups)
     output = RequestOutput("a", None, [1], [CompletionOutput()], True)
     status = RequestStatus.FAILED if error else RequestStatus.COMPLETED
     channel.end(status, None if error else output, error, wakeups)
@@ -197,7 +198,9 @@ async def test_error_after_the_end_goes_to_the_loops_exception_handler(start: st
 
     callbacks = Callbacks(lambda *failure: failures.append(failure))
     begin: Callable[[RequestHandle, Callable[[Any], Awaitable[None] | None]], None] = getattr(callbacks, start)
-    begin(ended(None, Delta("a", finish_reason="stop")), fail)
+    transcript = Transcript("a")
+    transcript.end("", "stop")
+    begin(ended(None, transcript), fail)
     await settle()
     assert [context["exception"] for context in contexts] == [error]
     assert failures == []
@@ -211,7 +214,7 @@ async def test_error_in_mid_stream_fails_the_request() -> None:
         raise error
 
     channel, wakeups = Channel("a"), Wakeups()
-    channel.put(Delta("a", text="x"), wakeups)
+    channel.put(Transcript("a"), wakeups)
     Callbacks(lambda *failure: failures.append(failure)).stream(handle_of(channel), fail)
     await settle()
     assert failures == [("a", error)]

@@ -11,23 +11,38 @@ import pytest
 
 from penstock.engine import channel as channel_module
 from penstock.engine.channel import Channel, RequestStatus, Wakeups
+from penstock.engine.transcript import Transcript
 from penstock.errors import ExecutionError
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestOutput
+from penstock.step import TokenLogprobs
 
 COMPLETED = RequestStatus.COMPLETED
 OUTPUT = RequestOutput("a", None, [1], [CompletionOutput()], True)
 
 
-def delta(token: int, index: int = 0, reason: str | None = None) -> Delta:
-    """One token's news."""
-    logprobs = ({token: Logprob(-0.5, 1)},)
-    return Delta("a", index, f"<{token}>", (token,), logprobs, (-0.5,), reason)
+def written(token: int, index: int = 0) -> Transcript:
+    """A transcript that holds one token."""
+    transcript = Transcript("a", index, [])
+    write(transcript, token)
+    return transcript
 
 
-def put(channel: Channel, *deltas: Delta) -> None:
+def write(transcript: Transcript, token: int) -> None:
+    """One more token."""
+    assert transcript.logprobs is not None
+    transcript.add(f"<{token}>", (token,), (TokenLogprobs(token, -0.5, -0.5),), 0)
+    transcript.logprobs.append({token: Logprob(-0.5, 1)})
+
+
+def delta(token: int, index: int = 0) -> Delta:
+    """What a reader gets of `written`."""
+    return Delta("a", index, f"<{token}>", (token,), ({token: Logprob(-0.5, 1)},), (-0.5,))
+
+
+def put(channel: Channel, *transcripts: Transcript) -> None:
     """As the engine does in one step."""
     wakeups = Wakeups()
-    for one in deltas:
+    for one in transcripts:
         channel.put(one, wakeups)
     wakeups.send()
 
@@ -65,25 +80,43 @@ def waiter_of(loop: Any) -> Any:
 
 async def test_single_delta_arrives_as_it_is() -> None:
     channel = Channel("a")
-    given = delta(1)
-    put(channel, given)
-    assert await channel.take() is given
+    put(channel, written(1))
+    assert await channel.take() == delta(1)
 
 
 async def test_deltas_that_nobody_took_merge_into_one() -> None:
-    channel = Channel("a")
-    put(channel, delta(1), delta(2), delta(3, reason="stop"))
+    channel, transcript = Channel("a"), written(1)
+    put(channel, transcript)
+    write(transcript, 2)
+    put(channel, transcript)
+    write(transcript, 3)
+    transcript.end("!", "stop", "!")
+    put(channel, transcript)
     merged = await channel.take()
     assert merged is not None
-    assert (merged.text, merged.token_ids) == ("<1><2><3>", (1, 2, 3))
+    assert (merged.text, merged.token_ids) == ("<1><2><3>!", (1, 2, 3))
     assert merged.token_logprobs == (-0.5,) * 3
     assert [min(entry) for entry in merged.logprobs] == [1, 2, 3]
-    assert merged.finish_reason == "stop"
+    assert (merged.finish_reason, merged.stop_reason) == ("stop", "!")
+
+
+async def test_what_is_written_but_not_put_is_not_taken() -> None:
+    channel, transcript = Channel("a"), written(1)
+    put(channel, transcript)
+    write(transcript, 2)
+    transcript.end("", "stop")
+    assert await channel.take() == delta(1)
+    put(channel, transcript)
+    last = await channel.take()
+    assert last is not None
+    assert (last.token_ids, last.finish_reason) == ((2,), "stop")
 
 
 async def test_completions_never_merge_with_each_other() -> None:
-    channel = Channel("a")
-    put(channel, delta(1, 0), delta(2, 1), delta(3, 0))
+    channel, one, other = Channel("a"), written(1, 0), written(2, 1)
+    put(channel, one, other)
+    write(one, 3)
+    put(channel, one)
     first, second = await channel.take(), await channel.take()
     assert first is not None
     assert second is not None
@@ -93,7 +126,7 @@ async def test_completions_never_merge_with_each_other() -> None:
 
 async def test_last_deltas_are_taken_before_the_end_is_told() -> None:
     channel = Channel("a")
-    put(channel, delta(1))
+    put(channel, written(1))
     end(channel)
     assert (await channel.take()) == delta(1)
     assert await channel.take() is None
@@ -102,7 +135,7 @@ async def test_last_deltas_are_taken_before_the_end_is_told() -> None:
 
 async def test_last_deltas_are_taken_before_the_error_is_raised() -> None:
     channel = Channel("a")
-    put(channel, delta(1))
+    put(channel, written(1))
     end(channel, ExecutionError("boom"))
     assert await channel.take() == delta(1)
     with pytest.raises(ExecutionError):
@@ -136,7 +169,7 @@ async def test_reader_is_woken_by_news_and_at_the_end() -> None:
     channel = Channel("a")
     reader = asyncio.create_task(channel.take())
     await asyncio.sleep(0)
-    put(channel, delta(1))
+    put(channel, written(1))
     assert await reader == delta(1)
     reader = asyncio.create_task(channel.take())
     await asyncio.sleep(0)
@@ -157,11 +190,13 @@ async def test_who_waits_for_the_result_is_not_woken_by_every_step() -> None:
             super().add(waiters)
 
     wakeups = Counting()
-    channel.put(delta(1), wakeups)
-    channel.put(delta(2), wakeups)
+    transcript = written(1)
+    channel.put(transcript, wakeups)
+    write(transcript, 2)
+    channel.put(transcript, wakeups)
     channel.end(COMPLETED, OUTPUT, None, wakeups)
     wakeups.send()
-    assert sent == [0, 0, 1]
+    assert sent == [1]
     assert await waiting is OUTPUT
 
 
@@ -169,7 +204,7 @@ async def test_several_readers_share_the_deltas_and_all_learn_of_the_end() -> No
     channel = Channel("a")
     readers = [asyncio.create_task(channel.take()) for _ in range(3)]
     await asyncio.sleep(0)
-    put(channel, delta(1))
+    put(channel, written(1))
     end(channel)
     found = await asyncio.gather(*readers)
     assert sorted(found, key=str) == sorted([delta(1), None, None], key=str)
@@ -181,7 +216,7 @@ async def test_cancelled_reader_leaves_the_news_to_the_next_one() -> None:
     await asyncio.sleep(0)
     reader.cancel()
     await asyncio.sleep(0)
-    put(channel, delta(1))
+    put(channel, written(1))
     assert await channel.take() == delta(1)
 
 

@@ -11,7 +11,8 @@ from penstock.engine.collector import Collector
 from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.stops import StopStrings
 from penstock.engine.textstream import TextStream
-from penstock.outputs import Logprob, RequestMetrics
+from penstock.engine.transcript import Transcript
+from penstock.outputs import Delta, Logprob, RequestMetrics
 from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason
 from penstock.step import Event, TokenLogprobs
@@ -55,10 +56,21 @@ def scored(token: int) -> TokenLogprobs:
     return TokenLogprobs(token, logprob, logprob / 2, 5, ((0, -0.1, 1), (2, -0.2, 2)))
 
 
+def push(collector: Collector, index: int, event: Event) -> Delta:
+    """What a reader gets of one event."""
+    return cut(collector.push(index, event))
+
+
+def cut(transcript: Transcript) -> Delta:
+    """What a reader gets."""
+    transcript.show()
+    return transcript.cut()
+
+
 def test_tokens_become_text_and_sums() -> None:
     collector = make()
-    first = collector.push(0, event([0, 1]))
-    last = collector.push(0, event([2], FinishReason.LENGTH, weight_version=7))
+    first = push(collector, 0, event([0, 1]))
+    last = push(collector, 0, event([2], FinishReason.LENGTH, weight_version=7))
     assert (first.text, first.token_ids, first.token_logprobs, first.finish_reason) == (
         "ab",
         (0, 1),
@@ -78,7 +90,7 @@ def test_tokens_become_text_and_sums() -> None:
 
 def test_stop_string_cuts_text_and_tokens() -> None:
     collector = make(stop="bc")
-    delta = collector.push(0, event([0, 1, 2, 3]))
+    delta = push(collector, 0, event([0, 1, 2, 3]))
     assert (delta.text, delta.token_ids, delta.finish_reason, delta.stop_reason) == ("a", (0, 1, 2), "stop", "bc")
     only = collector.output(RequestMetrics()).outputs[0]
     assert (only.token_ids, len(only.token_logprobs), only.cumulative_logprob) == ([0, 1, 2], 3, -5.0)
@@ -87,25 +99,25 @@ def test_stop_string_cuts_text_and_tokens() -> None:
 
 def test_text_that_could_become_a_stop_string_is_held_back_until_the_end() -> None:
     collector = make(stop="bcd")
-    assert collector.push(0, event([0, 1])).text == "a"
-    assert collector.push(0, event([2], FinishReason.LENGTH)).text == "bc"
+    assert push(collector, 0, event([0, 1])).text == "a"
+    assert push(collector, 0, event([2], FinishReason.LENGTH)).text == "bc"
 
 
 @pytest.mark.parametrize(("shown", "text"), [(False, "a"), (True, "ab")])
 def test_text_of_the_stop_token_shows_only_when_asked_for(shown: bool, text: str) -> None:
     collector = make(stop_token_ids=[1], include_stop_str_in_output=shown)
-    delta = collector.push(0, event([0, 1], FinishReason.STOP, stop_token=1))
+    delta = push(collector, 0, event([0, 1], FinishReason.STOP, stop_token=1))
     assert (delta.text, delta.token_ids, delta.stop_reason) == (text, (0, 1), 1)
 
 
 def test_eos_is_no_stop_reason_since_nobody_asked_for_it() -> None:
-    delta = make().push(0, event([0, 1], FinishReason.STOP, stop_token=1))
+    delta = push(make(), 0, event([0, 1], FinishReason.STOP, stop_token=1))
     assert (delta.finish_reason, delta.stop_reason) == ("stop", None)
 
 
 def test_logprobs_show_the_most_likely_tokens_and_the_chosen_one() -> None:
     collector = make(logprobs=2)
-    delta = collector.push(0, event([1]))
+    delta = push(collector, 0, event([1]))
     wanted = {
         0: Logprob(-0.1, 1, "a"),
         2: Logprob(-0.2, 2, "c"),
@@ -118,7 +130,7 @@ def test_logprobs_show_the_most_likely_tokens_and_the_chosen_one() -> None:
 def test_prompt_logprobs_begin_with_none_and_are_taken_once() -> None:
     collector = make(count=2, n=2, prompt_logprobs=0)
     for index in range(2):
-        collector.push(index, event([0], prompt_logprobs=(scored(1),), num_cached_tokens=4))
+        push(collector, index, event([0], prompt_logprobs=(scored(1),), num_cached_tokens=4))
     output = collector.output(RequestMetrics())
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
@@ -133,7 +145,7 @@ def test_best_candidates_are_chosen_by_likelihood() -> None:
         collector.push(index, event([token, token], FinishReason.LENGTH))
     outputs = collector.output(RequestMetrics()).outputs
     assert [(out.index, out.text) for out in outputs] == [(0, "aa"), (1, "cc")]
-    assert [(delta.index, delta.text, delta.finish_reason) for delta in collector.replay()] == [
+    assert [(delta.index, delta.text, delta.finish_reason) for delta in map(cut, collector.chosen())] == [
         (0, "aa", "length"),
         (1, "cc", "length"),
     ]
@@ -141,17 +153,17 @@ def test_best_candidates_are_chosen_by_likelihood() -> None:
 
 def test_done_when_every_completion_has_ended() -> None:
     collector = make(count=2, n=2)
-    collector.push(0, event([0], FinishReason.LENGTH))
+    push(collector, 0, event([0], FinishReason.LENGTH))
     assert not collector.done
-    collector.push(1, event([0, 0], FinishReason.LENGTH))
+    push(collector, 1, event([0, 0], FinishReason.LENGTH))
     assert collector.done
 
 
 def test_closing_ends_what_still_runs_with_the_text_held_back() -> None:
     collector = make(count=2, n=2, stop="bcd")
-    collector.push(0, event([0], FinishReason.LENGTH))
-    collector.push(1, event([0, 1]))
-    deltas = collector.close(FinishReason.DEADLINE)
+    push(collector, 0, event([0], FinishReason.LENGTH))
+    push(collector, 1, event([0, 1]))
+    deltas = [cut(transcript) for transcript in collector.close(FinishReason.DEADLINE)]
     assert [(delta.index, delta.text, delta.finish_reason) for delta in deltas] == [(1, "b", "deadline")]
     assert [out.finish_reason for out in collector.output(RequestMetrics()).outputs] == ["length", "deadline"]
     assert collector.close(FinishReason.DEADLINE) == []
@@ -161,8 +173,8 @@ def test_closing_after_the_detokenizer_failed_does_not_fail_again() -> None:
     """What was held back was decoded once more, and the error came out of the engine's own loop."""
     collector = make()
     with pytest.raises(ValueError, match="no text for z"):
-        collector.push(0, event([25]))
-    (delta,) = collector.close(FinishReason.ERROR)
+        push(collector, 0, event([25]))
+    (delta,) = map(cut, collector.close(FinishReason.ERROR))
     assert (delta.text, delta.finish_reason) == ("", "error")
 
 
@@ -171,5 +183,5 @@ def test_candidates_that_end_early_show_the_best_of_them() -> None:
     collector = make(count=3, n=1)
     for index in range(3):
         collector.push(index, event([index]))
-    (delta,) = collector.close(FinishReason.DEADLINE)
+    (delta,) = map(cut, collector.close(FinishReason.DEADLINE))
     assert (delta.index, delta.finish_reason, len(delta.token_ids)) == (0, "deadline", 1)

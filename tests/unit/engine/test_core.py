@@ -17,6 +17,8 @@ from penstock.engine.door import Door
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
+from penstock.engine.transcript import Transcript
+from penstock.engine.worker import Job
 from penstock.errors import (
     DeadlineExceeded,
     EngineClosed,
@@ -93,9 +95,9 @@ class TracedChannel(Channel):
 
     trace: list[str]
 
-    def put(self, delta: Delta, wakeups: Wakeups) -> None:
+    def put(self, transcript: Transcript, wakeups: Wakeups) -> None:
         self.trace.append("publish")
-        super().put(delta, wakeups)
+        super().put(transcript, wakeups)
 
     def end(self, *args: Any) -> None:
         self.trace.append("end")
@@ -118,6 +120,7 @@ class Rig:
         self.plans: list[StepPlan] = []
         self.planned = asyncio.Event()
         self.while_sleeping: Callable[[], None] = lambda: None
+        self.while_beginning: Callable[[], None] = lambda: None
         self.while_executing: Callable[[], None] = lambda: None
         door = Door(self.config, self.model.spec, self.model.spec.max_length, LetterTokenizer(), pool, self.admission)
         log = make_logger("CRITICAL")
@@ -126,15 +129,23 @@ class Rig:
             sleep=self.sleep,
         )
 
-    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
-        """Begin at once, as a thread does; end when the loop gets to it."""
+    def execute(self, plan: StepPlan) -> Job[StepResult]:
+        """Begin when the loop gets to it, as a thread does, and end when it does again."""
         self.trace.append("execute")
         self.plans.append(plan)
         self.planned.set()
         loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        loop.call_soon(self.finish_step, plan, future)
-        return future
+        job: Job[StepResult] = Job(loop.create_future(), loop.create_future())
+        loop.call_soon(self.begin_step, plan, job)
+        return job
+
+    def begin_step(self, plan: StepPlan, job: Job[StepResult]) -> None:
+        """The model's thread has turned to the step."""
+        self.while_beginning()
+        self.trace.append("begin")
+        job.begun.set_result(None)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self.finish_step, plan, job.done)
 
     def finish_step(self, plan: StepPlan, future: asyncio.Future[StepResult]) -> None:
         """The model is done."""
@@ -209,12 +220,12 @@ def ids_of(channel: Channel) -> list[int]:
     return channel.outcome().outputs[0].token_ids
 
 
-async def test_events_are_published_while_the_next_step_executes() -> None:
+async def test_events_are_published_once_the_next_step_executes() -> None:
     rig = Rig()
     rig.submit(max_tokens=2)
     await rig.steps(2)
-    first = ["plan", "execute", "result", "commit"]
-    second = ["plan", "execute", "publish", "result", "commit"]
+    first = ["plan", "execute", "begin", "result", "commit"]
+    second = ["plan", "execute", "begin", "publish", "result", "commit"]
     assert rig.trace == [*first, *second, "publish", "end"]
 
 
@@ -355,14 +366,14 @@ async def test_failing_detokenizer_fails_its_request_alone(bad: int) -> None:
     assert rig.is_clean()
 
 
-async def test_request_with_a_broken_text_can_still_be_aborted() -> None:
-    """The abort asked for the held-back text, and the tokenizer's error went to whoever aborted."""
+async def test_request_with_a_broken_text_fails_even_if_it_is_aborted_first() -> None:
+    """The tokenizer's error went to whoever aborted."""
     rig = Rig(script=[30])
     channel = rig.submit(max_tokens=5)
     await rig.steps(1)
     rig.core.abort("a")
     await rig.finish()
-    assert isinstance(ending(channel), RequestAborted)
+    assert isinstance(ending(channel), RequestError)
     assert rig.is_clean()
 
 
@@ -442,6 +453,31 @@ async def test_abort_ends_a_request_at_once_and_its_blocks_follow_with_the_step(
     assert error.output.error == str(error)
     assert channel.status is RequestStatus.CANCELLED
     assert rig.is_clean()
+
+
+async def test_abort_before_the_model_has_begun_keeps_what_was_committed() -> None:
+    """The last step's tokens are told once the next step runs; an abort in between must not lose them."""
+    rig = Rig()
+    channel = rig.submit(max_tokens=20)
+    await rig.steps(1)
+    rig.while_beginning = lambda: rig.core.abort("a")
+    await rig.core.step()
+    error = ending(channel)
+    assert isinstance(error, RequestAborted)
+    assert isinstance(error.output, RequestOutput)
+    assert error.output.generated_ids == [5]
+    assert [token for delta in await drain(channel) for token in delta.token_ids] == [5]
+
+
+async def test_abort_of_a_request_whose_end_was_only_not_told_yet_means_nothing() -> None:
+    rig = Rig()
+    first, second = rig.submit(name="a", max_tokens=1), rig.submit(name="b", max_tokens=2)
+    await rig.steps(1)
+    rig.while_beginning = lambda: rig.core.abort("a")
+    await rig.core.step()
+    assert ids_of(first) == [5]
+    assert ids_of(second) == [5, 6]
+    assert rig.trace.count("end") == 2
 
 
 async def test_abort_of_ended_and_unknown_requests_means_nothing() -> None:
@@ -585,6 +621,16 @@ async def test_closing_ends_what_is_left_with_engine_closed() -> None:
     rig.core.close(None)
     assert isinstance(ending(channel), EngineClosed)
     assert rig.core.num_requests == 0
+
+
+async def test_closing_keeps_what_was_told_and_not_yet_taken() -> None:
+    rig = Rig()
+    channel = rig.submit(max_tokens=9)
+    await rig.steps(3)
+    rig.core.close(None)
+    deltas = await drain(channel)
+    assert [token for delta in deltas for token in delta.token_ids] == [5, 6]
+    assert [delta.finish_reason for delta in deltas] == ["abort"]
 
 
 async def test_abort_all_ends_everything_with_the_given_error() -> None:

@@ -99,10 +99,6 @@ def test_ids_outside_the_vocabulary_have_no_text(make: Callable[[], Any]) -> Non
     assert "".join(stream(tokenizer, [10**6, a, 10**6, a])) == decode(tokenizer, [a, a])
 
 
-def test_without_a_tokenizer_there_is_no_text() -> None:
-    assert stream(None, [1, 2, 3]) == ["", "", "", ""]
-
-
 def test_two_requests_of_one_tokenizer_do_not_mix() -> None:
     tokenizer = byte_level()
     first, second = Detokenizer(tokenizer), Detokenizer(tokenizer, skip_special_tokens=False)

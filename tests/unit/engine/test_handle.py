@@ -9,8 +9,9 @@ import pytest
 
 from penstock.engine.channel import Channel, RequestStatus, Wakeups
 from penstock.engine.handle import RequestHandle
+from penstock.engine.transcript import Transcript
 from penstock.errors import RequestAborted
-from penstock.outputs import CompletionOutput, Delta, RequestOutput
+from penstock.outputs import CompletionOutput, RequestOutput
 
 OUTPUT = RequestOutput("a", "text", [1], [CompletionOutput()], True)
 
@@ -32,11 +33,18 @@ def make() -> tuple[RequestHandle, Channel, Engine]:
     return RequestHandle(channel, engine), channel, engine
 
 
-def finish(channel: Channel, *deltas: Delta, error: BaseException | None = None) -> None:
+def said(text: str, index: int = 0) -> Transcript:
+    """A transcript that holds some text."""
+    transcript = Transcript("a", index)
+    transcript.add(text, (), (), 0)
+    return transcript
+
+
+def finish(channel: Channel, *transcripts: Transcript, error: BaseException | None = None) -> None:
     """What the engine's thread does at the end."""
     wakeups = Wakeups()
-    for delta in deltas:
-        channel.put(delta, wakeups)
+    for transcript in transcripts:
+        channel.put(transcript, wakeups)
     status = RequestStatus.FAILED if error else RequestStatus.COMPLETED
     channel.end(status, None if error else OUTPUT, error, wakeups)
     wakeups.send()
@@ -54,14 +62,14 @@ async def test_awaiting_gives_the_result_any_number_of_times() -> None:
 
 async def test_iterating_gives_the_deltas_and_stops() -> None:
     handle, channel, _ = make()
-    finish(channel, Delta("a", 0, "x"), Delta("a", 1, "y"))
+    finish(channel, said("x"), said("y", 1))
     assert [delta.text async for delta in handle] == ["x", "y"]
     assert [delta async for delta in handle] == []
 
 
 async def test_iterating_raises_the_error_after_the_deltas() -> None:
     handle, channel, _ = make()
-    finish(channel, Delta("a", 0, "x"), error=RequestAborted("gone"))
+    finish(channel, said("x"), error=RequestAborted("gone"))
     assert (await anext(handle)).text == "x"
     with pytest.raises(RequestAborted):
         await anext(handle)
@@ -145,7 +153,7 @@ def test_being_collected_in_a_cycle_aborts() -> None:
 async def test_breaking_out_of_the_loop_aborts_when_nobody_else_holds_the_handle() -> None:
     engine, channel = Engine(), Channel("a")
     wakeups = Wakeups()
-    channel.put(Delta("a"), wakeups)
+    channel.put(Transcript("a"), wakeups)
     async for _ in RequestHandle(channel, engine):
         break
     assert engine.aborted == ["a"]

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from penstock.engine.channel import Channel, RequestStatus
 from penstock.engine.core import EngineCore
 from penstock.engine.host import Host, new_event_loop
 from penstock.engine.request import Request
+from penstock.engine.worker import Worker
 from penstock.errors import ConfigurationError, EngineClosed
 
 
@@ -62,8 +62,8 @@ def make(error: BaseException | None = None, gate: threading.Event | None = None
         if error is not None:
             raise error
 
-    async def boot(worker: Executor) -> EngineCore:
-        await asyncio.get_running_loop().run_in_executor(worker, load)
+    async def boot(worker: Worker) -> EngineCore:
+        await worker.run(load).done
         return core  # type: ignore[return-value]
 
     return Host(boot), core

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
-from typing import Any
+from collections import deque
+from collections.abc import Iterable
 
 import pytest
 
@@ -34,28 +34,25 @@ def test_window_forgets_the_oldest_and_counts_all() -> None:
     assert (found["count"], found["min"], found["max"], found["latest"]) == (WINDOW + 3, 3, WINDOW + 2, WINDOW + 2)
 
 
+def test_values_of_one_step_are_recorded_together() -> None:
+    one_by_one, together = Series(), Series()
+    for value in range(WINDOW + 3):
+        one_by_one.record(value)
+    together.record(*range(WINDOW + 3))
+    together.record()
+    assert together.summary() == one_by_one.summary()
+
+
 def test_summary_while_the_first_value_is_being_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The value was there and its count was not yet: the latest one was looked for at place 2047."""
     found: list[dict[str, float]] = []
 
-    class Peeking:
-        def __init__(self, kind: str) -> None:
-            self.values: array[float] = array(kind)
-
-        def __len__(self) -> int:
-            return len(self.values)
-
-        def append(self, value: float) -> None:
-            self.values.append(value)
+    class Peeking(deque[float]):
+        def extend(self, values: Iterable[float]) -> None:
+            super().extend(values)
             found.append(series.summary())  # another thread, at the worst moment
 
-        def tolist(self) -> list[Any]:
-            return self.values.tolist()
-
-        def __getitem__(self, place: int) -> float:
-            return self.values[place]
-
-    monkeypatch.setattr(metrics_module, "array", Peeking)
+    monkeypatch.setattr(metrics_module, "deque", Peeking)
     series = Series()
     series.record(7.0)
     assert found[0]["latest"] == 7.0

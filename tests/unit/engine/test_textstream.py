@@ -6,7 +6,7 @@ from typing import Any
 
 from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.stops import StopStrings
-from penstock.engine.textstream import TextDelta, TextStream
+from penstock.engine.textstream import NoText, TextDelta, TextStream
 from tests.tokenizers_for_tests import byte_fallback, byte_level
 
 TOKENIZER = byte_level()
@@ -86,5 +86,7 @@ def test_finish_within_min_tokens_gives_all_text() -> None:
     assert stream.finish() == "A"
 
 
-def test_without_a_tokenizer_tokens_are_counted_and_have_no_text() -> None:
-    assert open_stream(tokenizer=None).push([1, 2, 3]) == TextDelta("", None, 3)
+def test_tokens_without_text_are_counted() -> None:
+    text = NoText()
+    assert text.push([1, 2, 3]) == TextDelta("", None, 3)
+    assert text.finish() == ""
