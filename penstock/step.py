@@ -46,10 +46,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step does. `copies` are (source, destination) blocks to copy before anything is written."""
+    """What the next step does, in this order: move blocks to the host and back, copy, then run the rows.
+
+    `swaps_out` are (block, place on the host), `swaps_in` (place, block), `copies` (source, destination) blocks.
+    """
 
     rows: tuple[Row, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    swaps_out: tuple[tuple[int, int], ...] = ()
+    swaps_in: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

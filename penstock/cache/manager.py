@@ -1,19 +1,23 @@
-"""`CacheManager`: block tables of sequences over one pool, with prefix sharing and copy-on-write.
+"""`CacheManager`: block tables of sequences over one pool, with prefix sharing, copy-on-write and a tier on the host.
 
-Owns `Sequence.blocks`, the pool and the prefix index. Never touches a tensor: copies are only named, for the plan.
-Called by `Scheduler` on the engine's thread; a step's effects stay pending until `commit` or `rollback`.
+Owns `Sequence.blocks`, the pool and what can be found of its contents. Never touches a tensor: copies and moves are
+only named, for the plan. Called by `Scheduler` on the engine's thread; a step's effects stay pending until `commit` or
+`rollback`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
+from penstock.cache.contents import ON_HOST, Contents
 from penstock.cache.copies import Copies
 from penstock.cache.pool import BlockPool
-from penstock.cache.prefix import PrefixIndex, digest
+from penstock.cache.tier import Moves
 from penstock.sequence import Sequence
+from penstock.step import StepPlan
 
 
 @dataclass(slots=True)
@@ -32,7 +36,8 @@ class CacheManager:
     """`num_blocks` blocks of `block_size` tokens.
 
     At most `max_cached_blocks` blocks stay findable after their last holder left (None: as many as fit). Without
-    prefix caching only the sequences of one request share.
+    prefix caching only the sequences of one request share. What is evicted for want of room goes to a tier of
+    `num_host_blocks` blocks on the host, and is read back where that beats computing it again.
     """
 
     def __init__(
@@ -42,18 +47,21 @@ class CacheManager:
         *,
         enable_prefix_caching: bool = True,
         max_cached_blocks: int | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._shared = enable_prefix_caching
-        self._max_cached = num_blocks if max_cached_blocks is None else max_cached_blocks
         self._pool = BlockPool(num_blocks)
-        self._index = PrefixIndex()
+        self._contents = Contents(
+            self._pool,
+            block_size,
+            shared=enable_prefix_caching,
+            max_cached=max_cached_blocks,
+            num_host_blocks=num_host_blocks,
+        )
         self._tables: dict[int, _Table] = {}
-        self._probe: tuple[int, list[bytes]] = (-1, [])  # digests of the sequence looked up last: the queue's head
-        self._pending: list[int] = []  # registered by the step being planned or executed
         self._copies = Copies(self._pool)
-        self._hit_tokens = self._query_tokens = self._evictions = 0
+        self._hit_tokens = self._query_tokens = 0
 
     @property
     def capacity(self) -> int:
@@ -71,12 +79,12 @@ class CacheManager:
         return 1.0 - self._pool.num_free / self.num_blocks
 
     def lookup(self, seq: Sequence) -> int:
-        """How many tokens the prefix index would give this sequence. Changes nothing."""
+        """How many tokens `attach` would find for this sequence. Changes nothing."""
         return len(self._match(seq)) * self.block_size
 
     def fits(self, seq: Sequence, spare: int = 0) -> bool:
         """Whether `attach` and then `reserve` of all its tokens would leave `spare` free blocks. Changes nothing."""
-        hits = self._match(seq)
+        hits = [block for block in self._match(seq) if block != ON_HOST]
         revived = sum(self._pool.refs(block) == 0 for block in hits)
         return self._num_blocks(seq.length) - len(hits) + revived + spare <= self._pool.num_free
 
@@ -86,14 +94,15 @@ class CacheManager:
         return sum(self._pool.refs(block) == count for block, count in held.items())
 
     def attach(self, seq: Sequence) -> int:
-        """Give an empty-handed sequence every block it can share. Returns the number of tokens computed thereby.
+        """Give an empty-handed sequence that `fits` every block it can share, and those that are read back for it.
 
-        At least the newest token is left to compute, since its logits are wanted; with prompt logprobs, all are.
+        Returns the number of tokens computed thereby. At least the newest token is left to compute, since its logits
+        are wanted; with prompt logprobs, all are.
         """
         assert not seq.blocks
         hits = self._match(seq)
-        chain = self._chain(seq)[: len(hits) + 1]
-        self._take_shares(seq, hits)
+        chain = self._contents.chains.of(seq)[: len(hits) + 1]
+        seq.blocks.extend(self._contents.take(chain[1:], hits))
         computed = max(len(hits) * self.block_size, self._share_tail(seq, len(hits)))
         self._tables[seq.id] = _Table(chain, len(hits))
         self._query_tokens += seq.length
@@ -131,7 +140,7 @@ class CacheManager:
         for i in taken:
             self._make_private(seq, i, i in shared)
         for _ in range(missing):
-            blocks.append(self._fresh())
+            blocks.append(self._contents.fresh())
         return True
 
     def has_slot(self, seq: Sequence) -> bool:
@@ -149,29 +158,32 @@ class CacheManager:
         full = end // self.block_size
         if full <= table.sealed or table.chain is None:
             return
-        self._extend(table.chain, seq, full)
+        self._contents.chains.extend(table.chain, seq, full)
         for i in range(table.sealed, full):
-            block = seq.blocks[i]
-            if self._index.put(table.chain[i + 1], block):
-                self._pool.keep(block)
-                self._pending.append(block)
+            self._contents.put(table.chain[i + 1], seq.blocks[i])
         table.sealed = full
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
         """The (source, destination) copies of this step. No destination is also a source."""
         return self._copies.take()
 
+    def moves(self) -> tuple[Moves, Moves]:
+        """What this step moves to the host, as (block, place), and then back, as (place, block): before all else."""
+        return self._contents.moves()
+
+    def learn(self, plan: StepPlan, timings_s: Mapping[str, float]) -> None:
+        """Take in how long a step took, for the choice between reading back and computing again."""
+        self._contents.learn(plan, timings_s)
+
     def commit(self) -> None:
         """The step ran: what it sealed stays findable, sources of copies are let go."""
-        self._pending.clear()
+        self._contents.commit()
         self._copies.let_go()
-        self._trim()
+        self._contents.trim()
 
     def rollback(self) -> None:
         """The step failed: what it would have written is not findable; sources of copies are let go."""
-        for block in self._pending:
-            if self._pool.is_cached(block):
-                self._unregister(block)
+        self._contents.rollback()
         self.commit()
 
     def release(self, seq: Sequence) -> None:
@@ -180,31 +192,32 @@ class CacheManager:
             self._pool.free(block)
         del seq.blocks[:]
         self._tables.pop(seq.id, None)
-        self._trim()
+        self._contents.trim()
 
     def reset(self, weight_version: int | None = None) -> None:
         """Make nothing findable any more, under new weights or the same. Sequences keep the blocks they hold."""
-        for block in list(self._index):
-            self._unregister(block)
-        self._pending.clear()
+        self._contents.reset(weight_version)
         for table in self._tables.values():
             table.chain = None
-        self._probe = (-1, [])
-        if weight_version is not None:
-            self._index.weight_version = weight_version
+
+    def drop_unused(self) -> None:
+        """Forget what no sequence holds, here and on the host: the next requests find nothing of it."""
+        self._contents.drop_unused()
+
+    def unused(self) -> tuple[list[int], list[int]]:
+        """The blocks, and the places on the host, whose content nobody holds and nobody can find."""
+        return list(islice(self._pool.free_blocks(), self._pool.num_empty)), self._contents.free_places()
 
     def stats(self) -> dict[str, float]:
-        """Counts of blocks (num_*, evictions) and of tokens (*_tokens, total_size); usage and hit_rate from 0 to 1."""
+        """Counts of blocks (num_*, swapped_*, evictions) and tokens (*_tokens, total_size); usage, hit_rate 0 to 1."""
         return {
-            "num_entries": len(self._index),
+            **self._contents.stats(),
             "num_blocks": self.num_blocks,
             "num_free_blocks": self.num_free_blocks,
             "usage": self.usage,
             "hit_tokens": self._hit_tokens,
             "query_tokens": self._query_tokens,
             "hit_rate": self._hit_tokens / self._query_tokens if self._query_tokens else 0.0,
-            "evictions": self._evictions,
-            "total_size": len(self._index) * self.block_size,
         }
 
     def check(self, sequences: Iterable[Sequence]) -> None:
@@ -223,35 +236,13 @@ class CacheManager:
         assert len(set(free)) == len(free) == self._pool.num_free, "the free lists are damaged"
         assert {b for b in range(self.num_blocks) if not refs[b]} == set(free), "a block leaked or is free and held"
         assert all(self._pool.refs(b) == refs[b] for b in range(self.num_blocks)), "a reference count is wrong"
-        cached = {b for b in range(self.num_blocks) if self._pool.is_cached(b)}
-        assert set(self._index) == cached, "index and pool disagree"
-        assert self._pool.num_cached_free == len(cached & set(free)) <= self._max_cached
+        self._contents.check()
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def _match(self, seq: Sequence) -> list[int]:
-        if seq.params.prompt_logprobs is not None:
-            return []
-        chain, hits = self._chain(seq), list[int]()
-        for i in range((seq.length - 1) // self.block_size):
-            self._extend(chain, seq, i + 1)
-            block = self._index.get(chain[i + 1])
-            if block is None:
-                break
-            hits.append(block)
-        return hits
-
-    def _chain(self, seq: Sequence) -> list[bytes]:
-        if self._probe[0] != seq.id:
-            scope = (seq.namespace,) if self._shared else (seq.namespace, _family(seq))
-            self._probe = (seq.id, [self._index.root(*scope)])
-        return self._probe[1]
-
-    def _extend(self, chain: list[bytes], seq: Sequence, num_blocks: int) -> None:
-        size = self.block_size
-        for i in range(len(chain) - 1, num_blocks):
-            chain.append(digest(chain[i], seq.tokens[i * size : (i + 1) * size]))
+        return [] if seq.params.prompt_logprobs is not None else self._contents.match(seq)
 
     def _share_tail(self, seq: Sequence, num_hits: int) -> int:
         """Share what a live sibling has settled of the same prompt beyond the full blocks found."""
@@ -266,7 +257,7 @@ class CacheManager:
 
     def _same_root(self, parent: Sequence, seq: Sequence) -> bool:
         table = self._tables.get(parent.id)
-        return table is not None and table.chain is not None and table.chain[0] == self._chain(seq)[0]
+        return table is not None and table.chain is not None and table.chain[0] == self._contents.chains.of(seq)[0]
 
     def _take_shares(self, seq: Sequence, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -276,31 +267,7 @@ class CacheManager:
     def _make_private(self, seq: Sequence, i: int, shared: bool) -> None:
         block = seq.blocks[i]
         if shared:
-            seq.blocks[i] = self._fresh()
+            seq.blocks[i] = self._contents.fresh()
             self._copies.add(block, seq.blocks[i])
         elif self._pool.is_cached(block):
-            self._unregister(block)
-
-    def _fresh(self) -> int:
-        if not self._pool.num_empty:
-            self._evict()
-        return self._pool.take()
-
-    def _evict(self) -> None:
-        self._unregister(self._pool.oldest())
-        self._evictions += 1
-
-    def _unregister(self, block: int) -> None:
-        self._index.remove(block)
-        self._pool.forget(block)
-
-    def _trim(self) -> None:
-        while self._pool.num_cached_free > self._max_cached:
-            self._evict()
-
-
-def _family(seq: Sequence) -> int:
-    """Id of the first of a request's sequences. Request ids are the callers' and may come again."""
-    while seq.parent is not None:
-        seq = seq.parent
-    return seq.id
+            self._contents.forget(block)

@@ -1,4 +1,4 @@
-"""`PrefixIndex`: which block holds the K/V of which tokens, given everything before them.
+"""`PrefixIndex`: which block holds the K/V of which tokens, given everything before them; `Chains`: their digests.
 
 Owns the map from chained digests to blocks and back. A digest covers the namespace, the weight version and every
 token up to the block's end, so equal digests mean equal K/V. Never counts references. Called by `CacheManager` alone.
@@ -7,13 +7,16 @@ token up to the block's end, so equal digests mean equal K/V. Never counts refer
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from hashlib import blake2b
+
+from penstock.sequence import Sequence
 
 DIGEST_BYTES = 32
 
 
-def digest(parent: bytes, tokens: Sequence[int]) -> bytes:
+def digest(parent: bytes, tokens: SequenceOf[int]) -> bytes:
     """Digest of a block with these tokens after a prefix with digest `parent`."""
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=DIGEST_BYTES).digest()
 
@@ -51,6 +54,45 @@ class PrefixIndex:
         self._digests[block] = key
         return True
 
-    def remove(self, block: int) -> None:
-        """Forget a registered block."""
-        del self._blocks[self._digests.pop(block)]
+    def remove(self, block: int) -> bytes:
+        """Forget a registered block; the digest that it had."""
+        key = self._digests.pop(block)
+        del self._blocks[key]
+        return key
+
+
+class Chains:
+    """Digests of sequences: a chain holds the root of its scope, then one digest for each full block.
+
+    With `shared`, all sequences of a namespace have one scope; else those of one request only.
+    """
+
+    def __init__(self, index: PrefixIndex, block_size: int, shared: bool) -> None:
+        self._index = index
+        self._block_size = block_size
+        self._shared = shared
+        self._last: tuple[int, list[bytes]] = (-1, [])  # the sequence looked up last: the queue's head
+
+    def of(self, seq: Sequence) -> list[bytes]:
+        """The chain of a sequence, as long as it is known; `extend` makes it longer."""
+        if self._last[0] != seq.id:
+            scope = (seq.namespace,) if self._shared else (seq.namespace, _family(seq))
+            self._last = (seq.id, [self._index.root(*scope)])
+        return self._last[1]
+
+    def extend(self, chain: list[bytes], seq: Sequence, num_blocks: int) -> None:
+        """Make a chain of this sequence reach `num_blocks` blocks."""
+        size = self._block_size
+        for i in range(len(chain) - 1, num_blocks):
+            chain.append(digest(chain[i], seq.tokens[i * size : (i + 1) * size]))
+
+    def forget(self) -> None:
+        """The weights changed, and with them every root."""
+        self._last = (-1, [])
+
+
+def _family(seq: Sequence) -> int:
+    """Id of the first of a request's sequences. Request ids are the callers' and may come again."""
+    while seq.parent is not None:
+        seq = seq.parent
+    return seq.id

@@ -138,7 +138,7 @@ class Scheduler:
         step = self._begin(now)
         self._plan_running(step)
         self._plan_waiting(step)
-        plan = StepPlan(tuple(step.rows), self._cache.take_copies())
+        plan = StepPlan(tuple(step.rows), self._cache.take_copies(), *self._cache.moves())
         self._executing = plan if plan.rows else None
         return plan
 
@@ -148,6 +148,7 @@ class Scheduler:
         self._executing = None
         version = result.weight_version
         events = [self._settle(row, out, version) for row, out in zip(plan.rows, result.rows, strict=True)]
+        self._cache.learn(plan, result.timings_s)
         self._cache.commit()
         return [event for event in events if event is not None]
 

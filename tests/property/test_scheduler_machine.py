@@ -40,6 +40,7 @@ class Model(RuleBasedStateMachine):
         caching=st.booleans(),
         max_cached=st.one_of(st.none(), st.integers(1, 6)),
         logit_rows=st.one_of(st.none(), st.integers(1, 12)),
+        places=st.one_of(st.just(0), st.integers(1, 4), st.integers(1, 40)),
     )
     def start(
         self,
@@ -50,12 +51,19 @@ class Model(RuleBasedStateMachine):
         caching: bool,
         max_cached: int | None,
         logit_rows: int | None,
+        places: int = 0,
     ) -> None:
         self.config = EngineConfig(max_batch_size=batch, max_num_batched_tokens=budget, priority_boost_threshold=2.0)
-        self.cache = CacheManager(num_blocks, block_size, enable_prefix_caching=caching, max_cached_blocks=max_cached)
+        self.cache = CacheManager(
+            num_blocks,
+            block_size,
+            enable_prefix_caching=caching,
+            max_cached_blocks=max_cached,
+            num_host_blocks=places,
+        )
         self.scheduler = Scheduler(self.config, self.cache, max_logit_rows=logit_rows)
         self.caching, self.logit_rows = caching, logit_rows
-        self.slots = Slots(block_size)
+        self.slots = Slots(block_size, places)
         self.now, self.version, self.next_id = 0.0, 0, 0
         self.plan: StepPlan | None = None
         self.born: dict[int, Sequence] = {}
@@ -139,6 +147,15 @@ class Model(RuleBasedStateMachine):
         self.version += 1
         self.cache.reset(weight_version=self.version if is_told else None)
 
+    @rule()
+    def drop_unused(self) -> None:
+        self.cache.drop_unused()
+        stats = self.cache.stats()
+        assert stats["num_host_entries"] == 0
+        blocks, places = self.cache.unused()
+        assert len(blocks) == self.cache.num_free_blocks
+        assert len(places) == stats["num_host_blocks"]
+
     @precondition(lambda self: self.plan is None)
     @rule()
     def make_plan(self) -> None:
@@ -195,12 +212,15 @@ class Model(RuleBasedStateMachine):
 
     def execute(self, choose: Choose) -> None:
         plan = self.take_plan()
+        self.slots.move(plan)
         self.slots.copy(plan.copies)
         self.slots.write(plan, self.scope, self.version)
         for row in plan.rows:
             self.slots.check(row, self.scope(row), self.oldest_version[row.seq_id])
         results = tuple(self.result_of(row, choose) for row in plan.rows)
-        self.take(self.scheduler.commit(plan, StepResult(results, self.version)))
+        # Most of the time, moving looks cheaper than computing.
+        timings = {"swap": choose([0.0] * 9 + [9.0]), "forward": 1.0}
+        self.take(self.scheduler.commit(plan, StepResult(results, self.version, timings)))
 
     def scope(self, row: Row) -> str:
         """Who may share with this row."""
@@ -290,7 +310,7 @@ def burst(model: Model, rng: random.Random) -> None:
     """Add requests at random, most of them alike."""
     for _ in range(rng.randint(1, 5)):
         model.add(
-            start=rng.choice([[], [0] * 8, [0] * 8, [0, 1, 2] * 5]),
+            start=rng.choice([[], [0] * 8, [0] * 8, [0, 1, 2] * 5, [2, 1, 0, 0] * 7]),
             suffix=[rng.randrange(3) for _ in range(rng.randint(1, 12))],
             namespace=rng.choice(["", "", "", "tenant"]),
             n=rng.choice([1, 1, 2, 4]),
@@ -314,6 +334,7 @@ def test_crowds_share_and_preempt_without_harm(seed: int) -> None:
         caching=rng.random() < 0.8,
         max_cached=rng.choice([None, None, 2]),
         logit_rows=rng.choice([None, None, 12]),
+        places=rng.choice([0, 2, 10, 60]),
     )
     for _ in range(12):
         burst(model, rng)

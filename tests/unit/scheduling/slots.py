@@ -10,11 +10,26 @@ Content = tuple[str, tuple[int, ...], int]  # who may share it, the tokens up to
 
 
 class Slots:
-    """Plays the executor's K/V cache: copies before writes, writes before reads."""
+    """Plays the executor's K/V cache: moves before copies, copies before writes, writes before reads."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_places: int = 0) -> None:
         self._block_size = block_size
+        self._num_places = num_places
         self._content: dict[tuple[int, int], Content] = {}
+        self._host: dict[int, list[Content | None]] = {}
+
+    def move(self, plan: StepPlan) -> None:
+        """Out to the host, then in from it, each all at once; only whole blocks go out, and none by two ways."""
+        outs, ins = plan.swaps_out, plan.swaps_in
+        for moves in (outs, ins):
+            assert len({source for source, _ in moves}) == len({target for _, target in moves}) == len(moves)
+        for block, place in outs:
+            assert 0 <= place < self._num_places
+            self._host[place] = [self._content.get((block, slot)) for slot in range(self._block_size)]
+            assert None not in self._host[place], "a block went out that was never filled"
+        for place, block in ins:
+            for slot, content in enumerate(self._host[place]):
+                self._put((block, slot), content)
 
     def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
         """All at once; no destination may be a source, or named twice."""
@@ -46,7 +61,9 @@ class Slots:
 
     def spoil(self, plan: StepPlan) -> None:
         """The step failed half way: whatever it would have written holds anything."""
-        for _, destination in plan.copies:
+        for _, place in plan.swaps_out:
+            self._host[place] = [None] * self._block_size
+        for _, destination in (*plan.copies, *plan.swaps_in):
             for slot in range(self._block_size):
                 self._put((destination, slot), None)
         for row in plan.rows:

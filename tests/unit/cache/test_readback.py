@@ -1,0 +1,63 @@
+"""When reading back is worth it: the figures by hand."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from penstock.cache.readback import WINDOW, Rate, ReadBack, reading_is_cheaper
+from penstock.sampling import SamplingParams
+from penstock.step import Row, StepPlan
+
+
+def plan(num_tokens: int, num_rows: int = 1, *, moved: int = 0) -> StepPlan:
+    """Rows that share `num_tokens`, and `moved` blocks read back."""
+    each = num_tokens // num_rows
+    row = Row(0, [0] * each, 0, each, array("i", [0]), True, SamplingParams(), each)
+    return StepPlan((row,) * num_rows, swaps_in=tuple((i, i) for i in range(moved)))
+
+
+def test_reading_must_take_less_time_than_computing_what_is_gained() -> None:
+    assert reading_is_cheaper(100, 100, read_s=0.1, compute_s=0.2)
+    assert not reading_is_cheaper(100, 100, read_s=0.2, compute_s=0.2)
+    assert reading_is_cheaper(100, 300, read_s=0.2, compute_s=0.1), "200 more tokens follow on those read"
+
+
+def test_the_first_reading_is_always_worth_it() -> None:
+    found = ReadBack(4)
+    assert found.worth(4, 4)
+    found.learn(plan(10), {"forward": 1.0})
+    assert found.worth(4, 4)
+
+
+def test_figures_are_seconds_per_token_of_what_was_moved_and_what_was_computed() -> None:
+    found = ReadBack(4)
+    found.learn(plan(10, moved=5), {"swap": 0.4, "forward": 1.0})
+    assert found.moving.seconds_per_token == pytest.approx(0.02)
+    assert found.computing.seconds_per_token == pytest.approx(0.1)
+    assert found.worth(40, 40)
+    found.learn(plan(10, moved=5), {"swap": 9.6, "forward": 1.0})
+    assert not found.worth(40, 40), "a quarter of a second each by now"
+
+
+def test_steps_that_mostly_decode_say_nothing_about_prefilling() -> None:
+    found = ReadBack(4)
+    found.learn(plan(8, num_rows=8), {"forward": 1.0})
+    assert found.computing.seconds_per_token is None
+    found.learn(plan(32, num_rows=8), {"forward": 1.0})
+    assert found.computing.seconds_per_token == 1 / 32
+
+
+def test_a_model_that_tells_no_times_is_believed_to_read_fast() -> None:
+    found = ReadBack(4)
+    found.learn(plan(10, moved=5), {})
+    assert found.worth(4, 4)
+
+
+def test_old_records_are_forgotten() -> None:
+    rate = Rate()
+    rate.record(1, 1000.0)
+    for _ in range(WINDOW):
+        rate.record(3, 1.5)
+    assert rate.seconds_per_token == 0.5
