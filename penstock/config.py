@@ -67,7 +67,7 @@ class EngineConfig(BaseSettings):
     preallocate_kv_cache: bool = Field(False, description="Touch the cache's memory while the engine starts: a slower start, but no step waits for the system to find a page. Without it, memory is taken as the cache fills.")
     enable_kv_cache: bool = Field(True, description="Reuse K/V of shared prefixes across requests. Within a request K/V is always cached. Read at start.")
     kv_cache_max_size: int | None = Field(None, ge=1, description="Most cached prefix blocks kept after their requests ended; None is as many as fit.")
-    swap_space: float = Field(0, ge=0, description="GiB of host memory for preempted K/V. Accepted; preempted requests are recomputed in this version.")
+    swap_space: float = Field(0, ge=0, description="GiB of host memory for K/V blocks that had to leave the cache, those of preempted requests among them. They are read back where that takes less time than computing them again; 0 keeps none. Read at start.")
 
     # Model, read at load
     device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1".')

@@ -33,13 +33,24 @@ class Driver:
     """
 
     def __init__(
-        self, model: nn.Module | str | Executor, *, num_blocks: int = 1024, block_size: int = 4, **settings: Any
+        self,
+        model: nn.Module | str | Executor,
+        *,
+        num_blocks: int = 1024,
+        block_size: int = 4,
+        num_host_blocks: int = 0,
+        **settings: Any,
     ) -> None:
         settings = {"max_sequence_length": None, "max_num_batched_tokens": 4096} | settings
         config = EngineConfig(skip_tokenizer_init=True, block_size=block_size, **settings)
         self.runner = model if isinstance(model, Executor) else load(model, None, config).runner
-        self.runner.allocate(num_blocks, block_size)
-        self.cache = CacheManager(num_blocks, block_size, enable_prefix_caching=config.enable_kv_cache)
+        self.runner.allocate(num_blocks, block_size, num_host_blocks)
+        self.cache = CacheManager(
+            num_blocks,
+            block_size,
+            enable_prefix_caching=config.enable_kv_cache,
+            num_host_blocks=num_host_blocks,
+        )
         self.scheduler = Scheduler(config, self.cache, max_logit_rows=4096)
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}

@@ -1,11 +1,11 @@
-"""How many blocks the K/V cache gets: pure arithmetic from settings and free memory.
+"""How many blocks the K/V cache and its tier on the host get: pure arithmetic from settings and free memory.
 
 Owns the order of precedence of the settings and the limits. Never asks a device anything. Called once, at load.
 """
 
 from __future__ import annotations
 
-from penstock.config import EngineConfig
+from penstock.config import GIB, EngineConfig
 from penstock.errors import ConfigurationError
 
 # The rest stays for activations, logits and whoever else allocates.
@@ -32,6 +32,21 @@ def num_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int, max_
     if blocks < 1:
         raise ConfigurationError(_explain(config, bytes_per_token, free_bytes))
     return blocks
+
+
+def num_host_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int) -> int:
+    """Number of blocks that `swap_space` holds, within 90% of the host's `free_bytes`; 0 if there is to be no tier.
+
+    Raises `ConfigurationError`, with the numbers, when there is to be one and not even one block fits.
+    """
+    block_bytes = bytes_per_token * config.block_size
+    blocks = min(int(config.swap_space * GIB), int(free_bytes * MOST_OF_FREE)) // block_bytes
+    if config.swap_space and blocks < 1:
+        raise ConfigurationError(
+            f"swap_space={config.swap_space} GiB has no room for a single block of {block_bytes} bytes, with "
+            f"{free_bytes} bytes free on the host: raise it, lower memory_pool_size, or leave it out"
+        )
+    return max(0, blocks)
 
 
 def _budget(config: EngineConfig, free_bytes: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.cache.manager import CacheManager
-from penstock.cache.sizing import num_blocks
+from penstock.cache.sizing import num_blocks, num_host_blocks
 from penstock.config import EngineConfig
 from penstock.engine.callbacks import Callbacks
 from penstock.engine.core import EngineCore
@@ -88,14 +88,20 @@ def _cache(runner: ModelRunner, longest: int, config: EngineConfig, log: Logger)
     """A cache of the configured size, and the memory behind it."""
     on_gpu = "cuda" in runner.spec.device
     share = 1.0 if on_gpu else HOST_SHARE
-    blocks = num_blocks(config, runner.spec.kv_bytes_per_token, runner.free_bytes(), longest, share=share)
-    runner.allocate(blocks, config.block_size)
-    log.info(f"# GPU blocks: {blocks if on_gpu else 0}, # CPU blocks: {0 if on_gpu else blocks}")
+    per_token = runner.spec.kv_bytes_per_token
+    blocks = num_blocks(config, per_token, runner.free_bytes(), longest, share=share)
+    taken = 0 if on_gpu else blocks * per_token * config.block_size
+    host_blocks = num_host_blocks(config, per_token, runner.host_free_bytes() - taken)
+    runner.allocate(blocks, config.block_size, host_blocks)
+    log.info(
+        f"# GPU blocks: {blocks if on_gpu else 0}, # CPU blocks: {host_blocks if on_gpu else blocks + host_blocks}"
+    )
     return CacheManager(
         blocks,
         config.block_size,
         enable_prefix_caching=config.enable_kv_cache,
         max_cached_blocks=config.kv_cache_max_size,
+        num_host_blocks=host_blocks,
     )
 
 

@@ -52,8 +52,10 @@ class PanelCache:
         self._library, self._pool = kernels.library, kernels.pool
         self._struct = _Cache(0, heads, key_dim, value_dim, TYPES[dtype], TYPES[compute])
         self.pointer = ctypes.addressof(self._struct)
-        self._memory = pages(int(self._library.ps_cache_bytes(Ptr(self.pointer), Long(panels))))
+        spare, needed = (int(self._library.ps_cache_bytes(Ptr(self.pointer), Long(n))) for n in (0, panels))
+        self._memory = pages(needed)
         self._struct.base = self._memory.data_ptr()
+        self.panels = self._memory[: needed - spare].view(panels, -1)  # uint8 [panels, bytes]
 
     def touch(self) -> None:
         """Have the system find the memory's pages now; only while nothing is stored."""

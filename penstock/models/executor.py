@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from penstock.errors import ExecutionError, OutOfMemory
 from penstock.models.layout import StepLayout, scores_prompt, wanted_logits
-from penstock.models.memory import free_bytes, memory_usage, trim_memory
+from penstock.models.memory import free_bytes, held_bytes, host_free_bytes, memory_usage, trim_memory
 from penstock.models.paging import Paging, Storage
 from penstock.models.protocol import ModelSpec
 from penstock.models.sampler import Sampler
@@ -53,13 +53,21 @@ class Executor:
         """Fraction of the device's memory in use, 0 to 1."""
         return memory_usage(self._device)
 
-    def trim_memory(self) -> None:
-        """Give cached, unused memory back."""
-        trim_memory(self._device)
+    def host_free_bytes(self) -> int:
+        """Ordinary memory that a tier on the host could take now."""
+        return host_free_bytes()
 
-    def allocate(self, num_blocks: int, block_size: int) -> None:
-        """Make room for the K/V of `num_blocks` blocks. Raises `OutOfMemory`."""
-        self._storage = self._paging.storage(self._shapes, num_blocks, block_size)
+    def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
+        """Give unused memory back, that of these blocks and places of the tier included; how many bytes."""
+        before = held_bytes(self._device)
+        if self._storage is not None:
+            self._storage.give_back(blocks, places)
+        trim_memory(self._device)
+        return max(0, before - held_bytes(self._device))
+
+    def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        """Make room for the K/V of `num_blocks` blocks, and of as many on the host as told. Raises `OutOfMemory`."""
+        self._storage = self._paging.storage(self._shapes, num_blocks, block_size, num_host_blocks)
 
     def forget(self, seq_id: int) -> None:
         """Drop the sampler's state of a sequence that ended."""
@@ -77,6 +85,7 @@ class Executor:
         begin = time.perf_counter()
         try:
             with torch.inference_mode():
+                moved = self._move(plan)
                 logits, done = self._forward(plan), time.perf_counter()
                 rows = self._outcomes(plan.rows, logits)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -85,8 +94,17 @@ class Executor:
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
             raise ExecutionError(f"the forward pass failed: {type(error).__name__}: {error}") from error
-        timings = {"forward": done - begin, "sample": time.perf_counter() - done}
+        timings = {"forward": done - moved, "sample": time.perf_counter() - done}
+        if plan.swaps_out or plan.swaps_in:
+            timings["swap"] = moved - begin
         return StepResult(rows, timings_s=timings)
+
+    def _move(self, plan: StepPlan) -> float:
+        """Move the plan's blocks to the host and back; when that was done."""
+        assert self._storage is not None, "allocate() comes first"
+        if plan.swaps_out or plan.swaps_in:
+            self._storage.swap(plan.swaps_out, plan.swaps_in)
+        return time.perf_counter()
 
     def _forward(self, plan: StepPlan) -> Tensor:
         """Logits [wanted places, vocab] of the step."""

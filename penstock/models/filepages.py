@@ -6,11 +6,11 @@ embedding) is read again from the file's cache, page by page. Linux; elsewhere i
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
+from penstock.models.memory import drop_pages
+
 SUFFIXES = (".safetensors", ".bin", ".pt")
-MADV_DONTNEED = 4
 
 
 def release_file_pages() -> None:
@@ -19,9 +19,8 @@ def release_file_pages() -> None:
         regions = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
         return
-    libc = ctypes.CDLL(None)
     for begin, end in _clean_regions(regions):
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(MADV_DONTNEED))
+        drop_pages(begin, end)
 
 
 def _clean_regions(lines: list[str]) -> list[tuple[int, int]]:

@@ -1,12 +1,18 @@
-"""How much memory a device has, uses, and can give back. Bytes and fractions; no policy."""
+"""How much memory a device has, what this process holds of it, and how to give some back. Bytes; no policy."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import mmap
 import os
+import sys
 from pathlib import Path
 
 import torch
+
+MADV_DONTNEED = 4  # Linux: private pages are gone at once, and read as zeros or as their file again
 
 
 def free_bytes(device: torch.device) -> int:
@@ -14,6 +20,21 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return _host()[1]
+
+
+def host_free_bytes() -> int:
+    """Bytes of ordinary memory available now."""
+    return _host()[1]
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of the device that this process keeps from others; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except (OSError, ValueError):
+        return 0
 
 
 def memory_usage(device: torch.device) -> float:
@@ -26,10 +47,20 @@ def memory_usage(device: torch.device) -> float:
 
 
 def trim_memory(device: torch.device) -> None:
-    """Collect garbage and return cached device memory to the driver."""
+    """Collect garbage, and return what allocators keep for later to the system or the driver."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # the C library may be another one than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_pages(begin: int, end: int) -> None:
+    """Give the whole pages between two addresses of private memory back to the system. Linux; elsewhere, nothing."""
+    page = mmap.PAGESIZE
+    first, last = -(-begin // page) * page, end // page * page
+    if sys.platform == "linux" and first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
 def _host() -> tuple[int, int]:

@@ -29,12 +29,22 @@ class Storage(Protocol):
         """Copy whole blocks (source, destination) in every layer."""
         ...
 
+    def swap(self, out: Sequence[tuple[int, int]], back: Sequence[tuple[int, int]]) -> None:
+        """Move whole blocks out to the host, as (block, place), and then in, as (place, block)."""
+        ...
+
+    def give_back(self, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """Let the system have the memory of blocks and places that hold nothing."""
+        ...
+
 
 class Paging(Protocol):
     """Makes K/V storages, and the attention of a step over one."""
 
-    def storage(self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int) -> Storage:
-        """Room for K/V. Raises `OutOfMemory`."""
+    def storage(
+        self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, num_host_blocks: int = 0
+    ) -> Storage:
+        """Room for K/V, and for a tier on the host. Raises `OutOfMemory`."""
         ...
 
     def attention(self, storage: Any, layout: StepLayout, layers: dict[int, int]) -> Paged:
@@ -60,9 +70,11 @@ class PlainPaging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def storage(self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int) -> Storage:
-        """Room for K/V. Raises `OutOfMemory`."""
-        return KVStorage(shapes, num_blocks, block_size, self._device)
+    def storage(
+        self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, num_host_blocks: int = 0
+    ) -> Storage:
+        """Room for K/V, and for a tier on the host. Raises `OutOfMemory`."""
+        return KVStorage(shapes, num_blocks, block_size, self._device, num_host_blocks)
 
     def attention(self, storage: KVStorage, layout: StepLayout, layers: dict[int, int]) -> Paged:
         """What answers for the attention of one step."""
@@ -85,9 +97,11 @@ class PanelPaging:
         self._int8 = int8
         self.survey: Survey | None = partial(survey_logits, kernels)
 
-    def storage(self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int) -> Storage:
-        """Room for K/V. Raises `OutOfMemory`."""
-        made = PanelStorage(self._kernels, shapes, num_blocks, block_size, self._int8)
+    def storage(
+        self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, num_host_blocks: int = 0
+    ) -> Storage:
+        """Room for K/V, and for a tier behind it. Raises `OutOfMemory`."""
+        made = PanelStorage(self._kernels, shapes, num_blocks, block_size, self._int8, num_host_blocks)
         if self._touch:
             made.touch()
         return made

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import ConfigurationError, OutOfMemory
+from penstock.errors import ConfigurationError
 from penstock.kernels import native, paged
 from penstock.kernels.paged import PANEL, TILE
 from penstock.models.attention import Options
+from penstock.models.blocks import copy_rows, give_back, runs
 from penstock.models.layout import StepLayout
-from penstock.models.storage import LayerShape
+from penstock.models.storage import LayerShape, no_room
 from penstock.step import Row
 
 # Tokens of a prompt, or rows with a common prefix, that one task of a thread attends for.
@@ -35,29 +36,37 @@ def supports(shapes: Sequence[LayerShape]) -> bool:
 
 
 class PanelStorage:
-    """K/V of `num_blocks` x `block_size` slots for every layer, as panels of 16 slots; int8 with a scale per token."""
+    """K/V of `num_blocks` x `block_size` slots for every layer, as panels of 16 slots; int8 with a scale per token.
+
+    The tier of `num_host_blocks` blocks lies behind them in the same memory.
+    """
 
     def __init__(
-        self, kernels: native.Kernels, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, int8: bool
+        self,
+        kernels: native.Kernels,
+        shapes: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        int8: bool,
+        num_host_blocks: int = 0,
     ) -> None:
         if int8 and block_size % PANEL:
             raise ConfigurationError(f"kv_cache_dtype='int8' needs a block_size that is a multiple of {PANEL}")
         self.kernels = kernels
         self.block_size = block_size
         self.sinks: dict[int, Tensor] = {}
-        panels = -(-num_blocks * block_size // PANEL)
+        self._num_blocks = num_blocks
+        self._touched = False
+        panels = -(-(num_blocks + num_host_blocks) * block_size // PANEL)
         try:
             self.caches = [_cache(kernels, panels, shape, int8) for shape in shapes]
             self.table = paged.table_of(self.caches)
         except (OSError, MemoryError) as error:
-            wanted = num_blocks * block_size * sum(shape.bytes_per_token for shape in shapes)
-            raise OutOfMemory(
-                f"CPU out of memory: the K/V cache wanted {wanted / 2**20:.0f} MiB for {num_blocks * block_size} "
-                "tokens; lower memory_pool_size (bytes) or kv_cache_tokens"
-            ) from error
+            raise no_room(torch.device("cpu"), shapes, num_blocks * block_size, num_host_blocks * block_size) from error
 
     def touch(self) -> None:
-        """Have the system find all pages now."""
+        """Have the system find all pages now, and leave them here."""
+        self._touched = True
         for cache in self.caches:
             cache.touch()
 
@@ -65,11 +74,30 @@ class PanelStorage:
         """Copy whole blocks (source, destination) in every layer."""
         if not copies:
             return
+        if self.block_size % PANEL == 0:
+            moves, panels = runs(copies), self.block_size // PANEL
+            for cache in self.caches:
+                rows = cache.panels.view(-1, panels * cache.panels.shape[1])
+                copy_rows(rows, rows, moves)
+            return
         pairs = torch.tensor(copies, dtype=torch.int64)
         offsets = torch.arange(self.block_size)
         source, destination = ((pairs[:, i, None] * self.block_size + offsets).reshape(-1) for i in (0, 1))
         for cache in self.caches:
             cache.copy(source, destination)
+
+    def swap(self, out: Sequence[tuple[int, int]], back: Sequence[tuple[int, int]]) -> None:
+        """Move whole blocks out to the tier, as (block, place), and then in, as (place, block)."""
+        self.copy_blocks([(block, self._num_blocks + place) for block, place in out])
+        self.copy_blocks([(self._num_blocks + place, block) for place, block in back])
+
+    def give_back(self, blocks: Sequence[int], places: Sequence[int]) -> None:
+        """Let the system have the memory of blocks and places that hold nothing, unless it was to be kept."""
+        unused = [] if self._touched else [*blocks, *(self._num_blocks + place for place in places)]
+        for first, _, count in runs(zip(unused, unused, strict=True)):
+            begin, end = first * self.block_size, (first + count) * self.block_size
+            for cache in self.caches:
+                give_back(cache.panels, -(-begin // PANEL), end // PANEL)
 
 
 def _cache(kernels: native.Kernels, panels: int, shape: LayerShape, int8: bool) -> paged.PanelCache:

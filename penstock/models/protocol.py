@@ -1,11 +1,12 @@
 """What the engine needs of a model: `ModelSpec` (facts) and `ModelRunner` (verbs). Imports no torch.
 
-The engine calls `execute` from one thread at a time and `forget` from another; everything else before the first step.
+The engine calls `execute` and `trim_memory` from one thread, `forget` and `memory_usage` from others; everything else
+before the first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,8 +43,12 @@ class ModelRunner(Protocol):
         """Memory that a K/V cache could take now."""
         ...
 
-    def allocate(self, num_blocks: int, block_size: int) -> None:
-        """Make room for the K/V of `num_blocks` blocks. Raises `OutOfMemory`."""
+    def host_free_bytes(self) -> int:
+        """Ordinary memory that a tier on the host could take now."""
+        ...
+
+    def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        """Make room for the K/V of `num_blocks` blocks, and of as many on the host as told. Raises `OutOfMemory`."""
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -58,8 +63,11 @@ class ModelRunner(Protocol):
         """Fraction of the device's memory in use, 0 to 1."""
         ...
 
-    def trim_memory(self) -> None:
-        """Give cached, unused memory back."""
+    def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
+        """Give unused memory back, that of these blocks and places on the host included; how many bytes.
+
+        Called between steps, on the thread that runs them; a block or place named here may be used by the next step.
+        """
         ...
 
     def close(self) -> None:

@@ -62,7 +62,11 @@ class ScriptedModel:
         """As much as a byte per token of any test needs."""
         return 1 << 40
 
-    def allocate(self, num_blocks: int, block_size: int) -> None:
+    def host_free_bytes(self) -> int:
+        """As much as there is of the other memory."""
+        return self.free_bytes()
+
+    def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         """A script needs no cache."""
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -83,8 +87,9 @@ class ScriptedModel:
         """A script uses no memory."""
         return 0.0
 
-    def trim_memory(self) -> None:
+    def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
         """Nothing to give back."""
+        return 0
 
     def close(self) -> None:
         """Let held steps go on."""

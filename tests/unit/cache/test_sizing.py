@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.cache.sizing import num_blocks
+from penstock.cache.sizing import num_blocks, num_host_blocks
 from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError
 
@@ -39,3 +39,22 @@ def test_too_little_for_one_block_is_an_error_with_the_numbers() -> None:
         blocks(free_bytes=1111)
     for number in ("1000", "1111", "999", str(1024**3)):
         assert number in str(caught.value)
+
+
+def host_blocks(gib: float, free_bytes: int = 10**9) -> int:
+    return num_host_blocks(EngineConfig(block_size=10, swap_space=gib), 100, free_bytes)
+
+
+def test_swap_space_is_gib_within_what_is_free() -> None:
+    assert host_blocks(0) == 0
+    assert host_blocks(2**-20) == 1
+    assert host_blocks(2**-10) == 1048
+    assert host_blocks(2**-10, free_bytes=10_000) == 9
+    assert host_blocks(0, free_bytes=-5) == 0
+
+
+def test_swap_space_without_room_for_a_block_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(ConfigurationError, match=r"swap_space=1e-07 GiB has no room for a single block of 1000 bytes"):
+        host_blocks(1e-7)
+    with pytest.raises(ConfigurationError, match="1111 bytes free on the host"):
+        host_blocks(4, free_bytes=1111)

@@ -1,0 +1,108 @@
+"""Both storages of K/V: blocks that move to the host and back hold what they held."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.kernels.native import Kernels, available
+from penstock.kernels.paged import attend
+from penstock.models.paging import Storage
+from penstock.models.panels import PanelStorage, steps_of
+from penstock.models.storage import KVStorage, LayerShape
+from penstock.sampling import SamplingParams
+from penstock.step import Row
+
+CPU = torch.device("cpu")
+SHAPE = LayerShape(2, 8, 8, torch.float32)
+Case = tuple[Storage, Callable[[Tensor], Tensor]]  # a storage, and what its second layer holds at some slots
+
+needs_kernels = pytest.mark.skipif(not available(), reason="no compiler")
+
+
+@pytest.fixture(
+    params=[
+        ("plain", 4),
+        pytest.param(("panels", 4), marks=needs_kernels),
+        pytest.param(("panels", 32), marks=needs_kernels),
+        pytest.param(("int8 panels", 16), marks=needs_kernels),
+    ],
+    ids=lambda param: f"{param[0]}, blocks of {param[1]}",
+)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """6 blocks and a tier of 3; blocks 0 and 1 of the second layer are filled at random."""
+    kind, block_size = request.param
+    length = 2 * block_size
+    written = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim, generator=torch.Generator().manual_seed(0))
+    if kind == "plain":
+        plain = KVStorage([SHAPE] * 2, 6, block_size, CPU, 3)
+        for cache, values in zip(plain.layer(1), written, strict=True):
+            cache[:length] = values
+        yield plain, lambda slots: torch.stack([cache[slots] for cache in plain.layer(1)])
+        return
+    kernels = Kernels(1)
+    panels = PanelStorage(kernels, [SHAPE] * 2, 6, block_size, kind.startswith("int8"), 3)
+    row = Row(0, [0] * length, 0, length, array("i", [0, 1]), True, SamplingParams(), length)
+    values = written.bfloat16() if kind.startswith("int8") else written
+    out = torch.empty_like(values[0])
+    attend(kernels, panels.caches[1], steps_of([row], block_size, np.arange(length)), out, *values, out, scaling=1.0)
+    yield panels, lambda slots: torch.stack(panels.caches[1].read(slots))
+    kernels.close()
+
+
+def slots_of(storage: Storage, *blocks: int) -> Tensor:
+    size = storage.block_size
+    return torch.cat([torch.arange(size) + block * size for block in blocks])
+
+
+def test_blocks_come_back_as_they_went_in_any_block(case: Case) -> None:
+    storage, held = case
+    before = held(slots_of(storage, 0, 1))
+    assert before.ne(0).any()
+    storage.swap([(1, 0), (0, 2)], [])
+    storage.swap([], [(0, 5), (2, 3)])
+    assert torch.equal(held(slots_of(storage, 3, 5)), before)
+    assert held(slots_of(storage, 2, 4)).eq(0).all()
+
+
+def test_in_one_step_blocks_leave_before_others_come_in_their_place(case: Case) -> None:
+    storage, held = case
+    first, second = held(slots_of(storage, 0)), held(slots_of(storage, 1))
+    storage.swap([(0, 1)], [])
+    storage.swap([(1, 0)], [(1, 1), (0, 2)])
+    assert torch.equal(held(slots_of(storage, 1)), first)
+    assert torch.equal(held(slots_of(storage, 2)), second)
+
+
+def test_what_is_given_back_is_only_what_is_named(case: Case) -> None:
+    storage, held = case
+    before = held(slots_of(storage, 0, 1))
+    storage.swap([(0, 0), (1, 1)], [])
+    storage.give_back([2, 3, 4, 5], [2])
+    storage.swap([], [(0, 2), (1, 3)])
+    assert torch.equal(held(slots_of(storage, 0, 1, 2, 3)), torch.cat([before, before], dim=1))
+
+
+def test_a_tier_without_places_moves_nothing(case: Case) -> None:
+    storage, held = case
+    before = held(slots_of(storage, 0, 1))
+    storage.swap([], [])
+    storage.give_back([], [])
+    assert torch.equal(held(slots_of(storage, 0, 1)), before)
+
+
+def test_memory_that_was_to_be_taken_at_once_stays() -> None:
+    if not available():
+        pytest.skip("no compiler")
+    kernels = Kernels(1)
+    storage = PanelStorage(kernels, [LayerShape(2, 128, 128, torch.float32)], 4, 16, int8=False)
+    storage.touch()
+    storage.caches[0].panels.fill_(1)
+    storage.give_back([0, 1, 2, 3], [])
+    assert storage.caches[0].panels.eq(1).all()
+    kernels.close()
