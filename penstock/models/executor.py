@@ -20,6 +20,7 @@ from penstock.models.paging import Paging, Storage
 from penstock.models.protocol import ModelSpec
 from penstock.models.sampler import Sampler
 from penstock.models.storage import LayerShape
+from penstock.optimizers.memory_pool import MemoryPool
 from penstock.step import Row, RowResult, StepPlan, StepResult
 
 
@@ -33,6 +34,7 @@ class Executor:
         layers: dict[int, int],
         shapes: Sequence[LayerShape],
         paging: Paging,
+        workspaces: MemoryPool,
         device: torch.device,
         logits_chunk_bytes: int,
     ) -> None:
@@ -41,6 +43,7 @@ class Executor:
         self._layers = layers
         self._shapes = shapes
         self._paging = paging
+        self._workspaces = workspaces
         self._device = device
         self._storage: Storage | None = None
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, paging.survey)
@@ -62,6 +65,7 @@ class Executor:
         before = held_bytes(self._device)
         if self._storage is not None:
             self._storage.give_back(blocks, places)
+        self._workspaces.clear_pool()
         trim_memory(self._device)
         return max(0, before - held_bytes(self._device))
 
@@ -94,6 +98,8 @@ class Executor:
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
             raise ExecutionError(f"the forward pass failed: {type(error).__name__}: {error}") from error
+        finally:
+            self._workspaces.return_all()
         timings = {"forward": done - moved, "sample": time.perf_counter() - done}
         if plan.swaps_out or plan.swaps_in:
             timings["swap"] = moved - begin

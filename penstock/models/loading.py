@@ -172,7 +172,9 @@ def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
         kernels=made.kernels,
         rewrites=made.rewrites,
     )
-    runner = Executor(module, spec, made.layers, made.shapes, made.paging, device, config.logits_chunk_bytes)
+    runner = Executor(
+        *(module, spec, made.layers, made.shapes, made.paging, made.workspaces, device, config.logits_chunk_bytes)
+    )
     return LoadedModel(runner, tokenizer)
 
 

@@ -21,6 +21,7 @@ from penstock.models.panels import supports
 from penstock.models.storage import LayerShape
 from penstock.models.threads import kernel_threads, one_torch_thread
 from penstock.optimizers.fused import FusedLayer
+from penstock.optimizers.memory_pool import MemoryPool
 from penstock.optimizers.rewriting import rewrite
 
 QUANTIZED_TOLERANCE = 0.3  # of the largest logit, over random or trained weights; a wrong rewrite is off by 1
@@ -35,6 +36,7 @@ class Ready:
     layers: dict[int, int]
     shapes: list[LayerShape]
     paging: Paging
+    workspaces: MemoryPool
     kv_bytes_per_token: int
     packed_bytes: int
     kernels: str
@@ -47,31 +49,41 @@ def ready(module: nn.Module, device: torch.device, longest: int, config: EngineC
     Raises `ConfigurationError` for a model that cannot run, or not as the config demands.
     """
     probed = probe(module, device, verify=config.verify_model, longest=longest)
+    workspaces = MemoryPool(config.logits_chunk_bytes, device)
     kernels = _kernels(probed, device, config)
     if kernels is None:
         _demand_nothing(config)
         paging: Paging = PlainPaging(device)
         compare(module, probed, paging)
-        return _ready(module, probed, paging, "plain torch" + _why_plain(device, config), ())
+        return _ready(module, probed, paging, workspaces, "plain torch" + _why_plain(device, config), ())
     paging = PanelPaging(kernels, config.kv_cache_dtype == "int8", touch=config.preallocate_kv_cache)
     rewrites: tuple[str, ...] = ()
     try:
         if not owned:
             _demand_owned(config)
         else:
-            rewrites = _rewrite(module, probed, kernels, paging, device, config)
+            rewrites = _rewrite(module, probed, kernels, paging, workspaces, device, config)
         loose = config.quantization or config.kv_cache_dtype != "auto"
         compare(module, probed, paging, tolerance=QUANTIZED_TOLERANCE if loose else None)
     except BaseException:
         paging.close()
         raise
-    return _ready(module, probed, paging, f"{native.note()}, {kernels.threads} threads", rewrites)
+    return _ready(module, probed, paging, workspaces, f"{native.note()}, {kernels.threads} threads", rewrites)
 
 
-def _ready(module: nn.Module, probed: Probed, paging: Paging, kernels: str, rewrites: tuple[str, ...]) -> Ready:
+def _ready(
+    module: nn.Module,
+    probed: Probed,
+    paging: Paging,
+    workspaces: MemoryPool,
+    kernels: str,
+    rewrites: tuple[str, ...],
+) -> Ready:
+    workspaces.return_all()
+    workspaces.clear_pool()  # of what the trial passes took
     packed = sum(getattr(part, "num_bytes", 0) for part in module.modules())
     per_token = paging.bytes_per_token(probed.shapes)
-    return Ready(probed.layers, probed.shapes, paging, per_token, packed, kernels, rewrites)
+    return Ready(probed.layers, probed.shapes, paging, workspaces, per_token, packed, kernels, rewrites)
 
 
 def _why_plain(device: torch.device, config: EngineConfig) -> str:
@@ -90,6 +102,7 @@ def _rewrite(
     probed: Probed,
     kernels: native.Kernels,
     paging: Paging,
+    workspaces: MemoryPool,
     device: torch.device,
     config: EngineConfig,
 ) -> tuple[str, ...]:
@@ -101,6 +114,7 @@ def _rewrite(
         lambda: trial_pass(module, probed, paging, device),
         quantize=config.quantization == "int8",
         without=config.disabled_rewrites,
+        workspaces=workspaces,
     )
     release_file_pages()
     log.debug("rewrites: %s", ", ".join(map(str, report)))

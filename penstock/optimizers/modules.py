@@ -11,42 +11,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from penstock.kernels.native import TYPES, Kernels, pages
+from penstock.kernels.native import TYPES, Kernels
 from penstock.kernels.products import Linear, Norm
 from penstock.optimizers.behaviour import norm_of
 from penstock.optimizers.blocks import Matrix, matrix_of
+from penstock.optimizers.memory_pool import MemoryPool
 
-MAX_REUSED = 16 * 1024**2  # logits
 MIN_WEIGHTS = 256  # routers and other crumbs stay as they are
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b for x [..., K], in x's dtype; or in `out_dtype`, in memory that the next call writes again."""
+    """x W^T + b for x [..., K], in x's dtype; or in `out_dtype`, in memory that `workspaces` lends for the step."""
 
-    def __init__(self, kernels: Kernels, matrix: Matrix, quantize: bool, out_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        matrix: Matrix,
+        quantize: bool,
+        out_dtype: torch.dtype | None = None,
+        workspaces: MemoryPool | None = None,
+    ) -> None:
         super().__init__()
         self._dtype = matrix.weight.dtype
         self._linear = Linear(kernels, [matrix.weight], [matrix.bias], quantize=quantize, out_dtype=out_dtype)
         self.num_bytes = self._linear.num_bytes
         self.in_features, self.out_features = self._linear.k, self._linear.n
-        self._reuse = out_dtype is not None
-        self._room = torch.empty(0)
+        self._out_dtype, self._workspaces = out_dtype, workspaces
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last dimension."""
         rows = x.reshape(-1, x.shape[-1]).to(self._dtype)
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        out = self._linear(rows, self._space(len(rows)) if self._reuse else None)
-        return out.view(*x.shape[:-1], self.out_features)
-
-    def _space(self, rows: int) -> Tensor | None:
-        """Room for logits [rows, N] that is used again by the next call: fresh memory would be zeroed page by page."""
-        wanted = rows * self.out_features
-        if wanted > MAX_REUSED:
-            return None
-        if wanted > len(self._room):
-            self._room = pages(wanted * 4).view(torch.float32)
-        return self._room[:wanted].view(rows, self.out_features)
+        lent: Tensor | None = None  # fresh memory of the size of logits would be zeroed page by page
+        if self._workspaces is not None:
+            lent = self._workspaces.get_tensor((len(rows), self.out_features), self._out_dtype)
+        return self._linear(rows, lent).view(*x.shape[:-1], self.out_features)
 
 
 class PackedNorm(nn.Module):
@@ -62,15 +61,17 @@ class PackedNorm(nn.Module):
         return self._norm(rows).view(x.shape)
 
 
-def pack_linears(module: nn.Module, kernels: Kernels, quantize: bool) -> int:
-    """Replace every plain linear module, in place; how many. The output head gives float32."""
+def pack_linears(module: nn.Module, kernels: Kernels, quantize: bool, workspaces: MemoryPool | None) -> int:
+    """Replace every plain linear module, in place; how many. The output head gives float32, lent for a step."""
     head = module.get_output_embeddings()  # type: ignore[operator]
 
     def packed(found: nn.Module) -> nn.Module | None:
         matrix = matrix_of(found)
         if matrix is None or not _fits(matrix.weight):
             return None
-        return PackedLinear(kernels, matrix, quantize, torch.float32 if found is head else None)
+        if found is head:
+            return PackedLinear(kernels, matrix, quantize, torch.float32, workspaces)
+        return PackedLinear(kernels, matrix, quantize)
 
     return _replace(module, packed)
 

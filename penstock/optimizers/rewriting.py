@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
 from penstock.optimizers.fusion import Probed, fuse_layers
+from penstock.optimizers.memory_pool import MemoryPool
 from penstock.optimizers.modules import pack_linears, pack_norms
 
 PASSES = {
@@ -44,11 +45,15 @@ def rewrite(
     *,
     quantize: bool = False,
     without: Collection[str] = (),
+    workspaces: MemoryPool | None = None,
 ) -> list[Applied]:
-    """Rewrite `module` in place, leaving out the passes in `without`; what each pass did."""
+    """Rewrite `module` in place, leaving out the passes in `without`; what each pass did.
+
+    With `workspaces`, logits lie in memory that these lend until the step is over.
+    """
     passes: dict[str, Callable[[], tuple[int, int]]] = {
         "fused_layers": lambda: fuse_layers(module, probed, kernels, quantize, run),
-        "packed_linears": lambda: (pack_linears(module, kernels, quantize), 0),
+        "packed_linears": lambda: (pack_linears(module, kernels, quantize, workspaces), 0),
         "packed_norms": lambda: (pack_norms(module, kernels), 0),
     }
     report = []
