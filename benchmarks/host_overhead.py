@@ -30,10 +30,11 @@ from penstock.demo import MODEL_DIR
 from penstock.engine.boot import Parts, assemble
 from penstock.engine.channel import Channel
 from penstock.engine.core import EngineCore
+from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
-from penstock.engine.worker import Job
+from penstock.engine.worker import Job, Worker
 from penstock.scheduling.admission import Admission
 from penstock.step import StepPlan, StepResult
 
@@ -139,7 +140,8 @@ def make_core(config: EngineConfig, model: TimedModel, scheduler: Any, parts: Pa
         job.done.set_result(model.execute(plan))
         return job
 
-    return EngineCore(config, model, scheduler, parts.door, execute, time.monotonic, Metrics(), log)
+    housekeeper = Housekeeper(config, model, parts.cache, time.monotonic, Worker("penstock-model").run)
+    return EngineCore(config, model, scheduler, parts.door, execute, time.monotonic, Metrics(), log, housekeeper)
 
 
 def submit(

@@ -18,6 +18,7 @@ from penstock.engine.callbacks import Callbacks
 from penstock.engine.core import EngineCore
 from penstock.engine.door import Door
 from penstock.engine.host import Boot, Host
+from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.tokenizing import TokenizerPool
@@ -144,6 +145,7 @@ def booter(
             clock=time.monotonic,
             metrics=metrics,
             log=log,
+            housekeeper=Housekeeper(config, made.runner, made.cache, time.monotonic, worker.run),
         )
 
     return boot

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
@@ -20,6 +19,7 @@ from penstock.engine.alarms import Alarms
 from penstock.engine.channel import hop
 from penstock.engine.desk import Desk
 from penstock.engine.door import Door
+from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
@@ -32,8 +32,6 @@ from penstock.step import Event, StepPlan, StepResult
 
 # How long an idle engine listens for the next arrival of a burst before it starts, in seconds.
 BURST_PAUSE_S = 0.001
-# Least time between two collections of garbage by an idle engine, in seconds.
-TIDY_PAUSE_S = 60.0
 Execute = Callable[[StepPlan], Job[StepResult]]
 
 
@@ -50,11 +48,12 @@ class EngineCore:
         clock: Callable[[], float],
         metrics: Metrics,
         log: Logger,
+        housekeeper: Housekeeper,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.scheduler = scheduler
+        self.housekeeper = housekeeper
         self._config = config
-        self._runner = runner
         self._door = door
         self._execute = execute
         self._clock = clock
@@ -68,7 +67,6 @@ class EngineCore:
         self._wake = asyncio.Event()
         self._stopping = False
         self._busy_since: float | None = None
-        self._next_tidy = -math.inf
         self._seq_ids = itertools.count()
 
     # Requests in.
@@ -187,7 +185,7 @@ class EngineCore:
     async def _rest(self) -> None:
         """Wait without using the CPU until something arrives, then for the burst to pause."""
         self._busy_since = None
-        self._tidy()
+        await self.housekeeper.tidy()
         while not self.scheduler.has_work and not (self._stopping and not self._desk.requests):
             self._desk.publish()
             self._wake.clear()
@@ -208,13 +206,6 @@ class EngineCore:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), 0.05)
-
-    def _tidy(self) -> None:
-        """Give memory back, seldom: collecting garbage holds the interpreter lock, 0.1 s with torch loaded."""
-        now = self._clock()
-        if now >= self._next_tidy and self._runner.memory_usage() > self._config.gc_threshold:
-            self._runner.trim_memory()
-            self._next_tidy = now + TIDY_PAUSE_S
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
         if not isinstance(error, PenstockError):

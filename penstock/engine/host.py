@@ -85,6 +85,11 @@ class Host:
         """Whether the engine has ended, by itself or when told to."""
         return self._closed
 
+    @property
+    def on_own_thread(self) -> bool:
+        """Whether the caller runs on a thread of the engine's own, which must not wait for the engine."""
+        return threading.get_ident() in (self._thread.ident, self._worker.ident)
+
     def post(self, action: Action, request: Request | None = None) -> None:
         """Run `action` on the engine's thread, after booting. Raises `EngineClosed`.
 
@@ -111,7 +116,7 @@ class Host:
                 self._closed = True
                 return
         self._try_post(lambda core: core.stop())
-        own = threading.get_ident() in (self._thread.ident, self._worker.ident)
+        own = self.on_own_thread
         if not own:
             self._settled.wait()  # a drain is time to serve, not to load
             self._thread.join(min(drain_s, threading.TIMEOUT_MAX))

@@ -14,6 +14,7 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -236,13 +237,22 @@ class InferenceEngine:
         _post(self._host, lambda core: parts[0].cache.reset())
 
     def optimize_memory(self) -> dict[str, float]:
-        """Collect garbage and return cached device memory; memory use before and after, as fractions."""
-        if not self._parts:
-            return {"before": 0.0, "after": 0.0}
-        runner = self._parts[0].runner
+        """Give back all memory that no running request needs: `freed_bytes`, and use `before` and `after`, 0 to 1.
+
+        That is garbage, kept workspaces, what allocators hold for later, cached prefixes here and in `swap_space`, and
+        on a CPU the memory behind every block that is empty then. Waits for the step that is running; in a coroutine,
+        use `await asyncio.to_thread(engine.optimize_memory)`. An engine that is not loaded has nothing to give.
+        """
+        if not self._host.ready:
+            return {"before": 0.0, "after": 0.0, "freed_bytes": 0}
+        runner, done = self._parts[0].runner, Future[int]()
         before = runner.memory_usage()
-        runner.trim_memory()
-        return {"before": before, "after": runner.memory_usage()}
+        try:
+            self._host.post(lambda core: core.housekeeper.clean(done))
+        except EngineClosed:
+            done.set_result(0)
+        freed = 0 if self._host.on_own_thread else done.result()
+        return {"before": before, "after": runner.memory_usage(), "freed_bytes": freed}
 
     def _queue_stats(self, parts: Parts | None) -> dict[str, int]:
         """Sequences as the scheduler counts them; requests that have not ended; what is held of the waiting room."""

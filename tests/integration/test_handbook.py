@@ -538,8 +538,12 @@ def test_memory_can_be_optimized_while_serving(tiny: InferenceEngine) -> None:
     """004-17, 004-36, 004-38, 004-109."""
     asyncio.run(tiny.submit_request_async("a", GenerationConfig(max_length=2)))
     run(MEMORY, engine=tiny)
+    assert tiny.get_stats()["cache_info"]["num_entries"] > 0
     found = tiny.optimize_memory()
-    assert found is None or all(0 <= value <= 1 for value in found.values())
+    assert 0 < found["after"] <= 1
+    assert 0 < found["before"] <= 1
+    assert found["freed_bytes"] >= 0
+    assert tiny.get_stats()["cache_info"]["num_entries"] == 0
     assert asyncio.run(tiny.submit_request_async("a", GenerationConfig(max_length=2))).finished
     assert tiny.get_stats()["cache_info"]["usage"] == 0.0
 

@@ -14,6 +14,7 @@ from penstock.config import EngineConfig
 from penstock.engine.channel import Channel, RequestStatus, Wakeups
 from penstock.engine.core import EngineCore
 from penstock.engine.door import Door
+from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
@@ -124,10 +125,20 @@ class Rig:
         self.while_executing: Callable[[], None] = lambda: None
         door = Door(self.config, self.model.spec, self.model.spec.max_length, LetterTokenizer(), pool, self.admission)
         log = make_logger("CRITICAL")
+        self.housekeeper = Housekeeper(self.config, self.model, self.cache, lambda: self.now, self.run_job)
         self.core = EngineCore(
             *(self.config, self.model, self.scheduler, door, self.execute, lambda: self.now, self.metrics, log),
+            housekeeper=self.housekeeper,
             sleep=self.sleep,
         )
+
+    def run_job(self, function: Callable[..., int], *arguments: Any) -> Job[int]:
+        """The model's thread is not busy."""
+        self.trace.append("job")
+        loop = asyncio.get_running_loop()
+        job: Job[int] = Job(loop.create_future(), loop.create_future())
+        job.done.set_result(function(*arguments))
+        return job
 
     def execute(self, plan: StepPlan) -> Job[StepResult]:
         """Begin when the loop gets to it, as a thread does, and end when it does again."""
