@@ -22,6 +22,7 @@ from penstock.errors import (
     RequestTooLarge,
 )
 from penstock.models.scripted import ScriptedModel
+from penstock.optimizers.memory_pool import MemoryPool
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import GenerationConfig, OutputKind, RequestPriority, SamplingParams
 from penstock.sequence import FinishReason
@@ -43,6 +44,7 @@ __all__ = [
     "GrammarError",
     "InferenceEngine",
     "Logprob",
+    "MemoryPool",
     "OutOfMemory",
     "OutputKind",
     "PenstockError",

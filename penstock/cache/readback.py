@@ -50,13 +50,16 @@ class ReadBack:
         self.computing = Rate()
 
     def learn(self, plan: StepPlan, timings_s: Mapping[str, float]) -> None:
-        """Take in a step that ran: seconds of its "swap" (moves both ways) and of its "forward" pass."""
+        """Take in a step that ran: seconds of its "swap" (moves both ways), "forward" pass and "sample".
+
+        A device works behind the program's back until tokens are asked of it, so only steps that sample tell its time.
+        """
         num_moved = (len(plan.swaps_out) + len(plan.swaps_in)) * self._block_size
         if num_moved and "swap" in timings_s:
             self.moving.record(num_moved, timings_s["swap"])
-        num_tokens = plan.num_tokens
-        if "forward" in timings_s and num_tokens >= TOKENS_PER_PREFILL * len(plan.rows) > 0:
-            self.computing.record(num_tokens, timings_s["forward"])
+        prefills = plan.num_tokens >= TOKENS_PER_PREFILL * len(plan.rows)
+        if "forward" in timings_s and prefills and any(row.samples for row in plan.rows):
+            self.computing.record(plan.num_tokens, timings_s["forward"] + timings_s.get("sample", 0.0))
 
     def worth(self, num_read: int, num_gained: int) -> bool:
         """Whether to read `num_read` tokens back in order not to compute `num_gained`."""

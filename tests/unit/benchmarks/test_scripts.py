@@ -13,6 +13,7 @@ import pytest
 import host_overhead
 import memory
 import profile_step
+import resume
 import scaling
 import startup
 from harness.processes import own_environment
@@ -67,6 +68,19 @@ def test_decode_rows_have_blocks_and_tokens_of_their_own() -> None:
 def test_prefill_row_is_a_whole_prompt() -> None:
     plan = profile_step.make_plan(argparse.Namespace(prefill=9), block_size=4, vocab_size=100)
     assert (plan.num_tokens, plan.rows[0].prompt_len, plan.rows[0].blocks.tolist()) == (9, 9, [0, 1, 2])
+
+
+def test_resuming_is_told_by_medians_and_by_token() -> None:
+    turns = [resume.Turn(2.0, resume_s, 15, 8, 0.32, 1.0) for resume_s in (0.3, 0.1, 0.2)]
+    found = resume.summary(turns, length=100, block_size=4)
+    assert (found["resume_ms"], found["urgent_ms"], found["computed_tokens"], found["moved_blocks"]) == (
+        200,
+        2000,
+        15,
+        8,
+    )
+    assert (found["move_us_per_token"], found["compute_us_per_token"]) == (10_000, 10_000)
+    assert resume.summary([resume.Turn(prefill_s=1.0)], 100, 4)["move_us_per_token"] == 0
 
 
 def test_memory_is_told_relative_to_weights_and_cache() -> None:

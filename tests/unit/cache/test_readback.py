@@ -11,10 +11,10 @@ from penstock.sampling import SamplingParams
 from penstock.step import Row, StepPlan
 
 
-def plan(num_tokens: int, num_rows: int = 1, *, moved: int = 0) -> StepPlan:
+def plan(num_tokens: int, num_rows: int = 1, *, moved: int = 0, samples: bool = True) -> StepPlan:
     """Rows that share `num_tokens`, and `moved` blocks read back."""
     each = num_tokens // num_rows
-    row = Row(0, [0] * each, 0, each, array("i", [0]), True, SamplingParams(), each)
+    row = Row(0, [0] * each, 0, each, array("i", [0]), samples, SamplingParams(), each)
     return StepPlan((row,) * num_rows, swaps_in=tuple((i, i) for i in range(moved)))
 
 
@@ -47,6 +47,14 @@ def test_steps_that_mostly_decode_say_nothing_about_prefilling() -> None:
     assert found.computing.seconds_per_token is None
     found.learn(plan(32, num_rows=8), {"forward": 1.0})
     assert found.computing.seconds_per_token == 1 / 32
+
+
+def test_computing_is_over_when_tokens_are_there() -> None:
+    found = ReadBack(4)
+    found.learn(plan(10, samples=False), {"forward": 0.001})
+    assert found.computing.seconds_per_token is None
+    found.learn(plan(10), {"forward": 0.001, "sample": 0.999})
+    assert found.computing.seconds_per_token == pytest.approx(0.1)
 
 
 def test_a_model_that_tells_no_times_is_believed_to_read_fast() -> None:
