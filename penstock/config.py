@@ -95,7 +95,7 @@ class EngineConfig(BaseSettings):
     num_threads: int | None = Field(None, ge=1, description="Threads that compute on the CPU; None: one for each core this process may use. Read at load.")
     deterministic: bool = Field(False, description="Promise that a request's tokens and logprobs are bitwise the same whatever runs beside it (CPU); a model for which that cannot hold is refused. Read at load.")
     disabled_rewrites: tuple[str, ...] = Field((), description='Rewrites to leave out when a model is loaded: "kernels" (all of them), "fused_layers", "packed_linears", "packed_norms".')
-    gc_threshold: float = Field(0.8, gt=0, le=1, description="Fraction of memory use above which optimize_memory() runs by itself when the engine turns idle.")
+    gc_threshold: float = Field(0.8, gt=0, le=1, description="Fraction of memory use above which an engine that turns idle gives back what it holds without need, as optimize_memory() does; cached prefixes stay.")
     enable_gradient_checkpointing: bool = Field(False, description="Accepted for callers that carry it: it has no meaning in inference.")
     memory_efficient_attention: bool = Field(True, description="Accepted for callers that carry it: attention is always paged.")
 

@@ -121,9 +121,9 @@ class Contents:
             self._evict()
         self._tier.clear()
 
-    def free_places(self) -> list[int]:
-        """The places of the tier that hold nothing."""
-        return self._tier.free_places()
+    def empty_places(self) -> list[int]:
+        """The places of the tier that hold nothing any more."""
+        return self._tier.empty_places()
 
     def stats(self) -> dict[str, float]:
         """Counts of blocks."""

@@ -205,8 +205,8 @@ class CacheManager:
         self._contents.drop_unused()
 
     def unused(self) -> tuple[list[int], list[int]]:
-        """The blocks, and the places on the host, whose content nobody holds and nobody can find."""
-        return list(islice(self._pool.free_blocks(), self._pool.num_empty)), self._contents.free_places()
+        """The blocks, and the places used once on the host, whose content nobody holds and nobody can find."""
+        return list(islice(self._pool.free_blocks(), self._pool.num_empty)), self._contents.empty_places()
 
     def stats(self) -> dict[str, float]:
         """Counts of blocks (num_*, swapped_*, evictions) and tokens (*_tokens, total_size); usage, hit_rate 0 to 1."""

@@ -21,13 +21,14 @@ class HostTier:
         self.num_moved_out = self.num_moved_in = 0
         self._places: OrderedDict[bytes, int] = OrderedDict()
         self._held: dict[bytes, int] = {}  # read by this step: nothing else may be put there before it is over
-        self._free = list(reversed(range(num_places)))
+        self._num_touched = 0  # the first so many places were used at least once
+        self._empty: list[int] = []  # those of them that hold nothing
         self._out: dict[int, tuple[bytes, int]] = {}  # place -> (digest, block) of this step
         self._in: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         """Number of places in use."""
-        return self.num_places - len(self._free)
+        return len(self._places) + len(self._held)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether a block with this digest can be read back."""
@@ -37,8 +38,7 @@ class HostTier:
         """Keep the content of a block that is being evicted, in the place of the least recently used one."""
         if key in self._places:
             self._places.move_to_end(key)
-        elif key not in self._held and (self._free or self._places):
-            place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
+        elif key not in self._held and (place := self._take_place()) is not None:
             self._places[key] = place
             self._out[place] = (key, block)
 
@@ -64,26 +64,36 @@ class HostTier:
     def rollback(self) -> None:
         """The step failed: nobody knows what its moves have written."""
         for key, _ in self._out.values():
-            self._free.append(self._held.pop(key) if key in self._held else self._places.pop(key))
+            self._empty.append(self._held.pop(key) if key in self._held else self._places.pop(key))
         self._settle()
 
     def clear(self) -> None:
         """Keep nothing. A step that is executing may still move what it named."""
-        self._free += [*self._places.values(), *self._held.values()]
+        self._empty += [*self._places.values(), *self._held.values()]
         for pending in (self._places, self._held, self._out, self._in):
             pending.clear()
 
-    def free_places(self) -> list[int]:
-        """The places that hold nothing."""
-        return list(self._free)
+    def empty_places(self) -> list[int]:
+        """The places that hold nothing any more."""
+        return list(self._empty)
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
         used = [*self._places.values(), *self._held.values()]
-        assert sorted(used + self._free) == list(range(self.num_places)), "a place leaked or is used twice"
+        assert sorted(used + self._empty) == list(range(self._num_touched)), "a place leaked or is used twice"
+        assert self._num_touched <= self.num_places
         assert not self._places.keys() & self._held.keys(), "a digest has two places"
         named = {**self._places, **self._held}
         assert all(named.get(key) == place for place, (key, _) in self._out.items()), "a move out has no place"
+
+    def _take_place(self) -> int | None:
+        """An empty place, or one never used, or that of the least recently used; None while all are being read."""
+        if self._empty:
+            return self._empty.pop()
+        if self._num_touched < self.num_places:
+            self._num_touched += 1
+            return self._num_touched - 1
+        return self._places.popitem(last=False)[1] if self._places else None
 
     def _settle(self) -> None:
         self._places.update(self._held)

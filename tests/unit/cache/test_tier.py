@@ -20,7 +20,7 @@ def test_evicted_blocks_take_free_places() -> None:
     tier.put(b"a", 7)
     tier.put(b"b", 5)
     assert tier.moves() == (((7, 0), (5, 1)), ())
-    assert (len(tier), tier.free_places()) == (2, [2])
+    assert (len(tier), tier.empty_places()) == (2, [])
     tier.commit()
     assert tier.moves() == ((), ())
     assert (tier.num_moved_out, tier.num_moved_in) == (2, 0)
@@ -88,8 +88,16 @@ def test_clearing_in_mid_step_frees_every_place() -> None:
     tier.put(b"c", 5)
     tier.clear()
     tier.commit()
-    assert (len(tier), sorted(tier.free_places())) == (0, [0, 1, 2])
+    assert (len(tier), sorted(tier.empty_places())) == (0, [0, 1, 2])
     tier.check()
+
+
+def test_places_are_used_again_before_new_ones() -> None:
+    tier = filled(1 << 40, b"ab")
+    tier.clear()
+    tier.put(b"c", 12)
+    assert tier.moves() == (((12, 1),), ())
+    assert tier.empty_places() == [0]
 
 
 def test_without_places_nothing_is_kept() -> None:

@@ -291,6 +291,21 @@ async def test_burst_that_never_pauses_is_cut_off_by_the_timeout() -> None:
     await running
 
 
+async def test_an_engine_gives_memory_back_when_it_turns_idle_and_not_between_steps() -> None:
+    rig = Rig()
+    rig.model.memory_usage = lambda: 0.9  # type: ignore[method-assign]
+    running = asyncio.create_task(rig.core.run())
+    rig.submit(max_tokens=3)
+    await rig.planned.wait()
+    while rig.scheduler.has_work:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    rig.core.stop()
+    await running
+    assert rig.trace.count("trim_memory") == 1
+    assert rig.trace.index("trim_memory") > max(i for i, word in enumerate(rig.trace) if word == "commit")
+
+
 async def test_full_batch_ends_the_burst() -> None:
     rig = Rig(batch_timeout_ms=50, max_batch_size=2)
     left = ["b", "c", "d", "e"]

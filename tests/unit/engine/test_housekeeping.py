@@ -36,7 +36,7 @@ class House:
     """A housekeeper. `now` is its clock; while the model's thread is `busy`, what it is to do waits in `jobs`."""
 
     def __init__(self, **settings: Any) -> None:
-        self.model, self.cache, self.now, self.busy = FullModel(), CacheManager(8, 4, num_host_blocks=2), 0.0, False
+        self.model, self.cache, self.now, self.busy = FullModel(), CacheManager(8, 4), 0.0, False
         self.jobs: list[Callable[[], None]] = []
         self.keeper = Housekeeper(EngineConfig(**settings), self.model, self.cache, lambda: self.now, self.submit)
 
@@ -74,7 +74,7 @@ def house_with_a_prefix() -> House:
 async def test_an_idle_engine_above_the_threshold_gives_back_what_holds_nothing() -> None:
     house = house_with_a_prefix()
     await house.keeper.tidy()
-    assert house.model.trimmed == [([3, 4, 5, 6, 7], [0, 1])]
+    assert house.model.trimmed == [([3, 4, 5, 6, 7], [])]
     assert house.cache.lookup(sequence([*range(13)])) == 12, "what can be found is still of use"
 
 
@@ -92,8 +92,8 @@ async def test_tidying_is_seldom_and_not_below_the_threshold() -> None:
 def test_cleaning_drops_cached_prefixes_and_tells_the_bytes() -> None:
     house, done = house_with_a_prefix(), Future[int]()
     house.keeper.clean(done)
-    assert house.model.trimmed == [([*range(8)], [0, 1])]
-    assert done.result() == 1000
+    assert house.model.trimmed == [([*range(8)], [])]
+    assert done.result() == 800
     assert house.cache.lookup(sequence([*range(13)])) == 0
 
 
@@ -101,7 +101,7 @@ def test_cleaning_leaves_running_sequences_their_blocks() -> None:
     house, done, seq = house_with_a_prefix(), Future[int](), sequence([*range(13)])
     run(house.cache, seq)
     house.keeper.clean(done)
-    assert house.model.trimmed == [([4, 5, 6, 7], [0, 1])]
+    assert house.model.trimmed == [([4, 5, 6, 7], [])]
     house.cache.check([seq])
 
 
@@ -112,7 +112,7 @@ def test_cleaning_waits_for_the_step_that_runs() -> None:
     assert not done.done()
     assert house.model.trimmed == []
     house.work()
-    assert done.result() == 1000
+    assert done.result() == 800
 
 
 def test_an_error_of_cleaning_reaches_who_asked() -> None:
