@@ -292,14 +292,17 @@ async def test_burst_that_never_pauses_is_cut_off_by_the_timeout() -> None:
 
 
 async def test_an_engine_gives_memory_back_when_it_turns_idle_and_not_between_steps() -> None:
-    rig = Rig()
+    rig, trimmed = Rig(), asyncio.Event()
+
+    def trim_memory(*_: Any) -> int:
+        trimmed.set()
+        return 0
+
     rig.model.memory_usage = lambda: 0.9  # type: ignore[method-assign]
+    rig.model.trim_memory = trim_memory  # type: ignore[method-assign]
     running = asyncio.create_task(rig.core.run())
     rig.submit(max_tokens=3)
-    await rig.planned.wait()
-    while rig.scheduler.has_work:
-        await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await asyncio.wait_for(trimmed.wait(), 30)
     rig.core.stop()
     await running
     assert rig.trace.count("trim_memory") == 1
