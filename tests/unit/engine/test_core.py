@@ -305,8 +305,8 @@ async def test_an_engine_gives_memory_back_when_it_turns_idle_and_not_between_st
     await asyncio.wait_for(trimmed.wait(), 30)
     rig.core.stop()
     await running
-    assert rig.trace.count("trim_memory") == 1
-    assert rig.trace.index("trim_memory") > max(i for i, word in enumerate(rig.trace) if word == "commit")
+    assert rig.trace.count("job") == 1
+    assert rig.trace.index("job") > max(i for i, word in enumerate(rig.trace) if word == "commit")
 
 
 async def test_full_batch_ends_the_burst() -> None:

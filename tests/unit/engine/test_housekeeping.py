@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.engine.housekeeping import TIDY_PAUSE_S, Housekeeper
+from penstock.engine.worker import Job
 from penstock.models.scripted import ScriptedModel
 from tests.unit.cache.hand import run, sequence
 
@@ -35,32 +37,27 @@ class FullModel(ScriptedModel):
 class House:
     """A housekeeper. `now` is its clock; while the model's thread is `busy`, what it is to do waits in `jobs`."""
 
+    jobs: list[Callable[[], None]]
+
     def __init__(self, **settings: Any) -> None:
         self.model, self.cache, self.now, self.busy = FullModel(), CacheManager(8, 4), 0.0, False
-        self.jobs: list[Callable[[], None]] = []
-        self.keeper = Housekeeper(EngineConfig(**settings), self.model, self.cache, lambda: self.now, self.submit)
+        self.jobs = []
+        self.keeper = Housekeeper(EngineConfig(**settings), self.model, self.cache, lambda: self.now, self.run)
 
-    def submit(self, function: Callable[..., int], *arguments: Any) -> Future[int]:
+    def run(self, function: Callable[..., int], *arguments: Any) -> Job[int]:
         """As the model's thread takes a job."""
-        done: Future[int] = Future()
-        self.jobs.append(lambda: settle(done, lambda: function(*arguments)))
+        loop = asyncio.get_running_loop()
+        job: Job[int] = Job(loop.create_future(), loop.create_future())
+        self.jobs.append(lambda: job.done.set_result(function(*arguments)))
         if not self.busy:
             self.work()
-        return done
+        return job
 
     def work(self) -> None:
         """The model's thread gets to its jobs."""
         for job in self.jobs:
             job()
         self.jobs.clear()
-
-
-def settle(done: Future[int], job: Callable[[], int]) -> None:
-    """Run a job as a thread does."""
-    try:
-        done.set_result(job())
-    except Exception as error:
-        done.set_exception(error)
 
 
 def house_with_a_prefix() -> House:
@@ -89,7 +86,7 @@ async def test_tidying_is_seldom_and_not_below_the_threshold() -> None:
     assert roomy.model.trimmed == []
 
 
-def test_cleaning_drops_cached_prefixes_and_tells_the_bytes() -> None:
+async def test_cleaning_drops_cached_prefixes_and_tells_the_bytes() -> None:
     house, done = house_with_a_prefix(), Future[int]()
     house.keeper.clean(done)
     assert house.model.trimmed == [([*range(8)], [])]
@@ -97,7 +94,7 @@ def test_cleaning_drops_cached_prefixes_and_tells_the_bytes() -> None:
     assert house.cache.lookup(sequence([*range(13)])) == 0
 
 
-def test_cleaning_leaves_running_sequences_their_blocks() -> None:
+async def test_cleaning_leaves_running_sequences_their_blocks() -> None:
     house, done, seq = house_with_a_prefix(), Future[int](), sequence([*range(13)])
     run(house.cache, seq)
     house.keeper.clean(done)
@@ -105,7 +102,7 @@ def test_cleaning_leaves_running_sequences_their_blocks() -> None:
     house.cache.check([seq])
 
 
-def test_cleaning_waits_for_the_step_that_runs() -> None:
+async def test_cleaning_waits_for_the_step_that_runs() -> None:
     house, done = House(), Future[int]()
     house.busy = True
     house.keeper.clean(done)
@@ -115,7 +112,7 @@ def test_cleaning_waits_for_the_step_that_runs() -> None:
     assert done.result() == 800
 
 
-def test_an_error_of_cleaning_reaches_who_asked() -> None:
+async def test_an_error_of_cleaning_reaches_who_asked() -> None:
     house, done = House(), Future[int]()
     house.model.trim_memory = lambda *_: 1 // 0  # type: ignore[method-assign,assignment]
     house.keeper.clean(done)
@@ -123,10 +120,10 @@ def test_an_error_of_cleaning_reaches_who_asked() -> None:
         done.result()
 
 
-def test_an_engine_that_has_ended_frees_nothing() -> None:
+async def test_an_engine_that_has_ended_frees_nothing() -> None:
     house, done = House(), Future[int]()
 
-    def refuse(*_: Any) -> Future[int]:
+    def refuse(*_: Any) -> Job[int]:
         raise RuntimeError("the worker was shut down")
 
     Housekeeper(EngineConfig(), house.model, house.cache, lambda: 0.0, refuse).clean(done)
