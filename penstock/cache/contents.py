@@ -90,7 +90,8 @@ class Contents:
 
     def learn(self, plan: StepPlan, timings_s: Mapping[str, float]) -> None:
         """Take in how long a step took, for the choice between reading back and computing again."""
-        self._read_back.learn(plan, timings_s)
+        if self._tier.num_places:  # without a tier there is no choice, and steps of many rows are long to count
+            self._read_back.learn(plan, timings_s)
 
     def commit(self) -> None:
         """The step ran: what it wrote and moved can be found from now on."""
