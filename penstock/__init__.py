@@ -21,10 +21,11 @@ from penstock.errors import (
     RequestError,
     RequestTooLarge,
 )
+from penstock.generation import GenerationConfig
 from penstock.models.scripted import ScriptedModel
 from penstock.optimizers.memory_pool import MemoryPool
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
-from penstock.sampling import GenerationConfig, OutputKind, RequestPriority, SamplingParams
+from penstock.sampling import OutputKind, RequestPriority, SamplingParams
 from penstock.sequence import FinishReason
 
 __all__ = [

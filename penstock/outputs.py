@@ -47,7 +47,8 @@ class CompletionOutput:
     """One completion. `logprobs[i]` maps token id to `Logprob` at output position i.
 
     `token_logprobs` are the chosen tokens' log probabilities under the model, `sampled_logprobs` those under the
-    distribution really sampled; both always there, one per token. `cumulative_logprob` sums the first.
+    distribution really sampled; both always there, one per token. `cumulative_logprob` sums the first. `score` is what
+    completions were ranked by, if they were (`best_of`, `rank_by`, beam search): the higher, the better.
     """
 
     index: int = 0
@@ -60,6 +61,7 @@ class CompletionOutput:
     token_logprobs: list[float] = field(default_factory=list)
     sampled_logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

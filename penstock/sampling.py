@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any
 
-from penstock.errors import RequestError, RequestTooLarge
+from penstock.errors import RequestError
 
 # A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
+# A user's judgement of a finished `CompletionOutput`: the higher, the better.
+Scorer = Callable[[Any], float]
+
+RANKINGS = ("cumulative_logprob", "normalized_logprob")
 
 
 class RequestPriority(IntEnum):
@@ -43,6 +47,13 @@ class SamplingParams:
     penalty at prompt and output. `min_tokens` suppresses EOS, stop ids and stop strings until reached. `logprobs=k`
     returns the k most likely tokens and the chosen one; -1 the whole vocabulary. The same `seed` gives
     the same random numbers whatever else runs. Raises `RequestError` saying which value is wrong.
+
+    `n` completions share the K/V of their prompt, which is computed once. `best_of` (at least n) runs that many and
+    returns the best n, best first, by `rank_by`: "cumulative_logprob" (the default), "normalized_logprob" (that,
+    divided by the number of tokens to the power of `length_penalty`), or a function of a `CompletionOutput`; with
+    `rank_by` and no `best_of`, n completions are sorted. `use_beam_search` keeps the `best_of` (or n) likeliest
+    beginnings at every position instead, as `transformers` does with `num_beams`: `length_penalty` and
+    `early_stopping` (True, False or "never") mean what they mean there. What is ranked is delivered at the end.
     """
 
     n: int = 1
@@ -71,9 +82,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     output_kind: OutputKind = OutputKind.CUMULATIVE
+    rank_by: str | Scorer | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -97,8 +109,29 @@ class SamplingParams:
 
     @property
     def num_samples(self) -> int:
-        """How many sequences run for this request: `best_of` candidates, or `n`."""
+        """How many candidates this request has: `best_of`, or `n`."""
         return self.best_of or self.n
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences run for them: where nothing is drawn, all would be alike, and one is enough."""
+        alike = self.greedy and not self.logits_processors and not self.use_beam_search
+        return 1 if alike else self.num_samples
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts are collected: of a beam search, only those that are returned."""
+        return self.n if self.use_beam_search else self.num_sequences
+
+    @property
+    def num_beams(self) -> int:
+        """Width of the beam search; 0 when there is none."""
+        return self.num_samples if self.use_beam_search else 0
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether completions are delivered best first, and so at the end only."""
+        return self.num_samples > self.n or self.rank_by is not None or self.use_beam_search
 
 
 def _tuple(name: str, values: Any) -> tuple[Any, ...]:
@@ -127,8 +160,7 @@ def _validate(p: SamplingParams) -> None:
     _check_numbers(p)
     _check_counts(p)
     _check_stops(p)
-    if p.use_beam_search:
-        raise RequestError("beam search is not available in this version: use n or best_of with a temperature")
+    _check_ranking(p)
 
 
 def _need(ok: bool, name: str, value: object, rule: str) -> None:
@@ -213,61 +245,11 @@ def _check_stops(p: SamplingParams) -> None:
     _need(all(callable(f) for f in p.logits_processors), "logits_processors", p.logits_processors, "callables")
 
 
-@dataclass(slots=True, kw_only=True)
-class GenerationConfig:
-    """The vocabulary of `transformers`-style callers; `sampling_params()` translates it.
-
-    `max_length` counts new tokens unless `length_mode="total"`, and is cut to what fits; a prompt that leaves no
-    room raises `RequestTooLarge`. `do_sample=False` is greedy whatever the temperature. `pad_token_id` and
-    `use_cache` are accepted because callers carry them; rows are never padded and the K/V cache is always used.
-    """
-
-    max_length: int = 512
-    length_mode: str = "new"
-    temperature: float = 1.0
-    top_k: int | None = 50
-    top_p: float | None = 0.9
-    repetition_penalty: float = 1.0
-    do_sample: bool = True
-    early_stopping: bool = True
-    min_length: int = 0
-    length_penalty: float = 1.0
-    num_beams: int = 1
-    pad_token_id: int | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    use_cache: bool = True
-    seed: int | None = None
-    stop: str | Sequence[str] | None = field(default=())
-
-    def __post_init__(self) -> None:
-        if self.length_mode not in ("new", "total"):
-            raise RequestError(f'length_mode must be "new" or "total", got {self.length_mode!r}')
-        if self.num_beams != 1:
-            raise RequestError("num_beams above 1 needs beam search, which this version does not have: use num_beams=1")
-        self.sampling_params()  # refuses bad values here, where the caller wrote them
-
-    def sampling_params(self, prompt_len: int = 0, room: int | None = None) -> SamplingParams:
-        """The same wishes as `SamplingParams`, with `max_length` cut to `room` (new tokens that still fit).
-
-        Raises `RequestTooLarge` when a prompt of `prompt_len` tokens uses up `max_length`.
-        """
-        new = self.max_length - (prompt_len if self.length_mode == "total" else 0)
-        if prompt_len and new < 1:
-            raise RequestTooLarge(
-                f"the prompt has {prompt_len} tokens and max_length={self.max_length} leaves no room for output: "
-                'raise max_length, or count new tokens only with length_mode="new"'
-            )
-        if room is not None:
-            new = min(new, room)
-        eos = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id or ())
-        return SamplingParams(
-            temperature=self.temperature if self.do_sample else 0.0,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            min_tokens=min(self.min_length, new),
-            max_tokens=new,
-            stop=self.stop,
-            stop_token_ids=eos,
-            seed=self.seed,
-        )
+def _check_ranking(p: SamplingParams) -> None:
+    known = p.rank_by is None or callable(p.rank_by) or p.rank_by in RANKINGS
+    _need(known, "rank_by", p.rank_by, f"a function of a completion, or one of {', '.join(map(repr, RANKINGS))}")
+    _need(p.early_stopping in (True, False, "never"), "early_stopping", p.early_stopping, 'True, False or "never"')
+    if p.use_beam_search:
+        _need(p.num_samples > 1, "best_of", p.best_of, "the width of the beam search, at least 2")
+        _need(p.temperature == 0, "temperature", p.temperature, "0 with use_beam_search, which draws nothing")
+        _need(p.rank_by is None, "rank_by", p.rank_by, "None with use_beam_search, which ranks by its own scores")

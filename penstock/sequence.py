@@ -39,8 +39,8 @@ class Sequence:
 
     Times are seconds on the engine's clock. `max_len` is the length at which it ends (prompt plus new tokens).
     `stop_ids` holds every id that ends it (EOS unless ignored, stop ids); `seed` keys its randomness, together with
-    `sample_index` and the position. `namespace` isolates prefix-cache sharing. `parent` is the sibling whose prompt
-    blocks it may share (n > 1), or None.
+    `sample_index` and the position. `namespace` isolates prefix-cache sharing. `parent` is who it may share its
+    prompt's blocks with: the first of its request's (n > 1), or the one that it was forked from, or None.
     """
 
     # Fixed at birth.
@@ -57,7 +57,7 @@ class Sequence:
     deadline: float = math.inf
     ttft_deadline: float = math.inf
     namespace: str = ""
-    parent: Sequence | None = None
+    parent: Sequence | None = field(default=None, repr=False)
     prompt_len: int = field(init=False)
 
     # Written by the scheduler (see DESIGN table in docs/design.md); blocks by the cache manager.

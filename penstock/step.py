@@ -9,6 +9,7 @@ What is made for every row of every step is a named tuple: as frozen, and made i
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,6 +24,7 @@ class Row(NamedTuple):
     Positions from `len(tokens)` on, if any, are `draft` tokens. `samples` says whether the step reaches the newest
     token, so that a token is drawn after position end-1 (and after each draft). K/V of position p lives in block
     `blocks[p // block_size]`, slot `p % block_size`. With `prompt_logprobs`, logits of all positions are needed.
+    `siblings` are rows without tokens of their own, whose first token is drawn from the same logits.
     """
 
     seq_id: int
@@ -37,6 +39,7 @@ class Row(NamedTuple):
     seed: int = 0
     sample_index: int = 0
     draft: tuple[int, ...] = ()
+    siblings: tuple[Row, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -67,7 +70,8 @@ class TokenLogprobs(NamedTuple):
 
     `logprob` is the model's own (no temperature, no filter), `sampled` the one under the distribution that was really
     sampled (0.0 when greedy). `rank` of the token is 1-based in the model's distribution, 0 when not asked for; `top`
-    holds (token, logprob, rank) of the most likely tokens, best first, when asked for.
+    holds (token, logprob, rank) of the most likely tokens, best first, when asked for. In a beam search `sampled` is
+    what the token adds to its beam's score: `logprob`, after the request's rules.
     """
 
     token: int
@@ -80,13 +84,22 @@ class TokenLogprobs(NamedTuple):
 class RowResult(NamedTuple):
     """What one row produced: accepted tokens in order (none while prefilling), or the error that ends its request.
 
-    `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i.
+    `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i. `candidates` are the best
+    continuations of a beam, which draws no token, best first; `siblings` has a result for each of the row's.
     """
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: Exception | None = None
+    candidates: tuple[TokenLogprobs, ...] = ()
+    siblings: tuple[RowResult, ...] = ()
+
+    @property
+    def num_generated(self) -> int:
+        """Number of tokens drawn, siblings' included; a beam has one more."""
+        drawn = sum(len(result.tokens) for result in self.siblings) if self.siblings else 0
+        return len(self.tokens) + bool(self.candidates) + drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +109,19 @@ class StepResult:
     rows: tuple[RowResult, ...]
     weight_version: int = 0
     timings_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_generated(self) -> int:
+        """Number of tokens drawn in the step."""
+        return sum(row.num_generated for row in self.rows)
+
+
+def paired(plan: StepPlan, result: StepResult) -> Iterator[tuple[Row, RowResult]]:
+    """Every row of a step with its result, and behind it its siblings with theirs."""
+    for row, out in zip(plan.rows, result.rows, strict=True):
+        yield row, out
+        if row.siblings:
+            yield from zip(row.siblings, out.siblings, strict=True)
 
 
 class Event(NamedTuple):

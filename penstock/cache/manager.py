@@ -187,7 +187,8 @@ class CacheManager:
         self.commit()
 
     def release(self, seq: Sequence) -> None:
-        """Drop all of a sequence's blocks. Full ones stay findable until evicted, its last ones first."""
+        """Drop all of a sequence's blocks; its tokens may change then. Full ones stay findable, its last ones first."""
+        self._contents.chains.forget(seq)
         for block in reversed(seq.blocks):
             self._pool.free(block)
         del seq.blocks[:]
@@ -222,16 +223,13 @@ class CacheManager:
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert every invariant, given all sequences that may hold blocks. For tests."""
-        refs, ids = [0] * self.num_blocks, set()
+        refs, ids = Counter(self._copies.holds()), set()
         for seq in sequences:
             ids.add(seq.id)
             assert len(set(seq.blocks)) == len(seq.blocks), f"sequence {seq.id} names a block twice"
             assert not seq.blocks or seq.id in self._tables
-            for block in seq.blocks:
-                refs[block] += 1
+            refs.update(seq.blocks)
         assert self._tables.keys() <= ids, "a table outlived its sequence"
-        for block, holds in self._copies.holds().items():
-            refs[block] += holds
         free = list(self._pool.free_blocks())
         assert len(set(free)) == len(free) == self._pool.num_free, "the free lists are damaged"
         assert {b for b in range(self.num_blocks) if not refs[b]} == set(free), "a block leaked or is free and held"
@@ -245,11 +243,11 @@ class CacheManager:
         return [] if seq.params.prompt_logprobs is not None else self._contents.match(seq)
 
     def _share_tail(self, seq: Sequence, num_hits: int) -> int:
-        """Share what a live sibling has settled of the same prompt beyond the full blocks found."""
+        """Share what a live parent has settled of this prompt beyond the full blocks found."""
         parent = seq.parent
         if parent is None or seq.params.prompt_logprobs is not None or not self._same_root(parent, seq):
             return 0
-        limit = min(parent.computed, parent.prompt_len, seq.prompt_len, seq.length - 1)
+        limit = min(parent.computed, seq.prompt_len, seq.length - 1)
         if limit <= num_hits * self.block_size or seq.tokens[:limit] != parent.tokens[:limit]:
             return 0
         self._take_shares(seq, parent.blocks[num_hits : self._num_blocks(limit)])

@@ -86,9 +86,10 @@ class Chains:
         for i in range(len(chain) - 1, num_blocks):
             chain.append(digest(chain[i], seq.tokens[i * size : (i + 1) * size]))
 
-    def forget(self) -> None:
-        """The weights changed, and with them every root."""
-        self._last = (-1, [])
+    def forget(self, seq: Sequence | None = None) -> None:
+        """The tokens of a sequence may change; without one, the weights did, and with them every root."""
+        if seq is None or self._last[0] == seq.id:
+            self._last = (-1, [])
 
 
 def _family(seq: Sequence) -> int:

@@ -5,9 +5,11 @@ Owns the text state of every completion. Runs on the engine's thread; a fault he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 
+from penstock.engine.ranking import judged, likelihood
 from penstock.engine.textstream import Text
 from penstock.engine.transcript import Transcript
 from penstock.outputs import Logprob, RequestMetrics, RequestOutput
@@ -19,9 +21,10 @@ DecodeToken = Callable[[int], str | None]
 
 
 class Collector:
-    """Completions of one request. `texts` holds one fresh stream of text per candidate (n or best_of).
+    """Completions of one request. `texts` holds one fresh stream of text for each that is generated.
 
-    `streams` says whether transcripts may be shown as they grow: not while candidates still compete (best_of > n).
+    There are `SamplingParams.num_texts` of them; where that is one, it is the text of all `n` completions. `streams`
+    says whether transcripts may be shown as they grow: not while candidates still compete.
     """
 
     def __init__(
@@ -38,42 +41,66 @@ class Collector:
         self._prompt_token_ids = prompt_token_ids
         self._params = params
         self._decode_token = decode_token
-        self._completions = [(text, self._transcript(index)) for index, text in enumerate(texts)]
+        alike = range(params.n) if len(texts) == 1 else range(1)
+        self._completions = [(text, [self._transcript(i + k) for k in alike]) for i, text in enumerate(texts)]
         self._prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
         self._num_cached_tokens = 0
-        self.streams = len(texts) == params.n
+        self.streams = not params.is_ranked
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None]
 
     @property
+    def num_texts(self) -> int:
+        """How many texts it collects; sequences beyond that are of no interest."""
+        return len(self._completions)
+
+    @property
     def done(self) -> bool:
         """Whether every completion has ended."""
-        return all(transcript.finish_reason is not None for _, transcript in self._completions)
+        return all(transcripts[0].finish_reason is not None for _, transcripts in self._completions)
 
-    def push(self, index: int, event: Event) -> Transcript:
+    def push(self, index: int, event: Event) -> SequenceOf[Transcript]:
         """Take in one event; returns what it was added to, which a stop string found in the text may have ended."""
-        text, transcript = self._completions[index]
+        text, transcripts = self._completions[index]
         if index == 0 and (event.num_cached_tokens or event.prompt_logprobs):
             self._note_prompt(event)
         shown, stop, count = text.push(event.tokens if event.stop_token is None else self._visible(event))
         tokens, entries = event.tokens, event.logprobs
         if stop is not None:
             tokens, entries = tokens[:count], entries[:count]
-        transcript.add(shown, tokens, entries, event.weight_version)
-        if transcript.logprobs is not None:
-            transcript.logprobs += map(self._by_token, entries)
-        if stop is not None:
-            transcript.end("", FinishReason.STOP.value, stop)
-        elif event.reason is not None:
-            transcript.end(text.finish(), event.reason.value, self._stop_reason(event))
-        return transcript
+        last = text.finish() if stop is None and event.reason is not None else ""
+        for transcript in transcripts:
+            transcript.add(shown, tokens, entries, event.weight_version)
+            if transcript.logprobs is not None:
+                transcript.logprobs += map(self._by_token, entries)
+            if stop is not None:
+                transcript.end("", FinishReason.STOP.value, stop)
+            elif event.reason is not None:
+                transcript.end(last, event.reason.value, self._stop_reason(event))
+        return transcripts
+
+    def judge(self) -> Future[list[float]] | None:
+        """What the caller's own function thinks of each candidate; None without one."""
+        scorer = self._params.rank_by
+        if not callable(scorer):
+            return None
+        return judged(scorer, [transcripts[0].completion() for _, transcripts in self._completions])
+
+    def rank(self, scores: Iterable[float]) -> None:
+        """Let these scores decide instead of likelihood."""
+        for (_, transcripts), score in zip(self._completions, scores, strict=True):
+            for transcript in transcripts:
+                transcript.score = score
 
     def chosen(self) -> list[Transcript]:
-        """The completions that count: the best `n` candidates when there are more, in order of likelihood."""
-        transcripts = [transcript for _, transcript in self._completions]
+        """The completions that count: the best `n` candidates, best first, where they are ranked."""
+        every = [transcript for _, transcripts in self._completions for transcript in transcripts]
         if self.streams:
-            return transcripts
-        best = sorted(transcripts, key=lambda found: -sum(found.token_logprobs))[: self._params.n]
+            return every
+        for transcript in every:
+            if transcript.score is None:
+                transcript.score = likelihood(self._params, transcript.completion())
+        best = sorted(every, key=lambda found: -(found.score or 0.0))[: self._params.n]
         for index, transcript in enumerate(best):
             transcript.index = index
         return best
@@ -93,10 +120,14 @@ class Collector:
 
     def close(self, reason: FinishReason) -> list[Transcript]:
         """End what still runs from outside, with the text that was held back; returns what there is to show."""
-        running = [(text, transcript) for text, transcript in self._completions if transcript.finish_reason is None]
-        for text, transcript in running:
-            transcript.end(_last_of(text), reason.value)
-        return [transcript for _, transcript in running] if self.streams else self.chosen()
+        closed: list[Transcript] = []
+        for text, transcripts in self._completions:
+            if transcripts[0].finish_reason is None:
+                last = _last_of(text)
+                for transcript in transcripts:
+                    transcript.end(last, reason.value)
+                closed += transcripts
+        return closed if self.streams else self.chosen()
 
     def _transcript(self, index: int) -> Transcript:
         return Transcript(self._request_id, index, None if self._params.logprobs is None else [])

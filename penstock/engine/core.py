@@ -19,6 +19,7 @@ from penstock.engine.alarms import Alarms
 from penstock.engine.channel import hop
 from penstock.engine.desk import Desk
 from penstock.engine.door import Door
+from penstock.engine.forking import Fork
 from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
@@ -27,6 +28,7 @@ from penstock.engine.worker import Job
 from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError
 from penstock.models.protocol import ModelRunner
 from penstock.scheduling.scheduler import Scheduler
+from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason
 from penstock.step import Event, StepPlan, StepResult
 
@@ -88,6 +90,16 @@ class EngineCore:
         loop = asyncio.get_running_loop()
         encoded.add_done_callback(lambda f: hop(loop, self._encoded, request, f))
 
+    def fork(self, fork: Fork, request: Request) -> None:
+        """Take over a request that goes on from where another one is; as `submit`."""
+        try:
+            fork.prepare(request, self._desk.requests.get(fork.origin_id), self._door)
+        except RequestError as error:
+            if self._desk.open(request):
+                self._reject(request, error)
+        else:
+            self.submit(request)
+
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None) -> None:
         """End a request from outside; unknown and ended ids are ignored."""
         request = self._desk.requests.get(request_id)
@@ -127,16 +139,23 @@ class EngineCore:
             return
         try:
             self._door.enroll(request, encoded.result(), self._seq_ids, self._clock())
-            for sequence in request.sequences:
-                self.scheduler.add(sequence, self._clock())
+            self._enqueue(request)
         except Exception as error:
             self._reject(request, error)
             return
         self._desk.seat(request)
 
+    def _enqueue(self, request: Request) -> None:
+        if request.search is not None:
+            self.scheduler.search(Beams(request.search, request.sequences), self._clock())
+            return
+        for sequence in request.sequences:
+            self.scheduler.add(sequence, self._clock())
+
     def _forget(self, request_id: str) -> None:
         """A request ended: its alarm and its encoding, if that still runs, are of no use any more."""
         self._alarms.clear(request_id)
+        self._wake.set()
         if (encoded := self._encoding.pop(request_id, None)) is not None:
             encoded.cancel()
 
@@ -219,6 +238,6 @@ class EngineCore:
         now = self._clock()
         seconds = now - (begin if self._busy_since is None else self._busy_since)
         self._busy_since = now
-        self._metrics.step(len(plan.rows), plan.num_tokens, sum(len(row.tokens) for row in result.rows), seconds)
+        self._metrics.step(len(plan.rows), plan.num_tokens, result.num_generated, seconds)
         if self._config.profile_performance:
             self._log.debug("step", rows=len(plan.rows), tokens=plan.num_tokens, seconds=seconds, **result.timings_s)

@@ -6,10 +6,12 @@ the engine's loop, called by `EngineCore`; hands deltas to channels and knows no
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from penstock.engine.channel import RequestStatus, Wakeups
+from penstock.engine.channel import RequestStatus, Wakeups, hop
 from penstock.engine.collector import Collector
 from penstock.engine.door import Door
 from penstock.engine.endings import closing_error, ending_error, last_word, text_fault, times_of
@@ -73,7 +75,9 @@ class Desk:
 
     def seat(self, request: Request) -> None:
         """From now on its sequences' events reach the request."""
-        self._owners.update((seq.id, (request, i)) for i, seq in enumerate(request.sequences))
+        assert request.collector is not None
+        told = request.sequences[: request.collector.num_texts]
+        self._owners.update((seq.id, (request, i)) for i, seq in enumerate(told))
         self._metrics.count("prompt_tokens", len(request.channel.prompt_token_ids))
 
     def add_news(self, events: list[Event]) -> None:
@@ -116,18 +120,39 @@ class Desk:
             self._end(request, event.reason, event.error, mailing.wakeups)
             return
         try:
-            transcript = collector.push(index, event)
+            transcripts = collector.push(index, event)
         except BaseException as error:  # a tokenizer's panic is no `Exception`
             self._end(request, FinishReason.ERROR, text_fault(error), mailing.wakeups)
             return
         if event.tokens:
             self._time_tokens(request, len(event.tokens), mailing)
         if collector.streams:
-            request.channel.put(transcript, mailing.wakeups)
-        if transcript.finish_reason is not None:
+            for transcript in transcripts:
+                request.channel.put(transcript, mailing.wakeups)
+        if transcripts[0].finish_reason is not None:
             self._retire(request.sequences[index], FinishReason.STOP)
             if collector.done:
-                self._complete(request, collector, mailing.wakeups)
+                self._conclude(request, collector, mailing.wakeups)
+
+    def _conclude(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
+        """All candidates have ended: complete the request, once its caller's own function has ranked them, if any."""
+        judging = collector.judge()
+        if judging is None:
+            self._complete(request, collector, wakeups)
+        else:
+            loop = asyncio.get_running_loop()
+            judging.add_done_callback(lambda future: hop(loop, self._judged, request, collector, future))
+
+    def _judged(self, request: Request, collector: Collector, judging: Future[list[float]]) -> None:
+        if request.channel.ended:
+            return
+        wakeups = Wakeups()
+        if isinstance(error := judging.exception(), Exception):
+            self._end(request, FinishReason.ERROR, error, wakeups)
+        else:
+            collector.rank(judging.result())
+            self._complete(request, collector, wakeups)
+        wakeups.send()
 
     def _time_tokens(self, request: Request, count: int, mailing: _Mailing) -> None:
         last, request.last_token = request.last_token, mailing.now

@@ -7,6 +7,7 @@ changes the tokenizer. Called by `TextStream` on the engine's thread, with a tok
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -59,6 +60,12 @@ class Detokenizer:
         self._window: list[int] = []  # visible ids: an anchor whose text was sent, then those that are not settled
         self._num_sent = 0  # characters of the window's text that were returned
         self._settled = False  # the window is only an anchor, ends a character, and the stream has text
+
+    def copy(self) -> Detokenizer:
+        """Another one that goes on from here by itself."""
+        twin = copy(self)
+        twin._window = list(self._window)
+        return twin
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; often "" in the middle of a character or of a byte run."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterator
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,13 +19,18 @@ from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.request import Params, Request
 from penstock.engine.stops import StopStrings
 from penstock.engine.textstream import NoText, Text, TextStream
+from penstock.engine.textwatch import TextWatch
 from penstock.engine.tokenizing import TokenizerPool, encode_prompt, encode_words, needs_tokenizer
 from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
+from penstock.generation import GenerationConfig
 from penstock.models.protocol import ModelSpec
-from penstock.sampling import GenerationConfig, SamplingParams
+from penstock.optimizers.beams import BeamSearch
+from penstock.sampling import SamplingParams
 from penstock.scheduling.admission import Admission
 from penstock.sequence import Sequence
 
+# Tokens before a fork whose text may still depend on what follows: more than any character has.
+CONTEXT = 8
 Encoded = tuple[str | None, list[int], list[list[int]]]
 
 
@@ -74,9 +80,19 @@ class Door:
         self._admission.adjust(len(ids) - request.reserved_tokens)
         request.reserved_tokens = len(ids)
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
-        texts = [self._text(params) for _ in range(params.num_samples)]
+        said = () if request.origin is None else ids[-CONTEXT:]
+        texts = [self._text(params, said) for _ in range(params.num_texts)]
         request.collector = Collector(request.id, text, ids, params, texts, self._decode_token)
         request.sequences = self._sequences(request, params, ids, seq_ids)
+        if params.use_beam_search:
+            request.search = self._search(request.sequences[0], params)
+
+    def continued(self, text: str | None, tokens: SequenceOf[int], params: SamplingParams) -> str | None:
+        """A text and what tokens after it say; None where texts are not known."""
+        if text is None or self._tokenizer is None:
+            return None
+        options = {"skip_special_tokens": params.skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return text + str(self._tokenizer.decode(list(tokens), **options))
 
     def release(self, request: Request) -> None:
         """Give back what the request held of the waiting room; once."""
@@ -121,6 +137,11 @@ class Door:
                 f"{params.num_samples} completions of one prompt are more than may wait "
                 f"({self._config.max_queue_size}): ask for fewer, or raise max_queue_size"
             )
+        if params.num_beams > self._config.max_batch_size:
+            raise RequestTooLarge(
+                f"{params.num_beams} beams are more than run in one step ({self._config.max_batch_size}): "
+                "search with fewer, or raise max_batch_size"
+            )
         self._check_logprobs(params)
         self._check_vocabulary("logit_bias", params.logit_bias or ())
         self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
@@ -133,7 +154,7 @@ class Door:
         sibling = dataclasses.replace(params, prompt_logprobs=None)  # one scoring of the prompt is enough
         eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
         found: list[Sequence] = []
-        for index in range(params.num_samples):
+        for _ in range(params.num_sequences):
             sequence = Sequence(
                 id=next(seq_ids),
                 request_id=request.id,
@@ -142,18 +163,24 @@ class Door:
                 max_len=len(ids) + params.max_tokens,
                 stop_ids=eos | frozenset(params.stop_token_ids or ()),
                 seed=request.seed if params.seed is None else params.seed,
-                sample_index=index,
+                sample_index=next(request.sample_indices),
                 priority=request.priority,
                 arrival=request.arrival,
                 deadline=request.deadline,
                 ttft_deadline=math.inf if found else request.ttft_deadline,  # a first token is any completion's
                 namespace=request.namespace,
-                parent=found[0] if found else None,
+                parent=found[0] if found else request.origin,
             )
             found.append(sequence)
         return found
 
-    def _text(self, params: SamplingParams) -> Text:
+    def _search(self, root: Sequence, params: SamplingParams) -> BeamSearch:
+        text = self._text(params) if params.stop else None
+        watch = TextWatch(text) if isinstance(text, TextStream) else None
+        return BeamSearch(params, root.max_len - root.prompt_len, root.stop_ids, watch)
+
+    def _text(self, params: SamplingParams, said: SequenceOf[int] = ()) -> Text:
+        """A fresh stream of text; what was `said` before it is context, and not shown again."""
         if self._tokenizer is None or not params.detokenize:
             return NoText()
         detokenizer = Detokenizer(
@@ -161,6 +188,8 @@ class Door:
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
+        for token in said:
+            detokenizer.push(token)
         stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
         return TextStream(detokenizer, stops, params.min_tokens)
 

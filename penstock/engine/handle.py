@@ -7,19 +7,26 @@ was detached. Works from any thread and any loop; waits on the request's `Channe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Protocol
 
 from penstock.engine.channel import Channel, RequestStatus
+from penstock.engine.request import Params
 from penstock.outputs import Delta, RequestOutput
 
 
-class Aborter(Protocol):
-    """Who can abort a request by its id."""
+class Owner(Protocol):
+    """Who runs a request, and knows it by its id."""
 
     def abort(self, request_id: str) -> None:
         """End the request; unknown and ended ids are ignored."""
+        ...
+
+    def fork(
+        self, request_id: str, n: int, params: Params, *, append: Sequence[int], at: int | None, index: int
+    ) -> list[RequestHandle]:
+        """Begin requests that go on from where this one is."""
         ...
 
 
@@ -32,7 +39,7 @@ class RequestHandle:
     iteration with `break` aborts the request once the handle itself is dropped or closed.
     """
 
-    def __init__(self, channel: Channel, engine: Aborter) -> None:
+    def __init__(self, channel: Channel, engine: Owner) -> None:
         self._channel = channel
         self._engine = engine
         self._detached = False
@@ -61,6 +68,21 @@ class RequestHandle:
         """Abort the request; awaiting it then raises `RequestAborted`. Harmless when it has ended."""
         if not self._channel.ended:
             self._engine.abort(self.request_id)
+
+    def fork(
+        self, n: int = 1, params: Params = None, *, append: Sequence[int] = (), at: int | None = None, index: int = 0
+    ) -> list[RequestHandle]:
+        """Begin `n` requests at once, from any thread or loop, that go on from what this one has generated so far.
+
+        Each shares the K/V until then, copied on write, and draws by itself from there on; this request goes on too.
+        What was generated counts as prompt of a fork, followed by the token ids of `append`, so that its outputs are
+        what is new. `at` branches off after that many tokens of completion `index` instead of after its newest.
+        Without `params` a fork has this request's, and what is left of its `max_tokens`. Namespace, priority and
+        deadline are inherited. Raises `RequestError` if this request has ended or has no tokens yet, `EngineOverloaded`
+        and `EngineClosed`; what the engine finds only later (a beam search cannot be forked, it has ended meanwhile),
+        the forks raise.
+        """
+        return self._engine.fork(self.request_id, n, params, append=append, at=at, index=index)
 
     def detach(self) -> RequestHandle:
         """Let the request live on when this handle is dropped."""

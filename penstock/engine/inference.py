@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import time
 import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,20 +23,14 @@ from penstock.engine.arguments import with_settings
 from penstock.engine.boot import Parts, booter, check_early, shut_down
 from penstock.engine.callbacks import Callbacks
 from penstock.engine.channel import Channel, RequestStatus
+from penstock.engine.core import EngineCore
+from penstock.engine.forking import Fork, forkable
 from penstock.engine.handle import RequestHandle
-from penstock.engine.host import Host
+from penstock.engine.host import Action, Host
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.protocol import Callback, FinalCallback
-from penstock.engine.request import (
-    Params,
-    Request,
-    check_params,
-    estimate_tokens,
-    priority_class,
-    seconds,
-    taken,
-)
+from penstock.engine.request import Params, Request, new_request, taken
 from penstock.engine.tokenizing import Prompt
 from penstock.errors import EngineClosed, RequestError
 from penstock.outputs import RequestOutput
@@ -96,10 +90,9 @@ class InferenceEngine:
         `EngineOverloaded`, `EngineClosed`; what shows only later (`RequestTooLarge`, `DeadlineExceeded`,
         `ExecutionError`) is raised by the handle.
         """
-        prompt = taken(prompt)
-        check_params(params)
-        request = self._request(prompt, params, request_id, priority, deadline, ttft_deadline, namespace)
-        self._submit(request)
+        times = {"deadline": deadline, "ttft_deadline": ttft_deadline}
+        request = new_request(self._free_id(request_id), taken(prompt), params, priority, namespace, **times)
+        self._submit(request, lambda core: core.submit(request))
         handle = RequestHandle(request.channel, self)
         if callback is not None:
             self._callbacks.stream(handle, callback)
@@ -149,6 +142,24 @@ class InferenceEngine:
         output = await self.generate([*prompt_ids, *completion_ids], params, namespace=namespace)
         entries = (output.prompt_logprobs or [])[len(prompt_ids) :]
         return [entry[token].logprob for entry, token in zip(entries, completion_ids, strict=True) if entry]
+
+    def fork(
+        self,
+        request_id: str,
+        n: int = 1,
+        params: Params = None,
+        *,
+        append: SequenceOf[int] = (),
+        at: int | None = None,
+        index: int = 0,
+    ) -> list[RequestHandle]:
+        """`RequestHandle.fork` of a request that is known by its id."""
+        origin = forkable(self._channels.get(request_id), request_id, n)
+        fork = Fork(request_id, index=index, at=at, append=append)
+        requests = [new_request(self._free_id(None), origin.prompt_token_ids, params) for _ in range(n)]
+        for request in requests:
+            self._submit(request, partial(EngineCore.fork, fork=fork, request=request))
+        return [RequestHandle(request.channel, self) for request in requests]
 
     def abort(self, request_id: str) -> None:
         """End a request with what it has so far; unknown and ended ids are ignored."""
@@ -275,43 +286,20 @@ class InferenceEngine:
             raise EngineClosed("this engine was made before os.fork(): make a new one in the child process")
         self._host.start()
 
-    def _request(
-        self,
-        prompt: Prompt,
-        params: Params,
-        request_id: str | None,
-        priority: RequestPriority,
-        deadline: float | None,
-        ttft_deadline: float | None,
-        namespace: str,
-    ) -> Request:
+    def _free_id(self, request_id: str | None) -> str:
+        """The id, or a fresh one. Raises `RequestError` while it is in use."""
         request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
         known = self._channels.get(request_id)
         if known is not None and not known.ended:
             raise RequestError(f"request id {request_id!r} is already running: use another, or none")
-        now = time.monotonic()
-        request = Request(
-            id=request_id,
-            prompt=prompt,
-            params=params,
-            channel=Channel(request_id),
-            arrival=now,
-            priority=priority_class(priority),
-            namespace=namespace,
-            reserved_tokens=estimate_tokens(prompt),
-            seed=self._random.getrandbits(62),
-        )
-        if deadline is not None:
-            request.deadline = now + seconds("deadline", deadline)
-        if ttft_deadline is not None:
-            request.ttft_deadline = now + seconds("ttft_deadline", ttft_deadline)
-        return request
+        return request_id
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, request: Request, action: Action) -> None:
+        request.seed = self._random.getrandbits(62)
         self._boot()
         self._admission.reserve(1, request.reserved_tokens)
         try:
-            self._host.post(lambda core: core.submit(request), request)
+            self._host.post(action, request)
         except EngineClosed:
             self._admission.release(1, request.reserved_tokens)
             raise

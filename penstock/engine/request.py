@@ -6,15 +6,19 @@ Made on the caller's thread, handed over once, then touched by the engine's thre
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from penstock.engine.channel import Channel
 from penstock.engine.collector import Collector
 from penstock.engine.tokenizing import Prompt, check_keys, encode_prompt, needs_tokenizer
 from penstock.errors import RequestError
-from penstock.sampling import GenerationConfig, RequestPriority, SamplingParams
+from penstock.generation import GenerationConfig
+from penstock.optimizers.beams import BeamSearch
+from penstock.sampling import RequestPriority, SamplingParams
 from penstock.sequence import Sequence
 
 Params = SamplingParams | GenerationConfig | None
@@ -38,9 +42,41 @@ class Request:
     admitted: bool = False  # whether the door's reservation was given back
     collector: Collector | None = None
     sequences: list[Sequence] = field(default_factory=list)
+    search: BeamSearch | None = None
+    origin: Sequence | None = None  # whose K/V the first sequence may go on from (a fork)
+    sample_indices: Iterator[int] = field(default_factory=itertools.count)  # forks draw theirs from the same
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+
+
+def new_request(
+    request_id: str,
+    prompt: Prompt,
+    params: Params,
+    priority: RequestPriority = RequestPriority.NORMAL,
+    namespace: str = "",
+    *,
+    deadline: float | None = None,
+    ttft_deadline: float | None = None,
+) -> Request:
+    """A request that arrives now; its deadlines are seconds from now. Raises `RequestError`."""
+    now = time.monotonic()
+    request = Request(
+        id=request_id,
+        prompt=prompt,
+        params=check_params(params),
+        channel=Channel(request_id),
+        arrival=now,
+        priority=priority_class(priority),
+        namespace=namespace,
+        reserved_tokens=estimate_tokens(prompt),
+    )
+    if deadline is not None:
+        request.deadline = now + seconds("deadline", deadline)
+    if ttft_deadline is not None:
+        request.ttft_deadline = now + seconds("ttft_deadline", ttft_deadline)
+    return request
 
 
 def taken(prompt: Prompt) -> Prompt:
@@ -69,10 +105,11 @@ def estimate_tokens(prompt: Prompt) -> int:
     return len(prompt)
 
 
-def check_params(params: Params) -> None:
-    """Raises `RequestError` for anything but parameters."""
+def check_params(params: Params) -> Params:
+    """The parameters. Raises `RequestError` for anything else."""
     if params is not None and not isinstance(params, SamplingParams | GenerationConfig):
         raise RequestError(f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}")
+    return params
 
 
 def priority_class(priority: RequestPriority) -> RequestPriority:

@@ -7,6 +7,7 @@ by the collector on the engine's thread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple, Protocol
 
 from penstock.engine.detokenizer import Detokenizer
@@ -76,6 +77,12 @@ class TextStream:
             self._num_tokens += 1
             texts.append(self._filter(self._detokenizer.push(token_id)))
         return TextDelta("".join(texts), self._stop, self._num_tokens - before)
+
+    def copy(self) -> TextStream:
+        """Another one that goes on from here by itself."""
+        twin = copy(self)
+        twin._detokenizer, twin._stops = self._detokenizer.copy(), copy(self._stops)
+        return twin
 
     def finish(self) -> str:
         """The text still held back, now that no token follows; cut as ever if it completes a stop string."""

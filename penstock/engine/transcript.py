@@ -26,6 +26,7 @@ class Transcript:
         "logprobs",
         "request_id",
         "sampled_logprobs",
+        "score",
         "stop_reason",
         "texts",
         "token_ids",
@@ -44,6 +45,7 @@ class Transcript:
         self.logprobs = logprobs
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self.score: float | None = None  # what completions are ranked by, once they are
         self._shown: _Mark = (0, 0, None, None)
         self._given = (0, 0)
 
@@ -94,4 +96,5 @@ class Transcript:
             token_logprobs=list(self.token_logprobs),
             sampled_logprobs=list(self.sampled_logprobs),
             weight_versions=list(self.weight_versions),
+            score=self.score,
         )

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from penstock.errors import ExecutionError, OutOfMemory
+from penstock.models.continuations import Continuations
 from penstock.models.layout import StepLayout, scores_prompt, wanted_logits
 from penstock.models.memory import free_bytes, held_bytes, host_free_bytes, memory_usage, trim_memory
 from penstock.models.paging import Paging, Storage
@@ -47,6 +49,7 @@ class Executor:
         self._device = device
         self._storage: Storage | None = None
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, paging.survey)
+        self._continuations = Continuations(spec.eos_token_ids, logits_chunk_bytes, paging.survey)
 
     def free_bytes(self) -> int:
         """Memory that a K/V cache could take now."""
@@ -149,18 +152,31 @@ class Executor:
             if row.samples:
                 drawing.append(i)
                 places.append(begin - 1)
-        if drawing:
-            self._draw(rows, logits, drawing, places, outcomes)
+        for i, result in zip(drawing, self._draw([rows[i] for i in drawing], logits, places), strict=True):
+            entries = outcomes[i].prompt_logprobs
+            outcomes[i] = result._replace(prompt_logprobs=entries) if entries else result
         return tuple(outcomes)
 
-    def _draw(
-        self, rows: Sequence[Row], logits: Tensor, drawing: list[int], places: list[int], outcomes: list[RowResult]
-    ) -> None:
-        chosen = logits if len(places) == len(logits) else logits[torch.tensor(places, device=logits.device)]
-        drawn = self._sampler.sample(chosen, [rows[i] for i in drawing])
-        for i, result in zip(drawing, drawn, strict=True):
-            entries = outcomes[i].prompt_logprobs
-            outcomes[i] = RowResult(result.tokens, result.logprobs, entries, result.error) if entries else result
+    def _draw(self, rows: Sequence[Row], logits: Tensor, places: list[int]) -> list[RowResult]:
+        """A token or a beam's continuations for every row, and for its siblings from the same logits."""
+        if not any(row.siblings or row.params.use_beam_search for row in rows):
+            return self._sampler.sample(_chosen(logits, places), rows) if rows else []
+        everyone = [(one, place) for row, place in zip(rows, places, strict=True) for one in (row, *row.siblings)]
+        found: dict[int, RowResult] = {}
+        for way, searches in ((self._sampler.sample, False), (self._continuations.find, True)):
+            members = [i for i, (one, _) in enumerate(everyone) if one.params.use_beam_search == searches]
+            if members:
+                chosen = _chosen(logits, [everyone[i][1] for i in members])
+                found |= zip(members, way(chosen, [everyone[i][0] for i in members]), strict=True)
+        results = iter(found[i] for i in range(len(everyone)))
+        return [next(results)._replace(siblings=tuple(islice(results, len(row.siblings)))) for row in rows]
+
+
+def _chosen(logits: Tensor, places: list[int]) -> Tensor:
+    """The logits at those places; without a copy where that is all of them."""
+    if places == list(range(len(logits))):
+        return logits
+    return logits[torch.tensor(places, dtype=torch.int64, device=logits.device)]
 
 
 def _at_least_one(places: Tensor) -> Tensor:

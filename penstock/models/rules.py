@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from penstock.errors import RequestError
+from penstock.errors import ExecutionError, RequestError
 from penstock.sampling import LogitsProcessor, SamplingParams
 from penstock.step import Row
 
@@ -157,6 +157,18 @@ def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules
     _apply_suppressed(logits, rows, sequences)
     _apply_penalties(logits, rows, sequences)
     return _apply_processors(logits, rows)
+
+
+def row_error(sane: bool, failed: RequestError | None, possible: bool) -> Exception | None:
+    """What ends a row: logits that are no numbers, a rule that failed, or rules that leave nothing to choose."""
+    if not sane:
+        return ExecutionError("the model returned logits that are NaN or infinite: check its weights and its dtype")
+    if failed is None and not possible:
+        return RequestError(
+            "no token is left to choose: allowed_token_ids, bad_words, min_tokens, logit_bias and logits_processors "
+            "together rule out the whole vocabulary (or a processor returned NaN); relax one of them"
+        )
+    return failed
 
 
 class _Pairs:

@@ -17,7 +17,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from penstock.errors import ExecutionError, RequestError
+from penstock.errors import RequestError
 from penstock.models import rules
 from penstock.models.filters import Filters, filter_candidates, filter_vocabulary
 from penstock.models.randomness import draw_from_blocks, draw_from_candidates, uniform
@@ -25,7 +25,7 @@ from penstock.models.vocabulary import Survey, Top, Vocabulary, Weights, in_orde
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
-_BYTES_PER_LOGIT = 64  # float32 logits and weights; in the worst step of top-p, int64 and float64 of the same
+BYTES_PER_LOGIT = 64  # float32 logits and weights; in the worst step of top-p, int64 and float64 of the same
 _CPU_CHUNK_LOGITS = _MIB  # about what a processor caches: larger chunks only wait for memory
 _NUM_CANDIDATES = 128  # holds most nuclei
 _MOST_CANDIDATES = 1024  # from here on, passes over the vocabulary are cheaper
@@ -90,7 +90,7 @@ class Sampler:
         survey: Survey | None = None,
     ) -> None:  # fmt: skip
         self._eos_token_ids = eos_token_ids
-        self._chunk_logits = max(vocab_size, chunk_bytes // _BYTES_PER_LOGIT)
+        self._chunk_logits = max(vocab_size, chunk_bytes // BYTES_PER_LOGIT)
         self._survey = survey
         self._sequences: dict[int, rules.SequenceRules] = {}
 
@@ -261,7 +261,7 @@ def _results(
     table = torch.stack([column.double() for column in columns], dim=1).tolist()
     results = []
     for i, (token, own, sampled, place, sane, possible) in enumerate(table):
-        error = _error(bool(sane), errors.get(i), bool(possible))
+        error = rules.row_error(bool(sane), errors.get(i), bool(possible))
         if error is not None:
             results.append(RowResult(error=error))
             continue
@@ -277,20 +277,9 @@ def _greatest(raw: Vocabulary) -> list[RowResult]:
     return [
         RowResult(tokens=(token,), logprobs=(TokenLogprobs(token, logprob, 0.0),))
         if math.isfinite(logprob)
-        else RowResult(error=_error(False, None, True))
+        else RowResult(error=rules.row_error(False, None, True))
         for token, logprob in columns
     ]
-
-
-def _error(sane: bool, failed: RequestError | None, possible: bool) -> Exception | None:
-    if not sane:
-        return ExecutionError("the model returned logits that are NaN or infinite: check its weights and its dtype")
-    if failed is None and not possible:
-        return RequestError(
-            "no token is left to choose: allowed_token_ids, bad_words, min_tokens, logit_bias and logits_processors "
-            "together rule out the whole vocabulary (or a processor returned NaN); relax one of them"
-        )
-    return failed
 
 
 def _details(

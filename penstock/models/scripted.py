@@ -99,7 +99,10 @@ class ScriptedModel:
         if not row.samples:
             return RowResult()
         token = self._next(row)
-        return RowResult((token,), (TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),)),))
+        entries = (TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),)),)
+        if row.params.use_beam_search:
+            return RowResult(candidates=entries)  # a script knows one way to go on
+        return RowResult((token,), entries, siblings=tuple(map(self._result, row.siblings)))
 
     def _next(self, row: Row) -> int:
         if callable(self._script):

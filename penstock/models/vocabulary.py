@@ -18,6 +18,7 @@ from penstock.kernels.native import Surveyed
 
 BLOCK = 64
 _LOW_WORD = 0xFFFFFFFF
+_MARGIN = 8  # candidates beyond those wanted, since ties at the edge need all of them
 
 Top = tuple[tuple[int, float, int], ...]
 # Looks at logits float32 [R, N * BLOCK]; see `Surveyed`.
@@ -142,7 +143,7 @@ class Vocabulary:
 
     def greatest(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` greatest logits [R, count], descending, and their tokens; of equal ones the first tokens."""
-        width = min(self.size, count + BLOCK)
+        width = min(self.size, count + _MARGIN)
         while True:
             logits, tokens = in_order(*self.candidates(width))
             if width == self.size or bool((logits[:, -1] < logits[:, max(count - 1, 0)]).all()):

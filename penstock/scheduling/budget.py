@@ -6,7 +6,7 @@ Own the step's tokens, rows and logit rows. Never change a sequence, the cache o
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from penstock.cache.manager import CacheManager
 from penstock.scheduling.running import RunningSet
@@ -93,20 +93,30 @@ class Step:
         The short way to what `grant` and `add` do, for most rows of most steps. False: nothing was planned.
         """
         length = len(seq.tokens)
-        if seq.computed + 1 != length or seq.draft or not cache.has_slot(seq) or not self.budget.draw():
+        if seq.computed + 1 != length or seq.draft or length == seq.prompt_len:
+            return False  # whose first token it is to be, others may draw with
+        if not cache.has_slot(seq) or not self.budget.draw():
             return False
         birth = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
         self.rows.append(Row(seq.id, seq.tokens, length - 1, length, seq.blocks, True, *birth))
         return True
 
-    def add(self, seq: Sequence, num_tokens: int) -> None:
-        """Plan the next tokens of a sequence whose blocks are there."""
+    def add(self, seq: Sequence, num_tokens: int, siblings: Iterable[Sequence] = ()) -> None:
+        """Plan the next tokens of a sequence whose blocks are there; `siblings` draw with it, if it samples."""
         start, length = seq.computed, len(seq.tokens)
         end = start + num_tokens
         self.budget.spend(num_tokens, num_tokens if scores_prompt(seq) else max(0, end - length + 1))
         draft = seq.draft[: end - length] if end > length else ()
-        samples, birth = end >= length, (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
-        self.rows.append(Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *birth, draft))
+        samples = end >= length
+        others = tuple(_row(sibling, end, end, True) for sibling in siblings) if samples and siblings else ()
+        self.rows.append(_row(seq, start, end, samples, draft, others))
+
+
+def _row(
+    seq: Sequence, start: int, end: int, samples: bool, draft: tuple[int, ...] = (), siblings: tuple[Row, ...] = ()
+) -> Row:
+    birth = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
+    return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *birth, draft, siblings)
 
 
 def has_room(

@@ -50,6 +50,14 @@ class News:
         tokens, logprobs = out.tokens[:count], out.logprobs[:count]
         return Event(row.seq_id, tokens, logprobs, scores, reason, stop, None, cached, version)
 
+    def whole(
+        self, seq: Sequence, entries: tuple[TokenLogprobs, ...], reason: FinishReason, stop: int | None, version: int
+    ) -> Event:
+        """The one event of a sequence that nothing was told of before it ended."""
+        self._forget(seq.id, reason)
+        cached, tokens = self._cached.pop(seq.id, 0), tuple(entry.token for entry in entries)
+        return Event(seq.id, tokens, entries, (), reason, stop, None, cached, version)
+
     def end(self, seq: Sequence, reason: FinishReason, error: Exception | None) -> Event:
         """The terminal event of a sequence that ends without a token."""
         self._forget(seq.id, reason)

@@ -5,6 +5,9 @@ Owns their membership in the queue, the running set and the deadlines. Never cha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
 from penstock.config import EngineConfig
 from penstock.scheduling.deadlines import Deadlines
 from penstock.scheduling.policy import AgingPolicy, Policy
@@ -14,7 +17,7 @@ from penstock.sequence import Sequence
 
 
 class Roster:
-    """Every live sequence is in exactly one of `waiting` and `running`.
+    """Every live sequence is in exactly one of `waiting` and `running`, or held back for others of its request.
 
     Without a `policy` of the caller's, it is an `AgingPolicy` that follows the configuration.
     """
@@ -28,14 +31,39 @@ class Roster:
         self.running = RunningSet()
         self.deadlines = Deadlines()
         self.num_preemptions = 0
+        self.now = 0.0  # when time was last told
         self._victim_counts: dict[int, int] = {}
+        self._siblings: dict[int, list[Sequence]] = {}  # by whose first draw they wait for
 
     def add(self, seq: Sequence, now: float) -> None:
-        """A new sequence waits."""
-        assert seq.id not in self.live
-        self.live[seq.id] = seq
-        self.deadlines.add(seq)
-        self.waiting.push(seq, now)
+        """A new sequence waits: in the queue, or for its parent's first draw, from whose logits it draws too."""
+        self.now = now
+        self.hold([seq])
+        parent = seq.parent
+        if parent is not None and parent.id in self.live and _draws_with(parent, seq):
+            self._siblings.setdefault(parent.id, []).append(seq)
+        else:
+            self.waiting.push(seq, now)
+
+    def hold(self, seqs: Iterable[Sequence]) -> None:
+        """New sequences that are not in the queue until `requeue`."""
+        for seq in seqs:
+            assert seq.id not in self.live
+            self.live[seq.id] = seq
+            self.deadlines.add(seq)
+
+    def requeue(self, seq: Sequence) -> None:
+        """One that was held back waits like everybody."""
+        self.waiting.push(seq, self.now)
+
+    def siblings_of(self, seq: Sequence) -> SequenceOf[Sequence]:
+        """Those who wait for this one's first draw."""
+        return self._siblings.get(seq.id, ())
+
+    def let_siblings_go(self, seq: Sequence) -> None:
+        """There is nothing to wait for any more."""
+        for sibling in self._siblings.pop(seq.id, ()):
+            self.requeue(sibling)
 
     def start(self, seq: Sequence) -> bool:
         """A waiting sequence runs; returns whether for the first time."""
@@ -53,16 +81,27 @@ class Roster:
 
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence."""
-        if not self.waiting.remove(seq.id):
+        self.let_siblings_go(seq)
+        if seq.id in self.running:
             self.running.remove(seq.id)
+        elif not self.waiting.remove(seq.id) and seq.parent is not None:
+            siblings = self._siblings.get(seq.parent.id, [])
+            siblings[:] = [sibling for sibling in siblings if sibling is not seq]
         self.deadlines.forget(seq.id)
         self._victim_counts.pop(seq.id, None)
         del self.live[seq.id]
 
     def refresh(self, now: float) -> None:
         """Bring the order of those who wait up to date; the running ones keep theirs."""
+        self.now = now
         boost_s = self._config.priority_boost_threshold
         if self._boost_s not in (None, boost_s):
             self._boost_s, self.policy = boost_s, AgingPolicy(boost_s)
             self.waiting.change_policy(self.policy, now)
         self.waiting.advance(now)
+
+
+def _draws_with(parent: Sequence, seq: Sequence) -> bool:
+    """Whether the first tokens of both are drawn after the same prompt. One that wants it scored runs by itself."""
+    same = parent.request_id == seq.request_id and not parent.num_generated and seq.params.prompt_logprobs is None
+    return same and parent.tokens == seq.tokens

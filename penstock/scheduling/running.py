@@ -27,6 +27,9 @@ class RunningSet:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
 
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._key_of
+
     def add(self, seq: Sequence, key: Key) -> None:
         """Insert at its place."""
         i = bisect_left(self._keys, key)

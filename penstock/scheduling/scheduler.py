@@ -6,7 +6,6 @@ Called by the engine's loop: plan, (execute), commit or fail; arrivals and abort
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 from penstock.cache.manager import CacheManager
@@ -14,10 +13,12 @@ from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
 from penstock.scheduling.budget import Budget, Step, has_room, is_decoding
 from penstock.scheduling.news import News, accept
+from penstock.scheduling.overview import Overview
 from penstock.scheduling.policy import Policy
 from penstock.scheduling.roster import Roster
+from penstock.scheduling.searches import Beams, Ended, Searches
 from penstock.sequence import FinishReason, Sequence, Status
-from penstock.step import Event, Row, RowResult, StepPlan, StepResult
+from penstock.step import Event, Row, RowResult, StepPlan, StepResult, paired
 
 _LEGAL_MOVES = {
     Status.WAITING: (Status.RUNNING, Status.FINISHED),
@@ -26,7 +27,7 @@ _LEGAL_MOVES = {
 }
 
 
-class Scheduler:
+class Scheduler(Overview):
     """Plans best-first within a step's tokens, rows and blocks; victims come from the other end of the same order.
 
     `policy` defaults to `AgingPolicy`, following the configuration. `max_logit_rows` bounds the positions of one step
@@ -49,49 +50,25 @@ class Scheduler:
         self._started: list[Sequence] = []
         self._news = News()
         self._ending: dict[int, tuple[FinishReason, Exception | None]] = {}  # ends that await the executing step
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any sequence has not ended."""
-        return bool(self._roster.live)
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of sequences in the queue."""
-        return len(self._roster.waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Number of sequences that hold blocks."""
-        return len(self._roster.running)
-
-    @property
-    def next_deadline(self) -> float:
-        """The earliest time at which `expire` may have something to do; infinity for never."""
-        return self._roster.deadlines.next_time
-
-    def get(self, seq_id: int) -> Sequence | None:
-        """The sequence with this id, unless it ended."""
-        return self._roster.live.get(seq_id)
-
-    def sequences(self) -> Iterator[Sequence]:
-        """Every sequence that has not ended, in order of arrival here."""
-        return iter(self._roster.live.values())
-
-    def stats(self) -> dict[str, int]:
-        """Counts: num_waiting and num_running now, num_preemptions and num_finished_<reason> since the start."""
-        ended = {f"num_finished_{reason.value}": self._news.num_finished[reason] for reason in FinishReason}
-        now = {"num_waiting": self.num_waiting, "num_running": self.num_running}
-        return {**now, "num_preemptions": self._roster.num_preemptions, **ended}
+        self._doomed: list[Ended] = []  # whom the end of others takes along
+        self._searches = Searches(cache, self._roster, self._news, self._preempt, self._close)
 
     def add(self, seq: Sequence, now: float) -> None:
-        """Queue a new sequence. Raises `RequestTooLarge` when the whole cache could not hold it."""
+        """Queue a new sequence; one with a `parent` of its request that has drawn nothing yet draws with that one.
+
+        Raises `RequestTooLarge` when the whole cache could not hold it.
+        """
         if seq.max_len > self._cache.capacity:
             raise RequestTooLarge(
                 f"{seq.prompt_len} prompt tokens and {seq.max_len - seq.prompt_len} new ones are {seq.max_len}, and "
                 f"the K/V cache holds {self._cache.capacity}: ask for less or raise memory_pool_size"
             )
         self._roster.add(seq, now)
+
+    def search(self, beams: Beams, now: float) -> None:
+        """Queue a beam search: its first sequence, which the others continue. As `add`."""
+        self.add(beams.members[0], now)
+        self._searches.add(beams)
 
     def abort(
         self, seq_id: int, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None
@@ -110,7 +87,7 @@ class Scheduler:
         if seq.in_flight:
             self._ending.setdefault(seq_id, (reason, error))
             return []
-        return [self._end(seq, reason, error)]
+        return [self._end(seq, reason, error), *self._end_doomed()]
 
     def expire(self, now: float) -> list[Event]:
         """End what passed its deadline, or its first-token deadline without a token. Free without deadlines."""
@@ -123,6 +100,8 @@ class Scheduler:
         seq = self._roster.live.get(seq_id)
         if seq is None or seq.status is not Status.RUNNING or seq.in_flight or seq.computed + 1 != seq.length:
             return
+        if seq_id in self._searches or self._roster.siblings_of(seq):
+            return  # their rows mean more than their next tokens
         # The step adds one token of its own after the accepted ones.
         seq.draft = tuple(draft[: max(0, seq.max_len - seq.length - 1)])
 
@@ -143,14 +122,16 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
-        """Take in what a step produced: at most one event per row, exactly one terminal event per sequence."""
+        """Take in what a step produced. A sequence has exactly one terminal event, and at most one of each step."""
         assert plan is self._executing or not plan.rows
         self._executing = None
         version = result.weight_version
-        events = [self._settle(row, out, version) for row, out in zip(plan.rows, result.rows, strict=True)]
+        events = [self._settle(row, out, version) for row, out in paired(plan, result)]
+        found, failed = self._searches.settle(version)
+        self._doomed += failed
         self._cache.learn(plan, result.timings_s)
         self._cache.commit()
-        return [event for event in events if event is not None]
+        return [*(event for event in events if event is not None), *found, *self._end_doomed()]
 
     def fail(self, plan: StepPlan, error: Exception) -> list[Event]:
         """The forward pass failed: end every sequence of the plan, and keep nothing that it might have written."""
@@ -162,7 +143,7 @@ class Scheduler:
             seq = self._roster.live[row.seq_id]
             seq.in_flight = 0
             events.append(self._end(seq, *self._ending.pop(seq.id, (FinishReason.ERROR, error))))
-        return events
+        return events + self._end_doomed()
 
     def _begin(self, now: float) -> Step:
         tokens, rows = self._config.max_num_batched_tokens, self._config.max_batch_size
@@ -234,7 +215,7 @@ class Scheduler:
         while num_tokens := step.grant(seq):
             end = seq.computed + num_tokens
             if self._cache.reserve(seq, end):
-                step.add(seq, num_tokens)
+                step.add(seq, num_tokens, self._roster.siblings_of(seq))
                 self._cache.seal(seq, min(end, len(seq.tokens)))
                 seq.in_flight = num_tokens
                 return
@@ -262,7 +243,9 @@ class Scheduler:
         self._roster.stop(seq, now)
 
     def _settle(self, row: Row, out: RowResult, weight_version: int) -> Event | None:
-        seq = self._roster.live[row.seq_id]
+        seq = self._roster.live.get(row.seq_id)
+        if seq is None:
+            return None  # a sibling, which holds nothing, ended meanwhile
         seq.in_flight = 0
         if seq.id in self._ending:
             return self._end(seq, *self._ending.pop(seq.id))
@@ -270,27 +253,39 @@ class Scheduler:
             return self._end(seq, FinishReason.ERROR, out.error)
         seq.draft = ()
         count, reason, stop_token = 0, None, None
-        if row.samples:
+        if row.samples and not out.candidates:
             assert 1 <= len(out.tokens) <= len(row.draft) + 1
             count, reason, stop_token = accept(seq, out.tokens)
             self._append(seq, out.tokens, count)
         else:
             seq.computed = row.end
+            if out.candidates:
+                self._searches.report(seq.id, out.candidates)
         if reason is not None:
             self._close(seq, reason)
         return self._news.of(row, out, count, reason, stop_token, weight_version)
 
     def _append(self, seq: Sequence, tokens: tuple[int, ...], count: int) -> None:
         """Accept `count` sampled tokens. All but the last were drafts, whose K/V the step has written."""
-        seq.computed = len(seq.tokens)
+        if seq.status is Status.RUNNING:  # one that draws with another holds nothing yet
+            seq.computed = len(seq.tokens)
         seq.tokens.extend(tokens[:count])
+        self._roster.let_siblings_go(seq)
         if len(tokens) > 1:
             seq.computed += min(count, len(tokens) - 1)
             self._cache.seal(seq, seq.computed)
 
     def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Event:
+        self._doomed += [(mate, reason, error) for mate in self._searches.drop(seq) if mate is not seq]
         self._close(seq, reason)
         return self._news.end(seq, reason, error)
+
+    def _end_doomed(self) -> list[Event]:
+        events: list[Event] = []
+        while self._doomed:
+            seq, reason, error = self._doomed.pop()
+            events += self.finish(seq.id, reason, error)
+        return events
 
     def _close(self, seq: Sequence, reason: FinishReason) -> None:
         """Forget a sequence that no executing plan names."""

@@ -13,24 +13,25 @@ from dataclasses import dataclass
 from tests.architecture.source import FunctionNode, package_files
 
 SCHEDULER = "penstock/scheduling/scheduler.py"
+SEARCHES = "penstock/scheduling/searches.py"  # what the scheduler's commit means for beams
 CACHE_MANAGER = "penstock/cache/manager.py"
 CONSTRUCTOR = "penstock/sequence.py"
 
-# Field -> (the file that may write it, in which functions; None is any of that file).
-WRITERS: dict[str, tuple[str, frozenset[str] | None]] = {
-    "tokens": (SCHEDULER, None),
-    "draft": (SCHEDULER, None),
-    "computed": (SCHEDULER, None),
-    "in_flight": (SCHEDULER, None),
-    "blocks": (CACHE_MANAGER, None),
-    "status": (SCHEDULER, frozenset({"_move"})),
-    "reason": (SCHEDULER, frozenset({"_move"})),
+# Field -> (the files that may write it, in which functions; None is any of those files).
+WRITERS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
+    "tokens": ((SCHEDULER, SEARCHES), None),
+    "draft": ((SCHEDULER,), None),
+    "computed": ((SCHEDULER, SEARCHES), None),
+    "in_flight": ((SCHEDULER,), None),
+    "blocks": ((CACHE_MANAGER,), None),
+    "status": ((SCHEDULER,), frozenset({"_move"})),
+    "reason": ((SCHEDULER,), frozenset({"_move"})),
 }
 FIXED_AT_BIRTH = (
     *("id", "request_id", "params", "max_len", "stop_ids", "seed", "sample_index", "priority"),
     *("arrival", "deadline", "ttft_deadline", "namespace", "parent", "prompt_len"),
 )
-WRITERS |= {name: (CONSTRUCTOR, frozenset({"__post_init__"})) for name in FIXED_AT_BIRTH}
+WRITERS |= {name: ((CONSTRUCTOR,), frozenset({"__post_init__"})) for name in FIXED_AT_BIRTH}
 
 SEQUENCE_NAMES = frozenset({"seq", "sequence", "victim", "child", "parent", "sibling", "candidate", "worst", "best"})
 COLLECTION_NAMES = frozenset({"seqs", "sequences", "running", "waiting", "children", "siblings", "victims"})
@@ -54,8 +55,8 @@ class Write:
     @property
     def allowed(self) -> bool:
         """Whether the table names this writer."""
-        place, functions = WRITERS[self.field]
-        return self.path == place and (functions is None or self.function in functions)
+        places, functions = WRITERS[self.field]
+        return self.path in places and (functions is None or self.function in functions)
 
 
 @dataclass

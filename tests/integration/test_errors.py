@@ -243,7 +243,11 @@ def test_the_first_error_of_a_batch_cancels_the_rest() -> None:
         ({"logit_bias": {-1: 1.0}}, "logit_bias"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"logits_processors": ["x"]}, "callables"),
-        ({"use_beam_search": True}, "use n or best_of"),
+        ({"use_beam_search": True, "temperature": 0}, "best_of must be the width of the beam search"),
+        ({"use_beam_search": True, "best_of": 4}, "temperature must be 0 with use_beam_search"),
+        ({"use_beam_search": True, "best_of": 4, "temperature": 0, "rank_by": len}, "rank_by must be None"),
+        ({"early_stopping": "always"}, 'early_stopping must be True, False or "never"'),
+        ({"rank_by": "length"}, "rank_by must be a function of a completion"),
     ],
 )
 def test_sampling_parameters_out_of_range_are_refused_where_they_are_written(values: dict[str, Any], says: str) -> None:

@@ -424,8 +424,11 @@ def test_custom_generation_parameters_are_honoured(tiny: InferenceEngine) -> Non
     everything = GenerationConfig(min_length=1, length_penalty=1.0, num_beams=1, pad_token_id=0, use_cache=True)
     assert (everything.max_length, everything.temperature, everything.top_k, everything.top_p) == (512, 1.0, 50, 0.9)
     assert (everything.repetition_penalty, everything.do_sample, everything.early_stopping) == (1.0, True, True)
-    with pytest.raises(RequestError, match="num_beams"):
+    with pytest.raises(RequestError, match=r"num_beams=4.*do_sample=False"):
         GenerationConfig(num_beams=4)
+    beams = GenerationConfig(num_beams=4, num_return_sequences=2, do_sample=False, max_length=8)
+    found = tiny.submit_request("Write a creative story", generation_config=beams)
+    assert len(result_of(tiny, found).outputs) == 2
 
 
 def test_every_request_of_a_batch_has_its_own_parameters(scripted: Make) -> None:

@@ -1,7 +1,7 @@
 """The snippets of a widely read vLLM lesson run as they are written there, but for the import line and the model name.
 
 Numbers like 003-57 in the docstrings are the rows of the requirements checklist. Comments and blank lines of the
-snippets are left out. Some of these snippets fail on today's vLLM; here all of them must work, except beam search.
+snippets are left out. Some of these snippets fail on today's vLLM; here all of them must work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from penstock import (
     ConfigurationError,
     OutOfMemory,
     OutputKind,
-    RequestError,
     RequestOutput,
     SamplingParams,
     ScriptedModel,
@@ -270,10 +269,26 @@ def test_the_strategies_run_side_by_side(run: Run, demo: LLM) -> None:
         assert outputs[4].outputs[0].stop_reason in (".", "!", "?", None)
 
 
-def test_beam_search_is_refused_in_words() -> None:
-    """003-57: not in this version, and said so."""
-    with pytest.raises(RequestError, match=r"beam search is not available.*use n or best_of"):
-        SamplingParams(use_beam_search=True, best_of=5, temperature=0.0, max_tokens=100)
+BEAM = """
+from vllm import SamplingParams
+beam = SamplingParams(
+    use_beam_search=True,
+    best_of=5,
+    temperature=0.0,
+    max_tokens=100
+)
+"""
+
+
+def test_beam_search_finds_a_likelier_text_than_greedy_decoding(run: Run, demo: LLM) -> None:
+    """003-57: the width is `best_of`, and one text comes back."""
+    params = run(BEAM).beam
+    greedy = SamplingParams(temperature=0.0, max_tokens=100)
+    [found], [plain] = demo.generate("class Reader:\n", params), demo.generate("class Reader:\n", greedy)
+    check_completions(found, 100)
+    [best] = found.outputs
+    assert best.score == pytest.approx(best.cumulative_logprob / len(best.token_ids))
+    assert best.score > plain.outputs[0].cumulative_logprob / len(plain.generated_ids)
 
 
 def test_best_of_returns_the_likeliest_candidates(demo: LLM) -> None:

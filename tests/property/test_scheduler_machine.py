@@ -15,8 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
+from penstock.optimizers.beams import BeamSearch
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.scheduler import Scheduler
+from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason, Sequence, Status
 from penstock.step import Event, Row, RowResult, StepPlan, StepResult, TokenLogprobs
 from tests.unit.scheduling.slots import Slots
@@ -72,6 +74,7 @@ class Model(RuleBasedStateMachine):
         self.ended: dict[int, FinishReason] = {}
         self.started: list[int] = []
         self.oldest_version: dict[int, int] = {}
+        self.beams: dict[int, Beams] = {}
 
     @rule(
         start=starts,
@@ -99,13 +102,11 @@ class Model(RuleBasedStateMachine):
         prompt, first = start + suffix, None
         params = SamplingParams(n=n, max_tokens=new, prompt_logprobs=prompt_logprobs)
         for index in range(n):
-            seq = Sequence(
-                id=self.next_id,
+            seq = self.sequence(
+                prompt,
+                params,
+                new,
                 request_id=str(self.next_id - index),
-                params=params,
-                tokens=list(prompt),
-                max_len=len(prompt) + new,
-                stop_ids=frozenset([STOP_TOKEN]),
                 sample_index=index,
                 priority=priority,
                 arrival=self.now,
@@ -115,7 +116,6 @@ class Model(RuleBasedStateMachine):
                 parent=first,
             )
             first = first or seq
-            self.next_id += 1
             self.add_one(seq)
 
     def add_one(self, seq: Sequence) -> None:
@@ -124,7 +124,68 @@ class Model(RuleBasedStateMachine):
         except RequestTooLarge:
             assert seq.max_len > self.cache.capacity
             return
+        self.bear(seq)
+
+    def bear(self, seq: Sequence) -> None:
         self.born[seq.id], self.told[seq.id], self.scored[seq.id] = seq, [], []
+
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule(
+        which=st.integers(0, 50),
+        at=st.integers(0, 12),
+        extra=st.lists(st.integers(0, 2), max_size=5),
+        new=st.integers(1, 12),
+    )
+    def fork(self, which: int, at: int, extra: list[int], new: int) -> None:
+        """Another request goes on from what one has said until now, or from earlier."""
+        live = list(self.scheduler.sequences())
+        parent = live[which % len(live)]
+        if not parent.num_generated or parent.id in self.beams:
+            return
+        prompt = parent.tokens[: parent.prompt_len + min(at, parent.num_generated)] + extra
+        fields = {"request_id": str(self.next_id), "namespace": parent.namespace, "parent": parent, "arrival": self.now}
+        params = SamplingParams(max_tokens=new)
+        self.add_one(self.sequence(prompt, params, new, **fields))
+
+    @rule(
+        start=starts,
+        suffix=tokens_of,
+        width=st.integers(2, 4),
+        new=st.integers(1, 12),
+        early_stopping=st.sampled_from([True, False, "never"]),
+        length_penalty=st.sampled_from([0.0, 1.0, 2.0, -1.0]),
+        deadline=st.sampled_from([math.inf, math.inf, 3.0, 20.0]),
+    )
+    def add_beams(
+        self,
+        start: list[int],
+        suffix: list[int],
+        width: int,
+        new: int,
+        early_stopping: bool | str,
+        length_penalty: float,
+        deadline: float,
+    ) -> None:
+        choices = {"early_stopping": early_stopping, "length_penalty": length_penalty, "temperature": 0.0}
+        params = SamplingParams(use_beam_search=True, best_of=width, max_tokens=new, **choices)
+        fields = {"request_id": str(self.next_id), "deadline": self.now + deadline, "arrival": self.now}
+        members = [self.sequence(start + suffix, params, new, **fields)]
+        members += [self.sequence(start + suffix, params, new, **fields, parent=members[0]) for _ in range(width - 1)]
+        beams = Beams(BeamSearch(params, new, members[0].stop_ids), members)
+        try:
+            self.scheduler.search(beams, self.now)
+        except RequestTooLarge:
+            return
+        for seq in members:
+            self.bear(seq)
+            self.beams[seq.id] = beams
+
+    def sequence(self, tokens: list[int], params: SamplingParams, new: int, **fields: Any) -> Sequence:
+        self.next_id += 1
+        stops, length = frozenset([STOP_TOKEN]), len(tokens) + new
+        return Sequence(
+            id=self.next_id - 1, tokens=list(tokens), params=params, max_len=length, stop_ids=stops, **fields
+        )
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(which=st.integers(0, 50), reason=st.sampled_from([FinishReason.ABORT, FinishReason.STOP]))
@@ -216,7 +277,7 @@ class Model(RuleBasedStateMachine):
         self.slots.copy(plan.copies)
         self.slots.write(plan, self.scope, self.version)
         for row in plan.rows:
-            self.slots.check(row, self.scope(row), self.oldest_version[row.seq_id])
+            self.slots.check(row, self.scope(row), self.oldest(row.seq_id))
         results = tuple(self.result_of(row, choose) for row in plan.rows)
         # Most of the time, moving looks cheaper than computing.
         timings = {"swap": choose([0.0] * 9 + [9.0]), "forward": 1.0}
@@ -225,17 +286,33 @@ class Model(RuleBasedStateMachine):
     def scope(self, row: Row) -> str:
         """Who may share with this row."""
         seq = self.born[row.seq_id]
+        while seq.parent is not None and not self.caching:
+            seq = seq.parent
         return seq.namespace if self.caching else seq.request_id
 
+    def oldest(self, seq_id: int) -> int:
+        """The oldest weights that its K/V may come from; beams take each other's."""
+        members = self.beams[seq_id].members if seq_id in self.beams else [self.born[seq_id]]
+        return min(self.oldest_version.get(seq.id, self.version) for seq in members)
+
     def result_of(self, row: Row, choose: Choose) -> RowResult:
+        siblings = tuple(self.result_of(sibling, choose) for sibling in row.siblings)
         if choose([False] * 19 + [True]):
-            return RowResult(error=RuntimeError("a logits processor raised"))
+            return RowResult(error=RuntimeError("a logits processor raised"), siblings=siblings)
         last = min(row.end, row.prompt_len - 1) if row.params.prompt_logprobs is not None else 0
         scores = tuple(TokenLogprobs(p + 1, 0.0, 0.0) for p in range(row.start, last))
         if not row.samples:
             return RowResult(prompt_logprobs=scores)
+        if row.params.use_beam_search:
+            return RowResult(candidates=self.candidates(choose))
         accepted = choose(range(len(row.draft) + 1))
-        return RowResult((*row.draft[:accepted], choose([0, 0, 1, 2, STOP_TOKEN])), prompt_logprobs=scores)
+        tokens = (*row.draft[:accepted], choose([0, 0, 1, 2, STOP_TOKEN]))
+        return RowResult(tokens, prompt_logprobs=scores, siblings=siblings)
+
+    def candidates(self, choose: Choose) -> tuple[TokenLogprobs, ...]:
+        tokens = [token for token in (0, 1, 2, STOP_TOKEN) if choose([True, True, False])] or [1]
+        scores = sorted((choose([-0.5, -1.0, -2.0]) for _ in tokens), reverse=True)
+        return tuple(TokenLogprobs(token, score, score) for token, score in zip(tokens, scores, strict=True))
 
     @precondition(lambda self: self.plan is not None)
     @rule()
@@ -243,7 +320,7 @@ class Model(RuleBasedStateMachine):
         plan = self.take_plan()
         self.slots.spoil(plan)
         events = self.scheduler.fail(plan, RuntimeError("the forward pass failed"))
-        assert [event.seq_id for event in events] == [row.seq_id for row in plan.rows]
+        assert [event.seq_id for event in events][: len(plan.rows)] == [row.seq_id for row in plan.rows]
         self.take(events)
 
     def take_plan(self) -> StepPlan:
@@ -266,7 +343,9 @@ class Model(RuleBasedStateMachine):
         assert not seq.blocks
         assert not seq.draft
         assert not seq.in_flight
-        assert self.told[seq.id] == seq.tokens[seq.prompt_len :]
+        said = seq.tokens[seq.prompt_len :]
+        told = self.told[seq.id]
+        assert told == said or (seq.id in self.beams and not told), "a beam tells all or nothing"
         assert seq.length <= seq.max_len
         assert self.scored[seq.id] == list(range(1, len(self.scored[seq.id]) + 1))
         if seq.reason is FinishReason.LENGTH:
@@ -320,6 +399,18 @@ def burst(model: Model, rng: random.Random) -> None:
             ttft=rng.choice([math.inf] * 9 + [2.0]),
             prompt_logprobs=rng.choice([None] * 5 + [0]),
         )
+    for _ in range(rng.randint(0, 2)):
+        model.add_beams(
+            start=rng.choice([[], [0] * 8, [0, 1, 2] * 5]),
+            suffix=[rng.randrange(3) for _ in range(rng.randint(1, 12))],
+            width=rng.randint(2, 4),
+            new=rng.randint(1, 20),
+            early_stopping=rng.choice([True, False, "never"]),
+            length_penalty=rng.choice([0.0, 1.0, 2.0]),
+            deadline=rng.choice([math.inf] * 5 + [5.0]),
+        )
+    for _ in range(rng.randint(0, 3) if model.scheduler.has_work else 0):
+        model.fork(which=rng.randrange(50), at=rng.randrange(12), extra=[0] * rng.randint(0, 3), new=rng.randint(1, 20))
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -58,7 +58,7 @@ def scored(token: int) -> TokenLogprobs:
 
 def push(collector: Collector, index: int, event: Event) -> Delta:
     """What a reader gets of one event."""
-    return cut(collector.push(index, event))
+    return cut(collector.push(index, event)[0])
 
 
 def cut(transcript: Transcript) -> Delta:
@@ -180,8 +180,53 @@ def test_closing_after_the_detokenizer_failed_does_not_fail_again() -> None:
 
 def test_candidates_that_end_early_show_the_best_of_them() -> None:
     """best_of > n streams nothing until the end; an early end used to show held-back text of every candidate."""
-    collector = make(count=3, n=1)
+    collector = make(count=3, n=1, best_of=3)
     for index in range(3):
         collector.push(index, event([index]))
     (delta,) = map(cut, collector.close(FinishReason.DEADLINE))
     assert (delta.index, delta.finish_reason, len(delta.token_ids)) == (0, "deadline", 1)
+
+
+def test_alike_completions_are_generated_once_and_shown_as_many_times() -> None:
+    collector = make(n=3, temperature=0.0)
+    deltas = map(cut, collector.push(0, event([0, 1], FinishReason.LENGTH)))
+    assert [(delta.index, delta.text) for delta in deltas] == [(0, "ab"), (1, "ab"), (2, "ab")]
+    outputs = collector.output(RequestMetrics()).outputs
+    assert [(out.index, out.text, out.token_ids) for out in outputs] == [(i, "ab", [0, 1]) for i in range(3)]
+    outputs[0].token_ids.clear()
+    assert outputs[1].token_ids == [0, 1]
+
+
+def test_alike_completions_that_are_cut_short_all_end() -> None:
+    collector = make(n=2, temperature=0.0, stop="bcd")
+    for transcript in collector.push(0, event([0, 1])):
+        assert cut(transcript).text == "a"
+    deltas = map(cut, collector.close(FinishReason.ABORT))
+    assert [(delta.index, delta.text) for delta in deltas] == [(0, "b"), (1, "b")]
+
+
+def test_length_normalised_scores_prefer_what_is_likely_token_by_token() -> None:
+    collector = make(count=2, n=2, rank_by="normalized_logprob")
+    assert not collector.streams
+    collector.push(0, event([1], FinishReason.LENGTH))
+    collector.push(1, event([0, 0, 0, 0], FinishReason.LENGTH))
+    outputs = collector.output(RequestMetrics()).outputs
+    assert [(out.index, out.text, out.score) for out in outputs] == [(0, "aaaa", -1.0), (1, "b", -3.0)]
+
+
+def test_scores_from_outside_decide() -> None:
+    collector = make(count=3, n=2, best_of=3, rank_by=lambda output: len(output.text))
+    for index in range(3):
+        collector.push(index, event([index] * (index + 1), FinishReason.LENGTH))
+    judging = collector.judge()
+    assert judging is not None
+    collector.rank(judging.result(10))
+    outputs = collector.output(RequestMetrics()).outputs
+    assert [(out.text, out.score) for out in outputs] == [("ccc", 3.0), ("bb", 2.0)]
+
+
+def test_beams_are_ranked_by_the_score_of_the_search() -> None:
+    collector = make(count=2, n=2, best_of=4, use_beam_search=True, temperature=0.0, length_penalty=2.0)
+    collector.push(0, event([0, 0], FinishReason.STOP))
+    collector.push(1, event([1], FinishReason.LENGTH))
+    assert [out.score for out in collector.output(RequestMetrics()).outputs] == [-1.0 / 4, -1.5]

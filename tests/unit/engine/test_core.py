@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -687,3 +688,78 @@ async def test_waiting_for_room_leaves_no_tasks_behind() -> None:
     rig.scheduler.plan = starve  # type: ignore[method-assign]
     await rig.finish()
     assert asyncio.all_tasks() <= before
+
+
+async def test_a_beam_search_says_everything_at_once() -> None:
+    rig = Rig(script=(5, 6, 7))
+    channel = rig.submit(max_tokens=3, use_beam_search=True, best_of=2, temperature=0.0)
+    await rig.steps(2)
+    assert "publish" not in rig.trace
+    await rig.finish()
+    assert [(delta.token_ids, delta.finish_reason) for delta in await drain(channel)] == [((5, 6, 7), "length")]
+    assert rig.metrics.totals["generated_tokens"] == 3
+    assert rig.is_clean()
+
+
+async def test_a_beam_search_that_is_aborted_leaves_nothing_behind() -> None:
+    rig = Rig()
+    channel = rig.submit(max_tokens=9, use_beam_search=True, best_of=3, temperature=0.0)
+    await rig.steps(2)
+    rig.core.abort("a")
+    await rig.finish()
+    assert isinstance(ending(channel), RequestAborted)
+    assert rig.is_clean()
+
+
+async def test_alike_completions_are_run_once() -> None:
+    rig = Rig()
+    channel = rig.submit(max_tokens=2, n=3, temperature=0.0)
+    await rig.finish()
+    assert max(len(plan.rows) for plan in rig.plans) == 1
+    assert [out.token_ids for out in channel.outcome().outputs] == [[5, 6]] * 3
+    assert sorted((delta.index, delta.finish_reason) for delta in await drain(channel)) == [
+        (0, "length"),
+        (1, "length"),
+        (2, "length"),
+    ]
+
+
+async def test_a_function_of_the_callers_ranks_the_candidates() -> None:
+    rig = Rig(script=lambda tokens, index: index)
+    channel = rig.submit(max_tokens=2, best_of=3, rank_by=lambda output: output.token_ids[0])
+    await rig.finish()
+    [best] = channel.outcome().outputs
+    assert (best.token_ids, best.score, best.index) == ([2, 2], 2.0, 0)
+
+
+async def test_a_ranking_that_fails_ends_its_own_request() -> None:
+    def fail(output: Any) -> float:
+        raise ValueError("no opinion")
+
+    rig = Rig()
+    channel, other = rig.submit(max_tokens=2, best_of=2, rank_by=fail), rig.submit(name="b")
+    await rig.finish()
+    assert isinstance(error := ending(channel), RequestError)
+    assert "no opinion" in str(error)
+    assert ids_of(other) == [5, 6]
+    assert rig.is_clean()
+
+
+async def test_a_request_can_be_aborted_while_it_is_ranked() -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def wait(output: Any) -> float:
+        asked.set()
+        answer.wait(10)
+        return 1.0
+
+    rig = Rig()
+    channel = rig.submit(max_tokens=1, best_of=2, rank_by=wait)
+    await rig.steps(1)
+    assert await asyncio.to_thread(asked.wait, 10)
+    rig.core.abort("a")
+    assert isinstance(error := ending(channel), RequestAborted)
+    assert error.output is not None
+    answer.set()
+    await rig.finish()
+    assert rig.is_clean()

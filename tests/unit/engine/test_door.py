@@ -15,8 +15,9 @@ from penstock.engine.channel import Channel
 from penstock.engine.door import Door
 from penstock.engine.request import Params, Request
 from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
+from penstock.generation import GenerationConfig
 from penstock.models.protocol import ModelSpec
-from penstock.sampling import GenerationConfig, RequestPriority, SamplingParams
+from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
 
 LIMIT = 40
@@ -153,6 +154,29 @@ def test_completions_share_everything_but_their_number() -> None:
 
 def test_best_of_runs_as_many_candidates() -> None:
     assert len(Rig().enroll([3], SamplingParams(n=1, best_of=4, max_tokens=2)).sequences) == 4
+
+
+def test_greedy_completions_are_computed_once() -> None:
+    greedy = {"n": 3, "temperature": 0.0, "max_tokens": 2}
+    assert len(Rig().enroll([3], SamplingParams(**greedy)).sequences) == 1
+    processed = SamplingParams(**greedy, logits_processors=[lambda ids, logits: logits])
+    assert len(Rig().enroll([3], processed).sequences) == 3, "what a function does may differ from call to call"
+
+
+def test_a_beam_search_has_a_sequence_for_every_beam() -> None:
+    params = SamplingParams(use_beam_search=True, best_of=4, n=2, temperature=0.0, max_tokens=2, prompt_logprobs=0)
+    request = Rig().enroll([3, 4], params)
+    assert request.search is not None
+    assert len(request.sequences) == request.search.width == 4
+    assert [seq.params.prompt_logprobs for seq in request.sequences] == [0, None, None, None]
+    assert request.collector is not None
+    assert request.collector.num_texts == 2
+
+
+def test_more_beams_than_run_in_a_step_are_refused() -> None:
+    params = SamplingParams(use_beam_search=True, best_of=9, temperature=0.0, max_tokens=2)
+    with pytest.raises(RequestTooLarge, match=r"9 beams are more than run in one step \(8\)"):
+        Rig(max_batch_size=8).enroll([3], params)
 
 
 def test_ignored_eos_leaves_the_stop_ids_that_were_asked_for() -> None:

@@ -109,30 +109,6 @@ def test_two_requests_share_a_prefix_within_one_step() -> None:
     assert world.cache.num_free_blocks == 6
 
 
-def test_siblings_share_their_prompt_with_and_without_prefix_caching() -> None:
-    for caching in (True, False):
-        world = World(caching=caching)
-        first = world.add(1, [*range(10)], request_id="r")
-        second = world.add(2, [*range(10)], request_id="r", parent=first, sample_index=1)
-        stranger = world.add(3, [*range(10)])
-        world.begin()
-        assert list(first.blocks) == [0, 1, 2]
-        assert list(second.blocks) == [0, 1, 3]
-        assert list(stranger.blocks) == ([0, 1, 4] if caching else [4, 5, 6])
-        world.end()
-
-
-def test_a_later_sibling_shares_the_partial_block_by_copy() -> None:
-    world = World(max_batch_size=1)
-    first = world.add(1, [*range(10)])
-    sibling = world.add(2, [*range(10)], parent=first)
-    world.step()
-    world.config.max_batch_size = 2
-    assert world.begin() == {1: (10, 11), 2: (9, 10)}
-    assert world.plan.copies == ((2, 3),)
-    assert (list(first.blocks), list(sibling.blocks)) == ([0, 1, 2], [0, 1, 3])
-
-
 def test_scored_prompts_are_chunked_by_logit_rows() -> None:
     world = World(max_logit_rows=4)
     world.add(1, 3, new=9)

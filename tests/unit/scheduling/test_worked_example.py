@@ -125,9 +125,10 @@ def test_a_later_sample_copies_the_shared_block_it_writes() -> None:
     scheduler.add(second, now=0.0)
     plan = scheduler.plan(now=0.0)
     assert [shown(row) for row in plan.rows] == [("0-6", "0 1")]
-    scheduler.commit(plan, drawn(plan))
+    assert [row.sample_index for row in plan.rows[0].siblings] == [1]
+    scheduler.commit(plan, StepResult((RowResult((7,), siblings=(RowResult((8,)),)),)))
     plan = scheduler.plan(now=0.0)
-    assert [shown(row) for row in plan.rows] == [("6-7", "0 1"), ("5-6", "0 2")]
+    assert [shown(row) for row in plan.rows] == [("6-7", "0 1"), ("6-7", "0 2")]
     assert plan.copies == ((1, 2),)
 
 

@@ -9,10 +9,11 @@ from penstock.config import EngineConfig
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.scheduler import Scheduler
 from penstock.sequence import Sequence
-from penstock.step import Event, RowResult, StepPlan, StepResult
+from penstock.step import Event, Row, RowResult, StepPlan, StepResult
 
 LOW, NORMAL, HIGH, CRITICAL = RequestPriority
 TOKEN = 7  # what the model says when the test does not care
+Results = dict[int, RowResult | tuple[int, ...]]
 
 
 class World:
@@ -54,15 +55,18 @@ class World:
         self.cache.check(self.scheduler.sequences())
         return {row.seq_id: (row.start, row.end) for row in self.plan.rows}
 
-    def end(self, results: dict[int, RowResult | tuple[int, ...]] | None = None) -> list[Event]:
+    def end(self, results: Results | None = None) -> list[Event]:
         """Commit the planned step; every sampling row without a result of its own says TOKEN."""
-        rows = []
-        for row in self.plan.rows:
-            out = (results or {}).get(row.seq_id, (TOKEN,) if row.samples else ())
-            rows.append(out if isinstance(out, RowResult) else RowResult(out))
-        events = self.scheduler.commit(self.plan, StepResult(tuple(rows)))
+        rows = tuple(self.result_of(row, results or {}) for row in self.plan.rows)
+        events = self.scheduler.commit(self.plan, StepResult(rows))
         self.cache.check(self.scheduler.sequences())
         return events
+
+    def result_of(self, row: Row, results: Results) -> RowResult:
+        """What a row comes to, and its siblings with it."""
+        out = results.get(row.seq_id, (TOKEN,) if row.samples else ())
+        found = out if isinstance(out, RowResult) else RowResult(out)
+        return found._replace(siblings=tuple(self.result_of(sibling, results) for sibling in row.siblings))
 
     def step(self, now: float = 1.0) -> dict[int, tuple[int, int]]:
         """Plan and commit."""

@@ -1,0 +1,82 @@
+"""`GenerationConfig`: the parameter names of `transformers`, translated into `SamplingParams`.
+
+Owns the translation and nothing else. Built by callers; the door asks for `sampling_params()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from penstock.errors import RequestError, RequestTooLarge
+from penstock.sampling import SamplingParams
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationConfig:
+    """The vocabulary of `transformers`-style callers; `sampling_params()` translates it.
+
+    `max_length` counts new tokens unless `length_mode="total"`, and is cut to what fits; a prompt that leaves no
+    room raises `RequestTooLarge`. `do_sample=False` is greedy whatever the temperature; with `num_beams` above 1 it is
+    a beam search. `pad_token_id` and `use_cache` are accepted because callers carry them; rows are never padded and
+    the K/V cache is always used.
+    """
+
+    max_length: int = 512
+    length_mode: str = "new"
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float | None = 0.9
+    repetition_penalty: float = 1.0
+    do_sample: bool = True
+    early_stopping: bool | str = True
+    min_length: int = 0
+    length_penalty: float = 1.0
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    pad_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    use_cache: bool = True
+    seed: int | None = None
+    stop: str | Sequence[str] | None = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.length_mode not in ("new", "total"):
+            raise RequestError(f'length_mode must be "new" or "total", got {self.length_mode!r}')
+        if not isinstance(self.num_beams, int) or self.num_beams < 1:
+            raise RequestError(f"num_beams must be an integer >= 1, got {self.num_beams!r}")
+        if self.num_beams > 1 and self.do_sample:
+            raise RequestError(f"num_beams={self.num_beams} searches and draws nothing: set do_sample=False with it")
+        self.sampling_params()  # refuses bad values here, where the caller wrote them
+
+    def sampling_params(self, prompt_len: int = 0, room: int | None = None) -> SamplingParams:
+        """The same wishes as `SamplingParams`, with `max_length` cut to `room` (new tokens that still fit).
+
+        Raises `RequestTooLarge` when a prompt of `prompt_len` tokens uses up `max_length`.
+        """
+        new = self.max_length - (prompt_len if self.length_mode == "total" else 0)
+        if prompt_len and new < 1:
+            raise RequestTooLarge(
+                f"the prompt has {prompt_len} tokens and max_length={self.max_length} leaves no room for output: "
+                'raise max_length, or count new tokens only with length_mode="new"'
+            )
+        if room is not None:
+            new = min(new, room)
+        eos = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id or ())
+        searches = self.num_beams > 1
+        return SamplingParams(
+            n=self.num_return_sequences,
+            best_of=self.num_beams if searches else None,
+            use_beam_search=searches,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            temperature=self.temperature if self.do_sample else 0.0,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=min(self.min_length, new),
+            max_tokens=new,
+            stop=self.stop,
+            stop_token_ids=eos,
+            seed=self.seed,
+        )

@@ -1,0 +1,103 @@
+"""`Continuations`: the likeliest next tokens of each beam of a beam search, in place of one draw.
+
+Owns how a request's rules meet log probabilities: as in `transformers`, they are applied to those, not to logits, so
+that what they change is not spread over the vocabulary. Keeps nothing between steps, since beams change their tokens.
+Called by the executor, once per step with beams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from penstock.errors import RequestError
+from penstock.models import rules
+from penstock.models.sampler import BYTES_PER_LOGIT
+from penstock.models.vocabulary import Survey, Top, Vocabulary
+from penstock.optimizers.beams import num_candidates
+from penstock.step import Row, RowResult, TokenLogprobs
+
+
+class Continuations:
+    """`chunk_bytes` bounds the temporary tensors over the vocabulary."""
+
+    def __init__(self, eos_token_ids: frozenset[int], chunk_bytes: int, survey: Survey | None = None) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._chunk_bytes = chunk_bytes
+        self._survey = survey
+
+    @torch.no_grad()
+    def find(self, logits: Tensor, rows: Sequence[Row]) -> list[RowResult]:
+        """Each row's `candidates`: logits [R, V] are those after its last position. Errors are as the sampler's."""
+        assert len(logits) == len(rows)
+        found: dict[int, RowResult] = {}
+        for ruled in (False, True):  # apart, so that a row never depends on its neighbours' rules
+            members = [i for i, row in enumerate(rows) if rules.has_rules(row) == ruled]
+            for some in self._chunks(members, logits.shape[1]):
+                chosen = logits if len(some) == len(logits) else logits[torch.tensor(some, device=logits.device)]
+                raw = Vocabulary.of(chosen, self._survey)
+                found |= zip(some, self._find(raw, [rows[i] for i in some], ruled), strict=True)
+        return [found[i] for i in range(len(rows))]
+
+    def _chunks(self, members: list[int], vocab_size: int) -> Iterable[list[int]]:
+        size = max(1, self._chunk_bytes // (BYTES_PER_LOGIT * vocab_size))
+        return (members[first : first + size] for first in range(0, len(members), size))
+
+    def _find(self, raw: Vocabulary, rows: Sequence[Row], ruled: bool) -> list[RowResult]:
+        log_total = raw.log_total()
+        seen, errors = self._ruled(raw, log_total, rows) if ruled else (raw, {})
+        counts = [num_candidates(row.params.num_beams, len(row.stop_ids)) for row in rows]
+        greatest, tokens = seen.greatest(min(max(counts), raw.size))
+        own = raw.flat.gather(1, tokens) if ruled else greatest
+        logprobs = (own.double() - log_total[:, None]).tolist()
+        scores = greatest.tolist() if ruled else logprobs
+        asked = _Details.of(raw, log_total, tokens, rows)
+        columns = zip(tokens.tolist(), logprobs, scores, log_total.tolist(), seen.peak.tolist(), strict=True)
+        results = []
+        for i, (*column, total, peak) in enumerate(columns):
+            error = rules.row_error(isfinite(total), errors.get(i), isfinite(peak))
+            entries = asked.entries(i, *column)[: counts[i]]
+            results.append(RowResult(candidates=entries) if error is None else RowResult(error=error))
+        return results
+
+    def _ruled(
+        self, raw: Vocabulary, log_total: Tensor, rows: Sequence[Row]
+    ) -> tuple[Vocabulary, dict[int, RequestError]]:
+        """Log probabilities after every rule, and the errors of user processors."""
+        copy = raw.take(torch.arange(len(rows), device=log_total.device))
+        copy.flat.sub_(log_total[:, None])
+        sequences = [rules.SequenceRules.of(row, self._eos_token_ids, raw.size) for row in rows]
+        errors = rules.apply(copy.flat[:, : raw.size], rows, sequences)
+        return copy.refreshed(), errors
+
+
+@dataclass(frozen=True, slots=True)
+class _Details:
+    """What rows that asked for logprobs get with each candidate: ranks [W] of the candidates, and the top tokens."""
+
+    ranks: dict[int, list[int]]
+    tops: dict[int, Top]
+
+    @classmethod
+    def of(cls, raw: Vocabulary, log_total: Tensor, tokens: Tensor, rows: Sequence[Row]) -> _Details:
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        if not asked:
+            return cls({}, {})
+        index = torch.tensor(asked, device=tokens.device)
+        some = raw.take(index)
+        above = [some.num_above(some.at(column)) for column in tokens[index].T]
+        ranks = (torch.stack(above, dim=1) + 1).tolist()
+        tops = some.tops(log_total[index], [rows[i].params.logprobs or 0 for i in asked])
+        return cls(dict(zip(asked, ranks, strict=True)), dict(zip(asked, tops, strict=True)))
+
+    def entries(
+        self, i: int, tokens: list[int], logprobs: list[float], scores: list[float]
+    ) -> tuple[TokenLogprobs, ...]:
+        """The candidates of row i, without those that are ruled out."""
+        ranks, top = self.ranks.get(i, [0] * len(tokens)), self.tops.get(i, ())
+        columns = zip(tokens, logprobs, scores, ranks, strict=True)
+        return tuple(TokenLogprobs(token, own, score, rank, top) for token, own, score, rank in columns if score > -inf)

@@ -1,0 +1,53 @@
+"""`Overview`: what may be asked of a scheduler, about whom it has and how many.
+
+Owns nothing and changes nothing. Asked by the engine's loop between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from penstock.scheduling.news import News
+from penstock.scheduling.roster import Roster
+from penstock.sequence import FinishReason, Sequence
+
+
+class Overview:
+    """The questions that a `Scheduler` answers."""
+
+    _roster: Roster
+    _news: News
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence has not ended."""
+        return bool(self._roster.live)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of sequences that hold no blocks: in the queue, or waiting for others of their request."""
+        return len(self._roster.live) - len(self._roster.running)
+
+    @property
+    def num_running(self) -> int:
+        """Number of sequences that hold blocks."""
+        return len(self._roster.running)
+
+    @property
+    def next_deadline(self) -> float:
+        """The earliest time at which `expire` may have something to do; infinity for never."""
+        return self._roster.deadlines.next_time
+
+    def get(self, seq_id: int) -> Sequence | None:
+        """The sequence with this id, unless it ended."""
+        return self._roster.live.get(seq_id)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every sequence that has not ended, in order of arrival here."""
+        return iter(self._roster.live.values())
+
+    def stats(self) -> dict[str, int]:
+        """Counts: num_waiting and num_running now, num_preemptions and num_finished_<reason> since the start."""
+        ended = {f"num_finished_{reason.value}": self._news.num_finished[reason] for reason in FinishReason}
+        now = {"num_waiting": self.num_waiting, "num_running": self.num_running}
+        return {**now, "num_preemptions": self._roster.num_preemptions, **ended}
