@@ -43,11 +43,16 @@ def penstock(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+def hear_ctrl_c() -> None:
+    """A shell has what it starts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(*args: str) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs meanwhile; never left behind."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command(*args), stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
+    """A command that runs meanwhile; never left behind. It hears Ctrl-C, even where the tests run in the background."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command(*args), text=True, env=ENVIRONMENT, preexec_fn=hear_ctrl_c, **pipes) as process:
         try:
             yield process
         finally:
