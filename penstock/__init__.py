@@ -6,7 +6,7 @@ and transformers are imported when the first engine loads a model.
 
 __version__ = "0.1.0"
 
-from penstock.config import EngineConfig
+from penstock.config import BatchingStrategy, EngineConfig
 from penstock.engine import LLM, AsyncEngineArgs, AsyncLLMEngine, InferenceEngine, RequestHandle, RequestStatus
 from penstock.errors import (
     ConfigurationError,
@@ -26,16 +26,24 @@ from penstock.models.scripted import ScriptedModel
 from penstock.optimizers.memory_pool import MemoryPool
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import OutputKind, RequestPriority, SamplingParams
+from penstock.scheduling.advisor import BatchingOptimizer
+from penstock.scheduling.batching import BatchingConfig, DynamicBatcher
+from penstock.scheduling.bucketing import SequenceBucketer, calculate_padding_efficiency, create_padded_batch
+from penstock.scheduling.estimator import MemoryEstimator
 from penstock.sequence import FinishReason
 
 __all__ = [
     "LLM",
     "AsyncEngineArgs",
     "AsyncLLMEngine",
+    "BatchingConfig",
+    "BatchingOptimizer",
+    "BatchingStrategy",
     "CompletionOutput",
     "ConfigurationError",
     "DeadlineExceeded",
     "Delta",
+    "DynamicBatcher",
     "EngineClosed",
     "EngineConfig",
     "EngineOverloaded",
@@ -45,6 +53,7 @@ __all__ = [
     "GrammarError",
     "InferenceEngine",
     "Logprob",
+    "MemoryEstimator",
     "MemoryPool",
     "OutOfMemory",
     "OutputKind",
@@ -59,5 +68,8 @@ __all__ = [
     "RequestTooLarge",
     "SamplingParams",
     "ScriptedModel",
+    "SequenceBucketer",
     "__version__",
+    "calculate_padding_efficiency",
+    "create_padded_batch",
 ]

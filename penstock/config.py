@@ -8,9 +8,11 @@ validated and takes effect at the next step where the field's sentence does not 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +40,15 @@ ALIASES = {
 REWRITES = ("kernels", "fused_layers", "packed_linears", "packed_norms")
 
 
+class BatchingStrategy(StrEnum):
+    """Who of the waiting starts together; `scheduling.packing` says how each does it."""
+
+    NAIVE = "naive"  # a static batch: nobody joins until all of it is done
+    BUCKETED = "bucketed"  # sequences of similar length start together
+    MEMORY_AWARE = "memory_aware"  # only what memory holds to its very end starts
+    CONTINUOUS = "continuous"  # whoever is next starts as soon as there is room
+
+
 class EngineConfig(BaseSettings):
     """Settings of an `InferenceEngine`."""
 
@@ -50,8 +61,15 @@ class EngineConfig(BaseSettings):
     max_sequence_length: int | None = Field(2048, ge=1, description="Most tokens of one sequence, prompt and output; cut to what the model can. None: the model's own limit. Read at start.")
     max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens of one step; longer prompts are prefilled in chunks, so that nobody's stream stalls.")
     batch_timeout_ms: float = Field(50.0, ge=0, description="Longest an idle engine waits to coalesce a burst of first arrivals. The wait ends as soon as the burst pauses, so a lone request hardly waits; 0 never waits.")
-    enable_dynamic_batching: bool = Field(True, description="Accepted for callers that carry it: batches are always formed anew at every step.")
-    enable_continuous_batching: bool = Field(True, description="Accepted for callers that carry it: requests always join and leave at every step.")
+    batching_strategy: BatchingStrategy = Field(BatchingStrategy.CONTINUOUS, description="Who of the waiting starts together: continuous (whoever is next), bucketed (similar lengths), memory_aware (only what fits to its very end) or naive (static batches). Read at start.")
+    bucket_size: int = Field(128, ge=0, description="Largest difference of lengths, in tokens, among sequences that start together under batching_strategy=bucketed. Read at start.")
+    memory_limit_mb: float | None = Field(None, gt=0, description="MiB that weights and K/V of all running sequences may come to at their full lengths under batching_strategy=memory_aware; None: what the K/V cache holds. Read at start.")
+    enable_dynamic_batching: bool = Field(True, description="False ignores batching_strategy: whoever is next starts. Read at start.")
+    enable_continuous_batching: bool = Field(True, description="False makes static batches, whatever batching_strategy says: nobody joins until all of a batch is done. Read at start.")
+
+    # Tuning
+    target: Literal["latency", "throughput"] | None = Field(None, description="What the engine tunes itself for, from measured step times: latency keeps the time between tokens under max_inter_token_ms, throughput makes the most tokens. Settings that were given stay limits. None: it keeps to the settings.")
+    max_inter_token_ms: float = Field(60.0, gt=0, description="Longest time between two tokens of a stream that target=latency allows, for 99 of 100 of them.")
 
     # Queue
     max_queue_size: int = Field(1000, ge=1, description="Most requests that may wait; one more raises EngineOverloaded.")
@@ -115,16 +133,12 @@ class EngineConfig(BaseSettings):
         return names
 
     def __init__(self, **values: Any) -> None:
-        try:
+        with explained((*EngineConfig.model_fields, *ALIASES)):
             super().__init__(**canonical(values))
-        except ValidationError as error:
-            raise ConfigurationError(_explain(error)) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        try:
+        with explained((*EngineConfig.model_fields, *ALIASES)):
             super().__setattr__(ALIASES.get(name, name), value)
-        except ValidationError as error:
-            raise ConfigurationError(_explain(error)) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> EngineConfig:
@@ -151,15 +165,20 @@ def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _explain(error: ValidationError) -> str:
-    return "; ".join(_explain_one(item) for item in error.errors())
+@contextlib.contextmanager
+def explained(names: Iterable[str]) -> Iterator[None]:
+    """Turn a refused setting into a `ConfigurationError` that says what to change; `names` are those there are."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigurationError("; ".join(_explain_one(item, names) for item in error.errors())) from None
 
 
-def _explain_one(item: Any) -> str:
+def _explain_one(item: Any, names: Iterable[str]) -> str:
     name = ".".join(map(str, item["loc"])) or "configuration"
     if item["type"] in ("extra_forbidden", "no_such_attribute"):
-        near = difflib.get_close_matches(name, [*EngineConfig.model_fields, *ALIASES], n=1)
+        near = difflib.get_close_matches(name, list(names), n=1)
         return f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
-    if item["type"] == "literal_error":
+    if item["type"] in ("literal_error", "enum"):
         return f"{name}={item.get('input')!r} is not available: choose {item['ctx']['expected']}, or leave it out"
     return f"{name}: {item['msg']} (got {item.get('input')!r})"

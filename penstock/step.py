@@ -124,6 +124,40 @@ def paired(plan: StepPlan, result: StepResult) -> Iterator[tuple[Row, RowResult]
             yield from zip(row.siblings, out.siblings, strict=True)
 
 
+class StepRecord(NamedTuple):
+    """What a step was, for those who learn from it: metrics, advisor, tuner.
+
+    `seconds` is the time since the step before, if that ran back to back: what a stream waits for its token. Of `rows`,
+    `streams` had only their newest token and its drafts to compute. `tokens` went through the model; `prompt_tokens`
+    of them belong to the other rows and lie at `depth` of their prompts, on average; `generated` came out, and
+    `waiting` sequences were left in the queue.
+    """
+
+    seconds: float
+    rows: int
+    streams: int
+    tokens: int
+    prompt_tokens: int
+    depth: float
+    generated: int
+    waiting: int
+
+
+def record_of(plan: StepPlan, result: StepResult, seconds: float, waiting: int) -> StepRecord:
+    """The record of a committed step."""
+    streams = tokens = prompt_tokens = deep = 0
+    for row in plan.rows:
+        count = row.end - row.start
+        tokens += count
+        if count - len(row.draft) == 1 and row.samples:
+            streams += 1
+        else:
+            prompt_tokens += count
+            deep += count * (row.start + row.end)
+    depth = deep / (2 * prompt_tokens) if prompt_tokens else 0.0
+    return StepRecord(seconds, len(plan.rows), streams, tokens, prompt_tokens, depth, result.num_generated, waiting)
+
+
 class Event(NamedTuple):
     """News of one sequence for its reader. `reason` is set on exactly one event, the last one.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,17 @@ from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.tokenizing import TokenizerPool
+from penstock.engine.tuning import Tuning
 from penstock.engine.worker import Worker
 from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
 from penstock.models.protocol import ModelRunner
 from penstock.scheduling.admission import Admission
+from penstock.scheduling.advisor import BatchingOptimizer
+from penstock.scheduling.limits import Limits
+from penstock.scheduling.packing import engine_packing, strategy_of
 from penstock.scheduling.scheduler import Scheduler
+from penstock.step import StepRecord
 
 # A host's free memory belongs to the rest of the program too: gpu_memory_utilization is a fraction of this part.
 HOST_SHARE = 0.25
@@ -43,6 +49,7 @@ class Parts:
     cache: CacheManager
     scheduler: Scheduler
     door: Door
+    tuning: Tuning
 
     def close(self) -> None:
         """Let go of the model, its memory and the tokenizer threads."""
@@ -79,10 +86,12 @@ def _around(runner: ModelRunner, tokenizer: Any, config: EngineConfig, admission
     longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
     cache = _cache(runner, longest, config, log)
     max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
-    scheduler = Scheduler(config, cache, max_logit_rows=max_logit_rows)
+    limits = Limits(config)
+    packing = engine_packing(config, limits, cache.capacity, runner.spec.kv_bytes_per_token, runner.spec.weight_bytes)
+    scheduler = Scheduler(config, cache, max_logit_rows=max_logit_rows, limits=limits, packing=packing)
     pool = TokenizerPool(tokenizer)
     door = Door(config, runner.spec, min(longest, cache.capacity), copy.deepcopy(tokenizer), pool, admission)
-    return Parts(runner, tokenizer, pool, cache, scheduler, door)
+    return Parts(runner, tokenizer, pool, cache, scheduler, door, Tuning(config, limits, log))
 
 
 def _cache(runner: ModelRunner, longest: int, config: EngineConfig, log: Logger) -> CacheManager:
@@ -125,6 +134,7 @@ def booter(
     config: EngineConfig,
     admission: Admission,
     metrics: Metrics,
+    advisor: BatchingOptimizer,
     log: Logger,
     parts: list[Parts],
 ) -> Boot:
@@ -146,9 +156,20 @@ def booter(
             metrics=metrics,
             log=log,
             housekeeper=Housekeeper(config, made.runner, made.cache, time.monotonic, worker.run),
+            watchers=_watchers(config, made, advisor),
         )
 
     return boot
+
+
+def _watchers(config: EngineConfig, parts: Parts, advisor: BatchingOptimizer) -> list[Callable[[StepRecord], None]]:
+    """Who learns from every step."""
+    strategy, scheduler = strategy_of(config), parts.scheduler
+
+    def advise(record: StepRecord) -> None:
+        advisor.record_step(record, strategy, scheduler.limits.max_running, scheduler.num_preemptions)
+
+    return [parts.tuning.observe, *([advise] if config.enable_metrics else [])]
 
 
 def shut_down(host: Host, callbacks: Callbacks, parts: list[Parts]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,7 +30,7 @@ from penstock.models.protocol import ModelRunner
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason
-from penstock.step import Event, StepPlan, StepResult
+from penstock.step import Event, StepPlan, StepRecord, StepResult, record_of
 
 # How long an idle engine listens for the next arrival of a burst before it starts, in seconds.
 BURST_PAUSE_S = 0.001
@@ -52,6 +52,7 @@ class EngineCore:
         log: Logger,
         housekeeper: Housekeeper,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        watchers: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
         self.scheduler = scheduler
         self.housekeeper = housekeeper
@@ -62,6 +63,7 @@ class EngineCore:
         self._metrics = metrics
         self._log = log
         self._sleep = sleep
+        self._watchers = tuple(watchers)
         self._desk = Desk(scheduler, runner, door, clock, metrics, log, self._forget)
         self._encoding: dict[str, Future[Any]] = {}
         self._alarms = Alarms(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
@@ -212,8 +214,9 @@ class EngineCore:
             await self._coalesce()
 
     async def _coalesce(self) -> None:
-        until = self._clock() + self._config.batch_timeout_ms / 1000
-        while self._clock() < until and self.scheduler.num_waiting < self._config.max_batch_size:
+        limits = self.scheduler.limits
+        until = self._clock() + limits.batch_timeout_s
+        while self._clock() < until and self.scheduler.num_waiting < limits.max_running:
             before = self._arrivals
             await self._sleep(BURST_PAUSE_S)
             if self._arrivals == before and not self._encoding:
@@ -238,6 +241,9 @@ class EngineCore:
         now = self._clock()
         seconds = now - (begin if self._busy_since is None else self._busy_since)
         self._busy_since = now
-        self._metrics.step(len(plan.rows), plan.num_tokens, result.num_generated, seconds)
+        record = record_of(plan, result, seconds, self.scheduler.num_waiting)
+        self._metrics.step(record.rows, record.tokens, record.generated, seconds)
+        for watch in self._watchers:
+            watch(record)
         if self._config.profile_performance:
             self._log.debug("step", rows=len(plan.rows), tokens=plan.num_tokens, seconds=seconds, **result.timings_s)

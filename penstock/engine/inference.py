@@ -36,6 +36,7 @@ from penstock.errors import EngineClosed, RequestError
 from penstock.outputs import RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
+from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.sequence import FinishReason
 
 # How many ended requests of `submit_request` can still be asked about.
@@ -63,7 +64,9 @@ class InferenceEngine:
         self._parts: list[Parts] = []
         self._random = random.Random(self.config.seed)
         self._pid = os.getpid()
-        self._host = Host(booter(model, tokenizer, self.config, self._admission, self._metrics, self._log, self._parts))
+        self._advisor = BatchingOptimizer()
+        made = (self.config, self._admission, self._metrics, self._advisor, self._log, self._parts)
+        self._host = Host(booter(model, tokenizer, *made))
         self._callbacks = Callbacks(_failer(self._host))
         self._finalizer = weakref.finalize(self, shut_down, self._host, self._callbacks, self._parts)
 
@@ -236,8 +239,14 @@ class InferenceEngine:
             "weight_bytes": spec.weight_bytes if spec else 0,
             "kernels": spec.kernels if spec else None,
             "rewrites": spec.rewrites if spec else (),
+            "tuner": parts.tuning.stats() if parts else {},
             "config": self.config.model_dump(),
         }
+
+    @property
+    def batching_optimizer(self) -> BatchingOptimizer:
+        """What every step has been told to, for `get_recommendations()`; empty with enable_metrics=False."""
+        return self._advisor
 
     def reset_prefix_cache(self) -> None:
         """Reuse no K/V computed until now, as after changing the weights of a borrowed module.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from penstock.cache.manager import CacheManager
+from penstock.scheduling.limits import Limits
 from penstock.scheduling.running import RunningSet
 from penstock.sequence import Sequence
 from penstock.step import Row
@@ -117,6 +118,21 @@ def _row(
 ) -> Row:
     birth = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
     return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *birth, draft, siblings)
+
+
+def begin(now: float, running: RunningSet, limits: Limits, max_logit_rows: int | None) -> Step:
+    """A step with nothing in it, within the limits of this moment."""
+    num_decoding = sum(map(is_decoding, running))
+    tokens = limits.step_tokens if limits.tuned is None else limits.tuned_tokens(*_load(running, num_decoding))
+    return Step(now, Budget(tokens, limits.max_batch_size, max_logit_rows, num_decoding), limits.max_running)
+
+
+def _load(running: RunningSet, num_decoding: int) -> tuple[int, int]:
+    """Tokens of the streams, drafts included, and how far the first prompt beside them has come."""
+    drafted = sum(len(seq.draft) for seq in running)
+    if num_decoding == len(running):
+        return num_decoding + drafted, 0
+    return num_decoding + drafted, next(seq.computed for seq in running if not is_decoding(seq))
 
 
 def has_room(

@@ -34,6 +34,11 @@ class Overview:
         return len(self._roster.running)
 
     @property
+    def num_preemptions(self) -> int:
+        """How often a running sequence had to go back to the queue."""
+        return self._roster.num_preemptions
+
+    @property
     def next_deadline(self) -> float:
         """The earliest time at which `expire` may have something to do; infinity for never."""
         return self._roster.deadlines.next_time
@@ -50,4 +55,4 @@ class Overview:
         """Counts: num_waiting and num_running now, num_preemptions and num_finished_<reason> since the start."""
         ended = {f"num_finished_{reason.value}": self._news.num_finished[reason] for reason in FinishReason}
         now = {"num_waiting": self.num_waiting, "num_running": self.num_running}
-        return {**now, "num_preemptions": self._roster.num_preemptions, **ended}
+        return {**now, "num_preemptions": self.num_preemptions, **ended}

@@ -1,7 +1,7 @@
 """`WaitingQueue`: the sequences that wait, best first, with keys that change while they wait.
 
 Owns one heap per class with lazy deletion and one of the times at which keys change. Never changes a sequence.
-Called by `Scheduler`.
+Called by `Scheduler`, `DynamicBatcher` and the packing policies of both.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
-from penstock.scheduling.policy import Key, Policy
-from penstock.sequence import Sequence
+from penstock.scheduling.policy import Key, Policy, Waiter
 
+W = TypeVar("W", bound=Waiter)
 _SLACK = 64  # stale entries that are not worth a rebuild
 
 
-class WaitingQueue:
+class WaitingQueue(Generic[W]):
     """An entry counts only while its version is the sequence's latest; others are skipped, and dropped in bulk."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._live: dict[int, tuple[int, Sequence]] = {}
-        self._heaps: dict[int, list[tuple[Key, int, Sequence]]] = {}
-        self._changes: list[tuple[float, int, Sequence]] = []
+        self._live: dict[int, tuple[int, W]] = {}
+        self._heaps: dict[int, list[tuple[Key, int, W]]] = {}
+        self._changes: list[tuple[float, int, W]] = []
         self._num_entries = 0
         self._version = 0
 
@@ -33,11 +34,11 @@ class WaitingQueue:
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._live
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[W]:
         """The waiting sequences in no particular order."""
         return (seq for _, seq in self._live.values())
 
-    def push(self, seq: Sequence, now: float) -> None:
+    def push(self, seq: W, now: float) -> None:
         """Add a sequence, or refresh the key of one that is here."""
         self._version += 1
         self._live[seq.id] = (self._version, seq)
@@ -55,17 +56,29 @@ class WaitingQueue:
             if self._is_live(version, seq):
                 self.push(seq, now)
 
-    def peek(self, above: int | None = None) -> Sequence | None:
+    def peek(self, above: int | None = None) -> W | None:
         """The best sequence, or the best one of a class strictly above `above`; None when there is none."""
         heads = [self._head(heap) for rank, heap in self._heaps.items() if above is None or rank > above]
         best = min((head for head in heads if head is not None), default=None)
         return None if best is None else best[2]
 
+    def best(self, count: int) -> list[W]:
+        """The first `count` of all, in order."""
+        return [entry[2] for entry in heapq.nsmallest(count, self._entries())]
+
+    def peers(self) -> list[W]:
+        """The best, and behind it in order those of its tier and deadline: whom a packing policy may reorder."""
+        entries = self._entries()
+        if not entries:
+            return []
+        standing = min(entries)[0][:2]
+        return [entry[2] for entry in sorted(entry for entry in entries if entry[0][:2] == standing)]
+
     def top_rank(self) -> float:
         """The highest class that waits; minus infinity when nobody does."""
         return max((rank for rank, heap in self._heaps.items() if self._head(heap)), default=-math.inf)
 
-    def pop(self) -> Sequence:
+    def pop(self) -> W:
         """Take the best sequence out."""
         seq = self.peek()
         assert seq is not None, "pop from an empty queue"
@@ -84,11 +97,14 @@ class WaitingQueue:
         self._policy = policy
         self._rebuild(now)
 
-    def _is_live(self, version: int, seq: Sequence) -> bool:
+    def _entries(self) -> list[tuple[Key, int, W]]:
+        return [entry for heap in self._heaps.values() for entry in heap if self._is_live(entry[1], entry[2])]
+
+    def _is_live(self, version: int, seq: W) -> bool:
         live = self._live.get(seq.id)
         return live is not None and live[0] == version
 
-    def _head(self, heap: list[tuple[Key, int, Sequence]]) -> tuple[Key, int, Sequence] | None:
+    def _head(self, heap: list[tuple[Key, int, W]]) -> tuple[Key, int, W] | None:
         while heap and not self._is_live(heap[0][1], heap[0][2]):
             heapq.heappop(heap)
             self._num_entries -= 1

@@ -27,7 +27,7 @@ class Roster:
         self._boost_s = None if policy else config.priority_boost_threshold  # None: the policy is the caller's
         self.policy = policy = policy or AgingPolicy(config.priority_boost_threshold)
         self.live: dict[int, Sequence] = {}
-        self.waiting = WaitingQueue(policy)
+        self.waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self.running = RunningSet()
         self.deadlines = Deadlines()
         self.num_preemptions = 0

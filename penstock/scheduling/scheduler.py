@@ -11,9 +11,11 @@ from collections.abc import Sequence as SequenceOf
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
-from penstock.scheduling.budget import Budget, Step, has_room, is_decoding
+from penstock.scheduling.budget import Step, begin, has_room, is_decoding
+from penstock.scheduling.limits import Limits
 from penstock.scheduling.news import News, accept
 from penstock.scheduling.overview import Overview
+from penstock.scheduling.packing import Continuous, Packing
 from penstock.scheduling.policy import Policy
 from penstock.scheduling.roster import Roster
 from penstock.scheduling.searches import Beams, Ended, Searches
@@ -30,8 +32,9 @@ _LEGAL_MOVES = {
 class Scheduler(Overview):
     """Plans best-first within a step's tokens, rows and blocks; victims come from the other end of the same order.
 
-    `policy` defaults to `AgingPolicy`, following the configuration. `max_logit_rows` bounds the positions of one step
-    that need logits, and so their memory.
+    `policy` defaults to `AgingPolicy`, following the configuration; `packing` says who of the waiting start together.
+    `limits` are read when a step begins. `max_logit_rows` bounds the positions of one step that need logits, and so
+    their memory.
     """
 
     def __init__(
@@ -41,8 +44,11 @@ class Scheduler(Overview):
         policy: Policy | None = None,
         *,
         max_logit_rows: int | None = None,
+        limits: Limits | None = None,
+        packing: Packing | None = None,
     ) -> None:
-        self._config = config
+        self.limits = limits or Limits(config)
+        self._packing = packing or Continuous()
         self._cache = cache
         self._max_logit_rows = max_logit_rows
         self._roster = Roster(config, policy)
@@ -56,13 +62,14 @@ class Scheduler(Overview):
     def add(self, seq: Sequence, now: float) -> None:
         """Queue a new sequence; one with a `parent` of its request that has drawn nothing yet draws with that one.
 
-        Raises `RequestTooLarge` when the whole cache could not hold it.
+        Raises `RequestTooLarge` when it could never run, had it all memory for itself.
         """
         if seq.max_len > self._cache.capacity:
             raise RequestTooLarge(
                 f"{seq.prompt_len} prompt tokens and {seq.max_len - seq.prompt_len} new ones are {seq.max_len}, and "
                 f"the K/V cache holds {self._cache.capacity}: ask for less or raise memory_pool_size"
             )
+        self._packing.check(seq)
         self._roster.add(seq, now)
 
     def search(self, beams: Beams, now: float) -> None:
@@ -114,7 +121,7 @@ class Scheduler(Overview):
         """Decide the next step; without rows there is nothing to do and nothing to commit."""
         assert self._executing is None, "the last plan was neither committed nor failed"
         self._roster.refresh(now)
-        step = self._begin(now)
+        step = begin(now, self._roster.running, self.limits, self._max_logit_rows)
         self._plan_running(step)
         self._plan_waiting(step)
         plan = StepPlan(tuple(step.rows), self._cache.take_copies(), *self._cache.moves())
@@ -144,11 +151,6 @@ class Scheduler(Overview):
             seq.in_flight = 0
             events.append(self._end(seq, *self._ending.pop(seq.id, (FinishReason.ERROR, error))))
         return events + self._end_doomed()
-
-    def _begin(self, now: float) -> Step:
-        tokens, rows = self._config.max_num_batched_tokens, self._config.max_batch_size
-        num_decoding = sum(map(is_decoding, self._roster.running))
-        return Step(now, Budget(tokens, rows, self._max_logit_rows, num_decoding), rows)
 
     def _plan_running(self, step: Step) -> None:
         outranked = self._roster.running.lowest_rank() < self._roster.waiting.top_rank()
@@ -192,12 +194,14 @@ class Scheduler(Overview):
         return False
 
     def _plan_waiting(self, step: Step) -> None:
-        """Start waiting sequences in their order, until one has no room."""
-        while (seq := self._roster.waiting.peek()) is not None and self._has_room(step, seq):
+        """Start waiting sequences, in the order of the packing."""
+        roster = self._roster
+        for seq in self._packing.starts(roster.waiting, roster.running, lambda seq: self._has_room(step, seq)):
             self._admit(step, seq)
 
     def _has_room(self, step: Step, seq: Sequence, leaving: SequenceOf[Sequence] = ()) -> bool:
-        return has_room(seq, step, self._roster.running, self._cache, leaving)
+        running = self._roster.running
+        return has_room(seq, step, running, self._cache, leaving) and self._packing.permits(seq, running, leaving)
 
     def _admit(self, step: Step, seq: Sequence) -> None:
         """Start a waiting sequence. All its blocks are taken at once, so a started prefill never lacks any."""

@@ -1,0 +1,230 @@
+"""`DynamicBatcher`: the engine's packing policies for programs that run their batches themselves.
+
+Owns the items that wait and, under CONTINUOUS, those that run. Never loses, repeats or starves one; never runs a model.
+Called by programs, from one thread at a time; `packing` decides who starts together, as it does for the engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from penstock.config import BatchingStrategy, explained
+from penstock.errors import RequestError, RequestTooLarge
+from penstock.sampling import RequestPriority
+from penstock.scheduling.bucketing import calculate_padding_efficiency
+from penstock.scheduling.estimator import MemoryEstimator
+from penstock.scheduling.packing import MIB, Bucketed, Continuous, MemoryAware, Naive, Packing
+from penstock.scheduling.policy import AgingPolicy
+from penstock.scheduling.queue import WaitingQueue
+
+BOOST_S = 5.0  # seconds of waiting that count as one priority class, as in the engine
+
+
+class BatchingConfig(BaseModel):
+    """Settings of a `DynamicBatcher`. Wrong ones raise `ConfigurationError`; assignments count from the next batch on,
+    but for `strategy`, `bucket_size` and `enable_continuous_batching`, which are read when a batcher is made."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    strategy: BatchingStrategy = BatchingStrategy.MEMORY_AWARE
+    max_batch_size: int = Field(32, ge=1, description="Most items of a batch.")
+    max_sequence_length: int = Field(2048, ge=1, description="Most tokens of an item.")
+    bucket_size: int = Field(128, ge=0, description="Largest difference of lengths in a batch under BUCKETED.")
+    memory_limit_mb: float = Field(4096, gt=0, description="Most MiB of a batch, and of weights the estimator knows.")
+    max_total_tokens: int = Field(32768, ge=1, description="Most tokens of a batch, padding included.")
+    enable_continuous_batching: bool = Field(True, description="False: a CONTINUOUS batch is done before the next.")
+
+    def __init__(self, **values: Any) -> None:
+        with explained(BatchingConfig.model_fields):
+            super().__init__(**values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        with explained(BatchingConfig.model_fields):
+            super().__setattr__(name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An item of a batcher, as the packing policies see one."""
+
+    id: int
+    request: Any
+    length: int
+    max_len: int
+    priority: int
+    arrival: float
+    deadline: float
+
+    @property
+    def request_id(self) -> str:
+        """Every item is for itself."""
+        return str(self.id)
+
+
+class DynamicBatcher:
+    """Forms batches of (request, sequence length) pairs; a length is that at the end, if the batch generates.
+
+    NAIVE, BUCKETED and MEMORY_AWARE give static batches: each item comes once, and the batch before is taken to be
+    done. Under CONTINUOUS a batch is all that run, new ones behind those that go on; an item runs until
+    `complete(request)` says that it ended. Who comes first is decided as in the engine: by the `priority` of a request
+    that has one (a number from 1 to 4), then by waiting time, then by its `deadline`, then by arrival; the first in
+    line is part of every batch that has room, so nobody starves. `memory_estimator` is what MEMORY_AWARE and
+    CONTINUOUS hold memory_limit_mb against; without one, max_total_tokens alone limits them.
+    """
+
+    def __init__(
+        self,
+        config: BatchingConfig | None = None,
+        memory_estimator: MemoryEstimator | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config or BatchingConfig()
+        self.memory_estimator = memory_estimator
+        self._clock = clock
+        self._ids = itertools.count()
+        self._waiting: WaitingQueue[Ticket] = WaitingQueue(AgingPolicy(BOOST_S))
+        self._running: list[Ticket] = []
+        self._is_continuous = self.config.strategy is BatchingStrategy.CONTINUOUS
+        self._packing = self._packing_of(self.config)
+
+    def add_items(self, items: Iterable[tuple[Any, int]]) -> None:
+        """Let (request, sequence length) pairs wait.
+
+        Raises `RequestTooLarge`, and adds none, when one could not even run alone.
+        """
+        now = self._clock()
+        tickets = [self._ticket(request, length, now) for request, length in items]
+        for ticket in tickets:
+            self._check(ticket)
+        for ticket in tickets:
+            self._waiting.push(ticket, now)
+
+    def get_next_batch(self) -> tuple[list[Any], dict[str, Any]]:
+        """The requests of the next batch, and what it is; ([], {}) when there is nothing to run.
+
+        The latter has strategy, batch_size, max_length, lengths, total_tokens, efficiency (see
+        `calculate_padding_efficiency`), with an estimator estimated_memory_mb and memory_utilization (of the limit),
+        under BUCKETED bucket_length, under CONTINUOUS continuing_requests and new_requests.
+        """
+        self._waiting.advance(self._clock())
+        continuing = list(self._running) if self._is_continuous else []
+        batch = list(continuing)
+        for ticket in self._packing.starts(self._waiting, batch, lambda ticket: self._fits(ticket, batch)):
+            self._waiting.remove(ticket.id)
+            batch.append(ticket)
+        if self._is_continuous:
+            self._running = list(batch)
+        return [ticket.request for ticket in batch], self._info(batch, len(continuing))
+
+    def complete(self, *requests: Any) -> None:
+        """These requests of a CONTINUOUS batch have ended; their places are free for the next one.
+
+        A request is known by identity. Raises `RequestError` for one that does not run.
+        """
+        for request in requests:
+            found = next((ticket for ticket in self._running if ticket.request is request), None)
+            if found is None:
+                raise RequestError(f"{request!r} does not run here: complete what a CONTINUOUS batch contained, once")
+            self._running.remove(found)
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that were in no batch yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Items of a CONTINUOUS batch that were not completed."""
+        return len(self._running)
+
+    def _packing_of(self, config: BatchingConfig) -> Packing:
+        if config.strategy is BatchingStrategy.BUCKETED:
+            return Bucketed(config.bucket_size)
+        if config.strategy is BatchingStrategy.MEMORY_AWARE:
+            return MemoryAware(self._memory_mb, math.inf)  # its limit may change; `_fits` holds it
+        if self._is_continuous and config.enable_continuous_batching:
+            return Continuous()
+        return Naive(lambda: self.config.max_batch_size)
+
+    def _ticket(self, request: Any, length: int, now: float) -> Ticket:
+        priority, deadline = getattr(request, "priority", None), getattr(request, "deadline", None)
+        return Ticket(
+            next(self._ids),
+            request,
+            length,
+            length,
+            int(priority) if isinstance(priority, int) else RequestPriority.NORMAL,
+            now,
+            float(deadline) if isinstance(deadline, int | float) else math.inf,
+        )
+
+    def _check(self, ticket: Ticket) -> None:
+        """Raise for what no batch could hold."""
+        config, length = self.config, ticket.length
+        most = min(config.max_sequence_length, config.max_total_tokens)
+        if not 1 <= length <= most:
+            raise RequestTooLarge(
+                f"an item of {length} tokens is never in a batch: lengths are from 1 to {most} "
+                f"(max_sequence_length={config.max_sequence_length}, max_total_tokens={config.max_total_tokens})"
+            )
+        if not self._fits_memory([length]):
+            raise RequestTooLarge(
+                f"an item of {length} tokens needs {self._memory_mb([length]):,.0f} MiB alone and memory_limit_mb is "
+                f"{config.memory_limit_mb:,.0f}: shorten it, or raise the limit"
+            )
+
+    def _fits(self, ticket: Ticket, batch: Sequence[Ticket]) -> bool:
+        """Whether a batch has room for one more; an empty one has, whatever the limits have become."""
+        if not batch:
+            return True
+        lengths = [*(other.length for other in batch), ticket.length]
+        tokens = sum(lengths) if self._is_continuous else len(lengths) * max(lengths)
+        return (
+            len(lengths) <= self.config.max_batch_size
+            and tokens <= self.config.max_total_tokens
+            and self._packing.permits(ticket, batch)
+            and self._fits_memory(lengths)
+        )
+
+    def _fits_memory(self, lengths: Sequence[int]) -> bool:
+        limited = self._is_continuous or self.config.strategy is BatchingStrategy.MEMORY_AWARE
+        return not limited or self._memory_mb(lengths) <= self.config.memory_limit_mb
+
+    def _memory_mb(self, lengths: Sequence[int]) -> float:
+        """MiB of a batch: static ones are padded, running ones are not."""
+        estimator = self.memory_estimator
+        if estimator is None:
+            return 0.0
+        count = len(lengths)
+        mean = -(-sum(lengths) // count) if self._is_continuous else max(lengths)
+        return estimator.estimate_total_memory(count, mean) / MIB
+
+    def _info(self, batch: Sequence[Ticket], num_continuing: int) -> dict[str, Any]:
+        if not batch:
+            return {}
+        lengths = [ticket.length for ticket in batch]
+        padding = calculate_padding_efficiency(lengths)
+        info: dict[str, Any] = {
+            "strategy": self.config.strategy.value,
+            "batch_size": len(batch),
+            "max_length": max(lengths),
+            "lengths": lengths,
+            "total_tokens": sum(lengths),
+            "efficiency": 1.0 if self._is_continuous else padding["efficiency"],
+        }
+        if self.memory_estimator is not None:
+            memory_mb = self._memory_mb(lengths)
+            info |= {"estimated_memory_mb": memory_mb, "memory_utilization": memory_mb / self.config.memory_limit_mb}
+        if self.config.strategy is BatchingStrategy.BUCKETED:
+            info["bucket_length"] = max(lengths)
+        if self._is_continuous:
+            info |= {"continuing_requests": num_continuing, "new_requests": len(batch) - num_continuing}
+        return info
