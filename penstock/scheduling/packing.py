@@ -78,21 +78,24 @@ class Naive(Continuous):
     def __init__(self, max_batch_size: Callable[[], int]) -> None:
         self._max_batch_size = max_batch_size
         self._batch: dict[str, int] = {}  # places of its requests
+        self._begun: set[str] = set()
 
     def permits(self, seq: Waiter, running: Group, leaving: Group = ()) -> bool:
         """Members of the batch that runs."""
         return seq.request_id in self._batch
 
     def starts(self, waiting: WaitingQueue[W], running: Group, fits: Fits[W]) -> Iterator[W]:
-        """The members that wait, best first; a new batch once there are none and nobody runs."""
+        """The members that wait, best first; a new batch once nobody runs and nobody who began waits."""
         members = self._members(waiting)
-        if not running and not members:
+        if not running and not any(seq.request_id in self._begun for seq in members):
             best = dict.fromkeys(seq.request_id for seq in waiting.best(self._max_batch_size()))
             self._batch = {request_id: place for place, request_id in enumerate(best)}
+            self._begun.clear()
             members = self._members(waiting)
         for seq in members:
             if not fits(seq):
                 return
+            self._begun.add(seq.request_id)
             yield seq
 
     def _members(self, waiting: WaitingQueue[W]) -> list[W]:

@@ -37,7 +37,10 @@ def describe() -> list[str]:
 
 
 def describe_one(name: str, thing: Any) -> Iterator[str]:
-    """One public class: a line for its head and one per member that Penstock defines."""
+    """One public class: a line for its head and one per member that Penstock defines; a function is one line."""
+    if inspect.isfunction(thing):
+        yield f"{name}{shown_signature(thing)}"
+        return
     yield f"{name}({', '.join(base.__name__ for base in thing.__bases__ if base is not object)})"
     if issubclass(thing, enum.Enum):
         yield from (f"{name}.{member.name} = {member.value!r}" for member in thing)
@@ -137,7 +140,8 @@ def test_all_names_everything_public_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", [name for name in penstock.__all__ if name != "__version__"])
 def test_public_name_has_a_docstring_of_its_own(name: str) -> None:
-    doc = vars(getattr(penstock, name)).get("__doc__") or ""
+    thing = getattr(penstock, name)
+    doc = (thing.__doc__ if inspect.isfunction(thing) else vars(thing).get("__doc__")) or ""
     assert doc.strip(), f"{name} has no docstring"
     assert not doc.startswith(f"{name}("), f"{name} has only the docstring that dataclass makes"
 

@@ -1,0 +1,142 @@
+"""What follows from measured batches, and that nothing follows from none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from penstock import BatchingConfig, BatchingOptimizer, DynamicBatcher
+from penstock.errors import RequestError
+from penstock.scheduling.advisor import WINDOW
+from penstock.step import StepRecord
+
+
+def record(**fields: Any) -> StepRecord:
+    """A step of 4 streams that took 10 ms."""
+    values = {"seconds": 0.01, "rows": 4, "streams": 4, "tokens": 4, "prompt_tokens": 0, "depth": 0.0, "generated": 4}
+    return StepRecord(**{**values, "waiting": 0, **fields})
+
+
+def advised(count: int = 20, limit: int = 32, preemptions: int = 0, strategy: str = "continuous", **fields: Any) -> Any:
+    """Suggestions after so many equal steps."""
+    optimizer = BatchingOptimizer()
+    for _ in range(count):
+        optimizer.record_step(record(**fields), strategy, limit, preemptions)
+    return optimizer.get_recommendations()["suggestions"]
+
+
+def test_without_samples_it_says_so() -> None:
+    """004-85: fewer than ten gave a message in place of the two keys."""
+    found = BatchingOptimizer().get_recommendations()
+    assert found["best_strategy"] == "continuous"
+    assert found["samples"] == 0
+    assert "no batch was recorded" in found["basis"]
+    assert [str(text) for text in found["suggestions"]] == [
+        "Record more batches: 0 are too few to advise anything; 10 are the least."
+    ]
+
+
+def test_best_strategy_makes_the_most_tokens_per_second() -> None:
+    """004-86: the score added 1/seconds and 1/bytes."""
+    optimizer = BatchingOptimizer()
+    for _ in range(10):
+        optimizer.record_batch(
+            {"strategy": "naive", "batch_size": 4, "max_length": 100, "lengths": [100, 10, 10, 10]}, 0.1, 10
+        )
+        optimizer.record_batch(
+            {"strategy": "bucketed", "batch_size": 2, "max_length": 10, "lengths": [10, 9]}, 0.01, 1e9
+        )
+    found = optimizer.get_recommendations()
+    assert found["best_strategy"] == optimizer.get_best_strategy() == "bucketed"
+    assert found["basis"] == "naive: 1,300.0 tokens/s over 10 batches; bucketed: 1,900.0 tokens/s over 10 batches"
+    assert found["strategies"]["naive"] == {
+        "batches": 10,
+        "tokens_per_second": pytest.approx(1300),
+        "mean_seconds": pytest.approx(0.1),
+        "mean_batch_size": 4,
+        "efficiency": pytest.approx(130 / 400),
+        "max_memory": 10,
+    }
+
+
+def test_a_strategy_tried_once_does_not_win_by_luck() -> None:
+    optimizer = BatchingOptimizer()
+    for _ in range(10):
+        optimizer.record_batch({"strategy": "naive", "batch_size": 1, "max_length": 10}, 0.1)
+    optimizer.record_batch({"strategy": "bucketed", "batch_size": 1, "max_length": 10}, 0.001)
+    assert optimizer.get_best_strategy() == "naive"
+    assert "fewer than 10 batches say little" in optimizer.get_recommendations()["basis"]
+
+
+def test_it_reads_what_a_batcher_says() -> None:
+    batcher, optimizer = DynamicBatcher(BatchingConfig(strategy="bucketed", bucket_size=5)), BatchingOptimizer()
+    batcher.add_items([(str(i), 5 + i) for i in range(6)])
+    batch, info = batcher.get_next_batch()
+    optimizer.record_batch(info, processing_time=0.5)
+    found = optimizer.get_recommendations()["strategies"]["bucketed"]
+    assert found["tokens_per_second"] == pytest.approx(sum(range(5, 11)) / 0.5)
+    assert found["efficiency"] == pytest.approx(info["efficiency"])
+    assert len(batch) == 6
+
+
+def test_a_batch_without_a_time_is_refused() -> None:
+    with pytest.raises(RequestError, match="processing_time"):
+        BatchingOptimizer().record_batch({}, 0.0)
+
+
+def test_only_the_latest_batches_count() -> None:
+    optimizer = BatchingOptimizer()
+    for i in range(WINDOW + 5):
+        optimizer.record_batch({"strategy": "naive" if i < 5 else "bucketed", "batch_size": 1, "max_length": 1}, 1.0)
+    assert set(optimizer.get_recommendations()["strategies"]) == {"bucketed"}
+
+
+def test_all_is_well() -> None:
+    assert advised() == []
+
+
+def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
+    (found,) = advised(limit=4, waiting=6)
+    assert found == (
+        "Raise max_batch_size above 4, or set target='throughput', which finds it: 100% of 20 batches were full "
+        "while 6.0 sequences waited."
+    )
+    assert found.figures == {"limit": 4, "share": 1.0, "batches": 20, "waiting": 6.0}
+
+
+def test_preemptions_call_for_memory() -> None:
+    (found,) = advised(preemptions=3)
+    assert "memory_aware" in found
+    assert found.figures == {"preemptions": 3}
+
+
+def test_empty_places_of_a_static_batch_call_for_a_continuous_one() -> None:
+    (found,) = advised(strategy="naive", limit=8, waiting=5)
+    assert "continuous" in found
+    assert found.figures == {"share": 1.0, "batches": 20, "places": 4.0}
+
+
+def test_padding_calls_for_buckets() -> None:
+    optimizer = BatchingOptimizer()
+    for _ in range(10):
+        optimizer.record_batch({"strategy": "naive", "batch_size": 2, "lengths": [10, 90], "max_length": 90}, 0.1)
+    (found,) = optimizer.get_recommendations()["suggestions"]
+    assert "44% of the computed tokens of 10 batches were padding" in found
+
+
+def test_memory_that_is_nearly_full_is_told_first() -> None:
+    optimizer = BatchingOptimizer()
+    for _ in range(10):
+        optimizer.record_batch({"strategy": "naive", "batch_size": 2, "lengths": [10, 90], "max_length": 90}, 0.1, 0.95)
+    assert optimizer.get_recommendations()["suggestions"][0].figures == {"memory": 0.95}
+
+
+def test_prompts_that_hold_up_streams_call_for_smaller_chunks() -> None:
+    optimizer = BatchingOptimizer()
+    for _ in range(10):
+        optimizer.record_step(record(), "continuous", 32, 0)
+        optimizer.record_step(record(seconds=0.5, tokens=400, rows=5, prompt_tokens=396), "continuous", 32, 0)
+    (found,) = optimizer.get_recommendations()["suggestions"]
+    assert found.figures == {"mixed_ms": pytest.approx(500), "plain_ms": pytest.approx(10)}
+    assert "target='latency'" in found

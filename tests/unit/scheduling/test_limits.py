@@ -1,0 +1,83 @@
+"""What a step may take: the settings of this moment, and what the tuner found."""
+
+from __future__ import annotations
+
+from penstock.config import EngineConfig
+from penstock.optimizers.tuner import first
+from penstock.scheduling.limits import Limits
+from tests.unit.scheduling.world import World
+
+
+def test_without_a_tuner_limits_are_the_settings() -> None:
+    config = EngineConfig(max_batch_size=5, max_num_batched_tokens=70, speculation_length=3, batch_timeout_ms=20)
+    limits = Limits(config)
+    assert (limits.max_batch_size, limits.max_running, limits.draft_length) == (5, 5, 3)
+    assert (limits.tuned_tokens(4, 0), limits.tuned_tokens(0, 900), limits.batch_timeout_s) == (70, 70, 0.02)
+    config.max_batch_size = 9
+    config.max_num_batched_tokens = 30
+    assert (limits.max_running, limits.tuned_tokens(4, 0)) == (9, 30)
+
+
+def test_the_tuner_narrows_starts_and_prompts_but_nobody_who_runs() -> None:
+    config = EngineConfig(target="latency")
+    limits = Limits(config)
+    limits.tuned = first(config)._replace(chunk_tokens=20, max_batch_size=3, draft_length=1, batch_timeout_ms=2)
+    assert (limits.max_batch_size, limits.max_running, limits.draft_length) == (32, 3, 1)
+    assert (limits.tuned_tokens(10, 0), limits.tuned_tokens(0, 0), limits.batch_timeout_s) == (30, 512, 0.002)
+
+
+def test_a_setting_that_is_assigned_counts_at_once_also_while_tuned() -> None:
+    config = EngineConfig(target="throughput")
+    limits = Limits(config)
+    limits.tuned = first(config)._replace(chunk_tokens=2048, alone_tokens=2048, max_batch_size=128)
+    assert (limits.max_running, limits.tuned_tokens(8, 0)) == (128, 2056)
+    config.max_batch_size = 6
+    config.max_num_batched_tokens = 64
+    config.batch_timeout_ms = 1
+    config.speculation_length = 2
+    assert (limits.max_batch_size, limits.max_running, limits.tuned_tokens(8, 0)) == (6, 6, 64)
+    assert (limits.batch_timeout_s, limits.draft_length) == (0.001, 2)
+
+
+def test_a_batch_limit_is_in_force_at_the_next_step() -> None:
+    world = World(max_batch_size=1)
+    for number in (1, 2, 3):
+        world.add(number, 3, new=9)
+    assert list(world.step()) == [1]
+    world.config.max_batch_size = 3
+    assert list(world.step()) == [1, 2, 3]
+    world.config.max_batch_size = 2
+    assert list(world.step()) == [1, 2]
+
+
+def test_a_lower_tuned_batch_lets_those_that_run_go_on() -> None:
+    world = World(target="latency")
+    world.scheduler.limits.tuned = first(world.config)._replace(max_batch_size=3)
+    for number in (1, 2, 3, 4):
+        world.add(number, 3, new=4)
+    assert list(world.step()) == [1, 2, 3]
+    world.scheduler.limits.tuned = first(world.config)._replace(max_batch_size=1)
+    assert list(world.step()) == [1, 2, 3]
+    assert world.drain()[-1] == [4]
+
+
+def test_chunks_follow_the_depth_of_the_prompt() -> None:
+    world = World(num_blocks=100, target="latency")
+    tuned = first(world.config)._replace(chunk_tokens=20, spare_s=0.010, token_s=0.0005, depth_s=0.0005 / 100)
+    world.scheduler.limits.tuned = tuned
+    world.add(1, 4, new=90)
+    world.step()
+    world.add(2, 300, new=1)
+    assert world.step() == {1: (4, 5), 2: (0, 20)}
+    assert world.step() == {1: (5, 6), 2: (20, 36)}, "10 ms at 0.6 a token are 16 tokens"
+    assert world.step() == {1: (6, 7), 2: (36, 50)}
+
+
+def test_drafts_take_nothing_from_prompts() -> None:
+    world = World(num_blocks=100, target="latency")
+    world.scheduler.limits.tuned = first(world.config)._replace(chunk_tokens=20)
+    world.add(1, 4, new=90)
+    world.step()
+    world.add(2, 300, new=1)
+    world.scheduler.offer(1, [5, 6, 7])
+    assert world.step() == {1: (4, 8), 2: (0, 20)}
