@@ -149,7 +149,7 @@ def record_of(plan: StepPlan, result: StepResult, seconds: float, waiting: int) 
     for row in plan.rows:
         count = row.end - row.start
         tokens += count
-        if count - len(row.draft) == 1 and row.samples:
+        if row.samples and count == 1 + len(row.draft):
             streams += 1
         else:
             prompt_tokens += count
