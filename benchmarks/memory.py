@@ -4,7 +4,8 @@ One fresh process imports, loads, starts and works; after each phase its residen
 large as the workload needs, so that all of it gets used: pages of a cache that nothing was written to yet are not
 resident. What is above weights and cache is the interpreter, the libraries, activations and logits.
 
-`private` is what this process alone holds: weights that are mapped from a file are resident, but not private.
+`private` is what this process alone holds: weights that are mapped from a file are resident, but not private. What is
+held after work stands beside what `MemoryEstimator` says of such a batch, from the sizes of the model alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from harness.engines import room
 from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
 from harness.processes import fresh
 from peers.workloads import limits, parse
+from penstock import MemoryEstimator
 
 EPILOG = """examples:
   python benchmarks/memory.py
@@ -35,8 +37,25 @@ def measure(source: str, settings: dict[str, Any], workload: str) -> dict[str, A
     return fresh("harness.life", json.dumps(order))
 
 
-def summary(life: dict[str, Any]) -> dict[str, Any]:
-    """Memory by phase in bytes, and what it comes to relative to weights and cache."""
+def estimated(source: str, settings: dict[str, Any], life: dict[str, Any], workload: str) -> int:
+    """Bytes of the weights and of the workload as one batch, as estimated; quantized weights are not, but told."""
+    from transformers import AutoConfig
+
+    batch = parse(workload)[0]
+    known = {"weight_bytes": life["weight_bytes"]} if "quantization" in settings else {}
+    cache_dtype = settings.get("kv_cache_dtype", "auto")
+    estimator = MemoryEstimator.from_config(
+        AutoConfig.from_pretrained(source),
+        dtype=life["dtype"],
+        cache_dtype=None if cache_dtype == "auto" else cache_dtype,
+        max_step_tokens=settings.get("max_num_batched_tokens", 512),
+        **known,
+    )
+    return estimator.estimate_total_memory(batch.requests, batch.shared + batch.own + batch.output)
+
+
+def summary(life: dict[str, Any], estimate: int) -> dict[str, Any]:
+    """Memory by phase in bytes, and what it comes to relative to weights and cache, and to the estimate."""
     memory = {
         phase["phase"]: {name: value for name, value in phase.items() if name.endswith("_bytes")}
         for phase in life["phases"]
@@ -52,6 +71,8 @@ def summary(life: dict[str, Any]) -> dict[str, Any]:
         "work_over_needed": round((worked - libraries) / needed, 3),
         "rss_over_needed": round(worked / needed, 3),
         "peak_over_needed": round(peak / needed, 3),
+        "estimated_bytes": estimate,
+        "work_over_estimate": round((worked - libraries) / estimate, 3),
     }
 
 
@@ -69,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     life = measure(source_of(args), settings, args.workload)
     if "rss_bytes" not in life["phases"][0]:
         raise SystemExit("this benchmark reads /proc/self/status, which only Linux has")
-    found = summary(life)
+    found = summary(life, estimated(source_of(args), settings, life, args.workload))
     rows = [[name, *(round(size / MIB) for size in sizes.values())] for name, sizes in found["memory"].items()]
     show(f"{name_of(args)}, {args.workload}, MiB", ("after", "resident", "private", "peak"), rows)
     note(f"weights {found['weight_bytes'] / MIB:,.1f} MiB, cache {found['cache_bytes'] / MIB:,.1f} MiB")
@@ -77,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
         f"loading added {found['load_over_weights']:.2f} of the weights; after work the process holds "
         f"{found['rss_over_needed']:.2f} of weights + cache, {found['work_over_needed']:.2f} without the libraries"
     )
+    note(f"that is {found['work_over_estimate']:.2f} of the estimate, {found['estimated_bytes'] / MIB:,.1f} MiB")
     finish({"model": name_of(args), "settings": settings, "workload": args.workload, **found})
 
 

@@ -67,6 +67,7 @@ def live(order: dict[str, Any]) -> dict[str, Any]:
     return {
         "phases": diary.phases,
         "torch_with_penstock": torch_early,
+        "dtype": loaded.runner.spec.dtype,
         "weight_bytes": loaded.runner.spec.weight_bytes,
         "cache_bytes": int(blocks) * config.block_size * loaded.runner.spec.kv_bytes_per_token,
     }

@@ -89,9 +89,10 @@ def test_memory_is_told_relative_to_weights_and_cache() -> None:
         {"phase": name, "seconds": 1.0, "rss_bytes": size, "private_bytes": size, "peak_bytes": size + 50}
         for name, size in sizes.items()
     ]
-    found = memory.summary({"phases": phases, "weight_bytes": 160, "cache_bytes": 40})
+    found = memory.summary({"phases": phases, "weight_bytes": 160, "cache_bytes": 40}, estimate=250)
     assert (found["load_over_weights"], found["work_over_needed"]) == (1.25, 1.5)
     assert (found["rss_over_needed"], found["peak_over_needed"]) == (2.0, 2.25)
+    assert found["work_over_estimate"] == 1.2
 
 
 def test_start_is_the_median_of_the_processes() -> None:
