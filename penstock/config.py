@@ -108,8 +108,10 @@ class EngineConfig(BaseSettings):
     logits_chunk_bytes: int = Field(256 * 1024**2, ge=1, description="Most bytes of full-vocabulary logits at once. Read at start.")
 
     # Speed and memory
-    enable_speculative_decoding: bool = Field(False, description="Accepted; has no drafter in this version. Speculation never changes the output.")
-    speculation_length: int = Field(4, ge=1, description="Tokens per draft, once a drafter is there.")
+    enable_speculative_decoding: bool = Field(False, description="Guess the next tokens and verify several in one step. The output stays the same; where it does not pay, it pauses by itself.")
+    speculation_length: int = Field(8, ge=1, description="Most tokens to guess at once; how many it is follows what guesses were worth, request by request, and how full the batch is.")
+    drafter: Literal["auto", "ngram", "suffix", "draft_model"] = Field("auto", description='Who guesses: "ngram" expects a text to repeat itself, prompt included, "suffix" also what other requests of its namespace were answered, "draft_model" runs a smaller model. "auto": draft_model where one is given, else ngram. Read at start.')
+    draft_model: str | None = Field(None, description="Folder or hub id of a smaller model with the same vocabulary. Loaded at start, if enable_speculative_decoding is set by then.")
     num_threads: int | None = Field(None, ge=1, description="Threads that compute on the CPU; None: one for each core this process may use. Read at load.")
     deterministic: bool = Field(False, description="Promise that a request's tokens and logprobs are bitwise the same whatever runs beside it (CPU); a model for which that cannot hold is refused. Read at load.")
     disabled_rewrites: tuple[str, ...] = Field((), description='Rewrites to leave out when a model is loaded: "kernels" (all of them), "fused_layers", "packed_linears", "packed_norms".')

@@ -48,7 +48,8 @@ class CompletionOutput:
 
     `token_logprobs` are the chosen tokens' log probabilities under the model, `sampled_logprobs` those under the
     distribution really sampled; both always there, one per token. `cumulative_logprob` sums the first. `score` is what
-    completions were ranked by, if they were (`best_of`, `rank_by`, beam search): the higher, the better.
+    completions were ranked by, if they were (`best_of`, `rank_by`, beam search): the higher, the better. With
+    speculation, `num_drafted_tokens` were guessed for it and `num_accepted_tokens` of them were right.
     """
 
     index: int = 0
@@ -62,6 +63,8 @@ class CompletionOutput:
     sampled_logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     score: float | None = None
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

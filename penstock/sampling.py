@@ -46,7 +46,9 @@ class SamplingParams:
     None means "until the model's limit". Presence and frequency penalties look at the output only, repetition
     penalty at prompt and output. `min_tokens` suppresses EOS, stop ids and stop strings until reached. `logprobs=k`
     returns the k most likely tokens and the chosen one; -1 the whole vocabulary. The same `seed` gives
-    the same random numbers whatever else runs. Raises `RequestError` saying which value is wrong.
+    the same random numbers whatever else runs. `speculation_length` is the most tokens to guess at once where the
+    engine speculates (0: none; None: as the engine is set); it never changes the output, as long as `logits_processors`
+    look at their arguments only. Raises `RequestError` saying which value is wrong.
 
     `n` completions share the K/V of their prompt, which is computed once. `best_of` (at least n) runs that many and
     returns the best n, best first, by `rank_by`: "cumulative_logprob" (the default), "normalized_logprob" (that,
@@ -86,6 +88,7 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    speculation_length: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -223,6 +226,8 @@ def _check_counts(p: SamplingParams) -> None:
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(p, name)
         _need(value is None or (_is_int(value) and value >= -1), name, value, "None, -1 (all) or an integer >= 0")
+    length = p.speculation_length
+    _need(length is None or (_is_int(length) and length >= 0), "speculation_length", length, "None or an integer >= 0")
     if p.seed is not None:
         _need(_is_int(p.seed), "seed", p.seed, "an integer or None")
     if p.allowed_token_ids is not None:

@@ -101,6 +101,11 @@ class RowResult(NamedTuple):
         drawn = sum(len(result.tokens) for result in self.siblings) if self.siblings else 0
         return len(self.tokens) + bool(self.candidates) + drawn
 
+    @property
+    def num_accepted(self) -> int:
+        """How many of the tokens are drafts that were right: all but the last."""
+        return max(0, len(self.tokens) - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -161,7 +166,8 @@ def record_of(plan: StepPlan, result: StepResult, seconds: float, waiting: int) 
 class Event(NamedTuple):
     """News of one sequence for its reader. `reason` is set on exactly one event, the last one.
 
-    `error` comes with FinishReason.ERROR (and with DEADLINE, when there is more to say).
+    `error` comes with FinishReason.ERROR (and with DEADLINE, when there is more to say). Of the step's
+    `num_drafted_tokens` guesses `num_accepted_tokens` were right and are among `tokens`.
     """
 
     seq_id: int
@@ -173,3 +179,5 @@ class Event(NamedTuple):
     error: Exception | None = None
     num_cached_tokens: int = 0
     weight_version: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0

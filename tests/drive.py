@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from penstock.scheduling.scheduler import Scheduler
 from penstock.sequence import Sequence
 from penstock.step import TokenLogprobs
 
+Guess = Callable[[list[Sequence]], SequenceOf[SequenceOf[int]]]
+
 
 def prompts(count: int, longest: int, vocab: int, seed: int = 0) -> list[list[int]]:
     """Random prompts of 1 to `longest` tokens, the first of length 1 and the last of `longest`."""
@@ -29,7 +32,8 @@ def prompts(count: int, longest: int, vocab: int, seed: int = 0) -> list[list[in
 class Driver:
     """One model, ready to run sequences; `logprobs` collects each sequence's by id.
 
-    Given the `runner` of another driver, it runs the same model with a cache of its own.
+    Given the `runner` of another driver, it runs the same model with a cache of its own. `guess`, where it is given,
+    drafts for all sequences that decode, before every step.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Driver:
         self.scheduler = Scheduler(config, self.cache, max_logit_rows=4096)
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.guess: Guess | None = None
+        self.num_drafted = self.num_accepted = 0
 
     def run(self, sequences: list[Sequence], late: Iterable[Sequence] = ()) -> list[list[int]]:
         """Run all to their ends, those of `late` arriving one at a step; the output tokens of each."""
@@ -64,14 +70,23 @@ class Driver:
         while self.scheduler.has_work or arriving:
             if arriving:
                 self.scheduler.add(arriving.pop(0), 0.0)
+            self._draft()
             plan = self.scheduler.plan(0.0)
             assert plan.rows, "work is left but nothing was planned"
             for event in self.scheduler.commit(plan, self.runner.execute(plan)):
                 assert event.error is None, event.error
+                self.num_drafted += event.num_drafted_tokens
+                self.num_accepted += event.num_accepted_tokens
                 self.logprobs.setdefault(event.seq_id, []).extend(event.logprobs)
                 self.prompt_logprobs.setdefault(event.seq_id, []).extend(event.prompt_logprobs)
             self.cache.check(list(self.scheduler.sequences()))
         return [sequence.tokens[sequence.prompt_len :] for sequence in sequences]
+
+    def _draft(self) -> None:
+        if self.guess is not None:
+            decoding = self.scheduler.decoding()
+            for sequence, draft in zip(decoding, self.guess(decoding), strict=True):
+                self.scheduler.offer(sequence.id, draft)
 
 
 def sequence(number: int, prompt: list[int], params: SamplingParams, **fields: Any) -> Sequence:

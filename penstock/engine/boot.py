@@ -18,16 +18,19 @@ from penstock.config import EngineConfig
 from penstock.engine.callbacks import Callbacks
 from penstock.engine.core import EngineCore
 from penstock.engine.door import Door
+from penstock.engine.drafting import load_draft_model, make_drafter
 from penstock.engine.host import Boot, Host
 from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
+from penstock.engine.speculator import Speculator
 from penstock.engine.tokenizing import TokenizerPool
 from penstock.engine.tuning import Tuning
 from penstock.engine.worker import Worker
 from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
-from penstock.models.protocol import ModelRunner
+from penstock.models.protocol import GuessingRunner, ModelRunner
+from penstock.optimizers.speculation.drafter import Drafter
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.scheduling.limits import Limits
@@ -50,10 +53,14 @@ class Parts:
     scheduler: Scheduler
     door: Door
     tuning: Tuning
+    drafter: Drafter | None
+    draft: GuessingRunner | None
 
     def close(self) -> None:
-        """Let go of the model, its memory and the tokenizer threads."""
+        """Let go of the models, their memory and the tokenizer threads."""
         self.pool.close()
+        if self.draft is not None:
+            self.draft.close()
         self.runner.close()
 
 
@@ -74,35 +81,52 @@ def assemble(model: Any, tokenizer: Any, config: EngineConfig, admission: Admiss
     log.info(f"Initializing an LLM engine (v{__version__}) with config: {config.model_dump(exclude_defaults=True)}")
     runner, tokenizer = _load(model, tokenizer, config)
     log.info("Model weights loaded.", model=runner.spec.name, device=runner.spec.device, dtype=runner.spec.dtype)
+    draft: GuessingRunner | None = None
     try:
-        return _around(runner, tokenizer, config, admission, log)
+        draft = load_draft_model(model, runner.spec, config)
+        return _around(runner, draft, tokenizer, config, admission, log)
     except BaseException:
-        runner.close()
+        for loaded in (draft, runner):
+            if loaded is not None:
+                loaded.close()
         raise
 
 
-def _around(runner: ModelRunner, tokenizer: Any, config: EngineConfig, admission: Admission, log: Logger) -> Parts:
+def _around(
+    runner: ModelRunner,
+    draft: GuessingRunner | None,
+    tokenizer: Any,
+    config: EngineConfig,
+    admission: Admission,
+    log: Logger,
+) -> Parts:
     """What a loaded model needs around it."""
     longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
-    cache = _cache(runner, longest, config, log)
+    cache = _cache(runner, draft, longest, config, log)
     max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
     limits = Limits(config)
     packing = engine_packing(config, limits, cache.capacity, runner.spec.kv_bytes_per_token, runner.spec.weight_bytes)
     scheduler = Scheduler(config, cache, max_logit_rows=max_logit_rows, limits=limits, packing=packing)
     pool = TokenizerPool(tokenizer)
     door = Door(config, runner.spec, min(longest, cache.capacity), copy.deepcopy(tokenizer), pool, admission)
-    return Parts(runner, tokenizer, pool, cache, scheduler, door, Tuning(config, limits, log))
+    drafter = make_drafter(config, draft, cache)
+    return Parts(runner, tokenizer, pool, cache, scheduler, door, Tuning(config, limits, log), drafter, draft)
 
 
-def _cache(runner: ModelRunner, longest: int, config: EngineConfig, log: Logger) -> CacheManager:
-    """A cache of the configured size, and the memory behind it."""
+def _cache(
+    runner: ModelRunner, draft: GuessingRunner | None, longest: int, config: EngineConfig, log: Logger
+) -> CacheManager:
+    """A cache of the configured size, and the memory behind it; a draft model's holds as many tokens, beside it."""
     on_gpu = "cuda" in runner.spec.device
     share = 1.0 if on_gpu else HOST_SHARE
-    per_token = runner.spec.kv_bytes_per_token
+    loaded = [runner] if draft is None else [runner, draft]
+    per_token = sum(model.spec.kv_bytes_per_token for model in loaded)
     blocks = num_blocks(config, per_token, runner.free_bytes(), longest, share=share)
     taken = 0 if on_gpu else blocks * per_token * config.block_size
-    host_blocks = num_host_blocks(config, per_token, runner.host_free_bytes() - taken)
+    host_blocks = num_host_blocks(config, runner.spec.kv_bytes_per_token, runner.host_free_bytes() - taken)
     runner.allocate(blocks, config.block_size, host_blocks)
+    if draft is not None:
+        draft.allocate(blocks, config.block_size)
     log.info(
         f"# GPU blocks: {blocks if on_gpu else 0}, # CPU blocks: {host_blocks if on_gpu else blocks + host_blocks}"
     )
@@ -146,6 +170,9 @@ def booter(
     async def boot(worker: Worker) -> EngineCore:
         made = await worker.run(assemble, model, tokenizer, config, admission, log).done
         parts.append(made)
+        speculator = None
+        if made.drafter is not None:
+            speculator = Speculator(config, made.scheduler, made.drafter, worker.run, time.monotonic, log)
         return EngineCore(
             config,
             made.runner,
@@ -157,6 +184,7 @@ def booter(
             log=log,
             housekeeper=Housekeeper(config, made.runner, made.cache, time.monotonic, worker.run),
             watchers=_watchers(config, made, advisor),
+            speculator=speculator,
         )
 
     return boot

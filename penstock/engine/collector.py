@@ -71,6 +71,8 @@ class Collector:
         last = text.finish() if stop is None and event.reason is not None else ""
         for transcript in transcripts:
             transcript.add(shown, tokens, entries, event.weight_version)
+            if event.num_drafted_tokens:
+                transcript.note_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
             if transcript.logprobs is not None:
                 transcript.logprobs += map(self._by_token, entries)
             if stop is not None:

@@ -24,6 +24,7 @@ from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
+from penstock.engine.speculator import Speculator
 from penstock.engine.worker import Job
 from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError
 from penstock.models.protocol import ModelRunner
@@ -53,6 +54,7 @@ class EngineCore:
         housekeeper: Housekeeper,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         watchers: Iterable[Callable[[StepRecord], None]] = (),
+        speculator: Speculator | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.housekeeper = housekeeper
@@ -64,6 +66,7 @@ class EngineCore:
         self._log = log
         self._sleep = sleep
         self._watchers = tuple(watchers)
+        self._speculator = speculator
         self._desk = Desk(scheduler, runner, door, clock, metrics, log, self._forget)
         self._encoding: dict[str, Future[Any]] = {}
         self._alarms = Alarms(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
@@ -183,6 +186,8 @@ class EngineCore:
     async def step(self) -> bool:
         """Plan, execute, commit; False when there was nothing to run."""
         self._desk.add_news(self.scheduler.expire(self._clock()))
+        if self._speculator is not None:
+            await self._speculator.draft(meanwhile=self._desk.publish)
         plan = self.scheduler.plan(self._clock())
         self._desk.note_started()
         if not plan.rows:
@@ -242,7 +247,8 @@ class EngineCore:
         seconds = now - (begin if self._busy_since is None else self._busy_since)
         self._busy_since = now
         record = record_of(plan, result, seconds, self.scheduler.num_waiting)
-        self._metrics.step(record.rows, record.tokens, record.generated, seconds)
+        guesses = (0, 0) if self._speculator is None else self._speculator.record(plan, result, seconds)
+        self._metrics.step(record.rows, record.tokens, record.generated, seconds, *guesses)
         for watch in self._watchers:
             watch(record)
         if self._config.profile_performance:

@@ -90,6 +90,7 @@ class Metrics:
         }
         self._rates: Mapping[str, Rate] = {"tokens_per_second": Rate(), "prompt_tokens_per_second": Rate()}
         self.totals = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
+        self.totals |= {"drafted_tokens": 0, "accepted_tokens": 0}
 
     def record(self, name: str, *values: float) -> None:
         """Add values to a series."""
@@ -101,18 +102,23 @@ class Metrics:
         if self.enabled:
             self.totals[name] += amount
 
-    def step(self, rows: int, tokens: int, generated: int, seconds: float) -> None:
-        """Account for one step: how many rows, tokens through the model, tokens drawn, and how long it took."""
+    def step(self, rows: int, tokens: int, generated: int, seconds: float, drafted: int = 0, accepted: int = 0) -> None:
+        """Account for one step: how many rows, tokens through the model, tokens drawn, and how long it took.
+
+        Of the tokens through the model `drafted` were guesses, of those drawn `accepted` are guesses that were right.
+        """
         if not self.enabled:
             return
         self.totals["steps"] += 1
         self.totals["generated_tokens"] += generated
+        self.totals["drafted_tokens"] += drafted
+        self.totals["accepted_tokens"] += accepted
         self.record("batch_processing_time", seconds)
         self.record("batch_size", rows)
         self.record("batch_tokens", tokens)
         self._rates["tokens_per_second"].record(generated, seconds)
-        if tokens > generated:
-            self._rates["prompt_tokens_per_second"].record(tokens - generated, seconds)
+        if (read := tokens - drafted - generated + accepted) > 0:
+            self._rates["prompt_tokens_per_second"].record(read, seconds)
 
     def summaries(self) -> dict[str, dict[str, float]]:
         """Every figure that has values, by name."""

@@ -24,6 +24,8 @@ class Transcript:
         "finish_reason",
         "index",
         "logprobs",
+        "num_accepted_tokens",
+        "num_drafted_tokens",
         "request_id",
         "sampled_logprobs",
         "score",
@@ -42,6 +44,7 @@ class Transcript:
         self.token_logprobs: list[float] = []
         self.sampled_logprobs: list[float] = []
         self.weight_versions: list[int] = []
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
         self.logprobs = logprobs
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -58,6 +61,11 @@ class Transcript:
         for entry in entries:
             self.token_logprobs.append(entry.logprob)
             self.sampled_logprobs.append(entry.sampled)
+
+    def note_draft(self, drafted: int, accepted: int) -> None:
+        """Of so many guesses, so many were right and are among the tokens."""
+        self.num_drafted_tokens += drafted
+        self.num_accepted_tokens += accepted
 
     def end(self, text: str, reason: str, stop_reason: str | int | None = None) -> None:
         """The last text, and why nothing follows."""
@@ -97,4 +105,6 @@ class Transcript:
             sampled_logprobs=list(self.sampled_logprobs),
             weight_versions=list(self.weight_versions),
             score=self.score,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )

@@ -6,9 +6,10 @@ thread, one step at a time. Any `AutoModelForCausalLM` whose attention goes thro
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -23,6 +24,7 @@ from penstock.models.protocol import ModelSpec
 from penstock.models.sampler import Sampler
 from penstock.models.storage import LayerShape
 from penstock.optimizers.memory_pool import MemoryPool
+from penstock.optimizers.speculation.verification import positions, verified
 from penstock.step import Row, RowResult, StepPlan, StepResult
 
 
@@ -90,11 +92,21 @@ class Executor:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises `OutOfMemory` or `ExecutionError` when the forward pass itself fails."""
         begin = time.perf_counter()
+        with self._passing():
+            moved = self._move(plan)
+            logits, done = self._forward(plan), time.perf_counter()
+            rows = self._outcomes(plan.rows, logits)
+        timings = {"forward": done - moved, "sample": time.perf_counter() - done}
+        if plan.swaps_out or plan.swaps_in:
+            timings["swap"] = moved - begin
+        return StepResult(rows, timings_s=timings)
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[None]:
+        """Around what a step does. Raises `OutOfMemory` or `ExecutionError` whatever went wrong."""
         try:
             with torch.inference_mode():
-                moved = self._move(plan)
-                logits, done = self._forward(plan), time.perf_counter()
-                rows = self._outcomes(plan.rows, logits)
+                yield
         except (torch.OutOfMemoryError, MemoryError) as error:
             traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the step's tensors
             raise _out_of_memory(self._device, error) from error
@@ -103,10 +115,6 @@ class Executor:
             raise ExecutionError(f"the forward pass failed: {type(error).__name__}: {error}") from error
         finally:
             self._workspaces.return_all()
-        timings = {"forward": done - moved, "sample": time.perf_counter() - done}
-        if plan.swaps_out or plan.swaps_in:
-            timings["swap"] = moved - begin
-        return StepResult(rows, timings_s=timings)
 
     def _move(self, plan: StepPlan) -> float:
         """Move the plan's blocks to the host and back; when that was done."""
@@ -138,7 +146,7 @@ class Executor:
         return logits[: len(layout.logit_places)]
 
     def _outcomes(self, rows: Sequence[Row], logits: Tensor) -> tuple[RowResult, ...]:
-        """Split the logits by row: prompt logprobs where asked for, one draw for each row that samples."""
+        """Split the logits by row: prompt logprobs where asked for, and draws for each row that samples."""
         outcomes = [RowResult() for _ in rows]
         drawing: list[int] = []
         places: list[int] = []
@@ -158,10 +166,13 @@ class Executor:
         return tuple(outcomes)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, places: list[int]) -> list[RowResult]:
-        """A token or a beam's continuations for every row, and for its siblings from the same logits."""
-        if not any(row.siblings or row.params.use_beam_search for row in rows):
+        """A token or a beam's continuations for every row, whose last logits are at `places`.
+
+        Siblings draw from the same logits; a row with drafts has a draw in place of each of them, too.
+        """
+        if not any(row.draft or row.siblings or row.params.use_beam_search for row in rows):
             return self._sampler.sample(_chosen(logits, places), rows) if rows else []
-        everyone = [(one, place) for row, place in zip(rows, places, strict=True) for one in (row, *row.siblings)]
+        everyone = [found for row, place in zip(rows, places, strict=True) for found in _draws(row, place)]
         found: dict[int, RowResult] = {}
         for way, searches in ((self._sampler.sample, False), (self._continuations.find, True)):
             members = [i for i, (one, _) in enumerate(everyone) if one.params.use_beam_search == searches]
@@ -169,7 +180,18 @@ class Executor:
                 chosen = _chosen(logits, [everyone[i][1] for i in members])
                 found |= zip(members, way(chosen, [everyone[i][0] for i in members]), strict=True)
         results = iter(found[i] for i in range(len(everyone)))
-        return [next(results)._replace(siblings=tuple(islice(results, len(row.siblings)))) for row in rows]
+        own, siblings = list[RowResult](), list[tuple[RowResult, ...]]()
+        for row in rows:
+            own += islice(results, 1 + len(row.draft))
+            siblings.append(tuple(islice(results, len(row.siblings))))
+        return [one._replace(siblings=some) for one, some in zip(verified(rows, own), siblings, strict=True)]
+
+
+def _draws(row: Row, last: int) -> Iterator[tuple[Row, int]]:
+    """Whoever draws for a row whose last logits are at `last`, and from which logits."""
+    yield from zip(positions(row), range(last - len(row.draft), last + 1), strict=True)
+    for sibling in row.siblings:
+        yield sibling, last
 
 
 def _chosen(logits: Tensor, places: list[int]) -> Tensor:

@@ -23,10 +23,12 @@ from penstock.models.borrow import device_and_dtype, view_of, weight_bytes
 from penstock.models.checks import refuse_foreign
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source
+from penstock.models.lean import DraftRunner
 from penstock.models.protocol import ModelSpec
 from penstock.models.readying import Ready, ready
 
 NO_LIMIT = 2**31 - 1
+ONE_THREAD_BYTES = 16 * 1024**2
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -58,6 +60,25 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
     dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
     module = _read(source, dtype, device, config)
     return _ready(module, module, _tokenizer_for(source, tokenizer, config), config, source)
+
+
+def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunner:
+    """Load a model that drafts for `large`. Raises `ConfigurationError`, also when its vocabulary is another one.
+
+    A model this small gains nothing from a second thread: handing work over costs more than it saves.
+    """
+    check_source(source)
+    own = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
+    config = config.model_copy(update=own)
+    module = _read(source, resolve_dtype(config.dtype), resolve_device(config.device), config)
+    if weight_bytes(module) <= ONE_THREAD_BYTES:
+        config.num_threads = 1
+    if _vocab_size(module) != large.vocab_size:
+        raise ConfigurationError(
+            f"the draft model {source} has {_vocab_size(module)} tokens in its vocabulary and {large.name} has "
+            f"{large.vocab_size}: choose a smaller model of the same family, or drafter='ngram'"
+        )
+    return DraftRunner(*_parts(module, module, None, config, source))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -151,6 +172,11 @@ def _read_tokenizer(source: str, config: EngineConfig) -> Any:
 
 
 def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> LoadedModel:
+    return LoadedModel(Executor(*_parts(module, owner, tokenizer, config, name)), tokenizer)
+
+
+def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> tuple[Any, ...]:
+    """What an `Executor` is made of."""
     refuse_foreign(module)
     device, dtype = device_and_dtype(module)
     longest = min(_max_length(module), config.max_sequence_length or _max_length(module))
@@ -172,10 +198,7 @@ def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
         kernels=made.kernels,
         rewrites=made.rewrites,
     )
-    runner = Executor(
-        *(module, spec, made.layers, made.shapes, made.paging, made.workspaces, device, config.logits_chunk_bytes)
-    )
-    return LoadedModel(runner, tokenizer)
+    return module, spec, made.layers, made.shapes, made.paging, made.workspaces, device, config.logits_chunk_bytes
 
 
 def _try(module: nn.Module, device: torch.device, longest: int, config: EngineConfig, *, owned: bool) -> Ready:

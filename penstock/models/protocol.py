@@ -73,3 +73,11 @@ class ModelRunner(Protocol):
     def close(self) -> None:
         """Free the cache and let go of the weights."""
         ...
+
+
+class GuessingRunner(ModelRunner, Protocol):
+    """A draft model. Implemented by `DraftRunner`."""
+
+    def guess(self, plan: StepPlan) -> Sequence[tuple[int, float] | None]:
+        """The most likely next token of each row that samples, and its probability; None for the others."""
+        ...

@@ -93,6 +93,21 @@ class TokenCounts:
                 self._add(tokens[position], int(position >= prompt_len))
         self.num_seen = len(tokens)
 
+    def ahead(self, draft: Sequence[int]) -> tuple[array[int], array[int]]:
+        """Tokens and counts as they were if `draft` were output too. Nothing is remembered of it."""
+        if not draft:
+            return self.tokens, self.counts
+        tokens, counts = self.tokens[:], self.counts[:]
+        slots = dict[int, int]()
+        for token in (token for token in draft if token < self.size):
+            slot = self._slots.get(token, slots.get(token))
+            if slot is None:
+                slot = slots[token] = len(tokens)
+                tokens.append(token)
+                counts.append(0)
+            counts[slot] += 1
+        return tokens, counts
+
     def _add(self, token: int, count: int) -> None:
         slot = self._slots.setdefault(token, len(self.tokens))
         if slot == len(self.tokens):
@@ -133,13 +148,13 @@ class SequenceRules:
 
 
 def has_rules(row: Row) -> bool:
-    """Whether any rule touches this row at this step."""
+    """Whether any rule touches this row, of which the token at position `end` is to be drawn."""
     p = row.params
     return bool(
         p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
-        or len(row.tokens) - row.prompt_len < p.min_tokens
+        or row.end - row.prompt_len < p.min_tokens
         or p.logit_bias
         or p.bad_words
         or p.logits_processors
@@ -227,8 +242,9 @@ def _apply_suppressed(logits: Tensor, rows: Sequence[Row], sequences: Sequence[S
     pairs = _Pairs()
     for i, (row, rules) in enumerate(zip(rows, sequences, strict=True)):
         if rules.bad_words:
-            pairs.add(i, completed_bad_words(rules.bad_words, row.tokens))
-        if len(row.tokens) - row.prompt_len < rules.params.min_tokens:
+            longest = max(map(len, rules.bad_words))
+            pairs.add(i, completed_bad_words(rules.bad_words, [*row.tokens[-longest:], *row.draft]))
+        if row.end - row.prompt_len < rules.params.min_tokens:
             pairs.add(i, rules.held_back)
     if pairs:
         suppress(logits, *pairs.tensors(logits.device))
@@ -239,8 +255,9 @@ def _apply_penalties(logits: Tensor, rows: Sequence[Row], sequences: Sequence[Se
     for i, (row, rules) in enumerate(zip(rows, sequences, strict=True)):
         if rules.counts is not None:
             rules.counts.update(row.tokens, row.prompt_len)
-            pairs.add(i, rules.counts.tokens)
-            counts += rules.counts.counts
+            tokens, seen = rules.counts.ahead(row.draft)
+            pairs.add(i, tokens)
+            counts += seen
             p = rules.params
             penalties[i] = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
     if pairs:
@@ -253,7 +270,7 @@ def _apply_processors(logits: Tensor, rows: Sequence[Row]) -> dict[int, RequestE
     for i, row in enumerate(rows):
         try:
             for processor in row.params.logits_processors:
-                run_processor(processor, list(row.tokens[row.prompt_len :]), logits[i])
+                run_processor(processor, [*row.tokens[row.prompt_len :], *row.draft], logits[i])
         except RequestError as error:
             errors[i] = error
     return errors

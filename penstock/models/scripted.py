@@ -70,7 +70,7 @@ class ScriptedModel:
         """A script needs no cache."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Emit the next scripted token of every row that samples."""
+        """Emit the next scripted token of every row that samples, and one more for each of its drafts that is right."""
         self.plans += 1
         delay = self.step_s + self.token_s * plan.num_tokens
         if delay:
@@ -98,13 +98,17 @@ class ScriptedModel:
     def _result(self, row: Row) -> RowResult:
         if not row.samples:
             return RowResult()
-        token = self._next(row)
-        entries = (TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),)),)
+        tokens = [self._next(row, row.tokens)]
+        for token in row.draft:
+            if token != tokens[-1]:
+                break
+            tokens.append(self._next(row, [*row.tokens, *tokens]))
+        entries = tuple(TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),)) for token in tokens)
         if row.params.use_beam_search:
             return RowResult(candidates=entries)  # a script knows one way to go on
-        return RowResult((token,), entries, siblings=tuple(map(self._result, row.siblings)))
+        return RowResult(tuple(tokens), entries, siblings=tuple(map(self._result, row.siblings)))
 
-    def _next(self, row: Row) -> int:
+    def _next(self, row: Row, tokens: Sequence[int]) -> int:
         if callable(self._script):
-            return self._script(row.tokens, row.sample_index)
-        return self._script[(len(row.tokens) - row.prompt_len) % len(self._script)]
+            return self._script(tokens, row.sample_index)
+        return self._script[(len(tokens) - row.prompt_len) % len(self._script)]

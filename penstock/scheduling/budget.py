@@ -11,13 +11,23 @@ from collections.abc import Collection, Iterable
 from penstock.cache.manager import CacheManager
 from penstock.scheduling.limits import Limits
 from penstock.scheduling.running import RunningSet
-from penstock.sequence import Sequence
+from penstock.sequence import Sequence, Status
 from penstock.step import Row
 
 
 def is_decoding(seq: Sequence) -> bool:
     """Whether one token, besides drafts, takes it to its next sample."""
     return seq.computed + 1 >= len(seq.tokens)
+
+
+def takes_draft(seq: Sequence) -> bool:
+    """Whether guesses may follow its newest token in the next step, which is all that it lacks.
+
+    Not before its first draw, which others may share, and never in a beam, whose row means more than its next token.
+    """
+    last = len(seq.tokens) - 1
+    waits = seq.status is Status.RUNNING and not seq.in_flight
+    return waits and seq.computed == last >= seq.prompt_len and not seq.params.use_beam_search
 
 
 def scores_prompt(seq: Sequence) -> bool:

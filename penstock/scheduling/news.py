@@ -48,7 +48,8 @@ class News:
             self._forget(row.seq_id, reason)
         cached = self._cached.pop(row.seq_id, 0)
         tokens, logprobs = out.tokens[:count], out.logprobs[:count]
-        return Event(row.seq_id, tokens, logprobs, scores, reason, stop, None, cached, version)
+        guesses = len(row.draft), min(count, out.num_accepted)
+        return Event(row.seq_id, tokens, logprobs, scores, reason, stop, None, cached, version, *guesses)
 
     def whole(
         self, seq: Sequence, entries: tuple[TokenLogprobs, ...], reason: FinishReason, stop: int | None, version: int

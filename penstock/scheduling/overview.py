@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from penstock.scheduling.budget import takes_draft
 from penstock.scheduling.news import News
 from penstock.scheduling.roster import Roster
 from penstock.sequence import FinishReason, Sequence
@@ -50,6 +51,10 @@ class Overview:
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that has not ended, in order of arrival here."""
         return iter(self._roster.live.values())
+
+    def decoding(self) -> list[Sequence]:
+        """The sequences that a draft can be offered to, best first."""
+        return [seq for seq in self._roster.running if takes_draft(seq)]
 
     def stats(self) -> dict[str, int]:
         """Counts: num_waiting and num_running now, num_preemptions and num_finished_<reason> since the start."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
-from penstock.scheduling.budget import Step, begin, has_room, is_decoding
+from penstock.scheduling.budget import Step, begin, has_room, is_decoding, takes_draft
 from penstock.scheduling.limits import Limits
 from penstock.scheduling.news import News, accept
 from penstock.scheduling.overview import Overview
@@ -103,14 +103,16 @@ class Scheduler(Overview):
         ]
 
     def offer(self, seq_id: int, draft: SequenceOf[int]) -> None:
-        """Propose the next tokens of a sequence that only lacks its newest one; of any other it is ignored."""
+        """Propose the next tokens of a sequence of `decoding()`; of any other it is ignored.
+
+        It is cut to the blocks that are left when everybody else who runs had one more.
+        """
         seq = self._roster.live.get(seq_id)
-        if seq is None or seq.status is not Status.RUNNING or seq.in_flight or seq.computed + 1 != seq.length:
-            return
-        if seq_id in self._searches or self._roster.siblings_of(seq):
-            return  # their rows mean more than their next tokens
-        # The step adds one token of its own after the accepted ones.
-        seq.draft = tuple(draft[: max(0, seq.max_len - seq.length - 1)])
+        if seq is not None and takes_draft(seq):
+            spare = max(0, self._cache.num_free_blocks - (self.num_running - 1))
+            room = (len(seq.blocks) + spare) * self._cache.block_size
+            # The step adds one token of its own after the accepted ones.
+            seq.draft = tuple(draft[: max(0, min(room, seq.max_len - 1) - seq.length)])
 
     def take_started(self) -> list[Sequence]:
         """The sequences that left the queue for the first time since the last call."""

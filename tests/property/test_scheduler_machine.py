@@ -217,6 +217,19 @@ class Model(RuleBasedStateMachine):
         assert len(blocks) == self.cache.num_free_blocks
         assert len(set(places)) == len(places) <= stats["num_host_blocks"]
 
+    @precondition(lambda self: self.plan is None and self.scheduler.has_work)
+    @rule(which=st.integers(0, 50), draft=st.lists(st.integers(0, 2), max_size=6))
+    def offer(self, which: int, draft: list[int]) -> None:
+        """What is offered stays until the next step, whatever happens before it."""
+        live = list(self.scheduler.sequences())
+        seq = live[which % len(live)]
+        before = seq.draft
+        self.scheduler.offer(seq.id, draft)
+        if seq in self.scheduler.decoding():
+            assert seq.draft == tuple(draft[: len(seq.draft)])
+        else:
+            assert seq.draft == before
+
     @precondition(lambda self: self.plan is None)
     @rule()
     def make_plan(self) -> None:
@@ -243,6 +256,7 @@ class Model(RuleBasedStateMachine):
             assert row.end <= self.born[row.seq_id].max_len
             assert row.samples == (row.end >= len(row.tokens))
             assert row.end == len(row.tokens) + len(row.draft) or (not row.draft and row.end <= len(row.tokens))
+            assert not row.draft or not (row.siblings or row.params.use_beam_search)
             scoring = row.params.prompt_logprobs is not None and row.start + 1 < row.prompt_len
             logit_rows += row.num_tokens if scoring else row.samples * (1 + len(row.draft))
         assert self.logit_rows is None or logit_rows <= self.logit_rows

@@ -97,6 +97,14 @@ def test_stop_string_cuts_text_and_tokens() -> None:
     assert collector.done
 
 
+def test_guesses_behind_a_stop_string_were_not_accepted() -> None:
+    collector = make(stop="bc")
+    collector.push(0, event([3], num_drafted_tokens=2))
+    collector.push(0, event([0, 1, 2, 3, 3], num_drafted_tokens=6, num_accepted_tokens=4))
+    only = collector.output(RequestMetrics()).outputs[0]
+    assert (only.token_ids, only.num_drafted_tokens, only.num_accepted_tokens) == ([3, 0, 1, 2], 8, 3)
+
+
 def test_text_that_could_become_a_stop_string_is_held_back_until_the_end() -> None:
     collector = make(stop="bcd")
     assert push(collector, 0, event([0, 1])).text == "a"

@@ -82,7 +82,16 @@ def test_step_counts_rows_tokens_and_time() -> None:
     assert found["batch_tokens"]["max"] == 34
     assert found["tokens_per_second"]["mean"] == 4.0
     assert found["prompt_tokens_per_second"]["mean"] == 64.0  # of the steps that had any
-    assert metrics.totals == {"requests": 0, "prompt_tokens": 0, "generated_tokens": 4, "steps": 2}
+    assert (metrics.totals["generated_tokens"], metrics.totals["steps"]) == (4, 2)
+
+
+def test_guesses_count_neither_as_prompt_nor_as_output() -> None:
+    metrics = Metrics()
+    metrics.step(rows=2, tokens=10, generated=5, seconds=0.5, drafted=8, accepted=3)
+    assert "prompt_tokens_per_second" not in metrics.summaries()
+    metrics.step(rows=2, tokens=30, generated=2, seconds=0.5, drafted=4, accepted=1)
+    assert metrics.summaries()["prompt_tokens_per_second"]["mean"] == 50.0
+    assert (metrics.totals["drafted_tokens"], metrics.totals["accepted_tokens"]) == (12, 4)
 
 
 def test_disabled_metrics_record_nothing() -> None:

@@ -71,6 +71,14 @@ def test_completion_is_all_of_it_whatever_was_cut() -> None:
     )
 
 
+def test_guesses_are_added_up() -> None:
+    transcript = Transcript("r")
+    transcript.note_draft(4, 2)
+    transcript.note_draft(3, 0)
+    completion = transcript.completion()
+    assert (completion.num_drafted_tokens, completion.num_accepted_tokens) == (7, 2)
+
+
 def test_lists_of_a_completion_are_the_callers() -> None:
     transcript = Transcript("r")
     write(transcript, "a", 1)

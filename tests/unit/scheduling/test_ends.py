@@ -164,7 +164,7 @@ def test_accepted_drafts_advance_over_their_kv() -> None:
     assert world.begin() == {1: (3, 7)}
     (row,) = world.plan.rows
     assert (row.draft, row.samples, len(seq.blocks)) == ((10, 11, 12), True, 2)
-    assert world.end({1: (10, 11, 12, 13)}) == [Event(1, (10, 11, 12, 13))]
+    assert world.end({1: (10, 11, 12, 13)}) == [Event(1, (10, 11, 12, 13), num_drafted_tokens=3, num_accepted_tokens=3)]
     assert (seq.tokens[3:], seq.computed, seq.draft) == ([TOKEN, 10, 11, 12, 13], 7, ())
     assert world.begin() == {1: (7, 8)}
 
@@ -188,7 +188,7 @@ def test_tokens_after_a_stop_are_dropped() -> None:
     world.begin()
     result = RowResult((10, 11, 12, 13), scores(10, 11, 12, 13))
     event = Event(1, (10, 11), scores(10, 11), reason=FinishReason.STOP, stop_token=11)
-    assert world.end({1: result}) == [event]
+    assert world.end({1: result}) == [event._replace(num_drafted_tokens=3, num_accepted_tokens=2)]
     assert seq.tokens[3:] == [TOKEN, 10, 11]
 
 
@@ -224,13 +224,22 @@ def test_drafts_preempt_nobody() -> None:
 
 
 def test_drafts_are_dropped_where_blocks_lack() -> None:
-    world = World(num_blocks=3)
-    first, second = world.add(1, 3, new=5), world.add(2, 3, new=5)
+    world = World(num_blocks=5)
+    first, second = world.add(1, 3, new=12), world.add(2, 3, new=12)
     world.step()
-    world.scheduler.offer(1, [10, 11, 12])
-    world.scheduler.offer(2, [10, 11, 12])
-    assert world.begin() == {1: (3, 7), 2: (3, 4)}
-    assert (first.draft, second.draft) == ((10, 11, 12), ())
+    world.scheduler.offer(1, [10] * 8)
+    world.scheduler.offer(2, [10] * 8)
+    assert world.begin() == {1: (3, 12), 2: (3, 4)}
+    assert (first.draft, second.draft) == ((10,) * 8, ())
+
+
+def test_drafts_leave_a_block_for_everybody_else() -> None:
+    world = World(num_blocks=3)
+    first, second = world.add(1, 3, new=8), world.add(2, 2, new=8)
+    world.step()
+    for number in (1, 2):
+        world.scheduler.offer(number, [10] * 8)
+    assert (first.draft, second.draft) == ((), (10,)), "the last block is not for guesses; the own block may be filled"
 
 
 def test_an_offer_to_anybody_else_is_ignored() -> None:

@@ -1,0 +1,53 @@
+"""Who drafts for an engine: reads the settings, loads the draft model, makes the drafter.
+
+Called once by `boot`, on the model's thread; imports torch only where a draft model is to be loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.cache.manager import CacheManager
+from penstock.config import EngineConfig
+from penstock.demo import DRAFT_DIR
+from penstock.errors import ConfigurationError
+from penstock.models.protocol import GuessingRunner, ModelSpec
+from penstock.optimizers.speculation.draft_model import ModelDrafter
+from penstock.optimizers.speculation.drafter import Drafter
+from penstock.optimizers.speculation.ngram import NgramDrafter
+from penstock.optimizers.speculation.suffix import SuffixDrafter
+
+
+def uses_draft_model(config: EngineConfig) -> bool:
+    """Whether the settings ask for a draft model."""
+    return config.drafter == "draft_model" or (config.drafter == "auto" and config.draft_model is not None)
+
+
+def load_draft_model(model: Any, large: ModelSpec, config: EngineConfig) -> GuessingRunner | None:
+    """The draft model of `large`, which was loaded from `model`; None where none is wanted.
+
+    Raises `ConfigurationError` for one that is not named, cannot be loaded, or has another vocabulary.
+    """
+    if not (config.enable_speculative_decoding and uses_draft_model(config)):
+        return None
+    source = config.draft_model or (str(DRAFT_DIR) if model is None else None)
+    if source is None:
+        raise ConfigurationError("drafter='draft_model' needs draft_model='folder or hub id' of a smaller model")
+    from penstock.models.loading import load_draft
+
+    return load_draft(source, large, config)
+
+
+def make_drafter(config: EngineConfig, draft: GuessingRunner | None, cache: CacheManager) -> Drafter | None:
+    """The drafter of the settings; None where a draft model was asked for too late to be loaded."""
+    if draft is not None:
+        return ModelDrafter(
+            draft.guess,
+            max_length=draft.spec.max_length,
+            num_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            max_tokens=config.max_num_batched_tokens,
+        )
+    if uses_draft_model(config):
+        return None
+    return SuffixDrafter() if config.drafter == "suffix" else NgramDrafter()

@@ -1,0 +1,76 @@
+"""What steps cost is learnt from those that were run, in spite of disturbances."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from penstock.optimizers.speculation.costs import STALE, CostCurve
+
+
+def curve_of(*measured: tuple[int, float], times: int = 3) -> CostCurve:
+    curve = CostCurve()
+    for _ in range(times):
+        for tokens, seconds in measured:
+            curve.record(tokens, seconds)
+    return curve
+
+
+def test_nothing_is_known_at_first() -> None:
+    curve = CostCurve()
+    assert not curve.is_known(1)
+    assert curve.seconds(5) == 0.0
+    curve.record(1, 0.0)
+    assert not curve.is_known(1), "a clock that stands still measures nothing"
+
+
+def test_times_are_linear_between_and_beyond_what_was_measured() -> None:
+    curve = curve_of((1, 0.010), (9, 0.018), (17, 0.034))
+    assert curve.seconds(5) == pytest.approx(0.014)
+    assert curve.seconds(13) == pytest.approx(0.026)
+    assert curve.seconds(21) == pytest.approx(0.042)
+    assert curve.upto(3)[:2] == [0.010, 0.010]
+
+
+def test_a_single_known_time_holds_everywhere_but_is_not_trusted_far() -> None:
+    curve = curve_of((4, 0.02))
+    assert curve.seconds(100) == 0.02
+    assert curve.reach == 8
+
+
+def test_more_tokens_never_take_less_time() -> None:
+    curve = curve_of((1, 0.012), (2, 0.010), (8, 0.020))
+    assert curve.seconds(1) == curve.seconds(2) == pytest.approx(0.011, abs=0.001)
+    assert curve.upto(20) == sorted(curve.upto(20))
+
+
+def test_numbers_of_tokens_close_to_each_other_teach_together() -> None:
+    curve = curve_of((64, 0.10), (68, 0.10))
+    assert curve.is_known(70)
+    assert not curve.is_known(80)
+
+
+def test_hiccups_pass() -> None:
+    rng, curve = random.Random(0), CostCurve()
+    for _ in range(300):
+        curve.record(1, 0.010 * (1 if rng.random() < 0.9 else rng.uniform(2, 20)))
+    assert 0.010 <= curve.seconds(1) < 0.013
+
+
+def test_a_time_that_changed_is_followed() -> None:
+    curve = curve_of((1, 0.010), times=50)
+    for _ in range(64):
+        curve.record(1, 0.030)
+    assert curve.seconds(1) == pytest.approx(0.030, rel=0.05)
+    for _ in range(16):
+        curve.record(1, 0.010)
+    assert curve.seconds(1) == pytest.approx(0.010, rel=0.1)
+
+
+def test_what_was_not_run_for_long_is_forgotten() -> None:
+    curve = curve_of((1, 0.010), (8, 0.080))
+    for _ in range(STALE + 16):
+        curve.record(1, 0.010)
+    assert not curve.is_known(8)
+    assert 0.010 < curve.seconds(8) < 0.045, "and is given another chance"

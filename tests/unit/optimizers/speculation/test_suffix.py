@@ -1,0 +1,89 @@
+"""What one request was answered is a guess for the others of its namespace, within bounded memory."""
+
+from __future__ import annotations
+
+from penstock.optimizers.speculation.drafter import Draft
+from penstock.optimizers.speculation.suffix import SuffixDrafter
+from tests.unit.optimizers.speculation.guessing import propose, sequence
+
+
+def test_another_request_said_it_before() -> None:
+    drafter = SuffixDrafter()
+    propose(drafter, sequence(0, [1, 2], [3, 4, 5, 6, 7, 8]))
+    assert propose(drafter, sequence(1, [9, 9], [3, 4])).tokens == (5, 6, 7, 8)
+
+
+def test_the_first_tokens_after_a_prompt_are_found_by_its_last_ones() -> None:
+    drafter = SuffixDrafter()
+    propose(drafter, sequence(0, [1, 2, 3], [4, 5, 6]))
+    assert propose(drafter, sequence(1, [8, 2, 3])).tokens == (4, 5, 6)
+
+
+def test_prompts_are_not_shared() -> None:
+    drafter = SuffixDrafter()
+    propose(drafter, sequence(0, [1, 2, 3, 4, 5, 6], [7]))
+    assert propose(drafter, sequence(1, [9, 1, 2])) == Draft()
+
+
+def test_namespaces_share_nothing() -> None:
+    drafter = SuffixDrafter()
+    propose(drafter, sequence(0, [1], [3, 4, 5, 6], namespace="a"))
+    assert propose(drafter, sequence(1, [1], [3, 4], namespace="b")) == Draft()
+    assert propose(drafter, sequence(2, [1], [3, 4], namespace="a")).tokens == (5, 6)
+
+
+def test_its_own_text_is_guessed_from_too_and_the_longer_match_counts() -> None:
+    drafter = SuffixDrafter()
+    propose(drafter, sequence(0, [1], [3, 4, 5, 5]))
+    assert propose(drafter, sequence(1, [3, 4, 6, 6, 9], [3, 4])).tokens[:2] == (6, 6), "of equals, its own"
+    propose(drafter, sequence(2, [1], [8, 3, 4, 7, 7]))
+    assert propose(drafter, sequence(3, [3, 4, 6, 6], [8, 3, 4])).tokens == (7, 7)
+
+
+def test_two_live_requests_help_each_other() -> None:
+    drafter = SuffixDrafter()
+    first, second = sequence(0, [1], [2]), sequence(1, [1], [2])
+    assert propose(drafter, first) == Draft()
+    first.tokens.extend([3, 4, 5])
+    propose(drafter, first)
+    assert propose(drafter, second).tokens == (3, 4, 5)
+    second.tokens.extend([3, 4, 5])
+    first.tokens.extend([6, 7])
+    propose(drafter, first)
+    assert propose(drafter, second).tokens == (6, 7)
+
+
+def test_what_an_ended_request_said_last_is_kept() -> None:
+    drafter = SuffixDrafter()
+    seq = sequence(0, [1], [2])
+    propose(drafter, seq)
+    seq.tokens.extend([3, 4, 5])
+    drafter.forget(0)
+    assert propose(drafter, sequence(1, [1], [2, 3])).tokens == (4, 5)
+
+
+def test_the_text_that_helped_least_lately_goes_first() -> None:
+    drafter = SuffixDrafter(capacity=34)
+    for number in range(3):
+        propose(drafter, sequence(number, [1], [10 * number + place for place in range(10, 19)]))
+        drafter.forget(number)
+    assert drafter.num_tokens == 30
+    assert propose(drafter, sequence(9, [1], [10, 11]), most=1).tokens == (12,)
+    drafter.forget(9)
+    propose(drafter, sequence(10, [1], [80, 81, 82, 83, 84]))
+    assert drafter.num_tokens <= 34
+    assert propose(drafter, sequence(11, [1], [20, 21])) == Draft()
+    assert propose(drafter, sequence(12, [1], [10, 11]), most=1).tokens == (12,)
+
+
+def test_a_live_request_that_was_dropped_begins_anew() -> None:
+    drafter = SuffixDrafter(capacity=8)
+    seq = sequence(0, [1], [2, 3, 4])
+    propose(drafter, seq)
+    propose(drafter, sequence(1, [1], [20, 21, 22, 23, 24, 25]))
+    seq.tokens.extend([5, 6, 7, 8])
+    propose(drafter, seq)
+    seq.tokens.append(9)
+    propose(drafter, seq)
+    assert drafter.num_tokens <= 8
+    assert propose(drafter, sequence(2, [1], [5, 6])).tokens == (7, 8, 9)
