@@ -54,7 +54,9 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
     Raises `ConfigurationError` for what cannot be found, read or run, `OutOfMemory` when weights do not fit.
     """
     if isinstance(model, nn.Module):
-        return _ready(view_of(model), model, _tokenizer_for(None, tokenizer, config), config, _name_of(model))
+        view = view_of(model)
+        owner = view if config.compile_model else model  # what is packed is the view's own
+        return _ready(view, owner, _tokenizer_for(None, tokenizer, config), config, _name_of(model))
     source = str(MODEL_DIR if model is None else model)
     check_source(source)
     dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)

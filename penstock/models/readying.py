@@ -49,7 +49,7 @@ def ready(module: nn.Module, device: torch.device, longest: int, config: EngineC
     Raises `ConfigurationError` for a model that cannot run, or not as the config demands.
     """
     probed = probe(module, device, verify=config.verify_model, longest=longest)
-    workspaces = MemoryPool(config.logits_chunk_bytes, device)
+    workspaces = MemoryPool(config.logits_chunk_bytes if config.enable_memory_pooling else 0, device)
     kernels = _kernels(probed, device, config)
     if kernels is None:
         _demand_nothing(config)
@@ -140,7 +140,8 @@ def _demand_owned(config: EngineConfig) -> None:
     for name in ("quantization", "deterministic"):
         if getattr(config, name):
             raise ConfigurationError(
-                f"{name} rewrites the weights, and this module is yours: save it with save_pretrained, pass the folder"
+                f"{name} rewrites the weights, and this module is yours: set compile_model=True to work on "
+                "packed copies, or save it with save_pretrained and pass the folder"
             )
 
 

@@ -178,7 +178,7 @@ def test_the_promise_needs_every_pass(left_out: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"deterministic": True}, {"quantization": "int8"}], ids=str)
 def test_a_borrowed_module_is_not_rewritten(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="this module is yours: save it with save_pretrained"):
+    with pytest.raises(ConfigurationError, match="this module is yours: set compile_model=True"):
         Driver(build("llama"), **settings)
 
 
