@@ -7,7 +7,15 @@ and transformers are imported when the first engine loads a model.
 __version__ = "0.1.0"
 
 from penstock.config import BatchingStrategy, EngineConfig
-from penstock.engine import LLM, AsyncEngineArgs, AsyncLLMEngine, InferenceEngine, RequestHandle, RequestStatus
+from penstock.engine import (
+    LLM,
+    AsyncEngineArgs,
+    AsyncLLMEngine,
+    InferenceEngine,
+    PerformanceOptimizer,
+    RequestHandle,
+    RequestStatus,
+)
 from penstock.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -23,6 +31,7 @@ from penstock.errors import (
 )
 from penstock.generation import GenerationConfig
 from penstock.models.scripted import ScriptedModel
+from penstock.optimizers.levels import OptimizationConfig, OptimizationLevel
 from penstock.optimizers.memory_pool import MemoryPool
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import OutputKind, RequestPriority, SamplingParams
@@ -55,9 +64,12 @@ __all__ = [
     "Logprob",
     "MemoryEstimator",
     "MemoryPool",
+    "OptimizationConfig",
+    "OptimizationLevel",
     "OutOfMemory",
     "OutputKind",
     "PenstockError",
+    "PerformanceOptimizer",
     "RequestAborted",
     "RequestError",
     "RequestHandle",

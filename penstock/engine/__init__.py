@@ -8,5 +8,14 @@ from penstock.engine.channel import RequestStatus
 from penstock.engine.handle import RequestHandle
 from penstock.engine.inference import InferenceEngine
 from penstock.engine.llm import LLM
+from penstock.engine.optimizer import PerformanceOptimizer
 
-__all__ = ["LLM", "AsyncEngineArgs", "AsyncLLMEngine", "InferenceEngine", "RequestHandle", "RequestStatus"]
+__all__ = [
+    "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
+    "InferenceEngine",
+    "PerformanceOptimizer",
+    "RequestHandle",
+    "RequestStatus",
+]

@@ -1,0 +1,137 @@
+"""Levels and flags: what each turns on, and why some turn on nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError
+from penstock.optimizers.levels import PRESETS, REFUSED, OptimizationConfig, OptimizationLevel
+from penstock.sampling import SamplingParams
+
+
+def test_the_defaults_are_those_of_the_table() -> None:
+    config = OptimizationConfig()
+    assert config.level is OptimizationLevel.BASIC
+    assert (config.enable_speculative_decoding, config.speculation_length) == (True, 4)
+    assert (config.enable_parallel_sampling, config.num_parallel_samples) == (True, 4)
+    assert (config.enable_memory_pooling, config.compile_model) == (True, True)
+
+
+@pytest.mark.parametrize("level", OptimizationLevel)
+def test_every_level_is_a_set_of_settings_that_the_engine_has(level: OptimizationLevel) -> None:
+    settings = OptimizationConfig(level=level).engine_settings()
+    made = EngineConfig(**settings)
+    assert {name: getattr(made, name) for name in settings} == settings
+    assert PRESETS[level].purpose
+
+
+def test_no_two_levels_are_the_same() -> None:
+    found = [OptimizationConfig(level=level).engine_settings() for level in OptimizationLevel]
+    assert all(found.count(one) == 1 for one in found)
+
+
+def test_basic_changes_no_setting_but_the_flags() -> None:
+    plain = EngineConfig().model_dump()
+    changed = {name for name, value in OptimizationConfig().engine_settings().items() if value != plain[name]}
+    assert changed <= {"enable_speculative_decoding", "speculation_length", "compile_model"}
+
+
+def test_a_flag_that_was_given_goes_before_the_level() -> None:
+    memory = OptimizationLevel.MEMORY_OPTIMIZED
+    assert OptimizationConfig(level=memory).compile_model is False
+    assert OptimizationConfig(level="memory_optimized", compile_model=True).compile_model is True
+    assert OptimizationConfig(level=memory, pool_size_mb=2).engine_settings()["logits_chunk_bytes"] == 2 * 2**20
+
+
+def flags_that_act() -> dict[str, Any]:
+    """Flag -> a value that is not the default one."""
+    return {
+        "level": "aggressive",
+        "enable_speculative_decoding": False,
+        "speculation_length": 7,
+        "enable_parallel_sampling": False,
+        "num_parallel_samples": 2,
+        "sample_aggregation": "cumulative_logprob",
+        "enable_memory_pooling": False,
+        "pool_size_mb": 3,
+        "compile_model": False,
+        "enable_kernel_fusion": False,
+        "enable_adaptive_batching": True,
+        "enable_early_stopping": False,
+        "profile_performance": True,
+    }
+
+
+@pytest.mark.parametrize("flag", flags_that_act())
+def test_every_flag_changes_what_the_engine_or_the_sampler_is_told(flag: str) -> None:
+    """B4-16: most flags of an earlier engine were never read."""
+    plain, other = OptimizationConfig(), OptimizationConfig(**{flag: flags_that_act()[flag]})
+    assert (plain.engine_settings(), plain.sampling()) != (other.engine_settings(), other.sampling())
+    SamplingParams(**other.sampling())
+
+
+def test_the_flags_above_are_all_but_those_with_one_value_and_the_log() -> None:
+    silent = {"use_flash_attention", "memory_efficient_attention", "enable_gradient_checkpointing", "log_optimizations"}
+    assert flags_that_act().keys() == OptimizationConfig.model_fields.keys() - silent
+
+
+@pytest.mark.parametrize("level", OptimizationLevel)
+def test_nothing_that_a_caller_draws_with_is_touched(level: OptimizationLevel) -> None:
+    """B4-16: an earlier engine replaced the caller's temperature by one that followed latency."""
+    assert OptimizationConfig(level=level).sampling().keys() <= {"ignore_eos", "best_of", "rank_by"}
+
+
+def test_the_best_is_the_likeliest_by_length_or_what_a_function_likes() -> None:
+    assert OptimizationConfig().sampling() == {"ignore_eos": False, "best_of": 4, "rank_by": "normalized_logprob"}
+    assert OptimizationConfig(sample_aggregation=len).sampling()["rank_by"] is len
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"dynamic_temperature": True}, "the temperature is the caller's"),
+        ({"acceptance_threshold": 0.8}, "would change what is generated"),
+        ({"draft_model_ratio": 0.25}, "cannot be cut out of a larger one"),
+        ({"use_flash_attention": False}, "attention always reads K/V from pages"),
+        ({"memory_efficient_attention": False}, "attention always reads K/V from pages"),
+        ({"sample_aggregation": "ensemble"}, "mixes texts that say different things"),
+        ({"sample_aggregation": "random"}, "a sample like any other"),
+        ({"sample_aggregation": "worst"}, "choose from 'best', 'cumulative_logprob'"),
+        ({"level": "fastest"}, "level='fastest' is not available"),
+        ({"speculation_length": 0}, "speculation_length"),
+        ({"speculation_lenght": 4}, "did you mean 'speculation_length'"),
+    ],
+)
+def test_what_means_nothing_is_refused_with_the_reason(flags: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        OptimizationConfig(**flags)
+    config = OptimizationConfig()
+    ((name, value),) = flags.items()
+    with pytest.raises(ConfigurationError, match=reason):
+        setattr(config, name, value)
+
+
+def test_refused_flags_that_are_off_are_let_through() -> None:
+    config = OptimizationConfig(**dict.fromkeys(REFUSED, None))
+    config.dynamic_temperature = False
+    assert config == OptimizationConfig()
+
+
+def test_fusion_and_compiling_leave_out_their_rewrites() -> None:
+    assert OptimizationConfig().engine_settings()["disabled_rewrites"] == ()
+    assert OptimizationConfig(enable_kernel_fusion=False).engine_settings()["disabled_rewrites"] == ("fused_layers",)
+    without = OptimizationConfig(compile_model=False).engine_settings()
+    assert without["disabled_rewrites"] == ("fused_layers", "packed_linears", "packed_norms")
+    assert without["compile_model"] is False
+
+
+def test_adaptive_batching_follows_the_goal_of_the_level() -> None:
+    def goal(level: OptimizationLevel, **flags: Any) -> Any:
+        return OptimizationConfig(level=level, **flags).engine_settings()["target"]
+
+    assert [goal(level) for level in OptimizationLevel] == [None, "throughput", "latency", None]
+    assert [goal(level, enable_adaptive_batching=False) for level in OptimizationLevel] == [None] * 4
+    assert goal(OptimizationLevel.BASIC, enable_adaptive_batching=True) == "throughput"
