@@ -18,7 +18,7 @@ from typing import Any
 
 from harness.console import finish, progress, show
 from harness.engines import vocabulary_of
-from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
+from harness.options import add_model_options, integers, name_of, parser_for, settings_of, source_of
 from penstock import EngineConfig, InferenceEngine, SamplingParams
 from penstock.models.baseline import load_module
 
@@ -61,8 +61,9 @@ async def sample(engine: InferenceEngine, prompt: list[int], n: int, new_tokens:
     blocks = 0
     async for delta in engine.generate(prompt, params):
         first.setdefault(delta.index, time.perf_counter() - begin)
-        cache = engine.get_stats()["cache_info"]
-        blocks = max(blocks, cache["num_blocks"] - cache["num_free_blocks"])
+        if len(first) == n:  # statistics take their time
+            cache = engine.get_stats()["cache_info"]
+            blocks = max(blocks, cache["num_blocks"] - cache["num_free_blocks"])
     run = tokens_run(engine) - before
     return {"prefilled": run - n * (new_tokens - 1), "first_tokens_s": max(first.values()), "blocks": blocks}
 
@@ -113,20 +114,18 @@ def search_by_transformers(
     return [generate(prompt) for prompt in given[1:]], time.perf_counter() - begin
 
 
-def beams(source: str, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Tokens per second of both, in turns."""
-    given = prompts(args.searches + 1, args.beam_prompt, vocabulary_of(source), seed=1)
-    total, rates = args.searches * args.beam_tokens, {"penstock": list[float](), "transformers": list[float]()}
-    same = 0
+def beams(source: str, settings: dict[str, Any], length: int, args: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of both after prompts of one length, in turns; how many of the texts are the same."""
+    given = prompts(args.searches + 1, length, vocabulary_of(source), seed=length)
+    total, rates, same = args.searches * args.beam_tokens, {"penstock": list[float](), "transformers": list[float]()}, 0
     for _ in range(args.repeats):
         ours, seconds = asyncio.run(search(source, settings, given, args))
         rates["penstock"].append(total / seconds)
         theirs, seconds = search_by_transformers(source, EngineConfig(**settings), given, args)
         rates["transformers"].append(total / seconds)
         same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    found = {name: {"output_tok_s": median(values)} for name, values in rates.items()}
-    found["penstock"]["same_texts"] = same
-    return found
+    found = {name: median(values) for name, values in rates.items()}
+    return {**found, "speedup": found["penstock"] / found["transformers"], "same_texts": same / args.searches}
 
 
 def main() -> None:
@@ -140,7 +139,9 @@ def main() -> None:
     parser.add_argument(
         "--searches", type=int, default=4, help="prompts to search for, one after the other (default: 4)"
     )
-    parser.add_argument("--beam-prompt", type=int, default=64, help="prompt tokens of a search (default: 64)")
+    parser.add_argument(
+        "--beam-prompts", type=integers, default=[64, 512], help="prompt tokens of searches (default: 64,512)"
+    )
     parser.add_argument("--beam-tokens", type=int, default=64, help="new tokens of a search (default: 64)")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions; medians are shown (default: 3)")
     run(parser.parse_args())
@@ -149,19 +150,21 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     source, settings = source_of(args), settings_of(args)
-    with progress(2) as step:
+    searched: dict[str, dict[str, float]] = {}
+    with progress(1 + len(args.beam_prompts)) as step:
         step("samples")
         sampled = asyncio.run(samples(source, settings, args))
-        step("beams")
-        searched = beams(source, {"dtype": "float32", **settings}, args)
+        for length in args.beam_prompts:
+            step(f"searches after {length} tokens")
+            searched[str(length)] = beams(source, {"dtype": "float32", **settings}, length, args)
     one, many = sampled["n=1"], sampled[f"n={args.n}"]
     sampled["ratio"] = {name: many[name] / one[name] for name in one}
-    speedup = searched["penstock"]["output_tok_s"] / searched["transformers"]["output_tok_s"]
     title = f"{name_of(args)}, {args.prompt} prompt tokens"
     show(title, ("", *one), [[name, *figures.values()] for name, figures in sampled.items()])
-    rows = [[name, figures["output_tok_s"]] for name, figures in searched.items()]
-    show(f"a search of width {args.width}: {speedup:.1f} times as fast", ("", "output tokens/s"), rows)
-    finish({"model": name_of(args), "samples": sampled, "beams": {**searched, "speedup": speedup}})
+    columns = ("prompt tokens", *next(iter(searched.values())))
+    rows = [[length, *figures.values()] for length, figures in searched.items()]
+    show(f"searches of width {args.width}, output tokens per second", columns, rows)
+    finish({"model": name_of(args), "samples": sampled, "beams": searched})
 
 
 if __name__ == "__main__":

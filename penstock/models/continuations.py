@@ -21,6 +21,8 @@ from penstock.models.vocabulary import Survey, Top, Vocabulary
 from penstock.optimizers.beams import num_candidates
 from penstock.step import Row, RowResult, TokenLogprobs
 
+_MARGIN = 8  # candidates beyond those wanted, since ties at the edge need all of them
+
 
 class Continuations:
     """`chunk_bytes` bounds the temporary tensors over the vocabulary."""
@@ -51,16 +53,14 @@ class Continuations:
         log_total = raw.log_total()
         seen, errors = self._ruled(raw, log_total, rows) if ruled else (raw, {})
         counts = [num_candidates(row.params.num_beams, len(row.stop_ids)) for row in rows]
-        greatest, tokens = seen.greatest(min(max(counts), raw.size))
-        own = raw.flat.gather(1, tokens) if ruled else greatest
-        logprobs = (own.double() - log_total[:, None]).tolist()
-        scores = greatest.tolist() if ruled else logprobs
-        asked = _Details.of(raw, log_total, tokens, rows)
-        columns = zip(tokens.tolist(), logprobs, scores, log_total.tolist(), seen.peak.tolist(), strict=True)
+        values, tokens = _greatest(seen, min(max(counts), raw.size))
+        own = raw.flat.gather(1, torch.tensor(tokens, device=log_total.device)).tolist() if ruled else values
+        details = _Details.of(raw, log_total, tokens, rows)
         results = []
-        for i, (*column, total, peak) in enumerate(columns):
+        for i, (total, peak) in enumerate(zip(log_total.tolist(), seen.peak.tolist(), strict=True)):
+            logprobs = [logit - total for logit in own[i][: counts[i]]]
+            entries = details.entries(i, tokens[i], logprobs, values[i] if ruled else logprobs)
             error = rules.row_error(isfinite(total), errors.get(i), isfinite(peak))
-            entries = asked.entries(i, *column)[: counts[i]]
             results.append(RowResult(candidates=entries) if error is None else RowResult(error=error))
         return results
 
@@ -75,6 +75,21 @@ class Continuations:
         return copy.refreshed(), errors
 
 
+def _greatest(seen: Vocabulary, count: int) -> tuple[list[list[float]], list[list[int]]]:
+    """`Vocabulary.greatest` as lists. So few are sorted here sooner than by a dozen operations on tensors."""
+    width = min(seen.size, count + _MARGIN)
+    columns = zip(*(found.tolist() for found in seen.candidates(width)), strict=True)
+    rows = [sorted(zip(values, tokens, strict=True), key=_best_first) for values, tokens in columns]
+    if width < seen.size and any(row[-1][0] == row[count - 1][0] for row in rows):  # a tie that may not be whole
+        logits, tokens = seen.greatest(count)
+        return logits.tolist(), tokens.tolist()
+    return [[value for value, _ in row[:count]] for row in rows], [[token for _, token in row[:count]] for row in rows]
+
+
+def _best_first(found: tuple[float, int]) -> tuple[float, int]:
+    return -found[0], found[1]
+
+
 @dataclass(frozen=True, slots=True)
 class _Details:
     """What rows that asked for logprobs get with each candidate: ranks [W] of the candidates, and the top tokens."""
@@ -83,13 +98,13 @@ class _Details:
     tops: dict[int, Top]
 
     @classmethod
-    def of(cls, raw: Vocabulary, log_total: Tensor, tokens: Tensor, rows: Sequence[Row]) -> _Details:
+    def of(cls, raw: Vocabulary, log_total: Tensor, tokens: list[list[int]], rows: Sequence[Row]) -> _Details:
         asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         if not asked:
             return cls({}, {})
-        index = torch.tensor(asked, device=tokens.device)
-        some = raw.take(index)
-        above = [some.num_above(some.at(column)) for column in tokens[index].T]
+        index = torch.tensor(asked, device=log_total.device)
+        some, named = raw.take(index), torch.tensor([tokens[i] for i in asked], device=log_total.device)
+        above = [some.num_above(some.at(column)) for column in named.T]
         ranks = (torch.stack(above, dim=1) + 1).tolist()
         tops = some.tops(log_total[index], [rows[i].params.logprobs or 0 for i in asked])
         return cls(dict(zip(asked, ranks, strict=True)), dict(zip(asked, tops, strict=True)))
@@ -99,5 +114,5 @@ class _Details:
     ) -> tuple[TokenLogprobs, ...]:
         """The candidates of row i, without those that are ruled out."""
         ranks, top = self.ranks.get(i, [0] * len(tokens)), self.tops.get(i, ())
-        columns = zip(tokens, logprobs, scores, ranks, strict=True)
+        columns = zip(tokens, logprobs, scores, ranks, strict=False)  # as many as there are logprobs
         return tuple(TokenLogprobs(token, own, score, rank, top) for token, own, score, rank in columns if score > -inf)
