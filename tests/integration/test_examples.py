@@ -81,13 +81,29 @@ def completes_fifty(out: str) -> None:
     assert re.search(r"^50 prompts, \d+ tokens, \d+ tokens/s$", out, re.MULTILINE)
 
 
+def tells_what_each_level_does(out: str) -> None:
+    assert re.findall(r"^(\w+): (?:parallel|speculative|standard), \d+ tokens/s$", out, re.MULTILINE) == [
+        *("basic", "aggressive", "latency_optimized", "memory_optimized")
+    ]
+    assert "compile_model                  on: fused_layers" in out
+
+
+def goes_on_from_the_likeliest(out: str) -> None:
+    levels = re.findall(r"^level \d: (.*)$", out, re.MULTILINE)
+    assert len(levels) == 6
+    assert all(max(map(float, level.split())) < 0 for level in levels)
+    assert "\ndef fibonacci(n):\n" in out
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "batch": completes_fifty,
     "callbacks": calls_back_for_each,
     "cancel": leaves_no_request,
+    "optimizer": tells_what_each_level_does,
     "own_module": says_what_it_was_taught,
     "priorities": serves_higher_classes_first,
     "stream": streams_two_answers,
+    "tree_search": goes_on_from_the_likeliest,
     "web_service": answers_with_events,
 }
 
