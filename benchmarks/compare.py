@@ -6,7 +6,7 @@ What the machine can do at most is measured in the same sittings.
 
 Every measurement is appended to a file as it is taken. A run that was cut off goes on where it stopped; what is in the
 file is not measured again, so after a change of this engine name another file. --report-only makes the report from what
-is there. The report goes to docs/performance.md.
+is there. The report goes to docs/performance.md, where sections of other benchmarks stay as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from harness.console import finish, note, show
 from harness.options import parser_for
 from harness.processes import ROOT
 from harness.report import render
+from harness.sections import kept
 from harness.sittings import hold
 from harness.summary import summarize
 from peers.workloads import WORKLOADS, parse
@@ -71,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
     if not found["engines"]:
         raise SystemExit(f"there is no measurement of {model} in {results.path}")
     print_ratios(found)
-    args.report.write_text(render(found, command(args)), encoding="utf-8")
+    others = kept(args.report.read_text(encoding="utf-8")) if args.report.exists() else ""
+    text = render(found, command(args)) + (f"\n{others}" if others else "")
+    args.report.write_text(text, encoding="utf-8")
     note(f"measurements: {results.path}\nreport: {args.report}")
     finish(found)
 

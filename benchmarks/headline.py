@@ -1,0 +1,252 @@
+"""What of an inference engine's usual promises comes true here, beside plain transformers on the same model?
+
+Five promises, each measured on both sides in one process, in turns: the wait for a first token, tokens per second, how
+busy the model is kept, the memory of keys and values, and what speculation gains. Plain transformers means `generate`,
+one request after the other, and one batch padded to its longest row. Random token ids and greedy sampling, unless said
+otherwise; figures are medians over the repeats.
+
+--report writes the table into a section of docs/performance.md, one for each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness.console import Step, finish, note, progress, show
+from harness.engines import engine_for, vocabulary_of
+from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
+from harness.report import markdown_table
+from harness.sections import replaced
+from peers.workloads import WARM_UP, WORKLOADS, Workload, limits
+from penstock import EngineConfig, InferenceEngine
+from penstock.cli.measuring import Figures, measure_engine
+from penstock.models.baseline import Baseline, load_module
+
+EPILOG = """examples:
+  python benchmarks/headline.py
+  python benchmarks/headline.py --shape qwen3-0.6b --repeats 1 --alone 2 --report docs/performance.md
+"""
+FIRST = Workload("first", 1, 0, 512, 1)
+CROWD = Workload("crowd", 8, 0, 128, 64)
+RAGGED, PREFIX = WORKLOADS["ragged32"], WORKLOADS["prefix32"]
+Work = list[tuple[list[int], int]]
+Draw = Callable[[Workload, int], Work]
+Found = dict[str, tuple[float, float]]
+MS, MIB = 1000.0, 2**20
+
+
+class Watched:
+    """A `Baseline` whose passes through the model are timed: (begin, end) of each, in seconds."""
+
+    def __init__(self, module: Any) -> None:
+        self.spans: list[tuple[float, float]] = []
+        self._baseline = Baseline(module)
+        self._module, self._forward = module, module.forward
+        module.forward = self._timed
+
+    def _timed(self, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self.spans.append((begin, time.perf_counter()))
+
+    def run(self, work: Work) -> tuple[float, float, float]:
+        """One batch: begin, end of the first pass (which gives the first tokens), end of all."""
+        self.spans.clear()
+        begin = time.perf_counter()
+        self._baseline.generate(work)
+        return begin, self.spans[0][1], time.perf_counter()
+
+    def one_by_one(self, work: Work) -> tuple[list[float], float]:
+        """One request after the other, all of which came at once: waits for first tokens, and seconds of all."""
+        runs = [self.run([one]) for one in work]
+        return [first - runs[0][0] for _, first, _ in runs], runs[-1][2] - runs[0][0]
+
+    def busy(self) -> float:
+        """Seconds within the model of the last batch."""
+        return sum(end - begin for begin, end in self.spans)
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+        del self._module.forward
+
+
+def cache_of(module: Any, work: Work) -> tuple[int, int]:
+    """Keys and values that transformers holds at the end of a padded batch: (bytes, of each token of a row)."""
+    import torch
+
+    width, longest = max(len(prompt) for prompt, _ in work), max(count for _, count in work)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in work])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in work])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        out = module.generate(ids, attention_mask=mask, max_new_tokens=longest, **options)
+    held = sum(tensor.nbytes for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values))
+    return held, held // (len(work) * out.past_key_values.get_seq_length())
+
+
+async def held_tokens(engine: InferenceEngine, work: Work) -> int:
+    """The most tokens that the engine's running requests have room for, all together, during the same work."""
+    done, most = asyncio.ensure_future(measure_engine(engine, work, Figures())), 0
+    while not done.done():
+        cache = engine.get_stats()["cache_info"]
+        most = max(most, cache["num_blocks"] - cache["num_free_blocks"])
+        await asyncio.sleep(0.002)
+    await done
+    return most * engine.config.block_size
+
+
+def busy_s(engine: InferenceEngine) -> float:
+    """Seconds of steps so far."""
+    steps = engine.get_stats()["performance_metrics"].get("batch_processing_time", {"mean": 0.0, "count": 0})
+    return float(steps["mean"] * steps["count"])
+
+
+async def waits(watched: Watched, engine: InferenceEngine, draw: Draw, args: argparse.Namespace) -> Found:
+    """Seconds until the first token: of a lone request, and of eight that come at once (median)."""
+    found: dict[str, list[tuple[float, float]]] = {"first": [], "crowd": []}
+    for repeat in range(args.repeats):
+        for workload in (FIRST, CROWD):
+            work, figures = draw(workload, repeat), Figures()
+            firsts, _ = watched.one_by_one(work)
+            await measure_engine(engine, work, figures)
+            found[workload.name].append((median(firsts), median(figures.first_token_s)))
+    return {name: medians(pairs) for name, pairs in found.items()}
+
+
+async def rates(watched: Watched, engine: InferenceEngine, draw: Draw, args: argparse.Namespace) -> Found:
+    """Tokens per second of 32 ragged requests, and the share of the time in which the model ran."""
+    alone, padded, busy = [], [], []
+    for repeat in range(args.repeats):
+        work, figures = draw(RAGGED, repeat), Figures()
+        tokens = sum(count for _, count in work)
+        some = work[: args.alone]
+        _, alone_s = watched.one_by_one(some)
+        begin, _, end = watched.run(work)
+        before = busy_s(engine)
+        await measure_engine(engine, work, figures)
+        ours_s = figures.engine_s[0]
+        alone.append((sum(count for _, count in some) / alone_s, tokens / ours_s))
+        padded.append((tokens / (end - begin), tokens / ours_s))
+        busy.append((watched.busy() / (end - begin), (busy_s(engine) - before) / ours_s))
+    return {"alone": medians(alone), "padded": medians(padded), "busy": medians(busy)}
+
+
+def useful(work: Work) -> float:
+    """The share of a padded batch's positions that belong to somebody."""
+    width, longest = max(len(prompt) for prompt, _ in work), max(count for _, count in work)
+    return sum(len(prompt) + count for prompt, count in work) / (len(work) * (width + longest))
+
+
+async def memory(module: Any, engine: InferenceEngine, draw: Draw) -> Found:
+    """Bytes of keys and values for 32 ragged requests, and for 32 that share their first 512 tokens."""
+    found = {}
+    for workload in (RAGGED, PREFIX):
+        work = draw(workload, 0)
+        theirs, per_token = cache_of(module, work)
+        found[workload.name] = (float(theirs), float(per_token * await held_tokens(engine, work)))
+    return found
+
+
+def medians(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of each side."""
+    theirs, ours = zip(*pairs, strict=True)
+    return median(theirs), median(ours)
+
+
+async def promises(module: Any, source: str, settings: dict[str, Any], args: argparse.Namespace, step: Step) -> Found:
+    """(plain transformers, this engine) by what was measured."""
+    watched, size = Watched(module), vocabulary_of(source)
+
+    def draw(workload: Workload, repeat: int) -> Work:
+        return workload.draw(repeat, size)
+
+    fresh = {"enable_kv_cache": False, "preallocate_kv_cache": True, "batch_timeout_ms": 0, **settings}
+    async with engine_for(source, fresh, limits([FIRST, CROWD, RAGGED, PREFIX])) as engine:
+        watched.run(draw(WARM_UP, 0))
+        await measure_engine(engine, draw(WARM_UP, 0), Figures())
+        step("first tokens")
+        found = await waits(watched, engine, draw, args)
+        step("tokens per second")
+        found |= await rates(watched, engine, draw, args)
+        found["useful"] = (useful(draw(RAGGED, 0)), 1.0)
+    step("memory")
+    async with engine_for(source, settings, limits([RAGGED, PREFIX])) as engine:  # prefixes are shared
+        return found | await memory(module, engine, draw)
+
+
+# Measured -> (row of the table, what is promised elsewhere, factor to the unit, unit, whether less is better).
+ROWS: Mapping[str, tuple[str, str, float, str, bool]] = {
+    "first": ("First token, 512 prompt tokens", "under 50 ms, 2.7x", MS, "ms", True),
+    "crowd": ("First token, 8 requests at once, median", "", MS, "ms", True),
+    "alone": ("Throughput, beside one request at a time", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
+    "padded": ("Throughput, beside a padded batch", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
+    "busy": ("Share of the time in which the model runs", "over 90%, 1.4x", 100.0, "%", False),
+    "useful": ("Share of computed positions that are no padding", "", 100.0, "%", False),
+    "ragged32": ("K/V of 32 requests of mixed lengths", "a quarter", 1 / MIB, "MiB", True),
+    "prefix32": ("K/V of 32 requests that share 512 tokens", "a quarter", 1 / MIB, "MiB", True),
+}
+
+
+def row(name: str, pair: tuple[float, float]) -> list[object]:
+    """One line of the table."""
+    title, promised, factor, unit, less = ROWS[name]
+    theirs, ours = (value * factor for value in pair)
+    return [title, promised, unit, theirs, ours, (theirs / ours if less else ours / theirs)]
+
+
+COLUMNS = ("promise", "elsewhere", "unit", "transformers", "penstock", "times better")
+
+
+def document(model: str, rows: list[list[object]], command: str) -> str:
+    """The section of the report."""
+    return (
+        f"## The usual promises, on {model}\n\n"
+        "What inference engines promise (here: of a 7B model on an A100), measured on the machine above against plain\n"
+        "`transformers` on the same weights, in one process, in turns.\n\n"
+        f"{markdown_table(COLUMNS, rows)}\n"
+        f"```\n{command}\n```\n"
+    )
+
+
+def command(args: argparse.Namespace) -> str:
+    """What measures the same again."""
+    model = f" --model {args.model}" if args.model else f" --shape {args.shape}" if args.shape else ""
+    return f"python benchmarks/headline.py{model} --repeats {args.repeats} --alone {args.alone}"
+
+
+def main() -> None:
+    """Measure, and print the tables and the JSON line."""
+    parser = parser_for(__doc__, EPILOG)
+    add_model_options(parser)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="medians are over these (default: 3)")
+    parser.add_argument("--alone", type=int, default=8, metavar="N", help="requests that run one by one (default: 8)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a section of docs/performance.md")
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    source, settings, name = source_of(args), settings_of(args), name_of(args)
+    module = load_module(source, EngineConfig(**{key: settings[key] for key in ("dtype",) if key in settings}))
+    with progress(3) as step:
+        found = asyncio.run(promises(module, source, settings, args, step))
+    rows = [row(key, found[key]) for key in ROWS]
+    show(f"{name}, medians of {args.repeats}", COLUMNS, rows)
+    if args.report:
+        text = args.report.read_text(encoding="utf-8") if args.report.exists() else ""
+        section = document(name, rows, command(args))
+        args.report.write_text(replaced(text, f"headline {name}", section), encoding="utf-8")
+        note(f"report: {args.report}")
+    finish({"model": name, "repeats": args.repeats, "promises": found})
+
+
+if __name__ == "__main__":
+    main()
