@@ -16,9 +16,8 @@ class Branch(NamedTuple):
 
 
 async def grow(handle: RequestHandle) -> Branch:
-    """Read a piece of a branch; the request goes on meanwhile."""
     text, logprobs = "", list[float]()
-    while len(logprobs) < PIECE:
+    while len(logprobs) < PIECE:  # the request goes on meanwhile
         delta = await anext(handle)
         text, logprobs = text + delta.text, logprobs + list(delta.token_logprobs)
     return Branch(handle, text, logprobs)
