@@ -3,7 +3,7 @@
 Five promises, each measured on both sides in one process, in turns: the wait for a first token, tokens per second, how
 busy the model is kept, the memory of keys and values, and what speculation gains. Plain transformers means `generate`,
 one request after the other, and one batch padded to its longest row. Random token ids and greedy sampling, unless said
-otherwise; figures are medians over the repeats.
+otherwise; figures are medians over the repeats. What speculation gains is told beside this engine without it.
 
 --report writes the table into a section of docs/performance.md, one for each model.
 """
@@ -23,10 +23,13 @@ from harness.engines import engine_for, vocabulary_of
 from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
 from harness.report import markdown_table
 from harness.sections import replaced
+from harness.texts import edits, samples
 from peers.workloads import WARM_UP, WORKLOADS, Workload, limits
 from penstock import EngineConfig, InferenceEngine
 from penstock.cli.measuring import Figures, measure_engine
+from penstock.demo import MODEL_DIR
 from penstock.models.baseline import Baseline, load_module
+from speculation import NEW_TOKENS, engine_of, one_by_one
 
 EPILOG = """examples:
   python benchmarks/headline.py
@@ -139,6 +142,22 @@ async def rates(watched: Watched, engine: InferenceEngine, draw: Draw, args: arg
     return {"alone": medians(alone), "padded": medians(padded), "busy": medians(busy)}
 
 
+async def speculation(source: str, settings: dict[str, Any], rounds: int, step: Step) -> Found:
+    """Tokens per second of one stream without and with guesses: a file that is edited; the package's own pair."""
+    from transformers import AutoTokenizer
+
+    found = {}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    async with engine_of(source, settings, 1) as engine:
+        pairs = await one_by_one(engine, edits(tokenizer, NEW_TOKENS), rounds, step)
+        found["edit"] = (pairs["plain_tok_s"], pairs["tok_s"])
+    if source == str(MODEL_DIR):
+        async with engine_of(None, settings, 1, drafter="draft_model") as engine:
+            pairs = await one_by_one(engine, samples(tokenizer, NEW_TOKENS, 0.0), rounds, step)
+            found["draft"] = (pairs["plain_tok_s"], pairs["tok_s"])
+    return found
+
+
 def useful(work: Work) -> float:
     """The share of a padded batch's positions that belong to somebody."""
     return sum(len(prompt) + count - 1 for prompt, count in work) / padded_tokens(work)
@@ -187,6 +206,8 @@ ROWS: Mapping[str, tuple[str, str, float, str, bool]] = {
     "crowd": ("First token, 8 requests of 128 + 16 at once, median", "", MS, "ms", True),
     "alone": ("Throughput, beside one request at a time", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
     "padded": ("Throughput, beside a padded batch", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
+    "edit": ("Guesses from the text, a file that is edited; beside none", "4x", 1.0, "tok/s", False),
+    "draft": ("Guesses of a draft model, greedy; beside none", "4x", 1.0, "tok/s", False),
     "busy": ("Share of the time in which the model runs", "over 90%, 1.4x", 100.0, "%", False),
     "useful": ("Share of computed positions that are no padding", "", 100.0, "%", False),
     "ragged32": ("K/V of 32 requests of mixed lengths", "a quarter", 1 / MIB, "MiB", True),
@@ -209,7 +230,8 @@ def document(model: str, rows: list[list[object]], command: str) -> str:
     return (
         f"## The usual promises, on {model}\n\n"
         "What inference engines promise (here: of a 7B model on an A100), measured on the machine above against plain\n"
-        "`transformers` on the same weights, in one process, in turns.\n\n"
+        "`transformers` on the same weights, in one process, in turns. Guesses are measured beside this engine without\n"
+        "them.\n\n"
         f"{markdown_table(COLUMNS, rows)}\n"
         f"```\n{command}\n```\n"
     )
@@ -235,9 +257,10 @@ def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     source, settings, name = source_of(args), settings_of(args), name_of(args)
     module = load_module(source, EngineConfig(**{key: settings[key] for key in ("dtype",) if key in settings}))
-    with progress(3) as step:
+    with progress(3 + (4 if source == str(MODEL_DIR) else 2) * args.repeats) as step:
         found = asyncio.run(promises(module, source, settings, args, step))
-    rows = [row(key, found[key]) for key in ROWS]
+        found |= asyncio.run(speculation(source, settings, args.repeats, step))
+    rows = [row(key, found[key]) for key in ROWS if key in found]
     show(f"{name}, medians of {args.repeats}", COLUMNS, rows)
     if args.report:
         text = args.report.read_text(encoding="utf-8") if args.report.exists() else ""

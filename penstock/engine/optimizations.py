@@ -85,7 +85,7 @@ def features(config: OptimizationConfig, stats: Mapping[str, Any]) -> dict[str, 
     return {
         "enable_speculative_decoding": _switch(
             settings["enable_speculative_decoding"],
-            f"drafts of up to {settings['speculation_length']} tokens, same output",
+            f"drafts of up to {settings['speculation_length']} tokens, made {_drafts_from(settings)}; same output",
         ),
         "enable_parallel_sampling": _switch(
             config.enable_parallel_sampling, f"best of {config.num_parallel_samples} by {rank}; greedy: one"
@@ -99,6 +99,12 @@ def features(config: OptimizationConfig, stats: Mapping[str, Any]) -> dict[str, 
         "memory_efficient_attention": f"on: {ALWAYS}",
         "enable_gradient_checkpointing": NO_CHECKPOINTS if config.enable_gradient_checkpointing else "off",
     }
+
+
+def _drafts_from(settings: Mapping[str, Any]) -> str:
+    if settings["draft_model"] is not None:
+        return f"by {settings['draft_model']}"
+    return "from the text itself" if settings["drafter"] in ("auto", "ngram") else f"by {settings['drafter']}"
 
 
 def compiled(settings: Mapping[str, Any], stats: Mapping[str, Any]) -> str:

@@ -53,6 +53,8 @@ class PerformanceOptimizer:
             raise ConfigurationError(f"config must be an OptimizationConfig, got {type(config).__name__}")
         self._given = {"skip_tokenizer_init": True, **canonical(settings)}
         self._applied = self.config.engine_settings()
+        no_draft_model = self.config.draft_model is not None and not self.config.enable_speculative_decoding
+        self._live = LIVE - {"enable_speculative_decoding"} if no_draft_model else LIVE
         self._generations: deque[Generation] = deque(maxlen=KEPT_GENERATIONS)
         self.engine = InferenceEngine(model, None, EngineConfig(**{**self._applied, **self._given}))
         self.engine.start()
@@ -121,7 +123,7 @@ class PerformanceOptimizer:
         wanted = self.config.engine_settings()
         changed = {name: value for name, value in wanted.items() if value != self._applied.get(name)}
         changed |= {name: None for name in self._applied if name not in wanted}
-        fixed = sorted(changed.keys() - LIVE)
+        fixed = sorted(changed.keys() - self._live)
         if fixed:
             raise ConfigurationError(
                 f"the assigned flags change {', '.join(fixed)}, which the engine reads when it loads its model: "

@@ -100,6 +100,7 @@ class OptimizationConfig(BaseModel):
     level: OptimizationLevel = Field(OptimizationLevel.BASIC, description="What matters most.")
     enable_speculative_decoding: bool = Field(True, description="Guess tokens, verify several at once; same output.")
     speculation_length: int = Field(4, ge=1, description="Most tokens to guess at once.")
+    draft_model: str | None = Field(None, description="Folder or hub id of who guesses; None: the text itself.")
     enable_parallel_sampling: bool = Field(True, description="Draw several candidates and return the best.")
     num_parallel_samples: int = Field(4, ge=1, description="Candidates for each prompt; one where nothing is drawn.")
     sample_aggregation: Any = Field("best", description="Which candidate is the best.")
@@ -152,6 +153,7 @@ class OptimizationConfig(BaseModel):
             **self.preset.engine,
             "enable_speculative_decoding": self.enable_speculative_decoding,
             "speculation_length": self.speculation_length,
+            "draft_model": self.draft_model,
             "enable_memory_pooling": self.enable_memory_pooling,
             "compile_model": self.compile_model,
             "disabled_rewrites": self._without(),

@@ -27,6 +27,7 @@ from penstock import (
     RequestTooLarge,
     ScriptedModel,
 )
+from penstock.demo import DRAFT_DIR
 from tests.drive import greedy_by_transformers
 from tests.tiny_models import build
 
@@ -222,6 +223,33 @@ def test_compiling_runs_the_layers_of_a_live_module_on_kernels(model: nn.Module)
     assert all(parameter.requires_grad for parameter in model.parameters())
     for one in (compiled, plain):
         one.stop()
+
+
+def test_a_draft_model_guesses_and_changes_nothing() -> None:
+    """004-91, B4-15: the draft was `type(model)()`."""
+    plain, config = (
+        OptimizationConfig(enable_speculative_decoding=False),
+        OptimizationConfig(draft_model=str(DRAFT_DIR)),
+    )
+    prompt = list(range(300, 330))
+    outputs = []
+    for one in (plain, config):
+        optimizer = PerformanceOptimizer(None, one, deterministic=True)
+        output, stats = optimizer.optimized_generate([prompt], 60, 0.0)
+        outputs.append(output)
+        assert (stats["strategy"] == "speculative") == (one is config) == (stats["drafted_tokens"] > 0)
+        optimizer.stop()
+    assert outputs[0] == outputs[1]
+    assert 0 <= stats["acceptance_rate"] <= 1
+
+
+def test_a_draft_model_that_was_not_loaded_cannot_be_turned_on() -> None:
+    config = OptimizationConfig(draft_model=str(DRAFT_DIR), enable_speculative_decoding=False)
+    optimizer = PerformanceOptimizer(None, config)
+    config.enable_speculative_decoding = True
+    with pytest.raises(ConfigurationError, match="enable_speculative_decoding, which the engine reads"):
+        optimizer.optimized_generate([[5]])
+    optimizer.stop()
 
 
 def test_without_fusion_the_linear_modules_are_still_packed(model: nn.Module) -> None:

@@ -12,6 +12,8 @@ STATS = {
     "config": {
         "enable_speculative_decoding": True,
         "speculation_length": 4,
+        "draft_model": None,
+        "drafter": "auto",
         "enable_memory_pooling": False,
         "logits_chunk_bytes": 2**20,
         "compile_model": True,
@@ -58,7 +60,9 @@ def test_totals_are_sums_over_sums() -> None:
 def test_features_say_what_is_on_and_what_was_compiled() -> None:
     config = OptimizationConfig(enable_gradient_checkpointing=True, num_parallel_samples=3)
     found = features(config, STATS)
-    assert found["enable_speculative_decoding"] == "on: drafts of up to 4 tokens, same output"
+    assert found["enable_speculative_decoding"] == (
+        "on: drafts of up to 4 tokens, made from the text itself; same output"
+    )
     assert found["enable_parallel_sampling"] == "on: best of 3 by best; greedy: one"
     assert found["enable_memory_pooling"] == "off"
     assert found["compile_model"] == "on: fused_layers 2/2, packed_linears 1 (compiled)"

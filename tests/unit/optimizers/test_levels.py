@@ -52,6 +52,7 @@ def flags_that_act() -> dict[str, Any]:
         "level": "aggressive",
         "enable_speculative_decoding": False,
         "speculation_length": 7,
+        "draft_model": "somewhere",
         "enable_parallel_sampling": False,
         "num_parallel_samples": 2,
         "sample_aggregation": "cumulative_logprob",
