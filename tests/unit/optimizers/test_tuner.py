@@ -25,7 +25,7 @@ from penstock.optimizers.tuner import (
 from penstock.step import StepRecord
 from tests.unit.optimizers.test_costs import step
 
-LATENCY = EngineConfig(target="latency", max_inter_token_ms=60)
+LATENCY = EngineConfig(target="latency", max_inter_token_ms=60, speculation_length=4)
 
 
 def throughput(**settings: Any) -> EngineConfig:
@@ -164,7 +164,7 @@ def test_a_draft_is_as_long_as_its_last_token_pays() -> None:
     costs = costs_of(many(step(3), step(4), step(4, 10)))
     assert costs is not None
     assert worthwhile_draft(costs) == 12
-    assert settled(many(step(3), step(4), step(4, 10)), throughput()).draft_length == 4
+    assert settled(many(step(3), step(4), step(4, 10)), throughput(speculation_length=4)).draft_length == 4
 
 
 def test_full_batches_do_not_draft() -> None:
