@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define PAUSE() _mm_pause()
@@ -216,6 +217,12 @@ INLINE void narrow(void *dst, const float *src, long n, int f)
     else narrow_(dst, src, n, F16);
 }
 
+/* Ask for memory that is wanted soon: most of it was written by another thread, and lies in that one's cache. */
+INLINE void fetch(const char *p, long bytes)
+{
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 /* ---- elementary functions ---- */
 
 #if defined(__AVX512F__)
@@ -279,50 +286,74 @@ typedef struct pool pool;
 typedef void (*job)(pool *, void *, int);
 
 struct pool {
-    int threads;
+    int threads, active; /* those there are, and how many of them share a call: the first ones */
     pthread_t *ids;
     job run;
     void *arg;
-    atomic_long turn, claimed;
+    atomic_long turn; /* calls so far times MEMBERS, plus how many share the last one */
+    atomic_long claimed, round, stalled;
     atomic_int left, arrived, stopping, sleeping;
-    atomic_long round;
     pthread_mutex_t lock;
     pthread_cond_t wake;
     char *scratch; /* shared by the threads of one call */
     size_t scratch_size;
     char **own; /* one per thread */
     size_t own_size;
+    long watched, fewer_until; /* nanoseconds, see `judge` */
 };
 
-enum { SPINS = 40000 };
+enum { SPINS = 40000, PATIENCE = 20000, MEMBERS = 1 << 16 };
 
-static void relax(long *spins) /* whoever waits long lets others have the core */
+static long nanoseconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000L + t.tv_nsec;
+}
+
+/* One more look at what another thread is to change. Whoever waits long lets others have the core, from `since` on. */
+static void relax(long *looks, long *since)
 {
     PAUSE();
-    if (++*spins > 20000) sched_yield();
+    if (++*looks < PATIENCE) return;
+    if (*looks == PATIENCE) *since = nanoseconds();
+    sched_yield();
+}
+
+static void complain(pool *p, long since)
+{
+    if (since) atomic_fetch_add(&p->stalled, nanoseconds() - since);
 }
 
 static void barrier(pool *p)
 {
-    if (p->threads == 1) { atomic_store(&p->claimed, 0); return; }
-    long round = atomic_load(&p->round), spins = 0;
-    if (atomic_fetch_add(&p->arrived, 1) + 1 == p->threads) {
+    if (p->active == 1) { atomic_store(&p->claimed, 0); return; }
+    long round = atomic_load(&p->round), looks = 0, since = 0;
+    if (atomic_fetch_add(&p->arrived, 1) + 1 == p->active) {
         atomic_store(&p->arrived, 0);
         atomic_store(&p->claimed, 0);
         atomic_fetch_add(&p->round, 1);
-    } else {
-        while (atomic_load_explicit(&p->round, memory_order_acquire) == round) relax(&spins);
+        return;
     }
+    while (atomic_load_explicit(&p->round, memory_order_acquire) == round) relax(&looks, &since);
+    complain(p, since);
 }
 
 /* The next unclaimed piece of work; claims start over after each barrier and at each call. */
 static long claim(pool *p) { return atomic_fetch_add_explicit(&p->claimed, 1, memory_order_relaxed); }
 
-static void nap(pool *p, long seen)
+/* Is there a call after `seen` that thread `id` shares? Those that share one are waited for, so they miss none. */
+static int called(pool *p, long seen, int id)
+{
+    long turn = atomic_load_explicit(&p->turn, memory_order_acquire);
+    return turn != seen && (id < turn % MEMBERS || atomic_load(&p->stopping));
+}
+
+static void nap(pool *p, long seen, int id)
 {
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->sleeping, 1);
-    while (atomic_load(&p->turn) == seen) pthread_cond_wait(&p->wake, &p->lock);
+    while (!called(p, seen, id)) pthread_cond_wait(&p->wake, &p->lock);
     atomic_fetch_sub(&p->sleeping, 1);
     pthread_mutex_unlock(&p->lock);
 }
@@ -333,10 +364,10 @@ static void *work(void *arg)
 {
     seat s = *(seat *)arg;
     free(arg);
-    for (long seen = 0;; seen++) {
-        for (int i = 0; atomic_load_explicit(&s.p->turn, memory_order_acquire) == seen; i++) {
+    for (long seen = 0;; seen = atomic_load(&s.p->turn)) {
+        for (int i = 0; !called(s.p, seen, s.id); i++) {
             if (i < SPINS) PAUSE();
-            else nap(s.p, seen);
+            else nap(s.p, seen, s.id);
         }
         if (atomic_load(&s.p->stopping)) return NULL;
         s.p->run(s.p, s.p->arg, s.id);
@@ -344,14 +375,30 @@ static void *work(void *arg)
     }
 }
 
+/* Where other programs hold cores, the threads of a call wait for one another's time slices. Once such waits took more
+ * of WATCH than one thread less would, a quarter of them sits out; after REST all are tried again. */
+static void judge(pool *p, long now, long took)
+{
+    enum { WATCH = 50000000, REST = 1000000000 };
+    if ((p->watched += took) < WATCH) return;
+    long stalled = atomic_exchange(&p->stalled, 0) / (p->active - 1); /* all but one wait at a time */
+    if (stalled > p->watched / p->active) {
+        p->active -= (p->active + 3) / 4;
+        p->fewer_until = now + REST;
+    }
+    p->watched = 0;
+}
+
 static void call(pool *p, job run, void *arg)
 {
+    long began = p->threads > 1 ? nanoseconds() : 0, looks = 0, since = 0;
+    if (began > p->fewer_until) p->active = p->threads;
     atomic_store(&p->claimed, 0);
-    if (p->threads > 1) {
+    if (p->active > 1) {
         p->run = run;
         p->arg = arg;
-        atomic_store(&p->left, p->threads - 1);
-        atomic_fetch_add(&p->turn, 1);
+        atomic_store(&p->left, p->active - 1);
+        atomic_store(&p->turn, (atomic_load(&p->turn) / MEMBERS + 1) * MEMBERS + p->active);
         if (atomic_load(&p->sleeping)) {
             pthread_mutex_lock(&p->lock);
             pthread_cond_broadcast(&p->wake);
@@ -359,8 +406,11 @@ static void call(pool *p, job run, void *arg)
         }
     }
     run(p, arg, 0);
-    long spins = 0;
-    while (p->threads > 1 && atomic_load_explicit(&p->left, memory_order_acquire)) relax(&spins);
+    if (p->active == 1) return;
+    while (atomic_load_explicit(&p->left, memory_order_acquire)) relax(&looks, &since);
+    complain(p, since);
+    long now = nanoseconds();
+    judge(p, now, now - began);
 }
 
 static void *memory(size_t bytes)
@@ -397,8 +447,12 @@ pool *ps_pool_new(int threads)
         *s = (seat){p, p->threads};
         if (pthread_create(&p->ids[p->threads], NULL, work, s)) { free(s); break; }
     }
+    p->active = p->threads;
     return p;
 }
+
+/* How many threads would share the next call; see `judge`. */
+int ps_pool_active(const pool *p) { return p->active; }
 
 /* Grow the shared scratch and each thread's own; called before threads start. 0 when there is no memory. */
 static int reserve(pool *p, size_t shared, size_t own)
@@ -656,12 +710,36 @@ INLINE char *prepared(const linear_job *j, long m)
     return j->direct ? (char *)j->x + m * j->stride : j->rows_at + m * j->stride;
 }
 
+#if defined(__AVX512F__)
+/* Sixteen words of twelve rows: four rows at a time are transposed within each quarter of a vector. */
+INLINE void interleave_12(const int32_t *const *from, long at, int32_t *to)
+{
+    for (int r = 0; r < 12; r += 4) {
+        __m512i a = _mm512_loadu_si512(from[r] + at), b = _mm512_loadu_si512(from[r + 1] + at);
+        __m512i c = _mm512_loadu_si512(from[r + 2] + at), d = _mm512_loadu_si512(from[r + 3] + at);
+        __m512i ab[] = {_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)};
+        __m512i cd[] = {_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d)};
+        for (int i = 0; i < 2; i++) {
+            __m512i even = _mm512_unpacklo_epi64(ab[i], cd[i]), odd = _mm512_unpackhi_epi64(ab[i], cd[i]);
+#define QUARTER(q) \
+            _mm_storeu_si128((__m128i *)(to + (4 * q + 2 * i) * 12 + r), _mm512_extracti32x4_epi32(even, q)); \
+            _mm_storeu_si128((__m128i *)(to + (4 * q + 2 * i + 1) * 12 + r), _mm512_extracti32x4_epi32(odd, q));
+            QUARTER(0) QUARTER(1) QUARTER(2) QUARTER(3)
+#undef QUARTER
+        }
+    }
+}
+#endif
+
 /* Words [begin, end) of the rows [m, m + mr) of a tile become a[k][mr]. */
 static void interleave(const linear_job *j, long m, long mr, long begin, long end)
 {
     const int32_t *from[MR];
     int32_t *to = (int32_t *)j->a + m * words(j->w) + begin * mr;
     for (long i = 0; i < mr; i++) from[i] = (const int32_t *)prepared(j, m + i);
+#if defined(__AVX512F__)
+    for (; mr == 12 && begin + 16 <= end; begin += 16, to += 16 * 12) interleave_12(from, begin, to);
+#endif
     for (long x = begin; x < end; x++)
         for (long i = 0; i < mr; i++) *to++ = from[i][x];
 }
@@ -716,7 +794,11 @@ enum { WORDS_PER_CLAIM = 512 };
 
 static void prepare_rows(pool *p, const linear_job *j, long tiles_m, int id)
 {
-    for (long m; !j->direct && (m = claim(p)) < j->rows;) prepare(j, m, prepared(j, m), (float *)p->own[id]);
+    for (long m = j->direct ? j->rows : claim(p), next; m < j->rows; m = next) {
+        next = claim(p);
+        fetch(j->x + next * j->ldx * SIZE[j->w->in_type], j->w->k * SIZE[j->w->in_type]);
+        prepare(j, m, prepared(j, m), (float *)p->own[id]);
+    }
     barrier(p);
     if (tiles_m == 1) return;
     long k = words(j->w), parts = (k + WORDS_PER_CLAIM - 1) / WORDS_PER_CLAIM;
@@ -758,6 +840,8 @@ static void multiply_panel(const linear_job *j, long q, long next, long begin, l
     for (long t = begin; t < end; t++) { /* the first two tiles fetch half of the next panel each */
         long m = t * j->rows / tiles_m, mr = (t + 1) * j->rows / tiles_m - m, fetches = t - begin < 2 && next != q;
         const char *soon = fetches ? ahead + (t - begin) * (size / 2) : b;
+        for (long i = m; w->mode == ADD && i < m + mr; i++)
+            fetch(j->out + (i * j->ldo + q * NR) * SIZE[w->out_type], NR * SIZE[w->out_type]);
         products[w->format][mr]((const int32_t *)j->a + m * k, b, k, soon, fetches ? size / k / 2 : 0, c);
         finish(j, m, mr, q * NR, c, NR);
     }
@@ -767,7 +851,8 @@ static void multiply_panel(const linear_job *j, long q, long next, long begin, l
 static void linear_run(pool *p, void *arg, int id)
 {
     linear_job j = *(linear_job *)arg;
-    const long panels = (j.w->n + NR - 1) / NR, tiles_m = (j.rows + MR - 1) / MR, pieces = 32 * p->threads;
+    const long panels = (j.w->n + NR - 1) / NR, tiles_m = (j.rows + MR - 1) / MR;
+    const long pieces = (tiles_m > 1 ? 128 : 32) * p->active;
     const long several = panels >= pieces ? panels / pieces : 1, wanted = panels >= pieces ? 1 : pieces / panels;
     const long parts = tiles_m < 8 ? 1 : wanted < tiles_m ? wanted : tiles_m, units = (panels + several - 1) / several * parts;
     if (!j.direct || tiles_m > 1) prepare_rows(p, &j, tiles_m, id);
@@ -1038,20 +1123,58 @@ static void rotate(const rotary *r, const angles *g, float *restrict x, long dim
     }
 }
 
+/* The same for a head that is rotated as a whole, from and to any format, without a detour over memory. */
+INLINE void turn(const rotary *r, const angles *g, const void *from, const int f, void *to, const int t, const float *weight, const long vectors)
+{
+    const long half = vectors / 2;
+    vf x[MAX_HEAD / VL], squares = splat(0.0f);
+    for (long i = 0; i < vectors; i++) {
+        x[i] = load(from, i * VL, f);
+        squares += x[i] * x[i];
+    }
+    float scale = r->norm == 1 ? 1.0f / sqrtf(sum_of(squares) / (vectors * VL) + r->eps) : 1;
+    for (long i = 0; r->norm == 1 && i < vectors; i++) x[i] = x[i] * scale * *(const vf *)(weight + i * VL);
+    for (long i = 0; i < half; i++) {
+        const float *c = g->cosine + i * VL, *s = g->sine + i * VL;
+        vf lo = x[i], hi = x[i + half];
+        store(to, i * VL, t, lo * *(const vf *)c - hi * *(const vf *)s);
+        store(to, (i + half) * VL, t, hi * *(const vf *)(c + half * VL) + lo * *(const vf *)(s + half * VL));
+    }
+}
+
+/* A query or key, finished: norm and rotary position as `r` has them. */
+static void finish_head(const attention *a, const angles *g, const char *from, void *to, const int t, const float *weight)
+{
+    const long dim = a->c->key_dim, common = a->type == BF16 && a->r->width == dim;
+    float x[MAX_HEAD + VL];
+    if (common && dim == 128 && t == BF16) turn(a->r, g, from, BF16, to, BF16, weight, 128 / VL);
+    else if (common && dim == 128) turn(a->r, g, from, BF16, to, F32, weight, 128 / VL);
+    else if (common && dim == 64 && t == BF16) turn(a->r, g, from, BF16, to, BF16, weight, 64 / VL);
+    else if (common && dim == 64) turn(a->r, g, from, BF16, to, F32, weight, 64 / VL);
+    else {
+        widen(x, from, dim, a->type);
+        rotate(a->r, g, x, dim, weight);
+        narrow(to, x, dim, t);
+    }
+}
+
 /* Finish queries and key of one key/value head, and put key and value into the cache. */
 static void place_head(const attention *a, long token, long head, const angles *g)
 {
-    long group = a->heads / a->c->heads, dim = a->c->key_dim, size = SIZE[a->type];
+    const long group = a->heads / a->c->heads, dim = a->c->key_dim, size = SIZE[a->type];
+    const char *k = a->key + (token * a->key_token + head * a->key_head) * size;
+    const char *v = a->value + (token * a->value_token + head * a->value_head) * size;
     float key[MAX_HEAD + VL], value[MAX_HEAD + VL];
-    widen(key, a->key + (token * a->key_token + head * a->key_head) * size, dim, a->type);
-    widen(value, a->value + (token * a->value_token + head * a->value_head) * size, a->c->value_dim, a->type);
-    if (a->r) rotate(a->r, g, key, dim, a->r->key_norm);
+    fetch(k + a->key_token * size, dim * size);
+    fetch(v + a->value_token * size, a->c->value_dim * size);
+    if (a->r) finish_head(a, g, k, key, F32, a->r->key_norm);
+    else widen(key, k, dim, a->type);
+    widen(value, v, a->c->value_dim, a->type);
     write_head(a->c, a->s->slots[token], head, key, value);
     for (long h = head * group; a->r && h < (head + 1) * group; h++) {
         char *q = a->query + (token * a->query_token + h * a->query_head) * size;
-        widen(key, q, dim, a->type);
-        rotate(a->r, g, key, dim, a->r->query_norm);
-        narrow(q, key, dim, a->type);
+        fetch(q + a->query_token * size, dim * size);
+        finish_head(a, g, q, q, a->type, a->r->query_norm);
     }
 }
 
@@ -1062,20 +1185,30 @@ static void normalize_all(const attention *a, char *x, long n, const float *weig
     narrow(x, row, n, a->type);
 }
 
+static void place_token(const attention *a, long token, float *row)
+{
+    const long heads = a->c->heads, size = SIZE[a->type], dim = a->c->key_dim;
+    angles g;
+    if (a->r && a->r->width) angles_of(a->r, token, &g);
+    if (a->r && a->r->norm == 2) {
+        normalize_all(a, a->query + token * a->query_token * size, a->heads * dim, a->r->query_norm, row);
+        normalize_all(a, a->key + token * a->key_token * size, heads * dim, a->r->key_norm, row);
+    }
+    for (long h = 0; h < heads; h++) place_head(a, token, h, &g);
+}
+
+/* Few tokens are shared out head by head, many by as many as a panel has: two threads must not write to one line. */
 static void place(pool *p, const attention *a, float *row)
 {
-    long heads = a->c->heads, whole = a->r && a->r->norm == 2, size = SIZE[a->type], dim = a->c->key_dim;
-    long pieces = whole || a->s->tokens >= 4 * p->threads ? a->s->tokens : a->s->tokens * heads;
+    const long tokens = a->s->tokens, heads = a->c->heads, whole = a->r && a->r->norm == 2;
+    const long many = tokens >= 4 * LANES * p->active ? LANES : 1, by_head = !whole && tokens < 4 * p->active;
     angles g;
-    for (long u; (u = claim(p)) < pieces;) {
-        if (a->r && a->r->width) angles_of(a->r, pieces == a->s->tokens ? u : u / heads, &g);
-        if (pieces != a->s->tokens) { place_head(a, u / heads, u % heads, &g); continue; }
-        if (whole) {
-            normalize_all(a, a->query + u * a->query_token * size, a->heads * dim, a->r->query_norm, row);
-            normalize_all(a, a->key + u * a->key_token * size, heads * dim, a->r->key_norm, row);
-        }
-        for (long h = 0; h < heads; h++) place_head(a, u, h, &g);
+    for (long u; by_head && (u = claim(p)) < tokens * heads;) {
+        if (a->r && a->r->width) angles_of(a->r, u / heads, &g);
+        place_head(a, u / heads, u % heads, &g);
     }
+    for (long u; !by_head && (u = claim(p) * many) < tokens;)
+        for (long t = u; t < u + many && t < tokens; t++) place_token(a, t, row);
 }
 
 enum { Q_WORDS = MAX_HEAD + 16, /* rows begin in different sets of the cache */
@@ -1166,11 +1299,6 @@ static void aim(const attention *a, bench *w, long row, long head, long from, lo
         w->after[w->afters++] = head_of(a->c, table[j], head);
 }
 
-INLINE void fetch(const char *p, long bytes)
-{
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
 /* Queries [i, i + mr) see keys [from, to) of a row; `from` is a multiple of KEYS. */
 static void walk(const attention *a, bench *w, long i, long mr, long row, long head, long from, long to)
 {
@@ -1226,10 +1354,14 @@ static void walk(const attention *a, bench *w, long i, long mr, long row, long h
     }
 }
 
-static void take_query(const attention *a, bench *w, long i, long row, long token, long position, long head)
+/* `ahead` tokens further is a query of the next tile. */
+static void take_query(const attention *a, bench *w, long i, long row, long token, long position, long head, long ahead)
 {
     float x[MAX_HEAD];
-    const long dim = a->c->key_dim;
+    const long dim = a->c->key_dim, size = SIZE[a->type];
+    const int wanted = a->c->compute == BF16 ? BF16 : F32;
+    const char *query = a->query + (token * a->query_token + head * a->query_head) * size;
+    fetch(query + ahead * a->query_token * size, dim * size);
     w->row[i] = row;
     w->token[i] = token;
     w->position[i] = position;
@@ -1237,8 +1369,9 @@ static void take_query(const attention *a, bench *w, long i, long row, long toke
     w->most[i] = -INFINITY;
     w->total[i] = 0;
     memset(w->out[i], 0, (dim + WIDE * VL) * sizeof(float));
-    widen(x, a->query + (token * a->query_token + head * a->query_head) * SIZE[a->type], dim, a->type);
-    narrow(w->query[i], x, dim, a->c->compute == BF16 ? BF16 : F32);
+    if (a->type == wanted) { memcpy(w->query[i], query, dim * size); return; }
+    widen(x, query, dim, a->type);
+    narrow(w->query[i], x, dim, wanted);
 }
 
 static void give_out(const attention *a, bench *w, long i)
@@ -1250,7 +1383,8 @@ static void give_out(const attention *a, bench *w, long i)
         scale = expf(w->most[i] - most);
         total = total * scale + expf(sink - most);
     }
-    for (long d = 0; d < dim; d++) w->out[i][d] = w->out[i][d] * scale / total;
+    scale /= total;
+    for (long d = 0; d < dim; d++) w->out[i][d] *= scale;
     narrow(a->out + (w->token[i] * a->heads + w->head[i]) * dim * SIZE[a->type], w->out[i], dim, a->type);
 }
 
@@ -1281,7 +1415,7 @@ static void attend_tile(const attention *a, bench *w, long bundle, long head, lo
     long from = 1L << 40;
     for (long q = begin; q < end; q++) {
         long r = many ? row + q / group : row, t = many ? 0 : s->begin[bundle] + q / group;
-        take_query(a, w, q - begin, r, s->first[r] + t, s->start[r] + t, head * group + q % group);
+        take_query(a, w, q - begin, r, s->first[r] + t, s->start[r] + t, head * group + q % group, (end - begin) / group);
         from = first_key(a, w, q - begin) < from ? first_key(a, w, q - begin) : from;
     }
     const long shared = s->shared[bundle];

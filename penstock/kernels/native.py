@@ -42,7 +42,10 @@ def note() -> str:
 
 
 class Kernels:
-    """A pool of `threads` threads that run the compiled kernels, or another build's `library`. `close()` ends them."""
+    """A pool of `threads` threads that run the compiled kernels, or another build's `library`. `close()` ends them.
+
+    Where other programs hold cores, some of the threads sit out for a second at a time: `active` are left.
+    """
 
     def __init__(self, threads: int, library: ctypes.CDLL | None = None) -> None:
         library = library or build().library
@@ -64,6 +67,11 @@ class Kernels:
         if self.pool:
             self.library.ps_pool_free(self.pool)
             self.pool = Ptr()
+
+    @property
+    def active(self) -> int:
+        """How many of the threads share the work at present."""
+        return int(self.library.ps_pool_active(self.pool))
 
     def workspace(self, num_bytes: int) -> int:
         """The address of memory that is anybody's until the next kernel is called; kept, for fresh pages are slow."""

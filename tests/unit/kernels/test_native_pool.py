@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -58,6 +59,28 @@ def test_pools_of_several_threads_run_beside_each_other() -> None:
     assert len(found) == 15
     assert all(torch.equal(result, wanted) for result in found)
     alone.close()
+
+
+def test_threads_that_cores_are_missing_for_sit_out_and_results_stay_the_same() -> None:
+    kernels, alone = Kernels(16 * (os.cpu_count() or 1)), Kernels(1)
+    wanted, end = product(alone), time.monotonic() + 60
+    while kernels.active == kernels.threads:
+        assert time.monotonic() < end
+        assert torch.equal(product(kernels), wanted)
+    assert torch.equal(product(kernels), wanted)
+    kernels.close()
+    alone.close()
+
+
+def test_threads_that_sat_out_are_tried_again() -> None:
+    kernels, end = Kernels(16 * (os.cpu_count() or 1)), time.monotonic() + 60
+    least = kernels.threads
+    while kernels.active <= least:
+        assert time.monotonic() < end
+        least = kernels.active
+        product(kernels)
+    assert least < kernels.threads
+    kernels.close()
 
 
 @pytest.mark.skipif(not os.path.exists(TASKS), reason="the system does not list threads")
