@@ -17,7 +17,7 @@ from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
 
 EVERY = 8  # steps between two looks at the window
-# While prompts keep coming, one step in so many has none: what streams alone take now is not known otherwise.
+# While prompts keep coming, one step in so many has none: what streams alone take is not known otherwise.
 PROBE_EVERY = 12
 KEPT_CHANGES = 32
 
@@ -72,7 +72,7 @@ class Tuning:
         return bool(late) and self._target == "latency"
 
     def _wants_probe(self) -> bool:
-        return self._target == "latency" and self._window.since_plain >= PROBE_EVERY
+        return self._window.since_plain >= PROBE_EVERY
 
     def _told(self, before: Tuned, after: Tuned) -> Tuned:
         """`after`, with a line in the log for every limit that is another one now."""

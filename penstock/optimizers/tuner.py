@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
 from penstock.config import EngineConfig
-from penstock.optimizers.costs import Costs, costs_of
+from penstock.optimizers.costs import LEAST_S, Costs, costs_of
 from penstock.step import StepRecord
 
 # Where a setting was not given, throughput may go up to here.
@@ -32,8 +32,6 @@ RECENT = 16  # records that say what is in demand
 # An idle engine waits for the rest of a burst for this part of a step: what comes later only joins one step later.
 WAIT_SHARE = {"latency": 0.1, "throughput": 1.0}
 
-
-LEAST_S = 1e-9
 UNBOUNDED = 1 << 30
 LIMITS = ("chunk_tokens", "alone_tokens", "max_batch_size", "draft_length", "batch_timeout_ms")
 N = TypeVar("N", int, float)
@@ -52,8 +50,8 @@ class Tuned(NamedTuple):
     """Limits that were found.
 
     `chunk_tokens` of prompts go into a step beside its streams, as far as `spare_s` lasts at what `Costs` says of
-    `prompt_s`, `token_s` and `depth_s`, and none at all into a `probe`; without streams a step has up to
-    `alone_tokens`. `max_batch_size` sequences run, a draft has `draft_length` tokens, an idle engine waits
+    `prompt_s`, `token_s` and `depth_s`, and none at all into a `probe`; with streams or without, a step has up to
+    `alone_tokens` in all. `max_batch_size` sequences run, a draft has `draft_length` tokens, an idle engine waits
     `batch_timeout_ms` for a burst.
     """
 
@@ -77,7 +75,7 @@ class Tuned(NamedTuple):
             return stream_tokens
         left_s, token_s = self.spare_s - self.prompt_s * depth, self.token_s + self.depth_s * depth
         chunk = self.chunk_tokens if self.chunk_tokens * token_s <= left_s else int(left_s / max(token_s, LEAST_S))
-        return stream_tokens + max(MIN_CHUNK, chunk)
+        return stream_tokens + max(MIN_CHUNK, min(chunk, self.alone_tokens - stream_tokens))
 
 
 def ceilings(config: EngineConfig) -> Ceilings:
@@ -215,7 +213,7 @@ def for_throughput(records: Sequence[StepRecord], costs: Costs | None, now: Tune
     recent = records[-RECENT:]
     tokens, why_tokens = larger_while_faster(
         now.alone_tokens,
-        [(record.tokens, record.tokens, record.seconds) for record in records],
+        [(record.tokens, record.tokens, record.seconds) for record in records if record.prompt_tokens],
         sum(record.tokens >= 0.9 * now.alone_tokens for record in recent) > len(recent) / 2,
     )
     rows, why_rows = larger_while_faster(

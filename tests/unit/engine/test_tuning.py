@@ -40,7 +40,7 @@ class Plant:
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(**settings)
-        self.cache = CacheManager(4000, 16, enable_prefix_caching=False)
+        self.cache = CacheManager(20_000, 16, enable_prefix_caching=False)
         self.limits = Limits(self.config)
         self.log = Log()
         self.tuning = Tuning(self.config, self.limits, self.log)
@@ -144,6 +144,30 @@ def test_throughput_finds_the_batch_that_was_not_given() -> None:
     by_hand = [tokens_per_second(max_batch_size=rows, max_num_batched_tokens=512) for rows in (8, 32, 64, 128)]
     assert tokens_per_second(target="throughput") > 0.95 * max(by_hand)
     assert tokens_per_second(target="throughput", max_batch_size=8) < 0.6 * max(by_hand), "what was given is kept to"
+
+
+class Light(Plant):
+    """A plant where a step costs more than what is in it."""
+
+    def cost_s(self, plan: StepPlan) -> float:
+        record = record_of(plan, StepResult(()), 0.0, 0)
+        return (10 + 0.1 * record.streams + 0.02 * record.prompt_tokens) / 1000
+
+
+def test_throughput_finds_chunk_and_batch_while_long_prompts_keep_coming() -> None:
+    """No step was of streams alone, and none of the chunk's own size: neither limit ever moved."""
+
+    def tokens_per_second(**settings: Any) -> float:
+        plant = Light(**settings)
+        while plant.count < 400 or plant.scheduler.has_work:
+            while plant.count < 400 and plant.scheduler.num_waiting + plant.scheduler.num_running < 80:
+                plant.add(2000, 64)
+            plant.step()
+        return plant.generated / plant.now
+
+    by_hand = tokens_per_second(max_batch_size=80, max_num_batched_tokens=4096)
+    assert tokens_per_second(max_batch_size=32, max_num_batched_tokens=512) < 0.7 * by_hand
+    assert tokens_per_second(target="throughput") > 0.95 * by_hand
 
 
 def test_everything_follows_from_the_records() -> None:
