@@ -20,6 +20,7 @@ RECENT_PLAIN = 12  # steps of streams alone that say how long these take now
 NOW = 6  # steps that say how fast the machine is at this moment
 STALL = 2.0  # times what is expected: a step that something else held up, whatever was in it
 UNTRIED = 0.25  # of a step, for one more stream where all steps had equally many: more than it turns out to be
+LEAST_S = 1e-9  # that anything takes, whatever a clock says
 RIDGE = 1e-6  # of the features' size, so that features that moved together share what they explain
 DEPTH = 1000.0  # tokens: the unit of depth, so that features are of one size
 
@@ -50,7 +51,7 @@ class Costs(NamedTuple):
     def of(self, streams: float, tokens: int, depth: float) -> float:
         """Seconds of a step of so many streams, and so many tokens of a prompt at that depth."""
         prompt_s = (self.prompt_s * depth + self.token_at(depth) * tokens) if tokens else 0.0
-        return self.streams_s + self.stream_s * (streams - self.streams) + prompt_s
+        return max(LEAST_S, self.streams_s + self.stream_s * (streams - self.streams) + prompt_s)
 
     def ratio(self, record: StepRecord) -> float:
         """How many times that a step took."""
@@ -71,7 +72,8 @@ def costs_of(records: Sequence[StepRecord], scatter: Iterable[float] = ()) -> Co
     if not plain:
         return None
     base_s, stream_s = line(medians(plain), median(seconds for _, seconds in plain) * UNTRIED)
-    base_s += median(seconds - base_s - stream_s * streams for streams, seconds in plain[-RECENT_PLAIN:])
+    level = median(s / max(LEAST_S, base_s + stream_s * streams) for streams, s in plain[-RECENT_PLAIN:])
+    base_s, stream_s = level * base_s, level * stream_s
     recent = records[-RECENT:]
     streams = median(record.streams for record in recent)
     costs = Costs(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
+from penstock.optimizers.costs import LEAST_S
 from penstock.step import StepRecord
 
 # Steps of streams alone are kept apart, so that a row of long prompts does not push the last of them out.
@@ -31,7 +32,7 @@ class Window:
         kind = self._mixed if record.prompt_tokens else self._plain
         like = [kind[-i][1].seconds for i in range(1, min(LIKE, len(kind)) + 1)]
         if record.streams and len(like) == LIKE:
-            self.scatter.append(record.seconds / median(like))
+            self.scatter.append(record.seconds / max(LEAST_S, median(like)))
         self.num_steps += 1
         kind.append((self.num_steps, record))
 

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
+from penstock.config import EngineConfig
 from penstock.optimizers.costs import Costs, costs_of, fit, line, medians, quantile, solve, spread
+from penstock.optimizers.tuner import first, tune
 from penstock.optimizers.window import Window
 from penstock.step import StepRecord
 
@@ -119,3 +121,23 @@ def test_drafts_count_as_their_streams() -> None:
     costs = known([drafting, drafting, StepRecord(0.050, 5, 4, 40, 20, 0.0, 9, 0)])
     assert (costs.streams_s, costs.drafted, costs.most_beside) == (pytest.approx(0.040), 16, 20)
     assert costs.token_at(0) == pytest.approx(0.0005, rel=0.01)
+
+
+def test_costs_are_never_negative_when_few_streams_follow_many() -> None:
+    """40 streams at 100 ms, then at 60, then one beside a prompt: by a shift alone one stream took -37 ms."""
+    crowd = [StepRecord(seconds, 40, 40, 40, 0, 0.0, 40, 0) for seconds in [0.100] * 20 + [0.060] * 12]
+    costs = known([*crowd, *[StepRecord(0.030, 2, 1, 17, 16, 0.0, 1, 0)] * 8])
+    assert costs.streams == 1
+    assert 0 < costs.streams_s < 0.060
+    assert costs.of(40, 0, 0.0) == pytest.approx(0.060)
+
+
+def test_steps_that_take_no_time_break_nothing() -> None:
+    """A clock that only a test moves."""
+    window, still = Window(), [step(4, noise=0.0), step(4, 16, noise=0.0)]
+    for record in still * 20:
+        window.add(record)
+    assert known(window.records()).noise == 1.0
+    for target in ("latency", "throughput"):
+        config = EngineConfig(target=target)
+        tune(window.records(), first(config), config, window.scatter)
