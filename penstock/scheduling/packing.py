@@ -6,6 +6,7 @@ changes anybody. Called by `Scheduler` and `DynamicBatcher`, which ask `permits`
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -86,6 +87,7 @@ class Naive(Continuous):
 
     def starts(self, waiting: WaitingQueue[W], running: Group, fits: Fits[W]) -> Iterator[W]:
         """The members that wait, best first; a new batch once nobody runs and nobody who began waits."""
+        self._begun.update(seq.request_id for seq in running)  # one of a higher class may have started before this
         members = self._members(waiting)
         if not running and not any(seq.request_id in self._begun for seq in members):
             best = dict.fromkeys(seq.request_id for seq in waiting.best(self._max_batch_size()))
@@ -107,34 +109,42 @@ class Bucketed(Continuous):
     """Sequences of similar length start together: lengths of one step's starts differ by at most `bucket_size`.
 
     The head of the queue always goes first and chooses the bucket: of all ranges of that width around its length, the
-    one with the most waiting sequences. Only its peers, of the same class, waiting tier and deadline, may pass others
-    of another bucket; those start in a later step. A tier above, which waiting leads to, nobody passes.
+    one with the most of its peers, who are of the same tier (class and boosts) and deadline. Only these may pass
+    anybody, who starts in a later step. Behind them whoever is next joins, as long as the lengths stay similar.
     """
 
     def __init__(self, bucket_size: int) -> None:
         self._bucket_size = bucket_size
 
     def starts(self, waiting: WaitingQueue[W], running: Group, fits: Fits[W]) -> Iterator[W]:
-        """The head and those of its bucket, in the queue's order, until one has no room."""
+        """The head and its peers of the bucket, then whoever is next and similar, until one has no room."""
         head = waiting.peek()
         if head is None or not fits(head):
             return
         peers = waiting.peers()
         shortest, longest = bucket_around(head.length, [seq.length for seq in peers], self._bucket_size)
+        started = []
         for seq in peers:
             if shortest <= seq.length <= longest:
                 if not fits(seq):
                     return
+                started.append(seq.length)
                 yield seq
+        while (behind := waiting.peek()) and self._are_similar([*started, behind.length]) and fits(behind):
+            started.append(behind.length)
+            yield behind
+
+    def _are_similar(self, lengths: SequenceOf[int]) -> bool:
+        return max(lengths) - min(lengths) <= self._bucket_size
 
 
 class MemoryAware(Continuous):
     """Only what memory holds to its very end starts: nothing that runs is ever short of it.
 
     `cost_mb` of the full lengths of all that run stays within `limit_mb`. The head of the queue goes first; behind it,
-    among its peers of the same class, waiting tier and deadline, the least memory goes first, and while the head does
-    not fit, those of its peers that do may pass. They stop being its peers when it has waited one tier longer, so what
-    it waits for is not taken for ever. What exceeds the limit alone is refused when it arrives.
+    among its peers of the same tier (class and boosts) and deadline, the least memory goes first, and while the head
+    does not fit, those of its peers that do may pass. Whoever of its class comes one boost later is never its peer, so
+    what it waits for is not taken for ever. What exceeds the limit alone is refused when it arrives.
     """
 
     def __init__(self, cost_mb: Cost, limit_mb: float) -> None:
@@ -205,7 +215,7 @@ def engine_packing(
     makers: dict[BatchingStrategy, Callable[[], Packing]] = {
         BatchingStrategy.NAIVE: lambda: Naive(lambda: limits.max_running),
         BatchingStrategy.BUCKETED: lambda: Bucketed(config.bucket_size),
-        BatchingStrategy.MEMORY_AWARE: lambda: MemoryAware(cost_mb, config.memory_limit_mb or limit_mb),
+        BatchingStrategy.MEMORY_AWARE: lambda: MemoryAware(cost_mb, min(config.memory_limit_mb or math.inf, limit_mb)),
         BatchingStrategy.CONTINUOUS: Continuous,
     }
     return makers[strategy_of(config)]()

@@ -10,8 +10,11 @@ from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
 from penstock.sampling import RequestPriority
 from penstock.scheduling.limits import Limits
-from penstock.scheduling.packing import MIB, bucket_around, engine_packing, paged_mb
+from penstock.scheduling.packing import MIB, Naive, bucket_around, engine_packing, paged_mb
+from penstock.scheduling.policy import AgingPolicy
+from penstock.scheduling.queue import WaitingQueue
 from penstock.scheduling.scheduler import Scheduler
+from penstock.sequence import Sequence
 from tests.unit.scheduling.test_searches import offers, search
 from tests.unit.scheduling.world import CRITICAL, HIGH, NORMAL, World
 
@@ -107,6 +110,23 @@ def test_beams_that_wait_for_each_other_keep_their_static_batch() -> None:
     assert list(world.begin()) == [2]
 
 
+def test_a_member_that_a_higher_class_started_is_waited_for() -> None:
+    """Only `starts` knew whom it had started itself; of the others it thought they had not begun."""
+    waiting: WaitingQueue[Sequence] = WaitingQueue(AgingPolicy(5.0))
+    world = World()
+    one, two, three = (world.add(number, 3) for number in (1, 2, 3))
+    packing = Naive(lambda: 2)
+    waiting.push(one, 0.0)
+    waiting.push(two, 0.0)
+    assert next(packing.starts(waiting, [], lambda seq: True)) is one
+    waiting.remove(one.id)
+    waiting.remove(two.id)  # by the scheduler, because its class is higher than that of one which runs
+    assert list(packing.starts(waiting, [one, two], lambda seq: True)) == []
+    waiting.push(two, 0.0)
+    waiting.push(three, 0.0)
+    assert list(packing.starts(waiting, [], lambda seq: True)) == [two]
+
+
 def test_without_continuous_batching_batches_are_static() -> None:
     world = Packed(batching_strategy="bucketed", enable_continuous_batching=False, max_batch_size=2)
     for number, new in ((1, 1), (2, 2), (3, 1)):
@@ -151,6 +171,14 @@ def test_an_earlier_deadline_is_not_passed_by_a_bucket() -> None:
     for number, length, deadline in ((1, 3, 50.0), (2, 9, 60.0), (3, 3, 70.0)):
         world.add(number, length, new=1, deadline=deadline)
     assert world.drain() == [[1], [2], [3]]
+
+
+def test_deadlines_of_their_own_do_not_keep_similar_lengths_apart() -> None:
+    """Every request that has a deadline has one of its own: only one was started in each step."""
+    world = Packed(num_blocks=100, batching_strategy="bucketed", bucket_size=2)
+    for number, length in enumerate((5, 4, 6, 3, 6), 1):
+        world.add(number, length, new=1, deadline=50.0 + number)
+    assert world.drain() == [[1, 2, 3], [4], [5]], "the fourth is not similar to the third, and nobody passes it"
 
 
 def test_waiting_carries_a_lone_length_past_a_full_bucket() -> None:
@@ -220,11 +248,20 @@ def test_what_never_fits_is_refused_when_it_arrives() -> None:
     world.drain()
 
 
+def test_a_memory_limit_beyond_the_cache_is_the_cache() -> None:
+    world = Packed(batching_strategy="memory_aware", memory_limit_mb=8192)
+    for number in (1, 2, 3):
+        world.add(number, 4, new=16)
+    assert list(world.step()) == [1, 2]
+    world.drain()
+    assert world.scheduler.stats()["num_preemptions"] == 0
+
+
 def test_weights_share_the_memory_limit() -> None:
     packing = engine_packing(
         EngineConfig(batching_strategy="memory_aware", memory_limit_mb=100, block_size=4),
         Limits(EngineConfig()),
-        0,
+        1000,
         MIB,
         60 * MIB,
     )
