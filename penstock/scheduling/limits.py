@@ -7,7 +7,7 @@ when a step begins, by the engine when it coalesces a burst, and by whoever draf
 from __future__ import annotations
 
 from penstock.config import EngineConfig
-from penstock.optimizers.tuner import Tuned, ceilings
+from penstock.optimizers.tuner import Tuned, ceilings, first
 
 
 class Limits:
@@ -15,7 +15,24 @@ class Limits:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self.tuned: Tuned | None = None
+        self._tuned: Tuned | None = None
+        self._tuned_for: str | None = None
+
+    @property
+    def target(self) -> str | None:
+        """The goal that is declared now."""
+        return self._config.target
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """The tuner's latest word toward this goal; until there is one, where tuning begins. None without a goal."""
+        if self.target == self._tuned_for:
+            return self._tuned
+        return None if self.target is None else first(self._config)
+
+    @tuned.setter
+    def tuned(self, tuned: Tuned | None) -> None:
+        self._tuned, self._tuned_for = tuned, self.target
 
     @property
     def max_batch_size(self) -> int:

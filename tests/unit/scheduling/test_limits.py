@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penstock.config import EngineConfig
-from penstock.optimizers.tuner import first
+from penstock.optimizers.tuner import FIRST_CHUNK, FIRST_ROWS, first
 from penstock.scheduling.limits import Limits
 from tests.unit.scheduling.world import World
 
@@ -30,13 +30,32 @@ def test_a_setting_that_is_assigned_counts_at_once_also_while_tuned() -> None:
     config = EngineConfig(target="throughput")
     limits = Limits(config)
     limits.tuned = first(config)._replace(chunk_tokens=2048, alone_tokens=2048, max_batch_size=128)
-    assert (limits.max_running, limits.tuned_tokens(8, 0)) == (128, 2056)
+    assert (limits.max_running, limits.tuned_tokens(8, 0)) == (128, 2048)
     config.max_batch_size = 6
     config.max_num_batched_tokens = 64
     config.batch_timeout_ms = 1
     config.speculation_length = 2
     assert (limits.max_batch_size, limits.max_running, limits.tuned_tokens(8, 0)) == (6, 6, 64)
     assert (limits.batch_timeout_s, limits.draft_length) == (0.001, 2)
+
+
+def test_a_step_toward_throughput_has_so_many_tokens_in_all() -> None:
+    """With the streams on top, no full step was of the size that was to be judged."""
+    tuned = first(EngineConfig(target="throughput"))._replace(chunk_tokens=512, alone_tokens=512)
+    assert [tuned.step_tokens(streams, 0) for streams in (0, 1, 32, 510, 600)] == [512, 512, 512, 514, 604]
+
+
+def test_a_target_is_in_force_before_the_tuner_has_seen_a_step() -> None:
+    config = EngineConfig()
+    limits = Limits(config)
+    config.target = "latency"
+    assert (limits.max_running, limits.tuned_tokens(4, 0)) == (FIRST_ROWS, 4 + FIRST_CHUNK)
+    limits.tuned = first(config)._replace(max_batch_size=9)
+    assert limits.max_running == 9
+    config.target = "throughput"
+    assert (limits.max_running, limits.tuned_tokens(4, 0)) == (32, 512)
+    config.target = None
+    assert (limits.tuned, limits.max_running) == (None, 32)
 
 
 def test_a_batch_limit_is_in_force_at_the_next_step() -> None:
