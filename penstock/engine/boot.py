@@ -195,7 +195,7 @@ def _watchers(config: EngineConfig, parts: Parts, advisor: BatchingOptimizer) ->
     strategy, scheduler = strategy_of(config), parts.scheduler
 
     def advise(record: StepRecord) -> None:
-        advisor.record_step(record, strategy, scheduler.limits.max_running, scheduler.num_preemptions)
+        advisor.record_step(record, strategy, scheduler.limits, scheduler.num_shortages)
 
     return [parts.tuning.observe, *([advise] if config.enable_metrics else [])]
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from penstock.config import BatchingStrategy
 from penstock.errors import RequestError
+from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
 
 WINDOW = 1000
@@ -32,7 +33,11 @@ class Suggestion(str):
 
 
 class Batch(NamedTuple):
-    """One batch. `computed` counts padding too; `memory` is as its recorder counts it; `limit` is the most rows."""
+    """One batch. `computed` counts padding too; `memory` is as its recorder counts it.
+
+    Of an engine's step: `limit` is the most sequences that could run, `most_rows` what settings allow of them, `target`
+    the tuner's goal, and `shortages` how often a sequence gave way since the step before because blocks lacked.
+    """
 
     strategy: str
     rows: int
@@ -41,8 +46,11 @@ class Batch(NamedTuple):
     seconds: float
     memory: float = 0.0
     limit: int = 0
+    most_rows: int = 0
+    target: str | None = None
     waiting: int = 0
     prompt_tokens: int = 0
+    shortages: int = 0
 
 
 class BatchingOptimizer:
@@ -51,7 +59,7 @@ class BatchingOptimizer:
     def __init__(self) -> None:
         self._ring: list[Batch] = []
         self._count = 0
-        self._preemptions = 0
+        self._num_shortages = 0
 
     def record_batch(self, batch_info: Mapping[str, Any], processing_time: float, memory_usage: float = 0.0) -> None:
         """Record one batch as `DynamicBatcher.get_next_batch` describes it, the seconds it took, and its memory.
@@ -65,24 +73,26 @@ class BatchingOptimizer:
         padded = rows * longest
         known = batch_info.get("total_tokens", sum(batch_info.get("lengths", ())))
         tokens = int(known or padded * batch_info.get("efficiency", 1.0))
+        computed = round(tokens / batch_info["efficiency"]) if batch_info.get("efficiency") else max(tokens, padded)
         strategy = str(batch_info.get("strategy", "unknown"))
-        self._add(Batch(strategy, rows, tokens, max(tokens, padded), processing_time, memory_usage))
+        self._add(Batch(strategy, rows, tokens, computed, processing_time, memory_usage))
 
-    def record_step(self, record: StepRecord, strategy: str, max_batch_size: int, num_preemptions: int) -> None:
-        """Record one step of an engine; `num_preemptions` since its start."""
-        rows, tokens = record.rows, record.tokens
-        self._preemptions = num_preemptions
+    def record_step(self, record: StepRecord, strategy: str, limits: Limits, num_shortages: int) -> None:
+        """Record one step of an engine; `num_shortages` is how often, since its start, one gave way to get blocks."""
+        since, self._num_shortages = num_shortages - self._num_shortages, num_shortages
         self._add(
             Batch(
-                str(strategy),
-                rows,
-                tokens,
-                tokens,
-                record.seconds,
-                0.0,
-                max_batch_size,
-                record.waiting,
-                record.prompt_tokens,
+                strategy=str(strategy),
+                rows=record.rows,
+                tokens=record.tokens,
+                computed=record.tokens,
+                seconds=record.seconds,
+                limit=limits.max_running,
+                most_rows=limits.max_batch_size,
+                target=limits.target,
+                waiting=record.waiting,
+                prompt_tokens=record.prompt_tokens,
+                shortages=since,
             )
         )
 
@@ -104,7 +114,7 @@ class BatchingOptimizer:
             "basis": _basis(strategies),
             "samples": len(batches),
             "strategies": strategies,
-            "suggestions": suggestions(batches, self._preemptions),
+            "suggestions": suggestions(batches),
         }
 
     def _add(self, batch: Batch) -> None:
@@ -126,7 +136,7 @@ def _figures(batches: Sequence[Batch]) -> dict[str, float]:
     seconds, tokens = sum(batch.seconds for batch in batches), sum(batch.tokens for batch in batches)
     return {
         "batches": len(batches),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
         "mean_seconds": seconds / len(batches),
         "mean_batch_size": sum(batch.rows for batch in batches) / len(batches),
         "efficiency": tokens / max(1, sum(batch.computed for batch in batches)),
@@ -160,12 +170,12 @@ def _basis(strategies: Mapping[str, Mapping[str, float]]) -> str:
 # Suggestions: one rule each, None where it has nothing to say.
 
 
-def suggestions(batches: Sequence[Batch], num_preemptions: int) -> list[Suggestion]:
+def suggestions(batches: Sequence[Batch]) -> list[Suggestion]:
     """What the batches call for, most urgent first."""
     if len(batches) < ENOUGH:
         text = "Record more batches: {samples} are too few to advise anything; {enough} are the least."
         return [Suggestion(text, samples=len(batches), enough=ENOUGH)]
-    found = (memory(batches), preemption(batches, num_preemptions), full(batches), static(batches))
+    found = (memory(batches), shortage(batches), full(batches), static(batches))
     return [suggestion for suggestion in (*found, padding(batches), stalls(batches)) if suggestion is not None]
 
 
@@ -178,29 +188,31 @@ def memory(batches: Sequence[Batch]) -> Suggestion | None:
     return Suggestion(text, memory=most)
 
 
-def preemption(batches: Sequence[Batch], num_preemptions: int) -> Suggestion | None:
+def shortage(batches: Sequence[Batch]) -> Suggestion | None:
     """Work thrown away because the cache was full."""
-    if not num_preemptions:
+    count = sum(batch.shortages for batch in batches)
+    if not count:
         return None
     text = (
         "Raise memory_pool_size, or set batching_strategy='memory_aware', which starts only what fits to its end: "
-        "sequences were sent back to the queue {preemptions} times."
+        "in {batches} batches, sequences were sent back to the queue {preemptions} times because blocks lacked."
     )
-    return Suggestion(text, preemptions=num_preemptions)
+    return Suggestion(text, preemptions=count, batches=len(batches))
 
 
 def full(batches: Sequence[Batch]) -> Suggestion | None:
-    """A batch limit that others wait behind."""
-    tight = [batch for batch in batches if batch.limit and batch.rows >= batch.limit and batch.waiting]
+    """A setting that others wait behind, not what the tuner makes of it."""
+    tight = [batch for batch in batches if batch.waiting and batch.rows >= batch.most_rows > 0]
     share = len(tight) / len(batches)
     if share < MUCH:
         return None
     waiting = sum(batch.waiting for batch in tight) / len(tight)
+    by_itself = "" if tight[-1].target else ", or set target='throughput', which finds it"
     text = (
-        "Raise max_batch_size above {limit}, or set target='throughput', which finds it: {share:.0%} of {batches} "
+        f"Raise max_batch_size above {{limit}}{by_itself}: {{share:.0%}} of {{batches}} "
         "batches were full while {waiting:.1f} sequences waited."
     )
-    return Suggestion(text, limit=tight[-1].limit, share=share, batches=len(batches), waiting=waiting)
+    return Suggestion(text, limit=tight[-1].most_rows, share=share, batches=len(batches), waiting=waiting)
 
 
 def static(batches: Sequence[Batch]) -> Suggestion | None:
@@ -230,7 +242,9 @@ def padding(batches: Sequence[Batch]) -> Suggestion | None:
 
 
 def stalls(batches: Sequence[Batch]) -> Suggestion | None:
-    """Streams that wait for prompts computed beside them."""
+    """Streams that wait for prompts computed beside them, where nobody declared what matters more."""
+    if batches[-1].target:
+        return None
     mixed = [batch.seconds for batch in batches if 0 < batch.prompt_tokens < batch.tokens]
     plain = [batch.seconds for batch in batches if batch.limit and not batch.prompt_tokens]
     if min(len(mixed), len(plain)) < ENOUGH:

@@ -40,6 +40,11 @@ class Overview:
         return self._roster.num_preemptions
 
     @property
+    def num_shortages(self) -> int:
+        """How often a running sequence had to give way, another one or itself, because blocks lacked."""
+        return self._roster.num_shortages
+
+    @property
     def next_deadline(self) -> float:
         """The earliest time at which `expire` may have something to do; infinity for never."""
         return self._roster.deadlines.next_time

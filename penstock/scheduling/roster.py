@@ -31,6 +31,7 @@ class Roster:
         self.running = RunningSet()
         self.deadlines = Deadlines()
         self.num_preemptions = 0
+        self.num_shortages = 0
         self.now = 0.0  # when time was last told
         self._victim_counts: dict[int, int] = {}
         self._siblings: dict[int, list[Sequence]] = {}  # by whose first draw they wait for

@@ -228,6 +228,7 @@ class Scheduler(Overview):
             if seq.draft:
                 seq.draft = ()  # a guess is not worth anybody's blocks
                 continue
+            self._roster.num_shortages += 1
             victim = next(self._roster.running.unplanned())
             if victim is seq:
                 self._preempt(seq, step.now)

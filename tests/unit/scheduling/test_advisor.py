@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 
 from penstock import BatchingConfig, BatchingOptimizer, DynamicBatcher
+from penstock.config import EngineConfig
 from penstock.errors import RequestError
+from penstock.optimizers.tuner import first
 from penstock.scheduling.advisor import WINDOW
+from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
+from tests.unit.scheduling.world import HIGH, World
 
 
 def record(**fields: Any) -> StepRecord:
@@ -18,11 +22,21 @@ def record(**fields: Any) -> StepRecord:
     return StepRecord(**{**values, "waiting": 0, **fields})
 
 
-def advised(count: int = 20, limit: int = 32, preemptions: int = 0, strategy: str = "continuous", **fields: Any) -> Any:
+def limits(most: int = 32, target: str | None = None, tuned: int = 32) -> Limits:
+    """Limits in force: of the settings, or what a tuner made of them."""
+    found = Limits(EngineConfig(max_batch_size=most, target=target))
+    if target:
+        found.tuned = first(EngineConfig(target=target))._replace(max_batch_size=tuned)
+    return found
+
+
+def advised(
+    count: int = 20, force: Limits | None = None, shortages: int = 0, strategy: str = "continuous", **fields: Any
+) -> Any:
     """Suggestions after so many equal steps."""
     optimizer = BatchingOptimizer()
     for _ in range(count):
-        optimizer.record_step(record(**fields), strategy, limit, preemptions)
+        optimizer.record_step(record(**fields), strategy, force or limits(), shortages)
     return optimizer.get_recommendations()["suggestions"]
 
 
@@ -97,7 +111,7 @@ def test_all_is_well() -> None:
 
 
 def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
-    (found,) = advised(limit=4, waiting=6)
+    (found,) = advised(force=limits(4), waiting=6)
     assert found == (
         "Raise max_batch_size above 4, or set target='throughput', which finds it: 100% of 20 batches were full "
         "while 6.0 sequences waited."
@@ -106,13 +120,63 @@ def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
 
 
 def test_preemptions_call_for_memory() -> None:
-    (found,) = advised(preemptions=3)
+    (found,) = advised(shortages=3)
     assert "memory_aware" in found
-    assert found.figures == {"preemptions": 3}
+    assert found.figures == {"preemptions": 3, "batches": 20}
+
+
+def test_only_what_lacked_in_the_latest_batches_calls_for_memory() -> None:
+    optimizer = BatchingOptimizer()
+    for _ in range(WINDOW + 1):
+        optimizer.record_step(record(), "continuous", limits(), 3)
+    assert optimizer.get_recommendations()["suggestions"] == []
+    optimizer.record_step(record(), "continuous", limits(), 5)
+    (found,) = optimizer.get_recommendations()["suggestions"]
+    assert found.figures["preemptions"] == 2
+
+
+def test_who_gave_way_to_a_higher_class_did_not_lack_memory() -> None:
+    world = World(max_batch_size=1)
+    world.add(1, 3)
+    world.step()
+    world.add(2, 3, priority=HIGH)
+    world.drain()
+    assert (world.scheduler.num_preemptions, world.scheduler.num_shortages) == (1, 0)
+    world = World(num_blocks=4, caching=False)
+    world.add(1, 4, new=8)
+    world.add(2, 4, new=8)
+    world.drain()
+    assert world.scheduler.num_preemptions == world.scheduler.num_shortages > 0
+
+
+def test_a_limit_of_the_tuner_is_no_setting_to_raise() -> None:
+    assert advised(force=limits(32, "latency", tuned=4), waiting=6) == []
+
+
+def test_a_full_batch_is_told_without_advising_another_goal() -> None:
+    (found,) = advised(force=limits(4, "throughput"), waiting=6)
+    assert found == "Raise max_batch_size above 4: 100% of 20 batches were full while 6.0 sequences waited."
+
+
+def test_batches_that_are_not_padded_waste_nothing() -> None:
+    """Of unequal lengths that run together it said that half were padding."""
+    batcher, optimizer = DynamicBatcher(BatchingConfig(strategy="continuous")), BatchingOptimizer()
+    batcher.add_items([("short", 10), ("long", 1000)])
+    for _ in range(10):
+        optimizer.record_batch(batcher.get_next_batch()[1], processing_time=0.5)
+    found = optimizer.get_recommendations()
+    assert found["strategies"]["continuous"]["efficiency"] == 1.0
+    assert found["suggestions"] == []
+
+
+def test_steps_that_take_no_time_have_no_rate() -> None:
+    optimizer = BatchingOptimizer()
+    optimizer.record_step(record(seconds=0.0), "continuous", limits(), 0)
+    assert optimizer.get_recommendations()["strategies"]["continuous"]["tokens_per_second"] == 0.0
 
 
 def test_empty_places_of_a_static_batch_call_for_a_continuous_one() -> None:
-    (found,) = advised(strategy="naive", limit=8, waiting=5)
+    (found,) = advised(strategy="naive", force=limits(8), waiting=5)
     assert "continuous" in found
     assert found.figures == {"share": 1.0, "batches": 20, "places": 4.0}
 
@@ -135,8 +199,8 @@ def test_memory_that_is_nearly_full_is_told_first() -> None:
 def test_prompts_that_hold_up_streams_call_for_smaller_chunks() -> None:
     optimizer = BatchingOptimizer()
     for _ in range(10):
-        optimizer.record_step(record(), "continuous", 32, 0)
-        optimizer.record_step(record(seconds=0.5, tokens=400, rows=5, prompt_tokens=396), "continuous", 32, 0)
+        optimizer.record_step(record(), "continuous", limits(), 0)
+        optimizer.record_step(record(seconds=0.5, tokens=400, rows=5, prompt_tokens=396), "continuous", limits(), 0)
     (found,) = optimizer.get_recommendations()["suggestions"]
     assert found.figures == {"mixed_ms": pytest.approx(500), "plain_ms": pytest.approx(10)}
     assert "target='latency'" in found
