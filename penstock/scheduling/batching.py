@@ -29,7 +29,11 @@ BOOST_S = 5.0  # seconds of waiting that count as one priority class, as in the 
 
 class BatchingConfig(BaseModel):
     """Settings of a `DynamicBatcher`. Wrong ones raise `ConfigurationError`; assignments count from the next batch on,
-    but for `strategy`, `bucket_size` and `enable_continuous_batching`, which are read when a batcher is made."""
+    but for `strategy`, `bucket_size` and `enable_continuous_batching`, which are read when a batcher is made.
+
+    A continuous batcher is strategy CONTINUOUS with `DynamicBatcher.complete`; what pads, and with which token, is
+    `create_padded_batch`.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -92,7 +96,8 @@ class DynamicBatcher:
         self._ids = itertools.count()
         self._waiting: WaitingQueue[Ticket] = WaitingQueue(AgingPolicy(BOOST_S))
         self._running: list[Ticket] = []
-        self._is_continuous = self.config.strategy is BatchingStrategy.CONTINUOUS
+        self._strategy = self.config.strategy
+        self._is_continuous = self._strategy is BatchingStrategy.CONTINUOUS
         self._packing = self._packing_of(self.config)
 
     def add_items(self, items: Iterable[tuple[Any, int]]) -> None:
@@ -195,7 +200,7 @@ class DynamicBatcher:
         )
 
     def _fits_memory(self, lengths: Sequence[int]) -> bool:
-        limited = self._is_continuous or self.config.strategy is BatchingStrategy.MEMORY_AWARE
+        limited = self._is_continuous or self._strategy is BatchingStrategy.MEMORY_AWARE
         return not limited or self._memory_mb(lengths) <= self.config.memory_limit_mb
 
     def _memory_mb(self, lengths: Sequence[int]) -> float:
@@ -213,7 +218,7 @@ class DynamicBatcher:
         lengths = [ticket.length for ticket in batch]
         padding = calculate_padding_efficiency(lengths)
         info: dict[str, Any] = {
-            "strategy": self.config.strategy.value,
+            "strategy": self._strategy.value,
             "batch_size": len(batch),
             "max_length": max(lengths),
             "lengths": lengths,
@@ -223,7 +228,7 @@ class DynamicBatcher:
         if self.memory_estimator is not None:
             memory_mb = self._memory_mb(lengths)
             info |= {"estimated_memory_mb": memory_mb, "memory_utilization": memory_mb / self.config.memory_limit_mb}
-        if self.config.strategy is BatchingStrategy.BUCKETED:
+        if self._strategy is BatchingStrategy.BUCKETED:
             info["bucket_length"] = max(lengths)
         if self._is_continuous:
             info |= {"continuing_requests": num_continuing, "new_requests": len(batch) - num_continuing}

@@ -56,14 +56,15 @@ class SequenceBucketer:
         return found
 
     def get_batch_from_bucket(self, max_batch_size: int) -> tuple[list[Item], int]:
-        """Take up to `max_batch_size` items, longest here first, from the fullest bucket, and its greatest length.
+        """Take up to `max_batch_size` items, longest here first, from the oldest one's bucket, and its greatest length.
 
-        ([], 0) when there are none. Nobody starves: whichever bucket it is, what is taken never comes back.
+        ([], 0) when there are none. Nobody starves: the oldest of all is always taken.
         """
         buckets = self.buckets
         if not buckets or max_batch_size < 1:
             return [], 0
-        length = max(buckets, key=lambda length: len(buckets[length]))
+        _, oldest = self._items[0]
+        length = min(longest for longest in buckets if longest >= oldest)
         taken = buckets[length][:max_batch_size]
         self._items = [entry for entry in self._items if not any(entry is other for other in taken)]
         return taken, length

@@ -182,3 +182,13 @@ def test_a_limit_lowered_below_an_item_that_waits_does_not_strand_it() -> None:
     made.add_items([("a", 1000), ("b", 10)])
     made.config.memory_limit_mb = 0.01
     assert batches(made) == [["a"], ["b"]]
+
+
+def test_the_strategy_is_the_one_of_the_beginning() -> None:
+    """It was read anew for what a batch costs and is called, and not for who starts."""
+    made = batcher("bucketed", bucket_size=5)
+    made.add_items([("a", 10), ("b", 12)])
+    made.config.strategy = BatchingStrategy.CONTINUOUS
+    batch, info = made.get_next_batch()
+    assert batch == ["a", "b"]
+    assert (info["strategy"], info["bucket_length"]) == ("bucketed", 12)

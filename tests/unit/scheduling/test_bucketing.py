@@ -41,14 +41,16 @@ def test_groups_are_tight_and_as_few_as_can_be(lengths: list[int], size: int) ->
     assert all(right[0] - left[0] > size for left, right in pairwise(groups))
 
 
-def test_bucketer_gives_the_fullest_bucket_and_keeps_the_rest() -> None:
+def test_bucketer_gives_the_bucket_of_the_oldest_and_keeps_the_rest() -> None:
+    """It gave the fullest one: an odd length starved while others kept coming."""
     bucketer = SequenceBucketer(bucket_size=5)
     items = [("a", 10), ("b", 30), ("c", 11), ("d", 31), ("e", 32), ("f", 32)]
     for item, length in items:
         bucketer.add_sequence(item, length)
     assert bucketer.get_all_items() == items
+    assert bucketer.get_batch_from_bucket(3) == ([("a", 10), ("c", 11)], 11)
     assert bucketer.get_batch_from_bucket(3) == ([("b", 30), ("d", 31), ("e", 32)], 32)
-    assert bucketer.get_all_items() == [("a", 10), ("c", 11), ("f", 32)]
+    assert bucketer.get_all_items() == [("f", 32)]
     bucketer.clear()
     assert (bucketer.get_all_items(), bucketer.buckets) == ([], {})
 
