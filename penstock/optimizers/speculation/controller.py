@@ -147,7 +147,7 @@ class SpeculationController:
         num_rows = len(plan.rows)
         # A step with a prefill in it compares with nothing.
         if plan.num_tokens == num_rows + drafted and all(row.samples for row in plan.rows):
-            self._costs.record(plan.num_tokens, seconds)
+            self._costs.record(plan.num_tokens, seconds, drafted > 0)
             if self._asked:
                 self._record_trials(num_rows, plan.num_tokens, accepted)
         return drafted, sum(accepted.values())

@@ -44,27 +44,29 @@ class _Place:
 class CostCurve:
     """Seconds by tokens: rising, linear between what was measured, and linear beyond.
 
+    Steps with drafts have places of their own: however few there are, such a step does more than a plain one.
+
     What was not measured lately is taken to cost ever less beyond a step that was, so that it gets another chance.
     """
 
     def __init__(self) -> None:
-        self._places: dict[int, _Place] = {}
+        self._places: dict[tuple[int, bool], _Place] = {}
         self._steps = 0
         self._seconds: list[float] = []
 
-    def record(self, tokens: int, seconds: float) -> None:
-        """A step of `tokens` tokens took so long."""
+    def record(self, tokens: int, seconds: float, drafted: bool = False) -> None:
+        """A step of `tokens` tokens, drafts among them or not, took so long."""
         if seconds <= 0 or tokens < 1:
             return
         self._steps += 1
-        place = self._places.setdefault(_place_of(tokens), _Place())
+        place = self._places.setdefault((_place_of(tokens), drafted), _Place())
         place.learn(tokens, seconds, self._steps)
         if place.count <= _NEW or self._steps % _REDRAW == 0:
             self._seconds = []
 
     def is_known(self, tokens: int, within: int = STALE) -> bool:
-        """Whether a step of about so many tokens was among the last `within` ones."""
-        place = self._places.get(_place_of(tokens))
+        """Whether a step of about so many tokens, none of them a draft, was among the last `within` ones."""
+        place = self._places.get((_place_of(tokens), False))
         return place is not None and self._steps - place.told < within
 
     @property
@@ -94,7 +96,7 @@ class CostCurve:
     def _points(self) -> list[tuple[float, float, int]]:
         """(tokens, seconds, weight) of all places, stale ones nearer to the last fresh one before them."""
         found, base = list[tuple[float, float, int]](), 0.0
-        for _, place in sorted(self._places.items()):
+        for place in sorted(self._places.values(), key=lambda place: (place.tokens, place.seconds)):
             seconds, weight = place.seconds, 1
             if self._is_fresh(place):
                 base, weight = seconds, min(place.count, _HEAVIEST)
@@ -130,6 +132,6 @@ def _rising(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, flo
 def _interpolate(points: Sequence[tuple[float, float]], tokens: int) -> float:
     right = min(max(1, bisect_left(points, (float(tokens), 0.0))), len(points) - 1)
     (x0, y0), (x1, y1) = points[right - 1], points[right]
-    if tokens < x0:
+    if tokens < x0 or x0 == x1:
         return y0
     return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)

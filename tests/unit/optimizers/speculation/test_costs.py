@@ -51,6 +51,27 @@ def test_numbers_of_tokens_close_to_each_other_teach_together() -> None:
     assert not curve.is_known(80)
 
 
+def test_one_draft_may_cost_more_than_its_token() -> None:
+    """With 32 rows, steps of 32 to 35 tokens teach together, but not plain steps with others."""
+    curve = CostCurve()
+    for _ in range(20):
+        curve.record(32, 0.0060)
+        curve.record(34, 0.0070, drafted=True)
+    assert curve.seconds(32) == pytest.approx(0.0060)
+    assert curve.seconds(34) == pytest.approx(0.0070)
+    assert curve.is_known(33)
+    assert not curve.is_known(48)
+
+
+def test_the_same_number_of_tokens_may_be_plain_or_not() -> None:
+    curve = CostCurve()
+    for _ in range(20):
+        curve.record(4, 0.004)
+        curve.record(4, 0.006, drafted=True)
+    assert curve.seconds(4) == pytest.approx(0.004)
+    assert curve.seconds(8) >= 0.004
+
+
 def test_hiccups_pass() -> None:
     rng, curve = random.Random(0), CostCurve()
     for _ in range(300):
