@@ -230,8 +230,8 @@ def document(model: str, rows: list[list[object]], command: str) -> str:
     return (
         f"## The usual promises, on {model}\n\n"
         "What inference engines promise (here: of a 7B model on an A100), measured on the machine above against plain\n"
-        "`transformers` on the same weights, in one process, in turns. Guesses are measured beside this engine without\n"
-        "them.\n\n"
+        "`transformers` on the same weights, in one process, in turns. Guesses are measured beside this engine\n"
+        "without them.\n\n"
         f"{markdown_table(COLUMNS, rows)}\n"
         f"```\n{command}\n```\n"
     )
