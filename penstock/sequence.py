@@ -82,6 +82,11 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def width(self) -> int:
+        """Sequences of its request that need each other in every step: the beams of its search, or itself."""
+        return self.params.num_beams or 1
+
+    @property
     def todo(self) -> int:
         """Number of tokens that still have to go through the model before the next sample."""
         return len(self.tokens) + len(self.draft) - self.computed - self.in_flight

@@ -25,6 +25,7 @@ from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig
 from penstock.models.protocol import ModelSpec
 from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.tuner import ceilings
 from penstock.sampling import SamplingParams
 from penstock.scheduling.admission import Admission
 from penstock.sequence import Sequence
@@ -137,9 +138,10 @@ class Door:
                 f"{params.num_samples} completions of one prompt are more than may wait "
                 f"({self._config.max_queue_size}): ask for fewer, or raise max_queue_size"
             )
-        if params.num_beams > self._config.max_batch_size:
+        most_rows = ceilings(self._config).max_batch_size
+        if params.num_beams > most_rows:
             raise RequestTooLarge(
-                f"{params.num_beams} beams are more than run in one step ({self._config.max_batch_size}): "
+                f"{params.num_beams} beams are more than run in one step ({most_rows}): "
                 "search with fewer, or raise max_batch_size"
             )
         self._check_logprobs(params)

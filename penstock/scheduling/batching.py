@@ -71,6 +71,11 @@ class Ticket:
         """Every item is for itself."""
         return str(self.id)
 
+    @property
+    def width(self) -> int:
+        """As above."""
+        return 1
+
 
 class DynamicBatcher:
     """Forms batches of (request, sequence length) pairs; a length is that at the end, if the batch generates.

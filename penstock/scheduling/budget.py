@@ -86,13 +86,25 @@ class Budget:
 class Step:
     """What `plan` has come to so far."""
 
-    __slots__ = ("budget", "max_running", "now", "rows")
+    __slots__ = ("budget", "max_rows", "max_running", "now", "rows")
 
     def __init__(self, now: float, budget: Budget, max_running: int) -> None:
         self.now = now
         self.budget = budget
+        self.max_rows = budget.rows
         self.max_running = max_running
         self.rows: list[Row] = []
+
+    def has_place(self, seq: Sequence, num_running: int, num_expected: int) -> bool:
+        """Whether a waiting sequence may join those that run, and those that are expected to.
+
+        One that has drawn tokens is no newcomer: the tuner may not take it back, and its mates may wait for it. A
+        newcomer finds rows for all its beams, or nobody who runs: beams that do not share a step compute anew.
+        """
+        if seq.num_generated:
+            return num_running < self.max_rows
+        fits = num_running + num_expected + seq.width <= self.max_rows
+        return not num_running or (fits and num_running < self.max_running)
 
     def grant(self, seq: Sequence) -> int:
         """How many tokens this sequence gets; 0 for none."""
@@ -146,14 +158,19 @@ def _load(running: RunningSet, num_decoding: int) -> tuple[int, int]:
 
 
 def has_room(
-    seq: Sequence, step: Step, running: RunningSet, cache: CacheManager, leaving: Collection[Sequence] = ()
+    seq: Sequence,
+    step: Step,
+    running: RunningSet,
+    cache: CacheManager,
+    leaving: Collection[Sequence] = (),
+    num_expected: int = 0,
 ) -> bool:
     """Whether a waiting sequence can start in this step, if those `leaving` gave up their places.
 
-    All its tokens must fit, and one more block for every running sequence, which may soon need it: without that
-    margin a start would only preempt somebody a few steps later.
+    `num_expected` others will want rows beside those that stay. All its tokens must fit, and one more block for every
+    running sequence, which may soon need it: without that margin a start would only preempt somebody a few steps later.
     """
     staying = len(running) - len(leaving)
-    if staying >= step.max_running or not step.budget.is_open(sum(map(is_decoding, leaving))):
+    if not step.has_place(seq, staying, num_expected) or not step.budget.is_open(sum(map(is_decoding, leaving))):
         return False
     return cache.fits(seq, staying - cache.num_freed_by(leaving))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol, TypeVar
 
@@ -141,10 +141,11 @@ class Bucketed(Continuous):
 class MemoryAware(Continuous):
     """Only what memory holds to its very end starts: nothing that runs is ever short of it.
 
-    `cost_mb` of the full lengths of all that run stays within `limit_mb`. The head of the queue goes first; behind it,
-    among its peers of the same tier (class and boosts) and deadline, the least memory goes first, and while the head
-    does not fit, those of its peers that do may pass. Whoever of its class comes one boost later is never its peer, so
-    what it waits for is not taken for ever. What exceeds the limit alone is refused when it arrives.
+    `cost_mb` of the full lengths of all that run, and of all beams of their searches, stays within `limit_mb`; only a
+    search whose beams together exceed it runs alone, since what they share makes it less. The head of the queue goes
+    first; behind it, among its peers of the same tier (class and boosts) and deadline, the least memory goes first, and
+    while the head does not fit, those of its peers that do may pass. Whoever of its class comes one boost later is
+    never its peer, so what it waits for is not taken for ever. What exceeds the limit alone is refused when it arrives.
     """
 
     def __init__(self, cost_mb: Cost, limit_mb: float) -> None:
@@ -163,8 +164,10 @@ class MemoryAware(Continuous):
     def permits(self, seq: Waiter, running: Group, leaving: Group = ()) -> bool:
         """Whether the limit holds with it, to the end of everybody."""
         gone = {other.id for other in leaving}
-        lengths = [other.max_len for other in running if other.id not in gone]
-        return self._cost_mb([*lengths, seq.max_len]) <= self._limit_mb
+        staying = [other for other in running if other.id not in gone]
+        if seq.width > 1 and all(other.request_id == seq.request_id for other in staying):
+            return True
+        return self._cost_mb(full_lengths([*staying, seq])) <= self._limit_mb
 
     def starts(self, waiting: WaitingQueue[W], running: Group, fits: Fits[W]) -> Iterator[W]:
         """The head, then its peers by memory until one has no room; the next tier once all of one have started."""
@@ -179,6 +182,17 @@ class MemoryAware(Continuous):
                 yield seq
             if is_held_up:
                 return
+
+
+def full_lengths(seqs: Iterable[Waiter]) -> list[int]:
+    """The lengths of these at their ends, and of the beams that their searches lack."""
+    lengths: list[int] = []
+    lacking: dict[str, list[int]] = {}
+    for seq in seqs:
+        lengths.append(seq.max_len)
+        if seq.width > 1:
+            lacking.setdefault(seq.request_id, [seq.max_len] * seq.width).pop()
+    return lengths + [length for mates in lacking.values() for length in mates]
 
 
 def bucket_around(length: int, lengths: SequenceOf[int], width: int) -> tuple[int, int]:

@@ -50,6 +50,11 @@ class Waiter(Protocol):
         """Its tokens at its end, at most."""
         ...
 
+    @property
+    def width(self) -> int:
+        """How many with its `request_id` need each other in every step."""
+        ...
+
 
 class Policy(Protocol):
     """What the queue and the scheduler ask."""

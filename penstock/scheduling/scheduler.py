@@ -202,8 +202,9 @@ class Scheduler(Overview):
             self._admit(step, seq)
 
     def _has_room(self, step: Step, seq: Sequence, leaving: SequenceOf[Sequence] = ()) -> bool:
-        running = self._roster.running
-        return has_room(seq, step, running, self._cache, leaving) and self._packing.permits(seq, running, leaving)
+        running, expected = self._roster.running, self._searches.num_expected(leaving)
+        has_place = has_room(seq, step, running, self._cache, leaving, expected)
+        return has_place and self._packing.permits(seq, running, leaving)
 
     def _admit(self, step: Step, seq: Sequence) -> None:
         """Start a waiting sequence. All its blocks are taken at once, so a started prefill never lacks any."""

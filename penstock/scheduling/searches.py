@@ -6,7 +6,7 @@ blocks. Never plans: a beam that has to wait for others gives its place back. Ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -52,6 +52,12 @@ class Searches:
 
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._slots
+
+    def num_expected(self, leaving: Collection[Sequence] = ()) -> int:
+        """Beams to come of searches whose first sequence computes its prompt, but for those of `leaving`."""
+        firsts = (beams.members[0] for beams, slot in self._slots.values() if not slot)
+        computing = (seq for seq in firsts if seq.status is Status.RUNNING and not seq.num_generated)
+        return sum(seq.width - 1 for seq in computing if seq not in leaving)
 
     def add(self, beams: Beams) -> None:
         """A new search, whose first sequence is in the queue and whose others nobody knows yet."""

@@ -179,6 +179,11 @@ def test_more_beams_than_run_in_a_step_are_refused() -> None:
         Rig(max_batch_size=8).enroll([3], params)
 
 
+def test_rows_that_throughput_opens_are_there_for_beams_too() -> None:
+    params = SamplingParams(use_beam_search=True, best_of=40, temperature=0.0, max_tokens=2)
+    assert len(Rig(target="throughput").enroll([3], params).sequences) == 40
+
+
 def test_ignored_eos_leaves_the_stop_ids_that_were_asked_for() -> None:
     params = SamplingParams(max_tokens=2, ignore_eos=True, stop_token_ids=[7])
     assert Rig().enroll([3], params).sequences[0].stop_ids == frozenset({7})

@@ -248,6 +248,27 @@ def test_what_never_fits_is_refused_when_it_arrives() -> None:
     world.drain()
 
 
+def test_memory_aware_counts_a_search_with_all_its_beams() -> None:
+    """32 MiB hold the 24 that two beams come to, and not 12 more; beams were counted when each of them started."""
+    world = Packed(batching_strategy="memory_aware", memory_limit_mb=32)
+    search(world, 3, new=9)
+    world.add(9, 3, new=9)
+    assert list(world.begin()) == [1]
+    world.end({1: offers(t50=-1.0, t51=-2.0)})
+    assert list(world.begin()) == [1, 2]
+
+
+def test_memory_aware_runs_a_search_alone_whose_beams_exceed_the_limit() -> None:
+    world = Packed(batching_strategy="memory_aware", memory_limit_mb=20)
+    world.add(9, 3, new=2)
+    world.step()
+    search(world, 3, new=9)
+    assert list(world.step()) == [9]
+    assert list(world.begin()) == [1]
+    world.end({1: offers(t50=-1.0, t51=-2.0)})
+    assert list(world.begin()) == [1, 2]
+
+
 def test_a_memory_limit_beyond_the_cache_is_the_cache() -> None:
     world = Packed(batching_strategy="memory_aware", memory_limit_mb=8192)
     for number in (1, 2, 3):

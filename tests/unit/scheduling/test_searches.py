@@ -8,6 +8,7 @@ import pytest
 
 from penstock.errors import RequestTooLarge
 from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.tuner import first
 from penstock.sampling import SamplingParams
 from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason, Sequence, Status
@@ -182,6 +183,47 @@ def test_drafts_are_not_offered_to_beams() -> None:
     world.scheduler.offer(1, [1, 2])
     world.begin()
     assert all(row.draft == () for row in world.plan.rows)
+
+
+def steps_of(world: World, limit: int = 100) -> tuple[int, int]:
+    """Steps and tokens until nothing is left; every beam finds two continuations, and the two beams live on."""
+    steps = tokens = 0
+    while world.scheduler.has_work:
+        world.begin()
+        steps, tokens = steps + 1, tokens + world.plan.num_tokens
+        assert steps < limit, "it never ends"
+        found = {row.seq_id: offers(t60=-1.0, t61=-2.0) for row in world.plan.rows if row.samples and row.seq_id < 9}
+        world.end(found)
+    return steps, tokens
+
+
+def test_a_search_that_runs_is_not_held_to_what_newcomers_are() -> None:
+    """The tuner lets one sequence run: beams took turns, and each turn computed a beam anew."""
+    world = World(target="latency")
+    world.scheduler.limits.tuned = first(world.config)._replace(max_batch_size=1)
+    search(world, 4, new=4)
+    assert steps_of(world) == (4, 4 + 2 * 3), "the prompt, and three tokens of each beam"
+    assert world.scheduler.stats()["num_preemptions"] == 0
+
+
+def test_a_search_starts_when_there_are_rows_for_all_its_beams() -> None:
+    world = World(max_batch_size=2)
+    world.add(9, 3, new=3)
+    world.step()
+    search(world, 3, new=2)
+    assert list(world.step()) == [9]
+    assert list(world.step()) == [9]
+    assert list(world.begin()) == [1]
+
+
+def test_rows_of_beams_to_come_are_not_given_away() -> None:
+    world = World(max_batch_size=3)
+    search(world, 3, new=3)
+    world.add(9, 3, new=3)
+    world.add(10, 3, new=3)
+    assert list(world.begin()) == [1, 9]
+    world.end({1: offers(t50=-1.0, t51=-2.0)})
+    assert sorted(world.begin()) == [1, 2, 9]
 
 
 def test_what_could_never_fit_is_refused() -> None:
