@@ -12,14 +12,16 @@ from penstock.errors import ConfigurationError
 MOST_OF_FREE = 0.9
 
 
-def num_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int, max_len: int, *, share: float = 1.0) -> int:
+def num_blocks(
+    config: EngineConfig, bytes_per_token: int, free_bytes: int, max_len: int, max_rows: int, *, share: float = 1.0
+) -> int:
     """Number of K/V blocks, at least one.
 
     `bytes_per_token` counts K and V of all layers; `free_bytes` is what the device has free; `max_len` is the most
-    tokens of one sequence; `share` is what gpu_memory_utilization is a fraction of (a quarter of a CPU's free memory,
-    which belongs to others too). The settings count in the order
+    tokens of one sequence, `max_rows` the most sequences that may ever run; `share` is what gpu_memory_utilization is a
+    fraction of (a quarter of a CPU's free memory, which belongs to others too). The settings count in the order
     kv_cache_tokens, gpu_memory_utilization, memory_pool_size; none of them takes more than 90% of `free_bytes`, and
-    only kv_cache_tokens more than a full batch of the longest sequences can use. Raises `ConfigurationError`, with
+    only kv_cache_tokens more than `max_rows` of the longest sequences can use. Raises `ConfigurationError`, with
     the numbers, when not even one block fits.
     """
     block_bytes = bytes_per_token * config.block_size
@@ -27,7 +29,7 @@ def num_blocks(config: EngineConfig, bytes_per_token: int, free_bytes: int, max_
     if config.kv_cache_tokens is not None:
         wanted = -(-config.kv_cache_tokens // config.block_size)
     else:
-        wanted = min(_budget(config, int(free_bytes * share)) // block_bytes, _useful(config, max_len))
+        wanted = min(_budget(config, int(free_bytes * share)) // block_bytes, _useful(config, max_len, max_rows))
     blocks = min(wanted, limit)
     if blocks < 1:
         raise ConfigurationError(_explain(config, bytes_per_token, free_bytes))
@@ -55,8 +57,8 @@ def _budget(config: EngineConfig, free_bytes: int) -> int:
     return free_bytes if config.memory_pool_size is None else config.memory_pool_size
 
 
-def _useful(config: EngineConfig, max_len: int) -> int:
-    return config.max_batch_size * -(-max_len // config.block_size) + 1
+def _useful(config: EngineConfig, max_len: int, max_rows: int) -> int:
+    return max_rows * -(-max_len // config.block_size) + 1
 
 
 def _explain(config: EngineConfig, bytes_per_token: int, free_bytes: int) -> str:

@@ -125,7 +125,7 @@ def _model(config: EngineConfig, loaded: list[Any]) -> dict[str, Any]:
 
 def _cache(config: EngineConfig, runner: Any) -> dict[str, Any]:
     spec = runner.spec
-    blocks = num_blocks(config, spec.kv_bytes_per_token, runner.free_bytes(), spec.max_length)
+    blocks = num_blocks(config, spec.kv_bytes_per_token, runner.free_bytes(), spec.max_length, config.max_batch_size)
     tokens = blocks * config.block_size
     return {
         "size_bytes": tokens * spec.kv_bytes_per_token,

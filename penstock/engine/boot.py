@@ -31,6 +31,7 @@ from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
 from penstock.models.protocol import GuessingRunner, ModelRunner
 from penstock.optimizers.speculation.drafter import Drafter
+from penstock.optimizers.tuner import ceilings
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.scheduling.limits import Limits
@@ -121,7 +122,8 @@ def _cache(
     share = 1.0 if on_gpu else HOST_SHARE
     loaded = [runner] if draft is None else [runner, draft]
     per_token = sum(model.spec.kv_bytes_per_token for model in loaded)
-    blocks = num_blocks(config, per_token, runner.free_bytes(), longest, share=share)
+    most = ceilings(config).max_batch_size
+    blocks = num_blocks(config, per_token, runner.free_bytes(), longest, most, share=share)
     taken = 0 if on_gpu else blocks * per_token * config.block_size
     host_blocks = num_host_blocks(config, runner.spec.kv_bytes_per_token, runner.host_free_bytes() - taken)
     runner.allocate(blocks, config.block_size, host_blocks)

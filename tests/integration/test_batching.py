@@ -271,3 +271,12 @@ async def test_the_tuner_says_every_change_in_the_log(caplog: pytest.LogCaptureF
     lines = [record.getMessage() for record in caplog.records if "'tuned'" in record.getMessage()]
     assert lines
     assert all("before=" in line and "after=" in line and "reason=" in line for line in lines)
+
+
+@pytest.mark.parametrize(("target", "rows"), [(None, 32), ("latency", 32), ("throughput", 256)])
+async def test_the_cache_has_room_for_as_many_as_may_run(target: str | None, rows: int) -> None:
+    """Toward throughput 256 sequences may run where nobody gave another number; the cache was sized for 32."""
+    config = EngineConfig(skip_tokenizer_init=True, target=target, max_sequence_length=64, block_size=16)
+    async with InferenceEngine(ScriptedModel([5]), None, config) as engine:
+        await engine.generate([1], tokens(2))
+        assert engine.get_stats()["cache_info"]["num_blocks"] == rows * 4 + 1

@@ -9,8 +9,8 @@ from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError
 
 
-def blocks(free_bytes: int = 10**9, max_len: int = 10**6, **settings: object) -> int:
-    return num_blocks(EngineConfig(block_size=10, **settings), 100, free_bytes, max_len)
+def blocks(free_bytes: int = 10**9, max_len: int = 10**6, max_rows: int = 32, **settings: object) -> int:
+    return num_blocks(EngineConfig(block_size=10, **settings), 100, free_bytes, max_len, max_rows)
 
 
 def test_tokens_go_before_fraction_and_fraction_before_bytes() -> None:
@@ -30,8 +30,8 @@ def test_a_tenth_of_free_memory_stays() -> None:
 
 
 def test_no_more_than_a_full_batch_can_use_and_one() -> None:
-    assert blocks(memory_pool_size=10**8, max_batch_size=2, max_len=25) == 2 * 3 + 1
-    assert blocks(kv_cache_tokens=1000, max_batch_size=2, max_len=25) == 100
+    assert blocks(memory_pool_size=10**8, max_rows=2, max_len=25) == 2 * 3 + 1
+    assert blocks(kv_cache_tokens=1000, max_rows=2, max_len=25) == 100
 
 
 def test_too_little_for_one_block_is_an_error_with_the_numbers() -> None:
