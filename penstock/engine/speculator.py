@@ -52,12 +52,16 @@ class Speculator:
         if not asks:
             return
         begin = self._clock()
+        job = await self._begun(asks) if self._drafter.runs_model else None
+        if job is not None:
+            meanwhile()
         try:
-            drafts = await self._drafts(asks, meanwhile)
+            drafts = self._drafter.propose(asks) if job is None else await job.done
+            chosen = self._controller.choose(asks, drafts, len(seqs))
         except Exception as error:
             self._give_up(error)
             return
-        for seq_id, tokens in self._controller.choose(asks, drafts, len(seqs)):
+        for seq_id, tokens in chosen:
             self._scheduler.offer(seq_id, tokens)
         self._drafting_s = self._clock() - begin
         depth = max(len(draft.tokens) for draft in drafts) if self._drafter.runs_model else 1
@@ -77,13 +81,10 @@ class Speculator:
     def _is_on(self) -> bool:
         return self._config.enable_speculative_decoding and not self._broken
 
-    async def _drafts(self, asks: list[Ask], meanwhile: Callable[[], None]) -> list[Draft]:
-        if not self._drafter.runs_model:
-            return self._drafter.propose(asks)
+    async def _begun(self, asks: list[Ask]) -> Job[list[Draft]]:
         job = self._run(self._drafter.propose, asks)
         await job.begun
-        meanwhile()
-        return await job.done
+        return job
 
     def _give_up(self, error: Exception) -> None:
         self._broken = True

@@ -186,6 +186,31 @@ async def test_a_drafter_that_fails_is_left_out_from_then_on(runs_model: bool) -
     assert (fields["drafter"], fields["error"]) == ("knowing", "out of ideas")
 
 
+@pytest.mark.parametrize("runs_model", [False, True])
+async def test_a_drafter_that_answers_too_little_has_failed(runs_model: bool) -> None:
+    loop = Loop(Knowing(runs_model))
+    loop.drafter.propose = lambda asks: []  # type: ignore[method-assign]
+    seq = loop.add(0)
+    await loop.finish()
+    assert seq.tokens == said(seq)
+    assert len(loop.log.errors) == 1
+
+
+async def test_what_fails_meanwhile_is_not_the_drafters_fault() -> None:
+    """Events whose publishing failed are lost: whoever runs the loop has to know."""
+
+    def publish() -> None:
+        raise RuntimeError("nobody reads")
+
+    loop = Loop(Knowing(runs_model=True))
+    loop.add(0)
+    for _ in range(2):
+        await loop.step()
+    with pytest.raises(RuntimeError, match="nobody reads"):
+        await loop.speculator.draft(meanwhile=publish)
+    assert not loop.log.errors
+
+
 async def test_while_a_model_drafts_the_last_step_is_published() -> None:
     loop = Loop(Knowing(runs_model=True))
     loop.add(0)
