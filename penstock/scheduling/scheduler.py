@@ -53,6 +53,7 @@ class Scheduler(Overview):
         self._max_logit_rows = max_logit_rows
         self._roster = Roster(config, policy)
         self._executing: StepPlan | None = None
+        self._promised = 0  # blocks for guesses of the next step, beyond the one that each sequence is left
         self._started: list[Sequence] = []
         self._news = News()
         self._ending: dict[int, tuple[FinishReason, Exception | None]] = {}  # ends that await the executing step
@@ -105,14 +106,16 @@ class Scheduler(Overview):
     def offer(self, seq_id: int, draft: SequenceOf[int]) -> None:
         """Propose the next tokens of a sequence of `decoding()`; of any other it is ignored.
 
-        It is cut to the blocks that are left when everybody else who runs had one more.
+        It is cut to the blocks that are left when everybody else who runs had one more, and those offered before
+        theirs.
         """
         seq = self._roster.live.get(seq_id)
         if seq is not None and takes_draft(seq):
-            spare = max(0, self._cache.num_free_blocks - (self.num_running - 1))
-            room = (len(seq.blocks) + spare) * self._cache.block_size
+            size, held = self._cache.block_size, len(seq.blocks)
+            spare = max(0, self._cache.num_free_blocks - (self.num_running - 1) - self._promised)
             # The step adds one token of its own after the accepted ones.
-            seq.draft = tuple(draft[: max(0, min(room, seq.max_len - 1) - seq.length)])
+            seq.draft = tuple(draft[: max(0, min((held + spare) * size, seq.max_len - 1) - seq.length)])
+            self._promised += max(0, -(-(seq.length + len(seq.draft)) // size) - held - 1)
 
     def take_started(self) -> list[Sequence]:
         """The sequences that left the queue for the first time since the last call."""
@@ -122,6 +125,7 @@ class Scheduler(Overview):
     def plan(self, now: float) -> StepPlan:
         """Decide the next step; without rows there is nothing to do and nothing to commit."""
         assert self._executing is None, "the last plan was neither committed nor failed"
+        self._promised = 0
         self._roster.refresh(now)
         step = begin(now, self._roster.running, self.limits, self._max_logit_rows)
         self._plan_running(step)

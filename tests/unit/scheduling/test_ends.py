@@ -9,7 +9,7 @@ import pytest
 from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason, Status
 from penstock.step import Event, RowResult, TokenLogprobs
-from tests.unit.scheduling.world import LOW, NORMAL, TOKEN, World
+from tests.unit.scheduling.world import HIGH, LOW, NORMAL, TOKEN, World
 
 
 def scores(*tokens: int) -> tuple[TokenLogprobs, ...]:
@@ -224,13 +224,28 @@ def test_drafts_preempt_nobody() -> None:
 
 
 def test_drafts_are_dropped_where_blocks_lack() -> None:
-    world = World(num_blocks=5)
+    """Somebody more important came after the offer."""
+    world = World(num_blocks=6)
     first, second = world.add(1, 3, new=12), world.add(2, 3, new=12)
     world.step()
+    world.scheduler.offer(2, [10] * 10)
+    assert len(second.draft) == 10
+    world.add(3, 8, priority=HIGH)
+    assert world.begin() == {3: (0, 8), 1: (3, 4), 2: (3, 4)}
+    assert (first.draft, second.draft) == ((), ())
+
+
+def test_nobody_gives_way_to_the_guesses_of_others() -> None:
+    world = World(num_blocks=7)
+    first, *_ = [world.add(number, 4, new=12) for number in (1, 2, 3)]
+    world.step()
+    for number in (1, 2):
+        world.scheduler.offer(number, [10] * 8)
+    assert world.begin() == {1: (4, 12), 2: (4, 8), 3: (4, 5)}
+    world.end()
+    world.scheduler.abort(3)
     world.scheduler.offer(1, [10] * 8)
-    world.scheduler.offer(2, [10] * 8)
-    assert world.begin() == {1: (3, 12), 2: (3, 4)}
-    assert (first.draft, second.draft) == ((10,) * 8, ())
+    assert len(first.draft) == 8, "what was promised for a step that ran is no matter any more"
 
 
 def test_drafts_leave_a_block_for_everybody_else() -> None:
