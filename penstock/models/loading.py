@@ -26,6 +26,7 @@ from penstock.models.folder import check_source
 from penstock.models.lean import DraftRunner
 from penstock.models.protocol import ModelSpec
 from penstock.models.readying import Ready, ready
+from penstock.models.threads import same_torch_threads
 
 NO_LIMIT = 2**31 - 1
 ONE_THREAD_BYTES = 16 * 1024**2
@@ -67,7 +68,8 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
 def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunner:
     """Load a model that drafts for `large`. Raises `ConfigurationError`, also when its vocabulary is another one.
 
-    A model this small gains nothing from a second thread: handing work over costs more than it saves.
+    A model this small gains nothing from a second thread: handing work over costs more than it saves. The large one,
+    which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
     """
     check_source(source)
     own = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
@@ -80,7 +82,8 @@ def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunn
             f"the draft model {source} has {_vocab_size(module)} tokens in its vocabulary and {large.name} has "
             f"{large.vocab_size}: choose a smaller model of the same family, or drafter='ngram'"
         )
-    return DraftRunner(*_parts(module, module, None, config, source))
+    with same_torch_threads():
+        return DraftRunner(*_parts(module, module, None, config, source))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -5,8 +5,10 @@ Owns the counting and the one setting of PyTorch that is touched. Called at load
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,3 +41,14 @@ def one_torch_thread() -> None:
         other = threading.Thread(target=torch.set_num_threads, args=(before,))
         other.start()
         other.join()
+
+
+@contextlib.contextmanager
+def same_torch_threads() -> Iterator[None]:
+    """What happens within leaves the calling thread with as many of PyTorch's threads as it had."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

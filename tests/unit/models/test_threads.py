@@ -8,6 +8,10 @@ import threading
 import pytest
 import torch
 
+from penstock.config import EngineConfig
+from penstock.demo import DRAFT_DIR
+from penstock.models.loading import load_draft
+from penstock.models.protocol import ModelSpec
 from penstock.models.threads import kernel_threads, one_torch_thread
 
 
@@ -39,3 +43,21 @@ def test_one_thread_here_leaves_other_threads_theirs() -> None:
     thread.join()
     torch.set_num_threads(before)
     assert seen == [1, 2]
+
+
+def test_a_draft_model_leaves_the_large_one_its_threads() -> None:
+    """They run on the same thread, and a large model without rewrites computes with PyTorch's own."""
+    seen: list[int] = []
+
+    def run() -> None:
+        torch.set_num_threads(2)
+        large = ModelSpec(name="large", vocab_size=4096, max_length=2048)
+        load_draft(str(DRAFT_DIR), large, EngineConfig()).close()
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    assert seen == [2]
