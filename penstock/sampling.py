@@ -47,8 +47,8 @@ class SamplingParams:
     penalty at prompt and output. `min_tokens` suppresses EOS, stop ids and stop strings until reached. `logprobs=k`
     returns the k most likely tokens and the chosen one; -1 the whole vocabulary. The same `seed` gives
     the same random numbers whatever else runs. `speculation_length` is the most tokens to guess at once where the
-    engine speculates (0: none; None: as the engine is set); it never changes the output, as long as `logits_processors`
-    look at their arguments only. Raises `RequestError` saying which value is wrong.
+    engine speculates, never more than it is set to (0: none; None: that many); it never changes the output, as long as
+    `logits_processors` look at their arguments only. Raises `RequestError` saying which value is wrong.
 
     `n` completions share the K/V of their prompt, which is computed once. `best_of` (at least n) runs that many and
     returns the best n, best first, by `rank_by`: "cumulative_logprob" (the default), "normalized_logprob" (that,

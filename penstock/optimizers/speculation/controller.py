@@ -191,7 +191,7 @@ class SpeculationController:
             return None
         known.judge_aside(seq.tokens)
         own = seq.params.speculation_length
-        count = min(most if own is None else own, seq.max_len - seq.length - 1)
+        count = min(most, most if own is None else own, seq.max_len - seq.length - 1)
         if count < 1:
             return None
         return Ask(seq, count, known.chances.table() if self._costly else (), least)

@@ -154,13 +154,14 @@ async def test_the_setting_is_read_before_every_step() -> None:
     assert loop.drafter.asked[asked:] == [[(0, 3)]]
 
 
-async def test_a_request_may_want_fewer_guesses_or_none() -> None:
+async def test_a_request_may_want_fewer_guesses_or_none_but_not_more() -> None:
     loop = Loop(Knowing(), speculation_length=6)
     for number, length in enumerate((None, 0, 2, 50)):
         loop.add(number, speculation_length=length)
+    loop.add(4, new=8)
     for _ in range(4):
         await loop.step()
-    assert loop.drafter.asked[0] == [(0, 6), (2, 2), (3, 37)], "no guess goes beyond the end"
+    assert loop.drafter.asked[0] == [(0, 6), (2, 2), (3, 6), (4, 5)], "no guess goes beyond the end"
 
 
 async def test_beams_and_first_draws_are_not_asked_about() -> None:
