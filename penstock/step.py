@@ -9,7 +9,7 @@ What is made for every row of every step is a named tuple: as frozen, and made i
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -96,12 +96,6 @@ class RowResult(NamedTuple):
     siblings: tuple[RowResult, ...] = ()
 
     @property
-    def num_generated(self) -> int:
-        """Number of tokens drawn, siblings' included; a beam has one more."""
-        drawn = sum(len(result.tokens) for result in self.siblings) if self.siblings else 0
-        return len(self.tokens) + bool(self.candidates) + drawn
-
-    @property
     def num_accepted(self) -> int:
         """How many of the tokens are drafts that were right: all but the last."""
         return max(0, len(self.tokens) - 1)
@@ -114,11 +108,6 @@ class StepResult:
     rows: tuple[RowResult, ...]
     weight_version: int = 0
     timings_s: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def num_generated(self) -> int:
-        """Number of tokens drawn in the step."""
-        return sum(row.num_generated for row in self.rows)
 
 
 def paired(plan: StepPlan, result: StepResult) -> Iterator[tuple[Row, RowResult]]:
@@ -148,21 +137,6 @@ class StepRecord(NamedTuple):
     waiting: int
 
 
-def record_of(plan: StepPlan, result: StepResult, seconds: float, waiting: int) -> StepRecord:
-    """The record of a committed step."""
-    streams = tokens = prompt_tokens = deep = 0
-    for row in plan.rows:
-        count = row.end - row.start
-        tokens += count
-        if row.samples and count == 1 + len(row.draft):
-            streams += 1
-        else:
-            prompt_tokens += count
-            deep += count * (row.start + row.end)
-    depth = deep / (2 * prompt_tokens) if prompt_tokens else 0.0
-    return StepRecord(seconds, len(plan.rows), streams, tokens, prompt_tokens, depth, result.num_generated, waiting)
-
-
 class Event(NamedTuple):
     """News of one sequence for its reader. `reason` is set on exactly one event, the last one.
 
@@ -181,3 +155,25 @@ class Event(NamedTuple):
     weight_version: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+
+
+def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], seconds: float, waiting: int) -> StepRecord:
+    """The record of a step whose commit gave these events."""
+    streams = tokens = prompt_tokens = deep = 0
+    for row in plan.rows:
+        count = row.end - row.start
+        tokens += count
+        if row.samples and count == 1 + len(row.draft):
+            streams += 1
+        else:
+            prompt_tokens += count
+            deep += count * (row.start + row.end)
+    depth = deep / (2 * prompt_tokens) if prompt_tokens else 0.0
+    generated = _num_kept(plan, result, events)
+    return StepRecord(seconds, len(plan.rows), streams, tokens, prompt_tokens, depth, generated, waiting)
+
+
+def _num_kept(plan: StepPlan, result: StepResult, events: Iterable[Event]) -> int:
+    """Tokens drawn that count: none behind a stop, none of a sequence that ended meanwhile; one for each beam."""
+    told = {event.seq_id: len(event.tokens) for event in events}
+    return sum(1 if out.candidates else told.get(row.seq_id, 0) for row, out in paired(plan, result))

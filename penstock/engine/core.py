@@ -202,8 +202,9 @@ class EngineCore:
         except Exception as error:
             self._desk.add_news(self._failed(plan, error))
         else:
-            self._desk.add_news(self.scheduler.commit(plan, result))
-            self._account_step(plan, begin, result)
+            events = self.scheduler.commit(plan, result)
+            self._desk.add_news(events)
+            self._account_step(plan, begin, result, events)
         if not self.scheduler.has_work:
             self._desk.publish()
         return True
@@ -241,14 +242,16 @@ class EngineCore:
         self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=str(error))
         return self.scheduler.fail(plan, error)
 
-    def _account_step(self, plan: StepPlan, begin: float, result: StepResult) -> None:
+    def _account_step(self, plan: StepPlan, begin: float, result: StepResult, events: list[Event]) -> None:
         """Back to back, a step's time includes the host work since the last one ended; idle time belongs to none."""
         now = self._clock()
         seconds = now - (begin if self._busy_since is None else self._busy_since)
         self._busy_since = now
-        record = record_of(plan, result, seconds, self.scheduler.num_waiting)
-        guesses = (0, 0) if self._speculator is None else self._speculator.record(plan, result, seconds)
-        self._metrics.step(record.rows, record.tokens, record.generated, seconds, *guesses)
+        record = record_of(plan, result, events, seconds, self.scheduler.num_waiting)
+        if self._speculator is not None:
+            self._speculator.record(plan, result, seconds)
+        drafted = sum(event.num_drafted_tokens for event in events)
+        self._metrics.step(record, drafted, sum(event.num_accepted_tokens for event in events))
         for watch in self._watchers:
             watch(record)
         if self._config.profile_performance:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
+from penstock.step import StepRecord
+
 WINDOW = 2048
 
 
@@ -102,23 +104,24 @@ class Metrics:
         if self.enabled:
             self.totals[name] += amount
 
-    def step(self, rows: int, tokens: int, generated: int, seconds: float, drafted: int = 0, accepted: int = 0) -> None:
-        """Account for one step: how many rows, tokens through the model, tokens drawn, and how long it took.
+    def step(self, record: StepRecord, drafted: int = 0, accepted: int = 0) -> None:
+        """Account for one step.
 
-        Of the tokens through the model `drafted` were guesses, of those drawn `accepted` are guesses that were right.
+        Of the tokens through the model `drafted` were guesses, of those generated `accepted` are guesses that were
+        right.
         """
         if not self.enabled:
             return
         self.totals["steps"] += 1
-        self.totals["generated_tokens"] += generated
+        self.totals["generated_tokens"] += record.generated
         self.totals["drafted_tokens"] += drafted
         self.totals["accepted_tokens"] += accepted
-        self.record("batch_processing_time", seconds)
-        self.record("batch_size", rows)
-        self.record("batch_tokens", tokens)
-        self._rates["tokens_per_second"].record(generated, seconds)
-        if (read := tokens - drafted - generated + accepted) > 0:
-            self._rates["prompt_tokens_per_second"].record(read, seconds)
+        self.record("batch_processing_time", record.seconds)
+        self.record("batch_size", record.rows)
+        self.record("batch_tokens", record.tokens)
+        self._rates["tokens_per_second"].record(record.generated, record.seconds)
+        if record.prompt_tokens:
+            self._rates["prompt_tokens_per_second"].record(record.prompt_tokens, record.seconds)
 
     def summaries(self) -> dict[str, dict[str, float]]:
         """Every figure that has values, by name."""

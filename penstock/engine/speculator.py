@@ -67,15 +67,14 @@ class Speculator:
         depth = max(len(draft.tokens) for draft in drafts) if self._drafter.runs_model else 1
         self._controller.record_drafting(len(seqs), depth, self._drafting_s)
 
-    def record(self, plan: StepPlan, result: StepResult, seconds: float) -> tuple[int, int]:
-        """A step was committed, `seconds` after the one before it: how many guesses it held, and how many are right."""
+    def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """A step was committed, `seconds` after the one before it."""
         if not self._is_on:
-            return 0, 0
-        guesses = self._controller.record_step(plan, result, seconds - self._drafting_s)
+            return
+        self._controller.record_step(plan, result, seconds - self._drafting_s)
         if self._controller.num_known > self._scheduler.num_running + _PRUNE_AT:
             for seq_id in self._controller.forget_all_but(seq.id for seq in self._scheduler.sequences()):
                 self._drafter.forget(seq_id)
-        return guesses
 
     @property
     def _is_on(self) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 from penstock.engine import metrics as metrics_module
 from penstock.engine.metrics import WINDOW, Metrics, Rate, Series
+from penstock.step import StepRecord
 
 
 def test_nothing_recorded_is_nothing_shown() -> None:
@@ -73,10 +74,15 @@ def test_rate_of_no_time_is_zero() -> None:
     assert rate.summary()["mean"] == 0.0
 
 
+def step(rows: int, tokens: int, prompt_tokens: int, generated: int) -> StepRecord:
+    """Half a second of work."""
+    return StepRecord(0.5, rows, 0, tokens, prompt_tokens, 0.0, generated, 0)
+
+
 def test_step_counts_rows_tokens_and_time() -> None:
     metrics = Metrics()
-    metrics.step(rows=3, tokens=34, generated=2, seconds=0.5)
-    metrics.step(rows=2, tokens=2, generated=2, seconds=0.5)
+    metrics.step(step(rows=3, tokens=34, prompt_tokens=32, generated=2))
+    metrics.step(step(rows=2, tokens=2, prompt_tokens=0, generated=2))
     found = metrics.summaries()
     assert found["batch_size"]["mean"] == 2.5
     assert found["batch_tokens"]["max"] == 34
@@ -87,9 +93,9 @@ def test_step_counts_rows_tokens_and_time() -> None:
 
 def test_guesses_count_neither_as_prompt_nor_as_output() -> None:
     metrics = Metrics()
-    metrics.step(rows=2, tokens=10, generated=5, seconds=0.5, drafted=8, accepted=3)
+    metrics.step(step(rows=2, tokens=10, prompt_tokens=0, generated=5), drafted=8, accepted=3)
     assert "prompt_tokens_per_second" not in metrics.summaries()
-    metrics.step(rows=2, tokens=30, generated=2, seconds=0.5, drafted=4, accepted=1)
+    metrics.step(step(rows=2, tokens=30, prompt_tokens=25, generated=2), drafted=4, accepted=1)
     assert metrics.summaries()["prompt_tokens_per_second"]["mean"] == 50.0
     assert (metrics.totals["drafted_tokens"], metrics.totals["accepted_tokens"]) == (12, 4)
 
@@ -97,7 +103,7 @@ def test_guesses_count_neither_as_prompt_nor_as_output() -> None:
 def test_disabled_metrics_record_nothing() -> None:
     """Requests were counted all the same."""
     metrics = Metrics(enabled=False)
-    metrics.step(1, 1, 1, 1.0)
+    metrics.step(step(1, 1, 1, 1))
     metrics.record("queue_time", 1.0)
     metrics.count("requests", 1)
     assert metrics.summaries() == {}

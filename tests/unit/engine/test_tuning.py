@@ -65,15 +65,15 @@ class Plant:
         result = StepResult(tuple(RowResult((7,) if row.samples else ()) for row in plan.rows))
         seconds = self.cost_s(plan)
         self.now += seconds
-        self.scheduler.commit(plan, result)
-        record = record_of(plan, result, seconds, self.scheduler.num_waiting)
+        events = self.scheduler.commit(plan, result)
+        record = record_of(plan, result, events, seconds, self.scheduler.num_waiting)
         self.tuning.observe(record)
         self.waits += [seconds] * record.streams
         self.generated += record.generated
         return record
 
     def cost_s(self, plan: StepPlan) -> float:
-        record = record_of(plan, StepResult(()), 0.0, 0)
+        record = record_of(plan, StepResult((RowResult(),) * len(plan.rows)), (), 0.0, 0)
         token_ms = 0.4 + 0.004 * min(record.prompt_tokens, 40) + 0.00035 * record.depth
         ms = 25 + 1.6 * record.streams + record.prompt_tokens * token_ms + 0.0055 * record.depth
         stall_ms = 12 if self.rng.random() < self.stalls else 0
@@ -150,7 +150,7 @@ class Light(Plant):
     """A plant where a step costs more than what is in it."""
 
     def cost_s(self, plan: StepPlan) -> float:
-        record = record_of(plan, StepResult(()), 0.0, 0)
+        record = record_of(plan, StepResult((RowResult(),) * len(plan.rows)), (), 0.0, 0)
         return (10 + 0.1 * record.streams + 0.02 * record.prompt_tokens) / 1000
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason, Status
-from penstock.step import Event, RowResult, TokenLogprobs
+from penstock.step import Event, RowResult, StepResult, TokenLogprobs, record_of
 from tests.unit.scheduling.world import HIGH, LOW, NORMAL, TOKEN, World
 
 
@@ -255,6 +255,20 @@ def test_drafts_leave_a_block_for_everybody_else() -> None:
     for number in (1, 2):
         world.scheduler.offer(number, [10] * 8)
     assert (first.draft, second.draft) == ((), (10,)), "the last block is not for guesses; the own block may be filled"
+
+
+def test_the_record_of_a_step_counts_what_came_of_it() -> None:
+    """Not what was drawn behind a stop, nor for a sequence that ended meanwhile."""
+    world = World()
+    for number in (1, 2):
+        world.add(number, 3, new=8, stop_ids=frozenset({11}))
+    world.step()
+    world.scheduler.offer(1, [10, 11, 12])
+    world.begin()
+    world.scheduler.abort(2)
+    result = StepResult((RowResult((10, 11, 12, 13)), RowResult((TOKEN,))))
+    record = record_of(world.plan, result, world.scheduler.commit(world.plan, result), 0.5, 0)
+    assert (record.rows, record.tokens, record.generated) == (2, 5, 2)
 
 
 def test_an_offer_to_anybody_else_is_ignored() -> None:
