@@ -54,7 +54,7 @@ class Parts:
     scheduler: Scheduler
     door: Door
     tuning: Tuning
-    drafter: Drafter | None
+    drafter: Drafter
     draft: GuessingRunner | None
 
     def close(self) -> None:
@@ -172,9 +172,6 @@ def booter(
     async def boot(worker: Worker) -> EngineCore:
         made = await worker.run(assemble, model, tokenizer, config, admission, log).done
         parts.append(made)
-        speculator = None
-        if made.drafter is not None:
-            speculator = Speculator(config, made.scheduler, made.drafter, worker.run, time.monotonic, log)
         return EngineCore(
             config,
             made.runner,
@@ -186,7 +183,7 @@ def booter(
             log=log,
             housekeeper=Housekeeper(config, made.runner, made.cache, time.monotonic, worker.run),
             watchers=_watchers(config, made, advisor),
-            speculator=speculator,
+            speculator=Speculator(config, made.scheduler, made.drafter, worker.run, time.monotonic, log),
         )
 
     return boot

@@ -38,8 +38,8 @@ def load_draft_model(model: Any, large: ModelSpec, config: EngineConfig) -> Gues
     return load_draft(source, large, config)
 
 
-def make_drafter(config: EngineConfig, draft: GuessingRunner | None, cache: CacheManager) -> Drafter | None:
-    """The drafter of the settings; None where a draft model was asked for too late to be loaded."""
+def make_drafter(config: EngineConfig, draft: GuessingRunner | None, cache: CacheManager) -> Drafter:
+    """The drafter of the settings; "ngram" where a draft model is named and was not loaded."""
     if draft is not None:
         return ModelDrafter(
             draft.guess,
@@ -48,6 +48,4 @@ def make_drafter(config: EngineConfig, draft: GuessingRunner | None, cache: Cach
             block_size=cache.block_size,
             max_tokens=config.max_num_batched_tokens,
         )
-    if uses_draft_model(config):
-        return None
     return SuffixDrafter() if config.drafter == "suffix" else NgramDrafter()

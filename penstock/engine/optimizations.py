@@ -102,9 +102,10 @@ def features(config: OptimizationConfig, stats: Mapping[str, Any]) -> dict[str, 
 
 
 def _drafts_from(settings: Mapping[str, Any]) -> str:
-    if settings["draft_model"] is not None:
-        return f"by {settings['draft_model']}"
-    return "from the text itself" if settings["drafter"] in ("auto", "ngram") else f"by {settings['drafter']}"
+    drafter, model = settings["drafter"], settings["draft_model"]
+    if model is not None and drafter in ("auto", "draft_model"):
+        return f"by {model}"
+    return "from the text itself" if drafter in ("auto", "ngram") else f"by {drafter}"
 
 
 def compiled(settings: Mapping[str, Any], stats: Mapping[str, Any]) -> str:

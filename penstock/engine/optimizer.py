@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from penstock.config import EngineConfig, canonical
+from penstock.engine.drafting import uses_draft_model
 from penstock.engine.inference import InferenceEngine
 from penstock.engine.log import make_logger
 from penstock.engine.optimizations import Generation, described, features, totals
@@ -53,10 +54,11 @@ class PerformanceOptimizer:
             raise ConfigurationError(f"config must be an OptimizationConfig, got {type(config).__name__}")
         self._given = {"skip_tokenizer_init": True, **canonical(settings)}
         self._applied = self.config.engine_settings()
-        no_draft_model = self.config.draft_model is not None and not self.config.enable_speculative_decoding
-        self._live = LIVE - {"enable_speculative_decoding"} if no_draft_model else LIVE
         self._generations: deque[Generation] = deque(maxlen=KEPT_GENERATIONS)
-        self.engine = InferenceEngine(model, None, EngineConfig(**{**self._applied, **self._given}))
+        made = EngineConfig(**{**self._applied, **self._given})
+        left_out = uses_draft_model(made) and not made.enable_speculative_decoding
+        self._live = LIVE - {"enable_speculative_decoding"} if left_out else LIVE
+        self.engine = InferenceEngine(model, None, made)
         self.engine.start()
         self._announce()
 

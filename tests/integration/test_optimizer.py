@@ -243,9 +243,10 @@ def test_a_draft_model_guesses_and_changes_nothing() -> None:
     assert 0 <= stats["acceptance_rate"] <= 1
 
 
-def test_a_draft_model_that_was_not_loaded_cannot_be_turned_on() -> None:
-    config = OptimizationConfig(draft_model=str(DRAFT_DIR), enable_speculative_decoding=False)
-    optimizer = PerformanceOptimizer(None, config)
+@pytest.mark.parametrize("settings", [{"draft_model": str(DRAFT_DIR)}, {"drafter": "draft_model"}], ids=str)
+def test_a_draft_model_that_was_not_loaded_cannot_be_turned_on(settings: dict[str, Any]) -> None:
+    config = OptimizationConfig(enable_speculative_decoding=False)
+    optimizer = PerformanceOptimizer(None, config, **settings)
     config.enable_speculative_decoding = True
     with pytest.raises(ConfigurationError, match="enable_speculative_decoding, which the engine reads"):
         optimizer.optimized_generate([[5]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from penstock.engine.optimizations import Generation, described, features, rates, totals
 from penstock.optimizers.levels import OptimizationConfig
 from penstock.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -68,6 +70,15 @@ def test_features_say_what_is_on_and_what_was_compiled() -> None:
     assert found["compile_model"] == "on: fused_layers 2/2, packed_linears 1 (compiled)"
     assert found["enable_adaptive_batching"] == "on: toward latency"
     assert found["enable_gradient_checkpointing"].startswith("no effect: ")
+
+
+@pytest.mark.parametrize(
+    ("drafter", "who"),
+    [("auto", "by small"), ("draft_model", "by small"), ("ngram", "from the text itself"), ("suffix", "by suffix")],
+)
+def test_a_draft_model_is_named_where_it_drafts(drafter: str, who: str) -> None:
+    named = {**STATS, "config": {**STATS["config"], "draft_model": "small", "drafter": drafter}}  # type: ignore[dict-item]
+    assert f"made {who}; same" in features(OptimizationConfig(), named)["enable_speculative_decoding"]
 
 
 def test_what_could_not_be_compiled_is_said() -> None:
