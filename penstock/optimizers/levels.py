@@ -91,8 +91,9 @@ class OptimizationConfig(BaseModel):
 
     `sample_aggregation` is "best" or "normalized_logprob" (likelihood by length), "cumulative_logprob", or a function
     of a `CompletionOutput`: the higher, the better. `enable_gradient_checkpointing` is accepted because training
-    setups carry it; it has no effect. Assignments count from the next generation on, or are refused there if the
-    setting is read when the model is loaded. Wrong, unknown and meaningless values raise `ConfigurationError`.
+    setups carry it; it has no effect. A level that is assigned brings its flags along. Assignments count from the next
+    generation on, or are refused there if the setting is read when the model is loaded. Wrong, unknown
+    and meaningless values raise `ConfigurationError`.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -120,11 +121,14 @@ class OptimizationConfig(BaseModel):
         preset = PRESETS.get(values.get("level", OptimizationLevel.BASIC))
         with explained(OptimizationConfig.model_fields):
             super().__init__(**{**(preset.flags if preset else {}), **_granted(values)})
+        self.model_fields_set.intersection_update(values)  # not those of the level
 
     def __setattr__(self, name: str, value: Any) -> None:
         with explained(OptimizationConfig.model_fields):
             for granted in _granted({name: value}):
                 super().__setattr__(granted, value)
+        if name == "level":
+            self._follow_level()
 
     @field_validator(*ONE_VALUE)
     @classmethod
@@ -170,6 +174,10 @@ class OptimizationConfig(BaseModel):
             rank_by = "normalized_logprob" if self.sample_aggregation == "best" else self.sample_aggregation
             found |= {"best_of": self.num_parallel_samples, "rank_by": rank_by}
         return found
+
+    def _follow_level(self) -> None:
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        self.__dict__.update(OptimizationConfig(**given).__dict__)
 
     def _without(self) -> tuple[str, ...]:
         """The rewrites to leave out."""

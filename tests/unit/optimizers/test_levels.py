@@ -46,6 +46,28 @@ def test_a_flag_that_was_given_goes_before_the_level() -> None:
     assert OptimizationConfig(level=memory, pool_size_mb=2).engine_settings()["logits_chunk_bytes"] == 2 * 2**20
 
 
+@pytest.mark.parametrize("first", OptimizationLevel)
+@pytest.mark.parametrize("then", OptimizationLevel)
+def test_a_level_that_is_assigned_is_the_whole_level(first: OptimizationLevel, then: OptimizationLevel) -> None:
+    """Its flags were those of the first level, beside the settings of the second."""
+    config = OptimizationConfig(level=first, num_parallel_samples=2)
+    config.pool_size_mb = 2
+    config.level = then
+    assert config == OptimizationConfig(level=then, num_parallel_samples=2, pool_size_mb=2)
+
+
+def test_a_flag_that_was_given_stays_whatever_level_is_assigned() -> None:
+    config = OptimizationConfig(speculation_length=6)
+    config.enable_parallel_sampling = True
+    config.level = OptimizationLevel.LATENCY_OPTIMIZED
+    assert (config.speculation_length, config.enable_parallel_sampling) == (6, True)
+    assert config.enable_adaptive_batching is True
+    config.enable_adaptive_batching = False
+    config.level = OptimizationLevel.BASIC
+    config.level = OptimizationLevel.AGGRESSIVE
+    assert config.enable_adaptive_batching is False
+
+
 def flags_that_act() -> dict[str, Any]:
     """Flag -> a value that is not the default one."""
     return {
