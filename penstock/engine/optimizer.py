@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from penstock.config import EngineConfig, canonical
@@ -188,7 +189,7 @@ def _rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:
 
 def _as_lists(values: Any) -> list[list[int]]:
     found = values.tolist() if hasattr(values, "tolist") else list(values)
-    if found and isinstance(found[0], int):
+    if found and isinstance(found[0], Integral):  # as those of numpy are
         return [found]
     if not all(isinstance(row, list | tuple) for row in found):
         raise RequestError("token ids must be a tensor or array [prompts, tokens], or lists of integers")

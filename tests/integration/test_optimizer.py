@@ -185,6 +185,12 @@ def test_output_has_the_type_of_the_input(optimizer: PerformanceOptimizer) -> No
         assert np.asarray(output).shape == (1, len(PROMPT) + 3)
 
 
+def test_lists_may_hold_integers_of_numpy(optimizer: PerformanceOptimizer) -> None:
+    ids = list(np.array(PROMPT))
+    plain, one, two = (optimizer.optimized_generate(given, 3, 0.0)[0] for given in (PROMPT, ids, [ids]))
+    assert plain == one == two
+
+
 def test_wrong_prompts_are_refused(optimizer: PerformanceOptimizer) -> None:
     for given in ([], [["a"]], "text", torch.zeros(1, 0, dtype=torch.int64)):
         with pytest.raises(RequestError):
