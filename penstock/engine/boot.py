@@ -30,6 +30,7 @@ from penstock.engine.worker import Worker
 from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
 from penstock.models.protocol import GuessingRunner, ModelRunner
+from penstock.optimizers.speculation.draft_model import ModelDrafter
 from penstock.optimizers.speculation.drafter import Drafter
 from penstock.optimizers.tuner import ceilings
 from penstock.scheduling.admission import Admission
@@ -56,6 +57,12 @@ class Parts:
     tuning: Tuning
     drafter: Drafter
     draft: GuessingRunner | None
+
+    def trim_draft(self) -> int:
+        """Give back what a draft model holds without need; how many bytes. On the model's thread."""
+        if self.draft is None or not isinstance(self.drafter, ModelDrafter):
+            return 0
+        return self.draft.trim_memory(self.drafter.unused())
 
     def close(self) -> None:
         """Let go of the models, their memory and the tokenizer threads."""
@@ -181,7 +188,7 @@ def booter(
             clock=time.monotonic,
             metrics=metrics,
             log=log,
-            housekeeper=Housekeeper(config, made.runner, made.cache, time.monotonic, worker.run),
+            housekeeper=Housekeeper(config, made.runner, made.cache, time.monotonic, worker.run, made.trim_draft),
             watchers=_watchers(config, made, advisor),
             speculator=Speculator(config, made.scheduler, made.drafter, worker.run, time.monotonic, log),
         )

@@ -212,6 +212,8 @@ class EngineCore:
     async def _rest(self) -> None:
         """Wait without using the CPU until something arrives, then for the burst to pause."""
         self._busy_since = None
+        if self._speculator is not None:
+            self._speculator.forget_ended()
         await self.housekeeper.tidy()
         while not self.scheduler.has_work and not (self._stopping and not self._desk.requests):
             self._desk.publish()

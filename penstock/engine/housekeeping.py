@@ -22,16 +22,26 @@ Run = Callable[..., Job[int]]
 
 
 class Housekeeper:
-    """`run(function, *arguments)` does something on the model's thread, after what was asked for before."""
+    """`run(function, *arguments)` does something on the model's thread, after what was asked for before.
+
+    There `trim_draft` gives back what a draft model holds without need; how many bytes.
+    """
 
     def __init__(
-        self, config: EngineConfig, runner: ModelRunner, cache: CacheManager, clock: Callable[[], float], run: Run
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        cache: CacheManager,
+        clock: Callable[[], float],
+        run: Run,
+        trim_draft: Callable[[], int] = int,
     ) -> None:
         self._config = config
         self._runner = runner
         self._cache = cache
         self._clock = clock
         self._run = run
+        self._trim_draft = trim_draft
         self._next_tidy = -math.inf
 
     async def tidy(self) -> None:
@@ -54,7 +64,7 @@ class Housekeeper:
 
     def _trim(self, blocks: list[int], places: list[int]) -> int:
         """On the model's thread. Blocks that held nothing when this was asked for are not used before the next step."""
-        return self._runner.trim_memory(blocks, places)
+        return self._runner.trim_memory(blocks, places) + self._trim_draft()
 
     def _trim_for(self, done: Future[int], blocks: list[int], places: list[int]) -> int:
         try:

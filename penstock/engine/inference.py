@@ -260,8 +260,9 @@ class InferenceEngine:
         """Give back all memory that no running request needs: `freed_bytes`, and use `before` and `after`, 0 to 1.
 
         That is garbage, kept workspaces, what allocators hold for later, cached prefixes here and in `swap_space`, and
-        on a CPU the memory behind every block that is empty then. Waits for the step that is running; in a coroutine,
-        use `await asyncio.to_thread(engine.optimize_memory)`. An engine that is not loaded has nothing to give.
+        on a CPU the memory behind every block that is empty then, a draft model's too. Waits for the step that is
+        running; in a coroutine, use `await asyncio.to_thread(engine.optimize_memory)`. An engine that is not loaded
+        has nothing to give.
         """
         if not self._host.ready:
             return {"before": 0.0, "after": 0.0, "freed_bytes": 0}

@@ -69,12 +69,15 @@ class Speculator:
 
     def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """A step was committed, `seconds` after the one before it."""
-        if not self._is_on:
-            return
-        self._controller.record_step(plan, result, seconds - self._drafting_s)
+        if self._is_on:
+            self._controller.record_step(plan, result, seconds - self._drafting_s)
         if self._controller.num_known > self._scheduler.num_running + _PRUNE_AT:
-            for seq_id in self._controller.forget_all_but(seq.id for seq in self._scheduler.sequences()):
-                self._drafter.forget(seq_id)
+            self.forget_ended()
+
+    def forget_ended(self) -> None:
+        """Let go of what is remembered of sequences that ended."""
+        for seq_id in self._controller.forget_all_but(seq.id for seq in self._scheduler.sequences()):
+            self._drafter.forget(seq_id)
 
     @property
     def _is_on(self) -> bool:

@@ -28,6 +28,7 @@ from penstock import (
     ScriptedModel,
 )
 from penstock.demo import DRAFT_DIR
+from penstock.models.lean import DraftRunner
 from tests.drive import greedy_by_transformers
 from tests.tiny_models import build
 
@@ -247,6 +248,17 @@ def test_a_draft_model_guesses_and_changes_nothing() -> None:
         optimizer.stop()
     assert outputs[0] == outputs[1]
     assert 0 <= stats["acceptance_rate"] <= 1
+
+
+def test_a_draft_model_gives_back_every_block_once_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(DraftRunner, "trim_memory", lambda self, blocks=(), places=(): given.append(len(blocks)) or 0)
+    optimizer = PerformanceOptimizer(None, OptimizationConfig(draft_model=str(DRAFT_DIR)))
+    _, stats = optimizer.optimized_generate([[5, 6, 7]] * 4, 40, 0.0)
+    assert stats["drafted_tokens"]
+    optimizer.optimize_memory()
+    assert given == [optimizer.engine.get_stats()["cache_info"]["num_blocks"]]
+    optimizer.stop()
 
 
 @pytest.mark.parametrize("settings", [{"draft_model": str(DRAFT_DIR)}, {"drafter": "draft_model"}], ids=str)

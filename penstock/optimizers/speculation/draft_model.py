@@ -100,10 +100,10 @@ class ModelDrafter:
         self._num_drafting = 0  # so many of the last ones are drafted for now
         self._ended: deque[int] = deque()
 
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks of no sequence."""
-        return len(self._free)
+    def unused(self) -> list[int]:
+        """The blocks that hold nothing of a sequence that still runs, in order. On the thread of `propose`."""
+        self._close_ended()
+        return sorted(self._free)
 
     def forget(self, seq_id: int) -> None:
         """Its blocks are free from the next drafting on. From any thread."""
@@ -111,8 +111,7 @@ class ModelDrafter:
 
     def propose(self, asks: SequenceOf[Ask]) -> list[Draft]:
         """A draft for each ask, in order; none where the model still has to read what came before."""
-        while self._ended:
-            self._close(self._ended.popleft())
+        self._close_ended()
         guesses = [_Guess(ask, self._reader(ask)) for ask in asks]
         going = [guess for guess in guesses if self._is_worthwhile(guess)]
         for guess in going:
@@ -172,6 +171,10 @@ class ModelDrafter:
             return False
         reader.blocks.extend(self._free.pop() for _ in range(missing))
         return True
+
+    def _close_ended(self) -> None:
+        while self._ended:
+            self._close(self._ended.popleft())
 
     def _close(self, seq_id: int) -> None:
         reader = self._readers.pop(seq_id, None)

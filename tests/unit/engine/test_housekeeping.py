@@ -94,6 +94,12 @@ async def test_cleaning_drops_cached_prefixes_and_tells_the_bytes() -> None:
     assert house.cache.lookup(sequence([*range(13)])) == 0
 
 
+async def test_a_draft_model_gives_back_too() -> None:
+    house, done = House(), Future[int]()
+    Housekeeper(EngineConfig(), house.model, house.cache, lambda: 0.0, house.run, lambda: 7).clean(done)
+    assert done.result() == 807
+
+
 async def test_cleaning_leaves_running_sequences_their_blocks() -> None:
     house, done, seq = house_with_a_prefix(), Future[int](), sequence([*range(13)])
     run(house.cache, seq)

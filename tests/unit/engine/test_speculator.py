@@ -238,3 +238,20 @@ async def test_what_ended_is_forgotten() -> None:
     await loop.finish()
     assert len(loop.drafter.forgotten) > 100
     assert len(set(loop.drafter.forgotten)) == len(loop.drafter.forgotten)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_ended_is_forgotten_when_nobody_is_asked_any_more(fails: bool) -> None:
+    loop = Loop(Knowing(), max_batch_size=16)
+    for number in range(16):
+        loop.add(number, new=200)
+    for _ in range(4):
+        await loop.step()
+    assert loop.drafter.asked
+    if fails:
+        loop.drafter.errors = [RuntimeError("out of ideas")]
+    loop.config.enable_speculative_decoding = fails
+    await loop.finish()
+    assert loop.drafter.forgotten
+    loop.speculator.forget_ended()
+    assert sorted(loop.drafter.forgotten) == list(range(16))

@@ -115,7 +115,7 @@ def test_blocks_come_from_who_was_drafted_for_least_recently() -> None:
     drafter, seqs = drafter_of(small, num_blocks=3), [sequence(number, [1, 2, 3, 4, 5]) for number in range(2)]
     assert propose(drafter, seqs[0], most=1).tokens == (6,)
     assert propose(drafter, seqs[1], most=1).tokens == (6,)
-    assert (small.runs[-1], drafter.num_free_blocks) == ([(1, 0, 5)], 1)
+    assert (small.runs[-1], len(drafter.unused())) == ([(1, 0, 5)], 1)
     assert propose(drafter, seqs[0], most=1).tokens == (6,)
     assert small.runs[-1] == [(0, 0, 5)], "its blocks were given away"
 
@@ -130,8 +130,7 @@ def test_who_drafts_together_takes_no_blocks_from_each_other() -> None:
 def test_the_blocks_of_ended_sequences_are_free_again() -> None:
     drafter = drafter_of(Small())
     propose(drafter, sequence(0, range(20)))
-    assert drafter.num_free_blocks < 8
+    assert len(drafter.unused()) < 8
     drafter.forget(0)
     drafter.forget(77)
-    assert drafter.propose([]) == []
-    assert drafter.num_free_blocks == 8
+    assert drafter.unused() == [*range(8)]
