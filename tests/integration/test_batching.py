@@ -167,7 +167,9 @@ async def start_order(engine: InferenceEngine, model: ScriptedModel, work: list[
 
 
 async def test_lengths_that_are_alike_start_together(scripted: Make) -> None:
-    engine, model = scripted(batching_strategy="bucketed", bucket_size=4, max_batch_size=2, enable_kv_cache=False)
+    # steps that take long enough for whoever watches to see their tokens one by one
+    settings = {"bucket_size": 4, "max_batch_size": 2, "enable_kv_cache": False, "step_s": 0.1}
+    engine, model = scripted(batching_strategy="bucketed", **settings)
     assert await start_order(engine, model, [(8, 1), (60, 1), (9, 1), (61, 1)]) == [0, 2, 1, 3]
 
 
