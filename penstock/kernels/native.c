@@ -364,12 +364,13 @@ static void *work(void *arg)
 {
     seat s = *(seat *)arg;
     free(arg);
-    for (long seen = 0;; seen = atomic_load(&s.p->turn)) {
+    for (long seen = 0;;) {
         for (int i = 0; !called(s.p, seen, s.id); i++) {
             if (i < SPINS) PAUSE();
             else nap(s.p, seen, s.id);
         }
         if (atomic_load(&s.p->stopping)) return NULL;
+        seen = atomic_load(&s.p->turn); /* once `left` is 0, the next call may begin at any moment */
         s.p->run(s.p, s.p->arg, s.id);
         atomic_fetch_sub_explicit(&s.p->left, 1, memory_order_release);
     }

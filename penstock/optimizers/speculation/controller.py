@@ -133,11 +133,8 @@ class SpeculationController:
 
     # After a step.
 
-    def record_step(self, plan: StepPlan, result: StepResult, seconds: float) -> tuple[int, int]:
-        """A step was committed. It took `seconds`, without the drafting before it.
-
-        Returns how many guesses it held, and how many were right.
-        """
+    def record_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """A step was committed. It took `seconds`, without the drafting before it."""
         drafted, accepted = 0, dict[int, int]()
         for row, out in zip(plan.rows, result.rows, strict=True):
             if row.draft and out.error is None:
@@ -150,7 +147,6 @@ class SpeculationController:
             self._costs.record(plan.num_tokens, seconds, drafted > 0)
             if self._asked:
                 self._record_trials(num_rows, plan.num_tokens, accepted)
-        return drafted, sum(accepted.values())
 
     def forget_all_but(self, live: Iterable[int]) -> list[int]:
         """Drop what is known of sequences that ended; their ids."""
