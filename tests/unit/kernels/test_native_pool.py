@@ -61,6 +61,15 @@ def test_pools_of_several_threads_run_beside_each_other() -> None:
     alone.close()
 
 
+def test_calls_may_follow_each_other_without_a_pause() -> None:
+    kernels, weight, x = Kernels(2), torch.ones(64, 64), torch.ones(1, 64)
+    linear = Linear(kernels, [weight], [None])
+    for _ in range(100_000):
+        linear(x)
+    assert torch.equal(linear(x), torch.full((1, 64), 64.0))
+    kernels.close()
+
+
 def test_threads_that_cores_are_missing_for_sit_out_and_results_stay_the_same() -> None:
     kernels, alone = Kernels(16 * (os.cpu_count() or 1)), Kernels(1)
     wanted, end = product(alone), time.monotonic() + 60
