@@ -107,7 +107,7 @@ async def held_tokens(engine: InferenceEngine, work: Work) -> int:
 
 
 def busy_s(engine: InferenceEngine) -> float:
-    """Seconds of steps so far."""
+    """Seconds of the engine's latest steps, from the end of one to the end of the next: planning is part of it."""
     steps = engine.get_stats()["performance_metrics"].get("batch_processing_time", {"mean": 0.0, "count": 0})
     return float(steps["mean"] * steps["count"])
 
@@ -208,7 +208,7 @@ ROWS: Mapping[str, tuple[str, str, float, str, bool]] = {
     "padded": ("Throughput, beside a padded batch", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
     "edit": ("Guesses from the text, a file that is edited; beside none", "4x", 1.0, "tok/s", False),
     "draft": ("Guesses of a draft model, greedy; beside none", "4x", 1.0, "tok/s", False),
-    "busy": ("Share of the time in which the model runs", "over 90%, 1.4x", 100.0, "%", False),
+    "busy": ("Share of the time in which the model runs; ours with planning", "over 90%, 1.4x", 100.0, "%", False),
     "useful": ("Share of computed positions that are no padding", "", 100.0, "%", False),
     "ragged32": ("K/V of 32 requests of mixed lengths", "a quarter", 1 / MIB, "MiB", True),
     "prefix32": ("K/V of 32 requests that share 512 tokens", "a quarter", 1 / MIB, "MiB", True),
