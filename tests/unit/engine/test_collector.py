@@ -16,21 +16,7 @@ from penstock.outputs import Delta, Logprob, RequestMetrics
 from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason
 from penstock.step import Event, TokenLogprobs
-
-
-class LetterTokenizer:
-    """Token 0 is "a", token 1 is "b"; 25 has no text at all."""
-
-    def __len__(self) -> int:
-        return 26
-
-    def convert_ids_to_tokens(self, ids: list[int], **options: Any) -> list[str]:
-        return [chr(97 + i) for i in ids]
-
-    def decode(self, ids: list[int], **options: Any) -> str:
-        if 25 in ids:
-            raise ValueError("no text for z")
-        return "".join(self.convert_ids_to_tokens(ids))
+from tests.letters import LetterTokenizer
 
 
 def make(count: int = 1, **options: Any) -> Collector:

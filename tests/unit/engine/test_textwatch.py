@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from penstock.engine.detokenizer import Detokenizer
@@ -11,21 +9,7 @@ from penstock.engine.stops import StopStrings
 from penstock.engine.textstream import TextStream
 from penstock.engine.textwatch import TextWatch
 from penstock.errors import RequestError
-
-
-class LetterTokenizer:
-    """Token 0 is "a"; 25 has no text at all."""
-
-    def __len__(self) -> int:
-        return 26
-
-    def convert_ids_to_tokens(self, ids: list[int], **options: Any) -> list[str]:
-        return [chr(97 + i) for i in ids]
-
-    def decode(self, ids: list[int], **options: Any) -> str:
-        if 25 in ids:
-            raise ValueError("no text for z")
-        return "".join(self.convert_ids_to_tokens(ids))
+from tests.letters import LetterTokenizer
 
 
 def watch(*stops: str, min_tokens: int = 0) -> TextWatch:

@@ -58,17 +58,6 @@ def test_a_target_is_in_force_before_the_tuner_has_seen_a_step() -> None:
     assert (limits.tuned, limits.max_running) == (None, 32)
 
 
-def test_a_batch_limit_is_in_force_at_the_next_step() -> None:
-    world = World(max_batch_size=1)
-    for number in (1, 2, 3):
-        world.add(number, 3, new=9)
-    assert list(world.step()) == [1]
-    world.config.max_batch_size = 3
-    assert list(world.step()) == [1, 2, 3]
-    world.config.max_batch_size = 2
-    assert list(world.step()) == [1, 2]
-
-
 def test_a_lower_tuned_batch_lets_those_that_run_go_on() -> None:
     world = World(target="latency")
     world.scheduler.limits.tuned = first(world.config)._replace(max_batch_size=3)
