@@ -48,8 +48,10 @@ class News:
             self._forget(row.seq_id, reason)
         cached = self._cached.pop(row.seq_id, 0)
         tokens, logprobs = out.tokens[:count], out.logprobs[:count]
-        guesses = len(row.draft), min(count, out.num_accepted)
-        return Event(row.seq_id, tokens, logprobs, scores, reason, stop, None, cached, version, *guesses)
+        event = Event(row.seq_id, tokens, logprobs, scores, reason, stop, None, cached, version)
+        if not row.draft:
+            return event
+        return event._replace(num_drafted_tokens=len(row.draft), num_accepted_tokens=min(count, out.num_accepted))
 
     def whole(
         self, seq: Sequence, entries: tuple[TokenLogprobs, ...], reason: FinishReason, stop: int | None, version: int
