@@ -98,8 +98,8 @@ class EngineConfig(BaseSettings):
     tokenizer_revision: str | None = Field(None, description="Branch, tag or commit of the tokenizer on the hub.")
     download_dir: str | None = Field(None, description="Where hub downloads are kept; None: the hub library's own folder.")
     load_format: Literal["auto", "safetensors", "pt"] = Field("auto", description="Which weight files to read.")
-    quantization: Literal["int8"] | None = Field(None, description='"int8" packs the weights as 8-bit integers with a scale per output and quantizes activations per token (CPU). None keeps the checkpoint\'s precision.')
-    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description='"int8" stores keys and values in a byte each with a scale per token and head (CPU): twice the tokens in the same memory.')
+    quantization: Literal["int8"] | None = Field(None, description='"int8" packs the weights as 8-bit integers with a scale per output and quantizes activations per token, both after a rotation that spreads outlier channels (CPU). None keeps the checkpoint\'s precision.')
+    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description='"int8" stores keys and values in a byte each with a scale per token and head, after the same rotation (CPU): twice the tokens in the same memory.')
     verify_model: bool = Field(True, description="At load, compare a short paged forward pass with the model's own.")
     seed: int | None = Field(None, description="Seeds the requests that bring no seed; None draws fresh randomness. Read at construction.")
 

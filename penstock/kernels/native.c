@@ -640,13 +640,108 @@ int ps_norm(pool *p, const norm *n, const void *x, long rows, void *out, int add
     return 1;
 }
 
+/* ---- the rotation before quantization ----
+ *
+ * Few channels of activations, keys and values are far larger than the others, and one scale for a row then rounds the
+ * others away. An orthogonal transform Q spreads every channel over many (QuaRot, Ashkboos et al. 2024, arXiv
+ * 2404.00456): x Q is quantized, weights are packed as W Q, and (x Q)(W Q)^T = x W^T. Q is a random sign for each
+ * channel, then Walsh-Hadamard transforms of blocks of SPAN numbers at most, the last of which may overlap the one
+ * before it. The signs keep a mean that channels share from ending up in a single number. */
+enum { SPAN = 1024 };
+
+INLINE long span_of(long n) /* the largest power of two that fits */
+{
+    long span = 1;
+    while (2 * span <= n && span < SPAN) span *= 2;
+    return span;
+}
+
+INLINE vf swapped(vf x, const int h) /* lane i gets lane i ^ h */
+{
+#if defined(__AVX512F__)
+    if (h == 1) return (vf)_mm512_permute_ps((__m512)x, 0xb1);
+    if (h == 2) return (vf)_mm512_permute_ps((__m512)x, 0x4e);
+    if (h == 4) return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
+    return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
+#else
+    vf y;
+    for (int i = 0; i < VL; i++) y[i] = x[i ^ h];
+    return y;
+#endif
+}
+
+INLINE vf hadamard_lanes(vf x)
+{
+    _Pragma("GCC unroll 4") for (int h = 1; h < VL; h *= 2) {
+        vf sign;
+        for (int i = 0; i < VL; i++) sign[i] = i & h ? -1 : 1;
+        x = swapped(x, h) + x * sign;
+    }
+    return x;
+}
+
+/* The orthogonal transform of n numbers, n a power of two; its own inverse. */
+static void hadamard(float *x, long n)
+{
+    const float scale = 1 / sqrtf(n);
+    for (long i = 0; n < VL && i < n; i++) x[i] *= scale;
+    for (long i = 0; n >= VL && i < n; i += VL) *(vf *)(x + i) = hadamard_lanes(*(vf *)(x + i) * scale);
+    for (long h = n < VL ? 1 : VL; h < n; h *= 2)
+        for (long i = 0; i < n; i += 2 * h)
+            for (long j = i; j < i + h; j += n < VL ? 1 : VL) {
+                if (n < VL) {
+                    float a = x[j], b = x[j + h];
+                    x[j] = a + b, x[j + h] = a - b;
+                } else {
+                    vf a = *(vf *)(x + j), b = *(vf *)(x + j + h);
+                    *(vf *)(x + j) = a + b, *(vf *)(x + j + h) = a - b;
+                }
+            }
+}
+
+/* Random signs: a hash of each place. */
+static void flip_signs(float *x, long n)
+{
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    for (long i = 0; i < n; i += VL) {
+        vu bits = (vu)(lane + (int32_t)i) * 0x9e3779b1u;
+        bits = (bits ^ bits >> 15) * 0x85ebca77u & 0x80000000u;
+        if (i + VL <= n) *(vi *)(x + i) ^= (vi)bits;
+        else for (long j = i; j < n; j++) x[j] = bits[j - i] ? -x[j] : x[j];
+    }
+}
+
+/* The block that overlaps gets signs of its own, or it would gather what the one before it has spread. */
+static void rotate_channels(float *x, long n) /* x Q, in place */
+{
+    const long span = span_of(n), rest = n - span;
+    flip_signs(x, n);
+    for (long i = 0; i <= rest; i += span) hadamard(x + i, span);
+    if (n % span == 0) return;
+    flip_signs(x + rest, span);
+    hadamard(x + rest, span);
+}
+
+static void restore_channels(float *x, long n) /* its inverse */
+{
+    const long span = span_of(n), rest = n - span;
+    if (n % span) {
+        hadamard(x + rest, span);
+        flip_signs(x + rest, span);
+    }
+    for (long i = 0; i <= rest; i += span) hadamard(x + i, span);
+    flip_signs(x, n);
+}
+
 /* ---- products with packed weights ---- */
 
 enum { STORE, ADD, GATED };
 
 /* y = act(norm(x) W^T + bias). GATED: a panel holds VL gate columns, then VL up columns, and y = act(gate) * up.
- * ADD: y += scale * (...). Weights are [panels][k words][NR], zero beyond n and k. int8: `scales` per column,
- * `offsets` = 128 * sum of the column, which the unsigned activations of one scale per row bring in. */
+ * ADD: y += scale * (...). Weights are [panels][k words][NR], zero beyond n and k. int8: rows of x and W are rotated;
+ * `scales` per column, `offsets` = 128 * sum of the column, which the unsigned activations of one scale per row bring
+ * in. */
 typedef struct {
     long n, k;
     int32_t format, mode, act, in_type, out_type, norm_kind;
@@ -701,8 +796,10 @@ static void prepare(const linear_job *j, long m, char *dst, float *row)
     ((int32_t *)dst)[words(w) - 1] = 0; /* k may end within a word */
     widen(row, j->x + m * j->ldx * SIZE[w->in_type], w->k, w->in_type);
     if (w->norm_kind) normalize(row, w->k, w->norm_kind, w->norm_weight, w->norm_bias, w->eps);
-    if (w->format == I8) quantize_row((uint8_t *)dst, row, w->k, &j->row_scales[m]);
-    else narrow(dst, row, w->k, w->format == BF16 ? BF16 : F32);
+    if (w->format == I8) {
+        rotate_channels(row, w->k);
+        quantize_row((uint8_t *)dst, row, w->k, &j->row_scales[m]);
+    } else narrow(dst, row, w->k, w->format == BF16 ? BF16 : F32);
 }
 
 /* Where row m lies once it is prepared: in its place if one tile holds all rows, else to be interleaved from there. */
@@ -920,6 +1017,7 @@ static void pack_column(const packing *g, long n, float *row, uint8_t *bytes)
     if (g->format == I8) {
         long sum = 0;
         memset(bytes, 128, g->k + 8);
+        rotate_channels(row, g->k);
         quantize_row(bytes, row, g->k, &g->scales[n]);
         for (long i = 0; i < k * 4; i++) sum += (bytes[i] ^= 128, (int8_t)bytes[i]);
         g->offsets[n] = (int32_t)(128 * sum);
@@ -951,7 +1049,8 @@ long ps_lanes(void) { return VL; }
  *
  * One buffer per layer: [panels][kv heads][keys | values | scales]. A panel holds the LANES tokens of consecutive
  * slots, laid out as `tile` reads them: keys [key_dim / p][LANES][p] and values [LANES / p][value_dim][p], with p
- * numbers to a word. int8 keeps the order of bf16 with one byte a number, and a float per token for keys and values. */
+ * numbers to a word. int8 keeps the order of bf16 with one byte a number, and a float per token for keys and values,
+ * both rotated: scores are products of rotated queries and keys, and the sum over rotated values is turned back. */
 typedef struct {
     char *base;
     long heads, key_dim, value_dim;
@@ -1024,12 +1123,16 @@ static float read_side(const cache *c, const char *side, const float *scale, lon
     return c->format == I8 ? ((const int8_t *)side)[at] * scale[lane] : load1(side, at, c->format);
 }
 
-static void write_head(const cache *c, long slot, long head, const float *key, float *value)
+static void write_head(const cache *c, long slot, long head, float *key, float *value)
 {
     char *at = head_of(c, slot / LANES, head);
     float *scales = c->format == I8 ? scales_of(c, at) : NULL;
     /* a hidden value is multiplied by 0, which an infinity would survive: broken rows must not reach others */
     for (long d = 0; d < c->value_dim; d++) value[d] = fabsf(value[d]) < INFINITY ? value[d] : 0;
+    if (c->format == I8) {
+        rotate_channels(key, c->key_dim);
+        rotate_channels(value, c->value_dim);
+    }
     write_side(c, at, scales, slot % LANES, key, c->key_dim, 1);
     write_side(c, at + side_bytes(c, c->key_dim), scales ? scales + LANES : NULL, slot % LANES, value, c->value_dim, 0);
 }
@@ -1041,8 +1144,13 @@ void ps_read_slots(const cache *c, const int64_t *slots, long n, float *keys, fl
         long slot = slots[i / c->heads], lane = slot % LANES;
         char *at = head_of(c, slot / LANES, i % c->heads), *side = at + side_bytes(c, c->key_dim);
         float *scales = scales_of(c, at);
-        for (long d = 0; d < c->key_dim; d++) *keys++ = read_side(c, at, scales, lane, d, c->key_dim, 1);
-        for (long d = 0; d < c->value_dim; d++) *values++ = read_side(c, side, scales + LANES, lane, d, c->value_dim, 0);
+        for (long d = 0; d < c->key_dim; d++) keys[d] = read_side(c, at, scales, lane, d, c->key_dim, 1);
+        for (long d = 0; d < c->value_dim; d++) values[d] = read_side(c, side, scales + LANES, lane, d, c->value_dim, 0);
+        if (c->format == I8) {
+            restore_channels(keys, c->key_dim);
+            restore_channels(values, c->value_dim);
+        }
+        keys += c->key_dim, values += c->value_dim;
     }
 }
 
@@ -1358,7 +1466,7 @@ static void walk(const attention *a, bench *w, long i, long mr, long row, long h
 /* `ahead` tokens further is a query of the next tile. */
 static void take_query(const attention *a, bench *w, long i, long row, long token, long position, long head, long ahead)
 {
-    float x[MAX_HEAD];
+    float x[MAX_HEAD + VL];
     const long dim = a->c->key_dim, size = SIZE[a->type];
     const int wanted = a->c->compute == BF16 ? BF16 : F32;
     const char *query = a->query + (token * a->query_token + head * a->query_head) * size;
@@ -1370,8 +1478,9 @@ static void take_query(const attention *a, bench *w, long i, long row, long toke
     w->most[i] = -INFINITY;
     w->total[i] = 0;
     memset(w->out[i], 0, (dim + WIDE * VL) * sizeof(float));
-    if (a->type == wanted) { memcpy(w->query[i], query, dim * size); return; }
+    if (a->type == wanted && a->c->format != I8) { memcpy(w->query[i], query, dim * size); return; }
     widen(x, query, dim, a->type);
+    if (a->c->format == I8) rotate_channels(x, dim);
     narrow(w->query[i], x, dim, wanted);
 }
 
@@ -1386,6 +1495,7 @@ static void give_out(const attention *a, bench *w, long i)
     }
     scale /= total;
     for (long d = 0; d < dim; d++) w->out[i][d] *= scale;
+    if (a->c->format == I8) restore_channels(w->out[i], dim);
     narrow(a->out + (w->token[i] * a->heads + w->head[i]) * dim * SIZE[a->type], w->out[i], dim, a->type);
 }
 

@@ -24,6 +24,31 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 Part = tuple[int, int, int]  # sequence, begin, end
 
 
+def rotation(n: int) -> Tensor:
+    """The orthogonal matrix Q [n, n] that rows are multiplied by before they are quantized, in float64."""
+    span = min(1024, 1 << (n.bit_length() - 1))
+    found = torch.diag(_signs(n))
+    for begin in range(0, n - span + 1, span):
+        found[:, begin : begin + span] = found[:, begin : begin + span] @ _hadamard(span)
+    if n % span:
+        found[:, n - span :] = found[:, n - span :] @ torch.diag(_signs(span)) @ _hadamard(span)
+    return found
+
+
+def _hadamard(n: int) -> Tensor:
+    """Walsh's matrix by Sylvester's construction, scaled to be orthogonal."""
+    found = torch.ones(1, 1, dtype=torch.float64)
+    while len(found) < n:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found / n**0.5
+
+
+def _signs(n: int) -> Tensor:
+    bits = (torch.arange(n, dtype=torch.int64) * 0x9E3779B1) & 0xFFFFFFFF
+    bits = ((bits ^ bits >> 15) * 0x85EBCA77) & 0x80000000
+    return torch.where(bits > 0, -1.0, 1.0).double()
+
+
 def attention_by_hand(
     query: Tensor,
     keys: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.native import Kernels
-from tests.unit.kernels.hand import ROUNDING, Part, Sequences
+from tests.unit.kernels.hand import ROUNDING, Part, Sequences, rotation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Heads, key/value heads, sizes of keys and values: groups of 1 to 24, which need not divide the rows of a tile.
@@ -76,9 +76,10 @@ def test_windows_soft_caps_and_sinks_are_those_by_hand(kernels: Kernels, dtype: 
 
 
 def rounded_to_int8(x: Tensor) -> Tensor:
-    """[L, K, D] with one scale per token and head."""
-    step = x.float().abs().amax(-1, keepdim=True) / 127
-    return (x.float() / step).round() * step
+    """[L, K, D], rotated and with one scale per token and head."""
+    rotated = x.double() @ rotation(x.shape[-1])
+    step = rotated.abs().amax(-1, keepdim=True) / 127
+    return (rotated / step).round() * step @ rotation(x.shape[-1]).T
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -90,6 +91,17 @@ def test_int8_caches_attend_to_keys_and_values_of_eight_bits(kernels: Kernels, k
     for part, own in zip(PARTS, found, strict=True):
         wanted = world.by_hand(part, 0.125, **OPTIONS[kind])
         torch.testing.assert_close(own.double(), wanted, rtol=0, atol=0.04)  # a few roundings of bfloat16
+
+
+def test_int8_caches_survive_channels_that_are_far_larger_than_the_others(kernels: Kernels) -> None:
+    """One scale for all channels of a key rounded the small ones away, and with them what is attended to."""
+    world = Sequences(kernels, (200,), 6, 2, 64, **INT8)
+    for x in (world.key, world.value):
+        x[0][:, :, 5] = 60 + x[0][:, :, 5]
+    world.query[0][:, :, 5] *= 0.1
+    world.fill()
+    found, wanted = world.attend((0, 0, 200), scaling=0.125)[0].double(), world.by_hand((0, 0, 200), 0.125)
+    assert (found - wanted)[..., :5].norm() < 0.1 * wanted[..., :5].norm()
 
 
 def chunks(length: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -167,7 +179,8 @@ def test_what_was_written_is_read_back_and_copied_slot_by_slot(kernels: Kernels,
     for slots in (source, target):
         for found, wanted in zip(world.cache.read(slots), (world.key[0], world.value[0]), strict=True):
             if format == "int8":
-                step = wanted.float().abs().amax(-1, keepdim=True) / 127
-                assert ((found - wanted.float()).abs() <= 0.502 * step).all()
+                turn = rotation(wanted.shape[-1])
+                step = (wanted.double() @ turn).abs().amax(-1, keepdim=True) / 127
+                assert (((found - wanted).double() @ turn).abs() <= 0.503 * step).all()
             else:
                 assert torch.equal(found, wanted.float())
