@@ -275,7 +275,7 @@ INLINE vf activate(vf x, int act)
     case SILU: return x / (1.0f + vexp(-x));
     case GELU_TANH: return x * (0.5f + 0.5f * vtanh(0.7978845608f * (x + 0.044715f * x * x * x)));
     case GELU_ERF: return x * (0.5f + 0.5f * verf(x * 0.7071067812f));
-    case RELU: return vmax(x, splat(0.0f));
+    case RELU: return vmax(splat(0.0f), x); /* NaN stays */
     default: return x;
     }
 }
@@ -1123,12 +1123,25 @@ static float read_side(const cache *c, const char *side, const float *scale, lon
     return c->format == I8 ? ((const int8_t *)side)[at] * scale[lane] : load1(side, at, c->format);
 }
 
+/* Whether all of x is finite, and stays so when rounded to the format that it is stored in. */
+static int is_finite(const float *x, long n, int f)
+{
+    const float limit = f == BF16 ? 0x1.ffp127f : f == F16 ? 65520.0f : INFINITY;
+    int broken = 0;
+    for (long i = 0; i < n; i++) broken |= !(fabsf(x[i]) < limit);
+    return !broken;
+}
+
+/* Hidden values are multiplied by 0, which NaN and infinity would survive. So they are never stored: a token with any
+ * gets values of 0 and a key of NaN, which gives NaN to whoever sees the token and is masked for everybody else. */
 static void write_head(const cache *c, long slot, long head, float *key, float *value)
 {
     char *at = head_of(c, slot / LANES, head);
     float *scales = c->format == I8 ? scales_of(c, at) : NULL;
-    /* a hidden value is multiplied by 0, which an infinity would survive: broken rows must not reach others */
-    for (long d = 0; d < c->value_dim; d++) value[d] = fabsf(value[d]) < INFINITY ? value[d] : 0;
+    if (!is_finite(key, c->key_dim, c->format) || !is_finite(value, c->value_dim, c->format)) {
+        for (long d = 0; d < c->key_dim; d++) key[d] = NAN;
+        memset(value, 0, c->value_dim * sizeof *value);
+    }
     if (c->format == I8) {
         rotate_channels(key, c->key_dim);
         rotate_channels(value, c->value_dim);
@@ -1377,7 +1390,12 @@ INLINE void soften_(const attention *a, bench *w, long i, long from, const long 
     }
     float most = max_of(top), before = w->most[i];
     most = most > before ? most : before;
-    if (most == -INFINITY) { memset(w->weight[i], 0, sizeof w->weight[i]); return; }
+    if (most == -INFINITY) { /* all hidden, or no number */
+        for (long j = 0; j < n * LANES / VL; j++) sum += pick(s[j] != s[j], s[j], splat(0.0f));
+        w->total[i] += sum_of(sum);
+        memset(w->weight[i], 0, sizeof w->weight[i]);
+        return;
+    }
     _Pragma("GCC unroll 16") for (long j = 0; j < n * LANES / VL; j++) {
         s[j] = vexp(s[j] - most);
         sum += s[j];
@@ -1751,4 +1769,16 @@ int ps_survey(pool *p, survey *s)
     if (!reserve(p, s->rows * ((s->width + STRETCH - 1) / STRETCH) * sizeof(stretch), 0)) return 0;
     call(p, survey_run, s);
     return 1;
+}
+
+/* ---- what mirrors the structures ---- */
+
+/* Bytes of a structure, which its mirror in Python must agree with; 0 for one that is not known. */
+long ps_size_of(const char *name)
+{
+#define KNOWN(type) if (!strcmp(name, #type)) return sizeof(type);
+    KNOWN(norm) KNOWN(linear) KNOWN(packing) KNOWN(cache) KNOWN(step) KNOWN(attention) KNOWN(rotary)
+    KNOWN(op) KNOWN(program) KNOWN(survey)
+#undef KNOWN
+    return 0;
 }

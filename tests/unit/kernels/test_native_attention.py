@@ -170,6 +170,45 @@ def test_broken_numbers_of_one_sequence_reach_nobody_else(
         assert torch.equal(world.attend(part)[0], clean.attend(part)[0])
 
 
+# Tokens of one sequence that are broken: in the middle, all of the first tile of keys, and the last one.
+BROKEN = {"one token": [37], "a tile": list(range(64)), "the last token": [99]}
+
+
+@pytest.mark.parametrize("kind", ["plain", "window", "softcap", "sinks", "everything"])
+@pytest.mark.parametrize("tokens", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("format", "block_size"), LAYOUTS)
+def test_whoever_sees_a_broken_token_gets_no_numbers_and_whoever_does_not_gets_its_bits(
+    kernels: Kernels, format: str, block_size: int, tokens: list[int], kind: str
+) -> None:
+    """NaN and infinities in values were replaced by 0, and read as that by the token itself."""
+    clean, world = (
+        Sequences(kernels, (100, 90), 6, 2, 24, block_size=block_size, **FORMATS[format]) for _ in range(2)
+    )
+    for x, number in ((world.value, torch.nan), (world.value, torch.inf), (world.key, -torch.inf)):
+        before = x[0].clone()
+        x[0][tokens, 1, 5] = number
+        wanted, found = (w.attend((0, 0, 100), (1, 0, 90), **OPTIONS[kind]) for w in (clean, world))
+        place, window = torch.arange(100), OPTIONS[kind].get("window", 100)
+        sees = torch.stack([(place >= token) & (place < token + window) for token in tokens]).any(0)
+        assert not found[0][sees, 3:].isfinite().any()
+        assert torch.equal(found[0][~sees], wanted[0][~sees])
+        assert torch.equal(found[0][:, :3], wanted[0][:, :3])  # the other key/value head's
+        assert torch.equal(found[1], wanted[1])
+        step = world.attend((0, 99, 100), **OPTIONS[kind])[0]
+        assert torch.equal(step.isfinite(), found[0][99:].isfinite())
+        x[0] = before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_broken_token_of_a_shared_prefix_reaches_all_that_share_it(kernels: Kernels, format: str) -> None:
+    world = Sequences(kernels, (140, 150, 160), 6, 2, 24, shared=128, **FORMATS[format])
+    world.value[0][70] = torch.nan
+    world.fill()
+    world.attend((0, 0, 140))  # what the others wrote over it
+    for out in world.attend((0, 139, 140), (1, 149, 150), (2, 159, 160)):
+        assert not out.isfinite().any()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_was_written_is_read_back_and_copied_slot_by_slot(kernels: Kernels, format: str) -> None:
     world = Sequences(kernels, (40, 40), 4, 2, 24, 10, **FORMATS[format])

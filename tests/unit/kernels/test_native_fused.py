@@ -22,12 +22,12 @@ NO_NORM, PER_HEAD, OVER_ALL = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def weights_of(norm: int) -> tuple[Tensor | None, Tensor | None]:
-    """Weights of the norms of queries and keys."""
+def weights_of(norm: int, largest: float) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of the norms of queries and keys; `largest` is the keys' greatest."""
     if norm == NO_NORM:
         return None, None
     sizes = (DIM, DIM) if norm == PER_HEAD else (HEADS * DIM, KV_HEADS * DIM)
-    return torch.linspace(0.5, 2, sizes[0]), torch.linspace(2, 0.1, sizes[1])
+    return torch.linspace(0.5, 2, sizes[0]), torch.linspace(largest, 0.1, sizes[1])
 
 
 def angles(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -53,11 +53,11 @@ def finished(x: Tensor, norm: int, weight: Tensor | None, cos: Tensor, sin: Tens
 class World:
     """One sequence as rows of a fused projection, and attention over them."""
 
-    def __init__(self, kernels: Kernels, dtype: torch.dtype, norm: int, width: int) -> None:
+    def __init__(self, kernels: Kernels, dtype: torch.dtype, norm: int, width: int, largest: float = 2) -> None:
         self.held = Sequences(kernels, (LENGTH,), HEADS, KV_HEADS, DIM, VALUE_DIM, dtype)
         self.qkv = torch.cat([x[0].flatten(1) for x in (self.held.query, self.held.key, self.held.value)], 1)
         self.cos, self.sin = angles(width, dtype)
-        self.weights = weights_of(norm)
+        self.weights = weights_of(norm, largest)
         self.attention = Attention(
             0, HEADS, KV_HEADS, DIM, VALUE_DIM, dtype, scaling=SCALING, window=None, softcap=None, sinks=None,
             rotary=Rotary(norm, EPS, *self.weights, rotates=True),
@@ -121,3 +121,11 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_prompt(
     ends = (0, 1, 2, 5, 6, 30, 45, 46, LENGTH)
     found = torch.cat([chunked.attend(begin, end) for begin, end in pairwise(ends)])
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("norm", [PER_HEAD, OVER_ALL])
+def test_keys_that_overflow_their_format_are_broken(kernels: Kernels, norm: int) -> None:
+    """In float16 they were stored as infinities, which half of the queries take for keys that count for nothing."""
+    world = World(kernels, torch.float16, norm, DIM, largest=3e7)
+    found = world.attend(0, LENGTH).view(LENGTH, HEADS, VALUE_DIM)
+    assert not found.isfinite().any()

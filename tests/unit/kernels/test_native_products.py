@@ -242,3 +242,15 @@ def test_a_row_gets_the_same_bits_whatever_rows_and_threads_are_there(kernels: K
                 assert torch.equal(linear(rows[here], out[here].clone()), wanted[here])
     for pool in pools[1:]:
         pool.close()
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_activation_makes_a_number_of_nan(kernels: Kernels, dtype: torch.dtype, act: str) -> None:
+    """ReLU gave 0."""
+    weight = randn(33, 17, dtype=dtype)
+    x = randn(4, 17, dtype=dtype)
+    x[1, 3] = torch.nan
+    found = Linear(kernels, [weight], [None], act=act)(x)
+    assert found[1].isnan().all()
+    assert found[[0, 2, 3]].isfinite().all()
