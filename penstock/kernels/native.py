@@ -1,7 +1,8 @@
-"""The compiled CPU kernels' pool of threads, and what all callers of them need: `Kernels`, `pages`, `survey_logits`.
+"""The compiled CPU kernels' pool of threads, and what all callers of them need: `Kernels`, `operand`, `survey_logits`.
 
 Owns the pool; every tensor is the caller's. Holds no lock while a kernel runs. Used by one thread at a time. The calls
-are in `products` and `paged`; layouts and the order of sums are documented in `native.c`.
+are in `products` and `paged`; layouts and the order of sums are documented in `native.c`. A kernel believes what it is
+told of a tensor, so every tensor is looked at by `operand` or `strided` before its address is handed over.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from torch import Tensor
 
 from penstock.kernels.build import build
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = FLOATS | {torch.int8: 3}
 
 Ptr, Long, Int, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int32, ctypes.c_float
 
 
+_structures: dict[str, type[ctypes.Structure]] = {}
+
+
 def struct(name: str, **fields: Any) -> type[ctypes.Structure]:
-    """A C structure of these fields, in order."""
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+    """A C structure of these fields, in order; `name` is its type in native.c."""
+    _structures[name] = type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+    return _structures[name]
 
 
 _Survey = struct(
@@ -58,6 +64,7 @@ class Kernels:
         library.ps_norm.argtypes = [Ptr, Ptr, Ptr, Long, Ptr, Int]
         library.ps_attention.argtypes = [Ptr, Ptr]
         library.ps_program.argtypes = [Ptr, Ptr]
+        _compare_sizes(library)
         self.pool = Ptr(library.ps_pool_new(threads))
         self.lanes = int(library.ps_lanes())
         self._workspace = pages(0)
@@ -100,13 +107,16 @@ class Surveyed(NamedTuple):
 def survey_logits(kernels: Kernels, logits: Tensor, block: int) -> Surveyed:
     """Look at logits float32 [R, N * block] once. `block` is a multiple of 16 that divides 8192."""
     rows, width = logits.shape
+    if width % block or block % 16 or 8192 % block:
+        raise AssertionError(f"rows of {width} logits are not blocks of {block}")
     found = Surveyed(
-        torch.empty(rows, width // block),
-        torch.empty(rows),
-        torch.empty(rows, dtype=torch.float64),
-        torch.empty(rows, dtype=torch.int64),
+        torch.empty(rows, width // block, dtype=torch.float32, device="cpu"),
+        torch.empty(rows, dtype=torch.float32, device="cpu"),
+        torch.empty(rows, dtype=torch.float64, device="cpu"),
+        torch.empty(rows, dtype=torch.int64, device="cpu"),
     )
-    call = _Survey(logits.data_ptr(), rows, width, block, *(x.data_ptr() for x in found))
+    at = operand(logits, torch.float32, rows, width)
+    call = _Survey(at, rows, width, block, *(x.data_ptr() for x in found))
     check(kernels.library.ps_survey(kernels.pool, ctypes.byref(call)))
     return found
 
@@ -132,5 +142,35 @@ def check(enough: int) -> None:
 
 
 def address(x: Tensor | None) -> int | None:
-    """Where a tensor's numbers begin; None for none."""
+    """Where the numbers of a tensor that the caller made begin; None for none."""
     return None if x is None else x.data_ptr()
+
+
+def operand(x: Tensor, dtype: torch.dtype, *shape: int) -> int:
+    """Where the numbers of x begin, which are of this dtype and shape and lie side by side.
+
+    Raises `AssertionError` if they do not: whoever calls a kernel with such a tensor is broken.
+    """
+    if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu:
+        raise _misfit(x, dtype, shape)
+    return x.data_ptr()
+
+
+def strided(x: Tensor, dtype: torch.dtype, *shape: int) -> int:
+    """As `operand`, but only the numbers of the last dimension lie side by side."""
+    if x.dtype != dtype or x.shape != shape or (x.stride(-1) != 1 and shape[-1] > 1) or not x.is_cpu:
+        raise _misfit(x, dtype, shape)
+    return x.data_ptr()
+
+
+def _misfit(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> AssertionError:
+    layout = f"{tuple(x.shape)} with strides {x.stride()} on {x.device}"
+    return AssertionError(f"a kernel was given {x.dtype} {layout} where it takes {dtype} {shape} on the CPU")
+
+
+def _compare_sizes(library: ctypes.CDLL) -> None:
+    library.ps_size_of.restype = Long
+    for name, mirror in _structures.items():
+        size = library.ps_size_of(name.encode())
+        if size != ctypes.sizeof(mirror):
+            raise AssertionError(f"struct {name} has {ctypes.sizeof(mirror)} bytes in Python and {size} in native.c")

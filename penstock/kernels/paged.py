@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import TYPES, Float, Int, Kernels, Long, Ptr, address, check, pages, struct
+from penstock.kernels.native import (
+    FLOATS,
+    TYPES,
+    Float,
+    Int,
+    Kernels,
+    Long,
+    Ptr,
+    check,
+    operand,
+    pages,
+    strided,
+    struct,
+)
 
 PANEL = 16  # tokens of a cache panel: LANES in native.c
 TILE = 64  # keys of an attention tile: KEYS in native.c
@@ -63,15 +75,20 @@ class PanelCache:
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [n, heads, key_dim] and values of slots (int64 [n]), in float32."""
-        keys, values = (torch.empty(len(slots), self.heads, dim) for dim in (self.key_dim, self.value_dim))
+        count = len(slots)
+        keys, values = (
+            torch.empty(count, self.heads, dim, dtype=torch.float32, device="cpu")
+            for dim in (self.key_dim, self.value_dim)
+        )
+        at = operand(slots, torch.int64, count)
         self._library.ps_read_slots(
-            Ptr(self.pointer), Ptr(address(slots)), Long(len(slots)), Ptr(address(keys)), Ptr(address(values))
+            Ptr(self.pointer), Ptr(at), Long(count), Ptr(keys.data_ptr()), Ptr(values.data_ptr())
         )
         return keys, values
 
     def copy(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots, in place; both int64, without overlap."""
-        ends = Ptr(address(source)), Ptr(address(destination))
+        ends = (Ptr(operand(slots, torch.int64, len(source))) for slots in (source, destination))
         self._library.ps_copy_slots(Ptr(self.pointer), *ends, Long(len(source)))
 
 
@@ -82,15 +99,22 @@ class Steps:
         self._arrays = {name: np.ascontiguousarray(array, dtype=np.int32) for name, array in arrays.items()}
         self._slots = np.ascontiguousarray(slots, dtype=np.int64)
         pointers = {name: array.ctypes.data for name, array in self._arrays.items()}
+        self.tokens, bundles = len(slots), len(self._arrays["row"])
+        if any(len(self._arrays[name]) != bundles for name in ("rows", "begin", "end", "shared")):
+            raise AssertionError("a step's bundles are not described in full")
         self._struct = _Step(
-            tokens=len(slots), bundles=len(self._arrays["row"]), whole=whole, slots=self._slots.ctypes.data, **pointers
+            tokens=self.tokens, bundles=bundles, whole=whole, slots=self._slots.ctypes.data, **pointers
         )
         self.pointer = ctypes.addressof(self._struct)
 
 
-def table_of(caches: Sequence[PanelCache]) -> Any:
-    """The caches of all layers as an array of addresses; they must outlive it."""
-    return (Ptr * len(caches))(*(cache.pointer for cache in caches))
+class CacheTable:
+    """The caches of all layers, for a `Program`."""
+
+    def __init__(self, caches: Sequence[PanelCache]) -> None:
+        self.caches = caches
+        self._addresses = (Ptr * len(caches))(*(cache.pointer for cache in caches))
+        self.pointer = ctypes.addressof(self._addresses)
 
 
 def attend(
@@ -102,10 +126,17 @@ def attend(
     query [T, H, D], key [T, K, D], value [T, K, V] of one dtype, with the last dimension contiguous. `sinks` is
     float32 [H].
     """
+    dtype, tokens, heads = query.dtype, steps.tokens, query.shape[1]
+    if heads % cache.heads:
+        raise AssertionError(f"{heads} query heads cannot share {cache.heads} key/value heads")
     call = AttentionCall(
         cache.pointer, steps.pointer, None,
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+        strided(query, dtype, tokens, heads, cache.key_dim),
+        strided(key, dtype, tokens, cache.heads, cache.key_dim),
+        strided(value, dtype, tokens, cache.heads, cache.value_dim),
+        operand(out, dtype, tokens, heads, cache.value_dim),
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        query.shape[1], TYPES[query.dtype], scaling, softcap or 0.0, window or 0, address(sinks),
+        heads, FLOATS[dtype], scaling, softcap or 0.0, window or 0,
+        None if sinks is None else operand(sinks, torch.float32, heads),
     )  # fmt: skip
     check(kernels.library.ps_attention(kernels.pool, ctypes.addressof(call)))

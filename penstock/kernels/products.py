@@ -13,7 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import TYPES, Float, Int, Kernels, Long, Ptr, address, check, floats, pages, struct
+from penstock.kernels.native import (
+    TYPES,
+    Float,
+    Int,
+    Kernels,
+    Long,
+    Ptr,
+    address,
+    check,
+    floats,
+    operand,
+    pages,
+    strided,
+    struct,
+)
 
 ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")
 STORE, ADD, GATED = 0, 1, 2
@@ -37,9 +51,11 @@ class Norm:
         self, kernels: Kernels, kind: int, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype,
         scale: float = 1.0,
     ) -> None:  # fmt: skip
-        self.kind, self.eps, self.width = kind, eps, len(weight)
+        self.kind, self.eps, self.k, self.width = kind, eps, len(weight), len(weight)
         self.weight, self.bias = floats(weight), None if bias is None else floats(bias)
-        self._kernels = kernels
+        if bias is not None and len(bias) != self.width:
+            raise AssertionError(f"a norm of {self.width} numbers has a bias of {len(bias)}")
+        self._kernels, self._dtype = kernels, dtype
         self._struct = _Norm(len(weight), kind, TYPES[dtype], eps, scale, address(self.weight), address(self.bias))
         self.pointer = ctypes.addressof(self._struct)
 
@@ -54,8 +70,9 @@ class Norm:
         self._run(x, out, 1)
 
     def _run(self, x: Tensor, out: Tensor, add: int) -> None:
-        k = self._kernels
-        check(k.library.ps_norm(k.pool, self.pointer, x.data_ptr(), x.shape[0], out.data_ptr(), add))
+        k, rows = self._kernels, x.shape[0]
+        source, target = (operand(y, self._dtype, rows, self.width) for y in (x, out))
+        check(k.library.ps_norm(k.pool, self.pointer, source, rows, target, add))
 
 
 class Linear:
@@ -81,10 +98,12 @@ class Linear:
         dtype = weights[0].dtype
         self.n, self.k = sum(len(w) for w in weights), weights[0].shape[1]
         self.width = self.n // 2 if mode == GATED else self.n
-        self.dtype = out_dtype or dtype
+        self._in_dtype, self.dtype = dtype, out_dtype or dtype
         self.num_bytes = 0
         self._kernels = kernels
         self._norm = norm
+        if norm is not None and norm.width != self.k:
+            raise AssertionError(f"a norm of {norm.width} numbers is no norm of {self.k}")
         source = self._sources(weights, mode)
         self._bias = self._columns_of(biases, weights, mode)
         format = TYPES[torch.int8 if quantize else dtype]
@@ -103,9 +122,9 @@ class Linear:
         """Apply to x [M, K], rows contiguous: `out` [M, N], made if not given."""
         k, rows = self._kernels, x.shape[0]
         if out is None:
-            out = torch.empty(rows, self.width, dtype=self.dtype)
-        at = (x.data_ptr(), rows, x.stride(0), out.data_ptr(), out.stride(0))
-        check(k.library.ps_linear(k.pool, self.pointer, *at))
+            out = torch.empty(rows, self.width, dtype=self.dtype, device="cpu")
+        source, target = strided(x, self._in_dtype, rows, self.k), strided(out, self.dtype, rows, self.width)
+        check(k.library.ps_linear(k.pool, self.pointer, source, rows, x.stride(0), target, out.stride(0)))
         return out
 
     def _order(self, mode: int) -> np.ndarray:
@@ -121,9 +140,9 @@ class Linear:
 
     def _sources(self, weights: Sequence[Tensor], mode: int) -> np.ndarray:
         """The address of the matrix row behind each packed column."""
-        assert all(w.stride(1) == 1 and w.device.type == "cpu" for w in weights)
+        begins = [strided(w, self._in_dtype, len(w), self.k) for w in weights]
         rows = np.concatenate(
-            [np.arange(len(w)) * (w.stride(0) * w.element_size()) + w.data_ptr() for w in weights]
+            [np.arange(len(w)) * (w.stride(0) * w.element_size()) + at for w, at in zip(weights, begins, strict=True)]
         ).astype(np.int64)
         order = self._order(mode)
         return np.where(order >= 0, rows[order], 0)
@@ -131,9 +150,7 @@ class Linear:
     def _columns_of(self, biases: Sequence[Tensor | None], weights: Sequence[Tensor], mode: int) -> Tensor | None:
         if all(bias is None for bias in biases):
             return None
-        flat = torch.cat(
-            [torch.zeros(len(w)) if b is None else b.detach().float() for b, w in zip(biases, weights, strict=True)]
-        )
+        flat = torch.cat([_bias_of(w, bias) for w, bias in zip(weights, biases, strict=True)])
         order = torch.from_numpy(self._order(mode))
         return torch.where(order >= 0, flat[order], 0.0).contiguous()
 
@@ -141,11 +158,20 @@ class Linear:
         columns, per = len(source), {1: 2, 3: 4}.get(format, 1)
         self._weights = pages(columns * -(-self.k // per) * (2 if format == 2 else 4))
         quantized = format == TYPES[torch.int8]
-        self._scales = torch.zeros(columns) if quantized else None
-        self._offsets = torch.zeros(columns, dtype=torch.int32) if quantized else None
+        self._scales = torch.zeros(columns, dtype=torch.float32, device="cpu") if quantized else None
+        self._offsets = torch.zeros(columns, dtype=torch.int32, device="cpu") if quantized else None
         self.num_bytes = self._weights.numel()
         packing = _Packing(
             source.ctypes.data, columns, self.k, TYPES[weights[0].dtype], format, address(self._weights),
             address(self._scales), address(self._offsets),
         )  # fmt: skip
         self._kernels.library.ps_pack(self._kernels.pool, ctypes.byref(packing))
+
+
+def _bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 [N]; zeros where there is none."""
+    if bias is None:
+        return torch.zeros(len(weight), dtype=torch.float32, device="cpu")
+    if bias.shape != weight.shape[:1]:
+        raise AssertionError(f"a bias {tuple(bias.shape)} is none of {len(weight)} outputs")
+    return bias.detach().float()

@@ -7,13 +7,13 @@ Used by the fused layers of `optimizers`. Nothing of Python runs between the ope
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import TYPES, Int, Kernels, Long, Ptr, address, check, floats, struct
-from penstock.kernels.paged import AttentionCall
+from penstock.kernels.native import FLOATS, Int, Kernels, Long, Ptr, address, check, floats, operand, struct
+from penstock.kernels.paged import MAX_HEAD, AttentionCall, CacheTable, Steps
 from penstock.kernels.products import Linear, Norm
 
 STREAM = 0  # the register of the residual stream
@@ -27,6 +27,15 @@ _Op = struct("op", kind=Int, source=Int, target=Int, unused=Int, what=Ptr)
 _Program = struct(
     "program", ops=Ptr, count=Long, rows=Long, at=Ptr, caches=Ptr, s=Ptr, cos=Ptr, sin=Ptr, width=Long, type=Int
 )
+
+
+class Paged(Protocol):
+    """What a program needs of a step."""
+
+    @property
+    def table(self) -> CacheTable: ...
+    @property
+    def steps(self) -> Steps: ...
 
 
 class Rotary:
@@ -48,11 +57,12 @@ class Attention:
         scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None, rotary: Rotary,
     ) -> None:  # fmt: skip
         read = heads * key_dim + kv_heads * (key_dim + value_dim)
-        self.width = heads * value_dim
+        self.k, self.width = read, heads * value_dim
+        self.layer, self.dims = layer, (kv_heads, key_dim, value_dim)
         self._keep = rotary, None if sinks is None else floats(sinks)
         self._struct = AttentionCall(
             None, None, rotary.pointer, None, None, None, None, read, key_dim, read, key_dim, read, value_dim, heads,
-            TYPES[dtype], scaling, softcap or 0.0, window or 0, address(self._keep[1]), layer,
+            FLOATS[dtype], scaling, softcap or 0.0, window or 0, address(self._keep[1]), layer,
         )  # fmt: skip
         self.pointer = ctypes.addressof(self._struct)
 
@@ -62,48 +72,75 @@ class Program:
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
         self._kernels = kernels
-        self._itemsize = dtype.itemsize
+        self._dtype = dtype
         self._ops: list[tuple[int, int, int, Linear | Norm | Attention]] = []
         self._widths: dict[int, int] = {}
         self._call: Any = None
+        self._table: CacheTable | None = None  # the last one, which fits
 
     def linear(self, linear: Linear, source: int, target: int) -> None:
         """target = linear(source), or added to target where that is its mode."""
-        self._append(_LINEAR, source, target, linear, linear.width)
+        self._append(_LINEAR, source, target, linear)
 
     def add_norm(self, norm: Norm, source: int, target: int) -> None:
         """target += norm.scale * norm(source)."""
-        self._append(_ADD_NORM, source, target, norm, norm.width)
+        self._append(_ADD_NORM, source, target, norm)
 
     def attention(self, attention: Attention, source: int, target: int) -> None:
         """target = attention(source)."""
-        self._append(_ATTENTION, source, target, attention, attention.width)
+        self._append(_ATTENTION, source, target, attention)
 
     def extend(self, other: Program) -> None:
         """Go on with all that `other` does."""
+        if other._widths[STREAM] != self._widths[STREAM]:
+            raise AssertionError("the layers' streams are of different widths")
         for register, width in other._widths.items():
             self._widths[register] = max(width, self._widths.get(register, 0))
         self._ops += other._ops
-        self._call = None
+        self._call = self._table = None
 
-    def run(self, x: Tensor, paged: Any, cos: Tensor | None, sin: Tensor | None) -> None:
+    def run(self, x: Tensor, paged: Paged, cos: Tensor | None, sin: Tensor | None) -> None:
         """Run over the rows of x [T, N], the stream, in place.
 
         `paged` has the step's `steps` and the `table` of caches; cos and sin are [1, T, W], or None to rotate nothing.
         """
+        rows, steps = len(x), paged.steps
+        if paged.table is not self._table:
+            self._fit(paged.table)
         call, registers = self._call or self._prepare()
-        call.rows, registers[STREAM] = len(x), x.data_ptr()
-        self._place(registers, len(x))
-        call.caches, call.s = paged.table, paged.steps.pointer
+        call.rows, registers[STREAM] = rows, operand(x, self._dtype, steps.tokens, self._widths[STREAM])
+        self._place(registers, rows)
+        call.caches, call.s = paged.table.pointer, steps.pointer
         call.width = 0
         if cos is not None and sin is not None:
-            call.cos, call.sin, call.width, call.type = cos.data_ptr(), sin.data_ptr(), cos.shape[-1], TYPES[cos.dtype]
+            call.cos, call.sin = (operand(angles, cos.dtype, *cos.shape) for angles in (cos, sin))
+            call.width, call.type = self._rotated(cos, rows), FLOATS[cos.dtype]
         check(self._kernels.library.ps_program(self._kernels.pool, ctypes.addressof(call)))
 
-    def _append(self, kind: int, source: int, target: int, what: Linear | Norm | Attention, width: int) -> None:
+    def _rotated(self, cos: Tensor, rows: int) -> int:
+        """How many numbers of a head these angles rotate."""
+        width = cos.shape[-1]
+        if cos.numel() != rows * width or width % 2 or width > self._narrowest:
+            raise AssertionError(f"angles {tuple(cos.shape)} do not rotate {rows} heads of {self._narrowest} numbers")
+        return width
+
+    def _append(self, kind: int, source: int, target: int, what: Linear | Norm | Attention) -> None:
+        """Within a layer all rows of a register have one width."""
+        for register, width in ((source, what.k), (target, what.width)):
+            if self._widths.setdefault(register, width) != width:
+                raise AssertionError(f"rows of {self._widths[register]} numbers are taken for rows of {width}")
         self._ops.append((kind, source, target, what))
-        self._widths[target] = max(width, self._widths.get(target, 0))
-        self._call = None
+        self._call = self._table = None
+
+    def _fit(self, table: CacheTable) -> None:
+        """See that the caches are what the attentions take them for."""
+        attentions = [what for _, _, _, what in self._ops if isinstance(what, Attention)]
+        for attention in attentions:
+            cache = table.caches[attention.layer]
+            if attention.dims != (cache.heads, cache.key_dim, cache.value_dim):
+                raise AssertionError(f"layer {attention.layer} does not store {attention.dims}")
+        self._narrowest = min((attention.dims[1] for attention in attentions), default=MAX_HEAD)
+        self._table = table
 
     def _prepare(self) -> tuple[Any, Any]:
         """The structures of a call; they keep each other alive."""
@@ -117,7 +154,7 @@ class Program:
     def _place(self, registers: Any, rows: int) -> None:
         """Find memory for every register but the stream."""
         sizes = {
-            register: -(-rows * width * self._itemsize // _ALIGNMENT) * _ALIGNMENT
+            register: -(-rows * width * self._dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
             for register, width in self._widths.items()
             if register != STREAM
         }

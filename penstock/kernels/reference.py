@@ -29,6 +29,17 @@ def gather_slots(cache_S_K_D: Tensor, slots: Tensor) -> Tensor:
     return rows.view(*slots.shape, *cache_S_K_D.shape[1:])
 
 
+def mute_broken(key_L_K_D: Tensor, value_L_K_V: Tensor) -> Tensor:
+    """Let no NaN or infinity of a token reach those who do not see it: 0 instead, in place. [L]: NaN for such a token.
+
+    A masked place takes part in the sums with a weight of 0, which NaN and infinities survive. The others get 0.
+    """
+    broken = (key_L_K_D * 0).sum((1, 2)) + (value_L_K_V * 0).sum((1, 2))
+    for cache in (key_L_K_D, value_L_K_V):
+        cache.nan_to_num_(0.0, 0.0, 0.0)
+    return broken
+
+
 def grouped_attention(
     query_B_K_Q_D: Tensor,
     key_B_K_L_D: Tensor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -104,17 +105,20 @@ def _prefill(query_H_T_D: Tensor, keys: Tensor, values: Tensor, row: PrefillRow,
     heads, kv_heads, n = query_H_T_D.shape[0], keys.shape[1], row.end - row.begin
     group = heads // kv_heads
     query = query_H_T_D[:, row.begin : row.end].reshape(1, kv_heads, group * n, -1)
+    key, value = (reference.gather_slots(cache, row.slots) for cache in (keys, values))
+    broken = reference.mute_broken(key[row.common :], value[row.common :])
     sinks = None if options.sinks is None else options.sinks.view(kv_heads, group).repeat_interleave(n, dim=1)
     out = reference.grouped_attention(
         query,
-        reference.gather_slots(keys, row.slots).transpose(0, 1).unsqueeze(0),
-        reference.gather_slots(values, row.slots).transpose(0, 1).unsqueeze(0),
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
         row.visible.repeat(group, 1),
         scaling=options.scaling,
         softcap=options.softcap,
         sinks_K_Q=sinks,
     )
-    return out.view(heads, n, -1).transpose(0, 1)
+    seen = torch.where(row.visible[:, row.common :], broken, 0).sum(-1)
+    return out.view(heads, n, -1).transpose(0, 1) + seen[:, None, None]
 
 
 class ShapeProbe:

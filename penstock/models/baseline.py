@@ -125,8 +125,8 @@ class Baseline:
         import torch
 
         width, longest = max(len(prompt) for prompt, _ in work), max(count for _, count in work)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in work], device=self.module.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in work], device=self.module.device)
+        padded = [[0] * (width - len(p)) + p for p, _ in work], [[0] * (width - len(p)) + [1] * len(p) for p, _ in work]
+        ids, mask = (torch.tensor(rows, dtype=torch.int64, device=self.module.device) for rows in padded)
         with torch.inference_mode():
             out = self.module.generate(
                 ids,

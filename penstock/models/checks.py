@@ -51,7 +51,7 @@ def probe(module: nn.Module, device: torch.device, *, verify: bool, longest: int
     own = _logits(module, ids) if verify else None
     _switch(module)
     found = ShapeProbe()
-    _forward(module, ids, torch.arange(len(ids), device=device), paged=found)
+    _forward(module, ids, torch.arange(len(ids), dtype=torch.int64, device=device), paged=found)
     if not found.shapes:
         raise _refusal(module, "its attention does not go through transformers' attention interface")
     if len(found.layers) != len(found.shapes):
@@ -128,7 +128,7 @@ def _refusal(module: nn.Module, reason: str) -> ConfigurationError:
 
 def _probe_ids(module: nn.Module, device: torch.device) -> Tensor:
     vocab = int(getattr(module.config.get_text_config(), "vocab_size", 2))  # type: ignore[union-attr, operator]
-    return (torch.arange(PROBE_TOKENS, device=device) * 7919 + 11) % vocab
+    return (torch.arange(PROBE_TOKENS, dtype=torch.int64, device=device) * 7919 + 11) % vocab
 
 
 def _switch(module: nn.Module) -> None:
@@ -160,7 +160,7 @@ def _paged_logits(module: nn.Module, ids: Tensor, probed: Probed, paging: Paging
     for start, end in parts:
         layout = StepLayout((_row(0, tokens, start, end, block), _row(1, tokens, 0, end, block)), block, device)
         paged = paging.attention(storage, layout, probed.layers)
-        wanted = torch.arange(end - start, device=device)
+        wanted = torch.arange(end - start, dtype=torch.int64, device=device)
         logits = _forward(module, layout.input_ids, layout.positions, paged=paged, logits_to_keep=wanted)
         if len(logits) != len(wanted):
             raise _refusal(module, "it gives logits of other positions than asked for (logits_to_keep)")

@@ -40,7 +40,11 @@ class Continuations:
         for ruled in (False, True):  # apart, so that a row never depends on its neighbours' rules
             members = [i for i, row in enumerate(rows) if rules.has_rules(row) == ruled]
             for some in self._chunks(members, logits.shape[1]):
-                chosen = logits if len(some) == len(logits) else logits[torch.tensor(some, device=logits.device)]
+                chosen = (
+                    logits
+                    if len(some) == len(logits)
+                    else logits[torch.tensor(some, dtype=torch.int64, device=logits.device)]
+                )
                 raw = Vocabulary.of(chosen, self._survey)
                 found |= zip(some, self._find(raw, [rows[i] for i in some], ruled), strict=True)
         return [found[i] for i in range(len(rows))]
@@ -54,7 +58,7 @@ class Continuations:
         seen, errors = self._ruled(raw, log_total, rows) if ruled else (raw, {})
         counts = [num_candidates(row.params.num_beams, len(row.stop_ids)) for row in rows]
         values, tokens = _greatest(seen, min(max(counts), raw.size))
-        own = raw.flat.gather(1, torch.tensor(tokens, device=log_total.device)).tolist() if ruled else values
+        own = raw.flat.gather(1, _indices(tokens, raw)).tolist() if ruled else values
         details = _Details.of(raw, log_total, tokens, rows)
         results = []
         for i, (total, peak) in enumerate(zip(log_total.tolist(), seen.peak.tolist(), strict=True)):
@@ -68,7 +72,7 @@ class Continuations:
         self, raw: Vocabulary, log_total: Tensor, rows: Sequence[Row]
     ) -> tuple[Vocabulary, dict[int, RequestError]]:
         """Log probabilities after every rule, and the errors of user processors."""
-        copy = raw.take(torch.arange(len(rows), device=log_total.device))
+        copy = raw.take(torch.arange(len(rows), dtype=torch.int64, device=log_total.device))
         copy.flat.sub_(log_total[:, None])
         sequences = [rules.SequenceRules.of(row, self._eos_token_ids, raw.size) for row in rows]
         errors = rules.apply(copy.flat[:, : raw.size], rows, sequences)
@@ -84,6 +88,10 @@ def _greatest(seen: Vocabulary, count: int) -> tuple[list[list[float]], list[lis
         logits, tokens = seen.greatest(count)
         return logits.tolist(), tokens.tolist()
     return [[value for value, _ in row[:count]] for row in rows], [[token for _, token in row[:count]] for row in rows]
+
+
+def _indices(values: Sequence[int] | Sequence[Sequence[int]], raw: Vocabulary) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=raw.peak.device)
 
 
 def _best_first(found: tuple[float, int]) -> tuple[float, int]:
@@ -102,8 +110,8 @@ class _Details:
         asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         if not asked:
             return cls({}, {})
-        index = torch.tensor(asked, device=log_total.device)
-        some, named = raw.take(index), torch.tensor([tokens[i] for i in asked], device=log_total.device)
+        index = _indices(asked, raw)
+        some, named = raw.take(index), _indices([tokens[i] for i in asked], raw)
         above = [some.num_above(some.at(column)) for column in named.T]
         ranks = (torch.stack(above, dim=1) + 1).tolist()
         tops = some.tops(log_total[index], [rows[i].params.logprobs or 0 for i in asked])

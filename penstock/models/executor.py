@@ -154,15 +154,15 @@ class Executor:
         for i, row in enumerate(rows):
             count = wanted_logits(row)
             if scores_prompt(row):
-                entries = self._sampler.prompt_logprobs(logits[begin : begin + count], row)
-                outcomes[i] = RowResult(prompt_logprobs=entries)
+                outcomes[i] = self._sampler.prompt_logprobs(logits[begin : begin + count], row)
             begin += count
             if row.samples:
                 drawing.append(i)
                 places.append(begin - 1)
         for i, result in zip(drawing, self._draw([rows[i] for i in drawing], logits, places), strict=True):
-            entries = outcomes[i].prompt_logprobs
-            outcomes[i] = result._replace(prompt_logprobs=entries) if entries else result
+            if outcomes[i].error is None:
+                entries = outcomes[i].prompt_logprobs
+                outcomes[i] = result._replace(prompt_logprobs=entries) if entries else result
         return tuple(outcomes)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, places: list[int]) -> list[RowResult]:

@@ -103,7 +103,7 @@ def _members(weights: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """The weights that are `inside`, bool [R, V], and their tokens: packed to the left, in order, then zeros."""
     row, token = inside.nonzero(as_tuple=True)
     count = torch.bincount(row, minlength=len(weights))
-    column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    column = torch.arange(len(row), dtype=torch.int64, device=row.device) - (count.cumsum(0) - count)[row]
     values = torch.zeros(len(weights), int(count.max()), dtype=weights.dtype, device=weights.device)
     tokens = torch.zeros_like(values, dtype=torch.int64)
     values[row, column] = weights[row, token]

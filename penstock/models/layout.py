@@ -20,7 +20,8 @@ from penstock.step import Row
 class DecodeGroup:
     """B one-token rows: `tokens` [B] are their places in the step, `slots` [B, L] their padded contexts.
 
-    `visible` [B, 1, 1, L] is False on padding; None when all contexts have the same length.
+    Padding repeats the row's newest slot: another one's NaN would survive a weight of 0. `visible` [B, 1, 1, L] is
+    False on it; None when all contexts have the same length.
     """
 
     tokens: Tensor
@@ -30,12 +31,16 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """N tokens at places [begin, end) of the step; `slots` [L] is the context, `visible` [N, L] causal and windowed."""
+    """N tokens at places [begin, end) of the step; `slots` [L] is the context, `visible` [N, L] causal and windowed.
+
+    All N tokens see the first `common` places of the context.
+    """
 
     begin: int
     end: int
     slots: Tensor
     visible: Tensor
+    common: int
 
 
 @dataclass(slots=True)
@@ -104,9 +109,10 @@ class StepLayout:
     def _decode_group(self, members: Sequence[tuple[int, np.ndarray]]) -> DecodeGroup:
         lengths = np.array([len(slots) for _, slots in members])
         longest = int(lengths.max())
-        padded = np.zeros((len(members), longest), dtype=np.int64)
+        padded = np.empty((len(members), longest), dtype=np.int64)
         for i, (_, slots) in enumerate(members):
             padded[i, : len(slots)] = slots
+            padded[i, len(slots) :] = slots[-1]
         visible = None
         if int(lengths.min()) < longest:
             visible = self._tensor(np.arange(longest) < lengths[:, None])[:, None, None, :]
@@ -123,12 +129,13 @@ class StepLayout:
 
     def _prefill_row(self, row: Row, slots: np.ndarray, begin: int, window: int | None) -> PrefillRow:
         first = 0 if window is None else max(0, row.start - window + 1)
-        query = torch.arange(row.start, row.end, device=self.device)[:, None]
-        context = torch.arange(first, row.end, device=self.device)[None, :]
+        query = torch.arange(row.start, row.end, dtype=torch.int64, device=self.device)[:, None]
+        context = torch.arange(first, row.end, dtype=torch.int64, device=self.device)[None, :]
         visible = context <= query
         if window is not None:
             visible &= context > query - window
-        return PrefillRow(begin, begin + row.num_tokens, self._tensor(slots[first:]), visible)
+        common = row.start if window is None or row.end <= window else 0
+        return PrefillRow(begin, begin + row.num_tokens, self._tensor(slots[first:]), visible, common)
 
 
 def _bucket(length: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
+from math import isfinite
 from typing import Any
 
 import torch
@@ -51,13 +52,16 @@ class DraftRunner(Executor):
     def guess(self, plan: StepPlan) -> list[tuple[int, float] | None]:
         """The most likely next token of each row that samples, and its probability; None for the others.
 
+        None, too, where the logits are not numbers.
+
         Raises `OutOfMemory` or `ExecutionError`.
         """
         with self._passing():
             logits = self._forward(plan).float()
             best = logits.max(-1)
             sure = (best.values - logits.logsumexp(-1)).exp()
-            found = iter(zip(best.indices.tolist(), sure.tolist(), strict=True))
+            pairs = zip(best.indices.tolist(), sure.tolist(), strict=True)
+            found = iter([pair if isfinite(pair[1]) else None for pair in pairs])
         return [next(found) if row.samples else None for row in plan.rows]
 
     def _run(self, layout: StepLayout) -> Tensor:
@@ -93,7 +97,9 @@ def lean_body(module: nn.Module, longest: int) -> Body | None:
     if not layers or not all(isinstance(layer, FusedLayer) for layer in layers):
         return None
     weight: Tensor = decoder.embed_tokens.weight
-    cos, sin = decoder.rotary_emb(weight[None, :1], torch.arange(longest)[None])
+    cos, sin = decoder.rotary_emb(
+        weight[None, :1], torch.arange(longest, dtype=torch.int64, device=weight.device)[None]
+    )
 
     def run(layout: StepLayout, paged: Paged) -> Tensor:
         hidden = embedding(layout.input_ids[None], weight)

@@ -6,7 +6,6 @@ token that begin with the same cache blocks are attended together, so that a sha
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -60,7 +59,7 @@ class PanelStorage:
         panels = -(-(num_blocks + num_host_blocks) * block_size // PANEL)
         try:
             self.caches = [_cache(kernels, panels, shape, int8) for shape in shapes]
-            self.table = paged.table_of(self.caches)
+            self.table = paged.CacheTable(self.caches)
         except (OSError, MemoryError) as error:
             raise no_room(torch.device("cpu"), shapes, num_blocks * block_size, num_host_blocks * block_size) from error
 
@@ -80,8 +79,8 @@ class PanelStorage:
                 rows = cache.panels.view(-1, panels * cache.panels.shape[1])
                 copy_rows(rows, rows, moves)
             return
-        pairs = torch.tensor(copies, dtype=torch.int64)
-        offsets = torch.arange(self.block_size)
+        pairs = torch.tensor(copies, dtype=torch.int64, device="cpu")
+        offsets = torch.arange(self.block_size, dtype=torch.int64, device="cpu")
         source, destination = ((pairs[:, i, None] * self.block_size + offsets).reshape(-1) for i in (0, 1))
         for cache in self.caches:
             cache.copy(source, destination)
@@ -113,7 +112,7 @@ class PanelAttention:
         self.storage = storage
         self.kernels = storage.kernels
         self.caches = storage.caches
-        self.table = ctypes.addressof(storage.table)
+        self.table = storage.table
         self.steps = steps_of(layout.rows, storage.block_size, layout.write_slots.numpy())
         self._layers = layers
 

@@ -39,7 +39,8 @@ def draw_from_blocks(weights: Tensor, cumulative: Tensor, uniforms: Tensor) -> T
     [R] in [0, 1). Returns tokens int64 [R]. Two levels, so that only one block per row is summed in float64.
     """
     block, rest = locate(cumulative, uniforms * cumulative[:, -1])
-    inside = weights[torch.arange(len(block), device=block.device), block].double().cumsum(-1)
+    row = torch.arange(len(block), dtype=torch.int64, device=block.device)
+    inside = weights[row, block].double().cumsum(-1)
     return block * weights.shape[2] + locate(inside, rest)[0]
 
 

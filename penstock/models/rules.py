@@ -177,7 +177,10 @@ def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules
 def row_error(sane: bool, failed: RequestError | None, possible: bool) -> Exception | None:
     """What ends a row: logits that are no numbers, a rule that failed, or rules that leave nothing to choose."""
     if not sane:
-        return ExecutionError("the model returned logits that are NaN or infinite: check its weights and its dtype")
+        return ExecutionError(
+            "the model returned logits that are NaN or infinite: look for such numbers in its weights (training that "
+            "diverged, a damaged file), and try dtype='bfloat16' or 'float32' if it runs in float16, which overflows"
+        )
     if failed is None and not possible:
         return RequestError(
             "no token is left to choose: allowed_token_ids, bad_words, min_tokens, logit_bias and logits_processors "
@@ -204,12 +207,16 @@ class _Pairs:
         return bool(self._tokens)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        rows = torch.repeat_interleave(torch.tensor(self._rows), torch.tensor(self._lengths))
-        return rows.to(device), _tensor(self._tokens, device)
+        indices, lengths = (_indices(values, torch.device("cpu")) for values in (self._rows, self._lengths))
+        return torch.repeat_interleave(indices, lengths).to(device), _tensor(self._tokens, device)
 
 
 def _inside(tokens: Iterable[int], size: int) -> array[int]:
     return array("q", sorted({token for token in tokens if 0 <= token < size}))
+
+
+def _indices(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def _tensor(values: array[int], device: torch.device) -> Tensor:
@@ -233,7 +240,7 @@ def _apply_allowed(logits: Tensor, sequences: Sequence[SequenceRules]) -> None:
     for i in limited:
         pairs.add(i, sequences[i].allowed or ())
     if limited and pairs:
-        allow_only(logits, torch.tensor(limited, device=logits.device), *pairs.tensors(logits.device))
+        allow_only(logits, _indices(limited, logits.device), *pairs.tensors(logits.device))
     elif limited:
         logits[limited] = -torch.inf
 
@@ -262,7 +269,8 @@ def _apply_penalties(logits: Tensor, rows: Sequence[Row], sequences: Sequence[Se
             penalties[i] = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
     if pairs:
         device = logits.device
-        penalize(logits, *pairs.tensors(device), _tensor(counts, device), torch.tensor(penalties, device=device))
+        strengths = torch.tensor(penalties, dtype=torch.float32, device=device)
+        penalize(logits, *pairs.tensors(device), _tensor(counts, device), strengths)
 
 
 def _apply_processors(logits: Tensor, rows: Sequence[Row]) -> dict[int, RequestError]:

@@ -113,19 +113,23 @@ class Sampler:
         return results
 
     @torch.no_grad()
-    def prompt_logprobs(self, logits: Tensor, row: Row) -> tuple[TokenLogprobs, ...]:
+    def prompt_logprobs(self, logits: Tensor, row: Row) -> RowResult:
         """Score the prompt tokens at positions start + 1 to min(end, prompt_len - 1), under the model itself.
 
         logits [end - start, V], of every position of the row. `sampled` repeats `logprob`: nothing was sampled.
+        Logits that are not numbers are the row's error.
         """
         num_scored = max(0, min(row.end, row.prompt_len - 1) - row.start)
-        tokens = torch.tensor(list(row.tokens[row.start + 1 : row.start + 1 + num_scored]), dtype=torch.int64)
+        ids = list(row.tokens[row.start + 1 : row.start + 1 + num_scored])
+        tokens = torch.tensor(ids, dtype=torch.int64, device=logits.device)
         scored: list[TokenLogprobs] = []
         logits = logits[:num_scored]
         for chunk in self._chunks(logits):
             raw = Vocabulary.of(logits[chunk], self._survey)
-            scored += _score(raw, tokens[chunk].to(logits.device), row.params.prompt_logprobs or 0)
-        return tuple(scored)
+            scored += _score(raw, tokens[chunk], row.params.prompt_logprobs or 0)
+        if any(math.isnan(entry.logprob) for entry in scored):
+            return RowResult(error=rules.row_error(False, None, True))
+        return RowResult(prompt_logprobs=tuple(scored))
 
     def forget(self, seq_id: int) -> None:
         """Drop what is remembered of a sequence, if anything."""
@@ -145,7 +149,7 @@ class Sampler:
         choice = Choice.none(len(rows), logits.device)
         errors: dict[int, RequestError] = {}
         for group, members in groups.items():
-            index = torch.tensor(members, device=logits.device)
+            index = torch.tensor(members, dtype=torch.int64, device=logits.device)
             some = [rows[i] for i in members]
             seen = raw if len(members) == len(rows) else raw.take(index)
             if group.ruled:
@@ -222,7 +226,7 @@ def _parameters(rows: Sequence[Row], device: torch.device) -> tuple[Filters, Ten
         for row in rows
         for p in (row.params,)
     ]
-    temperature, top_k, top_p, min_p, uniforms = torch.tensor(values, dtype=torch.float64).T.to(device)
+    temperature, top_k, top_p, min_p, uniforms = torch.tensor(values, dtype=torch.float64, device="cpu").T.to(device)
     temperature = temperature.clamp(min=rules.FLOAT_TINY)
     return Filters(temperature, top_k.long(), top_p, min_p), uniforms
 
@@ -289,7 +293,7 @@ def _details(
     rank = torch.zeros_like(tokens)
     if not asked:
         return rank, {}
-    index = torch.tensor(asked, device=tokens.device)
+    index = torch.tensor(asked, dtype=torch.int64, device=tokens.device)
     some = raw if len(asked) == len(tokens) else raw.take(index)
     rank[index] = some.num_above(some.at(tokens[index])) + 1
     return rank, dict(zip(asked, some.tops(log_total[index], counts), strict=True))

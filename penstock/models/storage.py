@@ -72,7 +72,7 @@ class KVStorage:
         if not copies:
             return
         pairs = torch.tensor(copies, dtype=torch.int64, device=self.keys[0].device)
-        offsets = torch.arange(self.block_size, device=pairs.device)
+        offsets = torch.arange(self.block_size, dtype=torch.int64, device=pairs.device)
         source, destination = ((pairs[:, i, None] * self.block_size + offsets).reshape(-1) for i in (0, 1))
         for cache in (*self.keys, *self.values):
             reference.copy_slots(cache, source, destination)
@@ -101,18 +101,15 @@ class KVStorage:
 def _host_like(rows: Tensor, count: int) -> Tensor:
     """Room on the host for `count` rows like these. Only pinned memory is copied to and fro at a bus's full speed."""
     if rows.device.type == "cuda":
-        return torch.empty(count, rows.shape[1], dtype=rows.dtype, pin_memory=True)
+        return torch.empty(count, rows.shape[1], dtype=rows.dtype, device="cpu", pin_memory=True)
     return _zeros((count, rows.shape[1]), rows.dtype, rows.device)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that cost no host memory until they are written: fresh pages of the operating system.
-
-    Padding reads slots that nothing wrote, so they must be finite.
-    """
+    """Zeros that cost no host memory until they are written: fresh pages of the operating system."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
     if not size:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
     return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)

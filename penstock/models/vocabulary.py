@@ -106,7 +106,8 @@ class Vocabulary:
         if self.first is not None:
             return self.first
         block = self.block_peaks.argmax(-1)
-        inside = self.blocks[torch.arange(len(block), device=block.device), block].argmax(-1)
+        row = torch.arange(len(block), dtype=torch.int64, device=block.device)
+        inside = self.blocks[row, block].argmax(-1)
         return block * BLOCK + inside
 
     def weights(self, temperature: Tensor | None = None) -> Weights:
@@ -137,7 +138,7 @@ class Vocabulary:
             return found.values, found.indices
         # The greatest `count` logits lie in the `count` blocks with the greatest peaks.
         block = self.block_peaks.topk(count, sorted=False).indices
-        row = torch.arange(len(block), device=block.device)[:, None]
+        row = torch.arange(len(block), dtype=torch.int64, device=block.device)[:, None]
         found = self.blocks[row, block].flatten(1).topk(count, sorted=False)
         return found.values, block.gather(1, found.indices // BLOCK) * BLOCK + found.indices % BLOCK
 

@@ -39,7 +39,7 @@ def norm_of(module: nn.Module | None) -> NormFacts | None:
     weight = getattr(module, "weight", None)
     if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
-    x = torch.linspace(-2.0, 3.0, len(weight)).sin().mul(1.7).add(0.3)
+    x = torch.linspace(-2.0, 3.0, len(weight), dtype=torch.float32, device=weight.device).sin().mul(1.7).add(0.3)
     x = torch.stack([x, x * 1e-3]).to(weight.dtype)  # in small numbers eps shows
     try:
         wanted = module(x).float()
@@ -55,7 +55,7 @@ def activation_of(module: Callable[[Tensor], Tensor] | None) -> str | None:
     """The name of the activation that `module` computes, or None when it is none that we know."""
     if module is None:
         return None
-    x = torch.linspace(-6.0, 6.0, 64)
+    x = torch.linspace(-6.0, 6.0, 64, dtype=torch.float32, device="cpu")
     try:
         wanted = module(x)
     except Exception:

@@ -181,9 +181,7 @@ def test_whoever_sees_a_broken_token_gets_no_numbers_and_whoever_does_not_gets_i
     kernels: Kernels, format: str, block_size: int, tokens: list[int], kind: str
 ) -> None:
     """NaN and infinities in values were replaced by 0, and read as that by the token itself."""
-    clean, world = (
-        Sequences(kernels, (100, 90), 6, 2, 24, block_size=block_size, **FORMATS[format]) for _ in range(2)
-    )
+    clean, world = (Sequences(kernels, (100, 90), 6, 2, 24, block_size=block_size, **FORMATS[format]) for _ in range(2))
     for x, number in ((world.value, torch.nan), (world.value, torch.inf), (world.key, -torch.inf)):
         before = x[0].clone()
         x[0][tokens, 1, 5] = number

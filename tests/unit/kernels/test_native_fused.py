@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.paged import table_of
+from penstock.kernels.paged import CacheTable
 from penstock.kernels.program import STREAM, Attention, Program, Rotary
 from tests.unit.kernels.hand import ROUNDING, Sequences, attention_by_hand
 
@@ -67,8 +67,7 @@ class World:
 
     def attend(self, begin: int, end: int, rotates: bool = True) -> Tensor:
         """Tokens [begin, end) as one step: [T, H V]."""
-        table = table_of([self.held.cache])
-        paged = SimpleNamespace(table=ctypes.addressof(table), steps=self.held.steps([(0, begin, end)]))
+        paged = SimpleNamespace(table=CacheTable([self.held.cache]), steps=self.held.steps([(0, begin, end)]))
         cos, sin = (x[None, begin:end].contiguous() if rotates else None for x in (self.cos, self.sin))
         self.program.run(self.qkv[begin:end].clone(), paged, cos, sin)
         shape = (end - begin, HEADS * VALUE_DIM)

@@ -50,7 +50,7 @@ def test_decode_rows_of_similar_length_share_a_padded_group() -> None:
     (group,), prefills = layout(row([1] * 6, 5, 6, [5, 2]), row([1, 2], 1, 2, [0])).groups(None)
     assert prefills == []
     assert group.tokens.tolist() == [0, 1]
-    assert group.slots.tolist() == [[20, 21, 22, 23, 8, 9], [0, 1, 0, 0, 0, 0]]
+    assert group.slots.tolist() == [[20, 21, 22, 23, 8, 9], [0, 1, 1, 1, 1, 1]]
     assert group.visible is not None
     assert group.visible[1, 0, 0].tolist() == [True, True, False, False, False, False]
 

@@ -370,7 +370,7 @@ def test_prompt_logprobs_are_those_of_log_softmax(start: int, end: int, scored: 
     tokens = [11, 12, 13, 14, 15, 16, 17, 18]
     logits = logits_of(end - start, 100)
     row = row_of(tokens=tokens, prompt_len=6, prompt_logprobs=2)._replace(start=start, end=end)
-    entries = Sampler(100, EOS).prompt_logprobs(logits, row)
+    entries = Sampler(100, EOS).prompt_logprobs(logits, row).prompt_logprobs
     exact = logits.double().log_softmax(-1)
     assert [entry.token for entry in entries] == tokens[start + 1 : start + 1 + scored]
     for i, entry in enumerate(entries):
@@ -385,5 +385,5 @@ def test_prompt_logprobs_are_those_of_log_softmax(start: int, end: int, scored: 
 @pytest.mark.parametrize(("count", "length"), [(0, 0), (1, 1), (-1, 20)])
 def test_prompt_logprobs_have_a_rank_always_and_as_many_tops_as_asked(count: int, length: int) -> None:
     row = row_of(tokens=[1, 2, 3], prompt_len=3, prompt_logprobs=count)._replace(start=0)
-    entries = Sampler(20, EOS).prompt_logprobs(logits_of(3, 20), row)
+    entries = Sampler(20, EOS).prompt_logprobs(logits_of(3, 20), row).prompt_logprobs
     assert [(len(entry.top), entry.rank > 0) for entry in entries] == [(length, True)] * 2
