@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Kernels:
         library.ps_norm.argtypes = [Ptr, Ptr, Ptr, Long, Ptr, Int]
         library.ps_attention.argtypes = [Ptr, Ptr]
         library.ps_program.argtypes = [Ptr, Ptr]
-        _compare_sizes(library)
+        compare_sizes(library, _structures)
         self.pool = Ptr(library.ps_pool_new(threads))
         self.lanes = int(library.ps_lanes())
         self._workspace = pages(0)
@@ -163,14 +164,15 @@ def strided(x: Tensor, dtype: torch.dtype, *shape: int) -> int:
     return x.data_ptr()
 
 
-def _misfit(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> AssertionError:
-    layout = f"{tuple(x.shape)} with strides {x.stride()} on {x.device}"
-    return AssertionError(f"a kernel was given {x.dtype} {layout} where it takes {dtype} {shape} on the CPU")
-
-
-def _compare_sizes(library: ctypes.CDLL) -> None:
+def compare_sizes(library: ctypes.CDLL, mirrors: Mapping[str, type[ctypes.Structure]]) -> None:
+    """Raise `AssertionError` where a structure, by its type in native.c, has not the size that it has there."""
     library.ps_size_of.restype = Long
-    for name, mirror in _structures.items():
+    for name, mirror in mirrors.items():
         size = library.ps_size_of(name.encode())
         if size != ctypes.sizeof(mirror):
             raise AssertionError(f"struct {name} has {ctypes.sizeof(mirror)} bytes in Python and {size} in native.c")
+
+
+def _misfit(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> AssertionError:
+    layout = f"{tuple(x.shape)} with strides {x.stride()} on {x.device}"
+    return AssertionError(f"a kernel was given {x.dtype} {layout} where it takes {dtype} {shape} on the CPU")

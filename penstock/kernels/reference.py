@@ -13,8 +13,11 @@ from torch.nn import functional as F
 
 
 def write_kv(keys_S_K_D: Tensor, values_S_K_V: Tensor, slots_T: Tensor, key_T_K_D: Tensor, value_T_K_V: Tensor) -> None:
-    """Store the step's keys and values at their cache slots, in place."""
-    keys_S_K_D.index_copy_(0, slots_T, key_T_K_D)
+    """Store the step's keys and values at their cache slots, in place.
+
+    Infinities in keys become NaN: scores would be -inf, which is no attention, or finite under a soft cap.
+    """
+    keys_S_K_D.index_copy_(0, slots_T, key_T_K_D.nan_to_num(torch.nan, torch.nan, torch.nan))
     values_S_K_V.index_copy_(0, slots_T, value_T_K_V)
 
 

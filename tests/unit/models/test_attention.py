@@ -85,6 +85,47 @@ def test_every_row_attends_to_its_own_context(kind: str, seed: int) -> None:
             place += 1
 
 
+@pytest.mark.parametrize("side", range(2))
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_broken_tokens_reach_those_who_see_them_and_nobody_else(kind: str, number: float, side: int) -> None:
+    """A masked place has a weight of 0, which NaN survives: it reached earlier tokens of its chunk, and padded rows.
+
+    Three rows: one that ends at position 12 in chunks, broken at 7; one of the same length, and a short one, whose
+    blocks somebody left NaN behind.
+    """
+    options = OPTIONS[kind]
+    shape, module = LayerShape(KV_HEADS, DIM, DIM, torch.float32), nn.Identity()
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(HEADS, 3, 12, DIM, generator=generator)
+    clean = torch.randn(2, KV_HEADS, 3, 12, DIM, generator=generator)
+    broken = clean.clone()
+    broken[side, 1, 0, 7, 3] = number
+    tables = (array("i", [0, 1, 2]), array("i", [3, 4, 5]), array("i", [6]))
+
+    def outputs(both: Tensor, left_behind: float) -> list[Tensor]:
+        storage = KVStorage([shape], 7, BLOCK, torch.device("cpu"))
+        for cache in storage.layer(0):
+            cache.fill_(left_behind)
+        found = []
+        for parts in (((0, 0, 10), (1, 0, 11)), ((0, 10, 11), (1, 11, 12), (2, 0, 1)), ((0, 11, 12), (2, 1, 2))):
+            rows = [Row(i, [0] * end, begin, end, tables[i], True, SamplingParams(), end) for i, begin, end in parts]
+            layout = StepLayout(tuple(rows), BLOCK, torch.device("cpu"))
+            q, k, v = (torch.cat([x[:, i, a:b] for i, a, b in parts], 1) for x in (query, *both))
+            found.append(PagedAttention(storage, layout, {id(module): 0}).attend(module, q, k, v, options))
+        return found
+
+    wanted, found = outputs(clean, 0.0), outputs(broken, torch.nan)
+    window = options.window or 100
+    for step, places in zip(range(3), (range(10), [10], [11]), strict=True):
+        for index, position in enumerate(places):
+            sees = 7 <= position < 7 + window
+            assert bool(found[step][index, 3:].isfinite().all()) is not sees
+            if not sees:
+                assert torch.equal(found[step][index], wanted[step][index])
+        assert torch.equal(found[step][len(places) :], wanted[step][len(places) :])
+
+
 def test_values_may_have_another_size_than_keys() -> None:
     storage = KVStorage([LayerShape(KV_HEADS, DIM, 3, torch.float32)], 2, BLOCK, torch.device("cpu"))
     row = Row(0, [0] * 5, 0, 5, array("i", [1, 0]), True, SamplingParams(), 5)

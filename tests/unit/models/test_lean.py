@@ -104,6 +104,19 @@ def test_a_pass_that_fails_says_so(demo: DraftRunner) -> None:
     assert check_again[0] is not None
 
 
+def test_a_guess_of_logits_that_are_no_numbers_is_none(tmp_path: Path) -> None:
+    """It counted as the surest kind of guess."""
+    model = build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[100] = torch.nan
+    model.save_pretrained(tmp_path)
+    runner = runner_of(str(tmp_path), VOCAB)
+    sick, healthy = runner.guess(StepPlan((row_of(0, [5, 100, 7]), row_of(1, [5, 6, 7]))))
+    assert sick is None
+    assert healthy is not None
+    runner.close()
+
+
 def test_another_vocabulary_is_refused_with_what_to_use() -> None:
     with pytest.raises(ConfigurationError, match="4096 tokens in its vocabulary and large has 160: choose a smaller"):
         runner_of(str(DRAFT_DIR), 160)

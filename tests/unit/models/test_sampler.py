@@ -290,6 +290,16 @@ def test_logits_that_are_not_numbers_end_their_own_row_only(bad: float, way: dic
     assert [results[0], results[2]] == [clean[0], clean[2]]
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_prompt_logprobs_of_logits_that_are_not_numbers_are_an_error(bad: float) -> None:
+    """They were NaN, as numbers of the caller's."""
+    row = row_of(0, tokens=[1, 2, 3, 4], prompt_logprobs=0)._replace(start=0, end=4, prompt_len=4)
+    logits = logits_of(4, 100)
+    assert len(Sampler(100, EOS).prompt_logprobs(logits, row).prompt_logprobs) == 3
+    logits[1, 17] = bad
+    assert isinstance(Sampler(100, EOS).prompt_logprobs(logits, row).error, ExecutionError)
+
+
 def mixture(num_rows: int) -> list[Row]:
     """Rows of every kind, each with its own parameters."""
     ways = [*WAYS, {"temperature": 0.0}, {"temperature": 0.0, "logprobs": 3}, {"logprobs": 7, "top_p": 0.7}]
