@@ -110,13 +110,13 @@ def survey_logits(kernels: Kernels, logits: Tensor, block: int) -> Surveyed:
     rows, width = logits.shape
     if width % block or block % 16 or 8192 % block:
         raise AssertionError(f"rows of {width} logits are not blocks of {block}")
-    found = Surveyed(
-        torch.empty(rows, width // block, dtype=torch.float32, device="cpu"),
-        torch.empty(rows, dtype=torch.float32, device="cpu"),
-        torch.empty(rows, dtype=torch.float64, device="cpu"),
-        torch.empty(rows, dtype=torch.int64, device="cpu"),
-    )
     at = operand(logits, torch.float32, rows, width)
+    found = Surveyed(
+        logits.new_empty(rows, width // block),
+        logits.new_empty(rows),
+        logits.new_empty(rows, dtype=torch.float64),
+        logits.new_empty(rows, dtype=torch.int64),
+    )
     call = _Survey(at, rows, width, block, *(x.data_ptr() for x in found))
     check(kernels.library.ps_survey(kernels.pool, ctypes.byref(call)))
     return found

@@ -122,7 +122,7 @@ class Linear:
         """Apply to x [M, K], rows contiguous: `out` [M, N], made if not given."""
         k, rows = self._kernels, x.shape[0]
         if out is None:
-            out = torch.empty(rows, self.width, dtype=self.dtype, device="cpu")
+            out = x.new_empty(rows, self.width, dtype=self.dtype)
         source, target = strided(x, self._in_dtype, rows, self.k), strided(out, self.dtype, rows, self.width)
         check(k.library.ps_linear(k.pool, self.pointer, source, rows, x.stride(0), target, out.stride(0)))
         return out
