@@ -160,9 +160,10 @@ class Executor:
                 drawing.append(i)
                 places.append(begin - 1)
         for i, result in zip(drawing, self._draw([rows[i] for i in drawing], logits, places), strict=True):
-            if outcomes[i].error is None:
-                entries = outcomes[i].prompt_logprobs
-                outcomes[i] = result._replace(prompt_logprobs=entries) if entries else result
+            if scores_prompt(rows[i]):
+                scored = outcomes[i]
+                result = result._replace(prompt_logprobs=scored.prompt_logprobs, error=scored.error or result.error)
+            outcomes[i] = result
         return tuple(outcomes)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, places: list[int]) -> list[RowResult]:

@@ -137,7 +137,7 @@ async def test_requests_of_every_kind_end_with_the_error(way: str) -> None:
     """Scores were NaN."""
     with serving(way) as (model, engine):
         break_embedding(model)
-        kinds = [SamplingParams(max_tokens=6, **kind) for kind in REQUESTS]
+        kinds = [SamplingParams(max_tokens=6, seed=1, **kind) for kind in REQUESTS]  # draws no broken token
         sick = [engine.generate([5, 6, POISON, 7], params) for params in kinds]
         healthy = [engine.generate([5, 6, 7, 8], params) for params in kinds]
         assert all(broken(outcome(handle)) for handle in sick)
@@ -153,7 +153,10 @@ def test_prompt_logprobs_that_are_no_numbers_end_a_request_whose_last_logits_are
         break_embedding(model)
         prompt = [POISON] + [(3 * i) % 90 + 2 for i in range(40)]
         assert not broken(outcome(engine.generate(prompt, GREEDY)))
-        assert broken(outcome(engine.generate(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0))))
+        for count in (1, 2):
+            params = SamplingParams(max_tokens=2, prompt_logprobs=0, n=count)
+            assert broken(outcome(engine.generate(prompt, params)))
+        assert not broken(outcome(engine.generate(prompt, GREEDY)))
 
 
 def drafting_settings(way: str, folder: Path) -> dict[str, Any]:
