@@ -6,9 +6,7 @@ when a local path was meant. Called once per engine, off the event loop; imports
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ from penstock.models.checks import refuse_foreign
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source
 from penstock.models.lean import DraftRunner
+from penstock.models.pinning import PinnedDefaults
 from penstock.models.protocol import ModelSpec
+from penstock.models.reading import read_module, read_tokenizer
 from penstock.models.readying import Ready, ready
 from penstock.models.threads import same_torch_threads
 
@@ -107,41 +107,18 @@ def resolve_dtype(name: str) -> torch.dtype | str:
 
 
 def _read(source: str, dtype: torch.dtype | str, device: torch.device, config: EngineConfig) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     try:
-        with _no_bar() if Path(source).is_dir() else contextlib.nullcontext():
-            module: nn.Module = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                revision=config.revision or "main",
-                trust_remote_code=config.trust_remote_code,
-                cache_dir=config.download_dir,
-                use_safetensors={"auto": None, "safetensors": True, "pt": False}[config.load_format],
-            )
-        return module.to(device).eval()
+        return read_module(source, dtype, config).to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
             f"{device.type.upper()} out of memory while loading {source}: "
             "use a smaller model, a smaller dtype, or the CPU"
         ) from error
+    except PenstockError:
+        raise
     except Exception as error:
         where = "" if Path(source).is_dir() else " (there is no such folder here, so it was taken for a hub id)"
         raise ConfigurationError(f"cannot load the model {source!r}{where}: {error}") from error
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[None]:
-    """No bar over weights that lie on disk: making one fixes the whole program's multiprocessing start method."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> Any:
@@ -159,16 +136,8 @@ def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> 
 
 
 def _read_tokenizer(source: str, config: EngineConfig) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(
-            source,
-            use_fast=config.tokenizer_mode == "auto",
-            revision=config.tokenizer_revision or config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-            cache_dir=config.download_dir,
-        )
+        return read_tokenizer(source, config)
     except Exception as error:
         raise ConfigurationError(
             f"cannot load a tokenizer from {source!r} ({error}): "
@@ -208,7 +177,7 @@ def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
 
 def _try(module: nn.Module, device: torch.device, longest: int, config: EngineConfig, *, owned: bool) -> Ready:
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), PinnedDefaults(torch.float32):
             return ready(module, device, longest, config, owned=owned)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"{device.type.upper()} out of memory while trying the model: use a smaller one") from error
