@@ -5,7 +5,6 @@ Assembling runs once, on the model's thread; the only place where `models.loadin
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from penstock.engine.housekeeping import Housekeeper
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.speculator import Speculator
+from penstock.engine.tokenizer_copies import copy_tokenizer
 from penstock.engine.tokenizing import TokenizerPool
 from penstock.engine.tuning import Tuning
 from penstock.engine.worker import Worker
@@ -116,7 +116,7 @@ def _around(
     packing = engine_packing(config, limits, cache.capacity, runner.spec.kv_bytes_per_token, runner.spec.weight_bytes)
     scheduler = Scheduler(config, cache, max_logit_rows=max_logit_rows, limits=limits, packing=packing)
     pool = TokenizerPool(tokenizer)
-    door = Door(config, runner.spec, min(longest, cache.capacity), copy.deepcopy(tokenizer), pool, admission)
+    door = Door(config, runner.spec, min(longest, cache.capacity), copy_tokenizer(tokenizer), pool, admission)
     drafter = make_drafter(config, draft, cache)
     return Parts(runner, tokenizer, pool, cache, scheduler, door, Tuning(config, limits, log), drafter, draft)
 

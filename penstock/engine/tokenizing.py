@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from penstock.engine.detokenizer import redefines
+from penstock.engine.tokenizer_copies import copy_tokenizer
 from penstock.errors import EngineClosed, RequestError
 
 # A string, token ids, chat messages, {"prompt": str}, or {"prompt_token_ids": ids} with its text as "prompt" or not.
@@ -31,16 +32,16 @@ _WANTED = 'a string, token ids, chat messages, {"prompt": str} or {"prompt_token
 class TokenizerPool:
     """Worker threads that run functions on tokenizers that no two threads share.
 
-    Tokenizers are not thread-safe ("Already borrowed"), so each worker has a deep copy. The copies are made here, not
-    at first use: copying holds the interpreter lock (0.3 s for 150,000 entries), and must not meet the caller changing
-    the tokenizer. Workers are daemons, sleep while idle, and end with `close` or with the pool.
+    Tokenizers are not thread-safe ("Already borrowed"), so each worker has a copy. The copies are made here, not at
+    first use: copying must not meet the caller changing the tokenizer. Workers are daemons, sleep while idle, and end
+    with `close` or with the pool.
     """
 
     def __init__(self, tokenizer: Any, num_workers: int = 2) -> None:
         self._jobs: _Jobs = SimpleQueue()
         self._lock = threading.Lock()  # nothing may enter the queue behind the end mark
         for number in range(num_workers):
-            args = (self._jobs, copy.deepcopy(tokenizer))
+            args = (self._jobs, copy_tokenizer(tokenizer))
             threading.Thread(target=_work, args=args, name=f"penstock-tokenizer-{number}", daemon=True).start()
         self._end = weakref.finalize(self, self._jobs.put, None)
 

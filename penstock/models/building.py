@@ -51,17 +51,22 @@ class _Constructing(PinnedDefaults):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        if getattr(func, "__module__", "") in ("torch.nn.init", "transformers.initialization"):
             return args[0] if args else next(iter((kwargs or {}).values()))
         return super().__torch_function__(func, types, args, kwargs)
 
 
 class _Completing(PinnedDefaults):
-    """`_init_weights` writes only what no file holds."""
+    """`_init_weights` writes only what no file holds.
+
+    `constant_` is recognised by its arguments: what arrives here is whatever a loader has put in its place.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if kwargs is not None and kwargs.keys() == {"tensor", "val"}:
+            func, args, kwargs = Tensor.fill_, (kwargs["tensor"], kwargs["val"]), None
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and args and getattr(args[0], "_is_hf_initialized", False):

@@ -6,6 +6,9 @@ None, and the model is left to `from_pretrained`. Reads and downloads files; mak
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ _FORMATS = {"auto": (*_SAFETENSORS, *_PICKLED), "safetensors": _SAFETENSORS, "pt
 _SPECIAL = ("quantization_config", "fusion_config", "transformers_weights")
 # Methods of loading that a model class may replace; one that does is loaded as it says.
 _LOADING = ("from_pretrained", "get_init_context", "tie_weights", "init_weights", "initialize_weights")
+# What asks for the process's default dtype in a way that a thread's pinned one does not reach.
+_UNPINNED = re.compile(r"get_default_dtype|torch\.(Float)?Tensor\(")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,7 @@ def _is_special(model_config: Any, model_class: Any) -> bool:
         or any(getattr(model_config, name, None) is not None for name in _SPECIAL)
         or bool(getattr(type(model_config), "extra_files", ()))
         or any(name in vars(base) for base in classes for name in _LOADING)
+        or _UNPINNED.search(inspect.getsource(sys.modules[model_class.__module__])) is not None
     )
 
 

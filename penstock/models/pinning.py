@@ -26,6 +26,7 @@ _FLOATS: frozenset[Callable[..., Any]] = frozenset(
         torch.randn,
         torch.linspace,
         torch.logspace,
+        torch.normal,
         torch.scalar_tensor,
         torch.bartlett_window,
         torch.blackman_window,
@@ -78,11 +79,11 @@ class PinnedDefaults(TorchFunctionMode):
         return func(*args, **named)
 
     def _pin(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if named.get("out") is not None:
+        values = (*args, *named.values())
+        if named.get("out") is not None or (func is torch.normal and any(isinstance(x, Tensor) for x in values)):
             return
         if self.device is not None and named.get("device") is None:
             named["device"] = self.device
-        values = (*args, *named.values())
         if named.get("dtype") is None and (func in _FLOATS or any(map(_has_python_float, values))):
             named["dtype"] = self.dtype
 

@@ -12,9 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.utils import logging
 
 from penstock.config import EngineConfig
+from penstock.models.loading import load
 from penstock.models.reading import read_module
 from tests.tiny_models import ARCHITECTURES, build
 
@@ -113,3 +121,113 @@ def test_every_layout_of_files_is_read_as_from_pretrained_reads_it(
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     no_from_pretrained()
     assert_same_module(read_module(str(tmp_path), torch.float32, EngineConfig()), reference)
+
+
+def lazy(*args: Any, **options: Any) -> None:
+    """What other loaders put in the place of functions for the time being."""
+
+
+def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """As the `init_empty_weights` of accelerate registers parameters."""
+    module._parameters[name] = None if parameter is None else nn.Parameter(parameter.to("meta"))
+
+
+@contextmanager
+def another_load(patch: pytest.MonkeyPatch, dtype: torch.dtype) -> Iterator[None]:
+    """The process as loaders leave it in the middle of a load."""
+    before = torch.get_default_dtype()
+    with patch.context() as swap:
+        for function in ("tie_weights", "init_weights"):
+            swap.setattr(PreTrainedModel, function, lazy)
+        for function in ("normal_", "uniform_", "kaiming_uniform_", "ones_", "zeros_", "constant_"):
+            swap.setattr(nn.init, function, lazy)
+        swap.setattr(nn.Module, "register_parameter", to_meta)
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3_text", "gpt_oss", "phi3"])
+def test_another_load_of_the_process_changes_nothing(
+    name: str, other: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loads at once failed with "Cannot copy out of meta tensor", as did every load of the process afterwards."""
+    build(name, tie_word_embeddings=True).save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with another_load(monkeypatch, other):
+        module = read_module(str(tmp_path), torch.float32, EngineConfig())
+    assert_same_module(module, reference)
+
+
+def state_of_the_process() -> tuple[Any, ...]:
+    """What a program may look at in another thread while something loads."""
+    functions = (nn.init.normal_, nn.init.zeros_, torch.linspace, nn.Module.register_parameter)
+    methods = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, logging.is_progress_bar_enabled())
+    return (torch.zeros(1).dtype, torch.zeros(1).device, torch.is_grad_enabled(), *functions, *methods)
+
+
+def test_loading_is_not_seen_from_other_threads(tmp_path: Path) -> None:
+    """In one of a hundred looks, the program's own `torch.zeros(1)` was bfloat16 while an engine loaded."""
+    build("llama", num_hidden_layers=12, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = EngineConfig(skip_tokenizer_init=True, dtype="bfloat16")
+    load(tmp_path, None, config)
+    before, random_state = state_of_the_process(), torch.get_rng_state()
+    loading = threading.Thread(target=load, args=(tmp_path, None, config))
+    loading.start()
+    looks = []
+    while loading.is_alive():
+        looks.append(state_of_the_process())
+    assert set(looks) == {before}
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_loading_never_sets_a_default_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch, "set_default_dtype", calls.append)
+    monkeypatch.setattr(torch, "set_default_device", calls.append)
+    build("llama").save_pretrained(tmp_path)
+    calls.clear()
+    load(tmp_path, None, EngineConfig(skip_tokenizer_init=True, dtype="bfloat16"))
+    assert calls == []
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gpt_oss"])
+def test_trial_passes_do_not_depend_on_the_default_dtype(name: str, default: torch.dtype) -> None:
+    """Buffers that C writes into had the dtype of the process's default: it wrote beyond their end."""
+    model = build(name)
+    expected = load(model, None, EngineConfig(skip_tokenizer_init=True)).runner.spec
+    torch.set_default_dtype(default)
+    try:
+        assert load(model, None, EngineConfig(skip_tokenizer_init=True)).runner.spec == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_hub_snapshot_is_read_like_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_from_pretrained: Callable[[], None]
+) -> None:
+    snapshot = tmp_path / "models--some--llama" / "snapshots" / ("a" * 40)
+    build("llama").save_pretrained(snapshot)
+    (tmp_path / "models--some--llama" / "refs").mkdir()
+    (tmp_path / "models--some--llama" / "refs" / "main").write_text("a" * 40)
+    reference = AutoModelForCausalLM.from_pretrained("some/llama", cache_dir=tmp_path)
+    no_from_pretrained()
+    config = EngineConfig(download_dir=str(tmp_path))
+    assert_same_module(read_module("some/llama", "auto", config), reference)
+
+
+def test_a_model_class_that_the_program_registered_is_left_to_from_pretrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not defined by transformers may initialise in ways of its own."""
+
+    class OtherLlama(LlamaForCausalLM):
+        pass
+
+    build("llama").save_pretrained(tmp_path)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, LlamaConfig, OtherLlama)
+    assert type(read_module(str(tmp_path), torch.float32, EngineConfig())) is OtherLlama
