@@ -6,7 +6,6 @@ runs on an event loop. Called by the engine for every prompt that is not token i
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.config import EngineConfig
-from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory
-from penstock.models.folder import check_source
+from penstock.errors import ConfigurationError, ExecutionError
 
 # Name -> (transformers model type, what its config sets). Speed does not depend on the values of weights.
 SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -62,22 +61,9 @@ def load_module(source: str | Path, config: EngineConfig) -> Any:
 
     Raises `ConfigurationError`, `OutOfMemory`.
     """
-    check_source(str(source))
-    import torch
-    from transformers import AutoModelForCausalLM
+    from penstock.models.loading import load_bare
 
-    from penstock.models.loading import resolve_device, resolve_dtype
-
-    dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
-    try:
-        module: Any = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=dtype, revision=config.revision or "main", attn_implementation="sdpa"
-        )
-        return module.to(device).eval()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"{device.type.upper()} out of memory while loading {source}: use a smaller model") from error
-    except Exception as error:
-        raise ConfigurationError(f"cannot load the model {str(source)!r}: {error}") from error
+    return load_bare(str(source), config)
 
 
 def random_module(shape: str, config: EngineConfig) -> Any:

@@ -134,7 +134,7 @@ def _dtypes(module: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
         pattern, plan_keys, _ = build_glob_alternation(list(plan))
         for name in dtypes:
             if match := pattern.search(name):
-                dtypes[name] = plan[plan_keys[match.lastgroup]]
+                dtypes[name] = plan[plan_keys[str(match.lastgroup)]]
     return dtypes
 
 
@@ -191,7 +191,10 @@ def _ignored_patterns(module: Any) -> tuple[list[str], list[str]]:
     buffers = [name for name, _ in module.named_buffers()]
     old = [r"rotary_emb\.inv_freq"] if any(name.endswith("rotary_emb.inv_freq") for name in buffers) else []
     old += [r"(^|\.)position_ids$"] if any(name.endswith("position_ids") for name in buffers) else []
-    return list(module._keys_to_ignore_on_load_missing or ()), [*(module._keys_to_ignore_on_load_unexpected or ()), *old]
+    return list(module._keys_to_ignore_on_load_missing or ()), [
+        *(module._keys_to_ignore_on_load_unexpected or ()),
+        *old,
+    ]
 
 
 def _compute_the_rest(module: Any, names: Iterable[str]) -> None:

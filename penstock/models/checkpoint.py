@@ -115,7 +115,8 @@ def _runs_remote_code(model_config: Any, config: EngineConfig) -> bool:
 
 def _process_is_special() -> bool:
     """Whether the program changed how transformers makes modules: replaced classes, DeepSpeed, FSDP."""
-    from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_enabled
     from transformers.monkey_patching import get_patch_mapping
 
     return bool(get_patch_mapping()) or is_deepspeed_zero3_enabled() or is_fsdp_enabled()
@@ -144,7 +145,9 @@ def _class_for(model_config: Any) -> tuple[Any, Any]:
 def _is_special(model_config: Any, model_class: Any) -> bool:
     from transformers import PreTrainedModel
 
-    classes = [base for base in model_class.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel]
+    classes = [
+        base for base in model_class.__mro__ if issubclass(base, PreTrainedModel) and base is not PreTrainedModel
+    ]
     return (
         model_class.is_custom_code()
         or any(getattr(model_config, name, None) is not None for name in _SPECIAL)

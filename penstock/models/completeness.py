@@ -100,7 +100,10 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _of_shapes(mismatched: Mapping[str, Shapes]) -> str:
-    named = [f"{name} is {list(file)} in the file and {list(model)} in the model" for name, (file, model) in sorted(mismatched.items())]
+    named = [
+        f"{name} is {list(file)} in the file and {list(model)} in the model"
+        for name, (file, model) in sorted(mismatched.items())
+    ]
     rest = f" and {len(named) - NUM_NAMED} more" if len(named) > NUM_NAMED else ""
     return (
         f"{_count(mismatched)} of another shape ({'; '.join(named[:NUM_NAMED])}{rest}). Likely cause: config.json is "

@@ -59,9 +59,7 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
         owner = view if config.compile_model else model  # what is packed is the view's own
         return _ready(view, owner, _tokenizer_for(None, tokenizer, config), config, _name_of(model))
     source = str(MODEL_DIR if model is None else model)
-    check_source(source)
-    dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
-    module = _read(source, dtype, device, config)
+    module = load_bare(source, config)
     return _ready(module, module, _tokenizer_for(source, tokenizer, config), config, source)
 
 
@@ -71,10 +69,9 @@ def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunn
     A model this small gains nothing from a second thread: handing work over costs more than it saves. The large one,
     which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
     """
-    check_source(source)
     own = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
     config = config.model_copy(update=own)
-    module = _read(source, resolve_dtype(config.dtype), resolve_device(config.device), config)
+    module = load_bare(source, config)
     if weight_bytes(module) <= ONE_THREAD_BYTES:
         config.num_threads = 1
     if _vocab_size(module) != large.vocab_size:
@@ -84,6 +81,27 @@ def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunn
         )
     with same_torch_threads():
         return DraftRunner(*_parts(module, module, None, config, source))
+
+
+def load_bare(source: str, config: EngineConfig) -> nn.Module:
+    """The module at a folder or hub id as transformers runs it, on the device and in the dtype of `config`.
+
+    Raises `ConfigurationError` for what cannot be found, read, or is not complete, and `OutOfMemory`.
+    """
+    check_source(source)
+    dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
+    try:
+        return read_module(source, dtype, config).to(device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"{device.type.upper()} out of memory while loading {source}: "
+            "use a smaller model, a smaller dtype, or the CPU"
+        ) from error
+    except PenstockError:
+        raise
+    except Exception as error:
+        where = "" if Path(source).is_dir() else " (there is no such folder here, so it was taken for a hub id)"
+        raise ConfigurationError(f"cannot load the model {source!r}{where}: {error}") from error
 
 
 def resolve_device(name: str) -> torch.device:
@@ -104,21 +122,6 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     if name != "auto" and name not in DTYPES:
         raise ConfigurationError(f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}")
     return DTYPES.get(name, "auto")
-
-
-def _read(source: str, dtype: torch.dtype | str, device: torch.device, config: EngineConfig) -> nn.Module:
-    try:
-        return read_module(source, dtype, config).to(device)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(
-            f"{device.type.upper()} out of memory while loading {source}: "
-            "use a smaller model, a smaller dtype, or the CPU"
-        ) from error
-    except PenstockError:
-        raise
-    except Exception as error:
-        where = "" if Path(source).is_dir() else " (there is no such folder here, so it was taken for a hub id)"
-        raise ConfigurationError(f"cannot load the model {source!r}{where}: {error}") from error
 
 
 def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> Any:

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # What creates a tensor of the default dtype, unless told otherwise.
 _FLOATS: frozenset[Callable[..., Any]] = frozenset(
     (
@@ -45,12 +50,11 @@ _OF_INTEGERS: frozenset[Callable[..., Any]] = frozenset(
     (torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices)
 )
 # What turns tensors of integers into one of the default dtype: always, or when a Python float takes part.
-_TO_FLOATS = frozenset(
-    "__truediv__ __rtruediv__ __rdiv__ div divide true_divide reciprocal exp exp2 log log2 log10 log1p sqrt rsqrt sin "
-    "cos tan tanh sigmoid erf softmax log_softmax".split()
+_TO_FLOATS = _names("__truediv__ __rtruediv__ __rdiv__ div divide true_divide reciprocal softmax log_softmax") | _names(
+    "exp exp2 log log2 log10 log1p sqrt rsqrt sin cos tan tanh sigmoid erf"
 )
-_WITH_FLOATS = frozenset(
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __pow__ __rpow__ add sub subtract rsub mul multiply pow".split()
+_WITH_FLOATS = _names("__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __pow__ __rpow__") | _names(
+    "add sub subtract rsub mul multiply pow"
 )
 
 

@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a wrapper inside": (compiled_layers, r"'_orig_mod.' .*torch.compile"),
     "another shape": (
         resized,
-        r"2 tensors of another shape \(lm_head.weight is \[168, 32\] in the file and \[160, 32\] in the model; .*config",
+        r"2 tensors of another shape \(lm_head.weight is \[168, 32\] in the file and \[160, 32\] in the model; .*",
     ),
 }
 
@@ -119,7 +119,7 @@ def test_a_tied_head_may_be_absent(tmp_path: Path) -> None:
 
 
 def test_a_tied_model_without_either_of_its_ends_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="lacks 2 tensors of its model .lm_head.weight, model.embed_tokens"):
+    with pytest.raises(ConfigurationError, match=r"lacks 2 tensors .*lm_head.weight, model.embed_tokens"):
         load(saved(tmp_path, without("embed_tokens"), tie_word_embeddings=True), None, IDS_ONLY)
 
 
