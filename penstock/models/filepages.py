@@ -1,26 +1,33 @@
 """Gives back the memory of weight files that were mapped, read once and packed: `release_file_pages`.
 
-Touches only private mappings of weight files, whose pages are unchanged copies of the file: what is still used (an
-embedding) is read again from the file's cache, page by page. Linux; elsewhere it does nothing.
+Touches only the mappings in which the caller's tensors lie, and only where all pages are unchanged copies of the file:
+what is still used (an embedding) is read again from the file's cache, page by page. Never a mapping of somebody else,
+who may unmap it at any moment and use its addresses for something new. Linux; elsewhere it does nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+
+from torch import Tensor
 
 from penstock.models.memory import drop_pages
 
 SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
-def release_file_pages() -> None:
-    """Drop the resident pages of mapped weight files that nothing wrote to."""
+def release_file_pages(tensors: Iterable[Tensor]) -> None:
+    """Drop the resident pages of the weight files that `tensors` are views of, unless something was written there."""
+    held = list(tensors)  # keeps the mappings where they are
+    addresses = [tensor.data_ptr() for tensor in held if tensor.device.type == "cpu"]
     try:
-        regions = Path("/proc/self/smaps").read_text().splitlines()
+        lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
         return
-    for begin, end in _clean_regions(regions):
-        drop_pages(begin, end)
+    for begin, end in _clean_regions(lines):
+        if any(begin <= address < end for address in addresses):
+            drop_pages(begin, end)
 
 
 def _clean_regions(lines: list[str]) -> list[tuple[int, int]]:

@@ -116,7 +116,7 @@ def _rewrite(
         without=config.disabled_rewrites,
         workspaces=workspaces,
     )
-    release_file_pages()
+    release_file_pages((*module.parameters(), *module.buffers()))
     log.debug("rewrites: %s", ", ".join(map(str, report)))
     if config.deterministic:
         _demand_all_fused(module, probed)

@@ -6,6 +6,7 @@ import mmap
 from pathlib import Path
 
 import pytest
+import torch
 
 from penstock.models.filepages import release_file_pages
 
@@ -33,11 +34,16 @@ def resident(path: Path) -> int:
     raise AssertionError("not mapped")
 
 
+def view_of(region: mmap.mmap) -> torch.Tensor:
+    """A tensor somewhere in a mapping."""
+    return torch.frombuffer(region, dtype=torch.uint8, count=8, offset=7 * mmap.PAGESIZE)
+
+
 def test_pages_that_were_only_read_are_given_back_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     region = mapped(path)
     assert resident(path) == SIZE
-    release_file_pages()
+    release_file_pages([view_of(region), torch.zeros(3)])
     assert resident(path) == 0
     assert region[:256] == bytes(range(256))
 
@@ -45,13 +51,21 @@ def test_pages_that_were_only_read_are_given_back_and_read_again(tmp_path: Path)
 def test_a_mapping_that_was_written_to_keeps_what_was_written(tmp_path: Path) -> None:
     region = mapped(tmp_path / "model.safetensors")
     region[5 * mmap.PAGESIZE] = 77
-    release_file_pages()
+    release_file_pages([view_of(region)])
     assert region[5 * mmap.PAGESIZE] == 77
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "model.txt"
     region = mapped(path)
-    release_file_pages()
+    release_file_pages([view_of(region)])
     assert resident(path) == SIZE
-    region.close()
+
+
+def test_mappings_of_other_loads_are_left_alone(tmp_path: Path) -> None:
+    """Another thread unmaps its weights at any moment: what took their addresses lost its contents."""
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    region, others = mapped(path), mapped(other)
+    release_file_pages([view_of(region)])
+    assert (resident(path), resident(other)) == (0, SIZE)
+    others.close()
