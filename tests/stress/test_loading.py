@@ -90,6 +90,7 @@ def busy_program(folder: Path) -> Iterator[list[str]]:
         thread.join()
 
 
+@pytest.mark.timeout(60 + 30 * ROUNDS)
 async def test_engines_of_two_dtypes_load_and_serve_beside_a_program_that_loads_and_trains(tmp_path: Path) -> None:
     """The second load crashed the process, or left it unable to load anything."""
     build("llama").save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -220,14 +221,29 @@ def test_a_hub_snapshot_is_read_like_a_folder(
     assert_same_module(read_module("some/llama", "auto", config), reference)
 
 
-def test_a_model_class_that_the_program_registered_is_left_to_from_pretrained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is not defined by transformers may initialise in ways of its own."""
+class OtherLlama(LlamaForCausalLM):
+    """A class of the program's own, which may initialise in ways of its own."""
 
-    class OtherLlama(LlamaForCausalLM):
-        pass
 
+@pytest.fixture
+def other_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A saved Llama, for which the program has registered its class."""
     build("llama").save_pretrained(tmp_path)
     monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, LlamaConfig, OtherLlama)
-    assert type(read_module(str(tmp_path), torch.float32, EngineConfig())) is OtherLlama
+    return tmp_path
+
+
+def test_a_model_class_that_the_program_registered_is_left_to_from_pretrained(other_llama: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(other_llama, dtype=torch.bfloat16)
+    assert type(reference) is OtherLlama
+    assert_same_module(read_module(str(other_llama), torch.bfloat16, EngineConfig()), reference)
+
+
+def test_what_is_left_to_from_pretrained_is_loaded_one_at_a_time(other_llama: Path) -> None:
+    """Two at once left `PreTrainedModel.tie_weights` replaced for good."""
+    before = state_of_the_process()
+    with ThreadPoolExecutor(4) as pool:
+        dtypes = [torch.float32, torch.bfloat16] * 6
+        modules = list(pool.map(lambda dtype: read_module(str(other_llama), dtype, EngineConfig()), dtypes))
+    assert [next(module.parameters()).dtype for module in modules] == dtypes
+    assert state_of_the_process() == before
