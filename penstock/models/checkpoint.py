@@ -63,8 +63,10 @@ def locate(source: str, config: EngineConfig) -> Architecture | None:
 
     hub = hub_options(config)
     hub["revision"] = resolve_revision(source, hub["revision"], cache_dir=hub["cache_dir"])
+    if _process_is_special() or _has_adapter(source, hub):
+        return None
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code, **hub)
-    if _runs_remote_code(model_config, config) or _process_is_special() or _has_adapter(source, hub):
+    if _runs_remote_code(model_config, config):
         return None
     model_config, model_class = _class_for(model_config)
     if model_class is None or _is_special(model_config, model_class):

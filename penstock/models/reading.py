@@ -27,7 +27,7 @@ from penstock.models.completeness import Findings, findings_of
 T = TypeVar("T")
 
 # Two threads that import modules of transformers at once can see half of one, which the other thread then completes.
-IMPORT_ATTEMPTS, IMPORT_PAUSE_S = 50, 0.1
+IMPORT_ATTEMPTS, IMPORT_PAUSE_S = 20, 0.1
 _HALF_IMPORTED = ("partially initialized", "Could not import module")
 _importing = threading.Lock()  # never held while weights are downloaded
 _from_pretrained_alone = threading.Lock()
@@ -70,8 +70,8 @@ def _built(source: str, dtype: torch.dtype | str, config: EngineConfig) -> tuple
             architecture = _patiently(lambda: locate(source, config))
         checkpoint = None if architecture is None else fetch(architecture, config.load_format)
         return None if checkpoint is None else build(checkpoint, dtype)
-    except (PenstockError, torch.OutOfMemoryError, MemoryError):
-        raise
+    except (PenstockError, OSError, torch.OutOfMemoryError, MemoryError):
+        raise  # from_pretrained would only try the same again
     except Exception as error:
         log.debug("%s is left to from_pretrained: %s: %s", source, type(error).__name__, error)
         return None

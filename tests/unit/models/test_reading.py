@@ -160,6 +160,7 @@ def test_another_load_of_the_process_changes_nothing(
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with another_load(monkeypatch, other):
         module = read_module(str(tmp_path), torch.float32, EngineConfig())
+        load(tmp_path, None, EngineConfig(dtype="float32", skip_tokenizer_init=True))
     assert_same_module(module, reference)
 
 
