@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,8 +25,9 @@ from transformers.utils import logging
 from penstock.config import EngineConfig
 from penstock.models.loading import load
 from penstock.models.reading import read_module
-from tests.tiny_models import ARCHITECTURES, build
+from tests.tiny_models import ARCHITECTURES, LLAMA, build
 
+REGISTER = nn.Module.register_parameter
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, "auto")
 
 
@@ -130,7 +131,7 @@ def lazy(*args: Any, **options: Any) -> None:
 
 def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     """As the `init_empty_weights` of accelerate registers parameters."""
-    module._parameters[name] = None if parameter is None else nn.Parameter(parameter.to("meta"))
+    REGISTER(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
 
 
 @contextmanager
@@ -222,15 +223,24 @@ def test_a_hub_snapshot_is_read_like_a_folder(
     assert_same_module(read_module("some/llama", "auto", config), reference)
 
 
+class OtherConfig(LlamaConfig):
+    """A kind of model that the program defines."""
+
+    model_type = "llama_of_the_tests"
+
+
 class OtherLlama(LlamaForCausalLM):
-    """A class of the program's own, which may initialise in ways of its own."""
+    """Its class, which may initialise in ways of its own."""
+
+    config_class = OtherConfig
 
 
 @pytest.fixture
-def other_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A saved Llama, for which the program has registered its class."""
-    build("llama").save_pretrained(tmp_path)
-    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, LlamaConfig, OtherLlama)
+def other_llama(tmp_path: Path) -> Path:
+    """A saved model of the program's own class."""
+    AutoConfig.register(OtherConfig.model_type, OtherConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OtherConfig, OtherLlama, exist_ok=True)
+    OtherLlama(OtherConfig(**LLAMA)).save_pretrained(tmp_path)
     return tmp_path
 
 
