@@ -23,12 +23,12 @@ from penstock.models.executor import Executor
 from penstock.models.folder import check_source
 from penstock.models.lean import DraftRunner
 from penstock.models.pinning import PinnedDefaults
+from penstock.models.positions import max_length
 from penstock.models.protocol import ModelSpec
 from penstock.models.reading import read_module, read_tokenizer
 from penstock.models.readying import Ready, ready
 from penstock.models.threads import same_torch_threads
 
-NO_LIMIT = 2**31 - 1
 ONE_THREAD_BYTES = 16 * 1024**2
 DTYPES = {
     "float32": torch.float32,
@@ -156,7 +156,8 @@ def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
     """What an `Executor` is made of."""
     refuse_foreign(module)
     device, dtype = device_and_dtype(module)
-    longest = min(_max_length(module), config.max_sequence_length or _max_length(module))
+    most = max_length(_text_config(module))
+    longest = min(most, config.max_sequence_length or most)
     facts: dict[str, Any] = {
         "name": name,
         "vocab_size": _vocab_size(module),
@@ -201,31 +202,6 @@ def _vocab_size(module: nn.Module) -> int:
 
 def _text_config(module: nn.Module) -> Any:
     return module.config.get_text_config()  # type: ignore[union-attr, operator]
-
-
-def _max_length(module: nn.Module) -> int:
-    config = _text_config(module)
-    return min(_position_limit(config), _rope_limit(config))
-
-
-def _rope_limit(config: Any) -> int:
-    """Up to where rotary frequencies are the same for everybody.
-
-    "longrope" chooses them by the longest position of a forward pass, in which requests share: beyond the original
-    length a neighbour would change a request's output. "dynamic" does so beyond the length that holds anyway.
-    """
-    found: Any = getattr(config, "rope_parameters", None) or {}
-    kinds = [found] if "rope_type" in found else [value for value in found.values() if isinstance(value, dict)]
-    long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
-    return min((int(kind["original_max_position_embeddings"]) for kind in long), default=NO_LIMIT)
-
-
-def _position_limit(config: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return NO_LIMIT
 
 
 def _eos_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
