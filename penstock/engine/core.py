@@ -27,7 +27,7 @@ from penstock.engine.request import Request
 from penstock.engine.speculator import Speculator
 from penstock.engine.worker import Job
 from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError
-from penstock.models.protocol import ModelRunner
+from penstock.models.protocol import ModelChanged, ModelRunner
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason
@@ -199,6 +199,8 @@ class EngineCore:
         self._desk.publish()
         try:
             result = await executing.done
+        except ModelChanged:
+            self._restart(plan)
         except Exception as error:
             self._desk.add_news(self._failed(plan, error))
         else:
@@ -236,6 +238,11 @@ class EngineCore:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), 0.05)
+
+    def _restart(self, plan: StepPlan) -> None:
+        self._busy_since = None
+        self._log.info("the borrowed module was changed: all K/V are computed anew", rows=len(plan.rows))
+        self._desk.add_news(self.scheduler.restart(plan))
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
         if not isinstance(error, PenstockError):

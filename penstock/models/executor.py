@@ -15,12 +15,14 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import ExecutionError, OutOfMemory
+from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory
+from penstock.models.borrow import Borrowed
+from penstock.models.checks import probe
 from penstock.models.continuations import Continuations
 from penstock.models.layout import StepLayout, scores_prompt, wanted_logits
 from penstock.models.memory import free_bytes, held_bytes, host_free_bytes, memory_usage, trim_memory
 from penstock.models.paging import Paging, Storage
-from penstock.models.protocol import ModelSpec
+from penstock.models.protocol import ModelChanged, ModelSpec
 from penstock.models.sampler import Sampler
 from penstock.models.storage import LayerShape
 from penstock.optimizers.memory_pool import MemoryPool
@@ -29,7 +31,10 @@ from penstock.step import Row, RowResult, StepPlan, StepResult
 
 
 class Executor:
-    """A `ModelRunner` over a module that was switched to paged attention (see `checks.attach`)."""
+    """A `ModelRunner` over a module that was switched to paged attention (see `checks.attach`).
+
+    `borrowed` is whose view the module is, if it is one.
+    """
 
     def __init__(
         self,
@@ -41,8 +46,11 @@ class Executor:
         workspaces: MemoryPool,
         device: torch.device,
         logits_chunk_bytes: int,
+        *,
+        borrowed: Borrowed | None = None,
     ) -> None:
         self.spec = spec
+        self._borrowed = borrowed
         self._module = module
         self._layers = layers
         self._shapes = shapes
@@ -84,17 +92,22 @@ class Executor:
 
     def close(self) -> None:
         """Free the cache and let go of the weights."""
-        self._storage = None
+        self._storage = self._borrowed = None
         self._module = nn.Module()
         self._paging.close()
         self.trim_memory()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises `OutOfMemory` or `ExecutionError` when the forward pass itself fails."""
+        """Run one step. Raises `OutOfMemory` or `ExecutionError` when the forward pass itself fails.
+
+        `ModelChanged` where a borrowed module is not what it was when the step began, or when the last one ended.
+        """
         begin = time.perf_counter()
         with self._passing():
+            self._keep_up(thorough=_begins(plan.rows))
             moved = self._move(plan)
             logits, done = self._forward(plan), time.perf_counter()
+            self._keep_up()
             rows = self._outcomes(plan.rows, logits)
         timings = {"forward": done - moved, "sample": time.perf_counter() - done}
         if plan.swaps_out or plan.swaps_in:
@@ -110,11 +123,29 @@ class Executor:
         except (torch.OutOfMemoryError, MemoryError) as error:
             traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the step's tensors
             raise _out_of_memory(self._device, error) from error
+        except ModelChanged:
+            raise
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
+            if isinstance(error, ExecutionError):
+                raise
+            self._keep_up(thorough=True)  # perhaps it failed because the module had changed
             raise ExecutionError(f"the forward pass failed: {type(error).__name__}: {error}") from error
         finally:
             self._workspaces.return_all()
+
+    def _keep_up(self, *, thorough: bool = False) -> None:
+        """Raise `ModelChanged` once the module runs as what its owner made of it, `ExecutionError` where it cannot."""
+        borrowed = self._borrowed
+        if borrowed is not None and borrowed.changed(thorough=thorough) and borrowed.renew(self._attach):
+            raise ModelChanged
+
+    def _attach(self, view: nn.Module) -> None:
+        """Run `view` from here on. Raises `ConfigurationError` where it cannot take the place of the last one."""
+        probed = probe(view, self._device, verify=False, longest=self.spec.max_length)
+        if probed.shapes != self._shapes:
+            raise ConfigurationError("its layers keep other keys and values than when it was loaded: make a new engine")
+        self._module, self._layers = view, probed.layers
 
     def _move(self, plan: StepPlan) -> float:
         """Move the plan's blocks to the host and back; when that was done."""
@@ -186,6 +217,11 @@ class Executor:
             own += islice(results, 1 + len(row.draft))
             siblings.append(tuple(islice(results, len(row.siblings))))
         return [one._replace(siblings=some) for one, some in zip(verified(rows, own), siblings, strict=True)]
+
+
+def _begins(rows: Sequence[Row]) -> bool:
+    """Whether nobody was decoding before this step, as after a pause: then there is time for a thorough look."""
+    return all(row.start < row.prompt_len for row in rows)
 
 
 def _draws(row: Row, last: int) -> Iterator[tuple[Row, int]]:

@@ -17,7 +17,7 @@ from torch import nn
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError, OutOfMemory, PenstockError
-from penstock.models.borrow import device_and_dtype, view_of, weight_bytes
+from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
 from penstock.models.checks import refuse_foreign
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source
@@ -55,12 +55,15 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
     Raises `ConfigurationError` for what cannot be found, read or run, `OutOfMemory` when weights do not fit.
     """
     if isinstance(model, nn.Module):
-        view = view_of(model)
-        owner = view if config.compile_model else model  # what is packed is the view's own
-        return _ready(view, owner, _tokenizer_for(None, tokenizer, config), config, _name_of(model))
+        tokenizer = _tokenizer_for(None, tokenizer, config)
+        borrowed = Borrowed(model, packed=config.compile_model)
+        owner = borrowed.view if config.compile_model else model  # what is packed is the view's own
+        parts = _parts(borrowed.view, owner, tokenizer, config, _name_of(model))
+        return LoadedModel(Executor(*parts, borrowed=borrowed), tokenizer)
     source = str(MODEL_DIR if model is None else model)
     module = load_bare(source, config)
-    return _ready(module, module, _tokenizer_for(source, tokenizer, config), config, source)
+    tokenizer = _tokenizer_for(source, tokenizer, config)
+    return LoadedModel(Executor(*_parts(module, module, tokenizer, config, source)), tokenizer)
 
 
 def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunner:
@@ -146,10 +149,6 @@ def _read_tokenizer(source: str, config: EngineConfig) -> Any:
             f"cannot load a tokenizer from {source!r} ({error}): "
             "pass tokenizer=..., or skip_tokenizer_init=True to serve token ids"
         ) from error
-
-
-def _ready(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> LoadedModel:
-    return LoadedModel(Executor(*_parts(module, owner, tokenizer, config, name)), tokenizer)
 
 
 def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> tuple[Any, ...]:

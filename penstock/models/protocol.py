@@ -34,6 +34,13 @@ class ModelSpec:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+class ModelChanged(Exception):
+    """The module was changed before or during a step, and now runs as what it has become.
+
+    Of the step nothing counts, and no K/V computed until now may be read again.
+    """
+
+
 class ModelRunner(Protocol):
     """Runs step plans. Implemented by `Executor` for real models and by `ScriptedModel` for tests."""
 
@@ -52,7 +59,10 @@ class ModelRunner(Protocol):
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step; a fault of one row comes back in its `RowResult`, a fault of the step is raised."""
+        """Run one step; a fault of one row comes back in its `RowResult`, a fault of the step is raised.
+
+        Raises `ModelChanged` where the step is to be planned again.
+        """
         ...
 
     def forget(self, seq_id: int) -> None:

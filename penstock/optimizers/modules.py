@@ -62,7 +62,10 @@ class PackedNorm(nn.Module):
 
 
 def pack_linears(module: nn.Module, kernels: Kernels, quantize: bool, workspaces: MemoryPool | None) -> int:
-    """Replace every plain linear module, in place; how many. The output head gives float32, lent for a step."""
+    """Replace every plain linear module, in place; how many. The output head gives float32, lent for a step.
+
+    What a layer picks by name when it runs stays as it is: layers with adapters look at their weights.
+    """
     head = module.get_output_embeddings()  # type: ignore[operator]
 
     def packed(found: nn.Module) -> nn.Module | None:
@@ -97,7 +100,7 @@ def _fits(weight: Tensor) -> bool:
 def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> int:
     """Put `make(child)` in the place of every submodule for which it makes one."""
     count = 0
-    for parent in list(module.modules()):
+    for parent in [part for part in module.modules() if not isinstance(part, nn.ModuleDict)]:
         for name, child in list(parent.named_children()):
             made = make(child)
             if made is not None:

@@ -158,6 +158,20 @@ class Scheduler(Overview):
             events.append(self._end(seq, *self._ending.pop(seq.id, (FinishReason.ERROR, error))))
         return events + self._end_doomed()
 
+    def restart(self, plan: StepPlan) -> list[Event]:
+        """The model became another one: nothing of the step counts, and every sequence's K/V are computed anew."""
+        assert plan is self._executing
+        self._executing = None
+        self._cache.rollback()
+        sequences = [self._roster.live[row.seq_id] for row in plan.rows]
+        for seq in sequences:
+            seq.in_flight = 0
+        self._cache.reset()
+        for seq in list(self._roster.running):
+            self._preempt(seq, self._roster.now)
+        leaving = [(seq, *self._ending.pop(seq.id)) for seq in sequences if seq.id in self._ending]
+        return [self._end(*ending) for ending in leaving] + self._end_doomed()
+
     def _plan_running(self, step: Step) -> None:
         outranked = self._roster.running.lowest_rank() < self._roster.waiting.top_rank()
         for seq in list(self._roster.running):

@@ -337,6 +337,15 @@ class Model(RuleBasedStateMachine):
         assert [event.seq_id for event in events][: len(plan.rows)] == [row.seq_id for row in plan.rows]
         self.take(events)
 
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def restart(self) -> None:
+        plan = self.take_plan()
+        self.slots.spoil(plan)
+        self.version += 1
+        self.take(self.scheduler.restart(plan))
+        assert not any(seq.blocks or seq.computed for seq in self.scheduler.sequences())
+
     def take_plan(self) -> StepPlan:
         plan, self.plan = self.plan, None
         assert plan is not None
@@ -449,7 +458,7 @@ def test_crowds_share_and_preempt_without_harm(seed: int) -> None:
             for _ in range(rng.choice([0, 0, 1])):
                 model.end_from_outside(rng.randrange(50), FinishReason.ABORT)
             model.time_passes(rng.random())
-            model.fail() if rng.random() < 0.1 else model.execute(rng.choice)
+            rng.choice([model.fail, model.restart])() if rng.random() < 0.2 else model.execute(rng.choice)
         if rng.random() < 0.1:
             model.new_weights(rng.random() < 0.5)
     model.teardown()

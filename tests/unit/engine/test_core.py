@@ -29,6 +29,7 @@ from penstock.errors import (
     RequestError,
     RequestTooLarge,
 )
+from penstock.models.protocol import ModelChanged
 from penstock.models.scripted import Script, ScriptedModel
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
@@ -369,6 +370,15 @@ async def test_failed_step_ends_its_batch_and_the_engine_serves_on() -> None:
     assert "boom" in str(error)
     assert ids_of(second) == [5, 6]
     assert rig.trace.count("end") == 2
+    assert rig.is_clean()
+
+
+async def test_step_during_which_the_model_changed_is_run_again() -> None:
+    rig = Rig()
+    channel = rig.submit()
+    rig.model.fail_next(ModelChanged())
+    await rig.finish()
+    assert ids_of(channel) == [5, 6]
     assert rig.is_clean()
 
 

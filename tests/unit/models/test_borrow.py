@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
 
 from penstock.models.borrow import view_of, weight_bytes
 from penstock.models.checks import probe
@@ -41,3 +42,56 @@ def test_a_change_in_place_shows_in_the_view() -> None:
 def test_tied_weights_count_once() -> None:
     tied, apart = build("llama", tie_word_embeddings=True), build("llama", tie_word_embeddings=False)
     assert weight_bytes(apart) - weight_bytes(tied) == 160 * 32 * 4
+
+
+def test_buffers_of_the_checkpoint_are_shared_and_derived_ones_are_not() -> None:
+    """Rotary frequencies that the owner's forward pass rewrote for its longest position were those of every request."""
+    module = build("llama")
+    module.register_buffer("offset", torch.zeros(1))
+    view = view_of(module)
+    assert dict(view.named_buffers())["offset"] is dict(module.named_buffers())["offset"]
+    frequencies, own = (part.get_buffer("model.rotary_emb.inv_freq") for part in (module, view))
+    assert own is not frequencies
+    assert torch.equal(own, frequencies)
+
+
+class Merging(nn.Linear):
+    """As loralib's layers: leaving training mode writes to the weights."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if not mode:
+            with torch.no_grad():
+                self.weight.add_(1.0)
+        return super().train(mode)
+
+
+def test_a_view_is_put_into_eval_mode_without_telling_the_modules() -> None:
+    """A layer that merges its adapter when training ends did so for the view, in the owner's weights."""
+    module = nn.Sequential(Merging(2, 2))
+    before = module[0].weight.clone()
+    view = view_of(module)
+    assert not any(part.training for part in view.modules())
+    assert all(part.training for part in module.modules())
+    assert torch.equal(module[0].weight, before)
+
+
+def test_a_module_that_refers_to_itself_and_has_hooks_of_its_own_is_copied_whole() -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = nn.Linear(2, 2)
+            self.again = [self.child]
+            self.forward = self.child.forward  # type: ignore[method-assign]
+            self.child.register_forward_hook(self.double)
+
+        def double(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            self.calls = getattr(self, "calls", 0) + 1
+            return output * 2
+
+    owner = Owner()
+    view = view_of(owner)
+    assert view.again[0] is view.child is not owner.child
+    assert view.forward.__self__ is view.child
+    x = torch.ones(1, 2)
+    assert torch.equal(view.child(x), owner.child(x))
+    assert (view.calls, owner.calls) == (1, 1)

@@ -79,6 +79,32 @@ def test_a_failed_step_ends_its_sequences_and_nobody_else() -> None:
     assert waiting.num_generated == 1
 
 
+def test_a_step_that_is_restarted_is_planned_anew_from_the_first_token_on() -> None:
+    """All that run are computed again, and nothing that is cached is found."""
+    world = World(max_batch_size=2)
+    first, second = world.add(1, [*range(9)], new=3), world.add(2, [*range(9)], new=3)
+    assert world.step() == {1: (0, 9), 2: (8, 9)}
+    assert world.begin() == {1: (9, 10), 2: (9, 10)}
+    assert world.scheduler.restart(world.plan) == []
+    assert (first.computed, list(first.blocks), second.computed, list(second.blocks)) == (0, [], 0, [])
+    assert world.begin() == {1: (0, 10), 2: (8, 10)}, "only of each other, in the new step"
+    world.end()
+    world.drain()
+    assert (first.num_generated, second.num_generated) == (3, 3)
+
+
+def test_an_abort_during_a_step_that_is_restarted_ends_with_it() -> None:
+    world = World()
+    world.add(1, 3)
+    other = world.add(2, 3)
+    world.begin()
+    world.scheduler.abort(1)
+    assert world.scheduler.restart(world.plan) == [Event(1, reason=FinishReason.ABORT)]
+    assert world.begin() == {2: (0, 3)}
+    world.end()
+    assert other.num_generated == 1
+
+
 def test_abort_is_immediate_unless_the_step_names_it() -> None:
     world = World(max_batch_size=1)
     running = world.add(1, 3)

@@ -1,0 +1,123 @@
+"""What counts as a change of a live module, and what the look at it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from penstock.models.watch import PORTION, SWITCH_PORTION, Watch, functions_of
+from tests.tiny_models import build
+
+QUICK_S = 50e-6  # it takes 15 microseconds on the machine where this was written
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapted(num_layers: int = 2) -> Any:
+    return get_peft_model(build("llama", num_hidden_layers=num_layers), LoraConfig(r=2, target_modules=TARGETS))
+
+
+def layers_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+
+def test_a_look_at_a_model_with_two_hundred_adapter_layers_takes_microseconds() -> None:
+    watch = Watch(adapted(30))
+    best = 1.0
+    for _ in range(500):
+        begin = time.perf_counter()
+        changed = watch.changed()
+        best = min(best, time.perf_counter() - begin)
+        assert not changed
+    assert best < QUICK_S
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "merged": lambda model: model.merge_adapter(),
+    "one layer merged": lambda model: layers_of(model)[-1].merge(),
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "scaled": lambda model: layers_of(model)[-1].scale_layer(2.0),
+    "added": lambda model: model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS)),
+    "deleted": lambda model: model.delete_adapter("default"),
+    "hooked": lambda model: layers_of(model)[-1].base_layer.register_forward_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_adapters_and_hooks_are_seen_by_every_look(what: str) -> None:
+    model = adapted()
+    watch = Watch(model)
+    assert not watch.changed(thorough=True)
+    CHANGES[what](model)
+    assert watch.changed()
+
+
+def replace_forward(model: Any) -> None:
+    layers_of(model)[-1].base_layer.forward = torch.relu
+
+
+def replace_parameter(model: Any) -> None:
+    base = layers_of(model)[-1].base_layer
+    base.weight = nn.Parameter(base.weight.clone())
+
+
+def replace_module(model: Any) -> None:
+    layers_of(model)[-1].base_layer = nn.Identity()
+
+
+def set_attribute(model: Any) -> None:
+    layers_of(model)[-1].fan_in_fan_out = True
+
+
+@pytest.mark.parametrize("change", [replace_forward, replace_parameter, replace_module, set_attribute])
+def test_everything_else_is_seen_by_a_thorough_look_and_in_its_turn(change: Callable[[Any], None]) -> None:
+    model = adapted()
+    thorough, by_turns = Watch(model), Watch(model)
+    change(model)
+    assert thorough.changed(thorough=True)
+    assert any(by_turns.changed() for _ in range(-(-len(list(model.modules())) // PORTION)))
+
+
+def test_one_layer_of_many_that_is_switched_is_seen_in_its_turn() -> None:
+    model = adapted(12)
+    watch = Watch(model)
+    layers = layers_of(model)
+    layers[-1].enable_adapters(False)
+    assert any(watch.changed() for _ in range(-(-len(layers) // SWITCH_PORTION)))
+
+
+def test_a_removed_hook_and_one_of_another_module_are_told_apart() -> None:
+    model = build("llama")
+    handle = model.lm_head.register_forward_hook(lambda *args: None)  # type: ignore[operator, union-attr]
+    watch = Watch(model)
+    nn.Linear(1, 1).register_forward_hook(lambda *args: None)
+    assert not watch.changed()
+    handle.remove()
+    assert watch.changed()
+
+
+def test_what_a_forward_pass_leaves_behind_is_no_change() -> None:
+    model: Any = adapted()
+    watch = Watch(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    model.base_model.model.last_output = torch.zeros(3)
+    assert not watch.changed(thorough=True)
+    assert not watch.changed()
+
+
+def test_functions_are_equal_where_adapters_are_merged_or_idle() -> None:
+    model = adapted()
+    before = functions_of(model)
+    model.merge_adapter()
+    assert functions_of(model) == before
+    model.unmerge_adapter()
+    CHANGES["added"](model)
+    assert functions_of(model) == before
+    model.set_adapter("other")
+    assert functions_of(model) != before
