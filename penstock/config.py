@@ -58,7 +58,7 @@ class EngineConfig(BaseSettings):
 
     # Batching
     max_batch_size: int = Field(32, ge=1, description="Most sequences that run in one step.")
-    max_sequence_length: int | None = Field(2048, ge=1, description="Most tokens of one sequence, prompt and output; cut to what the model can. None: the model's own limit. Read at start.")
+    max_sequence_length: int | None = Field(2048, ge=1, description="Most tokens of one sequence, prompt and output; cut to what the model can, with a warning where it was set. None: the model's own limit. Read at start.")
     max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens of one step; longer prompts are prefilled in chunks, so that nobody's stream stalls.")
     batch_timeout_ms: float = Field(50.0, ge=0, description="Longest an idle engine waits to coalesce a burst of first arrivals. The wait ends as soon as the burst pauses, so a lone request hardly waits; 0 never waits.")
     batching_strategy: BatchingStrategy = Field(BatchingStrategy.CONTINUOUS, description="Who of the waiting starts together: continuous (whoever is next), bucketed (similar lengths), memory_aware (only what fits to its very end) or naive (static batches). Read at start.")

@@ -29,7 +29,7 @@ from penstock.engine.tuning import Tuning
 from penstock.engine.worker import Worker
 from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
-from penstock.models.protocol import GuessingRunner, ModelRunner
+from penstock.models.protocol import GuessingRunner, ModelRunner, ModelSpec
 from penstock.optimizers.speculation.draft_model import ModelDrafter
 from penstock.optimizers.speculation.drafter import Drafter
 from penstock.optimizers.tuner import ceilings
@@ -116,9 +116,18 @@ def _around(
     packing = engine_packing(config, limits, cache.capacity, runner.spec.kv_bytes_per_token, runner.spec.weight_bytes)
     scheduler = Scheduler(config, cache, max_logit_rows=max_logit_rows, limits=limits, packing=packing)
     pool = TokenizerPool(tokenizer)
-    door = Door(config, runner.spec, min(longest, cache.capacity), copy_tokenizer(tokenizer), pool, admission)
+    limit = min(longest, cache.capacity)
+    remedy = _remedy(runner.spec, longest, cache.capacity)
+    door = Door(config, runner.spec, limit, copy_tokenizer(tokenizer), pool, admission, remedy=remedy)
     drafter = make_drafter(config, draft, cache)
     return Parts(runner, tokenizer, pool, cache, scheduler, door, Tuning(config, limits, log), drafter, draft)
+
+
+def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
+    """What makes longer sequences possible, as the end of a sentence that says what else to do."""
+    if capacity < longest:
+        return ", or raise memory_pool_size or kv_cache_tokens"
+    return f"; {spec.max_length_reason}" if spec.max_length_reason else ", or raise max_sequence_length"
 
 
 def _cache(

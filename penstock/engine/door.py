@@ -38,7 +38,8 @@ Encoded = tuple[str | None, list[int], list[list[int]]]
 class Door:
     """Admits requests to one model.
 
-    `limit` is the most tokens of one sequence. `tokenizer` is the engine thread's own copy; None serves token ids only.
+    `limit` is the most tokens of one sequence, `remedy` how to have more, as the end of a sentence that says what else
+    to do. `tokenizer` is the engine thread's own copy; None serves token ids only.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class Door:
         tokenizer: Any,
         pool: TokenizerPool,
         admission: Admission,
+        *,
+        remedy: str = "",
     ) -> None:
         self._config = config
+        self._remedy = remedy
         self._spec = spec
         self._limit = limit
         self._tokenizer = tokenizer
@@ -121,7 +125,7 @@ class Door:
         if room < 1:
             raise RequestTooLarge(
                 f"the prompt has {prompt_len} tokens and the limit is {self._limit} for prompt and output together: "
-                "shorten the prompt, or raise max_sequence_length or the cache size"
+                f"shorten the prompt{self._remedy}"
             )
         if params is None:
             params = SamplingParams(**{**self._spec.defaults, "max_tokens": min(self._config.default_max_tokens, room)})
@@ -131,7 +135,7 @@ class Door:
         if wanted > room:
             raise RequestTooLarge(
                 f"{prompt_len} prompt tokens and max_tokens={wanted} exceed the limit of {self._limit}: "
-                f"ask for at most {room}, or max_tokens=None for what fits"
+                f"ask for at most {room}, or max_tokens=None for what fits{self._remedy}"
             )
         if params.num_samples > self._config.max_queue_size:
             raise RequestTooLarge(

@@ -6,6 +6,7 @@ when a local path was meant. Called once per engine, off the event loop; imports
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from penstock.models.executor import Executor
 from penstock.models.folder import check_source
 from penstock.models.lean import DraftRunner
 from penstock.models.pinning import PinnedDefaults
-from penstock.models.positions import max_length
+from penstock.models.positions import Limit, length_limit
 from penstock.models.protocol import ModelSpec
 from penstock.models.reading import read_module, read_tokenizer
 from penstock.models.readying import Ready, ready
@@ -39,6 +40,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+
+log = logging.getLogger("penstock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +158,13 @@ def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
     """What an `Executor` is made of."""
     refuse_foreign(module)
     device, dtype = device_and_dtype(module)
-    most = max_length(_text_config(module))
-    longest = min(most, config.max_sequence_length or most)
+    limit = length_limit(_text_config(module))
+    longest = _longest(limit, config)
     facts: dict[str, Any] = {
         "name": name,
         "vocab_size": _vocab_size(module),
         "max_length": longest,
+        "max_length_reason": limit.reason if longest == limit.tokens else "",
         "eos_token_ids": _eos_ids(module, tokenizer),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -176,6 +180,13 @@ def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
         rewrites=made.rewrites,
     )
     return module, spec, made.layers, made.shapes, made.paging, made.workspaces, device, config.logits_chunk_bytes
+
+
+def _longest(limit: Limit, config: EngineConfig) -> int:
+    asked = config.max_sequence_length or limit.tokens
+    if asked > limit.tokens and "max_sequence_length" in config.model_fields_set:
+        log.warning("max_sequence_length=%d is cut to %d: %s", asked, limit.tokens, limit.reason)
+    return min(asked, limit.tokens)
 
 
 def _try(module: nn.Module, device: torch.device, longest: int, config: EngineConfig, *, owned: bool) -> Ready:

@@ -17,6 +17,7 @@ from penstock.step import StepPlan, StepResult
 class ModelSpec:
     """Facts about a loaded model. Sizes are bytes; `max_length` is tokens, prompt and output together.
 
+    `max_length_reason` says why the model cannot do more, and what to change; "" where the settings say less.
     `kernels` says what its hot operations run with, `rewrites` what was replaced in it to be faster.
     `defaults` are the sampling parameters that the model's own generation config recommends.
     """
@@ -24,6 +25,7 @@ class ModelSpec:
     name: str
     vocab_size: int
     max_length: int
+    max_length_reason: str = ""
     eos_token_ids: frozenset[int] = frozenset()
     kv_bytes_per_token: int = 1
     weight_bytes: int = 0

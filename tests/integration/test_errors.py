@@ -170,7 +170,7 @@ def test_a_prompt_that_can_never_fit_is_told_the_three_numbers(scripted: Make) -
 def test_a_prompt_larger_than_the_cache_is_refused_and_not_waited_for(scripted: Make) -> None:
     """An earlier engine looped for ever on an entry larger than its cache, holding its lock."""
     engine, _ = scripted(kv_cache_tokens=32)
-    says = "raise max_sequence_length or the cache size"
+    says = "raise memory_pool_size or kv_cache_tokens"
     failure(RequestTooLarge, ValueError, says, lambda: engine.generate([1] * 40).result(PATIENCE_S))
     assert engine.generate([1] * 20, SamplingParams(max_tokens=3)).result(PATIENCE_S).generated_ids == [5, 6, 7]
 
