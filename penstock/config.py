@@ -79,10 +79,10 @@ class EngineConfig(BaseSettings):
 
     # K/V cache, read at start
     block_size: int = Field(16, ge=1, le=256, description="Tokens per cache block.")
-    memory_pool_size: int | None = Field(GIB, ge=1, description="Bytes of the K/V cache. None: see gpu_memory_utilization.")
+    memory_pool_size: int | None = Field(GIB, ge=1, description="Bytes of the K/V cache; where less is free, it is cut to 90 % of that, with a warning. None: see gpu_memory_utilization.")
     kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens the K/V cache holds; overrides memory_pool_size.")
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1, description="Fraction of the device's free memory (a CPU's: of a quarter of it) that the K/V cache takes; overrides memory_pool_size.")
-    preallocate_kv_cache: bool = Field(False, description="Touch the cache's memory while the engine starts: a slower start, but no step waits for the system to find a page. Without it, memory is taken as the cache fills.")
+    preallocate_kv_cache: bool = Field(False, description="Touch the cache's memory while the engine starts, and refuse a cache that is larger than what is free: a slower start, but no step waits for the system to find a page. Without it, memory is taken as the cache fills.")
     enable_kv_cache: bool = Field(True, description="Reuse K/V of shared prefixes across requests. Within a request K/V is always cached. Read at start.")
     kv_cache_max_size: int | None = Field(None, ge=1, description="Most cached prefix blocks kept after their requests ended; None is as many as fit.")
     swap_space: float = Field(0, ge=0, description="GiB of host memory for K/V blocks that had to leave the cache, those of preempted requests among them. They are read back where that takes less time than computing them again; 0 keeps none. Read at start.")

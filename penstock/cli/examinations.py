@@ -125,8 +125,8 @@ def _model(config: EngineConfig, loaded: list[Any]) -> dict[str, Any]:
 
 def _cache(config: EngineConfig, runner: Any) -> dict[str, Any]:
     spec = runner.spec
-    blocks = num_blocks(config, spec.kv_bytes_per_token, runner.free_bytes(), spec.max_length, config.max_batch_size)
-    tokens = blocks * config.block_size
+    room = num_blocks(config, spec.kv_bytes_per_token, runner.free_bytes(), spec.max_length, config.max_batch_size)
+    tokens = room.blocks * config.block_size
     return {
         "size_bytes": tokens * spec.kv_bytes_per_token,
         "tokens": tokens,

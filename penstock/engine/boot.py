@@ -6,7 +6,7 @@ Assembling runs once, on the model's thread; the only place where `models.loadin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Parts:
     tokenizer: Any
     pool: TokenizerPool
     cache: CacheManager
+    wanted_blocks: Mapping[str, int]
     scheduler: Scheduler
     door: Door
     tuning: Tuning
@@ -110,7 +111,9 @@ def _around(
 ) -> Parts:
     """What a loaded model needs around it."""
     longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
-    cache = _cache(runner, draft, longest, config, log)
+    cache, wanted = _cache(runner, draft, longest, config, log)
+    if cache.capacity < longest and "max_sequence_length" in config.model_fields_set:
+        log.warning(f"the K/V cache holds {cache.capacity} tokens: no sequence reaches max_sequence_length={longest}")
     max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
     limits = Limits(config)
     packing = engine_packing(config, limits, cache.capacity, runner.spec.kv_bytes_per_token, runner.spec.weight_bytes)
@@ -120,7 +123,7 @@ def _around(
     remedy = _remedy(runner.spec, longest, cache.capacity)
     door = Door(config, runner.spec, limit, copy_tokenizer(tokenizer), pool, admission, remedy=remedy)
     drafter = make_drafter(config, draft, cache)
-    return Parts(runner, tokenizer, pool, cache, scheduler, door, Tuning(config, limits, log), drafter, draft)
+    return Parts(runner, tokenizer, pool, cache, wanted, scheduler, door, Tuning(config, limits, log), drafter, draft)
 
 
 def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
@@ -132,29 +135,35 @@ def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
 
 def _cache(
     runner: ModelRunner, draft: GuessingRunner | None, longest: int, config: EngineConfig, log: Logger
-) -> CacheManager:
-    """A cache of the configured size, and the memory behind it; a draft model's holds as many tokens, beside it."""
+) -> tuple[CacheManager, dict[str, int]]:
+    """A cache of the configured size, and the memory behind it; a draft model's holds as many tokens, beside it.
+
+    With it come the sizes that the settings ask for, which may be more than there is memory.
+    """
     on_gpu = "cuda" in runner.spec.device
     share = 1.0 if on_gpu else HOST_SHARE
     loaded = [runner] if draft is None else [runner, draft]
     per_token = sum(model.spec.kv_bytes_per_token for model in loaded)
     most = ceilings(config).max_batch_size
-    blocks = num_blocks(config, per_token, runner.free_bytes(), longest, most, share=share)
+    room = num_blocks(config, per_token, runner.free_bytes(), longest, most, share=share)
+    blocks = room.blocks
     taken = 0 if on_gpu else blocks * per_token * config.block_size
-    host_blocks = num_host_blocks(config, runner.spec.kv_bytes_per_token, runner.host_free_bytes() - taken)
-    runner.allocate(blocks, config.block_size, host_blocks)
+    host = num_host_blocks(config, runner.spec.kv_bytes_per_token, runner.host_free_bytes() - taken)
+    for warning in filter(None, (room.warning, host.warning)):
+        log.warning(warning)
+    runner.allocate(blocks, config.block_size, host.blocks)
     if draft is not None:
         draft.allocate(blocks, config.block_size)
-    log.info(
-        f"# GPU blocks: {blocks if on_gpu else 0}, # CPU blocks: {host_blocks if on_gpu else blocks + host_blocks}"
-    )
-    return CacheManager(
+    on_host = host.blocks + (0 if on_gpu else blocks)
+    log.info(f"# GPU blocks: {blocks if on_gpu else 0}, # CPU blocks: {on_host}")
+    cache = CacheManager(
         blocks,
         config.block_size,
         enable_prefix_caching=config.enable_kv_cache,
         max_cached_blocks=config.kv_cache_max_size,
-        num_host_blocks=host_blocks,
+        num_host_blocks=host.blocks,
     )
+    return cache, {"num_wanted_blocks": room.wanted, "num_wanted_host_blocks": host.wanted}
 
 
 def _is_runner(model: Any) -> bool:

@@ -41,6 +41,7 @@ from penstock.sequence import FinishReason
 
 # How many ended requests of `submit_request` can still be asked about.
 KEPT_REQUESTS = 1024
+_NO_CACHE = {"num_entries": 0, "total_size": 0}
 
 
 class InferenceEngine:
@@ -230,7 +231,7 @@ class InferenceEngine:
         return {
             "engine_status": self._status(),
             "queue": self._queue_stats(parts),
-            "cache_info": parts.cache.stats() if parts else {"num_entries": 0, "total_size": 0},
+            "cache_info": {**parts.cache.stats(), **parts.wanted_blocks} if parts else _NO_CACHE,
             "performance_metrics": self._metrics.summaries(),
             "totals": dict(self._metrics.totals),
             "memory_usage": parts.runner.memory_usage() if parts else 0.0,

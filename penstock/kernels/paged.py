@@ -69,6 +69,11 @@ class PanelCache:
         self._struct.base = self._memory.data_ptr()
         self.panels = self._memory[: needed - spare].view(panels, -1)  # uint8 [panels, bytes]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the memory, whether the system has found its pages or not."""
+        return self._memory.numel()
+
     def touch(self) -> None:
         """Have the system find the memory's pages now; only while nothing is stored."""
         self._library.ps_touch(self._pool, Ptr(self._memory.data_ptr()), Long(self._memory.numel()))

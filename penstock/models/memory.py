@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import mmap
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+UNLIMITED = 1 << 60  # what version 1 of control groups says for no limit is more
 MADV_DONTNEED = 4  # Linux: private pages are gone at once, and read as zeros or as their file again
 
 
@@ -67,22 +69,59 @@ def drop_pages(begin: int, end: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
+def container_memory(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> tuple[int, int] | None:
+    """(limit, free) bytes of the control group that allows this process least; None without any limit.
+
+    Groups of both versions count, and the groups around them. Pages of files are free: they go when others are needed.
+    """
+    found = [memory for folder in _limited_groups(root, own) if (memory := _group_memory(folder)) is not None]
+    return min(found, key=lambda memory: memory[1], default=None)
+
+
+@functools.cache
+def _limited_groups(root: Path, own: Path) -> tuple[Path, ...]:
+    """The folders of this process's memory groups, and of those around them, that have a limit."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except (OSError, ValueError):
+        lines = []
+    folders = [root, root / "memory"]  # as a container without namespaces sees its own
+    for controllers, path in [(line[1], line[2]) for line in lines if len(line) == 3]:
+        if controllers in ("", "memory"):
+            base = root / controllers
+            inner = base / path.strip().lstrip("/")
+            folders += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(base)]
+    return tuple(folder for folder in dict.fromkeys(folders) if _group_memory(folder) is not None)
+
+
+def _group_memory(folder: Path) -> tuple[int, int] | None:
+    """(limit, free) bytes of one group."""
+    for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in names)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        return (limit, max(0, limit - used + _file_pages(folder))) if limit < UNLIMITED else None
+    return None
+
+
+def _file_pages(folder: Path) -> int:
+    try:
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
+    except (OSError, ValueError):
+        return 0
+
+
 def _host() -> tuple[int, int]:
-    """(total, available) bytes of this machine."""
+    """(total, available) bytes of this machine, or of the container that this process is in."""
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         available = page * pages // 2
-    limit, used = _cgroup()
-    return min(page * pages, limit), min(available, max(0, limit - used))
-
-
-def _cgroup() -> tuple[int, int]:
-    """(limit, used) bytes of the container, if it has a limit."""
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return int(limit), int(used)
-    except (OSError, ValueError):
-        return 1 << 62, 0
+    limit, free = container_memory() or (page * pages, available)
+    return min(page * pages, limit), min(available, free)

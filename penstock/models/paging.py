@@ -15,6 +15,7 @@ import torch
 from penstock.kernels.native import Kernels, survey_logits
 from penstock.models.attention import Paged, PagedAttention
 from penstock.models.layout import StepLayout
+from penstock.models.memory import host_free_bytes
 from penstock.models.panels import PanelAttention, PanelStorage
 from penstock.models.storage import KVStorage, LayerShape
 from penstock.models.vocabulary import Survey
@@ -103,7 +104,7 @@ class PanelPaging:
         """Room for K/V, and for a tier behind it. Raises `OutOfMemory`."""
         made = PanelStorage(self._kernels, shapes, num_blocks, block_size, self._int8, num_host_blocks)
         if self._touch:
-            made.touch()
+            made.touch(host_free_bytes)
         return made
 
     def attention(self, storage: PanelStorage, layout: StepLayout, layers: dict[int, int]) -> Paged:

@@ -6,13 +6,15 @@ token that begin with the same cache blocks are attended together, so that a sha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, OutOfMemory
 from penstock.kernels import native, paged
 from penstock.kernels.paged import PANEL, TILE
 from penstock.models.attention import Options
@@ -24,6 +26,9 @@ from penstock.step import Row
 # Tokens of a prompt, or rows with a common prefix, that one task of a thread attends for.
 TOKENS_PER_TASK = 48
 ROWS_PER_TASK = 32
+PROGRESS_S = 5.0
+
+log = logging.getLogger("penstock")
 
 
 def supports(shapes: Sequence[LayerShape]) -> bool:
@@ -63,11 +68,26 @@ class PanelStorage:
         except (OSError, MemoryError) as error:
             raise no_room(torch.device("cpu"), shapes, num_blocks * block_size, num_host_blocks * block_size) from error
 
-    def touch(self) -> None:
-        """Have the system find all pages now, and leave them here."""
+    def touch(self, free_bytes: Callable[[], int]) -> None:
+        """Have the system find all pages now, and leave them here; every few seconds the log says how far it is.
+
+        Raises `OutOfMemory` where so much is not free any more: to touch it all the same may end the process.
+        """
         self._touched = True
-        for cache in self.caches:
+        begin = latest = time.monotonic()
+        for done, cache in enumerate(self.caches):
+            if (free := free_bytes()) < cache.num_bytes:
+                raise OutOfMemory(
+                    f"CPU out of memory: preallocate_kv_cache has touched {done} of {len(self.caches)} layers of the "
+                    f"K/V cache, the next one takes {cache.num_bytes} bytes, and {free} bytes are free; lower "
+                    "memory_pool_size or swap_space, or leave preallocate_kv_cache out"
+                )
             cache.touch()
+            if time.monotonic() > latest + PROGRESS_S:
+                latest = time.monotonic()
+                log.info(
+                    "touched %d of %d layers of the K/V cache in %.0f s", done + 1, len(self.caches), latest - begin
+                )
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer."""

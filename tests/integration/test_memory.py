@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from typing import Any
 
@@ -85,3 +86,33 @@ def test_an_engine_that_is_not_loaded_has_nothing_to_give() -> None:
     assert engine.optimize_memory()["freed_bytes"] == 0
     engine.stop()
     assert engine.optimize_memory() == {"before": 0.0, "after": 0.0, "freed_bytes": 0}
+
+
+class Narrow(ScriptedModel):
+    """A machine with little memory."""
+
+    def free_bytes(self) -> int:
+        return 1000
+
+
+def test_a_cache_that_does_not_fit_is_cut_with_a_warning_and_shows_in_the_figures(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It was cut without a word."""
+    settings = {"memory_pool_size": 5000, "swap_space": 5000 / 2**30, "max_sequence_length": 4096}
+    engine = InferenceEngine(Narrow([5, 6]), block_size=10, skip_tokenizer_init=True, **settings)
+    with caplog.at_level(logging.WARNING, "penstock"):
+        engine.start()
+    figures = engine.get_stats()["cache_info"]
+    assert (figures["num_blocks"], figures["num_wanted_blocks"]) == (90, 500)
+    assert (figures["num_host_blocks"], figures["num_wanted_host_blocks"]) == (9, 500)
+    assert "memory_pool_size=5000 comes to" in caplog.text
+    assert "swap_space=" in caplog.text
+    assert "the K/V cache holds 900 tokens: no sequence reaches max_sequence_length=4096" in caplog.text
+    engine.stop()
+
+
+def test_a_cache_that_does_not_fit_is_not_preallocated() -> None:
+    engine = InferenceEngine(Narrow([5]), block_size=10, memory_pool_size=5000, preallocate_kv_cache=True)
+    with pytest.raises(ConfigurationError, match="lower it, free memory, or leave preallocate_kv_cache out"):
+        engine.start()

@@ -10,7 +10,7 @@ from penstock.errors import ConfigurationError
 
 
 def blocks(free_bytes: int = 10**9, max_len: int = 10**6, max_rows: int = 32, **settings: object) -> int:
-    return num_blocks(EngineConfig(block_size=10, **settings), 100, free_bytes, max_len, max_rows)
+    return num_blocks(EngineConfig(block_size=10, **settings), 100, free_bytes, max_len, max_rows).blocks
 
 
 def test_tokens_go_before_fraction_and_fraction_before_bytes() -> None:
@@ -42,7 +42,7 @@ def test_too_little_for_one_block_is_an_error_with_the_numbers() -> None:
 
 
 def host_blocks(gib: float, free_bytes: int = 10**9) -> int:
-    return num_host_blocks(EngineConfig(block_size=10, swap_space=gib), 100, free_bytes)
+    return num_host_blocks(EngineConfig(block_size=10, swap_space=gib), 100, free_bytes).blocks
 
 
 def test_swap_space_is_gib_within_what_is_free() -> None:
@@ -58,3 +58,33 @@ def test_swap_space_without_room_for_a_block_is_an_error_with_the_numbers() -> N
         host_blocks(1e-7)
     with pytest.raises(ConfigurationError, match="1111 bytes free on the host"):
         host_blocks(4, free_bytes=1111)
+
+
+def test_a_cache_that_is_cut_says_so_with_the_figures() -> None:
+    """It was cut without a word."""
+    config = EngineConfig(block_size=10, memory_pool_size=3 * 2**30)
+    room = num_blocks(config, 100, 2**30, 10**7, 32)
+    assert (room.blocks, room.wanted) == (966367, 3221225)
+    assert room.warning == (
+        "memory_pool_size=3221225472 comes to 3072.0 MiB, and of 1024.0 MiB that are free 921.6 MiB can be taken: "
+        "it is cut to 9663670 tokens"
+    )
+    swap = num_host_blocks(EngineConfig(block_size=10, swap_space=2), 100, 2**30)
+    assert swap.warning.startswith("swap_space=2.0 comes to 2048.0 MiB")
+    assert num_blocks(EngineConfig(block_size=10, kv_cache_tokens=10**8), 100, 2**30, 9, 9).warning.startswith(
+        "kv_cache_tokens=1"
+    )
+    assert not num_blocks(config, 100, 2**40, 10**7, 32).warning
+    assert not num_blocks(config, 100, 2**30, 10, 32).warning, "no batch can use more"
+
+
+def test_memory_that_is_not_free_is_not_preallocated() -> None:
+    """Minutes went into touching it."""
+    config = EngineConfig(block_size=10, memory_pool_size=3 * 2**30, swap_space=3, preallocate_kv_cache=True)
+    with pytest.raises(
+        ConfigurationError, match=r"memory_pool_size=.* 3072.0 MiB, and of 1024.0 MiB .* leave preallocate"
+    ):
+        num_blocks(config, 100, 2**30, 10**7, 32)
+    with pytest.raises(ConfigurationError, match=r"swap_space=3.0 comes to 3072.0 MiB"):
+        num_host_blocks(config, 100, 2**30)
+    assert num_blocks(config, 100, 4 * 2**30, 10**7, 32).blocks == 3221225

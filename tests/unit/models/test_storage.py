@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from penstock.errors import OutOfMemory
 from penstock.kernels.native import Kernels, available
 from penstock.kernels.paged import attend
 from penstock.models.paging import Storage
@@ -101,8 +102,20 @@ def test_memory_that_was_to_be_taken_at_once_stays() -> None:
         pytest.skip("no compiler")
     kernels = Kernels(1)
     storage = PanelStorage(kernels, [LayerShape(2, 128, 128, torch.float32)], 4, 16, int8=False)
-    storage.touch()
+    storage.touch(lambda: 1 << 40)
     storage.caches[0].panels.fill_(1)
     storage.give_back([0, 1, 2, 3], [])
     assert storage.caches[0].panels.eq(1).all()
+    kernels.close()
+
+
+def test_memory_that_is_no_longer_free_is_not_touched() -> None:
+    """To take it all the same may end the process."""
+    if not available():
+        pytest.skip("no compiler")
+    kernels = Kernels(1)
+    storage = PanelStorage(kernels, [LayerShape(2, 128, 128, torch.float32)] * 2, 4, 16, int8=False)
+    free = iter([1 << 40, 1000])
+    with pytest.raises(OutOfMemory, match=r"touched 1 of 2 layers .* and 1000 bytes are free; lower memory_pool_size"):
+        storage.touch(lambda: next(free))
     kernels.close()
