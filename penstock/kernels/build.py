@@ -2,7 +2,7 @@
 
 Owns the cache key (source, compiler, CPU) and the one log line when there is no compiler; never raises. Called by
 `native`; two processes that compile at once each write their own file, and the last rename wins. A broken file in the
-cache is replaced; where the cache cannot be written, the library is compiled anew for each process.
+cache is replaced; where the cache cannot be used, a temporary folder of the user's serves.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +53,16 @@ def build(target: tuple[str, ...] = THIS_CPU) -> Build:
         return Build(None, reason)
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `PENSTOCK_CACHE_DIR`, else `XDG_CACHE_HOME`/penstock, else ~/.cache/penstock."""
-    base = os.environ.get("PENSTOCK_CACHE_DIR")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: `PENSTOCK_CACHE_DIR`, else `XDG_CACHE_HOME`/penstock, else ~/.cache/penstock.
+
+    None where that is in a home that nobody knows.
+    """
+    with contextlib.suppress(RuntimeError, OSError):  # no home; the current folder was removed
+        if base := os.environ.get("PENSTOCK_CACHE_DIR"):
+            return Path(base).expanduser().absolute()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "penstock"
+    return None
 
 
 class _NoCompiler(Exception):
@@ -72,22 +78,55 @@ def _compiler() -> str:
 
 
 def _open(compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
-    path = cache_folder() / f"native-{_key(compiler, target)}.so"
+    """The library, from the first folder that can hold it. Raises `OSError` with the reasons where none can."""
+    name = f"native-{_key(compiler, target)}.so"
+    reasons = [] if cache_folder() else ["this user has no home folder"]
+    for folder in _folders():
+        try:
+            library = _open_in(folder, name, compiler, target)
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            log.warning(
+                "compiled kernels are in %s, because %s; PENSTOCK_CACHE_DIR can name a folder that keeps them",
+                folder,
+                "; ".join(reasons),
+            )
+        return library
+    raise OSError("no folder can hold compiled kernels: " + "; ".join(reasons))
+
+
+def _open_in(folder: Path, name: str, compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
+    path = folder / name
     if path.exists():
         with contextlib.suppress(OSError):  # broken: replaced below
             return ctypes.CDLL(str(path))
-    if _writable(path.parent):
-        _compile(compiler, target, path)
-        return ctypes.CDLL(str(path))
-    with tempfile.TemporaryDirectory() as folder:
-        _compile(compiler, target, Path(folder) / path.name)
-        return ctypes.CDLL(str(Path(folder) / path.name))
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise OSError(f"{folder} may hold no programs (noexec)")
+    _compile(compiler, target, path)
+    return ctypes.CDLL(str(path))
 
 
-def _writable(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK)
+def _folders() -> Iterator[Path]:
+    """The cache, then folders for temporary files: one that this user's processes share, and one of this process."""
+    if (kept := cache_folder()) is not None:
+        yield kept
+    with contextlib.suppress(OSError):  # no folder for temporary files at all
+        shared = Path(tempfile.gettempdir()) / f"penstock-{os.getuid()}"
+        if _is_private(shared):
+            yield shared
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether this user's folder is there, or was made, and nobody else can put a library into it."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
 
 
 def _key(compiler: str, target: tuple[str, ...]) -> str:
@@ -108,14 +147,17 @@ def _cpu() -> bytes:
 
 def _compile(compiler: str, target: tuple[str, ...], path: Path) -> None:
     handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    environment = os.environ | {"TMPDIR": str(path.parent), "LC_ALL": "C"}
     os.close(handle)
     try:
         command = [compiler, *FLAGS, *target, str(SOURCE), "-o", name, "-lm"]
-        subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=True)
+        subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=True, env=environment)
         os.chmod(name, 0o755)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, subprocess.CalledProcessError) and b"No space left" in error.stderr:
+            raise OSError(f"{path.parent} is full") from error
         raise
 
 

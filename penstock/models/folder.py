@@ -13,20 +13,31 @@ from penstock.errors import ConfigurationError
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
-def check_source(source: str) -> None:
-    """Raise `ConfigurationError` when `source` names a folder that is missing, incomplete or corrupt.
+def check_source(source: str) -> str:
+    """The source, as `expanded` gives it. Raises `ConfigurationError` for a folder that is missing or incomplete.
 
     What looks like a hub id ("name" or "owner/name") and is no folder is left to the hub library.
     """
     if not source.strip():
         raise ConfigurationError("the model's name is empty: pass a folder or a hub id, or None for the demo model")
-    folder = Path(source).expanduser()
+    folder = Path(expanded(source))
     if folder.is_dir():
         _check_folder(folder)
     elif folder.exists():
         raise ConfigurationError(f"{source} is a file: pass the folder that holds config.json and the weights")
     elif _looks_local(source):
         raise ConfigurationError(f"there is no model folder {source}: check the path, or pass a hub id ('owner/name')")
+    return expanded(source)
+
+
+def expanded(source: str) -> str:
+    """`source` with a home folder in place of its "~". Raises `ConfigurationError` where nobody knows that folder."""
+    if not source.startswith("~"):
+        return source
+    try:
+        return str(Path(source).expanduser())
+    except RuntimeError:
+        raise ConfigurationError(f"{source} is in a home folder that is not known here: pass the whole path") from None
 
 
 def _looks_local(source: str) -> bool:

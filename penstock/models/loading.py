@@ -21,7 +21,7 @@ from penstock.errors import ConfigurationError, OutOfMemory, PenstockError
 from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
 from penstock.models.checks import refuse_foreign
 from penstock.models.executor import Executor
-from penstock.models.folder import check_source
+from penstock.models.folder import check_source, expanded
 from penstock.models.lean import DraftRunner
 from penstock.models.pinning import PinnedDefaults
 from penstock.models.positions import Limit, length_limit
@@ -63,7 +63,7 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
         owner = borrowed.view if config.compile_model else model  # what is packed is the view's own
         parts = _parts(borrowed.view, owner, tokenizer, config, _name_of(model))
         return LoadedModel(Executor(*parts, borrowed=borrowed), tokenizer)
-    source = str(MODEL_DIR if model is None else model)
+    source = check_source(str(MODEL_DIR if model is None else model))
     module = load_bare(source, config)
     tokenizer = _tokenizer_for(source, tokenizer, config)
     return LoadedModel(Executor(*_parts(module, module, tokenizer, config, source)), tokenizer)
@@ -75,6 +75,7 @@ def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunn
     A model this small gains nothing from a second thread: handing work over costs more than it saves. The large one,
     which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
     """
+    source = check_source(source)
     own = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
     config = config.model_copy(update=own)
     module = load_bare(source, config)
@@ -141,7 +142,7 @@ def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> 
         raise ConfigurationError(
             "a live module needs its tokenizer: InferenceEngine(model, tokenizer), or skip_tokenizer_init=True"
         )
-    return _read_tokenizer(name or str(source), config)
+    return _read_tokenizer(expanded(name or str(source)), config)
 
 
 def _read_tokenizer(source: str, config: EngineConfig) -> Any:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from penstock.kernels.build import build, cache_folder
+from penstock.kernels.build import FLAGS, SOURCE, build, cache_folder
 from penstock.kernels.native import available
 
 PLAIN = ("-O0",)  # quick to compile, and good for every CPU
@@ -26,6 +29,8 @@ needs_compiler = pytest.mark.skipif(not REAL, reason="no compiler")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder that is not there yet, and a process that opened nothing."""
     folder = tmp_path / "deep" / "cache"
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("PENSTOCK_CACHE_DIR", str(folder))
     monkeypatch.delenv("CC", raising=False)
     build.cache_clear()
@@ -131,7 +136,116 @@ def test_a_broken_file_in_the_cache_is_replaced(cache: Path, content: bytes) -> 
     assert path.stat().st_size > 10_000
 
 
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without HOME and without an entry among the users, as containers run programs."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "PENSTOCK_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path) -> Path:
+    """The folder for temporary files; the compiler only copies what it made once."""
+    copy = f'while [ "$1" != -o ]; do shift; done; cp {library} "$2"'
+    monkeypatch.setenv("CC", compiler(tmp_path, copy))
+    return tmp_path / "temporary"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled library."""
+    folder = tmp_path_factory.mktemp("library")
+    subprocess.run([REAL, *FLAGS, *PLAIN, str(SOURCE), "-o", str(folder / "native.so"), "-lm"], check=True)
+    return folder / "native.so"
+
+
+def no_cache(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the cache folder away."""
+    (tmp_path / "file").touch()
+    if how == "no home":
+        nobody(monkeypatch)
+    elif how == "no such home":
+        monkeypatch.setenv("PENSTOCK_CACHE_DIR", "~nobody-of-that-name/cache")
+    elif how == "a file":
+        monkeypatch.setenv("PENSTOCK_CACHE_DIR", str(tmp_path / "file"))
+    elif how == "below a file":
+        monkeypatch.delenv("PENSTOCK_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif how == "noexec":
+        real, cache = os.statvfs, os.environ["PENSTOCK_CACHE_DIR"]
+        flags = SimpleNamespace(f_flag=os.ST_NOEXEC)
+        monkeypatch.setattr(os, "statvfs", lambda path: flags if str(path) == cache else real(path))
+    elif how == "full":
+        cc = Path(os.environ["CC"])
+        full = f'case "$*" in *{os.environ["PENSTOCK_CACHE_DIR"]}*) echo "No space left on device" >&2; exit 1;; esac'
+        cc.write_text(cc.read_text().replace("while", f"{full}\nwhile"))
+
+
 @needs_compiler
+@pytest.mark.parametrize("how", ["no home", "no such home", "a file", "below a file", "noexec", "full"])
+def test_without_a_cache_the_kernels_lie_in_a_private_temporary_folder(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, temporary: Path
+) -> None:
+    """Without a home there were no kernels at all."""
+    no_cache(how, tmp_path, monkeypatch)
+    with caplog.at_level(logging.WARNING, "penstock"):
+        for _ in range(2):
+            build.cache_clear()
+            assert build(PLAIN).library is not None
+    (folder,) = temporary.iterdir()
+    assert folder.name == f"penstock-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert len(list(folder.iterdir())) == 1, "the second process finds what the first one compiled"
+    assert [str(folder) in record.getMessage() for record in caplog.records] == [True, True]
+    assert "PENSTOCK_CACHE_DIR can name a folder" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("trap", ["writable", "link"])
+def test_a_temporary_folder_that_others_can_write_is_not_used(
+    trap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    no_cache("no home", tmp_path, monkeypatch)
+    shared = temporary / f"penstock-{os.getuid()}"
+    if trap == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        shared.symlink_to(tmp_path / "elsewhere")
+    else:
+        shared.mkdir()
+        shared.chmod(0o777)
+    assert build(PLAIN).library is not None
+    assert list(shared.iterdir()) == []
+    assert list(temporary.iterdir()) == [shared], "the folder of this process alone is gone"
+
+
+def test_without_any_folder_there_are_no_kernels_and_one_line_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    no_cache("no home", tmp_path, monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setenv("CC", compiler(tmp_path, "exit 0"))
+    with caplog.at_level(logging.WARNING, "penstock"):
+        assert not available()
+    (record,) = caplog.records
+    assert "no folder can hold compiled kernels: this user has no home folder" in record.getMessage()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("temporary")
+def test_a_relative_cache_folder_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of a bare name is looked for among those of the system."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PENSTOCK_CACHE_DIR", ".")
+    assert build(PLAIN).library is not None
+    assert len(list(tmp_path.glob("native-*.so"))) == 1
+
+
+@needs_compiler
+@pytest.mark.usefixtures("temporary")
 def test_where_nothing_can_be_kept_the_kernels_are_compiled_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,17 @@ def test_a_folder_keeps_its_checkpoints_dtype_unless_told_otherwise(tmp_path: Pa
     assert load(tmp_path, None, EngineConfig(dtype="float32", **IDS_ONLY)).runner.spec.dtype == "float32"
 
 
+def test_a_folder_below_a_home_is_found_and_an_unknown_home_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check knew "~", the loader took it for a hub id; without a home it was an untyped error."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build("llama").save_pretrained(tmp_path / "model")
+    assert load("~/model", None, EngineConfig(**IDS_ONLY)).runner.spec.name == str(tmp_path / "model")
+    with pytest.raises(ConfigurationError, match="home folder that is not known here: pass the whole path"):
+        load("~nobody-of-that-name/model", None, EngineConfig(**IDS_ONLY))
+
+
 def test_generation_defaults_and_all_eos_ids_come_from_the_generation_config() -> None:
     model = build("llama")
     model.generation_config.update(eos_token_id=[3, 5], temperature=0.5, top_p=0.8, do_sample=True)
