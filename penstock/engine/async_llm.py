@@ -5,7 +5,6 @@ A thin face over `InferenceEngine`; it owns nothing but the accumulation of what
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -135,7 +134,7 @@ class AsyncLLMEngine:
 
     async def get_tokenizer(self) -> Any:
         """The model's tokenizer; loads the model if that has not happened."""
-        await asyncio.to_thread(self.engine.start)
+        await self.engine.__aenter__()
         return self.engine.tokenizer
 
     def get_stats(self) -> dict[str, Any]:

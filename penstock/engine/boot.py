@@ -5,6 +5,7 @@ Assembling runs once, on the model's thread; the only place where `models.loadin
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -224,10 +225,23 @@ def _watchers(config: EngineConfig, parts: Parts, advisor: BatchingOptimizer) ->
     return [parts.tuning.observe, *([advise] if config.enable_metrics else [])]
 
 
-def shut_down(host: Host, callbacks: Callbacks, parts: list[Parts]) -> None:
-    """Stop at once, and let go of whatever was assembled."""
+def shut_down(host: Host, callbacks: Callbacks, parts: list[Parts], forget: Callable[[], None]) -> None:
+    """Stop at once, and let go of whatever was assembled.
+
+    While the model loads that takes as long, which nobody should wait for who only dropped an engine: then it is left
+    to a thread of its own.
+    """
+    args = (host, callbacks, parts, forget)
+    if host.loading:
+        threading.Thread(target=_shut_down, args=args, name="penstock-end", daemon=True).start()
+    else:
+        _shut_down(*args)
+
+
+def _shut_down(host: Host, callbacks: Callbacks, parts: list[Parts], forget: Callable[[], None]) -> None:
     host.stop(0.0)
     callbacks.close()
     for part in parts:
         part.close()
     parts.clear()
+    forget()

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from penstock.engine.exiting import park
 from penstock.engine.handle import RequestHandle
 from penstock.errors import DeadlineExceeded, RequestAborted
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
@@ -48,6 +49,11 @@ class Callbacks:
             own, self._own = self._own, None
         if own is not None:
             own.close()
+
+    def rest(self, until: float) -> None:
+        """The process exits: call nobody any more; a callback that runs may come to its end until then."""
+        if self._own is not None:
+            self._own.rest(until)
 
     def _start(self, pump: Coroutine[Any, Any, None]) -> None:
         try:
@@ -102,6 +108,10 @@ class _OwnLoop:
         self.loop.call_soon_threadsafe(self._closing.set)
         if threading.current_thread() is not self._thread:
             self._thread.join(2 * GRACE_S)
+
+    def rest(self, until: float) -> None:
+        """Let the thread wait for ever."""
+        park(self.loop, self._thread, until)
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:

@@ -11,10 +11,11 @@ import os
 import threading
 from collections.abc import Awaitable, Callable
 
-from penstock.engine.channel import RequestStatus, Wakeups
+from penstock.engine.channel import RequestStatus, Wakeups, hop
 from penstock.engine.core import EngineCore
+from penstock.engine.exiting import EXIT_S, park
 from penstock.engine.request import Request
-from penstock.engine.worker import Worker
+from penstock.engine.worker import Worker, settle
 from penstock.errors import EngineClosed, PenstockError
 
 Action = Callable[[EngineCore], None]
@@ -47,6 +48,7 @@ class Host:
         self._core: EngineCore | None = None
         self._early: list[tuple[Action, Request | None]] = []
         self._settled = threading.Event()
+        self._waiting: set[asyncio.Future[None]] = set()  # for that, on any loops
         self.error: BaseException | None = None
 
     def start(self) -> None:
@@ -69,6 +71,11 @@ class Host:
     def started(self) -> bool:
         """Whether the engine's thread was started."""
         return self._loop is not None
+
+    @property
+    def loading(self) -> bool:
+        """Whether the model is being loaded now."""
+        return self.started and not self._settled.is_set()
 
     @property
     def ready(self) -> bool:
@@ -125,6 +132,32 @@ class Host:
         if not own:
             self._thread.join()
 
+    async def settled(self) -> None:
+        """Return once the model is loaded, or will not be. No thread waits, so cancelling this takes no time."""
+        future = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if not self.loading:
+                return
+            self._waiting.add(future)
+        try:
+            await future
+        finally:  # a cancelled future keeps the frames that awaited it, and with them the engine
+            with self._lock:
+                self._waiting.discard(future)
+
+    def rest(self, until: float) -> None:
+        """The process exits: nobody is told anything any more, and both threads stop where they are."""
+        if self._loop is not None:
+            park(self._loop, self._thread, until)
+            self._worker.rest(until)
+
+    def _settle(self) -> None:
+        with self._lock:
+            self._settled.set()
+            waiting, self._waiting = self._waiting, set()
+        for future in waiting:
+            hop(future.get_loop(), settle, future, None, None)
+
     def _try_post(self, action: Action) -> None:
         try:
             self.post(action)
@@ -153,10 +186,12 @@ class Host:
             core = await boot(self._worker)
         except Exception as error:
             self.error = error
+            if not threading.main_thread().is_alive():
+                await asyncio.sleep(EXIT_S)  # it failed because the process exits, perhaps; that would be told nobody
             await self._close(None)
             return
         self._core = core
-        self._settled.set()
+        self._settle()
         early, self._early = self._early, []
         for action, _ in early:
             action(core)
@@ -179,7 +214,7 @@ class Host:
             if request is not None:
                 _fail(request, self.error or EngineClosed("the engine was stopped"))
         self._early.clear()
-        self._settled.set()
+        self._settle()
 
 
 def _fail(request: Request, error: BaseException) -> None:

@@ -24,6 +24,7 @@ from penstock.engine.boot import Parts, booter, check_early, shut_down
 from penstock.engine.callbacks import Callbacks
 from penstock.engine.channel import Channel, RequestStatus
 from penstock.engine.core import EngineCore
+from penstock.engine.exiting import rest_at_exit
 from penstock.engine.forking import Fork, forkable
 from penstock.engine.handle import RequestHandle
 from penstock.engine.host import Action, Host
@@ -69,7 +70,10 @@ class InferenceEngine:
         made = (self.config, self._admission, self._metrics, self._advisor, self._log, self._parts)
         self._host = Host(booter(model, tokenizer, *made))
         self._callbacks = Callbacks(_failer(self._host))
-        self._finalizer = weakref.finalize(self, shut_down, self._host, self._callbacks, self._parts)
+        host, callbacks, parts = self._host, self._callbacks, self._parts
+        forget = rest_at_exit(lambda: [host, callbacks, *(part.pool for part in parts)])
+        self._finalizer = weakref.finalize(self, shut_down, host, callbacks, parts, forget)
+        self._finalizer.atexit = False  # it waits for the step that is running
 
     # Generation.
 
@@ -204,7 +208,9 @@ class InferenceEngine:
             raise
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self.start)
+        self._boot()
+        await self._host.settled()
+        self._host.wait_ready()
         return self
 
     async def __aexit__(

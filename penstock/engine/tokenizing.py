@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from penstock.engine.detokenizer import redefines
+from penstock.engine.exiting import join
 from penstock.engine.tokenizer_copies import copy_tokenizer
 from penstock.errors import EngineClosed, RequestError
 
@@ -39,9 +40,13 @@ class TokenizerPool:
     def __init__(self, tokenizer: Any, num_workers: int = 2) -> None:
         self._jobs: _Jobs = SimpleQueue()
         self._lock = threading.Lock()  # nothing may enter the queue behind the end mark
+        self._resting = threading.Event()
+        self._threads = []
         for number in range(num_workers):
-            args = (self._jobs, copy_tokenizer(tokenizer))
-            threading.Thread(target=_work, args=args, name=f"penstock-tokenizer-{number}", daemon=True).start()
+            args = (self._jobs, copy_tokenizer(tokenizer), self._resting)
+            thread = threading.Thread(target=_work, args=args, name=f"penstock-tokenizer-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         self._end = weakref.finalize(self, self._jobs.put, None)
 
     def submit(self, fn: Callable[..., T], *args: Any) -> Future[T]:
@@ -58,9 +63,15 @@ class TokenizerPool:
         with self._lock:
             self._end()
 
+    def rest(self, until: float) -> None:
+        """The process exits: begin no work that waits, and see the workers end until then."""
+        self._resting.set()
+        self._jobs.put(None)
+        join(self._threads, until)
 
-def _work(jobs: _Jobs, tokenizer: Any) -> None:
-    while (job := jobs.get()) is not None:
+
+def _work(jobs: _Jobs, tokenizer: Any, resting: threading.Event) -> None:
+    while (job := jobs.get()) is not None and not resting.is_set():
         job(tokenizer)
         del job  # an idle worker keeps no prompt alive
     jobs.put(None)  # for the next worker

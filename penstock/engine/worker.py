@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from penstock.engine.channel import hop
+from penstock.engine.exiting import interrupt
 from penstock.errors import ExecutionError
 
 T = TypeVar("T")
@@ -31,7 +32,9 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
+        self._resting = threading.Event()
+        args = (self._jobs, self._resting)
+        self._thread = threading.Thread(target=_work, args=args, name=name, daemon=True)
         self._started = False
         self._ended = False
 
@@ -62,9 +65,16 @@ class Worker:
         if self._started:
             self._thread.join()
 
+    def rest(self, until: float) -> None:
+        """The process exits: interrupt the job that runs, begin none that waits, and see the thread end until then."""
+        self._resting.set()
+        self._jobs.put(None)
+        if self._started:
+            interrupt(self._thread, until)
 
-def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
+
+def _work(jobs: SimpleQueue[Callable[[], None] | None], resting: threading.Event) -> None:
+    while (job := jobs.get()) is not None and not resting.is_set():
         job()
         del job  # an idle worker keeps nothing alive
 
@@ -72,17 +82,18 @@ def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
 def _do(loop: asyncio.AbstractEventLoop, job: Job[T], fn: Callable[..., T], args: tuple[Any, ...]) -> None:
     if job.done.cancelled():
         return
-    hop(loop, _settle, job.begun, None, None)
+    hop(loop, settle, job.begun, None, None)
     try:
         result = fn(*args)
     except BaseException as error:
-        hop(loop, _settle, job.done, None, _portable(error))
+        hop(loop, settle, job.done, None, _portable(error))
         del job  # else the error's traceback and the future keep each other alive
     else:
-        hop(loop, _settle, job.done, result, None)
+        hop(loop, settle, job.done, result, None)
 
 
-def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+def settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    """Complete a future unless it is; on its own loop."""
     if future.done():
         return
     if error is None:

@@ -75,7 +75,6 @@ def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunn
     A model this small gains nothing from a second thread: handing work over costs more than it saves. The large one,
     which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
     """
-    source = check_source(source)
     own = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
     config = config.model_copy(update=own)
     module = load_bare(source, config)
@@ -95,7 +94,7 @@ def load_bare(source: str, config: EngineConfig) -> nn.Module:
 
     Raises `ConfigurationError` for what cannot be found, read, or is not complete, and `OutOfMemory`.
     """
-    check_source(source)
+    source = check_source(source)
     dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
     try:
         return read_module(source, dtype, config).to(device)

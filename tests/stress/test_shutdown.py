@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -286,3 +287,100 @@ def test_interpreter_exits_with_a_running_request(how: str) -> None:
     assert done.stdout.startswith("end")
     assert "Traceback" not in done.stderr, done.stderr
     assert "Fatal" not in done.stderr, done.stderr
+
+
+# What takes longer than a second when the program ends. `sys.exit` gets the right code, exceptions their traceback.
+BUSY = {
+    "a step that takes 5 s": "handle = InferenceEngine(ScriptedModel([5], step_s=5)).generate([1], ENDLESS)\nwait(0.3)",
+    "a callback that takes 8 s": (
+        "engine = InferenceEngine(ScriptedModel([5]))\n"
+        "engine.generate([1], ENDLESS, callback=lambda delta: wait(8)).detach()\nwait(0.3)"
+    ),
+    "a model that loads": "engine = InferenceEngine()\nengine.generate('a', ENDLESS).detach()\nwait(0.3)",
+    "a model that loads for a daemon thread": (
+        "def serve():\n    InferenceEngine().generate('a', ENDLESS).result()\n"
+        "threading.Thread(target=serve, daemon=True).start()\nwait(0.5)"
+    ),
+    "a dropped engine that loads": "InferenceEngine().generate('a', ENDLESS).detach()\ngc.collect()",
+    "a model that serves": (
+        "engine = InferenceEngine()\nengine.start()\n"
+        "handles = [engine.generate('a', ENDLESS) for _ in range(4)]\nwait(0.1)"
+    ),
+}
+ENDINGS = {"": (0, ""), "sys.exit(3)": (3, ""), "raise ValueError('mine')": (1, "ValueError: mine")}
+BUSY_PROGRAM = """
+import atexit, gc, sys, threading, time
+atexit.register(lambda: print(time.monotonic()))  # the last to run; what the interpreter itself takes comes after it
+from penstock import InferenceEngine, SamplingParams
+from penstock.models.scripted import ScriptedModel
+
+ENDLESS = SamplingParams(max_tokens=1500, ignore_eos=True)
+wait = time.sleep
+{busy}
+print(time.monotonic(), flush=True)
+{ending}
+"""
+
+
+@pytest.mark.parametrize(
+    ("busy", "ending"), [*((busy, "") for busy in BUSY), *(("a model that loads", e) for e in ENDINGS if e)]
+)
+def test_a_program_that_ends_while_the_engine_works_is_gone_soon(busy: str, ending: str) -> None:
+    """It waited for the step that ran, for the model that loaded, and 10 s for callbacks."""
+    code = BUSY_PROGRAM.format(busy=BUSY[busy], ending=ending)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    status, says = ENDINGS[ending]
+    assert (done.returncode, done.stderr.strip().rpartition("\n")[2]) == (status, says), done.stderr
+    begin, end = map(float, done.stdout.split())
+    assert end - begin < PROMPTLY_S
+
+
+INTERRUPTED = """
+import asyncio
+from penstock import InferenceEngine
+
+async def main():
+    print("begun", flush=True)
+    async with InferenceEngine():
+        pass
+
+asyncio.run(main())
+"""
+
+
+def test_ctrl_c_while_a_model_loads_ends_the_program() -> None:
+    """asyncio waited for the thread in which the engine waited for its model."""
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - begin < PROMPTLY_S
+    assert stderr.strip().endswith(b"KeyboardInterrupt")
+
+
+async def test_cancelling_the_start_waits_for_no_model() -> None:
+    gate = threading.Event()
+    before = set(threading.enumerate())
+
+    class Slow(ScriptedModel):
+        def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+            gate.wait(30)
+
+    engine = InferenceEngine(Slow([5]))
+    entering = asyncio.create_task(engine.__aenter__())
+    await asyncio.sleep(0)
+    assert engine.get_stats()["engine_status"] == "loading"
+    entering.cancel()
+    begin = time.monotonic()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    del engine, entering
+    await asyncio.sleep(0)  # until then asyncio holds the error, and with it the engine
+    gc.collect()  # an engine that was only dropped is not waited for
+    assert time.monotonic() - begin < PROMPTLY_S
+    gate.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
