@@ -42,7 +42,7 @@ def test_closing_frees_a_model_without_a_full_collection(
         parts.extend(weakref.ref(part) for part in (*view.modules(), *view.buffers()))
         return view
 
-    monkeypatch.setattr("penstock.models.loading.view_of", watched)
+    monkeypatch.setattr("penstock.models.borrow.view_of", watched)
     runner = load(build("llama"), None, EngineConfig(skip_tokenizer_init=True, compile_model=True)).runner
     runner.allocate(4, 16)
     runner.close()
