@@ -6,13 +6,16 @@ from typing import Any
 
 
 class LetterTokenizer:
-    """Token 0 is "a", token 1 is "b"; 25 has no text at all."""
+    """Token 0 is "a", token 1 is "b"; 25 has no text at all. Other `letters` may take their place."""
+
+    def __init__(self, letters: str = "abcdefghijklmnopqrstuvwxyz") -> None:
+        self._letters = letters
 
     def __len__(self) -> int:
-        return 26
+        return len(self._letters)
 
     def convert_ids_to_tokens(self, ids: list[int], **options: Any) -> list[str]:
-        return [chr(97 + i) for i in ids]
+        return [self._letters[i] for i in ids]
 
     def decode(self, ids: list[int], **options: Any) -> str:
         if 25 in ids:

@@ -36,6 +36,29 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return _wrap(_byte_fallback_json())
 
 
+def streamed_text(tokenizer: Any, ids: list[int], skip_special_tokens: bool = True) -> str:
+    """What a stream must show: the decoded text, but for byte runs that are not UTF-8, whose characters show too."""
+    decoded = str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+    if "<0x00>" not in tokenizer.get_vocab() or "\ufffd" not in decoded:
+        return decoded
+    left_out = {0, 1, 2, 476, 477, 478} if skip_special_tokens else set[int]()
+    visible = [id for id in ids if id < len(tokenizer) and id not in left_out]
+    runs: list[bytes | str] = []
+    for token in tokenizer.convert_ids_to_tokens(visible):
+        if not token.startswith("<0x"):
+            runs.append(token.replace("▁", " "))
+        elif runs and isinstance(runs[-1], bytes):
+            runs[-1] += bytes.fromhex(token[3:5])
+        else:
+            runs.append(bytes.fromhex(token[3:5]))
+    return "".join(run if isinstance(run, str) else _characters_of(run) for run in runs).removeprefix(" ")
+
+
+def _characters_of(run: bytes) -> str:
+    """The characters of a run, and U+FFFD for each byte that belongs to none."""
+    return run.decode(errors="surrogateescape").translate({0xDC00 + byte: "\ufffd" for byte in range(128, 256)})
+
+
 def in_context(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same tokenizer, now of a class of which nothing is known, since it could decode in its own way."""
     tokenizer.__class__ = _OwnDecode

@@ -10,7 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 
 from penstock.engine.ranking import judged, likelihood
-from penstock.engine.textstream import Text
+from penstock.engine.textstream import Text, TextDelta
 from penstock.engine.transcript import Transcript
 from penstock.outputs import Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import SamplingParams
@@ -68,7 +68,9 @@ class Collector:
         tokens, entries = event.tokens, event.logprobs
         if stop is not None:
             tokens, entries = tokens[:count], entries[:count]
-        last = text.finish() if stop is None and event.reason is not None else ""
+        reason, last = event.reason, ""
+        if stop is None and reason is not None:
+            last, stop, _ = text.finish()
         for transcript in transcripts:
             transcript.add(shown, tokens, entries, event.weight_version)
             if event.num_drafted_tokens:
@@ -76,9 +78,9 @@ class Collector:
             if transcript.logprobs is not None:
                 transcript.logprobs += map(self._by_token, entries)
             if stop is not None:
-                transcript.end("", FinishReason.STOP.value, stop)
-            elif event.reason is not None:
-                transcript.end(last, event.reason.value, self._stop_reason(event))
+                transcript.end(last, FinishReason.STOP.value, stop)
+            elif reason is not None:
+                transcript.end(last, reason.value, self._stop_reason(event))
         return transcripts
 
     def judge(self) -> Future[list[float]] | None:
@@ -125,9 +127,10 @@ class Collector:
         closed: list[Transcript] = []
         for text, transcripts in self._completions:
             if transcripts[0].finish_reason is None:
-                last = _last_of(text)
+                last, stop, _ = _last_of(text)
+                ending = reason if stop is None else FinishReason.STOP
                 for transcript in transcripts:
-                    transcript.end(last, reason.value)
+                    transcript.end(last, ending.value, stop)
                 closed += transcripts
         return closed if self.streams else self.chosen()
 
@@ -152,8 +155,8 @@ class Collector:
         return found
 
 
-def _last_of(text: Text) -> str:
+def _last_of(text: Text) -> TextDelta:
     try:
         return text.finish()
     except BaseException:  # the very fault, perhaps, that ends the request
-        return ""
+        return TextDelta("", None, 0)

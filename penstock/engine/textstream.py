@@ -32,8 +32,8 @@ class Text(Protocol):
         """Take accepted tokens."""
         ...
 
-    def finish(self) -> str:
-        """The text still held back, now that no token follows."""
+    def finish(self) -> TextDelta:
+        """The text still held back, now that no token follows, and the stop string that it completes, if any."""
         ...
 
 
@@ -44,9 +44,9 @@ class NoText:
         """All of them count."""
         return TextDelta("", None, len(token_ids))
 
-    def finish(self) -> str:
+    def finish(self) -> TextDelta:
         """Nothing."""
-        return ""
+        return TextDelta("", None, 0)
 
 
 class TextStream:
@@ -84,9 +84,10 @@ class TextStream:
         twin._detokenizer, twin._stops = self._detokenizer.copy(), copy(self._stops)
         return twin
 
-    def finish(self) -> str:
+    def finish(self) -> TextDelta:
         """The text still held back, now that no token follows; cut as ever if it completes a stop string."""
-        return self._filter(self._detokenizer.flush()) + self._stops.flush()
+        text = self._filter(self._detokenizer.flush())
+        return TextDelta(text + self._stops.flush(), self._stop, 0)
 
     def _filter(self, text: str) -> str:
         if self._num_tokens <= self._min_tokens:

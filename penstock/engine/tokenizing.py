@@ -14,7 +14,7 @@ from operator import index
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from penstock.engine.detokenizer import redefines
+from penstock.engine.decoding import redefines
 from penstock.engine.exiting import join
 from penstock.engine.tokenizer_copies import copy_tokenizer
 from penstock.errors import EngineClosed, RequestError

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.stops import StopStrings
 from penstock.engine.textstream import TextStream
-from tests.tokenizers_for_tests import byte_fallback, byte_level, in_context
+from tests.tokenizers_for_tests import byte_fallback, byte_level, in_context, streamed_text
 
 TOKENIZERS = {
     "byte level": byte_level(),
@@ -47,11 +47,33 @@ def decode(tokenizer: Any, ids: list[int], skip: bool) -> str:
 def test_streamed_text_is_the_decoded_text(stream: tuple[Any, list[int], bool]) -> None:
     tokenizer, ids, skip = stream
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
-    full, shown = decode(tokenizer, ids, skip), ""
+    full, shown = streamed_text(tokenizer, ids, skip), ""
     for token_id in ids:
         shown += detokenizer.push(token_id)
         assert full.startswith(shown)
     assert shown + detokenizer.flush() == full
+
+
+@given(stream=streams)
+def test_streamed_text_differs_from_the_decoded_text_in_byte_runs_that_are_not_utf8_only(
+    stream: tuple[Any, list[int], bool],
+) -> None:
+    tokenizer, ids, skip = stream
+    full, shown = decode(tokenizer, ids, skip), streamed_text(tokenizer, ids, skip)
+    assert shown == full or ("\ufffd" in full and "<0x00>" in tokenizer.get_vocab())
+
+
+@given(stream=streams.filter(lambda s: "Ģ" not in s[0].get_vocab()), data=st.data())
+def test_characters_of_byte_tokens_show_with_their_last_byte(
+    stream: tuple[Any, list[int], bool], data: st.DataObject
+) -> None:
+    tokenizer, ids, skip = stream
+    text = data.draw(st.text("éя你🙂\ufffd", min_size=1, max_size=6))
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+    before = "".join(map(detokenizer.push, [*ids, tokenizer.get_vocab()["<0x2E>"]]))
+    shown = [detokenizer.push(tokenizer.get_vocab()[f"<0x{byte:02X}>"]) for byte in text.encode()]
+    assert before.endswith(".")
+    assert shown == [part for char in text for part in [*[""] * (len(char.encode()) - 1), char]]
 
 
 @given(stream=streams.filter(lambda s: "Ģ" in s[0].get_vocab()))
@@ -69,8 +91,8 @@ def test_byte_level_text_is_held_back_by_one_character_at_most(stream: tuple[Any
 def test_tokens_in_one_push_or_in_many_give_the_same_text_and_stop(
     stream: tuple[Any, list[int], bool], data: st.DataObject
 ) -> None:
-    tokenizer, ids, skip = stream
-    text = decode(tokenizer, ids, skip)
+    tokenizer, ids, _ = stream
+    text = streamed_text(tokenizer, ids)
     starts = st.integers(0, max(0, len(text) - 1))
     found = data.draw(st.lists(st.tuples(starts, st.integers(1, 4)), max_size=2))
     stops = tuple(text[start : start + size] for start, size in found if text)
@@ -88,7 +110,8 @@ def run(stream: TextStream, ids: list[int], size: int) -> tuple[str, str | None,
         text, total = text + delta.text, total + delta.num_tokens
         if delta.stop is not None:
             return text, delta.stop, total
-    return text + stream.finish(), None, total
+    last = stream.finish()
+    return text + last.text, last.stop, total
 
 
 @given(stream=streams, data=st.data())
@@ -96,11 +119,11 @@ def test_text_ends_at_the_first_stop_of_the_whole_text(
     stream: tuple[Any, list[int], bool], data: st.DataObject
 ) -> None:
     tokenizer, ids, _ = stream
-    text = decode(tokenizer, ids, True)
+    text = streamed_text(tokenizer, ids)
     start = data.draw(st.integers(0, max(0, len(text) - 1)))
     stop = text[start : start + data.draw(st.integers(1, 5))] or "x"
-    shown, _, _ = run(TextStream(Detokenizer(tokenizer), StopStrings((stop,))), ids, 1)
-    assert shown == text.partition(stop)[0]
+    shown, completed, _ = run(TextStream(Detokenizer(tokenizer), StopStrings((stop,))), ids, 1)
+    assert (shown, completed) == (text.partition(stop)[0], stop if stop in text else None)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -113,4 +136,4 @@ def test_every_pair_of_bytes_streams_exactly(name: str) -> None:
     ids = [vocabulary[token] for token in hard]
     for triple in ([a, b, c, d] for a in ids for b in ids for c in ids for d in (ids[0], ids[1])):
         detokenizer = Detokenizer(tokenizer)
-        assert "".join(map(detokenizer.push, triple)) + detokenizer.flush() == decode(tokenizer, triple, True)
+        assert "".join(map(detokenizer.push, triple)) + detokenizer.flush() == streamed_text(tokenizer, triple)

@@ -97,6 +97,25 @@ def test_text_that_could_become_a_stop_string_is_held_back_until_the_end() -> No
     assert push(collector, 0, event([2], FinishReason.LENGTH)).text == "bc"
 
 
+def test_a_stop_string_that_the_flush_completes_ends_the_completion() -> None:
+    """finish_reason was "length", though the text was cut at the stop."""
+    for include, text in ((False, "a"), (True, "a\ufffd")):
+        collector = half_a_character(include)
+        delta = push(collector, 0, event([0, 1], FinishReason.LENGTH))
+        assert (delta.text, delta.token_ids, delta.finish_reason, delta.stop_reason) == (text, (0, 1), "stop", "\ufffd")
+        collector = half_a_character(include)
+        collector.push(0, event([0, 1]))
+        (delta,) = map(cut, collector.close(FinishReason.ABORT))
+        assert (delta.text, delta.finish_reason, delta.stop_reason) == (text, "stop", "\ufffd")
+
+
+def half_a_character(include: bool) -> Collector:
+    """A collector that stops at U+FFFD, which token 1 is until something follows."""
+    params = SamplingParams(max_tokens=2, stop="\ufffd", include_stop_str_in_output=include)
+    stream = TextStream(Detokenizer(LetterTokenizer("a\ufffd")), StopStrings(("\ufffd",), include))
+    return Collector("r", "j", [9], params, [stream], lambda token: "")
+
+
 @pytest.mark.parametrize(("shown", "text"), [(False, "a"), (True, "ab")])
 def test_text_of_the_stop_token_shows_only_when_asked_for(shown: bool, text: str) -> None:
     collector = make(stop_token_ids=[1], include_stop_str_in_output=shown)

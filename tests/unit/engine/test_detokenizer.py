@@ -11,7 +11,7 @@ from tokenizers import decoders
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from penstock.engine.detokenizer import Detokenizer
-from tests.tokenizers_for_tests import TEXT, byte_fallback, byte_level, in_context
+from tests.tokenizers_for_tests import TEXT, byte_fallback, byte_level, in_context, streamed_text
 
 KINDS = [byte_level, byte_fallback]
 
@@ -60,23 +60,39 @@ def test_flush_shows_half_a_character_and_begins_anew() -> None:
     assert detokenizer.push(ids_of(tokenizer, "a")[0]) == "a"
 
 
-def test_a_run_of_byte_tokens_is_held_until_it_ends() -> None:
+def test_a_character_of_byte_tokens_shows_with_its_last_byte() -> None:
+    """It was held to the end of the run, so an answer in Thai showed nothing for a hundred tokens."""
     tokenizer = byte_fallback()
     ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xB0>", "<0xB4>", "<0x21>", "▁lake")
-    assert stream(tokenizer, ids) == ["the", "", "", "", "", "水! lake", ""]
+    assert stream(tokenizer, ids) == ["the", "", "", "水", "!", " lake", ""]
 
 
-def test_one_invalid_byte_spoils_its_whole_run() -> None:
+def test_an_invalid_byte_spoils_no_character_that_was_shown() -> None:
+    """Only here does the stream differ from `decode`, which has one U+FFFD for each byte of the run."""
     tokenizer = byte_fallback()
-    ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xB0>", "<0xB4>", "<0xFF>", "▁lake")
-    assert stream(tokenizer, ids)[-2:] == ["\ufffd\ufffd\ufffd\ufffd lake", ""]
+    ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xB0>", "<0xB4>", "<0xFF>", "<0x21>", "▁lake")
+    assert stream(tokenizer, ids) == ["the", "", "", "水", "\ufffd", "!", " lake", ""]
+    assert decode(tokenizer, ids) == "the" + "\ufffd" * 5 + " lake"
+
+
+def test_bytes_that_no_longer_can_become_a_character_show_at_once() -> None:
+    tokenizer = byte_fallback()
+    ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xE6>", "<0xB0>", "▁lake", "<0xE6>")
+    assert stream(tokenizer, ids) == ["the", "", "\ufffd", "", "\ufffd\ufffd lake", "", "\ufffd"]
 
 
 def test_a_skipped_special_token_does_not_end_a_run_and_a_shown_one_does() -> None:
     tokenizer = byte_fallback()
     ids = ids_of(tokenizer, "<0xE6>", "<0xB0>", "<s>", "<0xB4>")
-    assert stream(tokenizer, ids) == ["", "", "", "", "水"]
-    assert stream(tokenizer, ids, skip_special_tokens=False) == ["", "", "\ufffd\ufffd<s>", "", "\ufffd"]
+    assert stream(tokenizer, ids) == ["", "", "", "水", ""]
+    assert stream(tokenizer, ids, skip_special_tokens=False) == ["", "", "\ufffd\ufffd<s>", "\ufffd", ""]
+
+
+def test_byte_tokens_that_a_decoder_takes_literally_are_text() -> None:
+    tokenizer = byte_fallback()
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0x21>")
+    assert stream(tokenizer, ids) == ["the", "<0xE6>", "<0x21>", ""]
 
 
 def test_only_the_first_space_of_the_text_is_stripped() -> None:
@@ -123,9 +139,13 @@ def test_two_requests_of_one_tokenizer_do_not_mix() -> None:
 def test_other_decoders_stream_exactly_too(decoder: Any) -> None:
     tokenizer = byte_fallback()
     tokenizer.backend_tokenizer.decoder = decoder
-    choose, space = random.Random(0), tokenizer.get_vocab()["▁"]
+    characters = [ids_of(tokenizer, *(f"<0x{byte:02X}>" for byte in char.encode())) for char in " aé水🙂\ufffd"]
+    high = set(ids_of(tokenizer, *(f"<0x{byte:02X}>" for byte in range(128, 256))))
+    words = [[id] for id in range(len(tokenizer)) if id not in high]
+    choose, space = random.Random(0), ids_of(tokenizer, "▁")
     for _ in range(100):
-        ids = [choose.choice([space, choose.randrange(len(tokenizer))]) for _ in range(30)]
+        pieces = [choose.choice([space, choose.choice(characters), choose.choice(words)]) for _ in range(30)]
+        ids = [id for piece in pieces for id in piece]
         assert "".join(stream(tokenizer, ids)) == decode(tokenizer, ids)
 
 
@@ -142,7 +162,16 @@ def endless(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     if "Ģ" in tokenizer.get_vocab():
         streams = {"lead bytes": ["ä"], "continuations": ["Ģ"], "mixed": ["ä", "Ģ", "<s>"], "special": ["<s>"]}
     else:
-        streams = {"byte run": ["<0xE6>"], "spaces": ["▁"], "special": ["<s>"], "short runs": ["<0xE6>", "<s>", "▁"]}
+        streams = {
+            "lead bytes": ["<0xE6>"],
+            "continuations": ["<0xB0>"],
+            "characters": ["<0xE6>", "<0xB0>", "<0xB4>"],
+            "replacements": ["<0xEF>", "<0xBF>", "<0xBD>"],
+            "byte spaces": ["<0x20>"],
+            "spaces": ["▁"],
+            "special": ["<s>"],
+            "short runs": ["<0xE6>", "<s>", "▁"],
+        }
     cycles = {name: ids_of(tokenizer, *tokens) for name, tokens in streams.items()}
     cycles |= {"unknown": [10**6], "text": tokenizer(TEXT)["input_ids"]}
     return {name: (ids * 10_000)[:10_000] for name, ids in cycles.items()}
@@ -162,7 +191,7 @@ def test_no_stream_decodes_more_than_a_few_ids_per_token(
         return str(original(ids, **options))
 
     for name, ids in endless(tokenizer).items():
-        expected, num_decoded = decode(tokenizer, ids), 0
+        expected, num_decoded = streamed_text(tokenizer, ids), 0
         with monkeypatch.context() as patch:
             patch.setattr(tokenizer, "decode", counting)
             assert "".join(stream(tokenizer, ids)) == expected, name

@@ -25,7 +25,7 @@ def test_text_without_stops_goes_straight_through() -> None:
     stream = open_stream()
     assert stream.push(letters("abc")) == TextDelta("abc", None, 3)
     assert stream.push([]) == TextDelta("", None, 0)
-    assert stream.finish() == ""
+    assert stream.finish() == TextDelta("", None, 0)
 
 
 def test_a_stop_counts_the_tokens_up_to_the_one_that_completes_it() -> None:
@@ -38,7 +38,7 @@ def test_nothing_comes_after_a_stop() -> None:
     stream = open_stream("b", include=True)
     assert stream.push(letters("abc")) == TextDelta("ab", "b", 2)
     assert stream.push(letters("abc")) == TextDelta("", "b", 0)
-    assert stream.finish() == ""
+    assert stream.finish() == TextDelta("", "b", 0)
 
 
 def test_a_stop_inside_a_token_cuts_the_token() -> None:
@@ -49,7 +49,7 @@ def test_a_stop_inside_a_token_cuts_the_token() -> None:
 def test_finish_gives_what_could_have_become_a_stop() -> None:
     stream = open_stream("abc")
     assert stream.push(letters("xab")) == TextDelta("x", None, 3)
-    assert stream.finish() == "ab"
+    assert stream.finish() == TextDelta("ab", None, 0)
 
 
 def test_stops_are_not_seen_in_the_first_min_tokens() -> None:
@@ -71,22 +71,29 @@ def test_a_character_completed_after_min_tokens_counts_as_later() -> None:
     assert stream.push(ids) == TextDelta("", "你", 3)
 
 
-def test_a_stop_in_the_flushed_text_cuts_it() -> None:
+def test_a_stop_in_the_flushed_text_cuts_it_and_is_told() -> None:
+    """It cut the text but was forgotten: the request ended with "length" and no stop reason."""
+    stream = open_stream("\ufffd")
+    lead = TOKENIZER.get_vocab()["ä"]  # the byte E4
+    assert stream.push([*letters("a"), lead]) == TextDelta("a", None, 2)
+    assert stream.finish() == TextDelta("", "\ufffd", 0)
+
+
+def test_a_stop_within_a_byte_run_ends_the_text_where_it_is_complete() -> None:
+    """The run was held to its end, and the stop with it."""
     tokenizer = byte_fallback()
-    stream = open_stream("B", tokenizer=tokenizer)
-    ids = [tokenizer.get_vocab()[token] for token in ("▁the", "<0x41>", "<0x42>", "<0x43>")]
-    assert stream.push(ids) == TextDelta("the", None, 4)
-    assert stream.finish() == "A"
+    stream = open_stream("水", include=True, tokenizer=tokenizer)
+    ids = [tokenizer.get_vocab()[token] for token in ("▁the", "<0x41>", "<0xE6>", "<0xB0>", "<0xB4>", "<0x43>")]
+    assert stream.push(ids) == TextDelta("theA水", "水", 5)
 
 
 def test_finish_within_min_tokens_gives_all_text() -> None:
-    tokenizer = byte_fallback()
-    stream = open_stream("A", min_tokens=5, tokenizer=tokenizer)
-    assert stream.push([tokenizer.get_vocab()["<0x41>"]]) == TextDelta("", None, 1)
-    assert stream.finish() == "A"
+    stream = open_stream("\ufffd", min_tokens=5)
+    assert stream.push([TOKENIZER.get_vocab()["ä"]]) == TextDelta("", None, 1)
+    assert stream.finish() == TextDelta("\ufffd", None, 0)
 
 
 def test_tokens_without_text_are_counted() -> None:
     text = NoText()
     assert text.push([1, 2, 3]) == TextDelta("", None, 3)
-    assert text.finish() == ""
+    assert text.finish() == TextDelta("", None, 0)
