@@ -6,7 +6,7 @@ Owns the translation and nothing else. Built by callers; the door asks for `samp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from penstock.errors import RequestError, RequestTooLarge
 from penstock.sampling import SamplingParams
@@ -64,7 +64,7 @@ class GenerationConfig:
             new = min(new, room)
         eos = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id or ())
         searches = self.num_beams > 1
-        return SamplingParams(
+        params = SamplingParams(
             n=self.num_return_sequences,
             best_of=self.num_beams if searches else None,
             use_beam_search=searches,
@@ -80,3 +80,4 @@ class GenerationConfig:
             stop_token_ids=eos,
             seed=self.seed,
         )
+        return params if self.do_sample else replace(params, top_k=0, top_p=1.0)

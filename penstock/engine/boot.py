@@ -122,7 +122,7 @@ def _around(
     pool = TokenizerPool(tokenizer)
     limit = min(longest, cache.capacity)
     remedy = _remedy(runner.spec, longest, cache.capacity)
-    door = Door(config, runner.spec, limit, copy_tokenizer(tokenizer), pool, admission, remedy=remedy)
+    door = Door(config, runner.spec, limit, copy_tokenizer(tokenizer), pool, admission, remedy=remedy, log=log)
     drafter = make_drafter(config, draft, cache)
     return Parts(runner, tokenizer, pool, cache, wanted, scheduler, door, Tuning(config, limits, log), drafter, draft)
 

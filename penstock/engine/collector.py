@@ -24,7 +24,8 @@ class Collector:
     """Completions of one request. `texts` holds one fresh stream of text for each that is generated.
 
     There are `SamplingParams.num_texts` of them; where that is one, it is the text of all `n` completions. `streams`
-    says whether transcripts may be shown as they grow: not while candidates still compete.
+    says whether transcripts may be shown as they grow: not while candidates still compete. `stops` are stop strings
+    that the texts never show, by the token ids that end the sequence in their place.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Collector:
         params: SamplingParams,
         texts: SequenceOf[Text],
         decode_token: DecodeToken,
+        stops: Mapping[int, str] | None = None,
     ) -> None:
         self._request_id = request_id
         self._prompt = prompt
         self._prompt_token_ids = prompt_token_ids
         self._params = params
         self._decode_token = decode_token
+        self._stops = stops or {}
         alike = range(params.n) if len(texts) == 1 else range(1)
         self._completions = [(text, [self._transcript(i + k) for k in alike]) for i, text in enumerate(texts)]
         self._prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
@@ -71,6 +74,7 @@ class Collector:
         reason, last = event.reason, ""
         if stop is None and reason is not None:
             last, stop, _ = text.finish()
+            last += self._stop_text(event) if stop is None else ""
         for transcript in transcripts:
             transcript.add(shown, tokens, entries, event.weight_version)
             if event.num_drafted_tokens:
@@ -146,8 +150,16 @@ class Collector:
         """The tokens whose text shows: the stopping one's does only if asked for."""
         return event.tokens if self._params.include_stop_str_in_output else event.tokens[:-1]
 
-    def _stop_reason(self, event: Event) -> int | None:
-        return event.stop_token if event.stop_token in (self._params.stop_token_ids or ()) else None
+    def _stop_text(self, event: Event) -> str:
+        """The stop string that the stopping token is, where it shows."""
+        if event.stop_token is None or not self._params.include_stop_str_in_output:
+            return ""
+        return self._stops.get(event.stop_token, "")
+
+    def _stop_reason(self, event: Event) -> int | str | None:
+        if event.stop_token is None or event.stop_token in (self._params.stop_token_ids or ()):
+            return event.stop_token
+        return self._stops.get(event.stop_token)
 
     def _by_token(self, entry: TokenLogprobs) -> Mapping[int, Logprob]:
         found = {token: Logprob(logprob, rank, self._decode_token(token)) for token, logprob, rank in entry.top}

@@ -7,13 +7,15 @@ as the padding of a model's vocabulary: it has no text. Called by `Detokenizer` 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary
 
-_HEX = frozenset("0123456789ABCDEFabcdef")
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Kind(Enum):
@@ -29,10 +31,12 @@ class Facts:
     """What is known of a vocabulary, learned id by id; shared by all decoders of one tokenizer.
 
     `context_free`: the text of a token, or of a character written in byte tokens, never depends on what came before,
-    once a complete character has. Then `texts` and `characters` have their texts there.
+    once a complete character has. Then `texts` and `characters` have their texts there. `num_ids`: of a tokenizer
+    written in Python, what no id may reach.
     """
 
     context_free: bool
+    num_ids: int = 0
     kinds: dict[int, Kind] = field(default_factory=dict)
     bytes: dict[int, int] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
@@ -73,21 +77,21 @@ class TokenDecoder:
         token = self._token(token_id)
         if token is None:
             return Kind.INVISIBLE
-        is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">") and _HEX.issuperset(token[3:5])
-        if is_byte and token not in self.decode([token_id]):  # else the decoder takes it literally
-            self.facts.bytes[token_id] = int(token[3:5], 16)
+        match = _BYTE.fullmatch(token) if isinstance(token, str) else None
+        if match and match[0] not in self.decode([token_id]):  # else the decoder takes it literally
+            self.facts.bytes[token_id] = int(match[1], 16)
             return Kind.BYTE
         return Kind.TEXT
 
-    def _token(self, token_id: int) -> str | None:
-        """The vocabulary's entry, or None if decoding leaves it out."""
+    def _token(self, token_id: int) -> str | bytes | None:
+        """The vocabulary's entry, or None if decoding leaves it out; some tokenizers written in Python have bytes."""
         tokenizer = self._tokenizer
         if hasattr(tokenizer, "backend_tokenizer"):
             # It skips other tokens than the ones transformers lists as special. What it decodes shows at least as
             # U+FFFD, but for spaces at the start of a text, so a token that is empty eight times in a row is left out.
             token: str | None = tokenizer.convert_ids_to_tokens(token_id)
             return None if token is None or not self.decode([token_id] * 8) else token
-        if token_id >= len(tokenizer):
+        if token_id >= self.facts.num_ids:
             return None
         try:
             tokens = tokenizer.convert_ids_to_tokens([token_id], skip_special_tokens=self._skip_special_tokens)
@@ -99,8 +103,16 @@ class TokenDecoder:
 def _facts_of(tokenizer: Any, skip_special_tokens: bool) -> Facts:
     both = _facts.setdefault(tokenizer, {})
     if skip_special_tokens not in both:
-        both[skip_special_tokens] = Facts(context_free=_is_context_free(tokenizer))
+        in_python = not hasattr(tokenizer, "backend_tokenizer")
+        both[skip_special_tokens] = Facts(_is_context_free(tokenizer), _num_ids(tokenizer) if in_python else 0)
     return both[skip_special_tokens]
+
+
+def _num_ids(tokenizer: Any) -> int:
+    """One more than the highest id; a vocabulary with gaps has fewer tokens."""
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    length = len(tokenizer) if hasattr(tokenizer, "__len__") else sys.maxsize
+    return max(length, max(vocabulary.values(), default=-1) + 1)
 
 
 def _is_context_free(tokenizer: Any) -> bool:

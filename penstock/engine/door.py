@@ -15,7 +15,10 @@ from typing import Any
 
 from penstock.config import EngineConfig
 from penstock.engine.collector import Collector
+from penstock.engine.decoding import TokenDecoder
 from penstock.engine.detokenizer import Detokenizer
+from penstock.engine.inert import SpecialTokens, check_ids, inert, once
+from penstock.engine.log import Logger, make_logger
 from penstock.engine.request import Params, Request
 from penstock.engine.stops import StopStrings
 from penstock.engine.textstream import NoText, Text, TextStream
@@ -39,7 +42,8 @@ class Door:
     """Admits requests to one model.
 
     `limit` is the most tokens of one sequence, `remedy` how to have more, as the end of a sentence that says what else
-    to do. `tokenizer` is the engine thread's own copy; None serves token ids only.
+    to do. `tokenizer` is the engine thread's own copy; None serves token ids only. `log` is told of parameters without
+    effect, of each kind once.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Door:
         admission: Admission,
         *,
         remedy: str = "",
+        log: Logger | None = None,
     ) -> None:
         self._config = config
         self._remedy = remedy
@@ -60,7 +65,10 @@ class Door:
         self._tokenizer = tokenizer
         self._pool = pool
         self._admission = admission
+        self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, skip_special_tokens=False)
+        self._special = None if tokenizer is None else SpecialTokens(tokenizer)
         self._token_texts: dict[int, str] = {}
+        self._warn = once((log or make_logger("warning")).warning)
 
     def encode(self, request: Request) -> Future[Encoded]:
         """Prompt text, prompt ids and bad words as ids; on the pool where a tokenizer is needed, else at once."""
@@ -80,6 +88,7 @@ class Door:
         if now >= min(request.deadline, request.ttft_deadline):
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
         params = self._resolve(request.params, len(ids), bad_words)
+        stops = self._special_stops(params)
         # After the length: looking at a million ids holds the interpreter lock.
         self._check_vocabulary("the prompt", ids)
         self._admission.adjust(len(ids) - request.reserved_tokens)
@@ -87,8 +96,8 @@ class Door:
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
         said = () if request.origin is None else ids[-CONTEXT:]
         texts = [self._text(params, said) for _ in range(params.num_texts)]
-        request.collector = Collector(request.id, text, ids, params, texts, self._decode_token)
-        request.sequences = self._sequences(request, params, ids, seq_ids)
+        request.collector = Collector(request.id, text, ids, params, texts, self._decode_token, stops)
+        request.sequences = self._sequences(request, params, ids, seq_ids, frozenset(stops))
         if params.use_beam_search:
             request.search = self._search(request.sequences[0], params)
 
@@ -96,8 +105,7 @@ class Door:
         """A text and what tokens after it say; None where texts are not known."""
         if text is None or self._tokenizer is None:
             return None
-        options = {"skip_special_tokens": params.skip_special_tokens, "clean_up_tokenization_spaces": False}
-        return text + str(self._tokenizer.decode(list(tokens), **options))
+        return text + TokenDecoder(self._tokenizer, params.skip_special_tokens).text(tokens)
 
     def release(self, request: Request) -> None:
         """Give back what the request held of the waiting room; once."""
@@ -149,12 +157,25 @@ class Door:
                 "search with fewer, or raise max_batch_size"
             )
         self._check_logprobs(params)
-        self._check_vocabulary("logit_bias", params.logit_bias or ())
-        self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
-        return dataclasses.replace(params, max_tokens=wanted, bad_words=bad_words)
+        self._check_effects(params)
+        return dataclasses.replace(params, max_tokens=wanted, bad_words=bad_words or params.bad_words)
+
+    def _check_effects(self, params: SamplingParams) -> None:
+        """Refuse what could never act for sure, and tell of what probably cannot."""
+        check_ids(params, self._spec.vocab_size)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need text, and this engine serves token ids only: pass stop_token_ids")
+        for sentence in inert(params, self._spec, self._special):
+            self._warn(sentence)
+
+    def _special_stops(self, params: SamplingParams) -> dict[int, str]:
+        """Stop strings that are special tokens which text leaves out, by id."""
+        if not params.stop or not params.skip_special_tokens or self._special is None:
+            return {}
+        return self._special.ids_of(params.stop)
 
     def _sequences(
-        self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int]
+        self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int], stops: frozenset[int]
     ) -> list[Sequence]:
         assert params.max_tokens is not None
         sibling = dataclasses.replace(params, prompt_logprobs=None)  # one scoring of the prompt is enough
@@ -167,7 +188,7 @@ class Door:
                 params=sibling if found else params,
                 tokens=list(ids),
                 max_len=len(ids) + params.max_tokens,
-                stop_ids=eos | frozenset(params.stop_token_ids or ()),
+                stop_ids=eos | stops | frozenset(params.stop_token_ids or ()),
                 seed=request.seed if params.seed is None else params.seed,
                 sample_index=next(request.sample_indices),
                 priority=request.priority,
@@ -200,11 +221,11 @@ class Door:
         return TextStream(detokenizer, stops, params.min_tokens)
 
     def _decode_token(self, token: int) -> str | None:
-        if self._tokenizer is None:
+        if self._decoder is None:
             return None
         text = self._token_texts.get(token)
         if text is None:
-            text = self._token_texts[token] = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            text = self._token_texts[token] = self._decoder.text([token])
         return text
 
 
