@@ -75,7 +75,11 @@ class EngineConfig(BaseSettings):
     max_queue_size: int = Field(1000, ge=1, description="Most requests that may wait; one more raises EngineOverloaded.")
     max_queued_tokens: int | None = Field(None, ge=1, description="Most prompt tokens that may wait; None is no limit.")
     priority_boost_threshold: float = Field(5.0, gt=0, description="Seconds of waiting after which a request moves one priority class forward in the queue, so that nothing starves.")
-    default_max_tokens: int = Field(256, ge=1, description="New tokens of a request that gives no parameters at all.")
+    default_max_tokens: int = Field(
+        256,
+        ge=1,
+        description="New tokens of a request without any parameters, where the model's generation config sets none.",
+    )
 
     # K/V cache, read at start
     block_size: int = Field(16, ge=1, le=256, description="Tokens per cache block.")

@@ -1,12 +1,13 @@
-"""`GenerationConfig`: the parameter names of `transformers`, translated into `SamplingParams`.
+"""`GenerationConfig`: the parameter names of `transformers`, translated into `SamplingParams`; and a model's defaults.
 
-Owns the translation and nothing else. Built by callers; the door asks for `sampling_params()`.
+Owns the translation and nothing else. Built by callers; the door asks for `sampling_params()`, or `default_params`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from penstock.errors import RequestError, RequestTooLarge
 from penstock.sampling import SamplingParams
@@ -81,3 +82,23 @@ class GenerationConfig:
             seed=self.seed,
         )
         return params if self.do_sample else replace(params, top_k=0, top_p=1.0)
+
+
+def default_params(defaults: Mapping[str, Any], max_tokens: int, prompt_len: int | None = None) -> SamplingParams:
+    """A model's own defaults, see `ModelSpec`, with `max_tokens` where they limit no length.
+
+    Their lengths with the prompt hold for a prompt of `prompt_len` tokens; those that it uses up already do not.
+    """
+    values = dict(defaults)
+    longest, shortest = values.pop("max_length", None), values.pop("min_length", 0)
+    if prompt_len is not None:
+        if longest is not None and longest > prompt_len:
+            max_tokens = longest - prompt_len
+        values.setdefault("min_tokens", max(0, shortest - prompt_len))
+    tokens = values.get("max_tokens", max_tokens)
+    return SamplingParams(**{**values, "max_tokens": tokens, "min_tokens": min(tokens, values.get("min_tokens", 0))})
+
+
+def with_length(params: SamplingParams, max_tokens: int) -> SamplingParams:
+    """The same with another `max_tokens`, and a `min_tokens` that fits it."""
+    return replace(params, max_tokens=max_tokens, min_tokens=min(max_tokens, params.min_tokens))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
+from penstock import processors
 from penstock.errors import RequestError
 
 # A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
@@ -39,7 +40,7 @@ class OutputKind(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(processors.ProcessorParams):
     """How to choose the tokens of one request.
 
     `temperature=0` is greedy; `top_k` of 0 or -1, `top_p=1` and `min_p=0` are off. `max_tokens` counts new tokens;
@@ -56,6 +57,9 @@ class SamplingParams:
     `rank_by` and no `best_of`, n completions are sorted. `use_beam_search` keeps the `best_of` (or n) likeliest
     beginnings at every position instead, as `transformers` does with `num_beams`: `length_penalty` and
     `early_stopping` (True, False or "never") mean what they mean there. What is ranked is delivered at the end.
+
+    `is_ruled` and `is_cut` say what follows from the parameters: that rules change the logits of every token, and that
+    draws are restricted by more than top-k, top-p and min-p.
     """
 
     n: int = 1
@@ -89,9 +93,12 @@ class SamplingParams:
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     speculation_length: int | None = None
+    is_ruled: bool = field(init=False, repr=False, compare=False)
+    is_cut: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (
+            *processors.normalized(self).items(),
             ("stop", _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)),
             ("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids)),
             ("bad_words", _tuple("bad_words", self.bad_words)),
@@ -104,6 +111,8 @@ class SamplingParams:
         ):
             object.__setattr__(self, name, value)
         _validate(self)
+        object.__setattr__(self, "is_ruled", _is_ruled(self))
+        object.__setattr__(self, "is_cut", processors.restricts_draws(self))
 
     @property
     def greedy(self) -> bool:
@@ -159,8 +168,22 @@ def _count(value: int | bool | None) -> int | None:
     return None if value is False else value
 
 
+def _is_ruled(p: SamplingParams) -> bool:
+    return bool(
+        p.repetition_penalty != 1
+        or p.presence_penalty
+        or p.frequency_penalty
+        or p.logit_bias
+        or p.bad_words
+        or p.logits_processors
+        or p.allowed_token_ids is not None
+        or processors.changes_logits(p)
+    )
+
+
 def _validate(p: SamplingParams) -> None:
     _check_numbers(p)
+    processors.check(p)
     _check_counts(p)
     _check_stops(p)
     _check_ranking(p)

@@ -15,6 +15,7 @@ from penstock.engine.door import Door
 from penstock.engine.request import Request
 from penstock.engine.tokenizing import encode_prompt
 from penstock.errors import RequestError
+from penstock.processors import after
 from penstock.sampling import SamplingParams
 from penstock.sequence import Sequence, Status
 
@@ -96,7 +97,7 @@ def _inherited(seq: Sequence, at: int, length: int) -> SamplingParams | None:
         return None
     least = min(room, max(0, seq.params.min_tokens - at))
     one = dataclasses.replace(seq.params, n=1, best_of=None, rank_by=None, prompt_logprobs=None)
-    return dataclasses.replace(one, min_tokens=least, max_tokens=room)
+    return dataclasses.replace(after(one, length - seq.prompt_len), min_tokens=least, max_tokens=room)
 
 
 def forkable(channel: Channel | None, request_id: str, n: int) -> Channel:

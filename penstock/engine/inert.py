@@ -32,6 +32,11 @@ def _ids_of(params: SamplingParams) -> Iterator[tuple[str, Collection[int]]]:
     yield "allowed_token_ids", params.allowed_token_ids or ()
     yield "stop_token_ids", params.stop_token_ids or ()
     yield "bad_words", [token for word in params.bad_words if not isinstance(word, str) for token in word]
+    yield "suppress_tokens", params.suppress_tokens or ()
+    yield "begin_suppress_tokens", params.begin_suppress_tokens or ()
+    yield "sequence_bias", [token for ids in params.sequence_bias or () for token in ids]
+    yield "forced_bos_token_id", () if params.forced_bos_token_id is None else (params.forced_bos_token_id,)
+    yield "forced_eos_token_id", params.forced_eos_token_id or ()  # type: ignore[misc]
 
 
 def inert(params: SamplingParams, spec: ModelSpec, special: SpecialTokens | None) -> Iterator[str]:

@@ -34,6 +34,7 @@ from penstock.engine.protocol import Callback, FinalCallback
 from penstock.engine.request import Params, Request, new_request, taken
 from penstock.engine.tokenizing import Prompt
 from penstock.errors import EngineClosed, RequestError
+from penstock.generation import default_params
 from penstock.outputs import RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
@@ -223,10 +224,14 @@ class InferenceEngine:
         """The model's tokenizer (not to be used from two threads at once); None before loading, or when skipped."""
         return self._parts[0].tokenizer if self._parts else None
 
-    def default_params(self) -> SamplingParams:
-        """What a request without parameters runs with: the model's own generation defaults. Loads the model."""
+    def default_params(self, max_tokens: int | None = None) -> SamplingParams:
+        """What a request without parameters runs with: the model's own generation defaults. Loads the model.
+
+        A `max_length` or `min_length` of these depends on the prompt, and is left out. `max_tokens` holds where they
+        have no `max_new_tokens`; None is the configured `default_max_tokens`.
+        """
         self.start()
-        return SamplingParams(**{**self._parts[0].runner.spec.defaults, "max_tokens": self.config.default_max_tokens})
+        return default_params(self._parts[0].runner.spec.defaults, max_tokens or self.config.default_max_tokens)
 
     # Figures.
 

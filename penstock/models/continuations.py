@@ -76,7 +76,15 @@ class Continuations:
         copy.flat.sub_(log_total[:, None])
         sequences = [rules.SequenceRules.of(row, self._eos_token_ids, raw.size) for row in rows]
         errors = rules.apply(copy.flat[:, : raw.size], rows, sequences)
+        _renormalize(copy.flat, rows)
         return copy.refreshed(), errors
+
+
+def _renormalize(logits: Tensor, rows: Sequence[Row]) -> None:
+    members = [i for i, row in enumerate(rows) if row.params.renormalize_logits]
+    if members:
+        index = torch.tensor(members, dtype=torch.int64, device=logits.device)
+        logits[index] = logits[index].log_softmax(-1)
 
 
 def _greatest(seen: Vocabulary, count: int) -> tuple[list[list[float]], list[list[int]]]:

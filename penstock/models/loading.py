@@ -1,13 +1,12 @@
 """From what a caller has (hub id, folder, live module, nothing) to a model that runs: `load`.
 
-Owns device and dtype resolution, the reading of generation defaults and every way a load can fail. Never downloads
+Owns device and dtype resolution and every way a load can fail. Never downloads
 when a local path was meant. Called once per engine, off the event loop; imports torch and transformers.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
 from penstock.models.checks import refuse_foreign
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source, expanded
+from penstock.models.generation_defaults import eos_token_ids, generation_defaults, warn_of_ignored
 from penstock.models.lean import DraftRunner
 from penstock.models.pinning import PinnedDefaults
 from penstock.models.positions import Limit, length_limit
@@ -62,11 +62,11 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
         borrowed = Borrowed(model, packed=config.compile_model)
         owner = borrowed.view if config.compile_model else model  # what is packed is the view's own
         parts = _parts(borrowed.view, owner, tokenizer, config, _name_of(model))
-        return LoadedModel(Executor(*parts, borrowed=borrowed), tokenizer)
+        return _ready(parts, tokenizer, borrowed)
     source = check_source(str(MODEL_DIR if model is None else model))
     module = load_bare(source, config)
     tokenizer = _tokenizer_for(source, tokenizer, config)
-    return LoadedModel(Executor(*_parts(module, module, tokenizer, config, source)), tokenizer)
+    return _ready(_parts(module, module, tokenizer, config, source), tokenizer)
 
 
 def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunner:
@@ -154,10 +154,18 @@ def _read_tokenizer(source: str, config: EngineConfig) -> Any:
         ) from error
 
 
+def _ready(parts: tuple[Any, ...], tokenizer: Any, borrowed: Borrowed | None = None) -> LoadedModel:
+    runner = Executor(*parts, borrowed=borrowed)
+    module: nn.Module = parts[0]
+    warn_of_ignored(module, runner.spec, has_text=tokenizer is not None)
+    return LoadedModel(runner, tokenizer)
+
+
 def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> tuple[Any, ...]:
     """What an `Executor` is made of."""
     refuse_foreign(module)
     device, dtype = device_and_dtype(module)
+    eos = eos_token_ids(module, tokenizer)
     limit = length_limit(_text_config(module))
     longest = _longest(limit, config)
     facts: dict[str, Any] = {
@@ -165,10 +173,10 @@ def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
         "vocab_size": _vocab_size(module),
         "max_length": longest,
         "max_length_reason": limit.reason if longest == limit.tokens else "",
-        "eos_token_ids": _eos_ids(module, tokenizer),
+        "eos_token_ids": eos,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "defaults": _defaults(module),
+        "defaults": generation_defaults(module, _vocab_size(module), eos, has_text=tokenizer is not None)[0],
     }
     read = weight_bytes(owner)
     made = _try(module, device, longest, config, owned=module is owner)
@@ -212,27 +220,3 @@ def _vocab_size(module: nn.Module) -> int:
 
 def _text_config(module: nn.Module) -> Any:
     return module.config.get_text_config()  # type: ignore[union-attr, operator]
-
-
-def _eos_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """All ids that end a text: the generation config's, else the model config's, else the tokenizer's."""
-    for holder in (getattr(module, "generation_config", None), _text_config(module), tokenizer):
-        found = getattr(holder, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
-
-
-def _defaults(module: nn.Module) -> dict[str, Any]:
-    """The sampling parameters that the model's generation config sets, in our names."""
-    generation: Any = getattr(module, "generation_config", None)
-    if generation is None:
-        return {}
-    wanted = {
-        name: getattr(generation, name, None)
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    }
-    found = {name: value for name, value in wanted.items() if isinstance(value, int | float) and math.isfinite(value)}
-    if not getattr(generation, "do_sample", False):
-        found["temperature"] = 0.0
-    return found

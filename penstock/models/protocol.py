@@ -19,7 +19,8 @@ class ModelSpec:
 
     `max_length_reason` says why the model cannot do more, and what to change; "" where the settings say less.
     `kernels` says what its hot operations run with, `rewrites` what was replaced in it to be faster.
-    `defaults` are the sampling parameters that the model's own generation config recommends.
+    `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
+    `min_length`, in which the prompt counts.
     """
 
     name: str

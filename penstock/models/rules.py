@@ -1,7 +1,8 @@
 """Logits rules as pure functions of tensors: what a request may do to its logits before a token is drawn.
 
-Owns the arithmetic of every rule, batched over rows that each have their own parameters, and their order: bias,
-allowed tokens, suppressed tokens, penalties, user processors. Knows nothing of drawing. Called by the sampler.
+Owns the arithmetic of the rules, batched over rows that each have their own parameters, and the order of all: bias,
+allowed tokens, suppressed tokens, penalties, forced tokens, user processors. Knows nothing of drawing. Called by the
+sampler.
 
 A rule takes `logits` float32 [R, V] and writes into them; (rows, tokens) int64 [K] name the logits it touches, no
 pair twice. `SequenceRules` is what one sequence's rules boil down to: ids inside the vocabulary, and token counts.
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from penstock.errors import ExecutionError, RequestError
+from penstock.models import processors
+from penstock.models.pairs import Pairs, inside, int64
+from penstock.models.processors import ProcessorRules
 from penstock.sampling import LogitsProcessor, SamplingParams
 from penstock.step import Row
 
@@ -126,6 +130,7 @@ class SequenceRules:
     held_back: array[int]  # what min_tokens suppresses: EOS and every stop id
     bad_words: tuple[tuple[int, ...], ...]
     counts: TokenCounts | None
+    processors: ProcessorRules | None
 
     @classmethod
     def of(cls, row: Row, eos_token_ids: frozenset[int], size: int) -> SequenceRules:
@@ -136,30 +141,23 @@ class SequenceRules:
         return cls(
             params=p,
             bias={token: bias for token, bias in (p.logit_bias or {}).items() if token < size},
-            allowed=None if p.allowed_token_ids is None else _inside(p.allowed_token_ids, size),
-            held_back=_inside(row.stop_ids | eos_token_ids, size),
+            allowed=None if p.allowed_token_ids is None else inside(p.allowed_token_ids, size),
+            held_back=inside(row.stop_ids | eos_token_ids, size),
             bad_words=tuple(word for word in words if 0 <= word[-1] < size),
             counts=TokenCounts(size) if penalized else None,
+            processors=ProcessorRules.of(row, eos_token_ids, size),
         )
 
     def continues(self, row: Row) -> bool:
         """Whether `row` is a later state of the sequence these rules were made for."""
-        return self.params is row.params and (self.counts is None or self.counts.num_seen <= len(row.tokens))
+        if self.params is not row.params or (self.processors is not None and not self.processors.continues(row)):
+            return False
+        return self.counts is None or self.counts.num_seen <= len(row.tokens)
 
 
 def has_rules(row: Row) -> bool:
     """Whether any rule touches this row, of which the token at position `end` is to be drawn."""
-    p = row.params
-    return bool(
-        p.repetition_penalty != 1
-        or p.presence_penalty
-        or p.frequency_penalty
-        or row.end - row.prompt_len < p.min_tokens
-        or p.logit_bias
-        or p.bad_words
-        or p.logits_processors
-        or p.allowed_token_ids is not None
-    )
+    return row.params.is_ruled or row.end - row.prompt_len < row.params.min_tokens
 
 
 def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> dict[int, RequestError]:
@@ -167,10 +165,14 @@ def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules
 
     `sequences[i]` belongs to `rows[i]`. Returns the errors of user processors by row; such a row's logits are void.
     """
+    extras = [(i, rows[i], rules.processors) for i, rules in enumerate(sequences) if rules.processors is not None]
     _apply_bias(logits, sequences)
+    processors.bias_sequences(logits, extras)
     _apply_allowed(logits, sequences)
     _apply_suppressed(logits, rows, sequences)
+    processors.ban_repetitions(logits, extras)
     _apply_penalties(logits, rows, sequences)
+    processors.force_and_suppress(logits, extras)
     return _apply_processors(logits, rows)
 
 
@@ -183,48 +185,15 @@ def row_error(sane: bool, failed: RequestError | None, possible: bool) -> Except
         )
     if failed is None and not possible:
         return RequestError(
-            "no token is left to choose: allowed_token_ids, bad_words, min_tokens, logit_bias and logits_processors "
-            "together rule out the whole vocabulary (or a processor returned NaN); relax one of them"
+            "no token is left to choose: allowed_token_ids, suppress_tokens, no_repeat_ngram_size, bad_words, "
+            "min_tokens, logit_bias and logits_processors together rule out the whole vocabulary (or a processor "
+            "returned NaN); relax one of them"
         )
     return failed
 
 
-class _Pairs:
-    """(row, token) pairs, collected without a tensor per row."""
-
-    def __init__(self) -> None:
-        self._rows: list[int] = []
-        self._lengths: list[int] = []
-        self._tokens = array("q")
-
-    def add(self, row: int, tokens: Iterable[int]) -> None:
-        before = len(self._tokens)
-        self._tokens.extend(tokens)
-        self._rows.append(row)
-        self._lengths.append(len(self._tokens) - before)
-
-    def __bool__(self) -> bool:
-        return bool(self._tokens)
-
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        indices, lengths = (_indices(values, torch.device("cpu")) for values in (self._rows, self._lengths))
-        return torch.repeat_interleave(indices, lengths).to(device), _tensor(self._tokens, device)
-
-
-def _inside(tokens: Iterable[int], size: int) -> array[int]:
-    return array("q", sorted({token for token in tokens if 0 <= token < size}))
-
-
-def _indices(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def _tensor(values: array[int], device: torch.device) -> Tensor:
-    return torch.frombuffer(values, dtype=torch.int64).to(device)
-
-
 def _apply_bias(logits: Tensor, sequences: Sequence[SequenceRules]) -> None:
-    pairs, values = _Pairs(), list[float]()
+    pairs, values = Pairs(), list[float]()
     for i, rules in enumerate(sequences):
         if rules.bias:
             pairs.add(i, rules.bias)
@@ -236,17 +205,17 @@ def _apply_bias(logits: Tensor, sequences: Sequence[SequenceRules]) -> None:
 
 def _apply_allowed(logits: Tensor, sequences: Sequence[SequenceRules]) -> None:
     limited = [i for i, rules in enumerate(sequences) if rules.allowed is not None]
-    pairs = _Pairs()
+    pairs = Pairs()
     for i in limited:
         pairs.add(i, sequences[i].allowed or ())
     if limited and pairs:
-        allow_only(logits, _indices(limited, logits.device), *pairs.tensors(logits.device))
+        allow_only(logits, int64(array("q", limited), logits.device), *pairs.tensors(logits.device))
     elif limited:
         logits[limited] = -torch.inf
 
 
 def _apply_suppressed(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> None:
-    pairs = _Pairs()
+    pairs = Pairs()
     for i, (row, rules) in enumerate(zip(rows, sequences, strict=True)):
         if rules.bad_words:
             longest = max(map(len, rules.bad_words))
@@ -258,7 +227,7 @@ def _apply_suppressed(logits: Tensor, rows: Sequence[Row], sequences: Sequence[S
 
 
 def _apply_penalties(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> None:
-    pairs, counts, penalties = _Pairs(), array("q"), [(1.0, 0.0, 0.0)] * len(rows)
+    pairs, counts, penalties = Pairs(), array("q"), [(1.0, 0.0, 0.0)] * len(rows)
     for i, (row, rules) in enumerate(zip(rows, sequences, strict=True)):
         if rules.counts is not None:
             rules.counts.update(row.tokens, row.prompt_len)
@@ -270,7 +239,7 @@ def _apply_penalties(logits: Tensor, rows: Sequence[Row], sequences: Sequence[Se
     if pairs:
         device = logits.device
         strengths = torch.tensor(penalties, dtype=torch.float32, device=device)
-        penalize(logits, *pairs.tensors(device), _tensor(counts, device), strengths)
+        penalize(logits, *pairs.tensors(device), int64(counts, device), strengths)
 
 
 def _apply_processors(logits: Tensor, rows: Sequence[Row]) -> dict[int, RequestError]:

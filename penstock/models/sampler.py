@@ -19,6 +19,7 @@ from torch import Tensor
 
 from penstock.errors import RequestError
 from penstock.models import rules
+from penstock.models.cutoffs import cut
 from penstock.models.filters import Filters, filter_candidates, filter_vocabulary
 from penstock.models.randomness import draw_from_blocks, draw_from_candidates, uniform
 from penstock.models.vocabulary import Survey, Top, Vocabulary, Weights, in_order
@@ -39,6 +40,7 @@ class Way(Enum):
     MIN_P = "min_p"  # a draw from what min-p leaves of the vocabulary
     NUCLEUS = "nucleus"  # a draw from the top-p of the vocabulary
     TOP_K = "top_k"  # a draw from the top-k, and the top-p of that
+    CUT = "cut"  # a draw from what further restrictions leave of any of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,8 @@ def _group(row: Row, size: int) -> Group:
     ruled = rules.has_rules(row)
     if p.greedy:
         return Group(Way.GREEDY, ruled, False, 0)
+    if p.is_cut:
+        return Group(Way.CUT, ruled, False, 0)
     if p.top_k:
         return Group(Way.TOP_K, ruled, False, _width(p.top_k, size))
     plain = not ruled and p.temperature == 1
@@ -215,7 +219,9 @@ def _choose(group: Group, seen: Vocabulary, weights: Weights | None, rows: Seque
         token, mass = _draw_from_few(seen, weights, p, uniforms, group.width)
     else:
         assert weights is not None
-        token, mass = _draw_from_all(seen, weights, None if group.way is Way.WHOLE else p, uniforms)
+        if group.way is Way.CUT:
+            weights = Weights.of(cut(seen.flat, weights.values.flatten(1), p, rows).view_as(weights.values))
+        token, mass = _draw_from_all(seen, weights, None if group.way in (Way.WHOLE, Way.CUT) else p, uniforms)
     scaled = (seen.at(token).double() - seen.peak.double()) / p.temperature
     return Choice(token, scaled - mass.log(), possible)
 

@@ -53,12 +53,16 @@ class Pool:
 class Rig:
     """A door of a model with 26 tokens and room for 40."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, defaults: dict[str, Any] | None = None, **settings: Any) -> None:
         config = EngineConfig(**settings)
         self.pool = Pool()
         self.admission = Admission(config)
         spec = ModelSpec(
-            name="m", vocab_size=26, max_length=64, eos_token_ids=frozenset({1}), defaults={"temperature": 0.5}
+            name="m",
+            vocab_size=26,
+            max_length=64,
+            eos_token_ids=frozenset({1}),
+            defaults=defaults or {"temperature": 0.5},
         )
         self.door = Door(config, spec, LIMIT, Tokenizer(), self.pool, self.admission)  # type: ignore[arg-type]
         self.ids = itertools.count()
@@ -99,6 +103,30 @@ def test_without_parameters_the_models_defaults_hold() -> None:
     params = Rig(default_max_tokens=12).enroll([1]).sequences[0].params
     assert (params.temperature, params.max_tokens) == (0.5, 12)
     assert Rig(default_max_tokens=1000).enroll([1]).sequences[0].params.max_tokens == LIMIT - 1
+
+
+@pytest.mark.parametrize(
+    ("defaults", "max_tokens", "min_tokens"),
+    [
+        ({"max_tokens": 7}, 7, 0),
+        ({"max_tokens": 1000, "min_tokens": 900}, LIMIT - 3, LIMIT - 3),
+        ({"max_length": 20, "min_length": 8}, 17, 5),
+        ({"max_length": 2}, 12, 0),
+        ({"max_length": 9000}, LIMIT - 3, 0),
+        ({"bad_words": [[4, 5]]}, 12, 0),
+    ],
+)
+def test_lengths_of_the_models_defaults_are_cut_to_what_fits(
+    defaults: dict[str, Any], max_tokens: int, min_tokens: int
+) -> None:
+    params = Rig(defaults, default_max_tokens=12).enroll([1, 2, 3]).sequences[0].params
+    assert (params.max_tokens, params.min_tokens) == (max_tokens, min_tokens)
+    assert list(params.bad_words) == defaults.get("bad_words", [])
+
+
+def test_parameters_of_a_caller_are_not_mixed_with_the_models_defaults() -> None:
+    rig = Rig({"bad_words": [[4]], "suppress_tokens": [5], "stop": "x", "min_tokens": 3})
+    assert rig.enroll([1], SamplingParams(max_tokens=2)).sequences[0].params == SamplingParams(max_tokens=2)
 
 
 def test_no_limit_means_until_the_room_is_full() -> None:
@@ -200,7 +228,16 @@ def test_only_the_first_completion_scores_the_prompt() -> None:
 
 
 def test_wishes_for_tokens_that_do_not_exist_are_refused() -> None:
-    for wish in ({"allowed_token_ids": [26]}, {"logit_bias": {26: 1.0}}):
+    wishes: list[dict[str, Any]] = [
+        {"allowed_token_ids": [26]},
+        {"logit_bias": {26: 1.0}},
+        {"suppress_tokens": [1, 26]},
+        {"begin_suppress_tokens": [26]},
+        {"sequence_bias": {(1, 26): 1.0}},
+        {"forced_bos_token_id": 26},
+        {"forced_eos_token_id": [2, 26]},
+    ]
+    for wish in wishes:
         with pytest.raises(RequestError, match=f"token id 26 in {next(iter(wish))}"):
             Rig().enroll([3], SamplingParams(max_tokens=2, **wish))
 

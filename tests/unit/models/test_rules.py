@@ -165,6 +165,13 @@ def test_counts_follow_a_growing_sequence() -> None:
         {"bad_words": [[1]]},
         {"logits_processors": [lambda output, row: row]},
         {"allowed_token_ids": [1]},
+        {"suppress_tokens": [1]},
+        {"begin_suppress_tokens": [1]},
+        {"no_repeat_ngram_size": 2},
+        {"sequence_bias": {(1, 2): 1.0}},
+        {"exponential_decay_length_penalty": (1, 1.1)},
+        {"forced_bos_token_id": 1},
+        {"forced_eos_token_id": 1},
     ],
 )
 def test_rows_that_use_a_rule_are_told_from_those_that_do_not(params: dict[str, Any]) -> None:

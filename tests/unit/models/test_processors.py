@@ -1,0 +1,142 @@
+"""The rules named after transformers' logits processors do what those do, row by row, and see drafts as output."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from penstock.models.processors import NGrams
+from penstock.models.rules import SequenceRules, apply
+from penstock.sampling import SamplingParams
+from penstock.step import Row
+
+SIZE = 40
+EOS = frozenset({2, 3})
+MAX_TOKENS = 6
+
+
+def row_of(tokens: Sequence[int], prompt_len: int, draft: Sequence[int] = (), **params: Any) -> Row:
+    end = len(tokens) + len(draft)
+    wishes = SamplingParams(max_tokens=MAX_TOKENS, **params)
+    return Row(0, list(tokens), end - 1, end, array("i"), True, wishes, prompt_len, draft=tuple(draft))
+
+
+def logits_of(num_rows: int) -> Tensor:
+    return torch.randn(num_rows, SIZE, generator=torch.Generator().manual_seed(3)) * 4
+
+
+def applied(logits: Tensor, *rows: Row) -> Tensor:
+    logits = logits.clone()
+    assert apply(logits, rows, [SequenceRules.of(row, EOS, SIZE) for row in rows]) == {}
+    return logits
+
+
+def by_transformers(logits: Tensor, tokens: Sequence[int], *chain: Any) -> Tensor:
+    return LogitsProcessorList(chain)(torch.tensor([list(tokens)]), logits[None].clone())[0]
+
+
+BIASES = [[[5], 3.0], [[5, 6], -2.0], [[9, 6], 4.0], [[1, 5, 6], 1.5], [[7, 7], 1.0]]
+CASES: list[tuple[dict[str, Any], Any]] = [
+    ({"suppress_tokens": [4, 5]}, lambda start: SuppressTokensLogitsProcessor([4, 5])),
+    ({"begin_suppress_tokens": [4, 5]}, lambda start: SuppressTokensAtBeginLogitsProcessor([4, 5], start)),
+    ({"no_repeat_ngram_size": 1}, lambda start: NoRepeatNGramLogitsProcessor(1)),
+    ({"no_repeat_ngram_size": 2}, lambda start: NoRepeatNGramLogitsProcessor(2)),
+    ({"no_repeat_ngram_size": 4}, lambda start: NoRepeatNGramLogitsProcessor(4)),
+    ({"sequence_bias": BIASES}, lambda start: SequenceBiasLogitsProcessor(BIASES)),
+    ({"forced_bos_token_id": 11}, lambda start: ForcedBOSTokenLogitsProcessor(11)),
+    ({"forced_eos_token_id": [2, 9]}, lambda start: ForcedEOSTokenLogitsProcessor(start + MAX_TOKENS, [2, 9])),
+    (
+        {"exponential_decay_length_penalty": (2, 1.5)},
+        lambda start: ExponentialDecayLengthPenalty((2, 1.5), sorted(EOS), start),
+    ),
+]
+TEXTS = [[5], [1, 5, 9], [1, 5, 1, 5, 1], [7, 7, 7, 7], [1, 5, 6, 1, 5, 6, 2, 9], list(range(9))]
+
+
+@pytest.mark.parametrize(("wishes", "processor"), CASES, ids=[next(iter(wishes)) for wishes, _ in CASES])
+def test_a_rule_is_transformers_own_wherever_the_text_ends_and_whatever_is_guessed(
+    wishes: dict[str, Any], processor: Any
+) -> None:
+    """Rows of all texts at once, with and without their last tokens as drafts, and one that asks for nothing."""
+    rows, wanted = [], []
+    for text in TEXTS:
+        for prompt_len in {1, max(1, len(text) - 3), len(text)}:
+            for drafted in {0, min(2, len(text) - prompt_len)}:
+                settled = len(text) - drafted
+                rows.append(row_of(text[:settled], prompt_len, text[settled:], **wishes))
+                wanted.append((text, processor(prompt_len)))
+    logits = logits_of(len(rows) + 1)
+    found = applied(logits, *rows, row_of([1, 5], 1))
+    for i, (text, one) in enumerate(wanted):
+        assert torch.allclose(found[i], by_transformers(logits[i], text, one), atol=1e-5), (text, rows[i])
+    assert torch.equal(found[-1], logits[-1])
+
+
+def test_forced_tokens_override_what_comes_before_and_suppressed_ones_stay_out() -> None:
+    row = row_of([1, 4, 4, 4, 4, 4], 1, forced_eos_token_id=[2, 9], suppress_tokens=[9], bad_words=[[2]], min_tokens=6)
+    found = applied(logits_of(1), row)
+    assert found[0].isfinite().nonzero().tolist() == [[2]]
+
+
+def test_a_decay_never_leaves_the_numbers() -> None:
+    """1.5 to the power of a million is no float."""
+    for factor in (1.5, 1e300, 1e-300):
+        text = [1, *[4] * 5000]
+        row = row_of(text, 1, exponential_decay_length_penalty=(1, factor))
+        found = applied(logits_of(1), row)
+        assert not found.isnan().any()
+        assert found.max() < torch.inf
+        assert factor < 1 or int(found.argmax()) in EOS
+
+
+def test_ignored_eos_is_not_raised() -> None:
+    logits = logits_of(1)
+    row = row_of([1, 4, 4, 4], 1, exponential_decay_length_penalty=(0, 2.0), ignore_eos=True)
+    assert torch.equal(applied(logits, row), logits)
+
+
+def test_ids_outside_the_vocabulary_are_no_matter() -> None:
+    logits = logits_of(1)
+    wishes = {"suppress_tokens": [99], "begin_suppress_tokens": [99], "sequence_bias": {(1, 99): 2.0}}
+    row = row_of([1], 1, forced_bos_token_id=99, forced_eos_token_id=99, **wishes)
+    assert torch.equal(applied(logits, row), logits)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ngrams_follow_a_growing_sequence_and_forget_drafts(size: int) -> None:
+    rng, text, ngrams = random.Random(size), list[int](), NGrams(size)
+    for _ in range(60):
+        draft = [rng.randrange(4) for _ in range(rng.randrange(4))]
+        assert sorted(set(ngrams.banned(text, draft))) == banned([*text, *draft], size)
+        text += [rng.randrange(4) for _ in range(rng.randrange(3))]
+
+
+def banned(text: list[int], size: int) -> list[int]:
+    """By its definition."""
+    runs = {tuple(text[start : start + size]) for start in range(len(text) - size + 1)}
+    return sorted({token for token in range(4) if (*text[len(text) - size + 1 :], token) in runs and len(text) >= size})
+
+
+def test_a_sequence_that_was_taken_back_is_counted_anew() -> None:
+    row = row_of([1, 5, 1], 1, no_repeat_ngram_size=2)
+    rules = SequenceRules.of(row, EOS, SIZE)
+    apply(logits_of(1), [row], [rules])
+    assert rules.continues(row)
+    assert not rules.continues(row_of([1, 5], 1, no_repeat_ngram_size=2))
+    assert not rules.continues(row._replace(tokens=[1, 5]))
