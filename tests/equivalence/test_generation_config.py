@@ -1,4 +1,4 @@
-"""A request without parameters gives the tokens that `model.generate()` gives under the model's own generation config."""
+"""A request without parameters gives what `model.generate()` gives under the model's own generation config."""
 
 from __future__ import annotations
 

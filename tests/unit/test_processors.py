@@ -1,4 +1,4 @@
-"""Parameters named after transformers' logits processors are checked where they are written, in every form they have."""
+"""Parameters named after transformers' logits processors are checked where they are written."""
 
 from __future__ import annotations
 

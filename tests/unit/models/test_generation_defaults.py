@@ -1,4 +1,4 @@
-"""Every field of a generation config acts or is named; whatever a model's files hold, requests without parameters run."""
+"""Every field of a generation config acts or is named, and whatever the files hold, requests run."""
 
 from __future__ import annotations
 
