@@ -94,11 +94,5 @@ def default_params(defaults: Mapping[str, Any], max_tokens: int, prompt_len: int
     if prompt_len is not None:
         if longest is not None and longest > prompt_len:
             max_tokens = longest - prompt_len
-        values.setdefault("min_tokens", max(0, shortest - prompt_len))
-    tokens = values.get("max_tokens", max_tokens)
-    return SamplingParams(**{**values, "max_tokens": tokens, "min_tokens": min(tokens, values.get("min_tokens", 0))})
-
-
-def with_length(params: SamplingParams, max_tokens: int) -> SamplingParams:
-    """The same with another `max_tokens`, and a `min_tokens` that fits it."""
-    return replace(params, max_tokens=max_tokens, min_tokens=min(max_tokens, params.min_tokens))
+        values.setdefault("min_new_tokens", max(0, shortest - prompt_len))
+    return SamplingParams(**{"max_tokens": max_tokens} | values)

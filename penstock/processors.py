@@ -18,13 +18,14 @@ from penstock.errors import RequestError
 class ProcessorParams:
     """What `transformers` can do to logits, as far as it is not named otherwise here.
 
-    `suppress_tokens` are never drawn, `begin_suppress_tokens` not as the first token. `no_repeat_ngram_size` (0 is off)
-    lets no run of so many tokens occur twice, prompt included. `sequence_bias` adds its values to the logits of the
-    last tokens of sequences of ids where the others precede. `exponential_decay_length_penalty` (start, factor) raises
-    EOS more and more from `start` new tokens on. `forced_bos_token_id` is what follows a prompt of a single token,
-    `forced_eos_token_id` (an id or several) is the last token that `max_tokens` allows; only `suppress_tokens` and
-    `logits_processors` stand above them. `renormalize_logits` makes log probabilities of what the rules leave in a beam
-    search; nothing else depends on it.
+    `suppress_tokens` are never drawn, `begin_suppress_tokens` not as the first token. `min_new_tokens` rules out EOS
+    until there are so many; unlike with `min_tokens`, stop ids and stop strings may end it. `no_repeat_ngram_size`
+    (0 is off) lets no run of so many tokens occur twice, prompt included. `sequence_bias` adds its values to the logits
+    of the last tokens of sequences of ids where the others precede. `exponential_decay_length_penalty` (start, factor)
+    raises EOS more and more from `start` new tokens on. `forced_bos_token_id` is what follows a prompt of a single
+    token, `forced_eos_token_id` (an id or several) is the last token that `max_tokens` allows; only `suppress_tokens`
+    and `logits_processors` stand above them. `renormalize_logits` makes log probabilities of what the rules leave in a
+    beam search; nothing else depends on it.
 
     The others restrict draws, after temperature: `top_h` before top-k, then, after min-p, `typical_p`, `epsilon_cutoff`
     and `eta_cutoff`; None, 1, 0 and 0 are off. See transformers' classes of the same names for what they compute.
@@ -32,6 +33,7 @@ class ProcessorParams:
 
     suppress_tokens: Sequence[int] | None = ()
     begin_suppress_tokens: Sequence[int] | None = ()
+    min_new_tokens: int = 0
     no_repeat_ngram_size: int = 0
     sequence_bias: Mapping[tuple[int, ...], float] | Sequence[Any] | None = None
     exponential_decay_length_penalty: tuple[int, float] | None = None
@@ -59,7 +61,7 @@ def normalized(p: ProcessorParams) -> dict[str, Any]:
 
 
 def changes_logits(p: ProcessorParams) -> bool:
-    """Whether any of these is a rule for logits."""
+    """Whether any of these is a rule for the logits of every token."""
     return bool(
         p.suppress_tokens
         or p.begin_suppress_tokens
@@ -81,6 +83,7 @@ def after(p: P, num_tokens: int) -> P:
     decay = p.exponential_decay_length_penalty
     return replace(
         p,
+        min_new_tokens=max(0, p.min_new_tokens - num_tokens),
         begin_suppress_tokens=() if num_tokens else p.begin_suppress_tokens,
         exponential_decay_length_penalty=None if decay is None else (decay[0] - num_tokens, decay[1]),
     )
@@ -88,9 +91,8 @@ def after(p: P, num_tokens: int) -> P:
 
 def check(p: ProcessorParams) -> None:
     """Raises `RequestError` for a value that means nothing."""
-    _need(
-        _is_count(p.no_repeat_ngram_size), "no_repeat_ngram_size", p.no_repeat_ngram_size, "an integer >= 0 (0 is off)"
-    )
+    for name, rule in (("min_new_tokens", ""), ("no_repeat_ngram_size", " (0 is off)")):
+        _need(_is_count(getattr(p, name)), name, getattr(p, name), f"an integer >= 0{rule}")
     _need(
         p.forced_bos_token_id is None or _is_count(p.forced_bos_token_id),
         "forced_bos_token_id",

@@ -58,8 +58,8 @@ class SamplingParams(processors.ProcessorParams):
     beginnings at every position instead, as `transformers` does with `num_beams`: `length_penalty` and
     `early_stopping` (True, False or "never") mean what they mean there. What is ranked is delivered at the end.
 
-    `is_ruled` and `is_cut` say what follows from the parameters: that rules change the logits of every token, and that
-    draws are restricted by more than top-k, top-p and min-p.
+    `is_ruled`, `num_held` and `is_cut` say what follows from the parameters: whether rules change the logits of every
+    token, how many first tokens cannot be EOS, and whether draws are restricted by more than top-k, top-p and min-p.
     """
 
     n: int = 1
@@ -94,6 +94,7 @@ class SamplingParams(processors.ProcessorParams):
     early_stopping: bool | str = False
     speculation_length: int | None = None
     is_ruled: bool = field(init=False, repr=False, compare=False)
+    num_held: int = field(init=False, repr=False, compare=False)
     is_cut: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +113,7 @@ class SamplingParams(processors.ProcessorParams):
             object.__setattr__(self, name, value)
         _validate(self)
         object.__setattr__(self, "is_ruled", _is_ruled(self))
+        object.__setattr__(self, "num_held", max(self.min_tokens, self.min_new_tokens))
         object.__setattr__(self, "is_cut", processors.restricts_draws(self))
 
     @property

@@ -25,7 +25,6 @@ from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import PenstockError
-from penstock.generation import with_length
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "uvloop")
 MEASURE_S = 0.3
@@ -162,7 +161,7 @@ def _speed(config: EngineConfig, loaded: Any) -> dict[str, Any]:
 
 async def _streams(engine: InferenceEngine, count: int) -> tuple[float, float]:
     """(Slowest first token in seconds, new tokens per second of all together) of `count` concurrent requests."""
-    params = replace(with_length(engine.default_params(), NEW_TOKENS), ignore_eos=True, seed=0)
+    params = replace(engine.default_params(), max_tokens=NEW_TOKENS, ignore_eos=True, seed=0)
     prompts = [f"# {number}\n{PROMPT}" for number in range(count)]
     begin = time.perf_counter()
     done = await asyncio.gather(*(stream(engine, prompt, params, lambda delta: None) for prompt in prompts))

@@ -21,7 +21,6 @@ from penstock.cli.terminal import note, waiting_for
 from penstock.engine.host import new_event_loop
 from penstock.engine.inference import InferenceEngine
 from penstock.engine.tokenizing import Prompt
-from penstock.generation import with_length
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
 
@@ -87,8 +86,7 @@ def event_loop() -> asyncio.Runner:
 
 def params_for(engine: InferenceEngine, given: dict[str, Any], max_tokens: int) -> SamplingParams:
     """The model's own defaults, with `max_tokens` where these have none, and what was given on the command line."""
-    params = engine.default_params(max_tokens)
-    return replace(with_length(params, given.get("max_tokens") or params.max_tokens or max_tokens), **given)
+    return replace(engine.default_params(max_tokens), **given)
 
 
 async def stream(

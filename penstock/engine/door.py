@@ -25,7 +25,7 @@ from penstock.engine.textstream import NoText, Text, TextStream
 from penstock.engine.textwatch import TextWatch
 from penstock.engine.tokenizing import TokenizerPool, encode_prompt, encode_words, needs_tokenizer
 from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
-from penstock.generation import GenerationConfig, default_params, with_length
+from penstock.generation import GenerationConfig, default_params
 from penstock.models.protocol import ModelSpec
 from penstock.optimizers.beams import BeamSearch
 from penstock.optimizers.tuner import ceilings
@@ -137,7 +137,7 @@ class Door:
             )
         if params is None:
             params = default_params(self._spec.defaults, self._config.default_max_tokens, prompt_len)
-            params = with_length(params, min(room, params.max_tokens or room))
+            params = dataclasses.replace(params, max_tokens=min(room, params.max_tokens or room))
         elif isinstance(params, GenerationConfig):
             params = params.sampling_params(prompt_len, room)
         wanted = room if params.max_tokens is None else params.max_tokens

@@ -30,7 +30,7 @@ _RULES = {
     "exponential_decay_length_penalty": "exponential_decay_length_penalty",
     "renormalize_logits": "renormalize_logits",
     "stop_strings": "stop",
-    "min_new_tokens": "min_tokens",
+    "min_new_tokens": "min_new_tokens",
     "max_new_tokens": "max_tokens",
     "num_return_sequences": "n",
 }

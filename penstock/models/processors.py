@@ -57,13 +57,14 @@ class ProcessorRules:
     forced: dict[int, array[int]]  # by the length at which they are
     decay: tuple[int, float] | None  # the length behind which EOS gets likelier, and the factor
     eos: array[int]
+    least: int  # the length up to which EOS is ruled out
     ngrams: NGrams | None
 
     @classmethod
     def of(cls, row: Row, eos_token_ids: frozenset[int], size: int) -> ProcessorRules | None:
         """Those of `row` for a vocabulary of `size` tokens; None without any."""
         p = row.params
-        if not changes_logits(p):
+        if not changes_logits(p) and not p.min_new_tokens:
             return None
         assert isinstance(p.sequence_bias, dict | None)
         late = row.prompt_len == 1 and p.forced_bos_token_id is not None
@@ -77,6 +78,7 @@ class ProcessorRules:
             forced=_forced(row, size),
             decay=None if decay is None else (row.prompt_len + decay[0], decay[1]),
             eos=inside(() if p.ignore_eos else eos_token_ids, size),
+            least=row.prompt_len + p.min_new_tokens,
             ngrams=NGrams(p.no_repeat_ngram_size) if p.no_repeat_ngram_size else None,
         )
 
@@ -119,10 +121,12 @@ def _add(logits: Tensor, added: dict[int, float]) -> None:
         logits[tokens] += values.clamp(-FLOAT_MAX, FLOAT_MAX).to(logits.dtype)
 
 
-def ban_repetitions(logits: Tensor, ruled: Ruled) -> None:
-    """Rule out tokens that would complete an n-gram a second time."""
+def ban(logits: Tensor, ruled: Ruled) -> None:
+    """Rule out EOS where it is too early, and tokens that would complete an n-gram a second time."""
     pairs = Pairs()
     for i, row, rules in ruled:
+        if row.end < rules.least:
+            pairs.add(i, rules.eos)
         if rules.ngrams is not None:
             pairs.add(i, (token for token in rules.ngrams.banned(row.tokens, row.draft) if token < rules.size))
     _suppress(logits, pairs)

@@ -157,7 +157,7 @@ class SequenceRules:
 
 def has_rules(row: Row) -> bool:
     """Whether any rule touches this row, of which the token at position `end` is to be drawn."""
-    return row.params.is_ruled or row.end - row.prompt_len < row.params.min_tokens
+    return row.params.is_ruled or row.end - row.prompt_len < row.params.num_held
 
 
 def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> dict[int, RequestError]:
@@ -170,7 +170,7 @@ def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules
     processors.bias_sequences(logits, extras)
     _apply_allowed(logits, sequences)
     _apply_suppressed(logits, rows, sequences)
-    processors.ban_repetitions(logits, extras)
+    processors.ban(logits, extras)
     _apply_penalties(logits, rows, sequences)
     processors.force_and_suppress(logits, extras)
     return _apply_processors(logits, rows)

@@ -79,7 +79,8 @@ def params_of(model: Any, prompt: list[int], fields: dict[str, Any]) -> Sampling
 
 
 def fields_of(name: str) -> dict[str, Any]:
-    a, b, c, d, e, *rest = favourites()
+    a, b, c, d, e, *_ = favourites()
+    texts = [text for text in map(TOKENIZER.decode, favourites()) if text.isascii() and text.strip()]
     fields: dict[str, dict[str, Any]] = {
         "nothing": {},
         "max_new_tokens": {"max_new_tokens": 7},
@@ -97,9 +98,8 @@ def fields_of(name: str) -> dict[str, Any]:
         "forced_eos_token_id": {"forced_eos_token_id": 2},
         "forced_eos_token_ids": {"forced_eos_token_id": [99, 98], "max_new_tokens": 6},
         "sequence_bias": {"sequence_bias": [[[a], -9.0], [[b, c], 20.0], [[d, c], 5.0], [[c], 2.5], [[9], 3.0]]},
-        "stop_strings": {
-            "stop_strings": [TOKENIZER.decode([t]) for t in (*rest, d) if TOKENIZER.decode([t]).strip()][:3]
-        },
+        "stop_strings": {"stop_strings": [text for text in texts if text not in texts[:4]][:3]},
+        "a stop in the first tokens": {"stop_strings": texts, "min_new_tokens": 20},
         "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (3, 1.4)},
         "shrinking decay": {"exponential_decay_length_penalty": (2, 0.5), "sequence_bias": [[[2], 8.0]]},
         "beams": {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True},
@@ -117,8 +117,8 @@ FIELDS = (
     "max_new_tokens", "max_length", "min_new_tokens", "min_length", "repetition_penalty",
     "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "no_repeat_ngram_size 1", "no_repeat_ngram_size 2",
     "no_repeat_ngram_size 3", "forced_bos_token_id", "forced_eos_token_id", "forced_eos_token_ids", "sequence_bias",
-    "stop_strings", "exponential_decay_length_penalty", "shrinking decay", "beams", "several", "all",
-    "beams and several", "beams and all",
+    "stop_strings", "a stop in the first tokens", "exponential_decay_length_penalty", "shrinking decay", "beams",
+    "several", "all", "beams and several", "beams and all",
 )  # fmt: skip
 
 

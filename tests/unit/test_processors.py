@@ -19,6 +19,7 @@ from penstock.sampling import SamplingParams
     [
         ("suppress_tokens", [-1, [-1], [1.5], ["a"], [True], "ab", 1.0, [2**70]]),
         ("begin_suppress_tokens", [[-1], {"a": 1}, object()]),
+        ("min_new_tokens", [-1, 1.5, True, None]),
         ("no_repeat_ngram_size", [-1, 1.0, True, None, 10**400]),
         (
             "sequence_bias",

@@ -106,10 +106,10 @@ def test_without_parameters_the_models_defaults_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("defaults", "max_tokens", "min_tokens"),
+    ("defaults", "max_tokens", "min_new_tokens"),
     [
         ({"max_tokens": 7}, 7, 0),
-        ({"max_tokens": 1000, "min_tokens": 900}, LIMIT - 3, LIMIT - 3),
+        ({"max_tokens": 1000, "min_new_tokens": 900}, LIMIT - 3, 900),
         ({"max_length": 20, "min_length": 8}, 17, 5),
         ({"max_length": 2}, 12, 0),
         ({"max_length": 9000}, LIMIT - 3, 0),
@@ -117,10 +117,10 @@ def test_without_parameters_the_models_defaults_hold() -> None:
     ],
 )
 def test_lengths_of_the_models_defaults_are_cut_to_what_fits(
-    defaults: dict[str, Any], max_tokens: int, min_tokens: int
+    defaults: dict[str, Any], max_tokens: int, min_new_tokens: int
 ) -> None:
     params = Rig(defaults, default_max_tokens=12).enroll([1, 2, 3]).sequences[0].params
-    assert (params.max_tokens, params.min_tokens) == (max_tokens, min_tokens)
+    assert (params.max_tokens, params.min_new_tokens) == (max_tokens, min_new_tokens)
     assert list(params.bad_words) == defaults.get("bad_words", [])
 
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import GenerationConfig
 
 from penstock.config import EngineConfig
-from penstock.generation import default_params, with_length
+from penstock.generation import default_params
 from penstock.models.generation_defaults import KNOWN, WITHOUT_MEANING, end_of_turn, eos_token_ids, generation_defaults
 from penstock.models.loading import load
 from penstock.sampling import SamplingParams
@@ -110,22 +110,21 @@ def test_all_that_is_not_followed_is_told_in_one_warning_at_load(caplog: pytest.
 def test_lengths_with_the_prompt_become_lengths_of_the_output() -> None:
     defaults, _ = translated(max_length=20, min_length=12)
     params = default_params(defaults, 256, 8)
-    assert (params.max_tokens, params.min_tokens) == (12, 4)
+    assert (params.max_tokens, params.min_new_tokens) == (12, 4)
     assert default_params(defaults, 256, 30).max_tokens == 256, "a length that the prompt uses up limits nothing"
-    assert default_params(defaults, 256, 15).min_tokens == 0
+    assert default_params(defaults, 256, 15).min_new_tokens == 0
     assert default_params(defaults, 256).max_tokens == 256
 
 
 def test_new_tokens_go_before_lengths_with_the_prompt() -> None:
     defaults, _ = translated(max_length=20, min_length=12, max_new_tokens=5, min_new_tokens=2)
     params = default_params(defaults, 256, 8)
-    assert (params.max_tokens, params.min_tokens) == (5, 2)
+    assert (params.max_tokens, params.min_new_tokens) == (5, 2)
 
 
-def test_a_least_length_beyond_the_greatest_is_cut_to_it() -> None:
+def test_a_least_length_beyond_the_greatest_breaks_no_request() -> None:
     params = default_params(translated(max_new_tokens=5, min_new_tokens=9)[0], 256, 8)
-    assert (params.max_tokens, params.min_tokens) == (5, 5)
-    assert with_length(params, 3).min_tokens == 3
+    assert (params.max_tokens, params.min_new_tokens, params.num_held) == (5, 9, 9)
 
 
 def eos_of(config: Any, tokenizer: Any = None) -> frozenset[int]:

@@ -182,6 +182,8 @@ def test_rows_that_use_a_rule_are_told_from_those_that_do_not(params: dict[str, 
 def test_min_tokens_stops_being_a_rule_once_reached() -> None:
     assert has_rules(row_of([1, 2, 3, 4], min_tokens=2))
     assert not has_rules(row_of([1, 2, 3, 4, 5], min_tokens=2))
+    assert has_rules(row_of([1, 2, 3, 4], min_new_tokens=2))
+    assert not has_rules(row_of([1, 2, 3, 4, 5], min_new_tokens=2))
 
 
 def test_rules_touch_only_their_own_row() -> None:
