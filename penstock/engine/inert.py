@@ -14,33 +14,43 @@ from penstock.models.protocol import ModelSpec
 from penstock.sampling import SamplingParams
 
 _MANY = 100
+_STOPS_AND_BANS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
+_OUTSIDE = "is outside the model's vocabulary"
+_REMEDY = "pass ids of this model's tokenizer"
 
 
 def check_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse token ids that the model does not have. Raises `RequestError`."""
-    for name, ids in _ids_of(params):
-        for token in (max(ids), min(ids)) if ids else ():
-            if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"token id {token} in {name} is outside the model's vocabulary of {vocab_size}: "
-                    "pass ids of this model's tokenizer"
-                )
+    """Refuse wishes for token ids that the model does not have. Raises `RequestError`."""
+    first, last = params.forced_bos_token_id, params.forced_eos_token_id
+    wishes: tuple[tuple[str, Collection[int]], ...] = (
+        ("logit_bias", params.logit_bias or ()),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("sequence_bias", [token for ids in params.sequence_bias or () for token in ids]),
+        ("forced_bos_token_id", () if first is None else (first,)),
+        ("forced_eos_token_id", (last,) if isinstance(last, int) else last or ()),
+    )
+    for name, ids in wishes:
+        if (token := _outside(ids, vocab_size)) is not None:
+            raise RequestError(f"token id {token} in {name} {_OUTSIDE} of {vocab_size}: {_REMEDY}")
 
 
-def _ids_of(params: SamplingParams) -> Iterator[tuple[str, Collection[int]]]:
-    yield "logit_bias", params.logit_bias or ()
-    yield "allowed_token_ids", params.allowed_token_ids or ()
-    yield "stop_token_ids", params.stop_token_ids or ()
-    yield "bad_words", [token for word in params.bad_words if not isinstance(word, str) for token in word]
-    yield "suppress_tokens", params.suppress_tokens or ()
-    yield "begin_suppress_tokens", params.begin_suppress_tokens or ()
-    yield "sequence_bias", [token for ids in params.sequence_bias or () for token in ids]
-    yield "forced_bos_token_id", () if params.forced_bos_token_id is None else (params.forced_bos_token_id,)
-    yield "forced_eos_token_id", params.forced_eos_token_id or ()  # type: ignore[misc]
+def _outside(ids: Collection[int], vocab_size: int) -> int | None:
+    """An id that the model does not have."""
+    ends = (max(ids), min(ids)) if ids else ()
+    return next((token for token in ends if not 0 <= token < vocab_size), None)
+
+
+def _useless_ids(params: SamplingParams, vocab_size: int) -> Iterator[str]:
+    """Stops and bans of tokens that cannot come: they hurt nobody."""
+    words = [token for word in params.bad_words if not isinstance(word, str) for token in word]
+    for name, ids in (("bad_words", words), *((name, getattr(params, name) or ()) for name in _STOPS_AND_BANS)):
+        if (token := _outside(ids, vocab_size)) is not None:
+            yield f"token id {token} in {name} {_OUTSIDE} of {vocab_size} and without effect: {_REMEDY}"
 
 
 def inert(params: SamplingParams, spec: ModelSpec, special: SpecialTokens | None) -> Iterator[str]:
     """What the caller should know of parameters without effect, in sentences."""
+    yield from _useless_ids(params, spec.vocab_size)
     if params.greedy and not params.use_beam_search:
         names = [name for name, off in (("top_p", 1.0), ("min_p", 0.0)) if getattr(params, name) != off]
         names += ["top_k"] if params.top_k > 1 else []

@@ -231,8 +231,6 @@ def test_wishes_for_tokens_that_do_not_exist_are_refused() -> None:
     wishes: list[dict[str, Any]] = [
         {"allowed_token_ids": [26]},
         {"logit_bias": {26: 1.0}},
-        {"suppress_tokens": [1, 26]},
-        {"begin_suppress_tokens": [26]},
         {"sequence_bias": {(1, 26): 1.0}},
         {"forced_bos_token_id": 26},
         {"forced_eos_token_id": [2, 26]},

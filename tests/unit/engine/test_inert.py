@@ -90,12 +90,27 @@ def test_min_tokens_of_a_model_that_nothing_ends_are_told(caplog: pytest.LogCapt
     assert [record.message.count("min_tokens without effect") for record in caplog.records] == [1]
 
 
-@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "bad_words"])
 @pytest.mark.parametrize("token", [600, -1])
-def test_ids_that_the_model_does_not_have_are_refused(name: str, token: int) -> None:
-    wish: list[Any] = [[token]] if name == "bad_words" else [A, token]
-    with pytest.raises(RequestError, match=f"{token}"):
-        run([A], **{name: wish})
+def test_wishes_for_ids_that_the_model_does_not_have_are_refused(token: int) -> None:
+    with pytest.raises(RequestError, match=f"token id {token} in allowed_token_ids is outside"):
+        run([A], allowed_token_ids=[A, token])
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"stop_token_ids": [A + 1, 600]},
+        {"stop_token_ids": [-1]},
+        {"bad_words": [[A, 600]]},
+        {"suppress_tokens": [600]},
+        {"begin_suppress_tokens": [600]},
+    ],
+)
+def test_stops_and_bans_of_ids_that_cannot_come_are_told(
+    wishes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run([A], **wishes).finish_reason == "length"
+    assert [f"in {next(iter(wishes))} is outside" in record.message for record in caplog.records] == [True]
 
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
