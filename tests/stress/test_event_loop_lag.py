@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 P99_MS, MAX_MS = 10.0, 50.0
-QUIET_MS = 2.0  # p99 of an idle loop on a machine that has nothing else to do is a tenth of this
 ATTEMPTS = 3
+# The same heartbeat in a process of its own, that does nothing else, until its input is closed.
+CONTROL = """
+import sys, threading, time
+ended, lags_ms = threading.Event(), []
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+print("begun", flush=True)
+while not ended.is_set():
+    due = time.perf_counter() + 0.005
+    time.sleep(0.005)
+    lags_ms.append(1000 * (time.perf_counter() - due))
+lags_ms.sort()
+print(lags_ms[99 * len(lags_ms) // 100], lags_ms[-1])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +41,32 @@ def benchmark() -> ModuleType:
     return module
 
 
+@contextmanager
+def control() -> Iterator[dict[str, float]]:
+    """How late a process wakes that has nothing to do with the engine: p99 and max in ms, once the block has ended."""
+    lags_ms: dict[str, float] = {}
+    with subprocess.Popen([sys.executable, "-c", CONTROL], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield lags_ms
+        process.stdin.close()
+        lags_ms["p99"], lags_ms["max"] = map(float, process.stdout.read().split())
+
+
 @pytest.mark.parametrize("name", ["prefill", "stream", "tokenize"])
 async def test_heartbeat_in_the_users_loop_is_never_late(benchmark: ModuleType, name: str) -> None:
-    """Bounds that other programs' work breaks now and then, so the best of three attempts counts.
+    """Other programs break the bounds now and then, so the best of three attempts counts.
 
-    Where even an idle loop wakes late, the machine is too busy to tell anything about the engine.
+    What they do to a process that runs beside the engine at the same time they do to the user's loop as well: twice,
+    where the thread that holds the interpreter's lock has to wait for a core too.
     """
-    lags: list[dict[str, float]] = []
-    noise_ms: list[float] = []
+    attempts: list[tuple[dict[str, float], dict[str, float]]] = []
     async with benchmark.make_engine() as engine:
         for _ in range(ATTEMPTS):
-            noise_ms.append((await lag_of(benchmark, engine, "idle"))["p99"])
-            lags.append(await lag_of(benchmark, engine, name))
-            if lags[-1]["p99"] <= P99_MS and lags[-1]["max"] <= MAX_MS:
+            with control() as calm_ms:
+                lag_ms: dict[str, float] = await benchmark.lag_ms(engine, benchmark.PHASES[name])
+            attempts.append((lag_ms, calm_ms))
+            if lag_ms["p99"] <= P99_MS + 2 * calm_ms["p99"] and lag_ms["max"] <= MAX_MS + 2 * calm_ms["max"]:
                 return
-    if min(noise_ms) > QUIET_MS:
-        pytest.skip(f"an idle loop wakes {min(noise_ms):.1f} ms late on this machine now")
-    pytest.fail(f"lags {lags} ms; of an idle loop {noise_ms}")
-
-
-async def lag_of(benchmark: ModuleType, engine: Any, name: str) -> dict[str, float]:
-    """p50, p99 and max in milliseconds."""
-    found: dict[str, float] = await benchmark.lag_ms(engine, benchmark.PHASES[name])
-    return found
+    pytest.fail(f"lags of the loop and of the control, in ms: {attempts}")

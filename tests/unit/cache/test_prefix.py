@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.cache.prefix import PrefixIndex, digest
+from penstock.cache.prefix import Chains, PrefixIndex, digest
+from tests.unit.cache.hand import sequence
 
 
 def test_digest_covers_parent_order_and_width_of_tokens() -> None:
@@ -35,3 +36,27 @@ def test_first_registration_stays() -> None:
     assert index.get(b"x") is None
     with pytest.raises(KeyError):
         index.remove(3)
+
+
+def test_a_chain_is_kept_until_the_tokens_of_its_sequence_may_change() -> None:
+    index = PrefixIndex()
+    chains, seq, other = Chains(index, 2, True), sequence([1, 2, 3, 4]), sequence([1, 2, 3, 4])
+    chain = chains.of(seq)
+    chains.extend(chain, seq, 2)
+    chains.forget(other)
+    assert chains.of(seq) is chain, "another sequence's tokens are nothing to it"
+    chains.forget(seq)
+    seq.tokens[:] = [5, 6, 7, 8]
+    renewed = chains.of(seq)
+    chains.extend(renewed, seq, 2)
+    first = digest(index.root(""), [5, 6])
+    assert renewed == [index.root(""), first, digest(first, [7, 8])]
+
+
+def test_new_weights_end_every_chain() -> None:
+    index = PrefixIndex()
+    chains, seq = Chains(index, 2, True), sequence([1, 2, 3])
+    old = chains.of(seq)
+    index.weight_version = 1
+    chains.forget()
+    assert chains.of(seq) == [index.root("")] != old

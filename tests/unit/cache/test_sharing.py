@@ -25,6 +25,19 @@ def test_prompt_logprobs_need_every_position() -> None:
     cache.check([first, wants_all])
 
 
+def test_a_released_sequence_with_other_tokens_does_not_get_the_blocks_of_the_old_ones() -> None:
+    """A beam that becomes the continuation of another one."""
+    cache = CacheManager(10, 4)
+    beam = sequence([*range(9)])
+    run(cache, beam)
+    cache.release(beam)
+    beam.computed = 0
+    assert cache.lookup(beam) == 8
+    cache.release(beam)
+    beam.tokens[:] = [*range(4), *range(50, 55)]
+    assert cache.lookup(beam) == 4
+
+
 def test_without_prefix_caching_only_siblings_share() -> None:
     cache = CacheManager(10, 4, enable_prefix_caching=False)
     first = sequence([*range(9)], request_id="r")

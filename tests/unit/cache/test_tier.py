@@ -54,9 +54,10 @@ def test_what_a_step_reads_keeps_its_place_until_the_step_is_over() -> None:
     tier.put(b"a", 10)
     assert tier.moves() == ((), ((1, 4),))
     assert b"c" not in tier
+    assert len(tier) == 2, "what is being read is still there"
     tier.check()
     tier.commit()
-    assert tier.num_moved_in == 1
+    assert (tier.num_moved_in, len(tier)) == (1, 2)
     tier.put(b"c", 12)
     assert b"a" not in tier, "of those read in one step, the first is the oldest"
     tier.check()

@@ -639,6 +639,48 @@ async def test_totals_count_requests_and_tokens() -> None:
     assert rig.metrics.totals == expected | {"drafted_tokens": 0, "accepted_tokens": 0}
 
 
+async def test_latencies_are_those_that_the_reader_sees() -> None:
+    """Steps take 10 ms. What a step made is published when the next one begins, or at once when there is none."""
+    rig = Rig()
+    rig.submit(max_tokens=3)
+    rig.now = 0.5
+    await rig.steps(3)
+    figures = rig.metrics.summaries()
+    assert figures["queue_time"]["latest"] == pytest.approx(0.5)
+    assert figures["first_token_latency"]["latest"] == pytest.approx(0.51)
+    assert figures["end_to_end_latency"]["latest"] == pytest.approx(0.53)
+    gaps = figures["inter_token_latency"]
+    assert (gaps["count"], gaps["min"], gaps["max"]) == (2, pytest.approx(0.01), pytest.approx(0.01))
+
+
+async def test_gaps_between_the_tokens_of_several_completions_are_not_recorded() -> None:
+    """Tokens of different completions arrive together: the time between them says nothing."""
+    rig = Rig(script=lambda tokens, index: index)
+    rig.submit(max_tokens=3, n=2)
+    await rig.steps(3)
+    assert "inter_token_latency" not in rig.metrics.summaries()
+
+
+async def test_time_of_a_step_counts_the_hosts_work_since_the_last_one_but_no_idle_time() -> None:
+    rig = Rig()
+    plan = rig.scheduler.plan
+
+    def slow(now: float) -> StepPlan:
+        rig.now += 0.005
+        return plan(now)
+
+    rig.scheduler.plan = slow  # type: ignore[method-assign]
+    running = asyncio.create_task(rig.core.run())
+    await rig.submit(max_tokens=2).wait()
+    rig.now += 100.0
+    await rig.submit(max_tokens=1).wait()
+    rig.core.stop()
+    await running
+    seconds = rig.metrics.summaries()["batch_processing_time"]
+    assert (seconds["count"], seconds["max"]) == (3, pytest.approx(0.015))
+    assert (seconds["min"], seconds["latest"]) == (pytest.approx(0.010), pytest.approx(0.010))
+
+
 async def test_candidates_are_shown_only_when_the_best_is_known() -> None:
     rig = Rig(script=lambda tokens, index: index)
     channel = rig.submit(max_tokens=2, best_of=3, n=1)
@@ -741,6 +783,16 @@ async def test_a_function_of_the_callers_ranks_the_candidates() -> None:
     await rig.finish()
     [best] = channel.outcome().outputs
     assert (best.token_ids, best.score, best.index) == ([2, 2], 2.0, 0)
+
+
+async def test_whoever_awaits_a_request_is_woken_when_it_has_been_ranked() -> None:
+    """Candidates are ranked on another thread, after the step's own wake-ups were sent."""
+    rig = Rig(script=lambda tokens, index: index)
+    channel = rig.submit(max_tokens=1, best_of=2, rank_by=lambda output: output.token_ids[0])
+    waiting = asyncio.create_task(channel.wait())
+    await rig.steps(1)
+    output = await asyncio.wait_for(waiting, 10)
+    assert output.outputs[0].token_ids == [1]
 
 
 async def test_a_ranking_that_fails_ends_its_own_request() -> None:

@@ -57,4 +57,5 @@ def test_any_other_model_needs_one_that_is_named() -> None:
 def test_a_draft_model_that_is_named_is_used() -> None:
     draft = load_draft_model(str(MODEL_DIR), LARGE, EngineConfig(**ON, draft_model=str(DRAFT_DIR)))
     assert draft is not None
+    assert draft.spec.name == str(DRAFT_DIR)
     draft.close()

@@ -138,8 +138,12 @@ def test_loop_that_has_ended_is_not_told() -> None:
     async def leave() -> None:
         await worker.run(turn.wait, 5).begun
 
+    async def come() -> int:
+        return await asyncio.wait_for(worker.run(int, "1").done, 10)
+
     asyncio.run(leave())
     turn.set()
+    assert asyncio.run(come()) == 1, "an error in the worker's thread would have ended it"
     worker.shutdown()
 
 

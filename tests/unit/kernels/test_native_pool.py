@@ -104,6 +104,10 @@ def test_closed_pools_leave_no_threads_behind() -> None:
 
 
 def test_closing_twice_does_nothing() -> None:
-    kernels = Kernels(2)
+    kernels, other = Kernels(2), Kernels(2)
+    expected = product(other)
     kernels.close()
     kernels.close()
+    assert not kernels.pool
+    assert torch.equal(product(other), expected), "memory that was freed twice would be somebody else's"
+    other.close()

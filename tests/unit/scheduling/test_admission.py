@@ -43,8 +43,11 @@ def test_limits_may_change_while_it_runs() -> None:
     config = EngineConfig(max_queue_size=1)
     admission = Admission(config, Clock())
     admission.reserve(1, 1)
+    with pytest.raises(EngineOverloaded):
+        admission.reserve(1, 1)
     config.max_queue_size = 2
     admission.reserve(1, 1)
+    assert admission.num_requests == 2
 
 
 def advice(admission: Admission, num_requests: int, num_tokens: int) -> float:

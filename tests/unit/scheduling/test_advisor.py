@@ -158,6 +158,16 @@ def test_a_full_batch_is_told_without_advising_another_goal() -> None:
     assert found == "Raise max_batch_size above 4: 100% of 20 batches were full while 6.0 sequences waited."
 
 
+def test_only_the_goal_of_the_latest_batch_counts() -> None:
+    """A goal that was set, or given up, while it ran."""
+    for earlier, latest, is_advised in [(None, "throughput", False), ("throughput", None, True)]:
+        optimizer = BatchingOptimizer()
+        for target in [earlier] * 19 + [latest]:
+            optimizer.record_step(record(waiting=6), "continuous", limits(4, target), 0)
+        (found,) = optimizer.get_recommendations()["suggestions"]
+        assert ("set target='throughput'" in found) is is_advised
+
+
 def test_batches_that_are_not_padded_waste_nothing() -> None:
     """Of unequal lengths that run together it said that half were padding."""
     batcher, optimizer = DynamicBatcher(BatchingConfig(strategy="continuous")), BatchingOptimizer()

@@ -76,6 +76,7 @@ def test_the_best_texts_end_the_sequences_in_order() -> None:
     assert (one.tokens[10:], two.tokens[10:]) == ([51, 61], [51, 62])
     assert world.cache.num_free_blocks == 10
     assert not world.scheduler.has_work
+    assert world.scheduler.stats()["num_finished_length"] == 2
 
 
 def test_beams_that_reported_leave_their_room_to_those_that_have_not() -> None:
@@ -224,6 +225,15 @@ def test_rows_of_beams_to_come_are_not_given_away() -> None:
     assert list(world.begin()) == [1, 9]
     world.end({1: offers(t50=-1.0, t51=-2.0)})
     assert sorted(world.begin()) == [1, 2, 9]
+
+
+def test_rows_of_beams_to_come_are_counted_once() -> None:
+    """Three beams: one runs, two are to come, and of five rows two are left for others."""
+    world = World(max_batch_size=5)
+    search(world, 3, width=3, new=3)
+    for number in (9, 10, 11):
+        world.add(number, 3, new=3)
+    assert list(world.begin()) == [1, 9, 10]
 
 
 def test_what_could_never_fit_is_refused() -> None:

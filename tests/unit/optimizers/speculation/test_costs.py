@@ -89,6 +89,17 @@ def test_a_time_that_changed_is_followed() -> None:
     assert curve.seconds(1) == pytest.approx(0.010, rel=0.1)
 
 
+def test_a_time_is_known_for_exactly_so_many_steps() -> None:
+    curve = CostCurve()
+    curve.record(8, 0.080)
+    for _ in range(4):
+        assert curve.is_known(8, within=5)
+        curve.record(1, 0.010)
+    assert curve.is_known(8, within=5), "the fifth of the last five steps"
+    curve.record(1, 0.010)
+    assert not curve.is_known(8, within=5)
+
+
 def test_what_was_not_run_for_long_is_forgotten() -> None:
     curve = curve_of((1, 0.010), (8, 0.080))
     for _ in range(STALE + 16):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 from penstock.optimizers.speculation.drafter import Draft
-from penstock.optimizers.speculation.suffix import SuffixDrafter
+from penstock.optimizers.speculation.suffix import Library, SuffixDrafter
 from tests.unit.optimizers.speculation.guessing import propose, sequence
 
 
@@ -87,3 +89,21 @@ def test_a_live_request_that_was_dropped_begins_anew() -> None:
     propose(drafter, seq)
     assert drafter.num_tokens <= 8
     assert propose(drafter, sequence(2, [1], [5, 6])).tokens == (7, 8, 9)
+
+
+def test_namespaces_of_which_nothing_is_held_cost_no_memory() -> None:
+    """The index of every namespace there ever was stayed."""
+    library = Library(capacity=10)
+
+    def visit(first: int, last: int) -> int:
+        for number in range(first, last):
+            library.grow(library.open(f"tenant {number}", [1, 2, 3, 4, 5]))
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = visit(0, 50)
+        assert visit(50, 550) - before < 500 * 50
+    finally:
+        tracemalloc.stop()
+    assert library.size == 10
