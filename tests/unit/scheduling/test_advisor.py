@@ -126,11 +126,11 @@ def test_preemptions_call_for_memory() -> None:
 
 
 def test_only_what_lacked_in_the_latest_batches_calls_for_memory() -> None:
-    optimizer = BatchingOptimizer()
+    optimizer, force = BatchingOptimizer(), limits()
     for _ in range(WINDOW + 1):
-        optimizer.record_step(record(), "continuous", limits(), 3)
+        optimizer.record_step(record(), "continuous", force, 3)
     assert optimizer.get_recommendations()["suggestions"] == []
-    optimizer.record_step(record(), "continuous", limits(), 5)
+    optimizer.record_step(record(), "continuous", force, 5)
     (found,) = optimizer.get_recommendations()["suggestions"]
     assert found.figures["preemptions"] == 2
 
