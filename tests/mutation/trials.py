@@ -185,7 +185,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
+        self._known = self._read()
 
     def of(self, mutant: Mutant) -> Verdict | None:
         """What is known of a mutant; None while its file, or the mutant, is new."""
@@ -194,10 +194,13 @@ class Results:
 
     def put(self, mutant: Mutant, verdict: Verdict, failure: str) -> None:
         """Keep a verdict, and the test that failed."""
-        self._known[_key(mutant)] = [verdict, failure]
+        self._known = self._read() | {_key(mutant): [verdict, failure]}  # another run may have written meanwhile
         partial_path = self._path.with_suffix(".new")
         partial_path.write_text(json.dumps(self._known, indent=0))
         partial_path.replace(self._path)
+
+    def _read(self) -> dict[str, list[str]]:
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
 
 
 def _key(mutant: Mutant) -> str:

@@ -25,6 +25,7 @@ def test_roots_differ_by_scope_and_by_weights() -> None:
     index, newer = PrefixIndex(), PrefixIndex(weight_version=1)
     roots = [index.root(""), index.root("a"), index.root("a", 1), index.root("a, 1"), newer.root("")]
     assert len(set(roots)) == 5
+    assert index.root("") == PrefixIndex(weight_version=0).root("")
 
 
 def test_first_registration_stays() -> None:

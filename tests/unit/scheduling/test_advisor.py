@@ -10,7 +10,7 @@ from penstock import BatchingConfig, BatchingOptimizer, DynamicBatcher
 from penstock.config import EngineConfig
 from penstock.errors import RequestError
 from penstock.optimizers.tuner import first
-from penstock.scheduling.advisor import WINDOW
+from penstock.scheduling.advisor import WINDOW, Batch, full
 from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
 from tests.unit.scheduling.world import HIGH, World
@@ -117,6 +117,13 @@ def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
         "while 6.0 sequences waited."
     )
     assert found.figures == {"limit": 4, "share": 1.0, "batches": 20, "waiting": 6.0}
+
+
+def test_batches_without_a_limit_are_never_full() -> None:
+    """Those that a program records name none."""
+    batch = Batch("naive", rows=4, tokens=4, computed=4, seconds=0.01, waiting=6)
+    assert full([batch] * 20) is None
+    assert full([batch._replace(most_rows=1)] * 20) is not None
 
 
 def test_preemptions_call_for_memory() -> None:

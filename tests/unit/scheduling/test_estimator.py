@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,25 @@ def test_weights_of_real_shapes_are_exact_but_for_norms(shape: str) -> None:
     config = config_of(*SHAPES[shape])
     estimator = MemoryEstimator.from_config(config, dtype="float32")
     assert estimator.weight_bytes == pytest.approx(measured_weights(config), rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({}, 3 * (192 + 768 + 16) + 8 + 800),
+        ({"tie_word_embeddings": True}, 3 * (192 + 768 + 16) + 8 + 400),
+        ({"max_position_embeddings": 10}, 3 * (192 + 768 + 16) + 8 + 800),
+        ({"model_type": "gpt2", "max_position_embeddings": 10}, 3 * (192 + 512 + 16) + 8 + 800 + 80),
+        ({"model_type": "gpt2"}, 3 * (192 + 512 + 16) + 8 + 800),
+        ({"num_local_experts": 4}, 3 * (192 + 4 * 768 + 32 + 16) + 8 + 800),
+    ],
+    ids=str,
+)
+def test_weights_by_hand(options: dict[str, Any], numbers: int) -> None:
+    """Layers of attention 8 x (16 + 8), a gated MLP 3 x 8 x 32 and two norms; a norm; 50 x 8 embeddings, twice."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = SimpleNamespace(**{**sizes, "intermediate_size": 32, "vocab_size": 50, "model_type": "llama", **options})
+    assert MemoryEstimator.from_config(config, dtype="float32").weight_bytes == 4 * numbers
 
 
 def test_cache_is_what_the_engines_storage_holds() -> None:

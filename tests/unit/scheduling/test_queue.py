@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -93,3 +94,17 @@ def test_order_is_that_of_sorting_by_key_at_every_time(seed: int) -> None:
             del waiting[gone]
             assert queue.remove(gone)
     assert {seq.id for seq in queue} == waiting.keys()
+
+
+def test_an_idle_queue_keeps_no_ended_sequence_alive() -> None:
+    class Watched(Sequence):
+        """Can be watched, unlike its base."""
+
+    queue = WaitingQueue[Sequence](AgingPolicy(5.0))
+    seq = Watched(id=1, request_id="", params=SamplingParams(), tokens=[1], max_len=9)
+    left = weakref.ref(seq)
+    queue.push(seq, 0.0)
+    queue.push(seq, 6.0)
+    queue.remove(1)
+    del seq
+    assert left() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -119,6 +120,22 @@ def test_a_draft_model_that_does_not_pay_is_hardly_run(rows: int) -> None:
     assert world.speedup > 0.97
 
 
+def test_a_draft_model_is_told_which_guesses_pay_for_their_making() -> None:
+    """One more token costs 0.9 ms and the draft model takes 2.7 ms for it: a plain step makes a token in 27 ms."""
+    world = World(1, right=0.9, cost=flat, draft_s=0.0027)
+    world.run(100)
+    (ask,) = world.controller.asks(world.seqs, 8)
+    assert ask.least == pytest.approx(0.7 * (0.9 + 2.7) / 27, rel=0.02)
+
+
+def test_a_draft_model_is_run_for_those_that_it_guesses_right() -> None:
+    world = World(2, right=0.0, cost=flat, draft_s=0.002)
+    world.accepted = lambda row: len(row.draft) if row.seq_id == 1 else 0  # type: ignore[method-assign]
+    asked = [ask.seq.id for _ in range(600) for ask in (world.step() and world.controller.asks(world.seqs, 8))]
+    assert asked.count(1) > 500
+    assert asked.count(0) < 200
+
+
 def test_a_draft_model_that_pays_goes_on() -> None:
     world = World(1, right=0.8, cost=flat, draft_s=0.002)
     world.run(500)
@@ -151,6 +168,40 @@ def test_a_request_says_how_many_guesses_it_wants_at_most() -> None:
     ]
     found = world.run(40)[20:]
     assert [max(column) for column in zip(*found, strict=True)] == [8, 0, 2]
+
+
+@pytest.mark.parametrize(("cost", "tokens"), [(steep, 4), (flat, 1)])
+def test_after_guesses_that_were_worth_nothing_nobody_asks_for_a_while_where_a_token_costs_much(
+    cost: Cost, tokens: int
+) -> None:
+    """For four tokens. Where a guess costs next to nothing, the very next token is asked for."""
+    world = World(1, right=0.0, cost=cost)
+    world.run(10)
+    world.seqs = [sequence(7, [1, 2, 3], new=1000)]
+    in_vain_at, gaps = None, []
+    for _ in range(25):
+        before, length = world.asked, world.seqs[0].length
+        (offered,) = world.step()
+        if world.asked > before:
+            gaps += [length - in_vain_at] if in_vain_at is not None else []
+            in_vain_at = None if offered else length
+    assert set(gaps) == {tokens}
+
+
+def test_who_was_asked_in_vain_eight_times_is_asked_half_as_often() -> None:
+    world = World(1, right=0.0, cost=steep)
+    world.run(10)
+    seq = world.seqs[0] = sequence(7, [1, 2, 3], new=1000)
+    asked_at = []
+    for _ in range(60):
+        if asks := world.controller.asks([seq], 8):
+            asked_at.append(seq.length)
+            assert world.controller.choose(asks, [Draft((7,), (0,))], 1) == []
+        step = StepPlan((world.row(seq, ()),))
+        seq.tokens.append(9)
+        world.controller.record_step(step, StepResult((RowResult((9,)),)), steep(1))
+    gaps = [later - sooner for sooner, later in pairwise(asked_at)]
+    assert gaps[:9] == [*7 * [4], 8, 8]
 
 
 def test_no_guess_goes_beyond_the_last_token() -> None:
