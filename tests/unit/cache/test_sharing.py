@@ -38,6 +38,17 @@ def test_a_released_sequence_with_other_tokens_does_not_get_the_blocks_of_the_ol
     assert cache.lookup(beam) == 4
 
 
+def test_what_a_fork_of_less_than_a_block_writes_can_be_found() -> None:
+    cache = CacheManager(10, 4)
+    parent, child = sequence([0, 1, 2]), sequence([0, 1, 2, 50])
+    run(cache, parent)
+    child.computed = cache.fork(parent, child)
+    assert child.computed == 3
+    child.tokens += range(51, 56)
+    compute(cache, child)
+    assert cache.lookup(sequence([0, 1, 2, *range(50, 56)])) == 8
+
+
 def test_without_prefix_caching_only_siblings_share() -> None:
     cache = CacheManager(10, 4, enable_prefix_caching=False)
     first = sequence([*range(9)], request_id="r")

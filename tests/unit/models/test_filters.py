@@ -94,6 +94,9 @@ def test_candidates_know_when_they_are_too_few() -> None:
     assert filter_candidates(logits, torch.zeros(1), total, filters(1, top_p=0.01))[1].item()
     assert not filter_candidates(logits, torch.zeros(1), total, filters(1, top_p=0.02))[1].item()
     assert filter_candidates(logits, torch.zeros(1), total, filters(1, top_k=1))[1].item()
+    descending = -torch.arange(64.0)[None]
+    for top_k, is_sure in [(1, True), (63, True), (64, False), (65, False)]:
+        assert filter_candidates(descending, torch.zeros(1), total, filters(1, top_k=top_k))[1].item() is is_sure
 
 
 def test_rows_keep_their_own_parameters() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -397,3 +398,16 @@ def test_prompt_logprobs_have_a_rank_always_and_as_many_tops_as_asked(count: int
     row = row_of(tokens=[1, 2, 3], prompt_len=3, prompt_logprobs=count)._replace(start=0)
     entries = Sampler(20, EOS).prompt_logprobs(logits_of(3, 20), row).prompt_logprobs
     assert [(len(entry.top), entry.rank > 0) for entry in entries] == [(length, True)] * 2
+
+
+def test_nothing_is_kept_of_a_sequence_that_is_forgotten() -> None:
+    def processor(output: list[int], logits: Tensor) -> Tensor:
+        return logits
+
+    sampler, left = Sampler(20, EOS), weakref.ref(processor)
+    sampler.sample(logits_of(1, 20), [row_of(seq_id=3, logits_processors=[processor])])
+    del processor
+    assert left() is not None
+    sampler.forget(3)
+    sampler.forget(3)
+    assert left() is None

@@ -119,6 +119,12 @@ def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
     assert found.figures == {"limit": 4, "share": 1.0, "batches": 20, "waiting": 6.0}
 
 
+@pytest.mark.parametrize(("count", "is_advised"), [(5, False), (6, True)])
+def test_three_full_batches_of_ten_are_worth_saying(count: int, is_advised: bool) -> None:
+    tight = Batch("continuous", rows=4, tokens=4, computed=4, seconds=0.01, waiting=6, most_rows=4)
+    assert (full([tight] * count + [tight._replace(rows=3)] * (20 - count)) is not None) is is_advised
+
+
 def test_batches_without_a_limit_are_never_full() -> None:
     """Those that a program records name none."""
     batch = Batch("naive", rows=4, tokens=4, computed=4, seconds=0.01, waiting=6)
@@ -189,7 +195,8 @@ def test_batches_that_are_not_padded_waste_nothing() -> None:
 def test_steps_that_take_no_time_have_no_rate() -> None:
     optimizer = BatchingOptimizer()
     optimizer.record_step(record(seconds=0.0), "continuous", limits(), 0)
-    assert optimizer.get_recommendations()["strategies"]["continuous"]["tokens_per_second"] == 0.0
+    figures = optimizer.get_recommendations()["strategies"]["continuous"]
+    assert (figures["tokens_per_second"], figures["max_memory"]) == (0.0, 0.0)
 
 
 def test_empty_places_of_a_static_batch_call_for_a_continuous_one() -> None:

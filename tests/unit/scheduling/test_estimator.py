@@ -125,6 +125,8 @@ def test_weights_of_real_shapes_are_exact_but_for_norms(shape: str) -> None:
         ({"max_position_embeddings": 10}, 3 * (192 + 768 + 16) + 8 + 800),
         ({"model_type": "gpt2", "max_position_embeddings": 10}, 3 * (192 + 512 + 16) + 8 + 800 + 80),
         ({"model_type": "gpt2"}, 3 * (192 + 512 + 16) + 8 + 800),
+        ({"moe_intermediate_size": 16}, 3 * (192 + 768 + 16) + 8 + 800),
+        ({"num_experts": 4, "moe_intermediate_size": 16}, 3 * (192 + 4 * 384 + 32 + 16) + 8 + 800),
         ({"num_local_experts": 4}, 3 * (192 + 4 * 768 + 32 + 16) + 8 + 800),
     ],
     ids=str,

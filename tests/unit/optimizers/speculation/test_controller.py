@@ -204,6 +204,16 @@ def test_who_was_asked_in_vain_eight_times_is_asked_half_as_often() -> None:
     assert gaps[:9] == [*7 * [4], 8, 8]
 
 
+def test_the_number_of_sequences_may_change_with_every_step() -> None:
+    world = World(12, right=0.5, cost=flat)
+    everybody = world.seqs
+    for rows in (3, 5, 3, 12, 1, 6, 11):
+        world.seqs = everybody[:rows]
+        world.run(20)
+        asks = world.controller.asks(world.seqs, 8)
+        assert world.controller.choose(asks, [Draft()] * len(asks), rows) == []
+
+
 def test_no_guess_goes_beyond_the_last_token() -> None:
     world = World(2, right=1.0, cost=flat)
     world.run(3)
