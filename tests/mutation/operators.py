@@ -149,6 +149,8 @@ def _is_silent(node: ast.AST, parent: ast.AST) -> bool:
         return True
     if isinstance(parent, ast.Raise):  # the error's message; that it is raised at all is the statement's own change
         return True
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # `zip` asserts
+        return True
     if isinstance(parent, ast.Module) and isinstance(node, ast.Assign | ast.AnnAssign):
         return True
     return isinstance(node, ast.Expr) and _is_log_line(node.value)

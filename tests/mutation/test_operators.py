@@ -53,6 +53,7 @@ def test_a_change_of_each_kind(text: str, expected: list[tuple[str, str, str]]) 
         "'a docstring of 1 line'",
         "a: dict[1 + 1, 2]",
         "assert a < 3, a + b",
+        "a = zip(b, strict=True)",
         "self._log.debug('step', rows=len(a) + 1)",
         "b = f'{a + 1} of {b < 2}'",
         "def __repr__(self):\n    return a + 1",

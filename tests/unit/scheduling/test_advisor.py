@@ -83,6 +83,14 @@ def test_a_strategy_tried_once_does_not_win_by_luck() -> None:
     assert "fewer than 10 batches say little" in optimizer.get_recommendations()["basis"]
 
 
+def test_a_strategy_that_was_not_compared_says_so() -> None:
+    optimizer = BatchingOptimizer()
+    for _ in range(10):
+        optimizer.record_batch({"strategy": "naive", "batch_size": 1, "max_length": 10}, 0.1)
+    basis = "naive: 100.0 tokens/s over 10 batches (no other strategy was measured)"
+    assert optimizer.get_recommendations()["basis"] == basis
+
+
 def test_it_reads_what_a_batcher_says() -> None:
     batcher, optimizer = DynamicBatcher(BatchingConfig(strategy="bucketed", bucket_size=5)), BatchingOptimizer()
     batcher.add_items([(str(i), 5 + i) for i in range(6)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -29,12 +30,14 @@ class World:
         self.right, self.cost, self.most, self.draft_s = right, cost, most, draft_s
         self.rng = random.Random(rows)
         self.seconds, self.plain_s, self.asked = 0.0, 0.0, 0
+        self.asked_for: Counter[int] = Counter()
 
     def step(self) -> list[int]:
         """One step; how many guesses each sequence was offered."""
         rows = len(self.seqs)
         asks = self.controller.asks(self.seqs, self.most)
         self.asked += len(asks)
+        self.asked_for.update(ask.seq.id for ask in asks)
         drafts = [Draft((7,) * ask.most, (KIND,) * ask.most) for ask in asks]
         if asks and self.draft_s is not None:
             self.controller.record_drafting(rows, self.most, self.draft_s * self.most)
@@ -131,9 +134,9 @@ def test_a_draft_model_is_told_which_guesses_pay_for_their_making() -> None:
 def test_a_draft_model_is_run_for_those_that_it_guesses_right() -> None:
     world = World(2, right=0.0, cost=flat, draft_s=0.002)
     world.accepted = lambda row: len(row.draft) if row.seq_id == 1 else 0  # type: ignore[method-assign]
-    asked = [ask.seq.id for _ in range(600) for ask in (world.step() and world.controller.asks(world.seqs, 8))]
-    assert asked.count(1) > 500
-    assert asked.count(0) < 200
+    world.run(600)
+    assert world.asked_for[1] > 500
+    assert world.asked_for[0] < 40
 
 
 def test_a_draft_model_that_pays_goes_on() -> None:

@@ -120,6 +120,18 @@ def test_blocks_come_from_who_was_drafted_for_least_recently() -> None:
     assert small.runs[-1] == [(0, 0, 5)], "its blocks were given away"
 
 
+def test_blocks_of_ended_sequences_go_before_those_of_others() -> None:
+    small = Small()
+    drafter, seqs = drafter_of(small, num_blocks=4), [sequence(number, [1, 2, 3, 4, 5]) for number in range(3)]
+    propose(drafter, seqs[0], most=1)
+    propose(drafter, seqs[1], most=1)
+    drafter.forget(1)
+    propose(drafter, seqs[2], most=1)
+    seqs[0].tokens.append(6)
+    propose(drafter, seqs[0], most=1)
+    assert small.runs[-1] == [(0, 5, 6)], "it kept its blocks, although it was drafted for least recently"
+
+
 def test_who_drafts_together_takes_no_blocks_from_each_other() -> None:
     small = Small()
     drafter, seqs = drafter_of(small, num_blocks=3), [sequence(number, [1, 2, 3, 4, 5]) for number in range(2)]
