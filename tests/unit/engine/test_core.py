@@ -653,6 +653,15 @@ async def test_latencies_are_those_that_the_reader_sees() -> None:
     assert (gaps["count"], gaps["min"], gaps["max"]) == (2, pytest.approx(0.01), pytest.approx(0.01))
 
 
+async def test_a_request_leaves_the_queue_once_with_its_first_completion() -> None:
+    rig = Rig(script=lambda tokens, index: index, max_batch_size=1)
+    rig.submit(max_tokens=2, n=2)
+    rig.now = 0.5
+    await rig.finish()
+    waits = rig.metrics.summaries()["queue_time"]
+    assert (waits["count"], waits["max"]) == (1, pytest.approx(0.5))
+
+
 async def test_gaps_between_the_tokens_of_several_completions_are_not_recorded() -> None:
     """Tokens of different completions arrive together: the time between them says nothing."""
     rig = Rig(script=lambda tokens, index: index)
