@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from penstock.engine.async_llm import AsyncEngineArgs, AsyncLLMEngine
-from penstock.engine.channel import RequestStatus
 from penstock.errors import RequestAborted
 from penstock.models.scripted import ScriptedModel
 from penstock.outputs import RequestOutput
@@ -79,14 +78,10 @@ async def test_requests_are_aborted_by_their_ids(engine: AsyncLLMEngine, model: 
             await asyncio.wait_for(stream, 10)
 
 
-async def test_a_handle_of_a_known_request_and_none_of_another(engine: AsyncLLMEngine) -> None:
-    await engine.generate([1], SamplingParams(max_tokens=2), "a")
-    native = engine.engine
-    assert (native.get_request_status("a"), native.get_request_status("b")) == (RequestStatus.COMPLETED, None)
-    handle = native.get_request("a")
-    assert handle is not None
-    assert (await handle).outputs[0].token_ids == [5, 6]
-    assert native.get_request("b") is None
+def test_a_server_runs_as_many_requests_as_vllm_does_unless_told_otherwise() -> None:
+    assert AsyncEngineArgs().config.max_batch_size == 256
+    assert AsyncEngineArgs(max_num_seqs=3).config.max_batch_size == 3
+    assert AsyncEngineArgs().config.max_sequence_length is None
 
 
 @pytest.mark.parametrize(

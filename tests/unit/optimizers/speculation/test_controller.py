@@ -208,13 +208,17 @@ def test_who_was_asked_in_vain_eight_times_is_asked_half_as_often() -> None:
 
 
 def test_the_number_of_sequences_may_change_with_every_step() -> None:
-    world = World(12, right=0.5, cost=flat)
-    everybody = world.seqs
-    for rows in (3, 5, 3, 12, 1, 6, 11):
-        world.seqs = everybody[:rows]
-        world.run(20)
-        asks = world.controller.asks(world.seqs, 8)
-        assert world.controller.choose(asks, [Draft()] * len(asks), rows) == []
+    world, num_asks = World(8, right=0.5, cost=flat), 0
+    for number in range(100):
+        seqs = world.seqs[: (5, 8)[number % 2]]
+        asks = world.controller.asks(seqs, 8)
+        num_asks += len(asks)
+        assert not asks or world.controller.choose(asks, [Draft()] * len(asks), len(seqs)) == []
+        step = StepPlan(tuple(world.row(seq, ()) for seq in seqs))
+        for seq in seqs:
+            seq.tokens.append(7)
+        world.controller.record_step(step, StepResult((RowResult((7,)),) * len(seqs)), flat(len(seqs)))
+    assert num_asks > 300
 
 
 def test_no_guess_goes_beyond_the_last_token() -> None:

@@ -1,0 +1,61 @@
+"""What `InferenceEngine` gives every request, seen from a scripted model."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from penstock.engine.channel import RequestStatus
+from penstock.engine.inference import InferenceEngine
+from penstock.models.scripted import ScriptedModel
+from penstock.sampling import SamplingParams
+from penstock.step import StepPlan, StepResult
+
+
+class Watched(ScriptedModel):
+    """Notes the seeds that rows come with."""
+
+    def __init__(self) -> None:
+        super().__init__([5, 6, 7], vocab_size=32, max_length=64)
+        self.seeds: list[int] = []
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.seeds += [row.seed for row in plan.rows if row.samples]
+        return super().execute(plan)
+
+
+async def seeds_of(count: int, params: SamplingParams, **settings: Any) -> list[int]:
+    """The seeds of so many requests of one token, one after the other."""
+    model = Watched()
+    async with InferenceEngine(model, skip_tokenizer_init=True, **settings) as engine:
+        for _ in range(count):
+            await engine.generate([1, 2], params)
+    return model.seeds
+
+
+async def test_requests_without_a_seed_get_one_of_their_own() -> None:
+    params = SamplingParams(max_tokens=1)
+    first, second = await asyncio.gather(seeds_of(4, params), seeds_of(4, params))
+    assert len({*first, *second}) == 8
+
+
+async def test_a_seed_of_the_engine_seeds_its_requests() -> None:
+    params = SamplingParams(max_tokens=1)
+    first, second = await asyncio.gather(seeds_of(4, params, seed=3), seeds_of(4, params, seed=3))
+    assert first == second
+    assert len(set(first)) == 4
+
+
+async def test_a_seed_of_the_request_counts() -> None:
+    assert await seeds_of(2, SamplingParams(max_tokens=1, seed=9)) == [9, 9]
+
+
+async def test_a_handle_of_a_known_request_and_none_of_another() -> None:
+    async with InferenceEngine(Watched(), skip_tokenizer_init=True) as engine:
+        original = engine.generate([1], SamplingParams(max_tokens=2), request_id="a")
+        await original
+        assert (engine.get_request_status("a"), engine.get_request_status("b")) == (RequestStatus.COMPLETED, None)
+        handle = engine.get_request("a")
+        assert handle is not None
+        assert (await handle).outputs[0].token_ids == [5, 6]
+        assert engine.get_request("b") is None
