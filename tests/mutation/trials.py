@@ -44,6 +44,7 @@ WIDER: Mapping[str, Sequence[str]] = {
         "tests/integration/test_lessons.py",
         "tests/integration/test_forking.py",
         "tests/integration/test_memory.py",
+        "tests/integration/test_optimizer.py",
         "tests/integration/test_embedding.py",
         "tests/equivalence/test_engine.py",
         "tests/stress/test_cancellation.py",

@@ -110,7 +110,7 @@ class TracedChannel(Channel):
 class Rig:
     """An engine core and everything that it needs; `now` is its clock."""
 
-    def __init__(self, script: Script = (5, 6, 7), pool: Any = None, **settings: Any) -> None:
+    def __init__(self, script: Script = (5, 6, 7), pool: Any = None, speculator: Any = None, **settings: Any) -> None:
         self.config = EngineConfig(**{"batch_timeout_ms": 0, "block_size": 4, **settings})
         self.model = ScriptedModel(script, vocab_size=32, max_length=64)
         self.cache = CacheManager(32, 4)
@@ -132,6 +132,7 @@ class Rig:
             *(self.config, self.model, self.scheduler, door, self.execute, lambda: self.now, self.metrics, log),
             housekeeper=self.housekeeper,
             sleep=self.sleep,
+            speculator=speculator,
         )
 
     def run_job(self, function: Callable[..., int], *arguments: Any) -> Job[int]:
@@ -688,6 +689,43 @@ async def test_time_of_a_step_counts_the_hosts_work_since_the_last_one_but_no_id
     seconds = rig.metrics.summaries()["batch_processing_time"]
     assert (seconds["count"], seconds["max"]) == (3, pytest.approx(0.015))
     assert (seconds["min"], seconds["latest"]) == (pytest.approx(0.010), pytest.approx(0.010))
+
+
+class TracedSpeculator:
+    """Guesses nothing, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.trace: list[Any] = []
+        self.rested = asyncio.Event()
+
+    async def draft(self, meanwhile: Callable[[], None]) -> None:
+        self.trace.append("draft")
+
+    def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        self.trace.append((len(plan.rows), len(result.rows), round(seconds, 3)))
+
+    def forget_ended(self) -> None:
+        if self.trace:  # the engine begins idle
+            self.rested.set()
+
+
+async def test_a_speculator_drafts_before_every_step_and_hears_of_it_afterwards() -> None:
+    speculator = TracedSpeculator()
+    rig = Rig(speculator=speculator)
+    rig.submit(max_tokens=2)
+    await rig.steps(2)
+    assert speculator.trace == ["draft", (1, 1, 0.01)] * 2
+
+
+async def test_a_speculator_forgets_who_ended_when_the_engine_turns_idle() -> None:
+    speculator = TracedSpeculator()
+    rig = Rig(speculator=speculator)
+    running = asyncio.create_task(rig.core.run())
+    await rig.submit(max_tokens=1).wait()
+    await asyncio.wait_for(speculator.rested.wait(), 30)
+    rig.core.stop()
+    await running
+    assert speculator.trace[:2] == ["draft", (1, 1, 0.01)]
 
 
 async def test_candidates_are_shown_only_when_the_best_is_known() -> None:

@@ -139,6 +139,22 @@ def test_a_draft_model_is_run_for_those_that_it_guesses_right() -> None:
     assert world.asked_for[0] < 40
 
 
+def test_a_draft_model_that_guesses_nothing_has_cost_its_time_all_the_same() -> None:
+    """Each time costs 0.8 tokens; after more than two lost, the sequence is left alone for 16 steps."""
+    world, asked = World(1, right=0.0, cost=flat), 0
+    world.controller = SpeculationController(costly=True)
+    (seq,) = world.seqs
+    for _ in range(15):
+        if asks := world.controller.asks([seq], 8):
+            asked += 1
+            world.controller.record_drafting(1, 8, 8 * 0.0027)
+            assert world.controller.choose(asks, [Draft()], 1) == []
+        step = StepPlan((world.row(seq, ()),))
+        seq.tokens.append(7)
+        world.controller.record_step(step, StepResult((RowResult((7,)),)), flat(1))
+    assert asked == 3
+
+
 def test_a_draft_model_that_pays_goes_on() -> None:
     world = World(1, right=0.8, cost=flat, draft_s=0.002)
     world.run(500)
