@@ -61,6 +61,8 @@ def main(words: list[str]) -> int:
     begin = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
+    for left in FOLDER.glob("*.txt"):  # by a run that was killed
+        left.unlink()
     sys.dont_write_bytecode = False
     sys.pycache_prefix = str((FOLDER / "pycache").resolve())
     warnings.simplefilter("ignore")  # of a fork in a process with threads, which run nothing here
