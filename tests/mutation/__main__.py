@@ -10,6 +10,9 @@ test looks at. For each, the unit tests of its module run first, then those of i
   scripts/mutate --only-survivors                    those that lived, once more, after you have written tests
   scripts/mutate --file penstock/cache/tier.py --match "_take_place"
 
+Docstrings, annotations, asserts, log lines, messages, `__repr__` and the values of named constants are left alone.
+Tests that start another program run it without the mutant.
+
 Mutants run in memory, never in the working tree. Results are kept in .mutation/ by the text of the file, so that a run
 that was stopped goes on where it was, and a file that changed is looked at anew. A survivor is worth a test, unless
 nobody could see the difference: then it goes, with the reason, into tests/mutation/equivalent.toml.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -51,6 +52,28 @@ async def test_an_output_holds_everything_so_far_and_is_not_changed_by_later_one
         assert len(text.token_logprobs) == length
         assert len(text.logprobs or ()) == (length if logprobs is not None else 0)
         assert output.finished is (length == 3)
+
+
+async def test_the_end_of_an_aborted_request_holds_what_came_before() -> None:
+    """The last delta has no tokens of its own."""
+
+    def stall(tokens: Sequence[int], index: int) -> int:
+        if len(tokens) == 3:
+            model.hold()  # the step after this one
+        return 5
+
+    model = ScriptedModel(stall, vocab_size=32, max_length=64)
+    engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(model, skip_tokenizer_init=True))
+    stream, outputs = engine.generate([1, 2], SamplingParams(max_tokens=9, logprobs=0), "a"), list[RequestOutput]()
+    with contextlib.suppress(RequestAborted):
+        async for output in stream:
+            outputs.append(output)
+            if len(output.outputs[0].token_ids) == 2:
+                await engine.abort("a")
+    model.release()
+    await asyncio.to_thread(engine.shutdown)
+    (last,) = outputs[-1].outputs
+    assert (last.token_ids, last.finish_reason, len(last.logprobs or ())) == ([5, 5], "abort", 2)
 
 
 async def test_news_come_once(engine: AsyncLLMEngine) -> None:
