@@ -17,18 +17,17 @@ from penstock.sampling import OutputKind, RequestPriority, SamplingParams
 
 
 @pytest.fixture
-async def model() -> AsyncIterator[ScriptedModel]:
-    """Says 5, 6, 7 over and over; held steps go on when the test is over."""
-    scripted = ScriptedModel([5, 6, 7], vocab_size=32, max_length=64)
-    yield scripted
-    scripted.release()
+def model() -> ScriptedModel:
+    """Says 5, 6, 7 over and over."""
+    return ScriptedModel([5, 6, 7], vocab_size=32, max_length=64)
 
 
 @pytest.fixture
 async def engine(model: ScriptedModel) -> AsyncIterator[AsyncLLMEngine]:
-    """An engine over that model."""
+    """An engine over that model; what is held goes on when the test is over."""
     made = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(model, skip_tokenizer_init=True))
     yield made
+    model.release()
     await asyncio.to_thread(made.shutdown)
 
 

@@ -188,3 +188,17 @@ def test_low_priority_starts_and_ends_in_bounded_time_under_saturating_high_load
     early = [number for number in siege.low if siege.born[number] < 10.0]
     assert max(siege.started[number] - siege.born[number] for number in early) < 2.5
     assert max(siege.ended[number] - siege.born[number] for number in early) < 4.0
+
+
+def test_an_equal_is_not_displaced_even_if_it_has_no_row_in_the_step() -> None:
+    """A limit lowered in mid-prefill leaves it without a token; the newcomer needs its blocks."""
+    world = World(caching=False, max_num_batched_tokens=8)
+    world.add(1, 3, new=9, priority=LOW)
+    world.step()
+    runs = world.add(2, 24, priority=HIGH)
+    world.step()
+    assert (len(runs.blocks), world.cache.num_free_blocks) == (6, 3)
+    world.config.max_num_batched_tokens = 1
+    world.add(3, 20, priority=HIGH)
+    assert world.begin() == {1: (4, 5)}
+    assert runs.status is Status.RUNNING
