@@ -208,10 +208,11 @@ def _statement(node: ast.AST) -> Iterator[Replacement]:
     called = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     if stored or called or isinstance(node, ast.AugAssign | ast.Delete | ast.Raise):
         yield node, "pass"
-    if isinstance(node, ast.Return) and node.value is not None:
-        yield node.value, "None"
-    elif isinstance(node, ast.Return):
-        yield node, "pass"
+    if isinstance(node, ast.Return):
+        if node.value is None:
+            yield node, "pass"
+        elif ast.unparse(node.value) != "False":  # whoever asks for a truth takes None for that
+            yield node.value, "None"
     if isinstance(node, ast.Continue):
         yield node, "break"
     if isinstance(node, ast.Break):

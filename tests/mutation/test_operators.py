@@ -33,6 +33,7 @@ def changes(text: str) -> list[tuple[str, str, str]]:
         ("a = True", [("constant", "True", "False")]),
         ("return a", [("statement", "a", "None")]),
         ("return", [("statement", "return", "pass")]),
+        ("return False", [("constant", "False", "True")]),
         ("raise KeyError(a + 1)", [("statement", "raise KeyError(a + 1)", "pass")]),
         ("del a[b]", [("statement", "del a[b]", "pass")]),
         ("self.a = b", [("statement", "self.a = b", "pass")]),
