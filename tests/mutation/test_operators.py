@@ -58,6 +58,7 @@ def test_a_change_of_each_kind(text: str, expected: list[tuple[str, str, str]]) 
         "self._log.debug('step', rows=len(a) + 1)",
         "b = f'{a + 1} of {b < 2}'",
         "def __repr__(self):\n    return a + 1",
+        "def check():\n    'Assert something. For tests.'\n    return a + 1",
         "@cache(1)\ndef g(): ...",
     ],
 )

@@ -34,6 +34,10 @@ def test_no_more_than_a_full_batch_can_use_and_one() -> None:
     assert blocks(kv_cache_tokens=1000, max_rows=2, max_len=25) == 100
 
 
+def test_a_single_block_is_enough() -> None:
+    assert blocks(free_bytes=1112) == 1
+
+
 def test_too_little_for_one_block_is_an_error_with_the_numbers() -> None:
     with pytest.raises(ConfigurationError) as caught:
         blocks(free_bytes=1111)

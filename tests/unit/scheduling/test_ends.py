@@ -182,6 +182,16 @@ def ready(prompt: int = 3, new: int = 20) -> World:
     return world
 
 
+def test_a_draft_goes_through_the_model_also_where_a_slot_for_the_newest_token_is_there_already() -> None:
+    world = World()
+    world.add(1, 5, new=9)
+    world.step()
+    assert world.step() == {1: (5, 6)}
+    world.scheduler.offer(1, [10, 11])
+    assert world.begin() == {1: (6, 9)}
+    assert world.plan.rows[0].draft == (10, 11)
+
+
 def test_accepted_drafts_advance_over_their_kv() -> None:
     world = ready()
     seq = world.scheduler.get(1)

@@ -155,6 +155,14 @@ def test_a_draft_model_that_guesses_nothing_has_cost_its_time_all_the_same() -> 
     assert asked == 3
 
 
+def test_one_slow_drafting_is_believed_by_a_tenth() -> None:
+    world = World(1, right=0.9, cost=flat, draft_s=0.0027)
+    world.run(100)
+    world.controller.record_drafting(1, 8, 8 * 0.027)
+    (ask,) = world.controller.asks(world.seqs, 8)
+    assert ask.least == pytest.approx(0.7 * (0.9 + 2.7 + 2.43) / 27, rel=0.02)
+
+
 def test_a_draft_model_that_pays_goes_on() -> None:
     world = World(1, right=0.8, cost=flat, draft_s=0.002)
     world.run(500)

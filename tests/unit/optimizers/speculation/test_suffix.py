@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tracemalloc
 
+import pytest
+
 from penstock.optimizers.speculation.drafter import Draft
 from penstock.optimizers.speculation.suffix import Library, SuffixDrafter
 from tests.unit.optimizers.speculation.guessing import propose, sequence
@@ -91,13 +93,15 @@ def test_a_live_request_that_was_dropped_begins_anew() -> None:
     assert propose(drafter, sequence(2, [1], [5, 6])).tokens == (7, 8, 9)
 
 
-def test_namespaces_of_which_nothing_is_held_cost_no_memory() -> None:
+@pytest.mark.parametrize("same", [False, True], ids=["a namespace each", "one namespace"])
+def test_texts_that_were_dropped_cost_no_memory(same: bool) -> None:
     """The index of every namespace there ever was stayed."""
     library = Library(capacity=10)
 
     def visit(first: int, last: int) -> int:
         for number in range(first, last):
-            library.grow(library.open(f"tenant {number}", [1, 2, 3, 4, 5]))
+            tokens = [10 * number + place for place in range(5)]
+            library.grow(library.open("" if same else f"tenant {number}", tokens))
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
