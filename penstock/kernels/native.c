@@ -644,7 +644,7 @@ int ps_norm(pool *p, const norm *n, const void *x, long rows, void *out, int add
  *
  * Few channels of activations, keys and values are far larger than the others, and one scale for a row then rounds the
  * others away. An orthogonal transform Q spreads every channel over many (QuaRot, Ashkboos et al. 2024, arXiv
- * 2404.00456): x Q is quantized, weights are packed as W Q, and (x Q)(W Q)^T = x W^T. Q is a random sign for each
+ * 2404.00456): x Q is quantized, weights are packed as W Q, and (x Q)(W Q)^T = x W^T. Q is a fixed sign for each
  * channel, then Walsh-Hadamard transforms of blocks of SPAN numbers at most, the last of which may overlap the one
  * before it. The signs keep a mean that channels share from ending up in a single number. */
 enum { SPAN = 1024 };
@@ -680,35 +680,61 @@ INLINE vf hadamard_lanes(vf x)
     return x;
 }
 
-/* The orthogonal transform of n numbers, n a power of two; its own inverse. */
+/* `count` vectors that lie `stride` numbers apart: the transform across them, and within each if `lanes`. */
+INLINE void butterflies(float *x, const int count, long stride, const int lanes, float scale)
+{
+    vf v[8];
+    _Pragma("GCC unroll 8") for (int i = 0; i < count; i++) {
+        v[i] = *(vf *)(x + i * stride) * scale;
+        if (lanes) v[i] = hadamard_lanes(v[i]);
+    }
+    _Pragma("GCC unroll 3") for (int h = 1; h < count; h *= 2)
+        _Pragma("GCC unroll 8") for (int i = 0; i < count; i++)
+            if (!(i & h)) {
+                vf a = v[i], b = v[i + h];
+                v[i] = a + b, v[i + h] = a - b;
+            }
+    _Pragma("GCC unroll 8") for (int i = 0; i < count; i++) *(vf *)(x + i * stride) = v[i];
+}
+
+static void transform(float *x, long count, long stride, int lanes, float scale)
+{
+    if (count >= 8 && lanes) butterflies(x, 8, stride, 1, scale);
+    else if (count >= 8) butterflies(x, 8, stride, 0, scale);
+    else if (count == 4) butterflies(x, 4, stride, lanes, scale);
+    else if (count == 2) butterflies(x, 2, stride, lanes, scale);
+    else butterflies(x, 1, stride, lanes, scale);
+}
+
+/* The orthogonal transform of n numbers, n a power of two; its own inverse. Eight vectors at a time stay in registers. */
 static void hadamard(float *x, long n)
 {
     const float scale = 1 / sqrtf(n);
-    for (long i = 0; n < VL && i < n; i++) x[i] *= scale;
-    for (long i = 0; n >= VL && i < n; i += VL) *(vf *)(x + i) = hadamard_lanes(*(vf *)(x + i) * scale);
-    for (long h = n < VL ? 1 : VL; h < n; h *= 2)
-        for (long i = 0; i < n; i += 2 * h)
-            for (long j = i; j < i + h; j += n < VL ? 1 : VL) {
-                if (n < VL) {
-                    float a = x[j], b = x[j + h];
-                    x[j] = a + b, x[j + h] = a - b;
-                } else {
-                    vf a = *(vf *)(x + j), b = *(vf *)(x + j + h);
-                    *(vf *)(x + j) = a + b, *(vf *)(x + j + h) = a - b;
-                }
+    const long count = n / VL;
+    for (long h = 1; n < VL && h < n; h *= 2)
+        for (long i = 0; i < n; i++)
+            if (!(i & h)) {
+                float a = x[i], b = x[i + h];
+                x[i] = a + b, x[i + h] = a - b;
             }
+    for (long i = 0; n < VL && i < n; i++) x[i] *= scale;
+    for (long i = 0; i < count; i += 8) transform(x + i * VL, count, VL, 1, scale);
+    for (long h = 8; h < count; h *= 8)
+        for (long i = 0; i < count; i += 8 * h)
+            for (long j = i; j < i + h && j < count; j++) transform(x + j * VL, count / h, h * VL, 0, 1);
 }
 
-/* Random signs: a hash of each place. */
+/* Signs whose own transform is flat (a bent function, Rothaus 1976): minus where an odd number of the pairs of bits
+ * (0, 1), (2, 3), ... of a place are both set. */
 static void flip_signs(float *x, long n)
 {
-    vi lane;
-    for (int i = 0; i < VL; i++) lane[i] = i;
+    enum { MINUS = INT32_MIN };
+    static const int32_t sixteen[] = {0, 0, 0, MINUS, 0, 0, 0, MINUS, 0, 0, 0, MINUS, MINUS, MINUS, MINUS, 0};
     for (long i = 0; i < n; i += VL) {
-        vu bits = (vu)(lane + (int32_t)i) * 0x9e3779b1u;
-        bits = (bits ^ bits >> 15) * 0x85ebca77u & 0x80000000u;
-        if (i + VL <= n) *(vi *)(x + i) ^= (vi)bits;
-        else for (long j = i; j < n; j++) x[j] = bits[j - i] ? -x[j] : x[j];
+        long j = i / 16;
+        vi signs = *(const vi *)(sixteen + i % 16) ^ (__builtin_parityl(j & j >> 1 & 0x55555555) ? MINUS : 0);
+        if (i + VL <= n) *(vi *)(x + i) ^= signs;
+        else for (long k = i; k < n; k++) x[k] = signs[k - i] ? -x[k] : x[k];
     }
 }
 

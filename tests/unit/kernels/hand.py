@@ -44,9 +44,8 @@ def _hadamard(n: int) -> Tensor:
 
 
 def _signs(n: int) -> Tensor:
-    bits = (torch.arange(n, dtype=torch.int64) * 0x9E3779B1) & 0xFFFFFFFF
-    bits = ((bits ^ bits >> 15) * 0x85EBCA77) & 0x80000000
-    return torch.where(bits > 0, -1.0, 1.0).double()
+    pairs = [bin(place & place >> 1 & 0x55555555).count("1") for place in range(n)]
+    return torch.tensor([(-1.0) ** count for count in pairs], dtype=torch.float64)
 
 
 def attention_by_hand(
