@@ -13,16 +13,19 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
+from numbers import Number
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, shown
+from penstock.values import plain
 
 GIB = 1024**3
+LARGEST, LARGEST_FLOAT = 2**63 - 1, 1e12  # of any setting that is an int, or a float
 
 
 # Other engines' names for the same settings, accepted as keywords and in YAML.
@@ -53,7 +56,7 @@ class EngineConfig(BaseSettings):
     """Settings of an `InferenceEngine`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PENSTOCK_", extra="forbid", validate_assignment=True, protected_namespaces=()
+        env_prefix="PENSTOCK_", extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
     )
 
     # Batching
@@ -74,7 +77,7 @@ class EngineConfig(BaseSettings):
     # Queue
     max_queue_size: int = Field(1000, ge=1, description="Most requests that may wait; one more raises EngineOverloaded.")
     max_queued_tokens: int | None = Field(None, ge=1, description="Most prompt tokens that may wait; None is no limit.")
-    priority_boost_threshold: float = Field(5.0, gt=0, description="Seconds of waiting after which a request moves one priority class forward in the queue, so that nothing starves.")
+    priority_boost_threshold: float = Field(5.0, ge=1e-6, description="Seconds of waiting after which a request moves one priority class forward in the queue, so that nothing starves.")
     default_max_tokens: int = Field(
         256,
         ge=1,
@@ -129,6 +132,24 @@ class EngineConfig(BaseSettings):
     enable_metrics: bool = Field(True, description="Collect latency and throughput figures. Read at construction.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="Least level of this engine's own log events. Read at construction.")
     profile_performance: bool = Field(False, description="Log the time of every step at DEBUG level.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """A scalar of numpy stands for its number; a bool, a `Decimal` or a fraction stands for none."""
+        value = plain(value)
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if {int, float} & {kind, *get_args(kind)} and isinstance(value, Number) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PydanticCustomError("no_number", "Input should be an int or a float")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _bound_numbers(cls, value: Any) -> Any:
+        largest = LARGEST if isinstance(value, int) else LARGEST_FLOAT
+        if isinstance(value, int | float) and abs(value) > largest:
+            raise PydanticCustomError("too_large", "Input should be at most {largest}", {"largest": largest})
+        return value
 
     @field_validator("disabled_rewrites")
     @classmethod
@@ -188,5 +209,5 @@ def _explain_one(item: Any, names: Iterable[str]) -> str:
         near = difflib.get_close_matches(name, list(names), n=1)
         return f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
     if item["type"] in ("literal_error", "enum"):
-        return f"{name}={item.get('input')!r} is not available: choose {item['ctx']['expected']}, or leave it out"
-    return f"{name}: {item['msg']} (got {item.get('input')!r})"
+        return f"{name}={shown(item.get('input'))} is not available: choose {item['ctx']['expected']}, or leave it out"
+    return f"{name}: {item['msg']} (got {shown(item.get('input'))})"

@@ -12,12 +12,41 @@
     └── ExecutionError (RuntimeError)       the forward pass failed
         └── OutOfMemory                     says "CUDA out of memory" or "out of memory", and what to change
 
-Errors say what was wrong and what to change. `assert` is only for bugs of our own.
+Errors say what was wrong and what to change. `assert` is only for bugs of our own. What callers' values and errors say
+of themselves enters a message through `shown`, `text_of` and `described`, which never fail.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+_LONGEST = 2000  # characters of a caller's value in a message
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, cut to what a message has room for. A value whose `__repr__` fails is named by its type."""
+    return _worded(repr, value) or f"<{type(value).__name__}>"
+
+
+def text_of(error: BaseException) -> str:
+    """`str(error)`, cut; the name of its type where that is empty or fails."""
+    return _worded(str, error) or type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """`ValueError: what it says`, cut; the name alone where it says nothing or its `__str__` fails."""
+    says = _worded(str, error)
+    return f"{type(error).__name__}: {says}" if says else type(error).__name__
+
+
+def _worded(word: Callable[[object], str], thing: object) -> str:
+    """What `word` says of a thing; nothing where it fails, be it with a `SystemExit` or for too many digits."""
+    try:
+        text = str.__str__(word(thing))
+    except BaseException:
+        return ""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class PenstockError(Exception):

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from penstock.errors import RequestError, RequestTooLarge
-from penstock.sampling import SamplingParams
+from penstock.sampling import LARGEST_LENGTH, SamplingParams
+from penstock.values import bare, flag, integer, plain, refused, token_ids
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,12 +43,6 @@ class GenerationConfig:
     stop: str | Sequence[str] | None = field(default=())
 
     def __post_init__(self) -> None:
-        if self.length_mode not in ("new", "total"):
-            raise RequestError(f'length_mode must be "new" or "total", got {self.length_mode!r}')
-        if not isinstance(self.num_beams, int) or self.num_beams < 1:
-            raise RequestError(f"num_beams must be an integer >= 1, got {self.num_beams!r}")
-        if self.num_beams > 1 and self.do_sample:
-            raise RequestError(f"num_beams={self.num_beams} searches and draws nothing: set do_sample=False with it")
         self.sampling_params()  # refuses bad values here, where the caller wrote them
 
     def sampling_params(self, prompt_len: int = 0, room: int | None = None) -> SamplingParams:
@@ -55,33 +50,50 @@ class GenerationConfig:
 
         Raises `RequestTooLarge` when a prompt of `prompt_len` tokens uses up `max_length`.
         """
-        new = self.max_length - (prompt_len if self.length_mode == "total" else 0)
+        total = self._counts_prompt()
+        longest = integer("max_length", self.max_length, 1, LARGEST_LENGTH, "an integer >= 1")
+        new = longest - (prompt_len if total else 0)
         if prompt_len and new < 1:
             raise RequestTooLarge(
-                f"the prompt has {prompt_len} tokens and max_length={self.max_length} leaves no room for output: "
+                f"the prompt has {prompt_len} tokens and max_length={longest} leaves no room for output: "
                 'raise max_length, or count new tokens only with length_mode="new"'
             )
         if room is not None:
             new = min(new, room)
-        eos = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id or ())
-        searches = self.num_beams > 1
+        beams, samples = (
+            integer("num_beams", self.num_beams, 1, rule="an integer >= 1"),
+            flag("do_sample", self.do_sample),
+        )
+        if beams > 1 and samples:
+            raise RequestError(f"num_beams={beams} searches and draws nothing: set do_sample=False with it")
+        least = integer("min_length", self.min_length, 0, LARGEST_LENGTH, "an integer >= 0")
         params = SamplingParams(
             n=self.num_return_sequences,
-            best_of=self.num_beams if searches else None,
-            use_beam_search=searches,
+            best_of=beams if beams > 1 else None,
+            use_beam_search=beams > 1,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
-            temperature=self.temperature if self.do_sample else 0.0,
-            top_k=self.top_k or 0,
+            temperature=self.temperature if samples else 0.0,
+            top_k=0 if self.top_k is None else self.top_k,
             top_p=1.0 if self.top_p is None else self.top_p,
             repetition_penalty=self.repetition_penalty,
-            min_tokens=min(self.min_length, new),
+            min_tokens=min(least, new),
             max_tokens=new,
             stop=self.stop,
-            stop_token_ids=eos,
+            stop_token_ids=self._stop_ids(),
             seed=self.seed,
         )
-        return params if self.do_sample else replace(params, top_k=0, top_p=1.0)
+        return params if samples else replace(params, top_k=0, top_p=1.0)
+
+    def _counts_prompt(self) -> bool:
+        mode = bare(self.length_mode)
+        if isinstance(mode, str) and mode in ("new", "total"):
+            return mode == "total"
+        raise refused("length_mode", self.length_mode, '"new" or "total"')
+
+    def _stop_ids(self) -> Sequence[int]:
+        eos = plain(self.eos_token_id)
+        return token_ids("eos_token_id", (eos,) if isinstance(eos, int) else eos)
 
 
 def default_params(defaults: Mapping[str, Any], max_tokens: int, prompt_len: int | None = None) -> SamplingParams:

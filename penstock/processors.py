@@ -7,11 +7,18 @@ tensors. `SamplingParams` inherits them; `models/processors.py` and `models/cuto
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from penstock.errors import RequestError
+from penstock.values import LARGEST_COUNT, LARGEST_ID, flag, integer, items, plain, real, refused, token_ids
+
+_ABOVE_0, _BELOW_1 = sys.float_info.min, math.nextafter(1.0, 0.0)
+_SHARE = "above 0 and at most 1"
+_CUTOFF = "at least 0 and below 1 (0 is off)"
+_SIZE = "an integer >= 0 (0 is off)"
+_BOS = "None or a token id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +56,23 @@ class ProcessorParams:
 P = TypeVar("P", bound=ProcessorParams)
 
 
-def normalized(p: ProcessorParams) -> dict[str, Any]:
-    """The values that come in several forms, each in one: tuples of ids, a dictionary of biases."""
-    forced = p.forced_eos_token_id
+def checked(p: ProcessorParams) -> dict[str, Any]:
+    """Every value as plain Python and in one form. Raises `RequestError` for one that means nothing."""
+    bos, top_h = p.forced_bos_token_id, p.top_h
     return {
-        "suppress_tokens": _ids("suppress_tokens", p.suppress_tokens),
-        "begin_suppress_tokens": _ids("begin_suppress_tokens", p.begin_suppress_tokens),
-        "forced_eos_token_id": None if forced is None else _ids("forced_eos_token_id", forced),
+        "suppress_tokens": token_ids("suppress_tokens", p.suppress_tokens),
+        "begin_suppress_tokens": token_ids("begin_suppress_tokens", p.begin_suppress_tokens),
+        "min_new_tokens": integer("min_new_tokens", p.min_new_tokens, 0, rule="an integer >= 0"),
+        "no_repeat_ngram_size": integer("no_repeat_ngram_size", p.no_repeat_ngram_size, 0, rule=_SIZE),
         "sequence_bias": None if p.sequence_bias is None else _biases(p.sequence_bias),
+        "exponential_decay_length_penalty": _decay(p.exponential_decay_length_penalty),
+        "forced_bos_token_id": None if bos is None else integer("forced_bos_token_id", bos, 0, LARGEST_ID, _BOS),
+        "forced_eos_token_id": _forced_eos(p.forced_eos_token_id),
+        "renormalize_logits": flag("renormalize_logits", p.renormalize_logits),
+        "top_h": None if top_h is None else real("top_h", top_h, _ABOVE_0, 1.0, f"None, or {_SHARE}"),
+        "typical_p": real("typical_p", p.typical_p, _ABOVE_0, 1.0, _SHARE),
+        "epsilon_cutoff": real("epsilon_cutoff", p.epsilon_cutoff, 0.0, _BELOW_1, _CUTOFF),
+        "eta_cutoff": real("eta_cutoff", p.eta_cutoff, 0.0, _BELOW_1, _CUTOFF),
     }
 
 
@@ -89,80 +105,37 @@ def after(p: P, num_tokens: int) -> P:
     )
 
 
-def check(p: ProcessorParams) -> None:
-    """Raises `RequestError` for a value that means nothing."""
-    for name, rule in (("min_new_tokens", ""), ("no_repeat_ngram_size", " (0 is off)")):
-        _need(_is_count(getattr(p, name)), name, getattr(p, name), f"an integer >= 0{rule}")
-    _need(
-        p.forced_bos_token_id is None or _is_count(p.forced_bos_token_id),
-        "forced_bos_token_id",
-        p.forced_bos_token_id,
-        "None or a token id",
-    )
-    _need(p.forced_eos_token_id != (), "forced_eos_token_id", p.forced_eos_token_id, "None, a token id or several")
-    _need(isinstance(p.renormalize_logits, bool), "renormalize_logits", p.renormalize_logits, "True or False")
-    _need(
-        p.top_h is None or (_is_finite(p.top_h) and 0 < p.top_h <= 1),
-        "top_h",
-        p.top_h,
-        "None, or above 0 and at most 1",
-    )
-    _need(_is_finite(p.typical_p) and 0 < p.typical_p <= 1, "typical_p", p.typical_p, "above 0 and at most 1")
-    for name in ("epsilon_cutoff", "eta_cutoff"):
-        value = getattr(p, name)
-        _need(_is_finite(value) and 0 <= value < 1, name, value, "at least 0 and below 1 (0 is off)")
-    _check_decay(p.exponential_decay_length_penalty)
+def _forced_eos(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ids = plain(value)
+    found = token_ids("forced_eos_token_id", (ids,) if isinstance(ids, int) else ids)
+    if not found:
+        raise refused("forced_eos_token_id", value, "None, a token id or several")
+    return found
 
 
-def _check_decay(decay: Any) -> None:
-    is_pair = decay is None or (isinstance(decay, Sequence) and len(decay) == 2)
-    ok = decay is None or (is_pair and _is_int(decay[0]) and _is_finite(decay[1]) and decay[1] > 0)
+def _decay(value: Any) -> tuple[int, float] | None:
     rule = "None, or (start in new tokens, factor above 0)"
-    _need(ok and (decay is None or abs(decay[0]) < 2**31), "exponential_decay_length_penalty", decay, rule)
+    if value is None:
+        return None
+    pair = items("exponential_decay_length_penalty", value)
+    if len(pair) != 2:
+        raise refused("exponential_decay_length_penalty", value, rule)
+    start = integer("exponential_decay_length_penalty", pair[0], -LARGEST_COUNT, rule=rule)
+    return start, real("exponential_decay_length_penalty", pair[1], _ABOVE_0, sys.float_info.max, rule)
 
 
 def _biases(value: Any) -> dict[tuple[int, ...], float]:
     """From a mapping of id sequences, or, as transformers has it, a list of [ids, bias]."""
     rule = "a mapping of non-empty sequences of token ids to numbers, or a list of [ids, number]"
     try:
-        pairs = [(tuple(ids), bias) for ids, bias in (value.items() if isinstance(value, Mapping) else value)]
-    except (TypeError, ValueError):
-        raise RequestError(f"sequence_bias must be {rule}, got {value!r}") from None
-    for ids, bias in pairs:
-        is_number = isinstance(bias, int | float) and not isinstance(bias, bool) and _fits(bias)
-        _need(bool(ids) and all(map(_is_count, ids)) and is_number, "sequence_bias", {ids: bias}, rule)
-    return {ids: float(bias) for ids, bias in pairs}
-
-
-def _ids(name: str, value: Any) -> tuple[int, ...]:
-    try:
-        ids = (value,) if isinstance(value, int) else tuple(value or ())
-    except TypeError:
-        raise RequestError(f"{name} must be token ids, got {value!r}") from None
-    _need(all(map(_is_count, ids)), name, value, "token ids, which are integers >= 0")
-    return ids
-
-
-def _need(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise RequestError(f"{name} must be {rule}, got {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and _fits(value) and math.isfinite(value)
-
-
-def _fits(value: float) -> bool:
-    """Whether a float can hold it, and it is a number."""
-    try:
-        return not math.isnan(float(value))
-    except OverflowError:
-        return False
+        pairs = [tuple(pair) for pair in (dict(value).items() if isinstance(value, Mapping) else items("", value))]
+    except Exception:
+        raise refused("sequence_bias", value, rule) from None
+    found: dict[tuple[int, ...], float] = {}
+    for pair in pairs:
+        if len(pair) != 2 or not (ids := token_ids("sequence_bias", pair[0])):
+            raise refused("sequence_bias", value, rule)
+        found[ids] = real("sequence_bias", pair[1], -math.inf, math.inf, rule)
+    return found

@@ -5,14 +5,14 @@ Owns parameter names, ranges and defaults. Never looks at tokens or tensors. Bui
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
 from penstock import processors
-from penstock.errors import RequestError
+from penstock.values import LARGEST_COUNT, LARGEST_ID, bare, flag, integer, items, plain, real, refused, text, token_ids
 
 # A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
@@ -20,6 +20,22 @@ LogitsProcessor = Callable[[Sequence[int], Any], Any]
 Scorer = Callable[[Any], float]
 
 RANKINGS = ("cumulative_logprob", "normalized_logprob")
+LARGEST_LENGTH = 2**63 - 1  # of tokens; what fits is known at the door
+FLOAT_MAX = sys.float_info.max
+# Name, least and greatest value, and both in words.
+_NUMBERS = (
+    ("temperature", 0.0, FLOAT_MAX, "a finite number >= 0"),
+    ("top_p", 0.0, 1.0, "above 0 and at most 1"),
+    ("min_p", 0.0, 1.0, "between 0 and 1"),
+    ("presence_penalty", -2.0, 2.0, "between -2 and 2"),
+    ("frequency_penalty", -2.0, 2.0, "between -2 and 2"),
+    ("repetition_penalty", 1e-3, 1e3, "a number from 0.001 to 1000"),
+    ("length_penalty", -32.0, 32.0, "a number from -32 to 32"),
+)
+_FLAGS = (
+    *("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"),
+    *("spaces_between_special_tokens", "use_beam_search"),
+)
 
 
 class RequestPriority(IntEnum):
@@ -39,6 +55,9 @@ class OutputKind(Enum):
     FINAL_ONLY = "final_only"
 
 
+_KINDS = tuple(kind.value for kind in OutputKind)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(processors.ProcessorParams):
     """How to choose the tokens of one request.
@@ -49,7 +68,14 @@ class SamplingParams(processors.ProcessorParams):
     returns the k most likely tokens and the chosen one; -1 the whole vocabulary. The same `seed` gives
     the same random numbers whatever else runs. `speculation_length` is the most tokens to guess at once where the
     engine speculates, never more than it is set to (0: none; None: that many); it never changes the output, as long as
-    `logits_processors` look at their arguments only. Raises `RequestError` saying which value is wrong.
+    `logits_processors` look at their arguments only. A processor gets a copy of its row, on the thread that runs the
+    model: what it raises, a `SystemExit` too, or returns in vain ends its request, but the time it takes, every request
+    of the step takes.
+
+    Every number may be a Python int or float, or a numpy or torch scalar of the same kind, and is kept as an int or
+    float; bools, `Decimal`s, NaN, infinity and what no float holds are refused. `repetition_penalty` goes from 0.001 to
+    1000, `length_penalty` from -32 to 32; a `top_k` beyond the vocabulary keeps all of it. Lists and mappings are
+    copied. Raises `RequestError` saying which value is wrong.
 
     `n` completions share the K/V of their prompt, which is computed once. `best_of` (at least n) runs that many and
     returns the best n, best first, by `rank_by`: "cumulative_logprob" (the default), "normalized_logprob" (that,
@@ -98,23 +124,17 @@ class SamplingParams(processors.ProcessorParams):
     is_cut: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in (
-            *processors.normalized(self).items(),
-            ("stop", _tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)),
-            ("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids)),
-            ("bad_words", _tuple("bad_words", self.bad_words)),
-            ("logits_processors", _tuple("logits_processors", self.logits_processors)),
-            ("output_kind", _output_kind(self.output_kind)),
-            ("logprobs", _count(self.logprobs)),
-            ("prompt_logprobs", _count(self.prompt_logprobs)),
-            ("top_k", 0 if self.top_k in (None, -1) else self.top_k),
-            ("top_p", 1.0 if self.top_p is None else self.top_p),
-        ):
-            object.__setattr__(self, name, value)
-        _validate(self)
-        object.__setattr__(self, "is_ruled", _is_ruled(self))
-        object.__setattr__(self, "num_held", max(self.min_tokens, self.min_new_tokens))
-        object.__setattr__(self, "is_cut", processors.restricts_draws(self))
+        for name, value in processors.checked(self).items():
+            _put(self, name, value)
+        _check_numbers(self)
+        _check_counts(self)
+        _check_flags(self)
+        _check_tokens(self)
+        _check_stops(self)
+        _check_ranking(self)
+        _put(self, "is_ruled", _is_ruled(self))
+        _put(self, "num_held", max(self.min_tokens, self.min_new_tokens))
+        _put(self, "is_cut", processors.restricts_draws(self))
 
     @property
     def greedy(self) -> bool:
@@ -148,28 +168,6 @@ class SamplingParams(processors.ProcessorParams):
         return self.num_samples > self.n or self.rank_by is not None or self.use_beam_search
 
 
-def _tuple(name: str, values: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(values or ())
-    except TypeError:
-        raise RequestError(f"{name} must be a list, got {values!r}") from None
-
-
-def _output_kind(value: OutputKind | str) -> OutputKind:
-    try:
-        return OutputKind(value)
-    except ValueError:
-        known = ", ".join(repr(kind.value) for kind in OutputKind)
-        raise RequestError(f"output_kind must be an OutputKind or one of {known}, got {value!r}") from None
-
-
-def _count(value: int | bool | None) -> int | None:
-    """`logprobs=True` is how the OpenAI API says "just the chosen token"."""
-    if value is True:
-        return 0
-    return None if value is False else value
-
-
 def _is_ruled(p: SamplingParams) -> bool:
     return bool(
         p.repetition_penalty != 1
@@ -183,102 +181,109 @@ def _is_ruled(p: SamplingParams) -> bool:
     )
 
 
-def _validate(p: SamplingParams) -> None:
-    _check_numbers(p)
-    processors.check(p)
-    _check_counts(p)
-    _check_stops(p)
-    _check_ranking(p)
+def _put(p: SamplingParams, name: str, value: object) -> None:
+    """Replace what a caller gave by what it stands for."""
+    object.__setattr__(p, name, value)
 
 
 def _need(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
-        raise RequestError(f"{name} must be {rule}, got {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        raise refused(name, value, rule)
 
 
 def _check_numbers(p: SamplingParams) -> None:
-    for name, low, high, rule in (
-        ("temperature", 0.0, math.inf, "a finite number >= 0"),
-        ("min_p", 0.0, 1.0, "between 0 and 1"),
-        ("presence_penalty", -2.0, 2.0, "between -2 and 2"),
-        ("frequency_penalty", -2.0, 2.0, "between -2 and 2"),
-        ("length_penalty", -math.inf, math.inf, "a finite number"),
-    ):
-        value = getattr(p, name)
-        _need(_is_finite(value) and low <= value <= high, name, value, rule)
-    _need(_is_finite(p.top_p) and 0.0 < p.top_p <= 1.0, "top_p", p.top_p, "above 0 and at most 1")
-    _need(
-        _is_finite(p.repetition_penalty) and p.repetition_penalty > 0,
-        "repetition_penalty",
-        p.repetition_penalty,
-        "a number above 0",
-    )
-    _need(
-        p.logit_bias is None or isinstance(p.logit_bias, Mapping), "logit_bias", p.logit_bias, "a mapping of token ids"
-    )
-    for token, bias in (p.logit_bias or {}).items():
-        _need(
-            _is_int(token) and token >= 0 and _is_finite(bias),
-            "logit_bias",
-            {token: bias},
-            "token ids with finite numbers",
-        )
+    """Every number becomes a float within its range."""
+    _put(p, "top_p", 1.0 if p.top_p is None else p.top_p)
+    for name, low, high, rule in _NUMBERS:
+        _put(p, name, real(name, getattr(p, name), low, high, rule))
+    _need(p.top_p > 0, "top_p", p.top_p, "above 0 and at most 1")
 
 
 def _check_counts(p: SamplingParams) -> None:
-    _need(_is_int(p.n) and p.n >= 1, "n", p.n, "an integer >= 1")
-    if p.best_of is not None:
-        _need(_is_int(p.best_of) and p.best_of >= p.n, "best_of", p.best_of, f"an integer >= n ({p.n})")
-    _need(_is_int(p.top_k) and p.top_k >= 0, "top_k", p.top_k, "an integer >= 0 (0 or -1 turns it off)")
-    if p.max_tokens is not None:
-        _need(
-            _is_int(p.max_tokens) and p.max_tokens >= 1,
-            "max_tokens",
-            p.max_tokens,
-            "an integer >= 1, or None for no limit",
-        )
-    _need(_is_int(p.min_tokens) and p.min_tokens >= 0, "min_tokens", p.min_tokens, "an integer >= 0")
+    """Every count becomes an int within its range."""
+    _put(p, "n", integer("n", p.n, 1, rule="an integer >= 1"))
+    _put(p, "top_k", _top_k(p.top_k))
+    _put(p, "min_tokens", integer("min_tokens", p.min_tokens, 0, LARGEST_LENGTH, "an integer >= 0"))
+    for name, low, high, rule in (
+        ("best_of", p.n, LARGEST_COUNT, f"an integer >= n ({p.n})"),
+        ("max_tokens", 1, LARGEST_LENGTH, "an integer >= 1, or None for no limit"),
+        ("logprobs", -1, LARGEST_COUNT, "None, -1 (all) or an integer >= 0"),
+        ("prompt_logprobs", -1, LARGEST_COUNT, "None, -1 (all) or an integer >= 0"),
+        ("speculation_length", 0, LARGEST_COUNT, "None or an integer >= 0"),
+        ("seed", -(2**63), 2**64 - 1, "None or an integer of 64 bits"),
+    ):
+        value = getattr(p, name)
+        if name.endswith("logprobs") and isinstance(value, bool):
+            value = 0 if value else None  # `logprobs=True` is how the OpenAI API says "just the chosen token"
+        _put(p, name, None if value is None else integer(name, value, low, high, rule))
     if p.max_tokens is not None:
         _need(p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens, f"at most max_tokens ({p.max_tokens})")
-    for name in ("logprobs", "prompt_logprobs"):
-        value = getattr(p, name)
-        _need(value is None or (_is_int(value) and value >= -1), name, value, "None, -1 (all) or an integer >= 0")
-    length = p.speculation_length
-    _need(length is None or (_is_int(length) and length >= 0), "speculation_length", length, "None or an integer >= 0")
-    if p.seed is not None:
-        _need(_is_int(p.seed), "seed", p.seed, "an integer or None")
+
+
+def _top_k(value: Any) -> int:
+    """0 for off; more than any vocabulary has keeps all of it, as `sys.maxsize` does elsewhere."""
+    if value is None:
+        return 0
+    value = plain(value)
+    if isinstance(value, int) and int.__index__(value) > LARGEST_COUNT:
+        return LARGEST_COUNT
+    return max(0, integer("top_k", value, -1, rule="an integer >= 0 (0 or -1 turns it off)"))
+
+
+def _check_flags(p: SamplingParams) -> None:
+    for name in _FLAGS:
+        _put(p, name, flag(name, getattr(p, name)))
+    kind = bare(p.output_kind)
+    known = isinstance(kind, OutputKind) or (isinstance(kind, str) and kind in _KINDS)
+    _need(known, "output_kind", kind, f"an OutputKind or one of {', '.join(map(repr, _KINDS))}")
+    _put(p, "output_kind", OutputKind(kind))
+
+
+def _check_tokens(p: SamplingParams) -> None:
+    """What names tokens becomes tuples and a dict of ints; user functions are checked for being some."""
     if p.allowed_token_ids is not None:
-        _tuple("allowed_token_ids", p.allowed_token_ids)
-        _need(
-            len(p.allowed_token_ids) > 0,
-            "allowed_token_ids",
-            p.allowed_token_ids,
-            "a non-empty list of token ids, or None",
-        )
+        _put(p, "allowed_token_ids", token_ids("allowed_token_ids", p.allowed_token_ids))
+        _need(len(p.allowed_token_ids) > 0, "allowed_token_ids", (), "a non-empty list of token ids, or None")
+    if p.logit_bias is not None:
+        _need(isinstance(p.logit_bias, Mapping), "logit_bias", p.logit_bias, "a mapping of token ids")
+        _put(p, "logit_bias", dict(_bias(*pair) for pair in items("logit_bias", p.logit_bias.items())))
+    words = items("bad_words", p.bad_words)
+    _put(p, "bad_words", tuple(_word(word) for word in words))
+    _put(p, "logits_processors", items("logits_processors", p.logits_processors))
+    _need(all(map(callable, p.logits_processors)), "logits_processors", p.logits_processors, "callables")
+
+
+def _bias(token: Any, bias: Any) -> tuple[int, float]:
+    rule = "token ids with finite numbers"
+    return (
+        integer("each key of logit_bias", token, 0, LARGEST_ID, rule),
+        real("each value of logit_bias", bias, -FLOAT_MAX, FLOAT_MAX, rule),
+    )
+
+
+def _word(word: Any) -> str | tuple[int, ...]:
+    found = text("bad_words", word) if isinstance(word, str) else token_ids("bad_words", word)
+    _need(len(found) > 0, "bad_words", word, "non-empty strings or token id lists")
+    return found
 
 
 def _check_stops(p: SamplingParams) -> None:
-    assert p.stop is not None
-    assert p.stop_token_ids is not None
-    _need(all(isinstance(s, str) and s for s in p.stop), "stop", p.stop, "non-empty strings")
-    _need(all(_is_int(t) for t in p.stop_token_ids), "stop_token_ids", p.stop_token_ids, "integers")
-    _need(p.detokenize or not p.stop, "stop", p.stop, "empty when detokenize=False: stop strings need text")
-    _need(all(w for w in p.bad_words), "bad_words", p.bad_words, "non-empty strings or token id lists")
-    _need(all(callable(f) for f in p.logits_processors), "logits_processors", p.logits_processors, "callables")
+    stops = tuple(map(bare, (p.stop,) if isinstance(p.stop, str) else items("stop", p.stop)))
+    _need(all(isinstance(stop, str) and len(stop) > 0 for stop in stops), "stop", p.stop, "non-empty strings")
+    _put(p, "stop", stops)
+    _put(p, "stop_token_ids", token_ids("stop_token_ids", p.stop_token_ids))
+    _need(p.detokenize or not stops, "stop", p.stop, "empty when detokenize=False: stop strings need text")
 
 
 def _check_ranking(p: SamplingParams) -> None:
-    known = p.rank_by is None or callable(p.rank_by) or p.rank_by in RANKINGS
+    _put(p, "rank_by", bare(p.rank_by))
+    named = isinstance(p.rank_by, str) and p.rank_by in RANKINGS
+    known = p.rank_by is None or named or callable(p.rank_by)
     _need(known, "rank_by", p.rank_by, f"a function of a completion, or one of {', '.join(map(repr, RANKINGS))}")
-    _need(p.early_stopping in (True, False, "never"), "early_stopping", p.early_stopping, 'True, False or "never"')
+    stopping = plain(bare(p.early_stopping))
+    known = isinstance(stopping, bool) or (isinstance(stopping, str) and stopping == "never")
+    _need(known, "early_stopping", p.early_stopping, 'True, False or "never"')
+    _put(p, "early_stopping", stopping)
     if p.use_beam_search:
         _need(p.num_samples > 1, "best_of", p.best_of, "the width of the beam search, at least 2")
         _need(p.temperature == 0, "temperature", p.temperature, "0 with use_beam_search, which draws nothing")

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from penstock.engine.decoding import redefines
 from penstock.engine.exiting import join
 from penstock.engine.tokenizer_copies import copy_tokenizer
-from penstock.errors import EngineClosed, RequestError
+from penstock.errors import EngineClosed, RequestError, shown, text_of
 
 # A string, token ids, chat messages, {"prompt": str}, or {"prompt_token_ids": ids} with its text as "prompt" or not.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -199,13 +199,13 @@ def _render(tokenizer: Any, messages: Sequence[Any]) -> str:
     _need_tokenizer(tokenizer, 'pass {"prompt_token_ids": [...]}')
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
-            raise RequestError(f'chat message {number} must be a dict with "role" and "content", got {message!r}')
+            raise RequestError(f'chat message {number} must be a dict with "role" and "content", got {shown(message)}')
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise what they like about roles and orders that they do not know
-        raise RequestError(f"the chat template refused these messages: {error}") from error
+    except BaseException as error:  # templates raise what they like about roles and orders that they do not know
+        raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
 
 
 def _need_tokenizer(tokenizer: Any, remedy: str) -> None:

@@ -20,7 +20,7 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
     frozenset({"cache", "optimizers"}),
     ("kernels",),
     ("step", "outputs"),
-    ("sequence", "config", "generation", "sampling", "processors", "errors", "demo"),
+    ("sequence", "config", "generation", "sampling", "processors", "values", "errors", "demo"),
 )
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 

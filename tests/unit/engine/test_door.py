@@ -18,7 +18,7 @@ from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig
 from penstock.models.protocol import ModelSpec
 from penstock.sampling import RequestPriority, SamplingParams
-from penstock.scheduling.admission import Admission
+from penstock.scheduling.admission import Admission, Place
 
 LIMIT = 40
 
@@ -27,7 +27,7 @@ class Tokenizer:
     """Every character is a token: "a" is 0."""
 
     def encode(self, text: str, **options: Any) -> list[int]:
-        return [ord(char) - 97 for char in text]
+        return [max(0, ord(char) - 97) for char in text]
 
     def decode(self, ids: list[int], **options: Any) -> str:
         return "".join(chr(97 + i) for i in ids)
@@ -69,8 +69,11 @@ class Rig:
 
     def enroll(self, prompt: Any, params: Params = None, now: float = 0.0, **fields: Any) -> Request:
         """A request that has passed the door."""
-        request = Request(id="r", prompt=prompt, params=params, channel=Channel("r"), arrival=0.0, **fields)
-        self.admission.reserve(1, request.reserved_tokens)
+        place = Place("r", 2)
+        request = Request(
+            id="r", prompt=prompt, params=params, channel=Channel("r"), arrival=0.0, place=place, **fields
+        )
+        self.admission.reserve([place])
         self.door.enroll(request, self.door.encode(request).result(0), self.ids, now)
         return request
 
@@ -89,8 +92,8 @@ def test_text_and_bad_words_are_encoded_on_the_pool() -> None:
     request = rig.enroll("cab", SamplingParams(max_tokens=5, bad_words=["de", [7]]))
     assert rig.pool.calls == 1
     assert (request.channel.prompt, request.channel.prompt_token_ids) == ("cab", [2, 0, 1])
-    assert [3, 4] in request.sequences[0].params.bad_words
-    assert [7] in request.sequences[0].params.bad_words
+    assert (3, 4) in request.sequences[0].params.bad_words
+    assert (7,) in request.sequences[0].params.bad_words
 
 
 def test_words_as_ids_need_no_pool() -> None:
@@ -242,7 +245,7 @@ def test_wishes_for_tokens_that_do_not_exist_are_refused() -> None:
 
 def test_estimate_is_corrected_and_given_back_once() -> None:
     rig = Rig()
-    request = rig.enroll("cabcab", reserved_tokens=2)
+    request = rig.enroll("cabcab")
     assert (rig.admission.num_requests, rig.admission.num_tokens) == (1, 6)
     rig.door.release(request)
     rig.door.release(request)
