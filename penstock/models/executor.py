@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory
+from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
 from penstock.models.borrow import Borrowed
 from penstock.models.checks import probe
 from penstock.models.continuations import Continuations
@@ -130,7 +130,7 @@ class Executor:
             if isinstance(error, ExecutionError):
                 raise
             self._keep_up(thorough=True)  # perhaps it failed because the module had changed
-            raise ExecutionError(f"the forward pass failed: {type(error).__name__}: {error}") from error
+            raise ExecutionError(f"the forward pass failed: {described(error)}") from error
         finally:
             self._workspaces.return_all()
 
@@ -246,5 +246,5 @@ def _at_least_one(places: Tensor) -> Tensor:
 def _out_of_memory(device: torch.device, error: BaseException) -> OutOfMemory:
     return OutOfMemory(
         f"{device.type.upper()} out of memory in a step: lower max_num_batched_tokens, max_batch_size or "
-        f"memory_pool_size, or use a smaller model ({error})"
+        f"memory_pool_size, or use a smaller model ({text_of(error)})"
     )

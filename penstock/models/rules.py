@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from penstock.errors import ExecutionError, RequestError
+from penstock.errors import ExecutionError, RequestError, text_of
 from penstock.models import processors
 from penstock.models.pairs import Pairs, inside, int64
 from penstock.models.processors import ProcessorRules
@@ -63,18 +63,27 @@ def completed_bad_words(words: Iterable[Sequence[int]], tokens: Sequence[int]) -
 
 
 def run_processor(processor: LogitsProcessor, output: list[int], logits: Tensor) -> None:
-    """Let a user's processor rewrite one row, float32 [V]. Raises `RequestError` when it fails or returns nonsense."""
-    name = getattr(processor, "__name__", type(processor).__name__)
+    """Let a user's processor rewrite one row, float32 [V]. Raises `RequestError` when it fails or returns nonsense.
+
+    It works on a copy, since what it keeps it may read and write at any time, and this memory holds other rows then.
+    """
     try:
-        result = processor(output, logits)
+        with torch.inference_mode(torch.is_inference_mode_enabled()):  # undoes what it changes of autograd's modes
+            result = processor(output, logits.clone())
         if not isinstance(result, Tensor) or result.shape != logits.shape:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise RequestError(f"it must return a tensor of shape {tuple(logits.shape)}, got {got}")
-        if result is not logits:
-            logits.copy_(result)
-    except Exception as error:
-        raise RequestError(f"logits processor {name} failed: {error or type(error).__name__}") from error
+        logits.copy_(result.detach())
+    except BaseException as error:  # not all that user code raises is an `Exception`
+        raise RequestError(f"logits processor {_name(processor)} failed: {text_of(error)}") from error
     logits.clamp_(max=FLOAT_MAX)  # +inf means "this one"; its difference to itself must stay 0
+
+
+def _name(processor: LogitsProcessor) -> str:
+    try:
+        return str(getattr(processor, "__name__", type(processor).__name__))
+    except BaseException:
+        return type(processor).__name__
 
 
 @dataclass(slots=True)

@@ -233,7 +233,7 @@ def _parameters(rows: Sequence[Row], device: torch.device) -> tuple[Filters, Ten
         for p in (row.params,)
     ]
     temperature, top_k, top_p, min_p, uniforms = torch.tensor(values, dtype=torch.float64, device="cpu").T.to(device)
-    temperature = temperature.clamp(min=rules.FLOAT_TINY)
+    temperature = temperature.clamp(rules.FLOAT_TINY, rules.FLOAT_MAX)  # what divides logits is a float32
     return Filters(temperature, top_k.long(), top_p, min_p), uniforms
 
 

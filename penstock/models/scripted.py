@@ -21,8 +21,9 @@ Script = Sequence[int] | Callable[[Sequence[int], int], int]
 class ScriptedModel:
     """Runs plans by reading a script.
 
-    Every step takes `step_s` plus `token_s` per token, in seconds, of sleep. `fail_next(error)` makes the next step
-    raise; `plans` counts steps. Vocabulary, length and EOS are as a real model's spec would say.
+    Every token is certain, those of a prompt too: its log probability is 0. Every step takes `step_s` plus `token_s`
+    per token, in seconds, of sleep. `fail_next(error)` makes the next step raise; `plans` counts steps. Vocabulary,
+    length and EOS are as a real model's spec would say.
     """
 
     def __init__(
@@ -96,6 +97,12 @@ class ScriptedModel:
         self.release()
 
     def _result(self, row: Row) -> RowResult:
+        if row.params.prompt_logprobs is None:
+            return self._drawn(row)
+        scored = row.tokens[row.start + 1 : min(row.end + 1, row.prompt_len)]
+        return self._drawn(row)._replace(prompt_logprobs=tuple(map(_certain, scored)))
+
+    def _drawn(self, row: Row) -> RowResult:
         if not row.samples:
             return RowResult()
         tokens = [self._next(row, row.tokens)]
@@ -103,7 +110,7 @@ class ScriptedModel:
             if token != tokens[-1]:
                 break
             tokens.append(self._next(row, [*row.tokens, *tokens]))
-        entries = tuple(TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),)) for token in tokens)
+        entries = tuple(map(_certain, tokens))
         if row.params.use_beam_search:
             return RowResult(candidates=entries)  # a script knows one way to go on
         return RowResult(tuple(tokens), entries, siblings=tuple(map(self._result, row.siblings)))
@@ -112,3 +119,8 @@ class ScriptedModel:
         if callable(self._script):
             return self._script(tokens, row.sample_index)
         return self._script[(len(tokens) - row.prompt_len) % len(self._script)]
+
+
+def _certain(token: int) -> TokenLogprobs:
+    """A token that nothing else could have been."""
+    return TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),))

@@ -217,7 +217,7 @@ def test_ids_outside_the_vocabulary_are_ignored() -> None:
         [1, 2, 999, 999],
         stop_ids=frozenset({SIZE, 10**9}),
         logit_bias={SIZE: 1.0, 10**9: -1.0},
-        bad_words=[[SIZE], [999, SIZE + 5], [-1]],
+        bad_words=[[SIZE], [999, SIZE + 5], [10**9]],
         min_tokens=9,
         repetition_penalty=2.0,
         frequency_penalty=1.0,
@@ -320,3 +320,82 @@ def test_a_faulty_processor_is_reported_for_its_row_alone() -> None:
     assert list(errors) == [1]
     assert "no" in str(errors[1])
     assert torch.equal(logits[0], logits_of(3)[0])
+
+
+class Panic(BaseException):
+    """What a panic in a library of Rust arrives as."""
+
+
+@pytest.mark.parametrize("error", [Panic("panic"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_whatever_a_processor_raises_is_its_rows_alone(error: BaseException) -> None:
+    """What is no `Exception` failed the step of everybody."""
+
+    def faulty(output: list[int], row: Tensor) -> Tensor:
+        raise error
+
+    rows = [row_of([1, 2, 3]), row_of([1, 2, 3], logits_processors=[faulty])]
+    logits = logits_of(2)
+    sequences = [SequenceRules.of(row, EOS, SIZE) for row in rows]
+    errors = apply(logits, rows, sequences)
+    assert list(errors) == [1]
+    assert "logits processor faulty failed" in str(errors[1])
+
+
+def test_a_processor_without_a_name_or_a_message_is_named_by_its_type() -> None:
+    class Sullen:
+        def __getattr__(self, name: str) -> Any:
+            raise Panic("no attributes")
+
+        def __call__(self, output: list[int], row: Tensor) -> Tensor:
+            raise Unprintable
+
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise Panic("no text")
+
+    with pytest.raises(RequestError, match="logits processor Sullen failed: Unprintable"):
+        run_processor(Sullen(), [], torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [lambda row: row.double(), lambda row: row.half(), lambda row: row.requires_grad_(), lambda row: row.expand(SIZE)],
+    ids=["double", "half", "with grad", "expanded"],
+)
+def test_a_processor_may_return_any_real_tensor_of_the_shape(result: Any) -> None:
+    before = logits_of(1)
+    after = applied(before.clone(), row_of([1, 2, 3], logits_processors=[lambda output, row: result(row + 0)]))
+    torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)
+    assert not after.requires_grad
+
+
+def test_what_a_processor_keeps_of_its_row_is_a_copy() -> None:
+    """It was a view into memory that holds other requests' logits in the next step."""
+    kept: list[Tensor] = []
+
+    def keep(output: list[int], row: Tensor) -> Tensor:
+        kept.append(row)
+        row[5] = 9.0
+        return row
+
+    after = applied(logits_of(1), row_of([1, 2, 3], logits_processors=[keep]))
+    assert after[0, 5] == 9.0
+    kept[0].fill_(-1.0)
+    assert after[0, 5] == 9.0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_processor_cannot_change_the_modes_of_autograd_for_the_others(mode: Any) -> None:
+    """It turned on recording for the rest of the model's thread's life."""
+    left_open: list[Any] = []
+
+    def meddle(output: list[int], row: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        left_open.append(torch.inference_mode(False))
+        left_open[-1].__enter__()
+        return row
+
+    with mode():
+        wanted = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        run_processor(meddle, [], torch.zeros(4))
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == wanted

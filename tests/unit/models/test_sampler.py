@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -411,3 +412,13 @@ def test_nothing_is_kept_of_a_sequence_that_is_forgotten() -> None:
     sampler.forget(3)
     sampler.forget(3)
     assert left() is None
+
+
+def test_a_top_k_beyond_the_vocabulary_or_a_huge_temperature_changes_nobody_else() -> None:
+    """`top_k=sys.maxsize` went through a float64, came out negative and failed the step of everybody."""
+    logits = logits_of(3, 5000)
+    alone = tokens_of(sample(logits[:1], row_of(0)))
+    mixed = sample(logits, row_of(0), row_of(1, top_k=sys.maxsize, top_p=0.9), row_of(2, temperature=1e300))
+    assert tokens_of(mixed)[0] == alone[0]
+    everything = [tokens_of(sample(logits[:1], row_of(7, top_k=top_k))) for top_k in (5000, 6000, sys.maxsize)]
+    assert everything[0] == everything[1] == everything[2]

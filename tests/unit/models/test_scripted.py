@@ -1,0 +1,29 @@
+"""The fake that programs test with answers whatever a real model would."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock import InferenceEngine, SamplingParams, ScriptedModel
+
+
+@pytest.mark.parametrize("chunk", [512, 3])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_script_answers_prompt_logprobs(chunk: int, n: int) -> None:
+    """It left them out, and whoever asked for them failed without a typed error."""
+    engine = InferenceEngine(ScriptedModel([5, 6]), max_num_batched_tokens=chunk)
+    params = SamplingParams(max_tokens=2, prompt_logprobs=1, n=n)
+    output = engine.generate([1, 2, 3, 4, 8, 9], params).result(30)
+    engine.stop(0)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    scored = [entry for entry in output.prompt_logprobs if entry is not None]
+    assert [next(iter(entry)) for entry in scored] == [2, 3, 4, 8, 9]
+    assert {entry[token].logprob for entry in scored for token in entry} == {0.0}
+    assert [out.token_ids for out in output.outputs] == [[5, 6]] * n
+
+
+async def test_a_script_scores_completions_as_certain() -> None:
+    """`score()` raised a ValueError of `zip`."""
+    async with InferenceEngine(ScriptedModel([5, 6]), max_num_batched_tokens=4) as engine:
+        assert await engine.score([1, 2, 3], [4, 5, 6, 7]) == [0.0] * 4
