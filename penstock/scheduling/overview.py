@@ -1,6 +1,7 @@
 """`Overview`: what may be asked of a scheduler, about whom it has and how many.
 
-Owns nothing and changes nothing. Asked by the engine's loop between steps.
+Owns nothing and changes nothing. Asked by the engine's loop between steps; `Forecast` asks on callers'
+threads, which may see a sequence a step too early or too late.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Overview:
     def num_shortages(self) -> int:
         """How often a running sequence had to give way, another one or itself, because blocks lacked."""
         return self._roster.num_shortages
+
+    @property
+    def used_lengths(self) -> list[float]:
+        """Which fractions of the tokens that they might have generated the latest sequences did that ended."""
+        return list(self._roster.used_lengths)
 
     @property
     def next_deadline(self) -> float:

@@ -5,6 +5,7 @@ Owns their membership in the queue, the running set and the deadlines. Never cha
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
@@ -13,7 +14,9 @@ from penstock.scheduling.deadlines import Deadlines
 from penstock.scheduling.policy import AgingPolicy, Policy
 from penstock.scheduling.queue import WaitingQueue
 from penstock.scheduling.running import RunningSet
-from penstock.sequence import Sequence
+from penstock.sequence import FinishReason, Sequence
+
+_REMEMBERED = 64  # lengths of sequences that ended by themselves
 
 
 class Roster:
@@ -33,6 +36,7 @@ class Roster:
         self.num_preemptions = 0
         self.num_shortages = 0
         self.now = 0.0  # when time was last told
+        self.used_lengths: deque[float] = deque(maxlen=_REMEMBERED)  # tokens generated of those allowed
         self._victim_counts: dict[int, int] = {}
         self._siblings: dict[int, list[Sequence]] = {}  # by whose first draw they wait for
 
@@ -91,6 +95,8 @@ class Roster:
         self.deadlines.forget(seq.id)
         self._victim_counts.pop(seq.id, None)
         del self.live[seq.id]
+        if seq.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.used_lengths.append(seq.num_generated / (seq.max_len - seq.prompt_len))
 
     def refresh(self, now: float) -> None:
         """Bring the order of those who wait up to date; the running ones keep theirs."""
