@@ -35,7 +35,7 @@ from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
 from penstock.engine.worker import Job, Worker
-from penstock.scheduling.admission import Admission
+from penstock.scheduling.admission import Admission, Place
 from penstock.step import StepPlan, StepResult
 
 TARGET_MS = 1.5
@@ -148,8 +148,9 @@ def submit(
     core: EngineCore, admission: Admission, number: int, ids: list[int], params: SamplingParams
 ) -> asyncio.Task[None]:
     """Hand a request over, as a caller's thread would; the task of a reader who takes every delta."""
-    admission.reserve(1, len(ids))
     name, prompt = f"r{number}", {"prompt": None, "prompt_token_ids": ids}
+    place = Place(name, len(ids))
+    admission.reserve([place])
     channel = Channel(name)
     core.submit(
         Request(
@@ -158,7 +159,7 @@ def submit(
             params=params,
             channel=channel,
             arrival=time.monotonic(),
-            reserved_tokens=len(ids),
+            place=place,
         )
     )
     return asyncio.create_task(take_all(channel))

@@ -15,6 +15,7 @@ from penstock.engine.request import Params
 from penstock.engine.tokenizing import Prompt
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.sampling import OutputKind, RequestPriority, SamplingParams
+from penstock.values import LARGEST_COUNT, integer, items
 
 
 class AsyncEngineArgs:
@@ -129,7 +130,7 @@ class AsyncLLMEngine:
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort one request or several; unknown ids are ignored."""
-        for one in [request_id] if isinstance(request_id, str) else request_id:
+        for one in [request_id] if isinstance(request_id, str) else items("request_id", request_id):
             self.engine.abort(one)
 
     async def get_tokenizer(self) -> Any:
@@ -148,4 +149,5 @@ class AsyncLLMEngine:
 
 def _class_of(priority: int) -> RequestPriority:
     """vLLM's number, lower first, as a class: -1 is HIGH, -2 and below CRITICAL, 1 and above LOW."""
-    return RequestPriority(min(4, max(1, RequestPriority.NORMAL - priority)))
+    number = integer("priority", priority, -LARGEST_COUNT, rule="an integer, lower first")
+    return RequestPriority(min(4, max(1, RequestPriority.NORMAL - number)))

@@ -14,7 +14,7 @@ from typing import Any
 
 from penstock.cache.manager import CacheManager
 from penstock.cache.sizing import num_blocks, num_host_blocks
-from penstock.config import EngineConfig
+from penstock.config import BatchingStrategy, EngineConfig
 from penstock.engine.callbacks import Callbacks
 from penstock.engine.core import EngineCore
 from penstock.engine.door import Door
@@ -36,6 +36,7 @@ from penstock.optimizers.speculation.drafter import Drafter
 from penstock.optimizers.tuner import ceilings
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
+from penstock.scheduling.forecast import Forecast
 from penstock.scheduling.limits import Limits
 from penstock.scheduling.packing import engine_packing, strategy_of
 from penstock.scheduling.scheduler import Scheduler
@@ -208,21 +209,25 @@ def booter(
             metrics=metrics,
             log=log,
             housekeeper=Housekeeper(config, made.runner, made.cache, time.monotonic, worker.run, made.trim_draft),
-            watchers=_watchers(config, made, advisor),
+            watchers=_watchers(config, made, advisor, admission),
             speculator=Speculator(config, made.scheduler, made.drafter, worker.run, time.monotonic, log),
         )
 
     return boot
 
 
-def _watchers(config: EngineConfig, parts: Parts, advisor: BatchingOptimizer) -> list[Callable[[StepRecord], None]]:
+def _watchers(
+    config: EngineConfig, parts: Parts, advisor: BatchingOptimizer, admission: Admission
+) -> list[Callable[[StepRecord], None]]:
     """Who learns from every step."""
     strategy, scheduler = strategy_of(config), parts.scheduler
+    forecast = Forecast(scheduler, time.monotonic, static=strategy is BatchingStrategy.NAIVE)
+    admission.foresee = forecast.wait_s
 
     def advise(record: StepRecord) -> None:
         advisor.record_step(record, strategy, scheduler.limits, scheduler.num_shortages)
 
-    return [parts.tuning.observe, *([advise] if config.enable_metrics else [])]
+    return [parts.tuning.observe, forecast.record, *([advise] if config.enable_metrics else [])]
 
 
 def shut_down(host: Host, callbacks: Callbacks, parts: list[Parts], forget: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from enum import Enum
 
 from penstock.engine.transcript import Transcript
 from penstock.outputs import Delta, RequestOutput
+from penstock.sampling import RequestPriority
 
 Waiters = list[asyncio.Future[None]]
 
@@ -67,8 +69,12 @@ def _complete(waiters: Waiters) -> None:
 class Channel:
     """One request's news. The lock is held for a few assignments and never while anything else runs."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(
+        self, request_id: str, priority: RequestPriority = RequestPriority.NORMAL, deadline: float = math.inf
+    ) -> None:
         self.request_id = request_id
+        self.priority = priority
+        self.deadline = deadline
         self.status = RequestStatus.QUEUED
         self.prompt: str | None = None
         self.prompt_token_ids: list[int] = []

@@ -26,8 +26,9 @@ from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
 from penstock.engine.speculator import Speculator
 from penstock.engine.worker import Job
-from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError
+from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError, described, text_of
 from penstock.models.protocol import ModelChanged, ModelRunner
+from penstock.scheduling.admission import Place
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason
@@ -36,6 +37,9 @@ from penstock.step import Event, StepPlan, StepRecord, StepResult, record_of
 # How long an idle engine listens for the next arrival of a burst before it starts, in seconds.
 BURST_PAUSE_S = 0.001
 Execute = Callable[[StepPlan], Job[StepResult]]
+
+# How a request is taken over: `EngineCore.submit`, or `EngineCore.fork` with its fork.
+Take = Callable[["EngineCore", Request], None]
 
 
 class EngineCore:
@@ -78,32 +82,45 @@ class EngineCore:
 
     # Requests in.
 
+    def take_over(self, requests: Iterable[Request], lost: Iterable[Place], take: Take) -> None:
+        """Let requests in by `take`, once those have left whose places they have: never do more wait than may.
+
+        Of the requests that `lost` their places, those that have started meanwhile go on.
+        """
+        for place in lost:
+            loser = self._desk.requests.get(place.request_id)
+            if loser is not None and loser.place is place and loser.started is None:
+                self.abort(loser.id, FinishReason.ERROR, self._door.displaced())
+        for request in requests:
+            take(self, request)
+
     def submit(self, request: Request) -> None:
         """Take over a request; its prompt is encoded off this loop."""
         if not self._desk.open(request):
             return
         self._arrivals += 1
-        self._alarms.set(request)
         try:
-            encoded = self._encoding[request.id] = self._door.encode(request)
-        except Exception as error:
+            if request.place.is_lost:
+                raise self._door.displaced()
+            self._alarms.set(request)
+            self._encode(request)
+        except BaseException as error:
             self._reject(request, error)
-            return
-        if encoded.done():
-            self._encoded(request, encoded)
-            return
-        loop = asyncio.get_running_loop()
-        encoded.add_done_callback(lambda f: hop(loop, self._encoded, request, f))
 
     def fork(self, fork: Fork, request: Request) -> None:
         """Take over a request that goes on from where another one is; as `submit`."""
         try:
             fork.prepare(request, self._desk.requests.get(fork.origin_id), self._door)
-        except RequestError as error:
+        except BaseException as error:
             if self._desk.open(request):
                 self._reject(request, error)
         else:
             self.submit(request)
+
+    def refuse(self, request: Request, error: BaseException) -> None:
+        """Taking over a request failed: it ends with the error, unless it has ended."""
+        if not request.channel.ended and (request.id in self._desk.requests or self._desk.open(request)):
+            self._reject(request, error)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None) -> None:
         """End a request from outside; unknown and ended ids are ignored."""
@@ -113,6 +130,10 @@ class EngineCore:
         self._log.debug("request aborted", request_id=request_id, reason=reason.value)
         self._desk.end(request, reason, error)
         self._wake.set()
+
+    def abort_after(self, seconds: float, request_id: str) -> None:
+        """`abort` a request that has not ended by then."""
+        asyncio.get_running_loop().call_later(seconds, self.abort, request_id)
 
     def abort_all(self, error: Exception | None = None) -> None:
         """End everything, with `error` where one is given."""
@@ -133,22 +154,25 @@ class EngineCore:
         """Requests that have not ended."""
         return len(self._desk.requests)
 
+    def _encode(self, request: Request) -> None:
+        encoded = self._encoding[request.id] = self._door.encode(request)
+        if encoded.done():
+            self._encoded(request, encoded)
+            return
+        loop = asyncio.get_running_loop()
+        encoded.add_done_callback(lambda f: hop(loop, self._encoded, request, f))
+
     def _encoded(self, request: Request, encoded: Future[Any]) -> None:
         self._wake.set()
         if request.channel.ended:
             return
         del self._encoding[request.id]
-        # Asked for, not raised: a tokenizer's panic is no `Exception`, and would end this thread.
-        if (failure := encoded.exception()) is not None:
-            self._reject(request, failure)
-            return
         try:
             self._door.enroll(request, encoded.result(), self._seq_ids, self._clock())
             self._enqueue(request)
-        except Exception as error:
+            self._desk.seat(request)
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
             self._reject(request, error)
-            return
-        self._desk.seat(request)
 
     def _enqueue(self, request: Request) -> None:
         if request.search is not None:
@@ -169,7 +193,7 @@ class EngineCore:
             self.scheduler.abort(sequence.id)
         request.sequences = []
         if not isinstance(error, PenstockError):
-            error = RequestError(f"the prompt could not be encoded: {type(error).__name__}: {error}")
+            error = RequestError(f"the prompt could not be encoded: {described(error)}")
         reason = FinishReason.DEADLINE if isinstance(error, DeadlineExceeded) else FinishReason.ERROR
         self.abort(request.id, reason, error)
 
@@ -246,9 +270,9 @@ class EngineCore:
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
         if not isinstance(error, PenstockError):
-            error = ExecutionError(f"the step failed: {type(error).__name__}: {error}")
+            error = ExecutionError(f"the step failed: {described(error)}")
         self._busy_since = None
-        self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=str(error))
+        self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=text_of(error))
         return self.scheduler.fail(plan, error)
 
     def _account_step(self, plan: StepPlan, begin: float, result: StepResult, events: list[Event]) -> None:

@@ -1,7 +1,7 @@
 """`Desk`: the open requests, and what their readers are told.
 
-Owns which sequence belongs to which request, the events not yet published, and every ending: exactly one each. Runs on
-the engine's loop, called by `EngineCore`; hands deltas to channels and knows nothing of steps.
+Owns which sequence belongs to which request, the events not yet published, and every ending: exactly one each. A fault
+in one request's delivery ends that request. Runs on the engine's loop, called by `EngineCore`; knows nothing of steps.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ from dataclasses import dataclass, field
 from penstock.engine.channel import RequestStatus, Wakeups, hop
 from penstock.engine.collector import Collector
 from penstock.engine.door import Door
-from penstock.engine.endings import closing_error, ending_error, last_word, text_fault, times_of
+from penstock.engine.endings import (
+    bare_output,
+    closing_error,
+    delivery_fault,
+    ending_error,
+    last_word,
+    text_fault,
+    times_of,
+)
 from penstock.engine.log import Logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.request import Request
-from penstock.errors import RequestError
+from penstock.errors import RequestError, text_of
 from penstock.models.protocol import ModelRunner
 from penstock.outputs import RequestOutput
 from penstock.scheduling.scheduler import Scheduler
@@ -106,7 +114,10 @@ class Desk:
         for event in events:
             owner = owners.get(event.seq_id)
             if owner is not None:
-                self._deliver(*owner, event, mailing)
+                try:
+                    self._deliver(*owner, event, mailing)
+                except BaseException as error:
+                    self._fail(owner[0], error, mailing.wakeups)
             if event.reason is not None:
                 owners.pop(event.seq_id, None)
                 self._runner.forget(event.seq_id)
@@ -147,11 +158,11 @@ class Desk:
         if request.channel.ended:
             return
         wakeups = Wakeups()
-        if isinstance(error := judging.exception(), Exception):
-            self._end(request, FinishReason.ERROR, error, wakeups)
-        else:
+        try:
             collector.rank(judging.result())
             self._complete(request, collector, wakeups)
+        except BaseException as error:
+            self._fail(request, error, wakeups)
         wakeups.send()
 
     def _time_tokens(self, request: Request, count: int, mailing: _Mailing) -> None:
@@ -168,7 +179,7 @@ class Desk:
         self._unpublished += self._scheduler.finish(sequence.id, reason)
 
     def _complete(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
-        output = self._output(request)
+        output = collector.output(times_of(request, self._clock()))
         if not collector.streams:
             for transcript in collector.chosen():
                 request.channel.put(transcript, wakeups)
@@ -188,27 +199,45 @@ class Desk:
         wakeups = Wakeups()
         for request in list(self.requests.values()):
             self._say_last_words(request, FinishReason.ABORT, wakeups)
-            self._close(request, RequestStatus.FAILED, self._output(request), closing_error(error), wakeups)
+            output = self._output(request, FinishReason.ABORT)
+            self._close(request, RequestStatus.FAILED, output, closing_error(error), wakeups)
         wakeups.send()
+
+    def _fail(self, request: Request, error: BaseException, wakeups: Wakeups) -> None:
+        """A fault in the delivery of a request ends it, and nothing else."""
+        if not request.channel.ended:
+            self._end(request, FinishReason.ERROR, delivery_fault(error), wakeups)
 
     def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
         """End a request that did not complete, with what it has so far."""
         for sequence in request.sequences:
             self._retire(sequence, reason)
         self._say_last_words(request, reason, wakeups)
-        output = self._output(request)
+        output = self._output(request, reason)
         status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
         error = error or ending_error(request, reason, output)
         if output is not None:
-            output.error = str(error)
+            output.error = text_of(error)
         self._close(request, status, output, error, wakeups)
 
     def _say_last_words(self, request: Request, reason: FinishReason, wakeups: Wakeups) -> None:
-        for transcript in request.collector.close(reason) if request.collector else [last_word(request, reason)]:
+        """Never fails: what the request itself cannot say is said without it."""
+        try:
+            last = request.collector.close(reason) if request.collector else [last_word(request, reason)]
+        except BaseException:  # the very fault, perhaps, that ends the request
+            last = [last_word(request, reason)]
+        for transcript in last:
             request.channel.put(transcript, wakeups)
 
-    def _output(self, request: Request) -> RequestOutput | None:
-        return None if request.collector is None else request.collector.output(times_of(request, self._clock()))
+    def _output(self, request: Request, reason: FinishReason) -> RequestOutput | None:
+        """What the request has come to; the bare facts where that cannot be put together."""
+        if request.collector is None:
+            return None
+        metrics = times_of(request, self._clock())
+        try:
+            return request.collector.output(metrics)
+        except BaseException:
+            return bare_output(request, reason, metrics)
 
     def _close(
         self,
@@ -218,9 +247,11 @@ class Desk:
         error: Exception | None,
         wakeups: Wakeups,
     ) -> None:
-        self.requests.pop(request.id, None)
-        self._ended(request.id)
-        self._door.release(request)
-        self._metrics.count("requests", 1)
-        request.channel.end(status, output, error, wakeups)
+        try:
+            self.requests.pop(request.id, None)
+            self._ended(request.id)
+            self._door.release(request)
+            self._metrics.count("requests", 1)
+        finally:
+            request.channel.end(status, output, error, wakeups)
         self._log.debug("request ended", request_id=request.id, status=status.value)

@@ -24,7 +24,7 @@ from penstock.engine.stops import StopStrings
 from penstock.engine.textstream import NoText, Text, TextStream
 from penstock.engine.textwatch import TextWatch
 from penstock.engine.tokenizing import TokenizerPool, encode_prompt, encode_words, needs_tokenizer
-from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
+from penstock.errors import DeadlineExceeded, EngineOverloaded, RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig, default_params
 from penstock.models.protocol import ModelSpec
 from penstock.optimizers.beams import BeamSearch
@@ -91,8 +91,7 @@ class Door:
         stops = self._special_stops(params)
         # After the length: looking at a million ids holds the interpreter lock.
         self._check_vocabulary("the prompt", ids)
-        self._admission.adjust(len(ids) - request.reserved_tokens)
-        request.reserved_tokens = len(ids)
+        self._admission.adjust(request.place, len(ids))
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
         said = () if request.origin is None else ids[-CONTEXT:]
         texts = [self._text(params, said) for _ in range(params.num_texts)]
@@ -108,10 +107,12 @@ class Door:
         return text + TokenDecoder(self._tokenizer, params.skip_special_tokens).text(tokens)
 
     def release(self, request: Request) -> None:
-        """Give back what the request held of the waiting room; once."""
-        if not request.admitted:
-            request.admitted = True
-            self._admission.release(1, request.reserved_tokens)
+        """Give back what the request held of the waiting room, if it still does."""
+        self._admission.release(request.place)
+
+    def displaced(self) -> EngineOverloaded:
+        """What a request is told whose place one of a higher class took."""
+        return self._admission.displaced()
 
     def _check_vocabulary(self, name: str, ids: Collection[int]) -> None:
         highest = max(ids, default=0)

@@ -1,14 +1,22 @@
 """What a request's reader is told at its end: last deltas, times, and the error that awaiting raises.
 
-Pure functions over a `Request`; they end nothing themselves. Called by `EngineCore`.
+Pure functions over a `Request`; they end nothing themselves. Called by `Desk`.
 """
 
 from __future__ import annotations
 
 from penstock.engine.request import Request
 from penstock.engine.transcript import Transcript
-from penstock.errors import DeadlineExceeded, EngineClosed, PenstockError, RequestAborted, RequestError
-from penstock.outputs import RequestMetrics, RequestOutput
+from penstock.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    PenstockError,
+    RequestAborted,
+    RequestError,
+    described,
+    text_of,
+)
+from penstock.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from penstock.sequence import FinishReason
 
 
@@ -30,7 +38,18 @@ def times_of(request: Request, now: float) -> RequestMetrics:
 
 def text_fault(error: BaseException) -> PenstockError:
     """The detokenizer failed."""
-    return RequestError(f"the output could not be turned into text: {type(error).__name__}: {error}")
+    return RequestError(f"the output could not be turned into text: {described(error)}")
+
+
+def delivery_fault(error: BaseException) -> PenstockError:
+    """What was generated could not be handed over."""
+    return error if isinstance(error, PenstockError) else RequestError(f"the output failed: {described(error)}")
+
+
+def bare_output(request: Request, reason: FinishReason, metrics: RequestMetrics) -> RequestOutput:
+    """For a request whose own completions cannot be put together."""
+    prompt, ids = request.channel.prompt, request.channel.prompt_token_ids
+    return RequestOutput(request.id, prompt, ids, [CompletionOutput(finish_reason=reason.value)], metrics=metrics)
 
 
 def ending_error(request: Request, reason: FinishReason, output: RequestOutput | None) -> PenstockError:
@@ -42,4 +61,4 @@ def ending_error(request: Request, reason: FinishReason, output: RequestOutput |
 
 def closing_error(error: BaseException | None) -> EngineClosed:
     """The engine ended under the request: when told to, or because of `error`."""
-    return EngineClosed("the engine was stopped" if error is None else f"the engine failed: {error}")
+    return EngineClosed("the engine was stopped" if error is None else f"the engine failed: {text_of(error)}")

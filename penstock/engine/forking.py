@@ -13,12 +13,13 @@ from typing import NamedTuple
 from penstock.engine.channel import Channel, RequestStatus
 from penstock.engine.door import Door
 from penstock.engine.request import Request
-from penstock.engine.tokenizing import encode_prompt
-from penstock.errors import RequestError
+from penstock.errors import EngineOverloaded, RequestError, described
 from penstock.processors import after
 from penstock.sampling import SamplingParams
 from penstock.sequence import Sequence, Status
+from penstock.values import integer, token_ids
 
+_LONG_S = 60.0  # advice where waiting does not help
 _ENDED = "request {} has ended: fork it while it runs, or generate() from its output_ids"
 _NOT_BEGUN = "request {} has no tokens yet: fork it after its first delta"
 
@@ -41,9 +42,9 @@ class Fork:
 
     def __init__(self, origin_id: str, *, index: int, at: int | None, append: SequenceOf[int]) -> None:
         self.origin_id = origin_id
-        self._index = index
-        self._at = at
-        self._append = encode_prompt(None, append)[1] if len(append) else []
+        self._index = integer("index", index, 0, rule="the number of a completion, an integer >= 0")
+        self._at = None if at is None else integer("at", at, 0, rule="a number of tokens, an integer >= 0, or None")
+        self._append = list(token_ids("append", append))
         self._point: Point | None = None
 
     def prepare(self, request: Request, origin: Request | None, door: Door) -> None:
@@ -71,7 +72,10 @@ class Fork:
         at = seq.num_generated if self._at is None else self._at
         said = [*seq.tokens[seq.prompt_len : seq.prompt_len + at], *self._append]
         tokens = [*seq.tokens[: seq.prompt_len], *said]
-        text = door.continued(origin.channel.prompt, said, seq.params)
+        try:
+            text = door.continued(origin.channel.prompt, said, seq.params)
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
+            raise RequestError(f"the tokens of the fork could not be turned into text: {described(error)}") from error
         return Point(origin, seq, text, tokens, _inherited(seq, at, len(tokens)))
 
     def _completion(self, origin: Request) -> Sequence:
@@ -100,10 +104,20 @@ def _inherited(seq: Sequence, at: int, length: int) -> SamplingParams | None:
     return dataclasses.replace(after(one, length - seq.prompt_len), min_tokens=least, max_tokens=room)
 
 
-def forkable(channel: Channel | None, request_id: str, n: int) -> Channel:
+def num_forks(n: int, most: int) -> int:
+    """The number. Raises `RequestError`, for more than may ever wait `EngineOverloaded`."""
+    n = integer("n", n, 1, rule="an integer >= 1")
+    if n > most:
+        raise EngineOverloaded(
+            f"Request queue is full: {n} forks are more than may wait (max_queue_size={most}). "
+            "Ask for fewer, or raise the limit.",
+            _LONG_S,
+        )
+    return n
+
+
+def forkable(channel: Channel | None, request_id: str) -> Channel:
     """The channel of a request that can be forked as far as its caller's thread knows. Raises `RequestError`."""
-    if not isinstance(n, int) or n < 1:
-        raise RequestError(f"n must be an integer >= 1, got {n!r}")
     if channel is None or channel.ended:
         raise RequestError(_ENDED.format(request_id))
     if channel.status is RequestStatus.QUEUED:

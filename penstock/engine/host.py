@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from penstock.engine.channel import RequestStatus, Wakeups, hop
 from penstock.engine.core import EngineCore
 from penstock.engine.exiting import EXIT_S, park
 from penstock.engine.request import Request
 from penstock.engine.worker import Worker, settle
-from penstock.errors import EngineClosed, PenstockError
+from penstock.errors import EngineClosed, PenstockError, text_of
 
 Action = Callable[[EngineCore], None]
 Boot = Callable[[Worker], Awaitable[EngineCore]]
@@ -46,7 +46,7 @@ class Host:
         self._stopping = False
         self._closed = False
         self._core: EngineCore | None = None
-        self._early: list[tuple[Action, Request | None]] = []
+        self._early: list[tuple[Action, Sequence[Request]]] = []
         self._settled = threading.Event()
         self._waiting: set[asyncio.Future[None]] = set()  # for that, on any loops
         self.error: BaseException | None = None
@@ -97,17 +97,17 @@ class Host:
         """Whether the caller runs on a thread of the engine's own, which must not wait for the engine."""
         return threading.get_ident() in (self._thread.ident, self._worker.ident)
 
-    def post(self, action: Action, request: Request | None = None) -> None:
+    def post(self, action: Action, requests: Sequence[Request] = ()) -> None:
         """Run `action` on the engine's thread, after booting. Raises `EngineClosed`.
 
-        `request` is what the action brings in, if anything: it is refused once the engine stops, and ended with the
-        error should booting fail.
+        `requests` are what the action brings in: they are refused once the engine stops, and ended with the error
+        should booting or the action fail.
         """
         with self._lock:
-            if self._loop is None or self._closed or (self._stopping and request is not None):
-                reason = "the engine was stopped" if self.error is None else f"the engine failed: {self.error}"
+            if self._loop is None or self._closed or (self._stopping and requests):
+                reason = "the engine was stopped" if self.error is None else f"the engine failed: {text_of(self.error)}"
                 raise EngineClosed(f"{reason}; create a new one") from self.error
-            self._loop.call_soon_threadsafe(self._act, action, request)
+            self._loop.call_soon_threadsafe(self._act, action, requests)
 
     def stop(self, drain_s: float) -> None:
         """Serve what was accepted for at most `drain_s` seconds, end the rest, join the threads.
@@ -164,11 +164,11 @@ class Host:
         except EngineClosed:
             return
 
-    def _act(self, action: Action, request: Request | None) -> None:
+    def _act(self, action: Action, requests: Sequence[Request]) -> None:
         if self._core is None:
-            self._early.append((action, request))
+            self._early.append((action, requests))
         else:
-            action(self._core)
+            _act_on(self._core, action, requests)
 
     def _run(self) -> None:
         loop = self._loop
@@ -193,8 +193,8 @@ class Host:
         self._core = core
         self._settle()
         early, self._early = self._early, []
-        for action, _ in early:
-            action(core)
+        for action, requests in early:
+            _act_on(core, action, requests)
         try:
             await core.run()
         except Exception as error:
@@ -210,16 +210,27 @@ class Host:
         await asyncio.sleep(0)
         if core is not None:
             core.close(self.error)
-        for _, request in self._early:
-            if request is not None:
+        for _, requests in self._early:
+            for request in requests:
                 _fail(request, self.error or EngineClosed("the engine was stopped"))
         self._early.clear()
         self._settle()
 
 
+def _act_on(core: EngineCore, action: Action, requests: Sequence[Request]) -> None:
+    """A fault ends the requests that the action was about. One without any is a bug, which the loop reports."""
+    try:
+        action(core)
+    except BaseException as error:
+        if not requests:
+            raise
+        for request in requests:
+            core.refuse(request, error)
+
+
 def _fail(request: Request, error: BaseException) -> None:
     wakeups = Wakeups()
     if not isinstance(error, PenstockError):
-        error = EngineClosed(f"the engine could not start: {error}")
+        error = EngineClosed(f"the engine could not start: {text_of(error)}")
     request.channel.end(RequestStatus.FAILED, None, error, wakeups)
     wakeups.send()

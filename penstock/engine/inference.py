@@ -7,6 +7,7 @@ be called from any thread or loop; importing or constructing it changes no globa
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import uuid
@@ -14,36 +15,37 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from penstock.config import EngineConfig
 from penstock.engine.arguments import with_settings
 from penstock.engine.boot import Parts, booter, check_early, shut_down
-from penstock.engine.callbacks import Callbacks
+from penstock.engine.callbacks import Callbacks, check_callback
 from penstock.engine.channel import Channel, RequestStatus
-from penstock.engine.core import EngineCore
+from penstock.engine.core import EngineCore, Take
 from penstock.engine.exiting import rest_at_exit
-from penstock.engine.forking import Fork, forkable
+from penstock.engine.figures import figures
+from penstock.engine.forking import Fork, forkable, num_forks
 from penstock.engine.handle import RequestHandle
-from penstock.engine.host import Action, Host
+from penstock.engine.host import Host
 from penstock.engine.log import make_logger
 from penstock.engine.metrics import Metrics
 from penstock.engine.protocol import Callback, FinalCallback
-from penstock.engine.request import Params, Request, new_request, taken
+from penstock.engine.request import Params, Request, check_id, new_forks, new_request, taken
 from penstock.engine.tokenizing import Prompt
-from penstock.errors import EngineClosed, RequestError
+from penstock.errors import EngineClosed, RequestError, described
 from penstock.generation import default_params
 from penstock.outputs import RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.sequence import FinishReason
+from penstock.values import real, token_ids
 
 # How many ended requests of `submit_request` can still be asked about.
 KEPT_REQUESTS = 1024
-_NO_CACHE = {"num_entries": 0, "total_size": 0}
+OWN_DRAIN_S = 0.5  # of a request in whose callback the engine is stopped
 
 
 class InferenceEngine:
@@ -100,8 +102,9 @@ class InferenceEngine:
         `ExecutionError`) is raised by the handle.
         """
         times = {"deadline": deadline, "ttft_deadline": ttft_deadline}
+        check_callback(callback)
         request = new_request(self._free_id(request_id), taken(prompt), params, priority, namespace, **times)
-        self._submit(request, lambda core: core.submit(request))
+        self._submit([request], EngineCore.submit)
         handle = RequestHandle(request.channel, self)
         if callback is not None:
             self._callbacks.stream(handle, callback)
@@ -121,7 +124,9 @@ class InferenceEngine:
         `get_request_status(id)` and `get_request(id)` answer for the last thousand of them. `config` is another
         name of `generation_config`.
         """
-        handle = self.generate(text, generation_config or config, priority=priority).detach()
+        check_callback(callback)
+        params = config if generation_config is None else generation_config
+        handle = self.generate(text, params, priority=priority).detach()
         self._keep(handle.request_id)
         if callback is not None:
             self._callbacks.finish(handle, callback)
@@ -136,7 +141,7 @@ class InferenceEngine:
         config: Params = None,
     ) -> RequestOutput:
         """Submit and wait for the result; `result.output_ids[0]` is prompt and output."""
-        return await self.generate(text, generation_config or config, priority=priority)
+        return await self.generate(text, config if generation_config is None else generation_config, priority=priority)
 
     async def score(
         self, prompt_ids: SequenceOf[int], completion_ids: SequenceOf[int], *, namespace: str = ""
@@ -145,7 +150,8 @@ class InferenceEngine:
 
         Both are token ids, at least one each. Raises `RequestError`, and what awaiting a request raises.
         """
-        if not len(prompt_ids) or not len(completion_ids):
+        prompt_ids, completion_ids = token_ids("prompt_ids", prompt_ids), token_ids("completion_ids", completion_ids)
+        if not prompt_ids or not completion_ids:
             raise RequestError("score needs at least one prompt id and one completion id")
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         output = await self.generate([*prompt_ids, *completion_ids], params, namespace=namespace)
@@ -163,25 +169,27 @@ class InferenceEngine:
         index: int = 0,
     ) -> list[RequestHandle]:
         """`RequestHandle.fork` of a request that is known by its id."""
-        origin = forkable(self._channels.get(request_id), request_id, n)
+        request_id = check_id(request_id)
+        n = num_forks(n, self.config.max_queue_size)
         fork = Fork(request_id, index=index, at=at, append=append)
-        requests = [new_request(self._free_id(None), origin.prompt_token_ids, params) for _ in range(n)]
-        for request in requests:
-            self._submit(request, partial(EngineCore.fork, fork=fork, request=request))
+        origin = forkable(self._channels.get(request_id), request_id)
+        requests = new_forks([self._free_id(None) for _ in range(n)], origin, params)
+        self._submit(requests, lambda core, request: core.fork(fork, request))
         return [RequestHandle(request.channel, self) for request in requests]
 
     def abort(self, request_id: str) -> None:
-        """End a request with what it has so far; unknown and ended ids are ignored."""
+        """End a request with what it has so far; unknown and ended ids are ignored. Raises `RequestError`."""
+        request_id = check_id(request_id)
         _post(self._host, lambda core: core.abort(request_id))
 
     def get_request_status(self, request_id: str) -> RequestStatus | None:
-        """How far a request has come; None for an unknown id."""
-        channel = self._channels.get(request_id)
+        """How far a request has come; None for an unknown id. Raises `RequestError`."""
+        channel = self._channels.get(check_id(request_id))
         return None if channel is None else channel.status
 
     def get_request(self, request_id: str) -> RequestHandle | None:
-        """Another handle of a known request; dropping it aborts nothing."""
-        channel = self._channels.get(request_id)
+        """Another handle of a known request; dropping it aborts nothing. Raises `RequestError`."""
+        channel = self._channels.get(check_id(request_id))
         return None if channel is None else RequestHandle(channel, self).detach()
 
     # Life.
@@ -195,8 +203,12 @@ class InferenceEngine:
         """Serve what was accepted for at most `drain` seconds, abort the rest, free everything. Harmless twice.
 
         Waits for a step that is running, and for a model that is loading. It blocks the thread: in a coroutine, use
-        `await engine.aclose()`, or `async with`, whose end drains too unless an exception leaves it.
+        `await engine.aclose()`, or `async with`, whose end drains too unless an exception leaves it. In a callback it
+        waits for no callback, and half a second at most for that callback's own request, which nobody hears meanwhile.
         """
+        drain = real("drain", drain, 0.0, math.inf, "seconds, a number >= 0")
+        if (own := self._callbacks.current()) is not None:
+            _post(self._host, lambda core: core.abort_after(min(drain, OWN_DRAIN_S), own))
         self._host.stop(drain)
         self._finalizer()
 
@@ -238,22 +250,7 @@ class InferenceEngine:
     def get_stats(self) -> dict[str, Any]:
         """Status, queue, cache, latency percentiles and rates, memory, configuration, facts of the loaded model."""
         parts = self._parts[0] if self._parts and not self._host.closed else None
-        spec = parts.runner.spec if parts else None
-        return {
-            "engine_status": self._status(),
-            "queue": self._queue_stats(parts),
-            "cache_info": {**parts.cache.stats(), **parts.wanted_blocks} if parts else _NO_CACHE,
-            "performance_metrics": self._metrics.summaries(),
-            "totals": dict(self._metrics.totals),
-            "memory_usage": parts.runner.memory_usage() if parts else 0.0,
-            "device": spec.device if spec else self.config.device,
-            "model": spec.name if spec else None,
-            "weight_bytes": spec.weight_bytes if spec else 0,
-            "kernels": spec.kernels if spec else None,
-            "rewrites": spec.rewrites if spec else (),
-            "tuner": parts.tuning.stats() if parts else {},
-            "config": self.config.model_dump(),
-        }
+        return figures(self.config, self._host, self._admission, self._metrics, parts)
 
     @property
     def batching_optimizer(self) -> BatchingOptimizer:
@@ -287,22 +284,6 @@ class InferenceEngine:
         freed = 0 if self._host.on_own_thread else done.result()
         return {"before": before, "after": runner.memory_usage(), "freed_bytes": freed}
 
-    def _queue_stats(self, parts: Parts | None) -> dict[str, int]:
-        """Sequences as the scheduler counts them; requests that have not ended; what is held of the waiting room."""
-        return {
-            **(parts.scheduler.stats() if parts else {"num_waiting": 0, "num_running": 0}),
-            "num_requests": self._host.num_requests,
-            "num_queued_requests": self._admission.num_requests,
-            "num_queued_tokens": self._admission.num_tokens,
-        }
-
-    def _status(self) -> str:
-        if self._host.error is not None:
-            return "failed"
-        if self._host.closed or not self._host.started:
-            return "stopped"
-        return "running" if self._host.ready else "loading"
-
     def _boot(self) -> None:
         if self._pid != os.getpid():
             raise EngineClosed("this engine was made before os.fork(): make a new one in the child process")
@@ -310,22 +291,25 @@ class InferenceEngine:
 
     def _free_id(self, request_id: str | None) -> str:
         """The id, or a fresh one. Raises `RequestError` while it is in use."""
-        request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
+        request_id = check_id("" if request_id is None else request_id) or f"req-{uuid.uuid4().hex[:16]}"
         known = self._channels.get(request_id)
         if known is not None and not known.ended:
             raise RequestError(f"request id {request_id!r} is already running: use another, or none")
         return request_id
 
-    def _submit(self, request: Request, action: Action) -> None:
-        request.seed = self._random.getrandbits(62)
+    def _submit(self, requests: SequenceOf[Request], take: Take) -> None:
+        """Have all of them taken over, or none."""
+        for request in requests:
+            request.seed = self._random.getrandbits(62)
         self._boot()
-        self._admission.reserve(1, request.reserved_tokens)
+        places = [request.place for request in requests]
+        lost = self._admission.reserve(places)
         try:
-            self._host.post(action, request)
-        except EngineClosed:
-            self._admission.release(1, request.reserved_tokens)
+            self._host.post(lambda core: core.take_over(requests, lost, take), requests)
+        except BaseException:
+            self._admission.release(*places)
             raise
-        self._channels[request.id] = request.channel
+        self._channels.update((request.id, request.channel) for request in requests)
 
     def _keep(self, request_id: str) -> None:
         self._kept[request_id] = self._channels[request_id]
@@ -341,8 +325,8 @@ def _post(host: Host, action: Any) -> None:
 
 
 def _failer(host: Host) -> Any:
-    def fail(request_id: str, error: Exception) -> None:
-        wrapped = RequestError(f"the callback raised {type(error).__name__}: {error}")
+    def fail(request_id: str, error: BaseException) -> None:
+        wrapped = RequestError(f"the callback raised {described(error)}")
         _post(host, lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))
 
     return fail

@@ -14,9 +14,10 @@ from penstock.engine.handle import RequestHandle
 from penstock.engine.inference import InferenceEngine
 from penstock.engine.request import Params
 from penstock.engine.tokenizing import Prompt
-from penstock.errors import RequestError
+from penstock.errors import RequestError, described
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
+from penstock.values import items, plain
 
 _DEFAULTS = {
     "seed": 0,
@@ -62,7 +63,7 @@ class LLM:
 
     def chat(self, messages: Any, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Generate the reply to a conversation (a list of messages), or to each of several."""
-        several = bool(messages) and isinstance(messages[0], list)
+        several = isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], list)
         return self.generate(messages if several else [messages], sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Any:
@@ -84,18 +85,25 @@ class LLM:
 
 def _as_batch(prompts: Any) -> list[Prompt]:
     """One prompt or many: a string, a mapping, token ids or one conversation is a single prompt."""
-    if prompts is None or isinstance(prompts, str | bytes | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]
-    if len(prompts) > 0 and isinstance(prompts[0], dict) and "role" in prompts[0]:
-        return [prompts]
-    return list(prompts)
+    try:
+        return [prompts] if _is_single(prompts) else list(prompts)
+    except Exception as error:
+        raise RequestError(f"prompts must be a prompt or a list of them ({described(error)})") from error
+
+
+def _is_single(prompts: Any) -> bool:
+    if prompts is None or isinstance(prompts, str | bytes | dict):
+        return True
+    first = plain(prompts[0]) if len(prompts) > 0 else None
+    return isinstance(first, int) or (isinstance(first, dict) and "role" in first)
 
 
 def _as_params(params: Any, count: int) -> list[Params]:
     if isinstance(params, Sequence):
-        if len(params) != count:
-            raise RequestError(f"{len(params)} sampling_params for {count} prompts: pass one for all, or one for each")
-        return list(params)
+        each = list(items("sampling_params", params))
+        if len(each) != count:
+            raise RequestError(f"{len(each)} sampling_params for {count} prompts: pass one for all, or one for each")
+        return each
     return [params] * count
 
 

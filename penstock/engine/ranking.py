@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 
-from penstock.errors import RequestError
+from penstock.errors import RequestError, described
 from penstock.outputs import CompletionOutput
 from penstock.sampling import SamplingParams, Scorer
 
@@ -34,7 +34,7 @@ def judged(scorer: Scorer, outputs: Iterable[CompletionOutput]) -> Future[list[f
         try:
             future.set_result([_score(scorer, output) for output in outputs])
         except BaseException as error:
-            future.set_exception(RequestError(f"rank_by failed: {type(error).__name__}: {error}"))
+            future.set_exception(RequestError(f"rank_by failed: {described(error)}"))
 
     threading.Thread(target=judge, name="penstock-ranking", daemon=True).start()
     return future

@@ -6,27 +6,31 @@ Made on the caller's thread, handed over once, then touched by the engine's thre
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from penstock.engine.channel import Channel
 from penstock.engine.collector import Collector
 from penstock.engine.tokenizing import Prompt, check_keys, encode_prompt, needs_tokenizer
-from penstock.errors import RequestError
+from penstock.errors import RequestError, described
 from penstock.generation import GenerationConfig
 from penstock.optimizers.beams import BeamSearch
 from penstock.sampling import RequestPriority, SamplingParams
+from penstock.scheduling.admission import Place
 from penstock.sequence import Sequence
+from penstock.values import integer, real, text
 
 Params = SamplingParams | GenerationConfig | None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """Times are seconds on the engine's clock; `reserved_tokens` is what the door counted for the prompt."""
+    """Times are seconds on the engine's clock; `place` is what it holds of the waiting room until it starts."""
 
     id: str
     prompt: Prompt
@@ -37,9 +41,8 @@ class Request:
     deadline: float = math.inf
     ttft_deadline: float = math.inf
     namespace: str = ""
-    reserved_tokens: int = 0
+    place: Place
     seed: int = 0  # drawn at submission, for parameters that bring none
-    admitted: bool = False  # whether the door's reservation was given back
     collector: Collector | None = None
     sequences: list[Sequence] = field(default_factory=list)
     search: BeamSearch | None = None
@@ -62,21 +65,37 @@ def new_request(
 ) -> Request:
     """A request that arrives now; its deadlines are seconds from now. Raises `RequestError`."""
     now = time.monotonic()
-    request = Request(
+    rank, due = priority_class(priority), now + seconds("deadline", deadline)
+    return Request(
         id=request_id,
         prompt=prompt,
         params=check_params(params),
-        channel=Channel(request_id),
+        channel=Channel(request_id, rank, due),
         arrival=now,
-        priority=priority_class(priority),
-        namespace=namespace,
-        reserved_tokens=estimate_tokens(prompt),
+        priority=rank,
+        deadline=due,
+        ttft_deadline=now + seconds("ttft_deadline", ttft_deadline),
+        namespace=text("namespace", namespace),
+        place=Place(request_id, estimate_tokens(prompt), rank, due),
     )
-    if deadline is not None:
-        request.deadline = now + seconds("deadline", deadline)
-    if ttft_deadline is not None:
-        request.ttft_deadline = now + seconds("ttft_deadline", ttft_deadline)
-    return request
+
+
+def new_forks(request_ids: Iterable[str], origin: Channel, params: Params) -> list[Request]:
+    """Requests that will go on from where the one of `origin` is, whose class and deadline they have."""
+    params, now, num_tokens = check_params(params), time.monotonic(), len(origin.prompt_token_ids)
+    return [
+        Request(
+            id=request_id,
+            prompt=origin.prompt_token_ids,
+            params=params,
+            channel=Channel(request_id, origin.priority, origin.deadline),
+            arrival=now,
+            priority=origin.priority,
+            deadline=origin.deadline,
+            place=Place(request_id, num_tokens, origin.priority, origin.deadline),
+        )
+        for request_id in request_ids
+    ]
 
 
 def taken(prompt: Prompt) -> Prompt:
@@ -84,14 +103,30 @@ def taken(prompt: Prompt) -> Prompt:
 
     Raises `RequestError`.
     """
+    try:
+        return _taken(prompt)
+    except RequestError:
+        raise
+    except Exception as error:  # of an object that only looks like a prompt
+        raise RequestError(f"the prompt cannot be read: {described(error)}") from error
+
+
+def _taken(prompt: Prompt) -> Prompt:
+    """As plain Python, so that nothing of the caller's runs on the engine's thread."""
     if isinstance(prompt, Mapping):
         check_keys(prompt)
+        prompt = dict(prompt)
     if not needs_tokenizer(prompt):
-        text, ids = encode_prompt(None, prompt)
-        return {"prompt": text, "prompt_token_ids": ids}
-    if not (prompt.get("prompt") if isinstance(prompt, Mapping) else prompt):
+        said, ids = encode_prompt(None, prompt)
+        return {"prompt": said, "prompt_token_ids": ids}
+    if not (prompt.get("prompt") if isinstance(prompt, dict) else prompt):
         raise RequestError("the prompt is empty: pass at least one character, or token ids")
-    return prompt if isinstance(prompt, str) else copy.deepcopy(prompt)
+    if isinstance(prompt, str):
+        return str.__str__(prompt)
+    if isinstance(prompt, dict):
+        return {"prompt": text('"prompt"', prompt["prompt"])}
+    copied: list[Any] = copy.deepcopy(list(prompt))
+    return [dict(message) if isinstance(message, Mapping) else message for message in copied]
 
 
 def estimate_tokens(prompt: Prompt) -> int:
@@ -101,28 +136,43 @@ def estimate_tokens(prompt: Prompt) -> int:
     if isinstance(prompt, Mapping):
         return estimate_tokens(prompt["prompt_token_ids" if "prompt_token_ids" in prompt else "prompt"])
     if needs_tokenizer(prompt):
-        return sum(len(str(message)) for message in prompt) // 4 + 1
+        return sum(map(_num_characters, prompt)) // 4 + 1
     return len(prompt)
 
 
+def _num_characters(message: object) -> int:
+    try:
+        return len(str(message))
+    except Exception:  # what is in it is the chat template's business, on its own thread
+        return 0
+
+
 def check_params(params: Params) -> Params:
-    """The parameters. Raises `RequestError` for anything else."""
-    if params is not None and not isinstance(params, SamplingParams | GenerationConfig):
+    """The parameters, as they are now. Raises `RequestError` for anything else."""
+    if isinstance(params, GenerationConfig):
+        return dataclasses.replace(params)  # checked anew: it can be assigned to
+    if params is not None and not isinstance(params, SamplingParams):
         raise RequestError(f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}")
     return params
 
 
 def priority_class(priority: RequestPriority) -> RequestPriority:
     """The class of that number. Raises `RequestError`."""
-    try:
-        return RequestPriority(priority)
-    except ValueError:
-        names = ", ".join(known.name for known in RequestPriority)
-        raise RequestError(f"priority must be a RequestPriority ({names}), got {priority!r}") from None
+    names = ", ".join(known.name for known in RequestPriority)
+    number = integer("priority", priority, min(RequestPriority), max(RequestPriority), f"a RequestPriority ({names})")
+    return RequestPriority(number)
 
 
-def seconds(name: str, value: float) -> float:
-    """The number. A time that has passed already is a deadline that is missed, not a mistake. Raises `RequestError`."""
-    if not isinstance(value, int | float) or value != value:
-        raise RequestError(f"{name} must be seconds from now, got {value!r}")
-    return value
+def seconds(name: str, value: float | None) -> float:
+    """The number; infinity for None. A time that has passed already is a deadline that is missed, not a mistake.
+
+    Raises `RequestError`.
+    """
+    if value is None:
+        return math.inf
+    return real(name, value, -math.inf, math.inf, "seconds from now, a number that a float can hold")
+
+
+def check_id(request_id: object) -> str:
+    """The id of a request. Raises `RequestError` for what cannot be one."""
+    return text("request_id", request_id)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from penstock.config import EngineConfig
 from penstock.engine.log import Logger
 from penstock.engine.worker import Job
+from penstock.errors import text_of
 from penstock.optimizers.speculation.controller import SpeculationController
 from penstock.optimizers.speculation.drafter import Ask, Draft, Drafter
 from penstock.scheduling.scheduler import Scheduler
@@ -91,5 +92,5 @@ class Speculator:
     def _give_up(self, error: Exception) -> None:
         self._broken = True
         self._log.error(
-            "the drafter failed; going on without speculation", drafter=self._drafter.name, error=str(error)
+            "the drafter failed; going on without speculation", drafter=self._drafter.name, error=text_of(error)
         )

@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from penstock.engine.channel import hop
 from penstock.engine.exiting import interrupt
-from penstock.errors import ExecutionError
+from penstock.errors import ExecutionError, described
 
 T = TypeVar("T")
 
@@ -107,6 +107,6 @@ def _portable(error: BaseException) -> BaseException:
     a `CancelledError` or `SystemExit` would end the loop's own task."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    found = ExecutionError(f"the model raised {type(error).__name__}: {error}")
+    found = ExecutionError(f"the model raised {described(error)}")
     found.__cause__ = error
     return found

@@ -8,6 +8,7 @@ import math
 from penstock.engine.alarms import Alarms
 from penstock.engine.channel import Channel
 from penstock.engine.request import Request
+from penstock.scheduling.admission import Place
 
 
 class Rig:
@@ -41,6 +42,7 @@ class Rig:
             arrival=0.0,
             deadline=deadline,
             ttft_deadline=ttft_deadline,
+            place=Place("a", 1),
         )
 
     async def next_look(self) -> None:

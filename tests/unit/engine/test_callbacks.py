@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -229,3 +230,121 @@ def test_closing_twice_or_unused_is_harmless() -> None:
     callbacks.close()
     assert len(seen.items) == 1
     assert "penstock-callbacks" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_callback_that_exits_ends_its_request_and_not_the_thread_of_callbacks(
+    engine: InferenceEngine, error: type[BaseException], kind: str
+) -> None:
+    """`sys.exit()` killed the thread: later requests ran unheard, and `stop()` raised and freed nothing."""
+
+    def leave(delta: Delta) -> None:
+        raise error
+
+    async def leave_later(delta: Delta) -> None:
+        raise error
+
+    inbox = Inbox()
+    leaving = engine.generate([1], tokens(1500), callback=leave if kind == "sync" else leave_later)
+    with pytest.raises(RequestError, match=f"the callback raised {error.__name__}"):
+        leaving.result(10)
+    engine.submit_request([1], tokens(4), callback=inbox)
+    assert inbox.last.wait(10)
+    engine.stop(0)
+    assert not {thread.name for thread in threading.enumerate()} & {*ENGINE_THREADS, "penstock-callbacks"}
+
+
+def test_what_exits_programs_is_reported(engine: InferenceEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody may wait for the handle."""
+
+    def leave(delta: Delta) -> None:
+        raise SystemExit(3)
+
+    handle = engine.generate([1], tokens(5), callback=leave)
+    engine.stop()
+    assert f"the callback of request {handle.request_id} raised what ends programs" in caplog.text
+
+
+def test_an_error_that_cannot_be_printed_fails_its_request_alone(engine: InferenceEngine) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    def fail(delta: Delta) -> None:
+        raise Mute
+
+    with pytest.raises(RequestError, match="the callback raised Mute"):
+        engine.generate([1], tokens(1500), callback=fail).result(10)
+
+
+def test_on_a_loop_of_the_callers_an_exit_ends_the_loop_too(engine: InferenceEngine) -> None:
+    """As it does in any other task there; the request has ended by then."""
+    handles: list[RequestHandle] = []
+
+    def leave(delta: Delta) -> None:
+        raise SystemExit(3)
+
+    async def main() -> None:
+        handles.append(engine.generate([1], tokens(1500), callback=leave).detach())
+        await asyncio.Event().wait()
+
+    with pytest.raises(SystemExit):
+        asyncio.run(main())
+    with pytest.raises(RequestError, match="the callback raised SystemExit: 3"):
+        handles[0].result(10)
+
+
+@pytest.mark.parametrize("kind", ["stop", "aclose"])
+@pytest.mark.parametrize("drain", [0.0, 30.0])
+def test_an_engine_closes_at_once_in_its_own_callback(engine: InferenceEngine, kind: str, drain: float) -> None:
+    """`await engine.aclose()` waited 10 s for the callback that waited for it."""
+    done = threading.Event()
+
+    async def close(delta: Delta) -> None:
+        await engine.aclose(drain)
+        done.set()
+
+    def stop(delta: Delta) -> None:
+        engine.stop(drain)
+        done.set()
+
+    begin = monotonic()
+    engine.generate([1], tokens(4000), callback=stop if kind == "stop" else close)
+    assert done.wait(10)
+    while any(thread.name.startswith("penstock") for thread in threading.enumerate()):
+        assert monotonic() - begin < 3.0, "half a second, on a calm machine"
+        threading.Event().wait(0.005)
+
+
+@pytest.mark.parametrize("kind", ["stop", "aclose"])
+async def test_an_engine_closes_at_once_in_a_callback_on_the_callers_loop(engine: InferenceEngine, kind: str) -> None:
+    done = asyncio.Event()
+
+    async def close(delta: Delta) -> None:
+        await (engine.aclose() if kind == "aclose" else asyncio.sleep(0, engine.stop()))
+        done.set()
+
+    begin = monotonic()
+    handle = engine.generate([1], tokens(4000), callback=close)
+    await asyncio.wait_for(done.wait(), 10)
+    assert monotonic() - begin < 3.0
+    assert handle.done()
+
+
+def test_closing_in_a_callback_still_serves_the_other_requests(engine: InferenceEngine) -> None:
+    def stop(delta: Delta) -> None:
+        engine.stop()
+
+    other = engine.generate([1], tokens(300))
+    own = engine.generate([1], tokens(4000), callback=stop)
+    assert len(other.result(10).generated_ids) == 300
+    assert own.done()
+
+
+def test_what_cannot_be_called_is_refused_at_once(engine: InferenceEngine) -> None:
+    wrong: Any = 5
+    for call in (lambda: engine.generate([1], callback=wrong), lambda: engine.submit_request([1], callback=wrong)):
+        with pytest.raises(RequestError, match="callback must be a function, got 5"):
+            call()
+    assert engine.get_stats()["queue"]["num_requests"] == 0

@@ -12,6 +12,7 @@ import pytest
 
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
+from penstock.engine import collector
 from penstock.engine.channel import Channel, RequestStatus, Wakeups
 from penstock.engine.core import EngineCore
 from penstock.engine.door import Door
@@ -24,6 +25,7 @@ from penstock.engine.worker import Job
 from penstock.errors import (
     DeadlineExceeded,
     EngineClosed,
+    EngineOverloaded,
     ExecutionError,
     RequestAborted,
     RequestError,
@@ -33,7 +35,7 @@ from penstock.models.protocol import ModelChanged
 from penstock.models.scripted import Script, ScriptedModel
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
-from penstock.scheduling.admission import Admission
+from penstock.scheduling.admission import Admission, Place
 from penstock.scheduling.scheduler import Scheduler
 from penstock.step import Event, StepPlan, StepResult
 
@@ -110,7 +112,14 @@ class TracedChannel(Channel):
 class Rig:
     """An engine core and everything that it needs; `now` is its clock."""
 
-    def __init__(self, script: Script = (5, 6, 7), pool: Any = None, speculator: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        script: Script = (5, 6, 7),
+        pool: Any = None,
+        tokenizer: Any = None,
+        speculator: Any = None,
+        **settings: Any,
+    ) -> None:
         self.config = EngineConfig(**{"batch_timeout_ms": 0, "block_size": 4, **settings})
         self.model = ScriptedModel(script, vocab_size=32, max_length=64)
         self.cache = CacheManager(32, 4)
@@ -125,7 +134,8 @@ class Rig:
         self.while_sleeping: Callable[[], None] = lambda: None
         self.while_beginning: Callable[[], None] = lambda: None
         self.while_executing: Callable[[], None] = lambda: None
-        door = Door(self.config, self.model.spec, self.model.spec.max_length, LetterTokenizer(), pool, self.admission)
+        tokenizer = tokenizer or LetterTokenizer()
+        door = Door(self.config, self.model.spec, self.model.spec.max_length, tokenizer, pool, self.admission)
         log = make_logger("CRITICAL")
         self.housekeeper = Housekeeper(self.config, self.model, self.cache, lambda: self.now, self.run_job)
         self.core = EngineCore(
@@ -184,10 +194,11 @@ class Rig:
         channel = TracedChannel(name)
         channel.trace = self.trace
         prompt = list(prompt) if isinstance(prompt, tuple) else prompt
-        self.admission.reserve(1, 3)
+        place = Place(name, 3, options.pop("priority", 2))
+        self.admission.reserve([place])
         params = SamplingParams(max_tokens=max_tokens, **options)
         given = {"id": name, "prompt": prompt, "params": params, "channel": channel, "arrival": self.now}
-        self.core.submit(Request(**given, **times, reserved_tokens=3))
+        self.core.submit(Request(**given, **times, place=place))
         return channel
 
     async def steps(self, count: int) -> None:
@@ -873,3 +884,113 @@ async def test_a_request_can_be_aborted_while_it_is_ranked() -> None:
     answer.set()
     await rig.finish()
     assert rig.is_clean()
+
+
+@pytest.mark.parametrize("kind", [OverflowError, Panic, SystemExit])
+async def test_a_fault_in_ranking_ends_that_request_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """`length_penalty=400` was an OverflowError in delivery: it ended the engine, and the request itself never."""
+
+    def likelihood(params: SamplingParams, output: object) -> float:
+        raise kind("no")
+
+    monkeypatch.setattr(collector, "likelihood", likelihood)
+    rig = Rig(script=lambda tokens, index: index)
+    ranked = rig.submit(name="a", max_tokens=2, best_of=3)
+    other = rig.submit(name="b", max_tokens=6)
+    await rig.finish()
+    assert isinstance(ending(ranked), RequestError)
+    assert kind.__name__ in str(ending(ranked))
+    assert (await drain(ranked))[-1].finish_reason == "error"
+    assert len(ids_of(other)) == 6
+    assert rig.is_clean()
+
+
+async def test_closing_ends_a_request_whose_output_cannot_be_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the engine raised, and requests after that one were never told."""
+    rig = Rig()
+    broken, other = rig.submit(name="a", max_tokens=9, best_of=2), rig.submit(name="b", max_tokens=9)
+    await rig.steps(2)
+    monkeypatch.setattr(collector, "likelihood", lambda params, output: 1 / 0)
+    rig.core.close(None)
+    assert isinstance(ending(broken), EngineClosed)
+    assert isinstance(ending(other), EngineClosed)
+    assert rig.core.num_requests == 0
+
+
+async def test_an_aborted_request_whose_output_cannot_be_put_together_still_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(script=lambda tokens, index: index)
+    broken = rig.submit(name="a", max_tokens=9, best_of=2)
+    await rig.steps(2)
+    monkeypatch.setattr(collector, "likelihood", lambda params, output: 1 / 0)
+    rig.core.abort("a")
+    error = ending(broken)
+    assert isinstance(error, RequestAborted)
+    assert (error.output.prompt_token_ids, error.output.outputs[0].finish_reason) == ([1, 2, 3], "abort")
+    await rig.finish()
+    assert rig.is_clean()
+
+
+async def test_a_step_that_fails_with_an_error_that_cannot_be_printed_is_told_like_any() -> None:
+    """Wording the error raised in its turn, and that ended the engine."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    rig = Rig()
+    failing = rig.submit(name="a")
+    rig.model.fail_next(Mute())
+    await rig.steps(1)
+    other = rig.submit(name="b")
+    await rig.finish()
+    assert isinstance(ending(failing), ExecutionError)
+    assert "the step failed: Mute" in str(ending(failing))
+    assert ids_of(other) == [5, 6]
+
+
+async def test_a_tokenizer_that_panics_at_the_door_ends_its_request_alone() -> None:
+    """Whatever is no `Exception` ended the engine's thread."""
+
+    class Panicking:
+        chat_template = None
+
+        def __getattr__(self, name: str) -> Any:
+            raise Panic("index out of bounds")
+
+    rig = Rig(tokenizer=Panicking())
+    broken = rig.submit(name="a")
+    fine = rig.submit(name="b", detokenize=False)
+    await rig.finish()
+    assert "Panic" in str(ending(broken))
+    assert ids_of(fine) == [5, 6]
+    assert rig.is_clean()
+
+
+async def test_who_lost_its_place_before_it_came_in_is_told_so() -> None:
+    """Its caller's thread was still between counting it in and handing it over."""
+    rig = Rig(max_queue_size=1, max_batch_size=1)
+    rig.submit(name="busy", max_tokens=4)
+    await rig.steps(1)
+    place, channel = Place("low", 3, priority=1), Channel("low")
+    rig.admission.reserve([place])
+    lost = rig.admission.reserve([Place("high", 3, priority=3)])
+    assert lost == [place]
+    low = Request(id="low", prompt=[1], params=None, channel=channel, arrival=0.0, place=place)
+    rig.core.take_over([low], lost, EngineCore.submit)
+    assert isinstance(ending(channel), EngineOverloaded)
+    assert rig.admission.num_requests == 1
+
+
+async def test_a_request_that_started_meanwhile_keeps_running_without_its_place() -> None:
+    rig = Rig(max_queue_size=1)
+    channel = rig.submit(name="a", max_tokens=3, priority=1)
+    lost = rig.admission.reserve([Place("high", 3, priority=3)])
+    await rig.steps(1)
+    rig.core.take_over([], lost, EngineCore.submit)
+    await rig.finish()
+    assert len(ids_of(channel)) == 3
+    assert rig.admission.num_requests == 1

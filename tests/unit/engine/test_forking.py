@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from penstock.engine.channel import Channel, RequestStatus
-from penstock.engine.forking import Fork, forkable
+from penstock.engine.forking import Fork, forkable, num_forks
 from penstock.engine.request import Request
 from penstock.errors import RequestError
 from penstock.sampling import RequestPriority, SamplingParams
+from penstock.scheduling.admission import Place
 from tests.unit.engine.test_core import Rig, ending, ids_of
 
 
@@ -21,8 +22,9 @@ def fork(rig: Rig, origin: str = "a", *, name: str = "f", params: Any = None, **
 
 
 def branch(rig: Rig, made: Fork, name: str, params: Any = None) -> Channel:
-    rig.admission.reserve(1, 3)
-    request = Request(id=name, prompt=[], params=params, channel=Channel(name), arrival=rig.now, reserved_tokens=3)
+    place = Place(name, 3)
+    rig.admission.reserve([place])
+    request = Request(id=name, prompt=[], params=params, channel=Channel(name), arrival=rig.now, place=place)
     rig.core.fork(made, request)
     return request.channel
 
@@ -103,12 +105,11 @@ async def test_draws_differ_by_sample_indices_that_nobody_else_has() -> None:
 async def test_a_fork_inherits_namespace_priority_and_deadline() -> None:
     rig = Rig(counting)
     channel = Channel("a")
-    rig.admission.reserve(1, 3)
+    place = Place("a", 3)
+    rig.admission.reserve([place])
     kin = {"priority": RequestPriority.HIGH, "deadline": 50.0, "namespace": "tenant"}
     params = SamplingParams(max_tokens=9)
-    rig.core.submit(
-        Request(id="a", prompt=[1, 2, 3], params=params, channel=channel, arrival=0.0, reserved_tokens=3, **kin)
-    )
+    rig.core.submit(Request(id="a", prompt=[1, 2, 3], params=params, channel=channel, arrival=0.0, place=place, **kin))
     await rig.steps(2)
     fork(rig)
     first, second = rig.scheduler.sequences()
@@ -184,14 +185,52 @@ async def test_an_id_in_use_is_refused_for_a_fork_too() -> None:
 
 @pytest.mark.parametrize("append", [["a"], [-1], "text"])
 def test_what_are_no_token_ids_cannot_be_appended(append: Any) -> None:
-    with pytest.raises(RequestError, match=r"token ids|token_ids"):
+    with pytest.raises(RequestError, match=r"append must be a (list|token id)"):
         Fork("a", index=0, at=None, append=append)
 
 
 def test_a_caller_is_told_at_once_what_its_thread_can_know() -> None:
     channel = Channel("a")
-    for known, n, says in ((None, 1, "has ended"), (channel, 1, "no tokens yet"), (channel, 0, "n must be")):
+    for known, says in ((None, "has ended"), (channel, "no tokens yet")):
         with pytest.raises(RequestError, match=says):
-            forkable(known, "a", n)
+            forkable(known, "a")
     channel.status = RequestStatus.PROCESSING
-    assert forkable(channel, "a", 2) is channel
+    assert forkable(channel, "a") is channel
+
+
+@pytest.mark.parametrize("token", [30, 31], ids=["an error", "a panic"])
+async def test_tokens_that_the_tokenizer_cannot_decode_end_each_fork_and_free_its_place(token: int) -> None:
+    """What is no `RequestError` left the fork without an end, and with its place in the queue for good."""
+    rig = Rig(counting)
+    origin = rig.submit(max_tokens=9)
+    await rig.steps(2)
+    origin.prompt = "abc"  # its text is known, as a prompt's that was one
+    made = Fork("a", index=0, at=None, append=[token])
+    forks = [branch(rig, made, name) for name in ("f1", "f2")]
+    assert all("could not be turned into text" in str(ending(fork)) for fork in forks)
+    await rig.finish()
+    assert len(ids_of(origin)) == 9
+    assert rig.is_clean()
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ({"at": 1.5}, "at must be a number of tokens"),
+        ({"at": "x"}, "at must be"),
+        ({"at": -1}, "at must be"),
+        ({"index": None}, "index must be the number of a completion"),
+        ({"index": True}, "index must be"),
+        ({"append": 5}, "append must be a list"),
+    ],
+)
+def test_what_makes_no_fork_is_refused_before_anything_is_submitted(where: Any, says: str) -> None:
+    """These forks never ended, and kept their places in the queue for good."""
+    with pytest.raises(RequestError, match=says):
+        Fork("a", **{"index": 0, "at": None, "append": (), **where})
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "x", True, None])
+def test_how_many_forks_must_be_a_number(n: Any) -> None:
+    with pytest.raises(RequestError, match="n must be an integer >= 1"):
+        num_forks(n, 10)

@@ -16,6 +16,7 @@ from penstock.engine.host import Host, new_event_loop
 from penstock.engine.request import Request
 from penstock.engine.worker import Worker
 from penstock.errors import ConfigurationError, EngineClosed
+from penstock.scheduling.admission import Place
 
 
 class Core:
@@ -48,6 +49,9 @@ class Core:
         self.requests.clear()
         self.wake.set()
 
+    def refuse(self, request: Request, error: BaseException) -> None:
+        self.seen.append(f"refused {request.id}: {type(error).__name__}")
+
     def close(self, error: BaseException | None) -> None:
         self.seen.append(f"closed with {error}")
 
@@ -71,7 +75,7 @@ def make(error: BaseException | None = None, gate: threading.Event | None = None
 
 def request() -> Request:
     """Any request."""
-    return Request(id="a", prompt=[1], params=None, channel=Channel("a"), arrival=0.0)
+    return Request(id="a", prompt=[1], params=None, channel=Channel("a"), arrival=0.0, place=Place("a", 1))
 
 
 def on_engine(host: Host, function: Callable[[Core], Any]) -> Any:
@@ -119,7 +123,7 @@ def test_failure_to_load_is_raised_by_whoever_waits_and_ends_the_requests() -> N
     host, _ = make(ConfigurationError("no such model"), gate)
     host.start()
     waiting = request()
-    host.post(lambda core: None, waiting)
+    host.post(lambda core: None, [waiting])
     gate.set()
     with pytest.raises(ConfigurationError):
         host.wait_ready()
@@ -195,7 +199,7 @@ def test_draining_host_takes_aborts_but_no_requests() -> None:
     while not on_engine(host, lambda core: core.stopping):
         stopped.wait(0.001)
     with pytest.raises(EngineClosed):
-        host.post(lambda core: None, request())
+        host.post(lambda core: None, [request()])
     on_engine(host, lambda core: core.abort_all())
     stopping.join(10)
     assert not stopping.is_alive()
@@ -280,4 +284,23 @@ def test_garbage_that_posts_while_something_is_posted_does_not_deadlock(monkeypa
     assert not posting.is_alive()
     on_engine(host, lambda core: None)
     assert seen == ["dropped"]
+    host.stop(10)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_an_action_that_fails_ends_its_requests_and_not_the_engine(early: bool) -> None:
+    """Whatever was not foreseen on the engine's thread left its request without an end."""
+    gate = threading.Event()
+    host, _ = make(gate=gate)
+    host.start()
+    if not early:
+        gate.set()
+        host.wait_ready()
+
+    def fail(core: EngineCore) -> None:
+        raise SystemExit(3)
+
+    host.post(fail, [request()])
+    gate.set()
+    assert on_engine(host, lambda core: list(core.seen)) == ["refused a: SystemExit"]
     host.stop(10)

@@ -61,3 +61,17 @@ def test_a_function_of_the_callers_runs_on_a_thread_of_its_own() -> None:
 def test_what_such_a_function_does_wrong_is_a_request_error(function: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         judged(function, [LONG]).result(10)
+
+
+def test_an_error_that_cannot_be_printed_is_a_request_error_too() -> None:
+    """The thread ended while it worded the error, and the request never."""
+
+    class Mute(BaseException):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    def fail(output: CompletionOutput) -> float:
+        raise Mute
+
+    with pytest.raises(RequestError, match="rank_by failed: Mute"):
+        judged(fail, [LONG]).result(10)

@@ -152,3 +152,15 @@ def test_unused_worker_has_no_thread() -> None:
     assert worker.ident is None
     worker.shutdown()
     assert "never" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_an_error_that_cannot_be_printed_arrives(worker: Worker) -> None:
+    """Wording it raised in its turn, which ended the thread: nobody was ever answered again."""
+
+    class Mute(BaseException):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    with pytest.raises(ExecutionError, match="the model raised Mute"):
+        await asyncio.wait_for(worker.run(raiser(Mute())).done, 10)
+    assert await worker.run(int, "2").done == 2
