@@ -17,7 +17,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Attributes of a module that say nothing about what it computes in eval mode, and those that are compared otherwise.
 _FREE = frozenset(
     {
-        *HOOKS, "training", "generation_config", "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook",
+        *HOOKS, "training", "generation_config", "gradient_checkpointing", "_gradient_checkpointing_func",
+        "_require_grads_hook",
         "_require_grads_hooks", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set",
         "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_forward_hooks_with_kwargs",
         "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",

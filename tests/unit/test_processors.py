@@ -31,7 +31,7 @@ from penstock.sampling import SamplingParams
         ),
         ("forced_bos_token_id", [-1, 1.5, "a", [1], True]),
         ("forced_eos_token_id", [-1, [], [1.5], "a", True]),
-        ("renormalize_logits", [None, 1]),
+        ("renormalize_logits", [None, 2]),
         ("top_h", [0, 1.1, math.nan, "a", True]),
         ("typical_p", [0, 1.1, None, math.nan, 10**400]),
         ("epsilon_cutoff", [-0.1, 1, None, math.inf]),
