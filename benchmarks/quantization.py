@@ -1,16 +1,20 @@
 """What does int8 cost in quality, and what does it save?
 
-Scores Python source that is on this machine, the standard library's, with the model as it is, with int8 weights, and
-with int8 weights and an int8 cache: the change in perplexity, in how many positions the most likely token is the same,
-and what the weights take.
+Scores text that is on this machine, the source or the documentation of Python's standard library, in float32 and then
+with the model as it is, with int8 weights, with an int8 cache, and with both: the change in perplexity, in how many
+positions the most likely token is the same, and what the weights take.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
+import contextlib
 import math
 import sysconfig
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +24,41 @@ from penstock import EngineConfig, InferenceEngine, SamplingParams
 
 EPILOG = """examples:
   python benchmarks/quantization.py
+  python benchmarks/quantization.py --model ./my-chat-model --text docs
   python benchmarks/quantization.py --windows 100 --length 512
 """
 WAYS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
     "as it is": {},
     "int8 weights": {"quantization": "int8"},
     "int8 weights and cache": {"quantization": "int8", "kv_cache_dtype": "int8"},
     "int8 cache": {"kv_cache_dtype": "int8"},
 }
 Scored = list[tuple[float, int]]
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def windows_of(tokenizer: Any, count: int, length: int) -> list[list[int]]:
+def sources(files: Iterable[Path]) -> Iterator[str]:
+    """The files themselves."""
+    return (path.read_text(errors="ignore") for path in files)
+
+
+def docs(files: Iterable[Path]) -> Iterator[str]:
+    """The docstrings of each file, one below the other."""
+    for text in sources(files):
+        with contextlib.suppress(SyntaxError):
+            places = (node for node in ast.walk(ast.parse(text)) if isinstance(node, DOCUMENTED))
+            yield "\n\n".join(filter(None, map(ast.get_docstring, places)))
+
+
+TEXTS = {"source": sources, "docs": docs}
+
+
+def windows_of(tokenizer: Any, text: str, count: int, length: int) -> list[list[int]]:
     """Token ids of `count` pieces of the standard library, from files in alphabetical order, one piece a file."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = (path.read_text(errors="ignore") for path in files if path.stat().st_size > 8 * length)
-    pieces = (tokenizer.encode(text[: 8 * length])[:length] for text in texts)
-    return [piece for _, piece in zip(range(count), pieces, strict=False)]
+    texts = TEXTS[text](sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")))
+    pieces = (tokenizer.encode(text[: 8 * length])[:length] for text in texts if len(text) > 8 * length)
+    return list(islice(pieces, count))
 
 
 async def score(engine: InferenceEngine, windows: list[list[int]]) -> Scored:
@@ -69,6 +91,7 @@ def main() -> None:
     """Measure, and print the table and the JSON line."""
     parser = parser_for(__doc__, EPILOG)
     add_model_options(parser)
+    parser.add_argument("--text", choices=TEXTS, default="source", help="what is scored (default: source)")
     parser.add_argument("--windows", type=int, default=60, help="pieces of text (default: 60)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a piece (default: 256)")
     run(parser.parse_args())
@@ -79,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     source, given = source_of(args), settings_of(args)
-    windows = windows_of(AutoTokenizer.from_pretrained(source), args.windows, args.length)
+    windows = windows_of(AutoTokenizer.from_pretrained(source), args.text, args.windows, args.length)
     results: dict[str, dict[str, float]] = {}
     exact: Scored = []
     for name, settings in WAYS.items():

@@ -7,6 +7,7 @@ the model's own. Called by `loading`; every refusal is a `ConfigurationError` th
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ REMEDY = "serve it with another backend, or with a model that keeps plain key/va
 # Layer kinds whose state is not keys and values, or whose keys a page cannot hold.
 _FOREIGN = ("mamba", "recurrent", "linear_attention", "conv", "rwkv", "chunked_attention")
 PROBE_TOKENS = 12
+QUANTIZED_TOLERANCE = 0.3  # of the largest logit, over random or trained weights; a wrong rewrite is off by 1
 TRIAL_BLOCK = 16  # a whole panel of the kernels
 
 
@@ -60,10 +62,18 @@ def probe(module: nn.Module, device: torch.device, *, verify: bool, longest: int
     return Probed(found.layers, found.shapes, found.options, own)
 
 
-def compare(module: nn.Module, probed: Probed, paging: Paging, *, tolerance: float | None = None) -> None:
+def compare(
+    module: nn.Module,
+    probed: Probed,
+    paging: Paging,
+    *,
+    quantized: Sequence[str] = (),
+    tolerance: float | None = None,
+) -> None:
     """Hold a paged pass in ragged chunks against the model's own logits. Raises `ConfigurationError`.
 
-    `tolerance` is relative to the largest logit; None is what rounding in the model's dtype explains.
+    `tolerance` is relative to the largest logit; None is what rounding in the model's dtype explains, or in the few
+    bits that the `quantized` settings ("quantization='int8'") leave.
     """
     if probed.own is None:
         return
@@ -71,9 +81,10 @@ def compare(module: nn.Module, probed: Probed, paging: Paging, *, tolerance: flo
     paged = _paged_logits(module, _probe_ids(module, device), probed, paging, device)
     scale = probed.own.abs().max().clamp(min=1.0)
     worst = ((probed.own - paged).abs().max() / scale).item()
-    if tolerance is None:
-        tolerance = 1e-3 if probed.shapes[0].dtype == torch.float32 else 0.1
-    if not worst <= tolerance:
+    exact = 1e-3 if probed.shapes[0].dtype == torch.float32 else 0.1
+    if not worst <= (tolerance or (QUANTIZED_TOLERANCE if quantized else exact)):
+        if quantized:
+            raise _too_coarse(module, quantized, worst)
         raise _refusal(module, f"a paged pass differs from the model's own (relative logit error {worst:.3g})")
 
 
@@ -124,6 +135,13 @@ def _check_windows(module: nn.Module, probe: ShapeProbe, longest: int) -> None:
 
 def _refusal(module: nn.Module, reason: str) -> ConfigurationError:
     return ConfigurationError(f"{type(module).__name__} cannot run in the paged engine: {reason}. Remedy: {REMEDY}")
+
+
+def _too_coarse(module: nn.Module, quantized: Sequence[str], worst: float) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(module).__name__} loses too much to {' and '.join(quantized)}: its logits are off by {worst:.2g} of "
+        f"the largest one, and at most {QUANTIZED_TOLERANCE} is accepted. Remedy: leave out {' or '.join(quantized)}"
+    )
 
 
 def _probe_ids(module: nn.Module, device: torch.device) -> Tensor:

@@ -24,8 +24,6 @@ from penstock.optimizers.fused import FusedLayer
 from penstock.optimizers.memory_pool import MemoryPool
 from penstock.optimizers.rewriting import rewrite
 
-QUANTIZED_TOLERANCE = 0.3  # of the largest logit, over random or trained weights; a wrong rewrite is off by 1
-
 log = logging.getLogger("penstock")
 
 
@@ -63,8 +61,7 @@ def ready(module: nn.Module, device: torch.device, longest: int, config: EngineC
             _demand_owned(config)
         else:
             rewrites = _rewrite(module, probed, kernels, paging, workspaces, device, config)
-        loose = config.quantization or config.kv_cache_dtype != "auto"
-        compare(module, probed, paging, tolerance=QUANTIZED_TOLERANCE if loose else None)
+        compare(module, probed, paging, quantized=_quantized(config))
     except BaseException:
         paging.close()
         raise
@@ -84,6 +81,12 @@ def _ready(
     packed = sum(getattr(part, "num_bytes", 0) for part in module.modules())
     per_token = paging.bytes_per_token(probed.shapes)
     return Ready(probed.layers, probed.shapes, paging, workspaces, per_token, packed, kernels, rewrites)
+
+
+def _quantized(config: EngineConfig) -> list[str]:
+    """The settings that store numbers in fewer bits than the checkpoint does."""
+    settings = {"quantization": config.quantization, "kv_cache_dtype": config.kv_cache_dtype}
+    return [f"{name}={value!r}" for name, value in settings.items() if value not in (None, "auto")]
 
 
 def _why_plain(device: torch.device, config: EngineConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from penstock.config import REWRITES, EngineConfig
 from penstock.errors import ConfigurationError
 from penstock.kernels.native import Kernels, available
+from penstock.models.checks import compare
 from penstock.models.loading import load
 from penstock.optimizers.fused import FusedLayer, Joined
 from penstock.optimizers.modules import PackedLinear, PackedNorm
@@ -198,3 +200,14 @@ def test_a_borrowed_module_keeps_its_layers() -> None:
     before = [type(module) for module in model.modules()]
     load(model, None, EngineConfig(skip_tokenizer_init=True))
     assert [type(module) for module in model.modules()] == before
+
+
+def test_a_refusal_for_quantization_says_that_it_is_about_quantization(kernels: Kernels) -> None:
+    """It said that the model could not run in the paged engine and was to be served with another backend."""
+    made = rewritten(build("llama"), kernels, quantize=True)
+    far = replace(made.probed, own=-made.own_logits)
+    with pytest.raises(
+        ConfigurationError, match=r"loses too much to quantization='int8'.* leave out quantization='int8'"
+    ):
+        compare(made.module, far, made.paging, quantized=["quantization='int8'"])
+    compare(made.module, made.probed, made.paging, quantized=["quantization='int8'"])
