@@ -261,7 +261,7 @@ def test_what_exits_programs_is_reported(engine: InferenceEngine, caplog: pytest
     def leave(delta: Delta) -> None:
         raise SystemExit(3)
 
-    handle = engine.generate([1], tokens(5), callback=leave)
+    handle = engine.generate([1], tokens(1500), callback=leave)
     engine.stop()
     assert f"the callback of request {handle.request_id} raised what ends programs" in caplog.text
 

@@ -957,11 +957,13 @@ async def test_a_tokenizer_that_panics_at_the_door_ends_its_request_alone() -> N
 
     class Panicking:
         chat_template = None
+        panics = False
 
         def __getattr__(self, name: str) -> Any:
-            raise Panic("index out of bounds")
+            raise Panic("index out of bounds") if self.panics else AttributeError(name)
 
-    rig = Rig(tokenizer=Panicking())
+    rig = Rig(tokenizer=(tokenizer := Panicking()))
+    tokenizer.panics = True
     broken = rig.submit(name="a")
     fine = rig.submit(name="b", detokenize=False)
     await rig.finish()

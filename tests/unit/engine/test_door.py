@@ -124,7 +124,7 @@ def test_lengths_of_the_models_defaults_are_cut_to_what_fits(
 ) -> None:
     params = Rig(defaults, default_max_tokens=12).enroll([1, 2, 3]).sequences[0].params
     assert (params.max_tokens, params.min_new_tokens) == (max_tokens, min_new_tokens)
-    assert list(params.bad_words) == defaults.get("bad_words", [])
+    assert [list(word) for word in params.bad_words] == defaults.get("bad_words", [])
 
 
 def test_parameters_of_a_caller_are_not_mixed_with_the_models_defaults() -> None:

@@ -90,17 +90,15 @@ def test_min_tokens_of_a_model_that_nothing_ends_are_told(caplog: pytest.LogCapt
     assert [record.message.count("min_tokens without effect") for record in caplog.records] == [1]
 
 
-@pytest.mark.parametrize("token", [600, -1])
-def test_wishes_for_ids_that_the_model_does_not_have_are_refused(token: int) -> None:
-    with pytest.raises(RequestError, match=f"token id {token} in allowed_token_ids is outside"):
-        run([A], allowed_token_ids=[A, token])
+def test_wishes_for_ids_that_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(RequestError, match="token id 600 in allowed_token_ids is outside"):
+        run([A], allowed_token_ids=[A, 600])
 
 
 @pytest.mark.parametrize(
     "wishes",
     [
         {"stop_token_ids": [A + 1, 600]},
-        {"stop_token_ids": [-1]},
         {"bad_words": [[A, 600]]},
         {"suppress_tokens": [600]},
         {"begin_suppress_tokens": [600]},

@@ -90,7 +90,7 @@ def test_values_that_mean_nothing_or_what_is_done_anyway_need_no_warning() -> No
 
 
 def test_eos_is_no_bad_word_since_nothing_would_end() -> None:
-    assert translated(bad_words_ids=[[2], [3], [4, 2]])[0]["bad_words"] == [[3], [4, 2]]
+    assert translated(bad_words_ids=[[2], [3], [4, 2]])[0]["bad_words"] == [(3,), (4, 2)]
 
 
 def test_a_stop_string_needs_a_tokenizer() -> None:
