@@ -71,10 +71,11 @@ class Forecast:
 
     def record(self, record: StepRecord) -> None:
         """A step has just ended."""
-        self._last, self._last_s = record, self._clock()
         self._seconds.append(record.seconds)
         if record.tokens - record.prompt_tokens > record.streams:
             self._drafting.append((record.generated, record.streams))
+        self._last_s = self._clock()
+        self._last = record  # from here on another thread may ask
 
     def wait_s(self, num_requests: int, num_tokens: float) -> float | None:
         """Seconds until so many waiting requests, of so many prompt tokens, have started; None before the first step.
@@ -118,7 +119,7 @@ class Forecast:
 
     def _look(self, last: StepRecord) -> _Outlook:
         scheduler = self._scheduler
-        everyone = list(scheduler.sequences())
+        everyone = scheduler.sequences()
         running = [seq for seq in everyone if seq.status is Status.RUNNING]
         waiting = [seq for seq in everyone if seq.status is Status.WAITING]
         pace, used = self._pace(), _Used.of(scheduler.used_lengths)

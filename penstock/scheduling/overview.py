@@ -6,8 +6,6 @@ threads, which may see a sequence a step too early or too late.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from penstock.scheduling.budget import takes_draft
 from penstock.scheduling.news import News
 from penstock.scheduling.roster import Roster
@@ -59,9 +57,9 @@ class Overview:
         """The sequence with this id, unless it ended."""
         return self._roster.live.get(seq_id)
 
-    def sequences(self) -> Iterator[Sequence]:
-        """Every sequence that has not ended, in order of arrival here."""
-        return iter(self._roster.live.values())
+    def sequences(self) -> list[Sequence]:
+        """Every sequence that has not ended, in order of arrival here. Any thread may ask."""
+        return list(self._roster.live.values())
 
     def decoding(self) -> list[Sequence]:
         """The sequences that a draft can be offered to, best first."""

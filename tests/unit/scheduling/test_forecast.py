@@ -10,7 +10,7 @@ import pytest
 
 from penstock.scheduling.forecast import Forecast
 from penstock.sequence import FinishReason
-from penstock.step import StepResult, record_of
+from penstock.step import StepRecord, StepResult, record_of
 from tests.unit.scheduling.world import World
 
 STEP_S, TOKEN_S = 0.01, 0.0001
@@ -150,3 +150,34 @@ def test_static_batches_end_before_anybody_else_starts() -> None:
     line.run(5)
     told = line.forecast.wait_s(1, 8.0)
     assert told == pytest.approx(45 * STEP_S, rel=0.2)
+
+
+def test_a_thread_that_asks_while_the_first_step_is_recorded_gets_an_answer() -> None:
+    """The step was known before its time was, and the median of no times is an error: the caller got that."""
+    line, told = Line(), list[float | None]()
+    fresh = Forecast(line.scheduler, lambda: line.now)
+
+    class Record(StepRecord):
+        """Another thread asks at the moment at which its time is read."""
+
+        @property
+        def seconds(self) -> float:
+            """Ask, then say."""
+            told.append(fresh.wait_s(1, 8.0))
+            return STEP_S
+
+    line.queue(6, lambda number: 4)
+    line.run()
+    record = record_of(line.plan, line.model(), [], STEP_S, line.scheduler.num_waiting)
+    fresh.record(Record(*record))
+    assert told == [None]
+    assert fresh.wait_s(1, 8.0) is not None
+
+
+def test_a_list_of_all_sequences_stays_as_it_is_while_others_arrive() -> None:
+    """Callers' threads read it: "dictionary changed size during iteration" instead of an `EngineOverloaded`."""
+    line = Line()
+    line.queue(1, lambda number: 4)
+    before = line.scheduler.sequences()
+    line.queue(1, lambda number: 4)
+    assert [seq.id for seq in before] == [0]
