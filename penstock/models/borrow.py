@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import ConfigurationError, ExecutionError
+from penstock.errors import ConfigurationError, ExecutionError, text_of
 from penstock.models.watch import HOOKS, Watch, acting, functions_of, is_adapter_layer
 
 ATTEMPTS = 5  # to copy a tree that its owner is changing
@@ -105,7 +105,8 @@ def view_of(module: nn.Module) -> nn.Module:
         view = _copied(module, memo)
     except (TypeError, RuntimeError) as error:
         raise ConfigurationError(
-            f"{type(module).__name__} cannot be borrowed ({error}): save it with save_pretrained and pass the folder"
+            f"{type(module).__name__} cannot be borrowed ({text_of(error)}): "
+            "save it with save_pretrained and pass the folder"
         ) from error
     for part in view.modules():
         part.training = False  # not by `eval()`: some adapter layers merge their weights there

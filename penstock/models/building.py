@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penstock.errors import text_of
 from penstock.models.checkpoint import Architecture, Checkpoint, stored_dtype, tensors_of
 from penstock.models.completeness import Findings
 from penstock.models.pinning import PinnedDefaults
@@ -118,7 +119,7 @@ def _merged(module: Any, gathered: dict[str, Any], findings: Findings) -> Iterat
         try:
             values = rule.convert(first, model=module, config=module.config)
         except Exception as error:
-            findings.failed[first] = str(error)
+            findings.failed[first] = text_of(error)
             continue
         for name, value in values.items():
             yield name, value[0] if isinstance(value, list) else value

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, text_of
 from penstock.models.attention import IMPLEMENTATION, Options, ShapeProbe
 from penstock.models.layout import StepLayout
 from penstock.models.paging import Paging
@@ -153,7 +153,7 @@ def _switch(module: nn.Module) -> None:
     try:
         module.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     except ValueError as error:
-        raise _refusal(module, f"it refuses custom attention ({error})") from error
+        raise _refusal(module, f"it refuses custom attention ({text_of(error)})") from error
 
 
 def _logits(module: nn.Module, ids: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _forward(module: nn.Module, ids: Tensor, positions: Tensor, **options: Any) 
         with torch.inference_mode():
             out = module(input_ids=ids[None], position_ids=positions[None], use_cache=False, **options)
     except TypeError as error:
-        raise _refusal(module, f"the step's metadata does not reach its attention ({error})") from error
+        raise _refusal(module, f"the step's metadata does not reach its attention ({text_of(error)})") from error
     return out.logits[0].float().clone()  # type: ignore[no-any-return]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from penstock.errors import text_of
 from penstock.models.protocol import ModelSpec
 from penstock.sampling import SamplingParams
 
@@ -137,7 +138,7 @@ def _usable(name: str, value: Any, size: int, ignored: list[str]) -> Any:
         value = getattr(SamplingParams(**{"max_tokens": None, ours: _without_none(name, value)}), ours)
         kept = _known(ours, value, size)
     except Exception as error:  # whatever a file may hold
-        ignored.append(f"{name} ({error})")
+        ignored.append(f"{name} ({text_of(error)})")
         return None
     if kept != value:
         ignored.append(f"{name} (token ids beyond the model's vocabulary of {size})")
@@ -193,5 +194,5 @@ def end_of_turn(tokenizer: Any) -> frozenset[int]:
         ends = [token for token in added if token and after.startswith(token)]
         return frozenset([added[max(ends, key=len)]] if ends else ())
     except Exception as error:
-        log.debug("the chat template does not show how a turn ends: %s", error)
+        log.debug("the chat template does not show how a turn ends: %s", text_of(error))
         return frozenset()

@@ -16,7 +16,7 @@ from torch import nn
 
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
-from penstock.errors import ConfigurationError, OutOfMemory, PenstockError
+from penstock.errors import ConfigurationError, OutOfMemory, PenstockError, described, text_of
 from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
 from penstock.models.checks import refuse_foreign
 from penstock.models.executor import Executor
@@ -107,7 +107,7 @@ def load_bare(source: str, config: EngineConfig) -> nn.Module:
         raise
     except Exception as error:
         where = "" if Path(source).is_dir() else " (there is no such folder here, so it was taken for a hub id)"
-        raise ConfigurationError(f"cannot load the model {source!r}{where}: {error}") from error
+        raise ConfigurationError(f"cannot load the model {source!r}{where}: {text_of(error)}") from error
 
 
 def resolve_device(name: str) -> torch.device:
@@ -149,7 +149,7 @@ def _read_tokenizer(source: str, config: EngineConfig) -> Any:
         return read_tokenizer(source, config)
     except Exception as error:
         raise ConfigurationError(
-            f"cannot load a tokenizer from {source!r} ({error}): "
+            f"cannot load a tokenizer from {source!r} ({text_of(error)}): "
             "pass tokenizer=..., or skip_tokenizer_init=True to serve token ids"
         ) from error
 
@@ -206,7 +206,7 @@ def _try(module: nn.Module, device: torch.device, longest: int, config: EngineCo
     except PenstockError:
         raise
     except Exception as error:
-        raise ConfigurationError(f"a trial pass of the model failed: {type(error).__name__}: {error}") from error
+        raise ConfigurationError(f"a trial pass of the model failed: {described(error)}") from error
 
 
 def _name_of(module: nn.Module) -> str:

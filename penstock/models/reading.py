@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from penstock.config import EngineConfig
-from penstock.errors import PenstockError
+from penstock.errors import PenstockError, described, text_of
 from penstock.models.building import build
 from penstock.models.checkpoint import fetch, hub_options, locate
 from penstock.models.completeness import Findings, findings_of
@@ -73,7 +73,7 @@ def _built(source: str, dtype: torch.dtype | str, config: EngineConfig) -> tuple
     except (PenstockError, OSError, torch.OutOfMemoryError, MemoryError):
         raise  # from_pretrained would only try the same again
     except Exception as error:
-        log.debug("%s is left to from_pretrained: %s: %s", source, type(error).__name__, error)
+        log.debug("%s is left to from_pretrained: %s", source, described(error))
         return None
 
 
@@ -103,9 +103,9 @@ def _patiently(read: Callable[[], T]) -> T:
         try:
             return read()
         except (ImportError, AttributeError) as error:
-            if not any(text in str(error) for text in _HALF_IMPORTED):
+            if not any(text in text_of(error) for text in _HALF_IMPORTED):
                 raise
-            log.debug("an import is tried again: %s", error)
+            log.debug("an import is tried again: %s", text_of(error))
             time.sleep(IMPORT_PAUSE_S)
     return read()
 

@@ -117,3 +117,19 @@ def test_windows_that_only_a_mask_would_apply_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="slide over 16 tokens"):
         load(model, None, EngineConfig(**IDS_ONLY))
     assert load(model, None, EngineConfig(max_model_len=16, **IDS_ONLY)).runner.spec.max_length == 16
+
+
+def test_an_error_that_cannot_say_what_it_is_does_not_hide_what_failed_at_load() -> None:
+    """The message was built with the error's own `__str__`, so that what that raised was all that came out."""
+
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(9)
+
+    def refuse(*args: object) -> None:
+        raise MuteError
+
+    model = build("llama")
+    model.model.layers[0].register_forward_pre_hook(refuse)
+    with pytest.raises(ConfigurationError, match="a trial pass of the model failed: MuteError"):
+        load(model, None, EngineConfig(**IDS_ONLY))
