@@ -43,6 +43,7 @@ class Borrowed:
         self._functions = functions_of(owner) if packed else None
         self._watch: Watch | None
         self._watch, self.view = _looked_at(owner)
+        self._place = device_and_dtype(owner)
         self._is_new = False
 
     def changed(self, *, thorough: bool = False) -> bool:
@@ -73,6 +74,16 @@ class Borrowed:
             ) from error
         self._watch, self.view, self._is_new = watch, view, True
         return True
+
+    def check_place(self) -> None:
+        """Raise `ExecutionError` where the module was moved to another device or dtype: the cache is not."""
+        place = device_and_dtype(self._owner)
+        if place != self._place:
+            here, there = (f"{device} in {dtype}" for device, dtype in (place, self._place))
+            raise ExecutionError(
+                f"the borrowed module was moved: it is on {here}, and was loaded on {there}: "
+                "move it back, or make a new engine"
+            )
 
     def _recognize(self, functions: list[tuple[Any, ...]]) -> None:
         if functions_of(self._owner) != functions:

@@ -133,6 +133,13 @@ def _check_windows(module: nn.Module, probe: ShapeProbe, longest: int) -> None:
         )
 
 
+def vocab_size(module: nn.Module) -> int:
+    """Logits of a position."""
+    head: Any = module.get_output_embeddings()  # type: ignore[operator]
+    text: Any = module.config.get_text_config()  # type: ignore[union-attr, operator]
+    return int(text.vocab_size if head is None else head.weight.shape[0])
+
+
 def _refusal(module: nn.Module, reason: str) -> ConfigurationError:
     return ConfigurationError(f"{type(module).__name__} cannot run in the paged engine: {reason}. Remedy: {REMEDY}")
 

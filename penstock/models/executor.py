@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
 from penstock.models.borrow import Borrowed
-from penstock.models.checks import probe
+from penstock.models.checks import probe, vocab_size
 from penstock.models.continuations import Continuations
 from penstock.models.layout import StepLayout, scores_prompt, wanted_logits
 from penstock.models.memory import free_bytes, held_bytes, host_free_bytes, memory_usage, trim_memory
@@ -130,6 +130,8 @@ class Executor:
             if isinstance(error, ExecutionError):
                 raise
             self._keep_up(thorough=True)  # perhaps it failed because the module had changed
+            if self._borrowed is not None:
+                self._borrowed.check_place()
             raise ExecutionError(f"the forward pass failed: {described(error)}") from error
         finally:
             self._workspaces.return_all()
@@ -145,6 +147,8 @@ class Executor:
         probed = probe(view, self._device, verify=False, longest=self.spec.max_length)
         if probed.shapes != self._shapes:
             raise ConfigurationError("its layers keep other keys and values than when it was loaded: make a new engine")
+        if (size := vocab_size(view)) < self.spec.vocab_size:
+            raise ConfigurationError(f"its vocabulary shrank from {self.spec.vocab_size} to {size}: make a new engine")
         self._module, self._layers = view, probed.layers
 
     def _move(self, plan: StepPlan) -> float:

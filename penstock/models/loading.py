@@ -18,7 +18,7 @@ from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError, OutOfMemory, PenstockError, described, text_of
 from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
-from penstock.models.checks import refuse_foreign
+from penstock.models.checks import refuse_foreign, vocab_size
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source, expanded
 from penstock.models.generation_defaults import eos_token_ids, generation_defaults, warn_of_ignored
@@ -80,9 +80,9 @@ def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunn
     module = load_bare(source, config)
     if weight_bytes(module) <= ONE_THREAD_BYTES:
         config.num_threads = 1
-    if _vocab_size(module) != large.vocab_size:
+    if vocab_size(module) != large.vocab_size:
         raise ConfigurationError(
-            f"the draft model {source} has {_vocab_size(module)} tokens in its vocabulary and {large.name} has "
+            f"the draft model {source} has {vocab_size(module)} tokens in its vocabulary and {large.name} has "
             f"{large.vocab_size}: choose a smaller model of the same family, or drafter='ngram'"
         )
     with same_torch_threads():
@@ -170,13 +170,13 @@ def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineCo
     longest = _longest(limit, config)
     facts: dict[str, Any] = {
         "name": name,
-        "vocab_size": _vocab_size(module),
+        "vocab_size": vocab_size(module),
         "max_length": longest,
         "max_length_reason": limit.reason if longest == limit.tokens else "",
         "eos_token_ids": eos,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "defaults": generation_defaults(module, _vocab_size(module), eos, has_text=tokenizer is not None)[0],
+        "defaults": generation_defaults(module, vocab_size(module), eos, has_text=tokenizer is not None)[0],
     }
     read = weight_bytes(owner)
     made = _try(module, device, longest, config, owned=module is owner)
@@ -211,11 +211,6 @@ def _try(module: nn.Module, device: torch.device, longest: int, config: EngineCo
 
 def _name_of(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
-
-
-def _vocab_size(module: nn.Module) -> int:
-    head: Any = module.get_output_embeddings()  # type: ignore[operator]
-    return int(head.weight.shape[0]) if head is not None else int(_text_config(module).vocab_size)
 
 
 def _text_config(module: nn.Module) -> Any:

@@ -246,3 +246,26 @@ def test_packed_copies_refuse_other_adapters_and_serve_merged_ones() -> None:
     handle.remove()
     check(engine, model)
     engine.stop()
+
+
+def test_a_module_that_was_moved_is_refused_with_the_remedy() -> None:
+    """Requests ended with what failed first in the pass: an assertion about a kernel."""
+    model = build("llama")
+    engine = engine_of(model, compile_model=True)
+    check(engine, model)
+    model.to(torch.bfloat16)
+    with pytest.raises(ExecutionError, match=r"is on cpu in torch\.bfloat16.*move it back, or make a new engine"):
+        check(engine, model)
+    model.to(torch.float32)
+    engine.stop()
+
+
+def test_a_module_with_fewer_tokens_than_before_is_refused_with_the_remedy() -> None:
+    """A request's token that was no more failed its whole batch: an index out of range."""
+    model: Any = build("llama")
+    engine = engine_of(model)
+    check(engine, model)
+    model.resize_token_embeddings(60)
+    with pytest.raises(ExecutionError, match=r"its vocabulary shrank from \d+ to 60: make a new engine"):
+        check(engine, model)
+    engine.stop()
