@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from penstock.errors import ExecutionError, RequestError, text_of
+from penstock.errors import ExecutionError, RequestError, described, text_of
 from penstock.models import processors
 from penstock.models.pairs import Pairs, inside, int64
 from penstock.models.processors import ProcessorRules
@@ -75,7 +75,8 @@ def run_processor(processor: LogitsProcessor, output: list[int], logits: Tensor)
             raise RequestError(f"it must return a tensor of shape {tuple(logits.shape)}, got {got}")
         logits.copy_(result.detach())
     except BaseException as error:  # not all that user code raises is an `Exception`
-        raise RequestError(f"logits processor {_name(processor)} failed: {text_of(error)}") from error
+        what = text_of(error) if isinstance(error, RequestError) else described(error)
+        raise RequestError(f"logits processor {_name(processor)} failed: {what}") from error
     logits.clamp_(max=FLOAT_MAX)  # +inf means "this one"; its difference to itself must stay 0
 
 

@@ -137,7 +137,7 @@ def test_a_processor_that_raises_is_named_and_its_error_kept() -> None:
     def faulty(output: Sequence[int], row: Tensor) -> Tensor:
         raise KeyError("oops")
 
-    with pytest.raises(RequestError, match="faulty failed: 'oops'") as caught:
+    with pytest.raises(RequestError, match="faulty failed: KeyError: 'oops'") as caught:
         run_processor(faulty, [], torch.zeros(3))
     assert isinstance(caught.value.__cause__, KeyError)
 

@@ -244,7 +244,7 @@ def test_a_failing_processor_ends_its_own_row_only() -> None:
     results = sample(logits, *rows)
     assert [results[i] for i in (0, 1, 3)] == [alone[i] for i in (0, 1, 3)]
     assert isinstance(results[2].error, RequestError)
-    assert "failing failed: broken on purpose" in str(results[2].error)
+    assert "failing failed: ValueError: broken on purpose" in str(results[2].error)
     assert (results[2].tokens, results[2].logprobs) == ((), ())
 
 
