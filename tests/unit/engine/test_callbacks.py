@@ -15,7 +15,7 @@ from penstock.engine.channel import Channel, RequestStatus, Wakeups
 from penstock.engine.handle import RequestHandle
 from penstock.engine.inference import InferenceEngine
 from penstock.engine.transcript import Transcript
-from penstock.errors import EngineClosed, EngineOverloaded, ExecutionError, RequestError
+from penstock.errors import EngineClosed, EngineOverloaded, ExecutionError, RequestAborted, RequestError
 from penstock.models.scripted import ScriptedModel
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.sampling import SamplingParams
@@ -52,6 +52,14 @@ class Inbox:
 def engine() -> Iterator[InferenceEngine]:
     """A scripted engine, stopped afterwards."""
     found = InferenceEngine(ScriptedModel([5, 6, 7], max_length=4096), batch_timeout_ms=0)
+    yield found
+    found.stop(0)
+
+
+@pytest.fixture
+def slow_engine() -> Iterator[InferenceEngine]:
+    """One whose requests of 1,500 tokens take 7 s."""
+    found = InferenceEngine(ScriptedModel([5], step_s=0.005), batch_timeout_ms=0)
     yield found
     found.stop(0)
 
@@ -297,20 +305,20 @@ def test_on_a_loop_of_the_callers_an_exit_ends_the_loop_too(engine: InferenceEng
 
 @pytest.mark.parametrize("kind", ["stop", "aclose"])
 @pytest.mark.parametrize("drain", [0.0, 30.0])
-def test_an_engine_closes_at_once_in_its_own_callback(engine: InferenceEngine, kind: str, drain: float) -> None:
+def test_an_engine_closes_at_once_in_its_own_callback(slow_engine: InferenceEngine, kind: str, drain: float) -> None:
     """`await engine.aclose()` waited 10 s for the callback that waited for it."""
     done = threading.Event()
 
     async def close(delta: Delta) -> None:
-        await engine.aclose(drain)
+        await slow_engine.aclose(drain)
         done.set()
 
     def stop(delta: Delta) -> None:
-        engine.stop(drain)
+        slow_engine.stop(drain)
         done.set()
 
     begin = monotonic()
-    engine.generate([1], tokens(4000), callback=stop if kind == "stop" else close)
+    slow_engine.generate([1], tokens(1500), callback=stop if kind == "stop" else close)
     assert done.wait(10)
     while any(thread.name.startswith("penstock") for thread in threading.enumerate()):
         assert monotonic() - begin < 3.0, "half a second, on a calm machine"
@@ -318,28 +326,31 @@ def test_an_engine_closes_at_once_in_its_own_callback(engine: InferenceEngine, k
 
 
 @pytest.mark.parametrize("kind", ["stop", "aclose"])
-async def test_an_engine_closes_at_once_in_a_callback_on_the_callers_loop(engine: InferenceEngine, kind: str) -> None:
+async def test_an_engine_closes_at_once_in_a_callback_on_the_callers_loop(
+    slow_engine: InferenceEngine, kind: str
+) -> None:
     done = asyncio.Event()
 
     async def close(delta: Delta) -> None:
-        await (engine.aclose() if kind == "aclose" else asyncio.sleep(0, engine.stop()))
+        await (slow_engine.aclose() if kind == "aclose" else asyncio.sleep(0, slow_engine.stop()))
         done.set()
 
     begin = monotonic()
-    handle = engine.generate([1], tokens(4000), callback=close)
+    handle = slow_engine.generate([1], tokens(1500), callback=close)
     await asyncio.wait_for(done.wait(), 10)
     assert monotonic() - begin < 3.0
     assert handle.done()
 
 
-def test_closing_in_a_callback_still_serves_the_other_requests(engine: InferenceEngine) -> None:
+def test_closing_in_a_callback_still_serves_the_other_requests(slow_engine: InferenceEngine) -> None:
     def stop(delta: Delta) -> None:
-        engine.stop()
+        slow_engine.stop()
 
-    other = engine.generate([1], tokens(300))
-    own = engine.generate([1], tokens(4000), callback=stop)
-    assert len(other.result(10).generated_ids) == 300
-    assert own.done()
+    other = slow_engine.generate([1], tokens(200))
+    own = slow_engine.generate([1], tokens(1500), callback=stop)
+    assert len(other.result(10).generated_ids) == 200
+    with pytest.raises(RequestAborted):
+        own.result(10)
 
 
 def test_what_cannot_be_called_is_refused_at_once(engine: InferenceEngine) -> None:

@@ -987,6 +987,18 @@ async def test_who_lost_its_place_before_it_came_in_is_told_so() -> None:
     assert rig.admission.num_requests == 1
 
 
+async def test_a_waiting_request_that_lost_its_place_is_told_so_before_the_other_comes_in() -> None:
+    rig = Rig(max_queue_size=1, max_batch_size=1)
+    busy = rig.submit(name="busy", max_tokens=4)
+    await rig.steps(1)
+    low = rig.submit(name="low", priority=1)
+    lost = rig.admission.reserve([Place("high", 3, priority=3)])
+    rig.core.take_over([], lost, EngineCore.submit)
+    assert isinstance(ending(low), EngineOverloaded)
+    await rig.finish()
+    assert len(ids_of(busy)) == 4
+
+
 async def test_a_request_that_started_meanwhile_keeps_running_without_its_place() -> None:
     rig = Rig(max_queue_size=1)
     channel = rig.submit(name="a", max_tokens=3, priority=1)

@@ -221,6 +221,7 @@ async def test_tokens_that_the_tokenizer_cannot_decode_end_each_fork_and_free_it
         ({"at": -1}, "at must be"),
         ({"index": None}, "index must be the number of a completion"),
         ({"index": True}, "index must be"),
+        ({"index": -1}, "index must be"),
         ({"append": 5}, "append must be a list"),
     ],
 )

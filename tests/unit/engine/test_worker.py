@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -51,6 +52,25 @@ async def test_begun_is_told_before_the_job_is_done(worker: Worker) -> None:
     assert not job.done.done()
     turn.set()
     assert await job.done
+
+
+async def test_a_worker_that_rests_interrupts_its_job_and_begins_no_other() -> None:
+    worker, seen = Worker("resting"), list[int]()
+
+    def spin() -> None:
+        while True:
+            seen.append(0) if not seen else None
+
+    first = worker.run(spin)
+    second = worker.run(seen.append, 1)
+    await first.begun
+    (thread,) = (each for each in threading.enumerate() if each.name == "resting")
+    worker.rest(time.monotonic() + 30)
+    assert not thread.is_alive()
+    assert 1 not in seen
+    with pytest.raises(ExecutionError, match="SystemExit"):
+        await first.done
+    assert not second.begun.done()
 
 
 async def test_job_has_not_begun_while_another_one_runs(worker: Worker) -> None:

@@ -109,6 +109,14 @@ def test_where_prompts_fill_the_steps_their_tokens_tell() -> None:
         assert honest(told, line.really_s(count))
 
 
+def test_prompts_of_running_requests_that_are_not_computed_yet_count() -> None:
+    line = Line(max_batch_size=1, max_num_batched_tokens=32)
+    line.queue(6, lambda number: 4, prompt=320)
+    line.run(3)
+    told = line.forecast.wait_s(1, 320.0)
+    assert honest(told, line.really_s(1))
+
+
 def test_where_memory_is_short_the_running_ones_tell() -> None:
     line = Line(max_batch_size=64)
     line.queue(60, lambda number: 30, prompt=90)  # some 17 of them fit
