@@ -63,7 +63,7 @@ def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineCon
         owner = borrowed.view if config.compile_model else model  # what is packed is the view's own
         parts = _parts(borrowed.view, owner, tokenizer, config, _name_of(model))
         return _ready(parts, tokenizer, borrowed)
-    source = check_source(str(MODEL_DIR if model is None else model))
+    source = expanded(str(MODEL_DIR if model is None else model))
     module = load_bare(source, config)
     tokenizer = _tokenizer_for(source, tokenizer, config)
     return _ready(_parts(module, module, tokenizer, config, source), tokenizer)

@@ -27,20 +27,20 @@ Part = tuple[int, int, int]  # sequence, begin, end
 def rotation(n: int) -> Tensor:
     """The orthogonal matrix Q [n, n] that rows are multiplied by before they are quantized, in float64."""
     span = min(1024, 1 << (n.bit_length() - 1))
-    found = torch.diag(_signs(n))
+    matrix = torch.diag(_signs(n))
     for begin in range(0, n - span + 1, span):
-        found[:, begin : begin + span] = found[:, begin : begin + span] @ _hadamard(span)
+        matrix[:, begin : begin + span] = matrix[:, begin : begin + span] @ _hadamard(span)
     if n % span:
-        found[:, n - span :] = found[:, n - span :] @ torch.diag(_signs(span)) @ _hadamard(span)
-    return found
+        matrix[:, n - span :] = matrix[:, n - span :] @ torch.diag(_signs(span)) @ _hadamard(span)
+    return matrix
 
 
 def _hadamard(n: int) -> Tensor:
     """Walsh's matrix by Sylvester's construction, scaled to be orthogonal."""
-    found = torch.ones(1, 1, dtype=torch.float64)
-    while len(found) < n:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found / n**0.5
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / n**0.5
 
 
 def _signs(n: int) -> Tensor:
