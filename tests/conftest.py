@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
 from penstock.config import EngineConfig
+from penstock.optimizers.speculation.costs import CostCurve
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -22,3 +24,12 @@ for name in EngineConfig.model_fields:
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def steps_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the speculation controller, so that guessing always pays, however slow or busy the machine is."""
+    record = CostCurve.record
+    monkeypatch.setattr(
+        CostCurve, "record", lambda self, tokens, seconds, drafted=False: record(self, tokens, 1, drafted)
+    )

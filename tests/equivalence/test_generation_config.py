@@ -134,6 +134,7 @@ def test_every_field_changes_what_transformers_says(field: str) -> None:
     assert expected(field) != expected("nothing")
 
 
+@pytest.mark.usefixtures("steps_cost_the_same")
 @pytest.mark.parametrize("setting", SETTINGS)
 async def test_requests_run_as_transformers_would_under_each_generation_config(setting: str) -> None:
     """Five fields acted, the others were dropped without a word. All run at once, each row by its own rules."""

@@ -202,6 +202,7 @@ CODE = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n
 ENGINE: dict[str, Any] = {"dtype": "float32", "log_level": "ERROR", "enable_speculative_decoding": True}
 
 
+@pytest.mark.usefixtures("steps_cost_the_same")
 @pytest.mark.parametrize("drafter", DRAFTERS)
 async def test_the_engine_says_the_same_and_tells_how_often_it_guessed_right(drafter: str) -> None:
     async with InferenceEngine(drafter=drafter, **ENGINE) as engine:

@@ -232,6 +232,7 @@ def test_compiling_runs_the_layers_of_a_live_module_on_kernels(model: nn.Module)
         one.stop()
 
 
+@pytest.mark.usefixtures("steps_cost_the_same")
 def test_a_draft_model_guesses_and_changes_nothing() -> None:
     """004-91, B4-15: the draft was `type(model)()`."""
     plain, config = (
@@ -250,6 +251,7 @@ def test_a_draft_model_guesses_and_changes_nothing() -> None:
     assert 0 <= stats["acceptance_rate"] <= 1
 
 
+@pytest.mark.usefixtures("steps_cost_the_same")
 def test_a_draft_model_gives_back_every_block_once_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr(DraftRunner, "trim_memory", lambda self, blocks=(), places=(): given.append(len(blocks)) or 0)
