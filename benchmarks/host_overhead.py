@@ -26,15 +26,16 @@ from harness.console import finish, progress, show
 from harness.options import parser_for
 from harness.stats import percentile
 from penstock import EngineConfig, InferenceEngine, SamplingParams, ScriptedModel
+from penstock.api.channel import Channel
+from penstock.api.log import make_logger
+from penstock.api.prompt import PromptInput
 from penstock.demo import MODEL_DIR
-from penstock.engine.boot import Parts, assemble
-from penstock.engine.channel import Channel
-from penstock.engine.core import EngineCore
-from penstock.engine.housekeeping import Housekeeper
-from penstock.engine.log import make_logger
-from penstock.engine.metrics import Metrics
-from penstock.engine.request import Request
-from penstock.engine.worker import Job, Worker
+from penstock.engine.assembly import Parts, assemble
+from penstock.engine.loop.core import CoreParts, EngineCore
+from penstock.engine.loop.housekeeping import Housekeeper
+from penstock.engine.loop.worker import Job, Worker
+from penstock.engine.observe.metrics import Metrics
+from penstock.engine.requests.request import Request
 from penstock.scheduling.admission import Admission, Place
 from penstock.step import StepPlan, StepResult
 
@@ -112,7 +113,7 @@ async def direct(requests: int, steps: int, tokenizer: Any) -> dict[str, list[fl
     admission = Admission(config)
     parts = assemble(model, tokenizer, config, admission, log)
     scheduler: Any = Stopwatch(parts.scheduler, ("plan", "commit"))
-    core = make_core(config, model, scheduler, parts, log)
+    core = make_core(config, model, scheduler, admission, parts, log)
     readers = [
         submit(core, admission, i, ids, asked(new_tokens, tokenizer is not None)) for i, ids in prompted(requests)
     ]
@@ -131,7 +132,9 @@ def prompted(requests: int) -> list[tuple[int, list[int]]]:
     return list(enumerate(prompts(requests)))
 
 
-def make_core(config: EngineConfig, model: TimedModel, scheduler: Any, parts: Parts, log: Any) -> EngineCore:
+def make_core(
+    config: EngineConfig, model: TimedModel, scheduler: Any, admission: Admission, parts: Parts, log: Any
+) -> EngineCore:
     """A core whose model runs on this very thread."""
 
     def execute(plan: StepPlan) -> Job[StepResult]:
@@ -141,26 +144,29 @@ def make_core(config: EngineConfig, model: TimedModel, scheduler: Any, parts: Pa
         return job
 
     housekeeper = Housekeeper(config, model, parts.cache, time.monotonic, Worker("penstock-model").run)
-    return EngineCore(config, model, scheduler, parts.door, execute, time.monotonic, Metrics(), log, housekeeper)
+    core_parts = CoreParts(
+        runner=model,
+        scheduler=scheduler,
+        admission=admission,
+        inputs=parts.inputs,
+        housekeeper=housekeeper,
+        metrics=Metrics(),
+        log=log,
+    )
+    return EngineCore(core_parts, execute, time.monotonic)
 
 
 def submit(
     core: EngineCore, admission: Admission, number: int, ids: list[int], params: SamplingParams
 ) -> asyncio.Task[None]:
     """Hand a request over, as a caller's thread would; the task of a reader who takes every delta."""
-    name, prompt = f"r{number}", {"prompt": None, "prompt_token_ids": ids}
+    name = f"r{number}"
     place = Place(name, len(ids))
     admission.reserve([place])
     channel = Channel(name)
+    prompt = PromptInput(token_ids=ids)
     core.submit(
-        Request(
-            id=name,
-            prompt=prompt,
-            params=params,
-            channel=channel,
-            arrival=time.monotonic(),
-            place=place,
-        )
+        [Request(id=name, prompt=prompt, params=params, channel=channel, arrival=time.monotonic(), place=place)]
     )
     return asyncio.create_task(take_all(channel))
 

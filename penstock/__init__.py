@@ -6,16 +6,10 @@ and transformers are imported when the first engine loads a model.
 
 __version__ = "0.1.0"
 
+from penstock.api.channel import RequestStatus
+from penstock.api.handle import RequestHandle
 from penstock.config import BatchingStrategy, EngineConfig
-from penstock.engine import (
-    LLM,
-    AsyncEngineArgs,
-    AsyncLLMEngine,
-    InferenceEngine,
-    PerformanceOptimizer,
-    RequestHandle,
-    RequestStatus,
-)
+from penstock.engine.inference import InferenceEngine
 from penstock.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -29,6 +23,9 @@ from penstock.errors import (
     RequestError,
     RequestTooLarge,
 )
+from penstock.facades.async_llm import AsyncEngineArgs, AsyncLLMEngine
+from penstock.facades.llm import LLM
+from penstock.facades.optimizer import PerformanceOptimizer
 from penstock.generation import GenerationConfig
 from penstock.models.scripted import ScriptedModel
 from penstock.optimizers.levels import OptimizationConfig, OptimizationLevel

@@ -211,3 +211,24 @@ def _explain_one(item: Any, names: Iterable[str]) -> str:
     if item["type"] in ("literal_error", "enum"):
         return f"{name}={shown(item.get('input'))} is not available: choose {item['ctx']['expected']}, or leave it out"
     return f"{name}: {item['msg']} (got {shown(item.get('input'))})"
+
+
+def with_settings(config: EngineConfig | None, settings: dict[str, Any]) -> EngineConfig:
+    """The caller's own config object, so that later assignments count; a copy where keywords change it."""
+    if config is None:
+        return EngineConfig(**settings)
+    if not isinstance(config, EngineConfig):
+        raise ConfigurationError(
+            f"config must be an EngineConfig, got {type(config).__name__}: "
+            "write EngineConfig(**settings) or EngineConfig.from_yaml(path)"
+        )
+    if settings:
+        config = config.model_copy()
+        for name, value in settings.items():
+            setattr(config, name, value)
+    return config
+
+
+def uses_draft_model(config: EngineConfig) -> bool:
+    """Whether the settings ask for a draft model."""
+    return config.drafter == "draft_model" or (config.drafter == "auto" and config.draft_model is not None)

@@ -96,6 +96,10 @@ class GenerationConfig:
         return token_ids("eos_token_id", (eos,) if isinstance(eos, int) else eos)
 
 
+# What a request may bring; None for the model's own defaults.
+Params = SamplingParams | GenerationConfig | None
+
+
 def default_params(defaults: Mapping[str, Any], max_tokens: int, prompt_len: int | None = None) -> SamplingParams:
     """A model's own defaults, see `ModelSpec`, with `max_tokens` where they limit no length.
 

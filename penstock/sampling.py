@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
@@ -166,6 +167,30 @@ class SamplingParams(processors.ProcessorParams):
     def is_ranked(self) -> bool:
         """Whether completions are delivered best first, and so at the end only."""
         return self.num_samples > self.n or self.rank_by is not None or self.use_beam_search
+
+
+def resolved(params: SamplingParams, max_tokens: int, bad_words: Sequence[Sequence[int]]) -> SamplingParams:
+    """Parameters with a definite `max_tokens`, and with `bad_words` as token ids, if there are any.
+
+    The rest was checked when they were made. Raises `RequestError` where `min_tokens` is more than `max_tokens`.
+    """
+    _need(params.min_tokens <= max_tokens, "min_tokens", params.min_tokens, f"at most max_tokens ({max_tokens})")
+    if max_tokens == params.max_tokens and not bad_words:
+        return params
+    params = copy(params)
+    _put(params, "max_tokens", max_tokens)
+    if bad_words:
+        _put(params, "bad_words", tuple(map(tuple, bad_words)))
+    return params
+
+
+def without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
+    """Parameters for a sibling of a sequence that scores the prompt."""
+    if params.prompt_logprobs is None:
+        return params
+    params = copy(params)
+    _put(params, "prompt_logprobs", None)
+    return params
 
 
 def _is_ruled(p: SamplingParams) -> bool:

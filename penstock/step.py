@@ -9,7 +9,7 @@ What is made for every row of every step is a named tuple: as frozen, and made i
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -124,7 +124,8 @@ class StepRecord(NamedTuple):
     `seconds` is the time since the step before, if that ran back to back: what a stream waits for its token. Of `rows`,
     `streams` had only their newest token and its drafts to compute. `tokens` went through the model; `prompt_tokens`
     of them belong to the other rows and lie at `depth` of their prompts, on average; `generated` came out, and
-    `waiting` sequences were left in the queue.
+    `waiting` sequences were left in the queue. `drafted` of `tokens` were drafts, and `accepted` of
+    `generated` are drafts that were right. `timings_s` are the runner's own figures.
     """
 
     seconds: float
@@ -135,6 +136,9 @@ class StepRecord(NamedTuple):
     depth: float
     generated: int
     waiting: int
+    drafted: int = 0
+    accepted: int = 0
+    timings_s: Mapping[str, float] = {}
 
 
 class Event(NamedTuple):
@@ -169,11 +173,13 @@ def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], secon
             prompt_tokens += count
             deep += count * (row.start + row.end)
     depth = deep / (2 * prompt_tokens) if prompt_tokens else 0.0
-    generated = _num_kept(plan, result, events)
-    return StepRecord(seconds, len(plan.rows), streams, tokens, prompt_tokens, depth, generated, waiting)
-
-
-def _num_kept(plan: StepPlan, result: StepResult, events: Iterable[Event]) -> int:
-    """Tokens drawn that count: none behind a stop, none of a sequence that ended meanwhile; one for each beam."""
-    told = {event.seq_id: len(event.tokens) for event in events}
-    return sum(1 if out.candidates else told.get(row.seq_id, 0) for row, out in paired(plan, result))
+    drafted = accepted = 0
+    counts: dict[int, int] = {}
+    for event in events:
+        counts[event.seq_id] = len(event.tokens)
+        drafted += event.num_drafted_tokens
+        accepted += event.num_accepted_tokens
+    # Tokens drawn that count: none behind a stop, none of a sequence that ended meanwhile; one for each beam.
+    generated = sum(1 if out.candidates else counts.get(row.seq_id, 0) for row, out in paired(plan, result))
+    progress = streams, tokens, prompt_tokens, depth, generated, waiting
+    return StepRecord(seconds, len(plan.rows), *progress, drafted, accepted, result.timings_s)

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from penstock.api.prompt import Prompt
 from penstock.cli.options import add_model_options, add_sampling_options, engine_settings, sampling_settings
 from penstock.cli.session import event_loop, loaded_engine, params_for, stream
 from penstock.cli.terminal import note, one_line, write
 from penstock.engine.inference import InferenceEngine
-from penstock.engine.tokenizing import Prompt
 from penstock.errors import EngineClosed, PenstockError, RequestTooLarge
 from penstock.outputs import Delta
 from penstock.sampling import SamplingParams

@@ -17,10 +17,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from penstock.api.event_loop import new_event_loop
+from penstock.api.prompt import Prompt
 from penstock.cli.terminal import note, waiting_for
-from penstock.engine.host import new_event_loop
 from penstock.engine.inference import InferenceEngine
-from penstock.engine.tokenizing import Prompt
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
 

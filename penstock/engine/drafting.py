@@ -5,10 +5,8 @@ Called once by `boot`, on the model's thread; imports torch only where a draft m
 
 from __future__ import annotations
 
-from typing import Any
-
 from penstock.cache.manager import CacheManager
-from penstock.config import EngineConfig
+from penstock.config import EngineConfig, uses_draft_model
 from penstock.demo import DRAFT_DIR
 from penstock.errors import ConfigurationError
 from penstock.models.protocol import GuessingRunner, ModelSpec
@@ -18,12 +16,7 @@ from penstock.optimizers.speculation.ngram import NgramDrafter
 from penstock.optimizers.speculation.suffix import SuffixDrafter
 
 
-def uses_draft_model(config: EngineConfig) -> bool:
-    """Whether the settings ask for a draft model."""
-    return config.drafter == "draft_model" or (config.drafter == "auto" and config.draft_model is not None)
-
-
-def load_draft_model(model: Any, large: ModelSpec, config: EngineConfig) -> GuessingRunner | None:
+def load_draft_model(model: object, large: ModelSpec, config: EngineConfig) -> GuessingRunner | None:
     """The draft model of `large`, which was loaded from `model`; None where none is wanted.
 
     Raises `ConfigurationError` for one that is not named, cannot be loaded, or has another vocabulary.

@@ -13,29 +13,29 @@ import random
 import uuid
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from penstock.config import EngineConfig
-from penstock.engine.arguments import with_settings
-from penstock.engine.boot import Parts, booter, check_early, shut_down
-from penstock.engine.callbacks import Callbacks, check_callback
-from penstock.engine.channel import Channel, RequestStatus
-from penstock.engine.core import EngineCore, Take
-from penstock.engine.exiting import rest_at_exit
-from penstock.engine.figures import figures
-from penstock.engine.forking import Fork, forkable, num_forks
-from penstock.engine.handle import RequestHandle
-from penstock.engine.host import Host
-from penstock.engine.log import make_logger
-from penstock.engine.metrics import Metrics
-from penstock.engine.protocol import Callback, FinalCallback
-from penstock.engine.request import Params, Request, check_id, new_forks, new_request, taken
-from penstock.engine.tokenizing import Prompt
+from penstock.api.arguments import check_callback, check_id
+from penstock.api.callbacks import Callbacks
+from penstock.api.channel import Channel, RequestStatus
+from penstock.api.exiting import rest_at_exit
+from penstock.api.handle import RequestHandle
+from penstock.api.log import make_logger
+from penstock.api.prompt import Prompt
+from penstock.api.protocols import Callback, FinalCallback
+from penstock.config import EngineConfig, with_settings
+from penstock.engine.assembly import Assembly, Parts, check_early, shut_down
+from penstock.engine.loop.host import Host
+from penstock.engine.observe.figures import figures
+from penstock.engine.observe.metrics import Metrics
+from penstock.engine.requests.forking import Fork, check_num_forks, forkable
+from penstock.engine.requests.request import Request, new_request
 from penstock.errors import EngineClosed, RequestError, described
-from penstock.generation import default_params
+from penstock.generation import Params, default_params
 from penstock.outputs import RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
@@ -66,16 +66,17 @@ class InferenceEngine:
         self._admission = Admission(self.config)
         self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()
         self._kept: OrderedDict[str, Channel] = OrderedDict()
-        self._parts: list[Parts] = []
         self._random = random.Random(self.config.seed)
         self._pid = os.getpid()
         self._advisor = BatchingOptimizer()
-        made = (self.config, self._admission, self._metrics, self._advisor, self._log, self._parts)
-        self._host = Host(booter(model, tokenizer, *made))
+        self._assembly = Assembly(
+            *(model, tokenizer, self.config, self._admission, self._metrics, self._advisor, self._log)
+        )
+        self._host = Host(self._assembly.boot)
         self._callbacks = Callbacks(_failer(self._host))
-        host, callbacks, parts = self._host, self._callbacks, self._parts
-        forget = rest_at_exit(lambda: [host, callbacks, *(part.pool for part in parts)])
-        self._finalizer = weakref.finalize(self, shut_down, host, callbacks, parts, forget)
+        host, callbacks, assembly = self._host, self._callbacks, self._assembly
+        unregister = rest_at_exit(host, callbacks, assembly)
+        self._finalizer = weakref.finalize(self, shut_down, host, callbacks, assembly, unregister)
         self._finalizer.atexit = False  # it waits for the step that is running
 
     # Generation.
@@ -101,10 +102,14 @@ class InferenceEngine:
         `EngineOverloaded`, `EngineClosed`; what shows only later (`RequestTooLarge`, `DeadlineExceeded`,
         `ExecutionError`) is raised by the handle.
         """
-        times = {"deadline": deadline, "ttft_deadline": ttft_deadline}
         check_callback(callback)
-        request = new_request(self._free_id(request_id), taken(prompt), params, priority, namespace, **times)
-        self._submit([request], EngineCore.submit)
+        request = new_request(
+            *(self._free_id(request_id), prompt, params, priority, namespace),
+            deadline=deadline,
+            ttft_deadline=ttft_deadline,
+            seed=self._random.getrandbits(62),
+        )
+        self._submit([request])
         handle = RequestHandle(request.channel, self)
         if callback is not None:
             self._callbacks.stream(handle, callback)
@@ -170,17 +175,17 @@ class InferenceEngine:
     ) -> list[RequestHandle]:
         """`RequestHandle.fork` of a request that is known by its id."""
         request_id = check_id(request_id)
-        n = num_forks(n, self.config.max_queue_size)
+        n = check_num_forks(n, self.config.max_queue_size)
         fork = Fork(request_id, index=index, at=at, append=append)
         origin = forkable(self._channels.get(request_id), request_id)
-        requests = new_forks([self._free_id(None) for _ in range(n)], origin, params)
-        self._submit(requests, lambda core, request: core.fork(fork, request))
+        requests = fork.new_requests([self._free_id(None) for _ in range(n)], origin, params)
+        self._submit(requests, fork)
         return [RequestHandle(request.channel, self) for request in requests]
 
     def abort(self, request_id: str) -> None:
         """End a request with what it has so far; unknown and ended ids are ignored. Raises `RequestError`."""
         request_id = check_id(request_id)
-        _post(self._host, lambda core: core.abort(request_id))
+        self._host.try_post(lambda core: core.abort(request_id))
 
     def get_request_status(self, request_id: str) -> RequestStatus | None:
         """How far a request has come; None for an unknown id. Raises `RequestError`."""
@@ -208,7 +213,7 @@ class InferenceEngine:
         """
         drain = real("drain", drain, 0.0, math.inf, "seconds, a number >= 0")
         if (own := self._callbacks.current()) is not None:
-            _post(self._host, lambda core: core.abort_after(min(drain, OWN_DRAIN_S), own))
+            self._host.try_post(lambda core: core.abort_after(min(drain, OWN_DRAIN_S), own))
         self._host.stop(drain)
         self._finalizer()
 
@@ -217,7 +222,7 @@ class InferenceEngine:
         try:
             await asyncio.to_thread(self.stop, drain)
         except asyncio.CancelledError:
-            _post(self._host, lambda core: core.abort_all())
+            self._host.try_post(lambda core: core.abort_all())
             raise
 
     async def __aenter__(self) -> Self:
@@ -234,7 +239,7 @@ class InferenceEngine:
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer (not to be used from two threads at once); None before loading, or when skipped."""
-        return self._parts[0].tokenizer if self._parts else None
+        return None if self._assembly.parts is None else self._assembly.parts.tokenizer
 
     def default_params(self, max_tokens: int | None = None) -> SamplingParams:
         """What a request without parameters runs with: the model's own generation defaults. Loads the model.
@@ -243,13 +248,13 @@ class InferenceEngine:
         have no `max_new_tokens`; None is the configured `default_max_tokens`.
         """
         self.start()
-        return default_params(self._parts[0].runner.spec.defaults, max_tokens or self.config.default_max_tokens)
+        return default_params(self._loaded.runner.spec.defaults, max_tokens or self.config.default_max_tokens)
 
     # Figures.
 
     def get_stats(self) -> dict[str, Any]:
         """Status, queue, cache, latency percentiles and rates, memory, configuration, facts of the loaded model."""
-        parts = self._parts[0] if self._parts and not self._host.closed else None
+        parts = None if self._host.closed else self._assembly.parts
         return figures(self.config, self._host, self._admission, self._metrics, parts)
 
     @property
@@ -262,8 +267,7 @@ class InferenceEngine:
 
         Running requests keep what they hold; what they add from here on is not shared with new ones.
         """
-        parts = self._parts
-        _post(self._host, lambda core: parts[0].cache.reset())
+        self._host.try_post(lambda core: core.housekeeper.reset_cache())
 
     def optimize_memory(self) -> dict[str, float]:
         """Give back all memory that no running request needs: `freed_bytes`, and use `before` and `after`, 0 to 1.
@@ -275,7 +279,7 @@ class InferenceEngine:
         """
         if not self._host.ready:
             return {"before": 0.0, "after": 0.0, "freed_bytes": 0}
-        runner, done = self._parts[0].runner, Future[int]()
+        runner, done = self._loaded.runner, Future[int]()
         before = runner.memory_usage()
         try:
             self._host.post(lambda core: core.housekeeper.clean(done))
@@ -283,6 +287,12 @@ class InferenceEngine:
             done.set_result(0)
         freed = 0 if self._host.on_own_thread else done.result()
         return {"before": before, "after": runner.memory_usage(), "freed_bytes": freed}
+
+    @property
+    def _loaded(self) -> Parts:
+        if self._assembly.parts is None:
+            raise EngineClosed("the engine was stopped: create a new one")
+        return self._assembly.parts
 
     def _boot(self) -> None:
         if self._pid != os.getpid():
@@ -292,20 +302,18 @@ class InferenceEngine:
     def _free_id(self, request_id: str | None) -> str:
         """The id, or a fresh one. Raises `RequestError` while it is in use."""
         request_id = check_id("" if request_id is None else request_id) or f"req-{uuid.uuid4().hex[:16]}"
-        known = self._channels.get(request_id)
-        if known is not None and not known.ended:
+        channel = self._channels.get(request_id)
+        if channel is not None and not channel.ended:
             raise RequestError(f"request id {request_id!r} is already running: use another, or none")
         return request_id
 
-    def _submit(self, requests: SequenceOf[Request], take: Take) -> None:
-        """Have all of them taken over, or none."""
-        for request in requests:
-            request.seed = self._random.getrandbits(62)
+    def _submit(self, requests: SequenceOf[Request], fork: Fork | None = None) -> None:
+        """Hand all of them to the engine's thread, or none."""
         self._boot()
         places = [request.place for request in requests]
-        lost = self._admission.reserve(places)
+        displaced = self._admission.reserve(places)
         try:
-            self._host.post(lambda core: core.take_over(requests, lost, take), requests)
+            self._host.post(lambda core: core.submit(requests, displaced, fork), requests)
         except BaseException:
             self._admission.release(*places)
             raise
@@ -317,16 +325,9 @@ class InferenceEngine:
             self._kept.popitem(last=False)
 
 
-def _post(host: Host, action: Any) -> None:
-    try:
-        host.post(action)
-    except EngineClosed:
-        return
-
-
-def _failer(host: Host) -> Any:
+def _failer(host: Host) -> Callable[[str, BaseException], None]:
     def fail(request_id: str, error: BaseException) -> None:
         wrapped = RequestError(f"the callback raised {described(error)}")
-        _post(host, lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))
+        host.try_post(lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))
 
     return fail

@@ -14,29 +14,35 @@ from tests.architecture.source import module_name, package_files
 ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
     ("penstock", "__main__"),
     ("cli",),
-    frozenset({"serving", "backends", "training"}),
+    frozenset({"serving", "facades"}),
+    frozenset({"training", "backends"}),
     ("engine", "tools"),
     frozenset({"scheduling", "models"}),
-    frozenset({"cache", "optimizers"}),
+    frozenset({"cache", "optimizers", "constraints"}),
     ("kernels",),
+    ("api",),
     ("step", "outputs"),
     ("sequence", "config", "generation", "sampling", "processors", "values", "errors", "demo"),
 )
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 
 ENGINE_AND_ABOVE = frozenset(part for part, rank in RANK.items() if rank <= RANK["engine"])
-TENSOR_PARTS = frozenset({"models", "kernels", "training", "optimizers"})
+ASYNC_PARTS = ENGINE_AND_ABOVE | {"api"}
+TENSOR_PARTS = frozenset({"models", "kernels", "training", "optimizers", "constraints"})
 
 # Library -> parts that may import it. `LAZILY` may import it too, inside a function.
 LIBRARIES = {
     "torch": TENSOR_PARTS,
     "transformers": TENSOR_PARTS,
-    "asyncio": ENGINE_AND_ABOVE,
-    "anyio": ENGINE_AND_ABOVE,
-    "uvloop": ENGINE_AND_ABOVE,
-    "threading": ENGINE_AND_ABOVE | TENSOR_PARTS,  # the core has no locks
+    "asyncio": ASYNC_PARTS,
+    "anyio": ASYNC_PARTS,
+    "uvloop": ASYNC_PARTS,
+    "threading": ASYNC_PARTS | TENSOR_PARTS,  # the core has no locks
 }
-# The door to the waiting queue counts requests on the callers' threads, before the engine's thread sees them.
+# Consumers of an engine are written against `api`; only these name the native engine, and nothing of it but its class.
+ENGINE_MAKERS = frozenset({"penstock", "cli", "facades", "training"})
+ENGINE_CLASS = "penstock.engine.inference"
+# Admission counts requests on the callers' threads, before the engine's thread sees them.
 EXCEPTIONS = frozenset({("penstock.scheduling.admission", "threading")})
 LAZILY = {"torch": ENGINE_AND_ABOVE, "transformers": ENGINE_AND_ABOVE}
 WEIGHT_HALF = "penstock.backends.weight"  # of the backends only this may import torch at module level
@@ -110,6 +116,13 @@ def goes_down(found: Import) -> bool:
     return RANK[source] == RANK[target] and isinstance(ROWS[RANK[source]], tuple)
 
 
+def names_the_engine(found: Import) -> bool:
+    """Whether an import outside the native engine reaches into it, other than for its class, to make one."""
+    if part_of(found.target) != "engine" or part_of(found.module) == "engine":
+        return False
+    return found.target != ENGINE_CLASS or part_of(found.module) not in ENGINE_MAKERS
+
+
 def may_use(found: Import) -> bool:
     """Whether an import of a library obeys the table."""
     part = part_of(found.module)
@@ -162,6 +175,10 @@ def test_imports_go_down() -> None:
     assert layer_violations(package_files()) == []
 
 
+def test_only_makers_of_an_engine_name_the_native_one() -> None:
+    assert [str(found) for found in all_imports(package_files()) if names_the_engine(found)] == []
+
+
 def test_modules_import_each_other_in_no_circle() -> None:
     assert import_cycle(package_files()) == []
 
@@ -200,6 +217,19 @@ def test_checker_sees_libraries_in_the_wrong_part() -> None:
         "penstock.scheduling.a imports torch",
         "penstock.engine.b imports torch",
         "penstock.backends.http imports torch",
+    ]
+
+
+def test_checker_sees_consumers_that_reach_into_the_engine() -> None:
+    files = {
+        "penstock/serving/a.py": "from penstock.engine.inference import InferenceEngine",
+        "penstock/cli/b.py": "from penstock.engine.inference import InferenceEngine\nimport penstock.engine.loop.core",
+        "penstock/engine/inference.py": "import penstock.engine.loop.core",
+        "penstock/engine/loop/core.py": "",
+    }
+    assert [str(found) for found in all_imports(files) if names_the_engine(found)] == [
+        "penstock.serving.a imports penstock.engine.inference",
+        "penstock.cli.b imports penstock.engine.loop.core",
     ]
 
 

@@ -31,7 +31,7 @@ from penstock import (
     SamplingParams,
     ScriptedModel,
 )
-from penstock.engine.channel import RequestStatus
+from penstock.api.channel import RequestStatus
 from tests.drive import greedy_by_transformers
 from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level

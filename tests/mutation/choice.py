@@ -16,7 +16,7 @@ from tests.mutation.operators import Mutant, mutants
 PACKAGES: Mapping[str, Sequence[str]] = {
     "scheduling": ("penstock/scheduling/*.py",),
     "cache": ("penstock/cache/*.py",),
-    "engine": ("penstock/engine/*.py",),
+    "engine": ("penstock/engine/**/*.py", "penstock/api/*.py", "penstock/facades/*.py"),
     "speculation": ("penstock/optimizers/speculation/*.py",),
     "sampler": tuple(
         f"penstock/models/{name}.py" for name in ("sampler", "rules", "filters", "vocabulary", "randomness")

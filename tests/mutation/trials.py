@@ -51,7 +51,7 @@ WIDER: Mapping[str, Sequence[str]] = {
         "tests/stress/test_isolation.py",
         "tests/stress/test_shutdown.py",
     ),
-    "optimizers": ("tests/unit/engine/test_speculator.py", "tests/equivalence/test_speculation.py"),
+    "optimizers": ("tests/unit/engine/loop/test_speculator.py", "tests/equivalence/test_speculation.py"),
     "models": ("tests/integration/test_handbook.py", "tests/equivalence/test_beams.py"),
 }
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from penstock.engine.detokenizer import Detokenizer
-from penstock.engine.stops import StopStrings
-from penstock.engine.textstream import TextStream
+from penstock.engine.text.detokenizer import Detokenizer
+from penstock.engine.text.stops import StopStrings
+from penstock.engine.text.stream import TextStream
 from tests.tokenizers_for_tests import byte_fallback, byte_level, in_context, streamed_text
 
 TOKENIZERS = {

@@ -16,13 +16,13 @@ from queue import SimpleQueue
 
 import pytest
 
-from penstock.engine.channel import Channel, RequestStatus
-from penstock.engine.collector import Collector
-from penstock.engine.handle import RequestHandle
-from penstock.engine.host import new_event_loop
+from penstock.api.channel import Channel, RequestStatus
+from penstock.api.event_loop import new_event_loop
+from penstock.api.handle import RequestHandle
+from penstock.api.transcript import Transcript
 from penstock.engine.inference import InferenceEngine
-from penstock.engine.request import Request
-from penstock.engine.transcript import Transcript
+from penstock.engine.requests.collector import Collector
+from penstock.engine.requests.request import Request
 from penstock.errors import RequestAborted
 from penstock.models.scripted import ScriptedModel
 from penstock.sampling import SamplingParams

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from penstock.engine.handle import RequestHandle
+from penstock.api.handle import RequestHandle
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import EngineOverloaded
 from penstock.models.scripted import ScriptedModel

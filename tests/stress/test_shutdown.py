@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from penstock.engine.handle import RequestHandle
+from penstock.api.handle import RequestHandle
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import EngineClosed, RequestAborted
 from penstock.models.scripted import ScriptedModel

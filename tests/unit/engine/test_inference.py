@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from penstock.engine.channel import RequestStatus
+from penstock.api.channel import RequestStatus
 from penstock.engine.inference import InferenceEngine
 from penstock.models.scripted import ScriptedModel
 from penstock.sampling import SamplingParams

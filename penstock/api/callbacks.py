@@ -1,0 +1,212 @@
+"""Callbacks instead of iteration: a pump per request that feeds its deltas, or its result, to a function.
+
+Runs on the loop that submitted the request, or, for callers without a loop, on a thread of its own; never on the
+engine's thread and never under a lock, so a callback may call back into the engine, and stop it. A raising callback,
+be it by `sys.exit()`, ends its request alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from penstock.api.channel import hop
+from penstock.api.exiting import park
+from penstock.api.handle import RequestHandle
+from penstock.errors import DeadlineExceeded, RequestAborted, text_of
+from penstock.outputs import CompletionOutput, Delta, RequestOutput
+
+# How long `close` waits for callbacks that are still running, in seconds.
+GRACE_S = 5.0
+Fail = Callable[[str, BaseException], None]
+T = TypeVar("T")
+
+
+class Callbacks:
+    """Starts pumps and keeps them alive. `fail(request_id, error)` ends a request whose callback raised.
+
+    What a callback raises after its request has ended goes to the loop's exception handler, which logs it. On a loop
+    of the caller's, a `SystemExit` or `KeyboardInterrupt` also does what it does in any task there.
+    """
+
+    def __init__(self, fail: Fail) -> None:
+        self._fail = fail
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._own: _OwnLoop | None = None
+        self._lock = threading.Lock()
+
+    def stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
+        """Call `callback(delta)` for every delta; the last one has a finish reason."""
+        self._start(self._stream(handle, callback))
+
+    def finish(self, handle: RequestHandle, callback: Callable[[RequestOutput], Awaitable[None] | None]) -> None:
+        """Call `callback(output)` once, at the end, however the request ends."""
+        self._start(self._finish(handle, callback))
+
+    def current(self) -> str | None:
+        """The request in whose callback the caller runs, if it does: it must not wait for that one."""
+        inside = _INSIDE.get()
+        return inside.request_id if inside is not None and inside.is_running and inside.callbacks() is self else None
+
+    def close(self) -> None:
+        """End the thread for callers without a loop once its callbacks are done.
+
+        Waits a few seconds for that, but not in a callback, which would be among those that it waits for.
+        """
+        with self._lock:
+            own, self._own = self._own, None
+        if own is not None:
+            own.close(wait=self.current() is None)
+
+    def rest(self, until: float) -> None:
+        """The process exits: call nobody any more; a callback that runs may come to its end until then."""
+        if self._own is not None:
+            self._own.rest(until)
+
+    def _start(self, pump: Coroutine[Any, Any, None]) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            asyncio.run_coroutine_threadsafe(pump, self._own_loop())
+            return
+        task = loop.create_task(pump)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._own is None:
+                self._own = _OwnLoop()
+            return self._own.loop
+
+    async def _stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
+        inside = self._enter(handle)
+        while (delta := await _next(handle)) is not None:
+            try:
+                await inside.call(callback, delta)
+            except BaseException as error:
+                self._raised(handle, inside, error)
+                return
+
+    async def _finish(self, handle: RequestHandle, callback: Callable[[RequestOutput], Awaitable[None] | None]) -> None:
+        inside = self._enter(handle)
+        output = await _outcome(handle)
+        try:
+            await inside.call(callback, output)
+        except BaseException as error:
+            self._raised(handle, inside, error)
+
+    def _enter(self, handle: RequestHandle) -> _Inside:
+        inside = _Inside(weakref.ref(self), handle.request_id, asyncio.current_task())
+        _INSIDE.set(inside)
+        return inside
+
+    def _raised(self, handle: RequestHandle, inside: _Inside, error: BaseException) -> None:
+        """Raises the error again where it means the pump, or the loop that a caller runs, rather than the request."""
+        if inside.ends_pump(error):
+            raise error
+        loop, is_late = asyncio.get_running_loop(), handle.done()
+        if not is_late:
+            self._fail(handle.request_id, error)
+        if isinstance(error, SystemExit | KeyboardInterrupt) and not isinstance(threading.current_thread(), _Thread):
+            raise error  # which ends the caller's loop, as from any of its tasks
+        if is_late or not isinstance(error, Exception):
+            late = "raised after the request had ended" if is_late else "raised what ends programs"
+            message = f"the callback of request {handle.request_id} {late}"
+            loop.call_exception_handler({"message": message, "exception": error})
+
+
+@dataclass(slots=True)
+class _Inside:
+    """Where code is that a pump calls, and whatever that calls on other threads or tasks while it waits for it."""
+
+    callbacks: weakref.ref[Callbacks]
+    request_id: str
+    pump: asyncio.Task[Any] | None
+    is_running: bool = False
+
+    async def call(self, callback: Callable[[T], Awaitable[None] | None], item: T) -> None:
+        """Call back, and wait for what that returns."""
+        self.is_running = True
+        try:
+            returned = callback(item)
+            if inspect.isawaitable(returned):
+                await returned
+        finally:
+            self.is_running = False
+
+    def ends_pump(self, error: BaseException) -> bool:
+        """Whether the pump itself was cancelled, or closed by somebody else; a callback may raise such errors too."""
+        if isinstance(error, asyncio.CancelledError):
+            return self.pump is not None and self.pump.cancelling() > 0
+        with contextlib.suppress(RuntimeError):  # no loop runs here
+            return isinstance(error, GeneratorExit) and asyncio.current_task() is not self.pump
+        return True
+
+
+# The callback that the code which runs now was called by.
+_INSIDE: ContextVar[_Inside | None] = ContextVar("penstock_callback", default=None)
+
+
+class _Thread(threading.Thread):
+    """The thread of callbacks whose callers have no loop."""
+
+
+class _OwnLoop:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._closing = asyncio.Event()
+        self._thread = _Thread(target=self._run, name="penstock-callbacks", daemon=True)
+        self._thread.start()
+
+    def close(self, wait: bool) -> None:
+        """End the thread, and perhaps wait for it."""
+        hop(self.loop, self._closing.set)
+        if wait and threading.current_thread() is not self._thread:
+            self._thread.join(2 * GRACE_S)
+
+    def rest(self, until: float) -> None:
+        """Let the thread wait for ever."""
+        park(self.loop, self._thread, until)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._live())
+
+    async def _live(self) -> None:
+        await self._closing.wait()
+        if pumps := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(pumps, timeout=GRACE_S)
+
+
+async def _next(handle: RequestHandle) -> Delta | None:
+    """The next delta; None at the end, whatever it was: the last delta has told it."""
+    try:
+        return await anext(handle)
+    except Exception:
+        return None
+
+
+async def _outcome(handle: RequestHandle) -> RequestOutput:
+    try:
+        return await handle
+    except Exception as error:
+        return getattr(error, "output", None) or _empty(handle, error)
+
+
+def _empty(handle: RequestHandle, error: Exception) -> RequestOutput:
+    """What a callback gets of a request that failed before it produced anything."""
+    reasons = ((RequestAborted, "abort"), (DeadlineExceeded, "deadline"), (Exception, "error"))
+    nothing = CompletionOutput(finish_reason=next(name for kind, name in reasons if isinstance(error, kind)))
+    return RequestOutput(
+        handle.request_id, handle.prompt, handle.prompt_token_ids, [nothing], True, error=text_of(error)
+    )

@@ -1,0 +1,165 @@
+"""`Channel`: what lies between the engine's thread and whoever waits for one request.
+
+A mailbox of the transcripts that have news. A delta is cut when somebody takes it, with all that came until then, so a
+slow reader costs nobody anything. Written by the engine's thread, read from any thread or loop; knows no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from enum import Enum
+
+from penstock.api.transcript import Transcript
+from penstock.outputs import Delta, RequestOutput
+from penstock.sampling import RequestPriority
+
+Waiters = list[asyncio.Future[None]]
+
+
+class RequestStatus(Enum):
+    """How far a request has come."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
+
+
+def hop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    """Call a function on another thread's loop. A closed loop has nobody left who would want it."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
+
+
+class Wakeups:
+    """Futures to complete, grouped so that each consumer loop is entered once per step."""
+
+    def __init__(self) -> None:
+        self._by_loop: defaultdict[asyncio.AbstractEventLoop, Waiters] = defaultdict(list)
+
+    def add(self, waiters: Waiters) -> None:
+        """Remember waiters to wake."""
+        for waiter in waiters:
+            self._by_loop[waiter.get_loop()].append(waiter)
+
+    def send(self) -> None:
+        """Wake everybody: one hop per loop."""
+        for loop, waiters in self._by_loop.items():
+            hop(loop, _complete, waiters)
+        self._by_loop.clear()
+
+
+def _complete(waiters: Waiters) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+class Channel:
+    """One request's news. The lock is held for a few assignments and never while anything else runs."""
+
+    def __init__(
+        self, request_id: str, priority: RequestPriority = RequestPriority.NORMAL, deadline: float = math.inf
+    ) -> None:
+        self.request_id = request_id
+        self.priority = priority
+        self.deadline = deadline
+        self.status = RequestStatus.QUEUED
+        self.prompt: str | None = None
+        self.prompt_token_ids: list[int] = []
+        self._lock = threading.Lock()
+        self._news: dict[Transcript, None] = {}  # as a set that knows who waits longest
+        self._output: RequestOutput | None = None
+        self._error: BaseException | None = None
+        self._readers: Waiters = []  # of the next delta
+        self._waiters: Waiters = []  # of the end: a step's news does not wake them
+        self._ended = threading.Event()
+
+    # Engine's side.
+
+    def put(self, transcript: Transcript, wakeups: Wakeups) -> None:
+        """Show what was written to a transcript since it was last put here."""
+        with self._lock:
+            transcript.show()
+            self._news[transcript] = None
+            readers, self._readers = self._readers, []
+        if readers:
+            wakeups.add(readers)
+
+    def end(
+        self, status: RequestStatus, output: RequestOutput | None, error: BaseException | None, wakeups: Wakeups
+    ) -> None:
+        """The one terminal event: a result, or the error that awaiting raises."""
+        with self._lock:
+            assert not self.status.ended, f"request {self.request_id} ended twice"
+            self.status, self._output, self._error = status, output, error
+            waiting, self._readers, self._waiters = self._readers + self._waiters, [], []
+            self._ended.set()  # with the lock held, or a waiter could register in between and sleep for good
+        wakeups.add(waiting)
+
+    # Reader's side.
+
+    @property
+    def ended(self) -> bool:
+        """Whether the terminal event has happened."""
+        return self._ended.is_set()
+
+    async def take(self) -> Delta | None:
+        """The next delta, or None at the regular end; raises the request's error after its last delta."""
+        while True:
+            with self._lock:
+                if self._news:
+                    self._news.pop(transcript := next(iter(self._news)))
+                    return transcript.cut()
+                if self.ended:
+                    break
+                reader = _join(self._readers)
+            await reader
+        self._raise()
+        return None
+
+    async def wait(self) -> RequestOutput:
+        """The final result; raises the request's error."""
+        while True:
+            with self._lock:
+                if self.ended:
+                    break
+                waiter = _join(self._waiters)
+            await waiter
+        return self.outcome()
+
+    def wait_blocking(self, timeout_s: float | None) -> RequestOutput:
+        """`wait` for threads without a loop. Raises `TimeoutError`."""
+        if not self._ended.wait(timeout_s):
+            raise TimeoutError(f"request {self.request_id} did not end within {timeout_s} s")
+        return self.outcome()
+
+    def outcome(self) -> RequestOutput:
+        """The result of an ended request, or its error raised."""
+        self._raise()
+        assert self._output is not None
+        return self._output
+
+    def _raise(self) -> None:
+        """Raise the error, if there is one; without the traceback of those who were told before."""
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+
+
+def _join(waiters: Waiters) -> asyncio.Future[None]:
+    """A new waiter of the running loop, among those that still wait."""
+    if waiters:
+        waiters[:] = [waiter for waiter in waiters if not waiter.done()]
+    waiters.append(waiter := asyncio.get_running_loop().create_future())
+    return waiter

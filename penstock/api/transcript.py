@@ -1,0 +1,115 @@
+"""`Transcript`: one completion as it grows, and how much of it its reader has taken.
+
+Append-only; written on the engine's thread. A delta is cut when a reader takes it, so deltas that nobody took in time
+merge at no cost. `show` and `cut` belong to the channel, which calls them under its lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from penstock.outputs import CompletionOutput, Delta, Logprob
+
+# Tokens and texts that may be shown, and the ending that goes with them, if any.
+_Mark = tuple[int, int, str | None, str | int | None]
+
+
+class Transcript:
+    """`texts` joined are the text. `logprobs`, one mapping per token, is None unless the request asked for them."""
+
+    __slots__ = (
+        "_given",
+        "_shown",
+        "finish_reason",
+        "index",
+        "logprobs",
+        "num_accepted_tokens",
+        "num_drafted_tokens",
+        "request_id",
+        "sampled_logprobs",
+        "score",
+        "stop_reason",
+        "texts",
+        "token_ids",
+        "token_logprobs",
+        "weight_versions",
+    )
+
+    def __init__(self, request_id: str, index: int = 0, logprobs: list[Mapping[int, Logprob]] | None = None) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.token_logprobs: list[float] = []
+        self.sampled_logprobs: list[float] = []
+        self.weight_versions: list[int] = []
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
+        self.logprobs = logprobs
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.score: float | None = None  # what completions are ranked by, once they are
+        self._shown: _Mark = (0, 0, None, None)
+        self._given = (0, 0)
+
+    def add(
+        self,
+        text: str,
+        tokens: Sequence[int],
+        logprobs: Iterable[float] = (),
+        sampled_logprobs: Iterable[float] = (),
+        weight_version: int = 0,
+    ) -> None:
+        """Text that became certain, accepted tokens, and their log probabilities: the model's, and as sampled."""
+        if text:
+            self.texts.append(text)
+        self.token_ids += tokens
+        self.weight_versions += [weight_version] * len(tokens)
+        self.token_logprobs += logprobs
+        self.sampled_logprobs += sampled_logprobs
+
+    def note_draft(self, drafted: int, accepted: int) -> None:
+        """Of `drafted` draft tokens, `accepted` were right and are among the tokens."""
+        self.num_drafted_tokens += drafted
+        self.num_accepted_tokens += accepted
+
+    def end(self, text: str, reason: str, stop_reason: str | int | None = None) -> None:
+        """The last text, and why nothing follows."""
+        self.texts.append(text)
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def show(self) -> None:
+        """Let readers have all that was written so far."""
+        self._shown = (len(self.token_ids), len(self.texts), self.finish_reason, self.stop_reason)
+
+    def cut(self) -> Delta:
+        """What was shown since the last cut."""
+        (ids, texts), (ids_end, texts_end, finish_reason, stop_reason) = self._given, self._shown
+        self._given = (ids_end, texts_end)
+        return Delta(
+            self.request_id,
+            self.index,
+            "".join(self.texts[texts:texts_end]),
+            tuple(self.token_ids[ids:ids_end]),
+            () if self.logprobs is None else tuple(self.logprobs[ids:ids_end]),
+            tuple(self.token_logprobs[ids:ids_end]),
+            finish_reason,
+            stop_reason,
+        )
+
+    def completion(self) -> CompletionOutput:
+        """All of it; the lists are the caller's."""
+        return CompletionOutput(
+            index=self.index,
+            text="".join(self.texts),
+            token_ids=list(self.token_ids),
+            cumulative_logprob=sum(self.token_logprobs, 0.0),
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            token_logprobs=list(self.token_logprobs),
+            sampled_logprobs=list(self.sampled_logprobs),
+            weight_versions=list(self.weight_versions),
+            score=self.score,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+        )

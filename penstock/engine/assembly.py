@@ -1,0 +1,277 @@
+"""`Assembly`: puts an engine together (model, a cache sized for it, scheduler, tokenizers) and takes it apart.
+
+Assembling runs once, on the model's thread; the only place where `models.loading` (and with it torch) is imported.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+from penstock.api.callbacks import Callbacks
+from penstock.api.log import Logger
+from penstock.cache.manager import CacheManager
+from penstock.cache.sizing import num_blocks, num_host_blocks
+from penstock.config import BatchingStrategy, EngineConfig
+from penstock.engine.drafting import load_draft_model, make_drafter
+from penstock.engine.loop.core import CoreParts, EngineCore
+from penstock.engine.loop.host import Host
+from penstock.engine.loop.housekeeping import Housekeeper
+from penstock.engine.loop.speculator import Speculator
+from penstock.engine.loop.tuning import Tuning
+from penstock.engine.loop.worker import Worker
+from penstock.engine.observe.metrics import Metrics
+from penstock.engine.requests.input_processor import InputProcessor
+from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
+from penstock.engine.text.tokenizing import TokenizerPool
+from penstock.errors import ConfigurationError
+from penstock.models.folder import check_source
+from penstock.models.protocol import GuessingRunner, ModelRunner, ModelSpec
+from penstock.optimizers.speculation.draft_model import ModelDrafter
+from penstock.optimizers.speculation.drafter import Drafter
+from penstock.optimizers.tuner import ceilings
+from penstock.scheduling.admission import Admission
+from penstock.scheduling.advisor import BatchingOptimizer
+from penstock.scheduling.forecast import Forecast
+from penstock.scheduling.limits import Limits
+from penstock.scheduling.packing import engine_packing, strategy_of
+from penstock.scheduling.scheduler import Scheduler
+from penstock.step import StepRecord
+
+# A host's free memory belongs to the rest of the program too: gpu_memory_utilization is a fraction of this part.
+HOST_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an assembled engine is made of."""
+
+    runner: ModelRunner
+    tokenizer: Tokenizer | None
+    pool: TokenizerPool
+    cache: CacheManager
+    wanted_blocks: Mapping[str, int]
+    scheduler: Scheduler
+    inputs: InputProcessor
+    tuning: Tuning
+    drafter: Drafter
+    draft: GuessingRunner | None
+
+    def trim_draft(self) -> int:
+        """Give back what a draft model holds without need; how many bytes. On the model's thread."""
+        if self.draft is None or not isinstance(self.drafter, ModelDrafter):
+            return 0
+        return self.draft.trim_memory(self.drafter.unused())
+
+    def close(self) -> None:
+        """Let go of the models, their memory and the tokenizer threads."""
+        self.pool.close()
+        if self.draft is not None:
+            self.draft.close()
+        self.runner.close()
+
+
+def check_early(model: object) -> None:
+    """Refuse a model source that cannot work before anything heavy is imported. Raises `ConfigurationError`."""
+    if isinstance(model, str | Path):
+        check_source(str(model))
+    elif not (model is None or _is_runner(model) or hasattr(model, "parameters")):
+        raise ConfigurationError(
+            f"a model cannot be a {type(model).__name__}: pass a hub id, a folder, an nn.Module, or nothing"
+        )
+
+
+def assemble(
+    model: object, tokenizer: Tokenizer | None, config: EngineConfig, admission: Admission, log: Logger
+) -> Parts:
+    """Load the model and build everything around it. Raises `ConfigurationError`, `OutOfMemory`."""
+    from penstock import __version__
+
+    log.info(f"Initializing an LLM engine (v{__version__}) with config: {config.model_dump(exclude_defaults=True)}")
+    runner, tokenizer = _load(model, tokenizer, config)
+    log.info("Model weights loaded.", model=runner.spec.name, device=runner.spec.device, dtype=runner.spec.dtype)
+    draft: GuessingRunner | None = None
+    try:
+        draft = load_draft_model(model, runner.spec, config)
+        return _around(runner, draft, tokenizer, config, admission, log)
+    except BaseException:
+        for loaded in (draft, runner):
+            if loaded is not None:
+                loaded.close()
+        raise
+
+
+def _around(
+    runner: ModelRunner,
+    draft: GuessingRunner | None,
+    tokenizer: Tokenizer | None,
+    config: EngineConfig,
+    admission: Admission,
+    log: Logger,
+) -> Parts:
+    """Builds cache, scheduler, tokenizers and drafter for a loaded model."""
+    longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
+    cache, wanted = _cache(runner, draft, longest, config, log)
+    if cache.capacity < longest and "max_sequence_length" in config.model_fields_set:
+        log.warning(f"the K/V cache holds {cache.capacity} tokens: no sequence reaches max_sequence_length={longest}")
+    max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
+    limits = Limits(config)
+    packing = engine_packing(config, limits, cache.capacity, runner.spec.kv_bytes_per_token, runner.spec.weight_bytes)
+    scheduler = Scheduler(config, cache, max_logit_rows=max_logit_rows, limits=limits, packing=packing)
+    pool = TokenizerPool(tokenizer)
+    limit = min(longest, cache.capacity)
+    remedy = _remedy(runner.spec, longest, cache.capacity)
+    own_tokenizer = copy_tokenizer(tokenizer)
+    inputs = InputProcessor(config, runner.spec, limit, own_tokenizer, pool, admission, remedy=remedy, log=log)
+    drafter = make_drafter(config, draft, cache)
+    tuning = Tuning(config, limits, log)
+    return Parts(runner, tokenizer, pool, cache, wanted, scheduler, inputs, tuning, drafter, draft)
+
+
+def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
+    """What makes longer sequences possible, as the end of a sentence that says what else to do."""
+    if capacity < longest:
+        return ", or raise memory_pool_size or kv_cache_tokens"
+    return f"; {spec.max_length_reason}" if spec.max_length_reason else ", or raise max_sequence_length"
+
+
+def _cache(
+    runner: ModelRunner, draft: GuessingRunner | None, longest: int, config: EngineConfig, log: Logger
+) -> tuple[CacheManager, dict[str, int]]:
+    """A cache of the configured size, and the memory behind it; a draft model's holds as many tokens, beside it.
+
+    With it come the sizes that the settings ask for, which may be more than there is memory.
+    """
+    on_gpu = "cuda" in runner.spec.device
+    share = 1.0 if on_gpu else HOST_SHARE
+    loaded = [runner] if draft is None else [runner, draft]
+    per_token = sum(model.spec.kv_bytes_per_token for model in loaded)
+    max_rows = ceilings(config).max_batch_size
+    room = num_blocks(config, per_token, runner.free_bytes(), longest, max_rows, share=share)
+    blocks = room.blocks
+    cache_bytes = 0 if on_gpu else blocks * per_token * config.block_size
+    host = num_host_blocks(config, runner.spec.kv_bytes_per_token, runner.host_free_bytes() - cache_bytes)
+    for warning in filter(None, (room.warning, host.warning)):
+        log.warning(warning)
+    runner.allocate(blocks, config.block_size, host.blocks)
+    if draft is not None:
+        draft.allocate(blocks, config.block_size)
+    on_host = host.blocks + (0 if on_gpu else blocks)
+    log.info(f"# GPU blocks: {blocks if on_gpu else 0}, # CPU blocks: {on_host}")
+    cache = CacheManager(
+        blocks,
+        config.block_size,
+        enable_prefix_caching=config.enable_kv_cache,
+        max_cached_blocks=config.kv_cache_max_size,
+        num_host_blocks=host.blocks,
+    )
+    return cache, {"num_wanted_blocks": room.wanted, "num_wanted_host_blocks": host.wanted}
+
+
+def _is_runner(model: object) -> TypeGuard[ModelRunner]:
+    return hasattr(model, "execute") and hasattr(model, "spec")
+
+
+def _load(model: object, tokenizer: Tokenizer | None, config: EngineConfig) -> tuple[ModelRunner, Tokenizer | None]:
+    if _is_runner(model):
+        return model, tokenizer
+    from penstock.models.loading import load
+
+    loaded = load(model, tokenizer, config)  # type: ignore[arg-type]  # what passed `check_early`
+    return loaded.runner, loaded.tokenizer
+
+
+class Assembly:
+    """Assembles one engine, on the model's thread; `parts` are there once the model is loaded, until `close`.
+
+    `model` and `tokenizer` are let go of when that begins. Holds no reference to the engine object, so that dropping
+    that one stops everything.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        admission: Admission,
+        metrics: Metrics,
+        advisor: BatchingOptimizer,
+        log: Logger,
+    ) -> None:
+        self.parts: Parts | None = None
+        self._sources: tuple[object, Tokenizer | None] | None = (model, tokenizer)
+        self._config = config
+        self._admission = admission
+        self._metrics = metrics
+        self._advisor = advisor
+        self._log = log
+
+    async def boot(self, worker: Worker) -> EngineCore:
+        """Load the model and build everything around it, once. Raises `ConfigurationError`, `OutOfMemory`."""
+        assert self._sources is not None
+        (model, tokenizer), self._sources = self._sources, None
+        config, admission, log = self._config, self._admission, self._log
+        parts = self.parts = await worker.run(assemble, model, tokenizer, config, admission, log).done
+        core_parts = CoreParts(
+            runner=parts.runner,
+            scheduler=parts.scheduler,
+            admission=admission,
+            inputs=parts.inputs,
+            housekeeper=Housekeeper(config, parts.runner, parts.cache, time.monotonic, worker.run, parts.trim_draft),
+            metrics=self._metrics,
+            log=log,
+            observers=self._observers(parts),
+            speculator=Speculator(config, parts.scheduler, parts.drafter, worker.run, time.monotonic, log),
+        )
+        return EngineCore(core_parts, lambda plan: worker.run(parts.runner.execute, plan), time.monotonic)
+
+    def close(self) -> None:
+        """Let go of what was assembled."""
+        parts, self.parts = self.parts, None
+        if parts is not None:
+            parts.close()
+
+    def rest(self, until: float) -> None:
+        """The process exits: the tokenizer's threads end."""
+        if self.parts is not None:
+            self.parts.pool.rest(until)
+
+    def _observers(self, parts: Parts) -> tuple[Callable[[StepRecord], None], ...]:
+        """Who learns from every step."""
+        config, scheduler, log = self._config, parts.scheduler, self._log
+        strategy = strategy_of(config)
+        forecast = Forecast(scheduler, time.monotonic, static=strategy is BatchingStrategy.NAIVE)
+        self._admission.foresee = forecast.wait_s
+
+        def advise(record: StepRecord) -> None:
+            self._advisor.record_step(record, strategy, scheduler.limits, scheduler.num_shortages)
+
+        def profile(record: StepRecord) -> None:
+            if config.profile_performance:
+                log.debug("step", rows=record.rows, tokens=record.tokens, seconds=record.seconds, **record.timings_s)
+
+        return parts.tuning.observe, forecast.record, *([advise] if config.enable_metrics else []), profile
+
+
+def shut_down(host: Host, callbacks: Callbacks, assembly: Assembly, unregister: Callable[[], None]) -> None:
+    """Stop at once and let go of whatever was assembled; `unregister` takes back what happens at exit.
+
+    While the model loads that takes as long, which a caller who only dropped an engine should not wait for: then it is
+    left to a thread of its own.
+    """
+    args = (host, callbacks, assembly, unregister)
+    if host.loading:
+        threading.Thread(target=_shut_down, args=args, name="penstock-end", daemon=True).start()
+    else:
+        _shut_down(*args)
+
+
+def _shut_down(host: Host, callbacks: Callbacks, assembly: Assembly, unregister: Callable[[], None]) -> None:
+    host.stop(0.0)
+    callbacks.close()
+    assembly.close()
+    unregister()

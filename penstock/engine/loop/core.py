@@ -1,0 +1,287 @@
+"""`EngineCore`: everything that happens on the engine's own event loop: requests in, steps, deltas out.
+
+The only thread that touches scheduler and cache, so nothing here needs a lock. A step is plan, execute, commit; while
+the model runs, arrivals and aborts are taken in and the last step's events are published. Tests drive the same
+coroutine on their own loop with a scripted model and a virtual clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from penstock.api.channel import hop
+from penstock.api.log import Logger
+from penstock.engine.loop.deadlines import DeadlineTimers
+from penstock.engine.loop.housekeeping import Housekeeper
+from penstock.engine.loop.speculator import Speculator
+from penstock.engine.loop.worker import Job
+from penstock.engine.observe.metrics import Metrics
+from penstock.engine.requests.forking import Fork
+from penstock.engine.requests.input_processor import Encoded, InputProcessor
+from penstock.engine.requests.output_processor import OutputProcessor
+from penstock.engine.requests.request import Request
+from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError, described, text_of
+from penstock.models.protocol import ModelChanged, ModelRunner
+from penstock.scheduling.admission import Admission, Place
+from penstock.scheduling.scheduler import Scheduler
+from penstock.scheduling.searches import Beams
+from penstock.sequence import FinishReason
+from penstock.step import Event, StepPlan, StepRecord, StepResult, record_of
+
+# How long an idle engine waits for the next arrival of a burst before it starts a step, in seconds.
+BURST_PAUSE_S = 0.001
+# Longest wait before a step that could run nothing is planned again, in seconds.
+RETRY_S = 0.05
+Execute = Callable[[StepPlan], Job[StepResult]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreParts:
+    """What an `EngineCore` works with. `observers` are told of every step, after the metrics."""
+
+    runner: ModelRunner
+    scheduler: Scheduler
+    admission: Admission
+    inputs: InputProcessor
+    housekeeper: Housekeeper
+    metrics: Metrics
+    log: Logger
+    observers: tuple[Callable[[StepRecord], None], ...] = ()
+    speculator: Speculator | None = None
+
+
+class EngineCore:
+    """Serves requests with one model. Every method belongs to the loop that runs `run()`.
+
+    `execute` starts a step on the model's thread. `clock` and `sleep` are replaced in tests.
+    """
+
+    def __init__(
+        self,
+        parts: CoreParts,
+        execute: Execute,
+        clock: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.scheduler = parts.scheduler
+        self.housekeeper = parts.housekeeper
+        self._admission, self._inputs, self._log = parts.admission, parts.inputs, parts.log
+        self._observers = (parts.metrics.step, *parts.observers)
+        self._speculator = parts.speculator
+        self._execute = execute
+        self._clock = clock
+        self._sleep = sleep
+        self._outputs = OutputProcessor(
+            *(parts.scheduler, parts.admission, clock, parts.metrics, parts.log),
+            forget=parts.runner.forget,
+            ended=self._forget,
+        )
+        self._encoding: dict[str, Future[Encoded]] = {}
+        self._timers = DeadlineTimers(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
+        self._num_arrivals = 0
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._busy_since: float | None = None
+        self._seq_ids = itertools.count()
+
+    # Requests in.
+
+    def submit(self, requests: Iterable[Request], displaced: Iterable[Place] = (), fork: Fork | None = None) -> None:
+        """Take over requests; with `fork`, as its branches. Their prompts may be encoded off this loop.
+
+        Those that had the places of `displaced` end first, so that never more wait than may, unless they have started
+        meanwhile.
+        """
+        for place in displaced:
+            loser = self._outputs.requests.get(place.request_id)
+            if loser is not None and loser.place is place and loser.started is None:
+                self.abort(loser.id, FinishReason.ERROR, self._admission.displaced())
+        for request in requests:
+            self._submit(request, fork)
+
+    def _submit(self, request: Request, fork: Fork | None) -> None:
+        fault: BaseException | None = None
+        if fork is not None:
+            try:
+                request = fork.branch(request, self._outputs.requests.get(fork.origin_id), self._inputs)
+            except BaseException as error:
+                fault = error
+        if not self._outputs.register(request):
+            return
+        self._num_arrivals += 1
+        try:
+            if fault is not None:
+                raise fault
+            if request.place.is_lost:
+                raise self._admission.displaced()
+            self._timers.set(request)
+            encoded = self._inputs.encode(request)
+            if isinstance(encoded, Future):
+                self._encoding[request.id] = encoded
+                loop = asyncio.get_running_loop()
+                encoded.add_done_callback(lambda future: hop(loop, self._encoded, request, future))
+            else:
+                self._admit(request, encoded)
+        except BaseException as error:
+            self._reject(request, error)
+
+    def _encoded(self, request: Request, encoded: Future[Encoded]) -> None:
+        if request.channel.ended:
+            return
+        del self._encoding[request.id]
+        try:
+            self._admit(request, encoded.result())
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
+            self._reject(request, error)
+
+    def _admit(self, request: Request, encoded: Encoded) -> None:
+        self._wake.set()
+        now = self._clock()
+        self._inputs.admit(request, encoded, self._seq_ids, now)
+        if request.search is not None:
+            self.scheduler.search(Beams(request.search, request.sequences), now)
+        else:
+            for sequence in request.sequences:
+                self.scheduler.add(sequence, now)
+        self._outputs.attach(request)
+
+    def _reject(self, request: Request, error: BaseException) -> None:
+        if not isinstance(error, PenstockError):
+            error = RequestError(f"the prompt could not be encoded: {described(error)}")
+        reason = FinishReason.DEADLINE if isinstance(error, DeadlineExceeded) else FinishReason.ERROR
+        self.abort(request.id, reason, error)
+
+    def refuse(self, request: Request, error: BaseException) -> None:
+        """Taking over a request failed: it ends with the error, unless it has ended."""
+        if not request.channel.ended and (request.id in self._outputs.requests or self._outputs.register(request)):
+            self._reject(request, error)
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None) -> None:
+        """End a request from outside; unknown and ended ids are ignored."""
+        request = self._outputs.requests.get(request_id)
+        if request is None:
+            return
+        self._log.debug("request aborted", request_id=request_id, reason=reason.value)
+        self._outputs.end(request, reason, error)
+        self._wake.set()
+
+    def abort_after(self, seconds: float, request_id: str) -> None:
+        """`abort` a request that has not ended by then."""
+        asyncio.get_running_loop().call_later(seconds, self.abort, request_id)
+
+    def abort_all(self) -> None:
+        """End everything."""
+        for request_id in list(self._outputs.requests):
+            self.abort(request_id)
+
+    def stop(self) -> None:
+        """Let `run()` return once nothing is left to do."""
+        self._stopping = True
+        self._wake.set()
+
+    def close(self, error: BaseException | None) -> None:
+        """End every open request because the engine ends. Asks nothing of the scheduler, which may have failed."""
+        self._outputs.close(error)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._outputs.requests)
+
+    def _forget(self, request_id: str) -> None:
+        """A request ended: its timer and its encoding, if that still runs, have no use any more."""
+        self._timers.clear(request_id)
+        self._wake.set()
+        if (encoded := self._encoding.pop(request_id, None)) is not None:
+            encoded.cancel()
+
+    # Steps.
+
+    async def run(self) -> None:
+        """Serve until `stop()`."""
+        while not (self._stopping and not self._outputs.requests):
+            if not self.scheduler.has_work:
+                await self._idle()
+            if not await self.step() and self.scheduler.has_work:
+                # Nothing could run although there is work: wait for news, at most a moment.
+                self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), RETRY_S)
+
+    async def step(self) -> bool:
+        """Plan, execute, commit; False when there was nothing to run."""
+        outputs = self._outputs
+        outputs.add_events(self.scheduler.expire(self._clock()))
+        if self._speculator is not None:
+            await self._speculator.draft(meanwhile=outputs.publish)
+        plan = self.scheduler.plan(self._clock())
+        outputs.note_started()
+        if not plan.rows:
+            outputs.publish()
+            return False
+        begin = self._clock()
+        job = self._execute(plan)
+        await job.begun  # publishing at once would hold the interpreter's lock, which the model needs to begin
+        outputs.publish()
+        try:
+            result = await job.done
+        except ModelChanged:
+            self._restart(plan)
+        except Exception as error:
+            outputs.add_events(self._failed(plan, error))
+        else:
+            events = self.scheduler.commit(plan, result)
+            outputs.add_events(events)
+            self._observe(plan, begin, result, events)
+        if not self.scheduler.has_work:
+            outputs.publish()
+        return True
+
+    async def _idle(self) -> None:
+        """Wait without using the CPU until a request arrives, then until the burst it belongs to pauses."""
+        self._busy_since = None
+        if self._speculator is not None:
+            self._speculator.forget_ended()
+        await self.housekeeper.tidy()
+        while not self.scheduler.has_work and not (self._stopping and not self._outputs.requests):
+            self._outputs.publish()
+            self._wake.clear()
+            await self._wake.wait()
+            await self._coalesce()
+
+    async def _coalesce(self) -> None:
+        limits = self.scheduler.limits
+        until = self._clock() + limits.batch_timeout_s
+        while self._clock() < until and self.scheduler.num_waiting < limits.max_running:
+            num_arrivals = self._num_arrivals
+            await self._sleep(BURST_PAUSE_S)
+            if self._num_arrivals == num_arrivals and not self._encoding:
+                break
+
+    def _restart(self, plan: StepPlan) -> None:
+        self._busy_since = None
+        self._log.info("the borrowed module was changed: all K/V are computed anew", rows=len(plan.rows))
+        self._outputs.add_events(self.scheduler.restart(plan))
+
+    def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
+        if not isinstance(error, PenstockError):
+            error = ExecutionError(f"the step failed: {described(error)}")
+        self._busy_since = None
+        self._log.error("step failed", rows=len(plan.rows), tokens=plan.num_tokens, error=text_of(error))
+        return self.scheduler.fail(plan, error)
+
+    def _observe(self, plan: StepPlan, begin: float, result: StepResult, events: list[Event]) -> None:
+        """Back to back, a step's time includes the host work since the last one ended; idle time belongs to none."""
+        now = self._clock()
+        seconds = now - (begin if self._busy_since is None else self._busy_since)
+        self._busy_since = now
+        record = record_of(plan, result, events, seconds, self.scheduler.num_waiting)
+        if self._speculator is not None:
+            self._speculator.record(plan, result, seconds)
+        for observe in self._observers:
+            observe(record)

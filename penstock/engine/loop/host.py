@@ -1,0 +1,225 @@
+"""`Host`: the engine's own threads: one runs its event loop, one runs the model.
+
+Owns starting, stopping and the only way in from other threads (`post`). Changes nothing global: the loop is uvloop's
+where that is installed, but no policy is set and no signal handled. Knows nothing of requests but how to fail them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+
+from penstock.api.channel import RequestStatus, Wakeups, hop
+from penstock.api.event_loop import new_event_loop
+from penstock.api.exiting import EXIT_S, park
+from penstock.engine.loop.core import EngineCore
+from penstock.engine.loop.worker import Worker, settle
+from penstock.engine.requests.request import Request
+from penstock.errors import EngineClosed, PenstockError, text_of
+
+Action = Callable[[EngineCore], None]
+Boot = Callable[[Worker], Awaitable[EngineCore]]
+
+
+class Host:
+    """Runs one `EngineCore`, made by `boot` on the model's worker thread."""
+
+    def __init__(self, boot: Boot) -> None:
+        self._boot: Boot | None = boot
+        self._pid = os.getpid()
+        self._worker = Worker("penstock-model")
+        self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
+        # Guards the flags against a post that would never run. Reentrant, because what is allocated under it may set
+        # off the garbage collector, whose finalizers abort requests, which posts.
+        self._lock = threading.RLock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
+        self._closed = False
+        self._core: EngineCore | None = None
+        self._early: list[tuple[Action, Sequence[Request]]] = []
+        self._settled = threading.Event()
+        self._waiting: set[asyncio.Future[None]] = set()  # for that, on any loops
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin to boot; returns at once. From any thread, any number of times; after `stop` it does nothing."""
+        with self._lock:
+            if self._loop is None and not self._closed:
+                self._loop = new_event_loop()
+                self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Block until the model is loaded. Raises what went wrong, or `EngineClosed`."""
+        if self.started:
+            self._settled.wait()
+        if self.error is not None:
+            raise self.error
+        if not self.ready:
+            raise EngineClosed("the engine was stopped: create a new one")
+
+    @property
+    def started(self) -> bool:
+        """Whether the engine's thread was started."""
+        return self._loop is not None
+
+    @property
+    def loading(self) -> bool:
+        """Whether the model is being loaded now."""
+        return self.started and not self._settled.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model is loaded and requests are being served."""
+        return self._core is not None and not self._closed
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that the engine's thread has taken over and that have not ended."""
+        return 0 if self._core is None else self._core.num_requests
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine has ended, by itself or when told to."""
+        return self._closed
+
+    @property
+    def on_own_thread(self) -> bool:
+        """Whether the caller runs on a thread of the engine's own, which must not wait for the engine."""
+        return threading.get_ident() in (self._thread.ident, self._worker.ident)
+
+    def post(self, action: Action, requests: Sequence[Request] = ()) -> None:
+        """Run `action` on the engine's thread, after booting. Raises `EngineClosed`.
+
+        `requests` are what the action brings in: they are refused once the engine stops, and ended with the error
+        should booting or the action fail.
+        """
+        with self._lock:
+            if self._loop is None or self._closed or (self._stopping and requests):
+                reason = "the engine was stopped" if self.error is None else f"the engine failed: {text_of(self.error)}"
+                raise EngineClosed(f"{reason}; create a new one") from self.error
+            self._loop.call_soon_threadsafe(self._act, action, requests)
+
+    def try_post(self, action: Action) -> None:
+        """`post`, without effect once the engine has ended."""
+        with contextlib.suppress(EngineClosed):
+            self.post(action)
+
+    def stop(self, drain_s: float) -> None:
+        """Serve what was accepted for at most `drain_s` seconds, end the rest, join the threads.
+
+        On a thread of the engine's own (an engine may be collected as garbage on any) it waits for nothing: the loop
+        ends by itself after the step.
+        """
+        if os.getpid() != self._pid:
+            return  # a forked child has none of the threads
+        with self._lock:
+            self._stopping = True
+            if self._loop is None:
+                self._closed = True
+                return
+        self.try_post(lambda core: core.stop())
+        may_wait = not self.on_own_thread
+        if may_wait:
+            self._settled.wait()  # a drain is time to serve, not to load
+            self._thread.join(min(drain_s, threading.TIMEOUT_MAX))
+        if self._thread.is_alive():
+            self.try_post(lambda core: core.abort_all())
+        if may_wait:
+            self._thread.join()
+
+    async def settled(self) -> None:
+        """Return once the model is loaded, or will not be. No thread waits, so cancelling this takes no time."""
+        future = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if not self.loading:
+                return
+            self._waiting.add(future)
+        try:
+            await future
+        finally:  # a cancelled future keeps the frames that awaited it, and with them the engine
+            with self._lock:
+                self._waiting.discard(future)
+
+    def rest(self, until: float) -> None:
+        """The process exits: nobody is told anything any more, and both threads stop where they are."""
+        if self._loop is not None:
+            park(self._loop, self._thread, until)
+            self._worker.rest(until)
+
+    def _settle(self) -> None:
+        with self._lock:
+            self._settled.set()
+            waiting, self._waiting = self._waiting, set()
+        for future in waiting:
+            hop(future.get_loop(), settle, future, None, None)
+
+    def _act(self, action: Action, requests: Sequence[Request]) -> None:
+        """A fault ends the requests that the action was about. One without any is a bug, which the loop reports."""
+        core = self._core
+        if core is None:
+            self._early.append((action, requests))
+            return
+        try:
+            action(core)
+        except BaseException as error:
+            if not requests:
+                raise
+            for request in requests:
+                core.refuse(request, error)
+
+    def _run(self) -> None:
+        loop = self._loop
+        assert loop is not None
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            try:
+                runner.run(self._serve())
+            finally:
+                self._worker.shutdown()
+
+    async def _serve(self) -> None:
+        try:
+            boot, self._boot = self._boot, None  # it holds a borrowed module, which stop() lets go of
+            assert boot is not None
+            core = await boot(self._worker)
+        except Exception as error:
+            self.error = error
+            if not threading.main_thread().is_alive():
+                await asyncio.sleep(EXIT_S)  # it failed because the process exits, perhaps; that would be told nobody
+            await self._close(None)
+            return
+        self._core = core
+        self._settle()
+        early, self._early = self._early, []
+        for action, requests in early:
+            self._act(action, requests)
+        try:
+            await core.run()
+        except Exception as error:
+            self.error = error
+            raise
+        finally:
+            await self._close(core)
+
+    async def _close(self, core: EngineCore | None) -> None:
+        """Nobody is left waiting: what slipped in until now is ended too."""
+        with self._lock:
+            self._closed = True
+        await asyncio.sleep(0)
+        if core is not None:
+            core.close(self.error)
+        for _, requests in self._early:
+            for request in requests:
+                _fail(request, self.error or EngineClosed("the engine was stopped"))
+        self._early.clear()
+        self._settle()
+
+
+def _fail(request: Request, error: BaseException) -> None:
+    wakeups = Wakeups()
+    if not isinstance(error, PenstockError):
+        error = EngineClosed(f"the engine could not start: {text_of(error)}")
+    request.channel.end(RequestStatus.FAILED, None, error, wakeups)
+    wakeups.send()

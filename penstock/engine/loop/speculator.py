@@ -1,0 +1,96 @@
+"""`Speculator`: has drafts made before a step is planned, and tells what became of them after its commit.
+
+Owns the one drafter of an engine and its controller. Never changes what is generated; a drafter that fails is left
+out from then on. Runs on the engine's loop, called by `EngineCore`; a draft model runs on the model's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.api.log import Logger
+from penstock.config import EngineConfig
+from penstock.engine.loop.worker import Job
+from penstock.errors import text_of
+from penstock.optimizers.speculation.controller import SpeculationController
+from penstock.optimizers.speculation.drafter import Ask, Draft, Drafter
+from penstock.scheduling.scheduler import Scheduler
+from penstock.step import StepPlan, StepResult
+
+# Runs a function on the model's thread.
+Run = Callable[..., Job[list[Draft]]]
+_PRUNE_AT = 8  # sequences remembered beyond those that run
+
+
+class Speculator:
+    """`clock` gives seconds."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        scheduler: Scheduler,
+        drafter: Drafter,
+        run: Run,
+        clock: Callable[[], float],
+        log: Logger,
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._drafter = drafter
+        self._run = run
+        self._clock = clock
+        self._log = log
+        self._controller = SpeculationController(drafter.runs_model)
+        self._drafting_s = 0.0
+        self._broken = False
+
+    async def draft(self, meanwhile: Callable[[], None]) -> None:
+        """Have drafts offered for the next step. Where a model makes them, `meanwhile` is called once it has begun."""
+        self._drafting_s = 0.0
+        most = self._scheduler.limits.draft_length if self._is_on else 0
+        seqs = self._scheduler.decoding() if most else []
+        asks = self._controller.asks(seqs, most)
+        if not asks:
+            return
+        begin = self._clock()
+        job = await self._begun(asks) if self._drafter.runs_model else None
+        if job is not None:
+            meanwhile()
+        try:
+            drafts = self._drafter.propose(asks) if job is None else await job.done
+            chosen = self._controller.choose(asks, drafts, len(seqs))
+        except Exception as error:
+            self._give_up(error)
+            return
+        for seq_id, tokens in chosen:
+            self._scheduler.offer(seq_id, tokens)
+        self._drafting_s = self._clock() - begin
+        depth = max(len(draft.tokens) for draft in drafts) if self._drafter.runs_model else 1
+        self._controller.record_drafting(len(seqs), depth, self._drafting_s)
+
+    def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """A step was committed, `seconds` after the one before it."""
+        if self._is_on:
+            self._controller.record_step(plan, result, seconds - self._drafting_s)
+        if self._controller.num_known > self._scheduler.num_running + _PRUNE_AT:
+            self.forget_ended()
+
+    def forget_ended(self) -> None:
+        """Let go of what is remembered of sequences that ended."""
+        for seq_id in self._controller.forget_all_but(seq.id for seq in self._scheduler.sequences()):
+            self._drafter.forget(seq_id)
+
+    @property
+    def _is_on(self) -> bool:
+        return self._config.enable_speculative_decoding and not self._broken
+
+    async def _begun(self, asks: list[Ask]) -> Job[list[Draft]]:
+        job = self._run(self._drafter.propose, asks)
+        await job.begun
+        return job
+
+    def _give_up(self, error: Exception) -> None:
+        self._broken = True
+        self._log.error(
+            "the drafter failed; going on without speculation", drafter=self._drafter.name, error=text_of(error)
+        )

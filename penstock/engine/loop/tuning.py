@@ -1,0 +1,85 @@
+"""`Tuning`: shows step records to the tuner now and then, and puts its answer into the limits.
+
+Owns the window of records and the list of changes. Never decides a limit and asks no clock. Called by `EngineCore`
+after every step, on the engine's thread; its figures are read from any.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from penstock.api.log import Logger
+from penstock.config import EngineConfig
+from penstock.optimizers.tuner import Tuned, first, limits_of, tune
+from penstock.optimizers.window import Window
+from penstock.scheduling.limits import Limits
+from penstock.step import StepRecord
+
+EVERY = 8  # steps between two looks at the window
+# While prompts keep coming, one step in so many has none: what streams alone take is not known otherwise.
+PROBE_EVERY = 12
+KEPT_CHANGES = 32
+
+
+class Tuning:
+    """Does nothing while `config.target` is None, which may change at any time."""
+
+    def __init__(self, config: EngineConfig, limits: Limits, log: Logger) -> None:
+        self._config = config
+        self._limits = limits
+        self._log = log
+        self._target: str | None = None
+        self._window = Window()
+        self._changes: deque[dict[str, Any]] = deque(maxlen=KEPT_CHANGES)
+        self._begin()
+
+    def observe(self, record: StepRecord) -> None:
+        """Take in one step."""
+        if self._config.target != self._target:
+            self._begin()
+        tuned = self._limits.tuned
+        if tuned is None:
+            return
+        window = self._window
+        window.add(record)
+        if window.num_steps % EVERY == 0 or self._is_late(record):
+            tuned = self._told(tuned, tune(window.records(), tuned, self._config, window.scatter))
+        self._limits.tuned = tuned._replace(probe=self._wants_probe())
+
+    def stats(self) -> dict[str, Any]:
+        """The goal, the limits in force, what they rest on, and the latest changes; empty without a goal."""
+        tuned = self._limits.tuned
+        if tuned is None:
+            return {}
+        return {
+            "target": self._target,
+            "limits": limits_of(tuned),
+            "reason": tuned.reason,
+            "steps": self._window.num_steps,
+            "changes": list(self._changes.copy()),
+        }
+
+    def _begin(self) -> None:
+        """A new goal: what was measured toward another one is forgotten."""
+        self._target = self._config.target
+        self._window = Window()
+        self._limits.tuned = None if self._target is None else first(self._config)
+
+    def _is_late(self, record: StepRecord) -> bool:
+        """Whether a stream waited too long: the next look comes at once."""
+        late = record.streams and record.seconds > self._config.max_inter_token_ms / 1000
+        return bool(late) and self._target == "latency"
+
+    def _wants_probe(self) -> bool:
+        return self._window.since_plain >= PROBE_EVERY
+
+    def _told(self, before: Tuned, after: Tuned) -> Tuned:
+        """`after`, with a line in the log for every limit that is another one now."""
+        old = limits_of(before)
+        for name, value in limits_of(after).items():
+            if value != old[name]:
+                change = {"setting": name, "before": old[name], "after": value, "reason": after.reason}
+                self._changes.append({"step": self._window.num_steps, **change})
+                self._log.info("tuned", **change)
+        return after

@@ -1,0 +1,113 @@
+"""`Worker`: the one thread on which a model is loaded and run.
+
+Not joined when the interpreter exits, so that the engine can still end in order; nothing that a model raises can
+confuse an event loop. Knows nothing of models. Made by `Host`, used from the coroutines on its loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Generic, NamedTuple, TypeVar, TypeVarTuple
+
+from penstock.api.channel import hop
+from penstock.api.exiting import interrupt
+from penstock.errors import ExecutionError, described
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Job(NamedTuple, Generic[T]):
+    """Futures of the loop that asked: when the thread has begun the job, and its result."""
+
+    begun: asyncio.Future[None]
+    done: asyncio.Future[T]
+
+
+class Worker:
+    """Runs jobs one after the other. The thread starts with the first one."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._resting = threading.Event()
+        args = (self._jobs, self._resting)
+        self._thread = threading.Thread(target=_work, args=args, name=name, daemon=True)
+        self._started = False
+        self._ended = False
+
+    @property
+    def ident(self) -> int | None:
+        """The thread's identifier; None before it started."""
+        return self._thread.ident
+
+    def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> Job[T]:
+        """Run `fn` on the thread, unless `done` is cancelled before its turn; from coroutines of one loop.
+
+        Raises `RuntimeError` after `shutdown`.
+        """
+        if self._ended:
+            raise RuntimeError("the worker was shut down")
+        if not self._started:
+            self._started = True
+            self._thread.start()
+        loop = asyncio.get_running_loop()
+        job: Job[T] = Job(loop.create_future(), loop.create_future())
+        self._jobs.put(functools.partial(_do, loop, job, functools.partial(fn, *args)))
+        return job
+
+    def shutdown(self) -> None:
+        """Finish what was given, take no more, and wait for the thread."""
+        self._ended = True
+        self._jobs.put(None)
+        if self._started:
+            self._thread.join()
+
+    def rest(self, until: float) -> None:
+        """The process exits: interrupt the job that runs, begin none that waits, and see the thread end until then."""
+        self._resting.set()
+        self._jobs.put(None)
+        if self._started:
+            interrupt(self._thread, until)
+
+
+def _work(jobs: SimpleQueue[Callable[[], None] | None], resting: threading.Event) -> None:
+    while (job := jobs.get()) is not None and not resting.is_set():
+        job()
+        del job  # an idle worker keeps nothing alive
+
+
+def _do(loop: asyncio.AbstractEventLoop, job: Job[T], fn: Callable[[], T]) -> None:
+    if job.done.cancelled():
+        return
+    hop(loop, settle, job.begun, None, None)
+    try:
+        result = fn()
+    except BaseException as error:
+        hop(loop, settle, job.done, None, _portable(error))
+        del job  # else the error's traceback and the future keep each other alive
+    else:
+        hop(loop, settle, job.done, result, None)
+
+
+def settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    """Complete a future unless it is; on its own loop."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error as an event loop can carry it: a `StopIteration` would never arrive at whoever awaits (Python 3.11),
+    a `CancelledError` or `SystemExit` would end the loop's own task."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    portable = ExecutionError(f"the model raised {described(error)}")
+    portable.__cause__ = error
+    return portable

@@ -1,0 +1,54 @@
+"""What `get_stats()` answers: the engine's figures, from whoever keeps each of them.
+
+Changes nothing and keeps nothing. Called by `InferenceEngine`, from any thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.config import EngineConfig
+from penstock.engine.assembly import Parts
+from penstock.engine.loop.host import Host
+from penstock.engine.observe.metrics import Metrics
+from penstock.scheduling.admission import Admission
+
+
+def figures(
+    config: EngineConfig, host: Host, admission: Admission, metrics: Metrics, parts: Parts | None
+) -> dict[str, Any]:
+    """Everything; what only a loaded model knows is empty without `parts`."""
+    spec = parts.runner.spec if parts else None
+    return {
+        "engine_status": _status(host),
+        "queue": _queue(host, admission, parts),
+        "cache_info": {**parts.cache.stats(), **parts.wanted_blocks} if parts else {"num_entries": 0, "total_size": 0},
+        "performance_metrics": metrics.summaries(),
+        "totals": dict(metrics.totals),
+        "memory_usage": parts.runner.memory_usage() if parts else 0.0,
+        "device": spec.device if spec else config.device,
+        "model": spec.name if spec else None,
+        "weight_bytes": spec.weight_bytes if spec else 0,
+        "kernels": spec.kernels if spec else None,
+        "rewrites": spec.rewrites if spec else (),
+        "tuner": parts.tuning.stats() if parts else {},
+        "config": config.model_dump(),
+    }
+
+
+def _queue(host: Host, admission: Admission, parts: Parts | None) -> dict[str, int]:
+    """Sequences as the scheduler counts them; requests that have not ended; what is held of the waiting room."""
+    return {
+        **(parts.scheduler.stats() if parts else {"num_waiting": 0, "num_running": 0}),
+        "num_requests": host.num_requests,
+        "num_queued_requests": admission.num_requests,
+        "num_queued_tokens": admission.num_tokens,
+    }
+
+
+def _status(host: Host) -> str:
+    if host.error is not None:
+        return "failed"
+    if host.closed or not host.started:
+        return "stopped"
+    return "running" if host.ready else "loading"

@@ -1,0 +1,1 @@
+"""Requests in (validate, admit) and out (collect, rank, deliver)."""

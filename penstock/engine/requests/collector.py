@@ -1,0 +1,175 @@
+"""`Collector`: turns the scheduler's events of one request into transcripts and, at the end, its `RequestOutput`.
+
+Owns the text state of every completion. Runs on the engine's thread; a fault here is the request's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+
+from penstock.api.transcript import Transcript
+from penstock.engine.requests.ranking import likelihood, scores_of
+from penstock.engine.text.stream import Text, TextDelta
+from penstock.outputs import Logprob, RequestMetrics, RequestOutput
+from penstock.sampling import SamplingParams
+from penstock.sequence import FinishReason
+from penstock.step import Event, TokenLogprobs
+
+DecodeToken = Callable[[int], str | None]
+
+
+class Collector:
+    """Completions of one request. `texts` holds one fresh stream of text for each that is generated.
+
+    There are `SamplingParams.num_texts` of them; where that is one, it is the text of all `n` completions. `streams`
+    says whether transcripts may be shown as they grow: not while candidates still compete. `stops` are stop strings
+    that the texts never show, by the token ids that end the sequence in their place.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        texts: SequenceOf[Text],
+        decode_token: DecodeToken,
+        stops: Mapping[int, str] | None = None,
+    ) -> None:
+        self._request_id = request_id
+        self._prompt = prompt
+        self._prompt_token_ids = prompt_token_ids
+        self._params = params
+        self._decode_token = decode_token
+        self._stops = stops or {}
+        alike = range(params.n) if len(texts) == 1 else range(1)
+        self._completions = [(text, [self._transcript(i + k) for k in alike]) for i, text in enumerate(texts)]
+        self._prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
+        self._num_cached_tokens = 0
+        self.streams = not params.is_ranked
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None]
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts it collects; sequences beyond that are of no interest."""
+        return len(self._completions)
+
+    @property
+    def done(self) -> bool:
+        """Whether every completion has ended."""
+        return all(transcripts[0].finish_reason is not None for _, transcripts in self._completions)
+
+    def push(self, index: int, event: Event) -> SequenceOf[Transcript]:
+        """Take in one event; returns what it was added to, which a stop string found in the text may have ended."""
+        text, transcripts = self._completions[index]
+        if index == 0 and (event.num_cached_tokens or event.prompt_logprobs):
+            self._note_prompt(event)
+        shown, stop, count = text.push(event.tokens if event.stop_token is None else self._visible(event))
+        tokens, entries = event.tokens, event.logprobs
+        if stop is not None:
+            tokens, entries = tokens[:count], entries[:count]
+        reason, last = event.reason, ""
+        if stop is None and reason is not None:
+            last, stop, _ = text.finish()
+            last += self._stop_text(event) if stop is None else ""
+        logprobs, sampled = [entry.logprob for entry in entries], [entry.sampled for entry in entries]
+        for transcript in transcripts:
+            transcript.add(shown, tokens, logprobs, sampled, event.weight_version)
+            if event.num_drafted_tokens:
+                transcript.note_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
+            if transcript.logprobs is not None:
+                transcript.logprobs += map(self._by_token, entries)
+            if stop is not None:
+                transcript.end(last, FinishReason.STOP.value, stop)
+            elif reason is not None:
+                transcript.end(last, reason.value, self._stop_reason(event))
+        return transcripts
+
+    def call_scorer(self) -> Future[list[float]] | None:
+        """The scores that the caller's own function gives the candidates; None without one."""
+        scorer = self._params.rank_by
+        if not callable(scorer):
+            return None
+        return scores_of(scorer, [transcripts[0].completion() for _, transcripts in self._completions])
+
+    def rank(self, scores: Iterable[float]) -> None:
+        """Let these scores decide instead of likelihood."""
+        for (_, transcripts), score in zip(self._completions, scores, strict=True):
+            for transcript in transcripts:
+                transcript.score = score
+
+    def chosen(self) -> list[Transcript]:
+        """The completions that count: the best `n` candidates, best first, where they are ranked."""
+        every = [transcript for _, transcripts in self._completions for transcript in transcripts]
+        if self.streams:
+            return every
+        for transcript in every:
+            if transcript.score is None:
+                transcript.score = likelihood(self._params, transcript.completion())
+        best = sorted(every, key=lambda found: -(found.score or 0.0))[: self._params.n]
+        for index, transcript in enumerate(best):
+            transcript.index = index
+        return best
+
+    def output(self, metrics: RequestMetrics) -> RequestOutput:
+        """The result so far."""
+        return RequestOutput(
+            request_id=self._request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=[transcript.completion() for transcript in self.chosen()],
+            finished=self.done,
+            prompt_logprobs=self._prompt_logprobs,
+            num_cached_tokens=self._num_cached_tokens,
+            metrics=metrics,
+        )
+
+    def close(self, reason: FinishReason) -> list[Transcript]:
+        """End what still runs from outside, with the text that was held back; returns what there is to show."""
+        closed: list[Transcript] = []
+        for text, transcripts in self._completions:
+            if transcripts[0].finish_reason is None:
+                last, stop, _ = _last_of(text)
+                ending = reason if stop is None else FinishReason.STOP
+                for transcript in transcripts:
+                    transcript.end(last, ending.value, stop)
+                closed += transcripts
+        return closed if self.streams else self.chosen()
+
+    def _transcript(self, index: int) -> Transcript:
+        return Transcript(self._request_id, index, None if self._params.logprobs is None else [])
+
+    def _note_prompt(self, event: Event) -> None:
+        self._num_cached_tokens += event.num_cached_tokens
+        if event.prompt_logprobs and self._prompt_logprobs is not None:
+            self._prompt_logprobs += map(self._by_token, event.prompt_logprobs)
+
+    def _visible(self, event: Event) -> tuple[int, ...]:
+        """The tokens whose text shows: the stopping one's does only if asked for."""
+        return event.tokens if self._params.include_stop_str_in_output else event.tokens[:-1]
+
+    def _stop_text(self, event: Event) -> str:
+        """The stop string that the stopping token is, where it shows."""
+        if event.stop_token is None or not self._params.include_stop_str_in_output:
+            return ""
+        return self._stops.get(event.stop_token, "")
+
+    def _stop_reason(self, event: Event) -> int | str | None:
+        if event.stop_token is None or event.stop_token in (self._params.stop_token_ids or ()):
+            return event.stop_token
+        return self._stops.get(event.stop_token)
+
+    def _by_token(self, entry: TokenLogprobs) -> Mapping[int, Logprob]:
+        found = {token: Logprob(logprob, rank, self._decode_token(token)) for token, logprob, rank in entry.top}
+        found[entry.token] = Logprob(entry.logprob, entry.rank, self._decode_token(entry.token), entry.sampled)
+        return found
+
+
+def _last_of(text: Text) -> TextDelta:
+    try:
+        return text.finish()
+    except BaseException:  # the very fault, perhaps, that ends the request
+        return TextDelta("", None, 0)

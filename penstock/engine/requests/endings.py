@@ -1,0 +1,59 @@
+"""What a request's reader gets at its end: the last delta, latencies, and the error that awaiting raises.
+
+Pure functions of a `Request`; they end nothing themselves. Called by `OutputProcessor`.
+"""
+
+from __future__ import annotations
+
+from penstock.api.transcript import Transcript
+from penstock.engine.requests.request import Request
+from penstock.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    PenstockError,
+    RequestAborted,
+    RequestError,
+    described,
+    text_of,
+)
+from penstock.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from penstock.sequence import FinishReason
+
+
+def final_transcript(request: Request, reason: FinishReason) -> Transcript:
+    """For the last delta of a request without completions."""
+    transcript = Transcript(request.id)
+    transcript.end("", reason.value)
+    return transcript
+
+
+def metrics_of(request: Request, now: float) -> RequestMetrics:
+    """Latencies of a request, in seconds since the request's arrival."""
+
+    def since(moment: float | None) -> float | None:
+        return None if moment is None else moment - request.arrival
+
+    return RequestMetrics(since(request.started), since(request.first_token), now - request.arrival)
+
+
+def delivery_fault(error: BaseException) -> PenstockError:
+    """What was generated could not be handed over."""
+    return error if isinstance(error, PenstockError) else RequestError(f"the output failed: {described(error)}")
+
+
+def bare_output(request: Request, reason: FinishReason, metrics: RequestMetrics) -> RequestOutput:
+    """For a request whose own completions cannot be put together."""
+    prompt, ids = request.channel.prompt, request.channel.prompt_token_ids
+    return RequestOutput(request.id, prompt, ids, [CompletionOutput(finish_reason=reason.value)], metrics=metrics)
+
+
+def ending_error(request: Request, reason: FinishReason, output: RequestOutput | None) -> PenstockError:
+    """The request ended early without a fault."""
+    if reason is FinishReason.DEADLINE:
+        return DeadlineExceeded(f"request {request.id} passed its deadline", output)
+    return RequestAborted(f"request {request.id} was aborted", output)
+
+
+def closing_error(error: BaseException | None) -> EngineClosed:
+    """The engine ended under the request: when told to, or because of `error`."""
+    return EngineClosed("the engine was stopped" if error is None else f"the engine failed: {text_of(error)}")

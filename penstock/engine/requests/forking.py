@@ -1,0 +1,153 @@
+"""`Fork`: requests that continue what another one has generated, sharing its K/V.
+
+Owns where they branch off, which is the same for all of them, and what they inherit. Made on the caller's thread; the
+engine's thread finds the point, once, for all of them. Called by `InferenceEngine` and `EngineCore`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+from penstock.api.arguments import check_params
+from penstock.api.channel import Channel, RequestStatus
+from penstock.api.prompt import PromptInput
+from penstock.engine.requests.input_processor import InputProcessor
+from penstock.engine.requests.request import Request
+from penstock.errors import EngineOverloaded, RequestError, described
+from penstock.generation import Params
+from penstock.processors import after
+from penstock.sampling import SamplingParams
+from penstock.scheduling.admission import Place
+from penstock.sequence import Sequence, Status
+from penstock.values import integer, token_ids
+
+_LONG_S = 60.0  # advice where waiting does not help
+_ENDED = "request {} has ended: fork it while it runs, or generate() from its output_ids"
+_NOT_BEGUN = "request {} has no tokens yet: fork it after its first delta"
+
+
+class Point(NamedTuple):
+    """Where forks branch off: prompt and text of each, and what its sequence would do from there on."""
+
+    origin: Request
+    sequence: Sequence
+    text: str | None
+    tokens: list[int]
+    params: SamplingParams | None
+
+
+class Fork:
+    """Branches of completion `index` of a request, after its first `at` tokens (None: all that it has by then).
+
+    The token ids of `append` follow there. Raises `RequestError` for impossible arguments.
+    """
+
+    def __init__(self, origin_id: str, *, index: int, at: int | None, append: SequenceOf[int]) -> None:
+        self.origin_id = origin_id
+        self._index = integer("index", index, 0, rule="the number of a completion, an integer >= 0")
+        self._at = None if at is None else integer("at", at, 0, rule="a number of tokens, an integer >= 0, or None")
+        self._append = list(token_ids("append", append))
+        self._point: Point | None = None
+
+    def new_requests(self, request_ids: Iterable[str], origin: Channel, params: Params) -> list[Request]:
+        """Requests for `branch`, with the class and the deadline of their origin. Raises `RequestError`."""
+        params, now, ids = check_params(params), time.monotonic(), origin.prompt_token_ids
+        return [
+            Request(
+                id=request_id,
+                prompt=PromptInput(token_ids=ids),
+                params=params,
+                channel=Channel(request_id, origin.priority, origin.deadline),
+                arrival=now,
+                place=Place(request_id, len(ids), origin.priority, origin.deadline),
+            )
+            for request_id in request_ids
+        ]
+
+    def branch(self, request: Request, origin: Request | None, inputs: InputProcessor) -> Request:
+        """The request as one of the branches. Raises `RequestError` where there is nothing to branch off from."""
+        if self._point is None:
+            self._point = self._find(origin, inputs)
+        point = self._point
+        params = point.params if request.params is None else request.params
+        if params is None:
+            raise RequestError(
+                f"nothing is left of request {self.origin_id}'s max_tokens after {len(point.tokens)} tokens: "
+                "give the fork params of its own"
+            )
+        return dataclasses.replace(
+            request,
+            prompt=PromptInput(point.text, point.tokens),
+            params=params,
+            seed=point.sequence.seed,
+            sample_indices=point.origin.sample_indices,
+            origin=point.sequence,
+            namespace=point.origin.namespace,
+            priority=point.origin.priority,
+            deadline=point.origin.deadline,
+        )
+
+    def _find(self, origin: Request | None, inputs: InputProcessor) -> Point:
+        if origin is None:
+            raise RequestError(_ENDED.format(self.origin_id))
+        if origin.search is not None:
+            raise RequestError(f"request {self.origin_id} is a beam search: fork one that samples")
+        seq = self._completion(origin)
+        at = seq.num_generated if self._at is None else self._at
+        new_tokens = [*seq.tokens[seq.prompt_len : seq.prompt_len + at], *self._append]
+        tokens = [*seq.tokens[: seq.prompt_len], *new_tokens]
+        try:
+            text = inputs.text_after(origin.channel.prompt, new_tokens, seq.params)
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
+            raise RequestError(f"the tokens of the fork could not be turned into text: {described(error)}") from error
+        return Point(origin, seq, text, tokens, _inherited(seq, at, len(tokens)))
+
+    def _completion(self, origin: Request) -> Sequence:
+        """The sequence to branch off from, which has at least `at` tokens."""
+        assert origin.collector is not None or not origin.sequences
+        if not origin.sequences or not origin.sequences[0].num_generated:
+            raise RequestError(_NOT_BEGUN.format(self.origin_id))
+        alike = len(origin.sequences) == 1  # greedy completions are computed once
+        if not 0 <= self._index < (origin.sequences[0].params.n if alike else len(origin.sequences)):
+            raise RequestError(f"request {self.origin_id} has no completion {self._index}")
+        seq = origin.sequences[0 if alike else self._index]
+        if seq.status is Status.FINISHED:
+            raise RequestError(f"completion {self._index} of request {self.origin_id} has ended: fork one that runs")
+        if self._at is not None and not 0 <= self._at <= seq.num_generated:
+            raise RequestError(f"at={self._at} is not among the {seq.num_generated} tokens generated until now")
+        return seq
+
+
+def _inherited(seq: Sequence, at: int, length: int) -> SamplingParams | None:
+    """The parameters of a sequence for what is left of it; None when that is nothing."""
+    room = seq.max_len - length
+    if room < 1:
+        return None
+    min_tokens = min(room, max(0, seq.params.min_tokens - at))
+    single = dataclasses.replace(seq.params, n=1, best_of=None, rank_by=None, prompt_logprobs=None)
+    return dataclasses.replace(after(single, length - seq.prompt_len), min_tokens=min_tokens, max_tokens=room)
+
+
+def check_num_forks(n: int, max_queue_size: int) -> int:
+    """The number. Raises `RequestError`, for more than may ever wait `EngineOverloaded`."""
+    n = integer("n", n, 1, rule="an integer >= 1")
+    if n > max_queue_size:
+        raise EngineOverloaded(
+            f"Request queue is full: {n} forks are more than may wait (max_queue_size={max_queue_size}). "
+            "Ask for fewer, or raise the limit.",
+            _LONG_S,
+        )
+    return n
+
+
+def forkable(channel: Channel | None, request_id: str) -> Channel:
+    """The channel of a request that can be forked as far as its caller's thread knows. Raises `RequestError`."""
+    if channel is None or channel.ended:
+        raise RequestError(_ENDED.format(request_id))
+    if channel.status is RequestStatus.QUEUED:
+        raise RequestError(_NOT_BEGUN.format(request_id))
+    return channel

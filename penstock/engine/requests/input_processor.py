@@ -1,0 +1,232 @@
+"""`InputProcessor`: from a submitted request to sequences that the scheduler can run: encode, validate, resolve.
+
+Long texts and chats are encoded on the tokenizer pool's threads, everything else happens on the engine's thread.
+Refusals are typed and say what to change; nothing is queued before its size is known to fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+
+from penstock.api.log import Logger, make_logger
+from penstock.api.prompt import PromptInput
+from penstock.config import EngineConfig
+from penstock.engine.requests.collector import Collector
+from penstock.engine.requests.ineffective import SpecialTokens, check_ids, ineffective, once
+from penstock.engine.requests.request import Request
+from penstock.engine.text.decoding import TokenDecoder
+from penstock.engine.text.detokenizer import Detokenizer
+from penstock.engine.text.stops import StopStrings
+from penstock.engine.text.stream import NoText, Text, TextStream, TextWatch
+from penstock.engine.text.tokenizer import Tokenizer
+from penstock.engine.text.tokenizing import SHORT_TEXT, TokenizerPool, encode_prompt, encode_words, is_plain
+from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
+from penstock.generation import GenerationConfig, Params, default_params
+from penstock.models.protocol import ModelSpec
+from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.tuner import ceilings
+from penstock.sampling import SamplingParams, resolved, without_prompt_logprobs
+from penstock.scheduling.admission import Admission
+from penstock.sequence import Sequence
+
+# Tokens before a fork whose text may still depend on what follows: more than any character has.
+CONTEXT = 8
+Encoded = tuple[str | None, list[int], list[list[int]]]
+
+
+class InputProcessor:
+    """Admits requests to one model.
+
+    `limit` is the maximum length of a sequence in tokens, `remedy` says how to raise it, as the end of a sentence.
+    `tokenizer` is the engine thread's own copy; None serves token ids only. Parameters without effect are logged as
+    warnings, each kind once.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        limit: int,
+        tokenizer: Tokenizer | None,
+        pool: TokenizerPool,
+        admission: Admission,
+        *,
+        remedy: str = "",
+        log: Logger | None = None,
+    ) -> None:
+        self._config = config
+        self._remedy = remedy
+        self._spec = spec
+        self._limit = limit
+        self._tokenizer = tokenizer
+        self._encodes_short_text = is_plain(tokenizer)
+        self._pool = pool
+        self._admission = admission
+        self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, skip_special_tokens=False)
+        self._special = None if tokenizer is None else SpecialTokens(tokenizer)
+        self._token_texts: dict[int, str] = {}
+        self._warn = once((log or make_logger("warning")).warning)
+
+    def encode(self, request: Request) -> Future[Encoded] | Encoded:
+        """Prompt text, prompt ids and bad words as ids; a future where that takes a thread of the pool.
+
+        Raises `RequestError`.
+        """
+        prompt, words = request.prompt, getattr(request.params, "bad_words", ())
+        if not prompt.needs_tokenizer and not any(isinstance(word, str) for word in words):
+            return _encode(None, prompt, words)
+        if self._encodes_short_text and not words and prompt.text is not None and len(prompt.text) <= SHORT_TEXT:
+            return _encode(self._tokenizer, prompt, words)
+        return self._pool.submit(_encode, prompt, words)
+
+    def admit(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
+        """Give the request its collector and sequences. Raises `RequestError`, `DeadlineExceeded`."""
+        text, ids, bad_words = encoded
+        if now >= min(request.deadline, request.ttft_deadline):
+            raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
+        params = self._resolve(request.params, len(ids), bad_words)
+        stops = self._special_stops(params)
+        # After the length: looking at a million ids holds the interpreter lock.
+        self._check_vocabulary(ids)
+        self._admission.adjust(request.place, len(ids))
+        request.channel.prompt, request.channel.prompt_token_ids = text, ids
+        context = () if request.origin is None else ids[-CONTEXT:]
+        texts = [self._text(params, context) for _ in range(params.num_texts)]
+        request.collector = Collector(request.id, text, ids, params, texts, self._decode_token, stops)
+        request.sequences = self._sequences(request, params, ids, seq_ids, frozenset(stops))
+        if params.use_beam_search:
+            request.search = self._search(request.sequences[0], params)
+
+    def text_after(self, text: str | None, tokens: SequenceOf[int], params: SamplingParams) -> str | None:
+        """A text and that of the tokens after it; None where texts are not known."""
+        if text is None or self._tokenizer is None:
+            return None
+        return text + TokenDecoder(self._tokenizer, params.skip_special_tokens).text(tokens)
+
+    def _check_vocabulary(self, ids: Collection[int]) -> None:
+        highest = max(ids, default=0)
+        if highest >= self._spec.vocab_size:
+            raise RequestError(
+                f"token id {highest} in the prompt is outside the model's vocabulary of {self._spec.vocab_size}"
+            )
+
+    def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
+        """Parameters with a definite `max_tokens` that fits."""
+        room = self._limit - prompt_len
+        if room < 1:
+            raise RequestTooLarge(
+                f"the prompt has {prompt_len} tokens and the limit is {self._limit} for prompt and output together: "
+                f"shorten the prompt{self._remedy}"
+            )
+        if params is None:
+            params = default_params(self._spec.defaults, self._config.default_max_tokens, prompt_len)
+            max_tokens = min(room, params.max_tokens or room)
+        else:
+            if isinstance(params, GenerationConfig):
+                params = params.sampling_params(prompt_len, room)
+            max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise RequestTooLarge(
+                f"{prompt_len} prompt tokens and max_tokens={max_tokens} exceed the limit of {self._limit}: "
+                f"ask for at most {room}, or max_tokens=None for what fits{self._remedy}"
+            )
+        self._check_numbers(params)
+        self._check_effects(params)
+        return resolved(params, max_tokens, bad_words)
+
+    def _check_numbers(self, params: SamplingParams) -> None:
+        """Refuse more samples, beams or logprobs than this engine gives."""
+        if params.num_samples > self._config.max_queue_size:
+            raise RequestTooLarge(
+                f"{params.num_samples} completions of one prompt are more than may wait "
+                f"({self._config.max_queue_size}): ask for fewer, or raise max_queue_size"
+            )
+        if params.num_beams and params.num_beams > (max_rows := ceilings(self._config).max_batch_size):
+            raise RequestTooLarge(
+                f"{params.num_beams} beams are more than run in one step ({max_rows}): "
+                "search with fewer, or raise max_batch_size"
+            )
+        max_logprobs = self._config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name) or 0
+            if max_logprobs >= 0 and not 0 <= value <= max_logprobs:
+                raise RequestError(
+                    f"{name}={value} is more than this engine gives ({max_logprobs}): raise max_logprobs"
+                )
+
+    def _check_effects(self, params: SamplingParams) -> None:
+        """Refuse what certainly never acts, and warn of what probably does not."""
+        check_ids(params, self._spec.vocab_size)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need text, and this engine serves token ids only: pass stop_token_ids")
+        for sentence in ineffective(params, self._spec, self._special):
+            self._warn(sentence)
+
+    def _special_stops(self, params: SamplingParams) -> dict[int, str]:
+        """Stop strings that are special tokens which the text leaves out, by id."""
+        if not params.stop or not params.skip_special_tokens or self._special is None:
+            return {}
+        return self._special.ids_of(params.stop)
+
+    def _sequences(
+        self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int], stops: frozenset[int]
+    ) -> list[Sequence]:
+        assert params.max_tokens is not None
+        eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
+        sequences: list[Sequence] = []
+        for _ in range(params.num_sequences):
+            first = sequences[0] if sequences else None
+            sequence = Sequence(
+                id=next(seq_ids),
+                request_id=request.id,
+                params=params if first is None else without_prompt_logprobs(params),  # scored once is enough
+                tokens=list(ids),
+                max_len=len(ids) + params.max_tokens,
+                stop_ids=eos | stops | frozenset(params.stop_token_ids or ()),
+                seed=request.seed if params.seed is None else params.seed,
+                sample_index=next(request.sample_indices),
+                priority=request.priority,
+                arrival=request.arrival,
+                deadline=request.deadline,
+                # The first token may be that of any completion.
+                ttft_deadline=request.ttft_deadline if first is None else math.inf,
+                namespace=request.namespace,
+                parent=first or request.origin,
+            )
+            sequences.append(sequence)
+        return sequences
+
+    def _search(self, root: Sequence, params: SamplingParams) -> BeamSearch:
+        text = self._text(params) if params.stop else None
+        watch = TextWatch(text) if isinstance(text, TextStream) else None
+        return BeamSearch(params, root.max_len - root.prompt_len, root.stop_ids, watch)
+
+    def _text(self, params: SamplingParams, context: SequenceOf[int] = ()) -> Text:
+        """A fresh stream of text; the tokens of `context` precede it and are not shown again."""
+        if self._tokenizer is None or not params.detokenize:
+            return NoText()
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+        for token in context:
+            detokenizer.push(token)
+        stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
+        return TextStream(detokenizer, stops, params.min_tokens)
+
+    def _decode_token(self, token: int) -> str | None:
+        if self._decoder is None:
+            return None
+        text = self._token_texts.get(token)
+        if text is None:
+            text = self._token_texts[token] = self._decoder.text([token])
+        return text
+
+
+def _encode(tokenizer: Tokenizer | None, prompt: PromptInput, bad_words: Collection[str | SequenceOf[int]]) -> Encoded:
+    text, ids = encode_prompt(tokenizer, prompt)
+    return text, ids, encode_words(tokenizer, bad_words) if bad_words else []

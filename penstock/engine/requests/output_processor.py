@@ -1,0 +1,258 @@
+"""`OutputProcessor`: from the scheduler's events to what the readers of open requests get.
+
+Owns which sequence belongs to which request, the events not yet published, and every ending: exactly one each. A fault
+in one request's delivery ends that request. Runs on the engine's loop, called by `EngineCore`; knows nothing of steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from penstock.api.channel import RequestStatus, Wakeups, hop
+from penstock.api.log import Logger
+from penstock.engine.observe.metrics import Metrics
+from penstock.engine.requests.collector import Collector
+from penstock.engine.requests.endings import (
+    bare_output,
+    closing_error,
+    delivery_fault,
+    ending_error,
+    final_transcript,
+    metrics_of,
+)
+from penstock.engine.requests.request import Request
+from penstock.engine.text.stream import text_fault
+from penstock.errors import RequestError, text_of
+from penstock.outputs import RequestOutput
+from penstock.scheduling.admission import Admission
+from penstock.scheduling.scheduler import Scheduler
+from penstock.sequence import FinishReason
+from penstock.step import Event
+
+_REGULAR = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """What accumulates while one step's events are delivered."""
+
+    now: float
+    wakeups: Wakeups = field(default_factory=Wakeups)
+    latencies_s: list[float] = field(default_factory=list)
+
+
+class OutputProcessor:
+    """`forget(seq_id)` and `ended(request_id)` are called once for every sequence and every request that ends."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        admission: Admission,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        log: Logger,
+        *,
+        forget: Callable[[int], None],
+        ended: Callable[[str], None],
+    ) -> None:
+        self.requests: dict[str, Request] = {}
+        self._scheduler = scheduler
+        self._admission = admission
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        self._forget = forget
+        self._ended = ended
+        self._owners: dict[int, tuple[Request, int]] = {}  # by sequence id; with the index of its completion
+        self._unpublished: list[Event] = []
+
+    def register(self, request: Request) -> bool:
+        """Take responsibility for a request; False, with its end, when its id is in use."""
+        if request.id not in self.requests:
+            self.requests[request.id] = request
+            return True
+        error = RequestError(f"request id {request.id!r} is already running: use another, or none")
+        wakeups = Wakeups()
+        self._admission.release(request.place)
+        request.channel.end(RequestStatus.FAILED, None, error, wakeups)
+        wakeups.send()
+        return False
+
+    def attach(self, request: Request) -> None:
+        """From now on the events of its sequences reach the request."""
+        assert request.collector is not None
+        for index, seq in enumerate(request.sequences[: request.collector.num_texts]):
+            self._owners[seq.id] = request, index
+        self._metrics.count("prompt_tokens", len(request.channel.prompt_token_ids))
+
+    def add_events(self, events: list[Event]) -> None:
+        """Keep events for the next `publish`."""
+        self._unpublished += events
+
+    def note_started(self) -> None:
+        """Requests whose first sequence was just planned have left the queue."""
+        now = self._clock()
+        for sequence in self._scheduler.take_started():
+            owner = self._owners.get(sequence.id)
+            if owner is None or owner[0].started is not None:
+                continue
+            request = owner[0]
+            request.started = now
+            request.channel.status = RequestStatus.PROCESSING
+            self._admission.release(request.place)
+            self._metrics.record("queue_time", now - request.arrival)
+
+    def publish(self) -> None:
+        """Hand every event to its reader: one hop per consumer loop."""
+        events, self._unpublished = self._unpublished, []
+        if not events:
+            return
+        delivery, owners = _Delivery(self._clock()), self._owners
+        for event in events:
+            owner = owners.get(event.seq_id)
+            if owner is not None:
+                try:
+                    self._deliver(*owner, event, delivery)
+                except BaseException as error:
+                    self._fail(owner[0], error, delivery.wakeups)
+            if event.reason is not None:
+                owners.pop(event.seq_id, None)
+                self._forget(event.seq_id)
+        if delivery.latencies_s:
+            self._metrics.record("inter_token_latency", *delivery.latencies_s)
+        delivery.wakeups.send()
+
+    def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request that did not complete, with what it has so far, and tell its reader at once."""
+        self.publish()  # what was committed counts, and may have ended it
+        if not request.channel.ended:
+            wakeups = Wakeups()
+            self._end(request, reason, error, wakeups)
+            wakeups.send()
+
+    def close(self, error: BaseException | None) -> None:
+        """End every open request because the engine ends. Asks nothing of the scheduler, which may have failed."""
+        wakeups = Wakeups()
+        for request in list(self.requests.values()):
+            self._put_final(request, FinishReason.ABORT, wakeups)
+            output = self._output(request, FinishReason.ABORT)
+            self._close(request, RequestStatus.FAILED, output, closing_error(error), wakeups)
+        wakeups.send()
+
+    def _deliver(self, request: Request, index: int, event: Event, delivery: _Delivery) -> None:
+        collector, wakeups = request.collector, delivery.wakeups
+        assert collector is not None
+        if event.reason is not None and event.reason not in _REGULAR:
+            self._end(request, event.reason, event.error, wakeups)
+            return
+        try:
+            transcripts = collector.push(index, event)
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
+            self._end(request, FinishReason.ERROR, text_fault(error), wakeups)
+            return
+        if event.tokens:
+            self._time_tokens(request, len(event.tokens), delivery)
+        if collector.streams:
+            for transcript in transcripts:
+                request.channel.put(transcript, wakeups)
+        if transcripts[0].finish_reason is not None:
+            self._retire(request.sequences[index].id, FinishReason.STOP)
+            if collector.done:
+                self._rank(request, collector, wakeups)
+
+    def _time_tokens(self, request: Request, count: int, delivery: _Delivery) -> None:
+        previous, request.last_token = request.last_token, delivery.now
+        if previous is None:
+            request.first_token = delivery.now
+            self._metrics.record("first_token_latency", delivery.now - request.arrival)
+        elif len(request.sequences) == 1:
+            delivery.latencies_s.append((delivery.now - previous) / count)
+
+    def _rank(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
+        """All candidates have ended: complete the request, after ranking by a function of its caller's, if any."""
+        scores = collector.call_scorer()
+        if scores is None:
+            self._complete(request, collector, wakeups)
+        else:
+            loop = asyncio.get_running_loop()
+            scores.add_done_callback(lambda future: hop(loop, self._ranked, request, collector, future))
+
+    def _ranked(self, request: Request, collector: Collector, scores: Future[list[float]]) -> None:
+        if request.channel.ended:
+            return
+        wakeups = Wakeups()
+        try:
+            collector.rank(scores.result())
+            self._complete(request, collector, wakeups)
+        except BaseException as error:
+            self._fail(request, error, wakeups)
+        wakeups.send()
+
+    def _complete(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
+        output = collector.output(metrics_of(request, self._clock()))
+        if not collector.streams:
+            for transcript in collector.chosen():
+                request.channel.put(transcript, wakeups)
+        self._metrics.record("end_to_end_latency", self._clock() - request.arrival)
+        self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
+
+    def _fail(self, request: Request, error: BaseException, wakeups: Wakeups) -> None:
+        """A fault in the delivery of a request ends it, and nothing else."""
+        if not request.channel.ended:
+            self._end(request, FinishReason.ERROR, delivery_fault(error), wakeups)
+
+    def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
+        """End a request that did not complete, with what it has so far."""
+        for sequence in request.sequences:
+            self._retire(sequence.id, reason)
+        self._put_final(request, reason, wakeups)
+        output = self._output(request, reason)
+        status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
+        error = error or ending_error(request, reason, output)
+        if output is not None:
+            output.error = text_of(error)
+        self._close(request, status, output, error, wakeups)
+
+    def _retire(self, seq_id: int, reason: FinishReason) -> None:
+        """Deliver nothing of a sequence any more; one that still runs leaves the scheduler."""
+        self._owners.pop(seq_id, None)
+        self._unpublished += self._scheduler.finish(seq_id, reason)
+
+    def _put_final(self, request: Request, reason: FinishReason, wakeups: Wakeups) -> None:
+        """The last deltas of a request that did not complete. Never fails: without its own text, if need be."""
+        try:
+            transcripts = request.collector.close(reason) if request.collector else [final_transcript(request, reason)]
+        except BaseException:  # the very fault, perhaps, that ends the request
+            transcripts = [final_transcript(request, reason)]
+        for transcript in transcripts:
+            request.channel.put(transcript, wakeups)
+
+    def _output(self, request: Request, reason: FinishReason) -> RequestOutput | None:
+        """The partial output of a request; the bare facts where that cannot be put together."""
+        if request.collector is None:
+            return None
+        metrics = metrics_of(request, self._clock())
+        try:
+            return request.collector.output(metrics)
+        except BaseException:
+            return bare_output(request, reason, metrics)
+
+    def _close(
+        self,
+        request: Request,
+        status: RequestStatus,
+        output: RequestOutput | None,
+        error: Exception | None,
+        wakeups: Wakeups,
+    ) -> None:
+        try:
+            self.requests.pop(request.id, None)
+            self._ended(request.id)
+            self._admission.release(request.place)
+            self._metrics.count("requests", 1)
+        finally:
+            request.channel.end(status, output, error, wakeups)
+        self._log.debug("request ended", request_id=request.id, status=status.value)

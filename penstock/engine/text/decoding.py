@@ -1,0 +1,144 @@
+"""`TokenDecoder`: from token ids to text, the one guarded way: what an id is to a tokenizer, and what ids say.
+
+Owns what was learned of a tokenizer's ids, one by one. Never raises for an id that the tokenizer does not know, such
+as the padding of a model's vocabulary: it has no text. Runs on the engine's thread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
+from enum import Enum
+from weakref import WeakKeyDictionary
+
+from penstock.engine.text.tokenizer import Tokenizer
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class Kind(Enum):
+    """What an id is to the decoder."""
+
+    INVISIBLE = "invisible"  # left out: a skipped special token, an id outside the vocabulary
+    BYTE = "byte"  # <0x41>: joined with its neighbours to characters
+    TEXT = "text"
+
+
+@dataclass(slots=True)
+class Facts:
+    """What is known of a vocabulary, learned id by id; shared by all decoders of one tokenizer.
+
+    `context_free`: the text of a token, or of a character written in byte tokens, never depends on what came before,
+    once a complete character has. Then `texts` and `characters` have their texts there. `num_ids`: of a tokenizer
+    written in Python, what no id may reach.
+    """
+
+    context_free: bool
+    num_ids: int = 0
+    kinds: dict[int, Kind] = field(default_factory=dict)
+    bytes: dict[int, int] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    characters: dict[str, str] = field(default_factory=dict)
+
+
+_facts: WeakKeyDictionary[Tokenizer, dict[bool, Facts]] = WeakKeyDictionary()
+
+
+class TokenDecoder:
+    """Decodes with a transformers tokenizer whose vocabulary no longer changes."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self.facts = _facts_of(tokenizer, skip_special_tokens)
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+
+    def decode(self, visible: list[int]) -> str:
+        """What ids say, none of which is invisible. Raises what the tokenizer raises."""
+        options = {"skip_special_tokens": self._skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(visible, **options))
+
+    def text(self, token_ids: Iterable[int]) -> str:
+        """What any ids say."""
+        visible = [token_id for token_id in token_ids if self.kind(token_id) is not Kind.INVISIBLE]
+        return self.decode(visible) if visible else ""
+
+    def kind(self, token_id: int) -> Kind:
+        """What an id is."""
+        kind = self.facts.kinds.get(token_id)
+        if kind is None:
+            kind = self.facts.kinds[token_id] = self._classify(token_id)
+            if kind is Kind.INVISIBLE and self.facts.context_free:
+                self.facts.texts[token_id] = ""
+        return kind
+
+    def _classify(self, token_id: int) -> Kind:
+        token = self._token(token_id)
+        if token is None:
+            return Kind.INVISIBLE
+        match = _BYTE.fullmatch(token) if isinstance(token, str) else None
+        if match and match[0] not in self.decode([token_id]):  # else the decoder takes it literally
+            self.facts.bytes[token_id] = int(match[1], 16)
+            return Kind.BYTE
+        return Kind.TEXT
+
+    def _token(self, token_id: int) -> str | bytes | None:
+        """The vocabulary's entry, or None if decoding leaves it out; some tokenizers written in Python have bytes."""
+        tokenizer = self._tokenizer
+        if hasattr(tokenizer, "backend_tokenizer"):
+            # It skips other tokens than the ones transformers lists as special. What it decodes shows at least as
+            # U+FFFD, but for spaces at the start of a text, so a token that is empty eight times in a row is left out.
+            (token,) = tokenizer.convert_ids_to_tokens([token_id])
+            return None if token is None or not self.decode([token_id] * 8) else token
+        if token_id >= self.facts.num_ids:
+            return None
+        try:
+            tokens = tokenizer.convert_ids_to_tokens([token_id], skip_special_tokens=self._skip_special_tokens)
+        except LookupError:  # a vocabulary with gaps
+            return None
+        return tokens[0] if tokens else None
+
+
+def _facts_of(tokenizer: Tokenizer, skip_special_tokens: bool) -> Facts:
+    both = _facts.setdefault(tokenizer, {})
+    if skip_special_tokens not in both:
+        in_python = not hasattr(tokenizer, "backend_tokenizer")
+        both[skip_special_tokens] = Facts(_is_context_free(tokenizer), _num_ids(tokenizer) if in_python else 0)
+    return both[skip_special_tokens]
+
+
+def _num_ids(tokenizer: Tokenizer) -> int:
+    """One more than the highest id; a vocabulary with gaps has fewer tokens."""
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    length = len(tokenizer) if isinstance(tokenizer, Sized) else sys.maxsize
+    return max(length, max(vocabulary.values(), default=-1) + 1)
+
+
+def _is_context_free(tokenizer: Tokenizer) -> bool:
+    """Known of the two decoders that nearly all models have: byte-level, and Replace, ByteFallback, Fuse, Strip.
+
+    Others are decoded in context each time.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None or redefines(tokenizer, "decode", "_decode"):
+        return False
+    decoder = json.loads(backend.decoder.__getstate__())
+    parts = decoder.get("decoders", [decoder])
+    return decoder["type"] == "ByteLevel" or all(map(_works_by_character, parts))
+
+
+def _works_by_character(decoder: dict[str, object]) -> bool:
+    match decoder:
+        case {"type": "ByteFallback" | "Fuse"} | {"type": "Strip", "stop": 0}:
+            return True
+        case {"type": "Replace", "pattern": {"String": pattern}}:
+            return len(pattern) == 1
+    return False
+
+
+def redefines(tokenizer: Tokenizer, *names: str) -> bool:
+    """Whether a model's own tokenizer class changes one of these methods of the common base classes."""
+    classes = (c for c in type(tokenizer).__mro__ if not c.__module__.startswith("transformers.tokenization_"))
+    return any(name in vars(c) for c in classes for name in names)

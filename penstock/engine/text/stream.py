@@ -1,0 +1,121 @@
+"""`TextStream`: one completion's tokens in, the text that may be shown out, and the stop string that ends it.
+
+Owns the order of things: detokenize, then look for stops. Never decides that a request ends, it only says so. Called
+by the collector on the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import NamedTuple, Protocol
+
+from penstock.engine.text.detokenizer import Detokenizer
+from penstock.engine.text.stops import StopStrings
+from penstock.errors import RequestError, described
+
+
+class TextDelta(NamedTuple):
+    """New text; the stop string that was completed, or None; and how many of the pushed tokens count.
+
+    `num_tokens` is all of them, or, at a stop, those up to and including the one that completed it.
+    """
+
+    text: str
+    stop: str | None
+    num_tokens: int
+
+
+class Text(Protocol):
+    """What the collector asks."""
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Take accepted tokens."""
+        ...
+
+    def finish(self) -> TextDelta:
+        """The text still held back, now that no token follows, and the stop string that it completes, if any."""
+        ...
+
+
+class NoText:
+    """The text of a completion without detokenizing."""
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """No text; all tokens count."""
+        return TextDelta("", None, len(token_ids))
+
+    def finish(self) -> TextDelta:
+        """No text."""
+        return TextDelta("", None, 0)
+
+
+class TextStream:
+    """The text of one completion.
+
+    Stop strings are looked for in the text that appears with token `min_tokens` + 1 and later ones: no part of a stop
+    may lie in text that the first `min_tokens` tokens made certain. A special token has the text that the detokenizer
+    gives it; a stop token whose text must not show is simply not pushed.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings, min_tokens: int = 0) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._watches = bool(stops)
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self._stop: str | None = None
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Take tokens one by one, up to the one that completes a stop string; later tokens are dropped."""
+        if not self._watches:
+            return TextDelta("".join(map(self._detokenizer.push, token_ids)), None, len(token_ids))
+        texts: list[str] = []
+        before = self._num_tokens
+        for token_id in token_ids:
+            if self._stop is not None:
+                break
+            self._num_tokens += 1
+            texts.append(self._filter(self._detokenizer.push(token_id)))
+        return TextDelta("".join(texts), self._stop, self._num_tokens - before)
+
+    def copy(self) -> TextStream:
+        """Another one that goes on from here by itself."""
+        twin = copy(self)
+        twin._detokenizer, twin._stops = self._detokenizer.copy(), copy(self._stops)
+        return twin
+
+    def finish(self) -> TextDelta:
+        """The text still held back, now that no token follows; cut as ever if it completes a stop string."""
+        text = self._filter(self._detokenizer.flush())
+        return TextDelta(text + self._stops.flush(), self._stop, 0)
+
+    def _filter(self, text: str) -> str:
+        if self._num_tokens <= self._min_tokens:
+            return text
+        text, self._stop = self._stops.push(text)
+        return text
+
+
+class TextWatch:
+    """Finds stop strings in the text of a beam, for its search.
+
+    The stream is never advanced: each further token is tried on a copy.
+    """
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+
+    def after(self, token: int) -> TextWatch | None:
+        """The text with one more token; None when that completes a stop string. Raises `RequestError`."""
+        stream = self._stream.copy()
+        try:
+            stop = stream.push([token]).stop
+        except BaseException as error:  # a tokenizer's panic is no `Exception`
+            raise text_fault(error) from error
+        return TextWatch(stream) if stop is None else None
+
+
+def text_fault(error: BaseException) -> RequestError:
+    """The error of a request whose tokens could not be decoded."""
+    return RequestError(f"the output could not be turned into text: {described(error)}")

@@ -1,0 +1,183 @@
+"""Prompts to token ids, and the worker threads on which that happens.
+
+Owns private copies of the tokenizer, one per worker. Never touches the caller's tokenizer after the constructor, never
+runs on an event loop. Called by the engine for every prompt that is not token ids already.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from penstock.api.exiting import join
+from penstock.api.prompt import EMPTY, Message, PromptInput, read_ids
+from penstock.engine.text.decoding import redefines
+from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
+from penstock.errors import EngineClosed, RequestError, text_of
+
+# Characters that a Rust tokenizer encodes in less time than two changes of thread take.
+SHORT_TEXT = 256
+
+T = TypeVar("T")
+_Job = Callable[[Tokenizer | None], None]
+_Jobs = SimpleQueue[_Job | None]
+
+
+class TokenizerPool:
+    """Worker threads that run functions on tokenizers that no two threads share.
+
+    Tokenizers are not thread-safe ("Already borrowed"), so each worker has a copy. The copies are made here, not at
+    first use: copying must not meet the caller changing the tokenizer. Workers are daemons, sleep while idle, and end
+    with `close` or with the pool.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, num_workers: int = 2) -> None:
+        self._jobs: _Jobs = SimpleQueue()
+        self._lock = threading.Lock()  # nothing may enter the queue behind the end mark
+        self._resting = threading.Event()
+        self._threads = []
+        for number in range(num_workers):
+            args = (self._jobs, copy_tokenizer(tokenizer), self._resting)
+            thread = threading.Thread(target=_work, args=args, name=f"penstock-tokenizer-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._end = weakref.finalize(self, self._jobs.put, None)
+
+    def submit(self, fn: Callable[..., T], *args: Any) -> Future[T]:
+        """Run `fn(tokenizer, *args)` on a worker. Raises `EngineClosed` after `close`."""
+        future: Future[T] = Future()
+        with self._lock:
+            if not self._end.alive:
+                raise EngineClosed("the tokenizer workers were stopped: create a new engine")
+            self._jobs.put(lambda tokenizer: _resolve(future, fn, tokenizer, args))
+        return future
+
+    def close(self) -> None:
+        """Take no more work. What was submitted before still runs; returns without waiting for it."""
+        with self._lock:
+            self._end()
+
+    def rest(self, until: float) -> None:
+        """The process exits: begin no work that waits, and see the workers end until then."""
+        self._resting.set()
+        self._jobs.put(None)
+        join(self._threads, until)
+
+
+def _work(jobs: _Jobs, tokenizer: Tokenizer | None, resting: threading.Event) -> None:
+    while (job := jobs.get()) is not None and not resting.is_set():
+        job(tokenizer)
+        del job  # an idle worker keeps no prompt alive
+    jobs.put(None)  # for the next worker
+
+
+def _resolve(future: Future[T], fn: Callable[..., T], tokenizer: Tokenizer | None, args: tuple[Any, ...]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = fn(tokenizer, *args)
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # else its traceback and it keep each other alive
+    else:
+        future.set_result(result)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer | None, prompt: PromptInput, *, add_special_tokens: bool = True
+) -> tuple[str | None, list[int]]:
+    """Return (the prompt's text, its token ids); the text is None where only ids were given.
+
+    Chat messages go through the tokenizer's template, which writes the special tokens itself. `tokenizer` may be None
+    for token ids. Raises `RequestError` for what cannot be encoded.
+    """
+    if prompt.token_ids is not None:
+        return prompt.text, prompt.token_ids
+    if prompt.messages is not None:
+        text = _render(tokenizer, prompt.messages)
+        return text, _encode_text(tokenizer, text, add_special_tokens=False)
+    return prompt.text, _encode_text(tokenizer, prompt.text or "", add_special_tokens)
+
+
+def encode_words(tokenizer: Tokenizer | None, words: Iterable[str | Sequence[int]]) -> list[list[int]]:
+    """Token ids of `bad_words`: each string as at the start of a text and as after a space; ids as they are.
+
+    Raises `RequestError` for what is neither, and for strings when `tokenizer` is None.
+    """
+    encoded: list[list[int]] = []
+    for word in words:
+        for ids in _encode_word(tokenizer, word):
+            if ids not in encoded:
+                encoded.append(ids)
+    return encoded
+
+
+def _encode_word(tokenizer: Tokenizer | None, word: str | Sequence[int]) -> list[list[int]]:
+    if not isinstance(word, str):
+        return [read_ids(word)]
+    _need_tokenizer(tokenizer, "pass bad_words as lists of token ids")
+    bare = word.lstrip(" ") or word
+    return [_encode_text(tokenizer, text, add_special_tokens=False) for text in (bare, f" {bare}")]
+
+
+def _encode_text(tokenizer: Tokenizer | None, text: str, add_special_tokens: bool) -> list[int]:
+    _need_tokenizer(tokenizer, 'pass {"prompt_token_ids": [...]}')
+    assert tokenizer is not None
+    if not text:
+        raise RequestError(EMPTY)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{text[:40]!r} has half a surrogate pair at character {error.start}: remove it") from None
+    ids = _encode_valid(tokenizer, text, add_special_tokens)
+    if not ids:
+        raise RequestError(f"{text[:40]!r} has no tokens: pass other text, or token ids")
+    return ids
+
+
+def _encode_valid(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """What `tokenizer.encode` returns, by its backend alone where there is one.
+
+    transformers' own call computes offsets and masks as well. For a long text, `encode_batch_fast` releases the
+    interpreter lock, which `backend.encode` holds; for a short one, getting the lock back takes longer than encoding.
+    """
+    if not is_plain(tokenizer):
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+    backend = getattr(tokenizer, "backend_tokenizer")  # noqa: B009 - not every tokenizer has one
+    if len(text) <= SHORT_TEXT:
+        return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+    return list(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+
+def is_plain(tokenizer: Tokenizer | None) -> bool:
+    """Whether `tokenizer.encode` is what its backend does, with no state or method of its own in between."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return (
+        tokenizer is not None
+        and backend is not None
+        and backend.truncation is None
+        and backend.padding is None
+        and backend.encode_special_tokens == getattr(tokenizer, "split_special_tokens", None)
+        and not redefines(tokenizer, "__call__", "encode", "_encode_plus", "_batch_encode_plus")
+    )
+
+
+def _render(tokenizer: Tokenizer | None, messages: Sequence[Message]) -> str:
+    """The messages as one text, as the tokenizer's chat template writes them."""
+    _need_tokenizer(tokenizer, 'pass {"prompt_token_ids": [...]}')
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
+    try:
+        render = getattr(tokenizer, "apply_chat_template")  # noqa: B009 - not every tokenizer has it
+        return str(render(list(messages), add_generation_prompt=True, tokenize=False))
+    except BaseException as error:  # templates raise what they like about roles and orders that they do not know
+        raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
+
+
+def _need_tokenizer(tokenizer: Tokenizer | None, remedy: str) -> None:
+    if tokenizer is None:
+        raise RequestError(f"this engine serves token ids only: {remedy}")

@@ -1,0 +1,153 @@
+"""`AsyncLLMEngine`: the engine under the names of vLLM's lessons; streams `RequestOutput`s instead of deltas.
+
+A thin face over `InferenceEngine`; it owns nothing but the accumulation of what it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+from penstock.api.handle import RequestHandle
+from penstock.api.prompt import Prompt
+from penstock.engine.inference import InferenceEngine
+from penstock.facades.engine_args import engine_config
+from penstock.generation import Params
+from penstock.outputs import CompletionOutput, Delta, RequestOutput
+from penstock.sampling import OutputKind, RequestPriority, SamplingParams
+from penstock.values import LARGEST_COUNT, integer, items
+
+
+class AsyncEngineArgs:
+    """Arguments of an `AsyncLLMEngine`: `model`, `tokenizer`, and those of `LLM` and `EngineConfig`."""
+
+    def __init__(self, model: Any = None, tokenizer: Any = None, **settings: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = engine_config(settings, {"max_batch_size": 256, "max_sequence_length": None})
+
+
+class OutputStream:
+    """One request: awaitable for the final `RequestOutput`, iterable for one after every step.
+
+    What each holds follows `SamplingParams.output_kind`: everything so far (the default), only the news, or only the
+    final result. Cancelling, closing or dropping it aborts the request.
+    """
+
+    def __init__(self, handle: RequestHandle, kind: OutputKind, n: int) -> None:
+        self._handle = handle
+        self._kind = kind
+        self._n = n
+        self._so_far: dict[int, CompletionOutput] = {}
+        self._over = False
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self._handle.request_id
+
+    def __await__(self) -> Any:
+        return self._handle.__await__()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._over:
+            raise StopAsyncIteration
+        if self._kind is OutputKind.FINAL_ONLY:
+            self._over = True
+            return await self._handle
+        delta = await self._handle.__anext__()
+        self._so_far[delta.index] = _extended(self._so_far.get(delta.index), delta)
+        if self._kind is OutputKind.DELTA:
+            return self._output([_fresh(delta)])
+        if self._complete and delta.finish_reason in ("stop", "length"):
+            return await self._handle  # what deltas do not carry is in the result: metrics, prompt logprobs
+        return self._output([self._so_far[index] for index in sorted(self._so_far)])
+
+    async def aclose(self) -> None:
+        """Abort the request if it still runs."""
+        await self._handle.aclose()
+
+    @property
+    def _complete(self) -> bool:
+        """Whether every completion has had its last delta; one that is still to come may not have had its first."""
+        return len(self._so_far) == self._n and all(out.finish_reason for out in self._so_far.values())
+
+    def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
+        handle = self._handle
+        return RequestOutput(self.request_id, handle.prompt, handle.prompt_token_ids, outputs, self._complete)
+
+
+def _fresh(delta: Delta) -> CompletionOutput:
+    return CompletionOutput(
+        index=delta.index,
+        text=delta.text,
+        token_ids=list(delta.token_ids),
+        cumulative_logprob=sum(delta.token_logprobs),
+        logprobs=list(delta.logprobs) or None,
+        finish_reason=delta.finish_reason,
+        stop_reason=delta.stop_reason,
+        token_logprobs=list(delta.token_logprobs),
+    )
+
+
+def _extended(before: CompletionOutput | None, delta: Delta) -> CompletionOutput:
+    """A new record, so that what was shown before stays as it was."""
+    new = _fresh(delta)
+    if before is None:
+        return new
+    new.text = before.text + new.text
+    new.token_ids = before.token_ids + new.token_ids
+    new.cumulative_logprob += before.cumulative_logprob
+    new.token_logprobs = before.token_logprobs + new.token_logprobs
+    if before.logprobs or new.logprobs:
+        new.logprobs = (before.logprobs or []) + (new.logprobs or [])
+    return new
+
+
+class AsyncLLMEngine:
+    """Online generation for servers. Make it with `from_engine_args`; it loads its model on first use."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def from_engine_args(cls, engine_args: AsyncEngineArgs) -> Self:
+        """An engine for the arguments. Raises `ConfigurationError`."""
+        return cls(InferenceEngine(engine_args.model, engine_args.tokenizer, engine_args.config))
+
+    def generate(
+        self, prompt: Prompt, sampling_params: Params = None, request_id: str | None = None, *, priority: int = 0
+    ) -> OutputStream:
+        """Submit at once; `await` or iterate the result. `priority` is vLLM's: lower is served first, 0 is normal."""
+        kind, n = OutputKind.CUMULATIVE, 1
+        if isinstance(sampling_params, SamplingParams):
+            kind, n = sampling_params.output_kind, sampling_params.n
+        handle = self.engine.generate(prompt, sampling_params, request_id=request_id, priority=_class_of(priority))
+        return OutputStream(handle, kind, n)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Abort one request or several; unknown ids are ignored."""
+        for one in [request_id] if isinstance(request_id, str) else items("request_id", request_id):
+            self.engine.abort(one)
+
+    async def get_tokenizer(self) -> Any:
+        """The model's tokenizer; loads the model if that has not happened."""
+        await self.engine.__aenter__()
+        return self.engine.tokenizer
+
+    def get_stats(self) -> dict[str, Any]:
+        """The engine's figures."""
+        return self.engine.get_stats()
+
+    def shutdown(self) -> None:
+        """Stop at once and free everything."""
+        self.engine.stop(0.0)
+
+
+def _class_of(priority: int) -> RequestPriority:
+    """vLLM's number, lower first, as a class: -1 is HIGH, -2 and below CRITICAL, 1 and above LOW."""
+    number = integer("priority", priority, -LARGEST_COUNT, rule="an integer, lower first")
+    return RequestPriority(min(4, max(1, RequestPriority.NORMAL - number)))

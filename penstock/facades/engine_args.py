@@ -1,0 +1,39 @@
+"""The constructor arguments of `LLM` and `AsyncEngineArgs`, translated into an `EngineConfig`.
+
+Accepts the vocabulary of vLLM's lessons: what has a meaning here takes effect, what has none for one process is
+accepted at its harmless value and refused, with the remedy, at any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from penstock.config import EngineConfig, canonical
+from penstock.errors import ConfigurationError
+
+# Arguments that only other engines need; any value is harmless.
+_IGNORED = frozenset({"disable_custom_all_reduce", "disable_log_requests", "enforce_eager", "max_paddings"})
+
+
+def engine_config(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> EngineConfig:
+    """An `EngineConfig` from the arguments and, for what they leave open, a caller's own `defaults`.
+
+    Raises `ConfigurationError` for unknown or impossible arguments.
+    """
+    given = canonical({name: value for name, value in arguments.items() if name not in _IGNORED})
+    settings = {**defaults, **given}
+    if "memory_pool_size" in given and "gpu_memory_utilization" not in given:
+        settings["gpu_memory_utilization"] = None  # bytes that were asked for count more than a default fraction
+    _refuse_parallel(settings)
+    if settings.get("max_num_batched_tokens", 0) is None:
+        del settings["max_num_batched_tokens"]  # None leaves the choice to the engine
+    if settings.pop("disable_log_stats", False):
+        settings["enable_metrics"] = False
+    return EngineConfig(**settings)
+
+
+def _refuse_parallel(settings: dict[str, Any]) -> None:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if settings.pop(name, 1) != 1:
+            raise ConfigurationError(f"{name} must be 1: this engine runs in one process, on one device")

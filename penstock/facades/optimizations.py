@@ -1,0 +1,141 @@
+"""What optimizations did: the figures of a generation, their totals, and each feature in a sentence.
+
+Pure functions of outputs, settings and the engine's statistics. Called by `PerformanceOptimizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.api.series import Series
+from penstock.optimizers.levels import ALWAYS, MIB, NO_CHECKPOINTS, OptimizationConfig
+from penstock.outputs import RequestOutput
+from penstock.sampling import SamplingParams
+
+LABEL = 30  # characters before what is said
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One call of `optimized_generate`; times in seconds."""
+
+    strategy: str
+    generation_time: float
+    first_token_time: float
+    tokens_generated: int
+    num_candidates: int
+    drafted_tokens: int
+    accepted_tokens: int
+    cached_prompt_tokens: int
+
+    @classmethod
+    def of(cls, outputs: Sequence[RequestOutput], params: SamplingParams, seconds: float) -> Generation:
+        """The figures of what was returned."""
+        completions = [one for output in outputs for one in output.outputs]
+        drafted = sum(one.num_drafted_tokens for one in completions)
+        candidates = params.num_sequences
+        return cls(
+            strategy="parallel" if candidates > 1 else "speculative" if drafted else "standard",
+            generation_time=seconds,
+            first_token_time=max(output.metrics.first_token_s or 0.0 for output in outputs),
+            tokens_generated=sum(len(one.token_ids) for one in completions),
+            num_candidates=candidates,
+            drafted_tokens=drafted,
+            accepted_tokens=sum(one.num_accepted_tokens for one in completions),
+            cached_prompt_tokens=sum(output.num_cached_tokens for output in outputs),
+        )
+
+    def rates(self) -> dict[str, float | None]:
+        """What follows from the figures."""
+        return rates(self.tokens_generated, self.generation_time, self.drafted_tokens, self.accepted_tokens)
+
+
+def rates(tokens: int, seconds: float, drafted: int, accepted: int) -> dict[str, float | None]:
+    """Returned tokens per second, and the fraction of drafted tokens that were right (None where there were none)."""
+    return {
+        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "acceptance_rate": accepted / drafted if drafted else None,
+    }
+
+
+def totals(made: Sequence[Generation]) -> dict[str, Any]:
+    """Figures over several generations."""
+    waits = Series()
+    waits.record(*(one.first_token_time for one in made))
+    drafted, accepted = sum(one.drafted_tokens for one in made), sum(one.accepted_tokens for one in made)
+    tokens, seconds = sum(one.tokens_generated for one in made), sum(one.generation_time for one in made)
+    return {
+        "generations": len(made),
+        "tokens_generated": tokens,
+        "generation_time": seconds,
+        "first_token_time": waits.summary(),
+        "drafted_tokens": drafted,
+        "accepted_tokens": accepted,
+        **rates(tokens, seconds, drafted, accepted),
+    }
+
+
+def features(config: OptimizationConfig, stats: Mapping[str, Any]) -> dict[str, str]:
+    """Each feature by its flag: whether it is on, and what that means for the model that was loaded."""
+    settings, best = stats["config"], config.sample_aggregation
+    rank = best if isinstance(best, str) else "your function"
+    adaptive = f"on: toward {settings['target']}" if settings["target"] else "off: limits stay as they are set"
+    return {
+        "enable_speculative_decoding": _switch(
+            settings["enable_speculative_decoding"],
+            f"drafts of up to {settings['speculation_length']} tokens, made {_drafts_from(settings)}; same output",
+        ),
+        "enable_parallel_sampling": _switch(
+            config.enable_parallel_sampling, f"best of {config.num_parallel_samples} by {rank}; greedy: one"
+        ),
+        "enable_memory_pooling": _switch(
+            settings["enable_memory_pooling"], f"keeps at most {settings['logits_chunk_bytes'] / MIB:.0f} MiB of logits"
+        ),
+        "compile_model": compiled(settings, stats),
+        "enable_adaptive_batching": adaptive,
+        "enable_early_stopping": _switch(config.enable_early_stopping, "at the model's end-of-text tokens"),
+        "memory_efficient_attention": f"on: {ALWAYS}",
+        "enable_gradient_checkpointing": NO_CHECKPOINTS if config.enable_gradient_checkpointing else "off",
+    }
+
+
+def _drafts_from(settings: Mapping[str, Any]) -> str:
+    drafter, model = settings["drafter"], settings["draft_model"]
+    if model is not None and drafter in ("auto", "draft_model"):
+        return f"by {model}"
+    return "from the text itself" if drafter in ("auto", "ngram") else f"by {drafter}"
+
+
+def compiled(settings: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+    """What runs on compiled kernels, and which."""
+    passes = ", ".join(stats["rewrites"])
+    if not settings["compile_model"]:
+        return f"off: layers run as they were written; kernels: {stats['kernels']}"
+    return f"on: {passes} ({stats['kernels']})" if passes else f"nothing was compiled: {stats['kernels']}"
+
+
+def described(found: Mapping[str, Any]) -> str:
+    """`get_optimization_stats()` as lines of text."""
+    lines = [f"level {found['level']}: {found['purpose']}"]
+    lines += [f"  {name:<{LABEL}} {text}" for name, text in found["features"].items()]
+    lines += ["settings of the engine"]
+    lines += [f"  {name:<{LABEL}} {value}" for name, value in found["settings"].items()]
+    return "\n".join([*lines, f"measured: {_measured(found)}"])
+
+
+def _measured(found: Mapping[str, Any]) -> str:
+    if not found["generations"]:
+        return "nothing yet"
+    accepted = found["acceptance_rate"]
+    drafts = "no drafts" if accepted is None else f"{accepted:.0%} of {found['drafted_tokens']} drafted tokens right"
+    return (
+        f"{found['generations']} generations, {found['tokens_generated']} tokens, "
+        f"{found['tokens_per_second']:.1f} tokens/s, first token after "
+        f"{1000 * found['first_token_time']['p50']:.1f} ms (median), {drafts}, memory {found['memory_usage']:.0%} used"
+    )
+
+
+def _switch(on: bool, meaning: str) -> str:
+    return f"on: {meaning}" if on else "off"

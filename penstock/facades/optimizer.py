@@ -1,0 +1,208 @@
+"""`PerformanceOptimizer`: one call that generates, optimized as level and flags say, and tells what that did.
+
+A thin synchronous face over `InferenceEngine`: it owns no scheduling, sampling or caching, and never touches what a
+caller draws with. Its engine is there for everything else: streaming, asyncio, priorities.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+from penstock.api.log import make_logger
+from penstock.config import EngineConfig, canonical, uses_draft_model
+from penstock.engine.inference import InferenceEngine
+from penstock.errors import ConfigurationError, RequestError
+from penstock.facades.optimizations import Generation, described, features, totals
+from penstock.optimizers.levels import NO_CHECKPOINTS, OptimizationConfig
+from penstock.outputs import RequestOutput
+from penstock.sampling import SamplingParams
+
+KEPT_GENERATIONS = 1024
+# Settings that may change between two generations; the others are read when the model is loaded.
+LIVE = frozenset(
+    {
+        "enable_speculative_decoding",
+        "speculation_length",
+        "target",
+        "profile_performance",
+        "max_batch_size",
+        "max_num_batched_tokens",
+        "batch_timeout_ms",
+        "gc_threshold",
+        "enable_gradient_checkpointing",
+    }
+)
+# Who says how many candidates there are says how they are ranked, too.
+COUNTS = frozenset({"n", "best_of", "rank_by", "use_beam_search"})
+
+
+class PerformanceOptimizer:
+    """Generates with one model as `config` says; loads it at once.
+
+    `model` is what `InferenceEngine` takes: a live module, a folder, a hub id, or None for the demo model. `settings`
+    are keywords of `EngineConfig`, and go before what the level says. Raises `ConfigurationError`, `OutOfMemory`.
+    """
+
+    def __init__(self, model: Any = None, config: OptimizationConfig | None = None, **settings: Any) -> None:
+        self.config = config or OptimizationConfig()
+        if not isinstance(self.config, OptimizationConfig):
+            raise ConfigurationError(f"config must be an OptimizationConfig, got {type(config).__name__}")
+        self._given = {"skip_tokenizer_init": True, **canonical(settings)}
+        self._applied = self.config.engine_settings()
+        self._generations: deque[Generation] = deque(maxlen=KEPT_GENERATIONS)
+        made = EngineConfig(**{**self._applied, **self._given})
+        left_out = uses_draft_model(made) and not made.enable_speculative_decoding
+        self._live = LIVE - {"enable_speculative_decoding"} if left_out else LIVE
+        self.engine = InferenceEngine(model, None, made)
+        self.engine.start()
+        self._announce()
+
+    def optimized_generate(
+        self,
+        input_ids: Any,
+        max_length: int = 50,
+        temperature: float = 1.0,
+        *,
+        attention_mask: Any = None,
+        pad_token_id: int = 0,
+        **sampling: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Generate up to `max_length` new tokens after each prompt: (output, statistics).
+
+        `input_ids` is a tensor or array [prompts, tokens], or lists of token ids, with an `attention_mask` of its shape
+        where rows are padded. The output holds prompt and new tokens, without padding before or between, in the type
+        of `input_ids`: an integer tensor [prompts, longest] that ends in `pad_token_id` where a row is shorter, or
+        lists. Rows are as many as completions if `sampling`, more keywords of `SamplingParams`, asks for n of each.
+
+        Statistics, of this call: strategy ("parallel" if the best of several candidates was taken, else "speculative"
+        or "standard"), generation_time and first_token_time in seconds, tokens_generated (those returned) and
+        tokens_per_second, num_candidates, drafted_tokens, accepted_tokens and acceptance_rate (None without drafts),
+        cached_prompt_tokens, adaptive_params (the limits that follow measured step times), level. Raises `RequestError`
+        and what awaiting a request raises; `ConfigurationError` for a changed setting that is read at load.
+        """
+        self._apply()
+        prompts = _rows(input_ids, attention_mask)
+        params = self._params(max_length, temperature, sampling)
+        begin = time.perf_counter()
+        outputs = self._run(prompts, params)
+        made = Generation.of(outputs, params, time.perf_counter() - begin)
+        self._generations.append(made)
+        rows = [row for output in outputs for row in output.output_ids]
+        return _like(input_ids, rows, pad_token_id), self._stats(made)
+
+    def get_optimization_stats(self) -> dict[str, Any]:
+        """What is on and why, the settings in force, and figures over the last thousand generations."""
+        stats = self.engine.get_stats()
+        return {
+            "level": self.config.level.value,
+            "purpose": self.config.preset.purpose,
+            "settings": {name: stats["config"][name] for name in (*self._applied, *self._given)},
+            "features": features(self.config, stats),
+            **totals(list(self._generations)),
+            "memory_usage": stats["memory_usage"],
+            "adaptive_params": _tuned(stats),
+        }
+
+    def describe(self) -> str:
+        """The same for people."""
+        return described(self.get_optimization_stats())
+
+    def optimize_memory(self) -> dict[str, float]:
+        """Give back all memory that no running request needs; see `InferenceEngine.optimize_memory`."""
+        return self.engine.optimize_memory()
+
+    def stop(self) -> None:
+        """Free the model and its memory; also happens when the object is dropped."""
+        self.engine.stop(0.0)
+
+    def _apply(self) -> None:
+        """Pass on what was assigned since the last generation. Raises `ConfigurationError`."""
+        wanted = self.config.engine_settings()
+        changed = {name: value for name, value in wanted.items() if value != self._applied.get(name)}
+        changed |= {name: None for name in self._applied if name not in wanted}
+        fixed = sorted(changed.keys() - self._live)
+        if fixed:
+            raise ConfigurationError(
+                f"the assigned flags change {', '.join(fixed)}, which the engine reads when it loads its model: "
+                "make a new PerformanceOptimizer"
+            )
+        for name, value in changed.items():
+            if name not in self._given:
+                setattr(self.engine.config, name, value)
+        self._applied = wanted
+
+    def _params(self, max_length: int, temperature: float, sampling: dict[str, Any]) -> SamplingParams:
+        defaults = self.config.sampling()
+        if COUNTS & sampling.keys():
+            defaults = {name: value for name, value in defaults.items() if name not in COUNTS}
+        given = {"max_tokens": max_length, "temperature": temperature, "detokenize": False, **sampling}
+        try:
+            return SamplingParams(**{**defaults, **given})
+        except TypeError as error:
+            raise RequestError(f"{error}: sampling takes the keywords of SamplingParams") from None
+
+    def _run(self, prompts: list[list[int]], params: SamplingParams) -> list[RequestOutput]:
+        handles = [self.engine.generate(prompt, params) for prompt in prompts]
+        try:
+            return [handle.result() for handle in handles]
+        finally:
+            for handle in handles:  # the rest, where one failed
+                handle.cancel()
+
+    def _stats(self, made: Generation) -> dict[str, Any]:
+        found = {**dataclasses.asdict(made), **made.rates(), "level": self.config.level.value}
+        if not (self.config.enable_adaptive_batching or self.config.profile_performance):
+            return found | {"adaptive_params": {}}
+        stats = self.engine.get_stats()
+        profile = {"profile": stats["performance_metrics"]} if self.config.profile_performance else {}
+        return found | {"adaptive_params": _tuned(stats), **profile}
+
+    def _announce(self) -> None:
+        log = make_logger(self.engine.config.log_level)
+        if self.config.enable_gradient_checkpointing:
+            log.warning(f"enable_gradient_checkpointing has {NO_CHECKPOINTS}")
+        if self.config.log_optimizations:
+            log.info(self.describe())
+
+
+def _tuned(stats: dict[str, Any]) -> dict[str, Any]:
+    return dict(stats["tuner"].get("limits", {}))
+
+
+def _rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:
+    """Token ids by prompt, without padding. Raises `RequestError`."""
+    ids, mask = _as_lists(input_ids), None if attention_mask is None else _as_lists(attention_mask)
+    if not ids:
+        raise RequestError("input_ids holds no prompt")
+    if mask is None:
+        return ids
+    if [len(row) for row in mask] != [len(row) for row in ids]:
+        raise RequestError("attention_mask must have the shape of input_ids")
+    return [[token for token, seen in zip(row, kept, strict=True) if seen] for row, kept in zip(ids, mask, strict=True)]
+
+
+def _as_lists(values: Any) -> list[list[int]]:
+    found = values.tolist() if hasattr(values, "tolist") else list(values)
+    if found and isinstance(found[0], Integral):  # as those of numpy are
+        return [found]
+    if not all(isinstance(row, list | tuple) for row in found):
+        raise RequestError("token ids must be a tensor or array [prompts, tokens], or lists of integers")
+    return [list(row) for row in found]
+
+
+def _like(given: Any, rows: list[list[int]], pad: int) -> Any:
+    """`rows` in the type of `given`."""
+    if isinstance(given, Sequence):
+        return rows
+    longest = max(map(len, rows))
+    padded = [row + [pad] * (longest - len(row)) for row in rows]
+    if hasattr(given, "new_tensor"):
+        return given.new_tensor(padded)
+    import numpy as np  # whoever gave an array has it loaded
+
+    return np.asarray(padded, dtype=given.dtype)

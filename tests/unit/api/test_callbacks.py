@@ -1,0 +1,361 @@
+"""Callbacks: where they run, what they may do, and what becomes of those that raise."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from penstock.api.callbacks import Callbacks
+from penstock.api.channel import Channel, RequestStatus, Wakeups
+from penstock.api.handle import RequestHandle
+from penstock.api.transcript import Transcript
+from penstock.engine.inference import InferenceEngine
+from penstock.errors import EngineClosed, EngineOverloaded, ExecutionError, RequestAborted, RequestError
+from penstock.models.scripted import ScriptedModel
+from penstock.outputs import CompletionOutput, Delta, RequestOutput
+from penstock.sampling import SamplingParams
+
+ENGINE_THREADS = ("penstock-engine", "penstock-model", "penstock-tokenizer")
+
+
+class Inbox:
+    """Collects what callbacks are given, and on which threads; `last` is set with the last delta or the output."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self.threads: set[str] = set()
+        self.last = threading.Event()
+
+    def __call__(self, item: Delta | RequestOutput) -> None:
+        self.items.append(item)
+        self.threads.add(threading.current_thread().name)
+        if item.finished:
+            self.last.set()
+
+    async def later(self, item: Delta | RequestOutput) -> None:
+        """The same, asynchronously."""
+        await asyncio.sleep(0.05 if item.finished else 0)  # as a callback that writes to a disk or a socket
+        self(item)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of all deltas."""
+        return [token for delta in self.items for token in delta.token_ids]
+
+
+@pytest.fixture
+def engine() -> Iterator[InferenceEngine]:
+    """A scripted engine, stopped afterwards."""
+    found = InferenceEngine(ScriptedModel([5, 6, 7], max_length=4096), batch_timeout_ms=0)
+    yield found
+    found.stop(0)
+
+
+@pytest.fixture
+def slow_engine() -> Iterator[InferenceEngine]:
+    """One whose requests of 1,500 tokens take 7 s."""
+    found = InferenceEngine(ScriptedModel([5], step_s=0.005), batch_timeout_ms=0)
+    yield found
+    found.stop(0)
+
+
+def tokens(count: int) -> SamplingParams:
+    """That many tokens."""
+    return SamplingParams(max_tokens=count)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_stream_callback_from_a_thread_without_a_loop(engine: InferenceEngine, kind: str) -> None:
+    inbox = Inbox()
+    engine.generate([1], tokens(20), callback=inbox if kind == "sync" else inbox.later)
+    assert inbox.last.wait(10)
+    assert inbox.tokens == [5, 6, 7] * 6 + [5, 6]
+    assert inbox.threads == {"penstock-callbacks"}
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_stream_callback_from_a_loop_runs_on_that_loop(engine: InferenceEngine, kind: str) -> None:
+    inbox = Inbox()
+    handle = engine.generate([1], tokens(20), callback=inbox if kind == "sync" else inbox.later)
+    output = await handle
+    while not inbox.last.is_set():  # noqa: ASYNC110 - the callback's turn comes after ours
+        await asyncio.sleep(0)
+    assert inbox.tokens == output.generated_ids
+    assert inbox.threads == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_final_callback_is_called_once_with_the_result(engine: InferenceEngine, kind: str) -> None:
+    inbox = Inbox()
+    request_id = engine.submit_request([1], tokens(4), callback=inbox if kind == "sync" else inbox.later)
+    assert inbox.last.wait(10)
+    engine.stop()
+    (output,) = inbox.items
+    assert (output.request_id, output.generated_ids, output.error) == (request_id, [5, 6, 7, 5], None)
+    assert not inbox.threads & {*ENGINE_THREADS}
+
+
+def test_callback_may_call_back_into_the_engine(engine: InferenceEngine) -> None:
+    inbox, inner = Inbox(), Inbox()
+    stats: list[dict[str, Any]] = []
+
+    def callback(delta: Delta) -> None:
+        if not inbox.items:
+            stats.append(engine.get_stats())
+            engine.submit_request([1], tokens(3), callback=inner)
+            engine.generate([1], tokens(3)).cancel()
+        inbox(delta)
+
+    engine.generate([1], tokens(10), callback=callback)
+    assert inbox.last.wait(10)
+    assert inner.last.wait(10)
+    assert stats[0]["engine_status"] == "running"
+    assert inner.items[0].generated_ids == [5, 6, 7]
+
+
+def test_final_callback_may_stop_the_engine(engine: InferenceEngine) -> None:
+    stopped = threading.Event()
+
+    def stop(output: RequestOutput) -> None:
+        engine.stop(5)
+        stopped.set()
+
+    engine.submit_request([1], tokens(3), callback=stop)
+    assert stopped.wait(10)
+    with pytest.raises(EngineClosed):
+        engine.generate([1])
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), EngineOverloaded("full")])
+def test_raising_callback_fails_its_request_alone(engine: InferenceEngine, error: Exception) -> None:
+    """One that raised an error of ours, from a call back into the engine, was dropped without a word."""
+
+    def fail(delta: Delta) -> None:
+        raise error
+
+    inbox = Inbox()
+    failing = engine.generate([1], tokens(1500), callback=fail)
+    engine.generate([1], tokens(30), callback=inbox)
+    with pytest.raises(RequestError, match=f"the callback raised {type(error).__name__}"):
+        failing.result(10)
+    assert inbox.last.wait(10)
+    assert len(inbox.tokens) == 30
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_stop_returns_after_the_last_callbacks(engine: InferenceEngine, kind: str) -> None:
+    """The callbacks' loop was stopped in the turn in which the last news arrived, before anybody was told."""
+    inboxes = [Inbox() for _ in range(20)]
+    for inbox in inboxes:
+        engine.submit_request([1], tokens(1500), callback=inbox if kind == "sync" else inbox.later)
+    engine.stop(0)
+    assert all(len(inbox.items) == 1 for inbox in inboxes)
+
+
+def handle_of(channel: Channel) -> RequestHandle:
+    """A handle whose engine ignores everything."""
+
+    class Nobody:
+        def abort(self, request_id: str) -> None:
+            """Ignore it."""
+
+    return RequestHandle(channel, Nobody())
+
+
+def ended(error: BaseException | None = None, *transcripts: Transcript) -> RequestHandle:
+    """A handle of a request that has ended."""
+    channel, wakeups = Channel("a"), Wakeups()
+    for transcript in transcripts:
+        channel.put(transcript, wakeups)
+    output = RequestOutput("a", None, [1], [CompletionOutput()], True)
+    status = RequestStatus.FAILED if error else RequestStatus.COMPLETED
+    channel.end(status, None if error else output, error, wakeups)
+    return handle_of(channel)
+
+
+async def settle() -> None:
+    """Let every other task come to its end."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
+
+
+async def test_final_callback_of_a_failed_request_gets_the_error() -> None:
+    failures: list[Any] = []
+    outputs: list[RequestOutput] = []
+    callbacks = Callbacks(lambda *failure: failures.append(failure))
+    callbacks.finish(ended(ExecutionError("boom")), outputs.append)
+    await settle()
+    assert [output.error for output in outputs] == ["boom"]
+    assert failures == []
+
+
+@pytest.mark.parametrize("start", ["stream", "finish"])
+async def test_error_after_the_end_goes_to_the_loops_exception_handler(start: str) -> None:
+    """There is no request left to fail, and it vanished."""
+    failures: list[Any] = []
+    contexts: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: contexts.append(context))
+    error = ValueError("boom")
+
+    def fail(item: object) -> None:
+        raise error
+
+    callbacks = Callbacks(lambda *failure: failures.append(failure))
+    begin: Callable[[RequestHandle, Callable[[Any], Awaitable[None] | None]], None] = getattr(callbacks, start)
+    transcript = Transcript("a")
+    transcript.end("", "stop")
+    begin(ended(None, transcript), fail)
+    await settle()
+    assert [context["exception"] for context in contexts] == [error]
+    assert failures == []
+
+
+async def test_error_in_mid_stream_fails_the_request() -> None:
+    failures: list[Any] = []
+    error = ValueError("boom")
+
+    def fail(delta: Delta) -> None:
+        raise error
+
+    channel, wakeups = Channel("a"), Wakeups()
+    channel.put(Transcript("a"), wakeups)
+    Callbacks(lambda *failure: failures.append(failure)).stream(handle_of(channel), fail)
+    await settle()
+    assert failures == [("a", error)]
+
+
+def test_closing_twice_or_unused_is_harmless() -> None:
+    callbacks = Callbacks(lambda request_id, error: None)
+    callbacks.close()
+    seen = Inbox()
+    callbacks.finish(ended(), seen)
+    callbacks.close()
+    callbacks.close()
+    assert len(seen.items) == 1
+    assert "penstock-callbacks" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_callback_that_exits_ends_its_request_and_not_the_thread_of_callbacks(
+    engine: InferenceEngine, error: type[BaseException], kind: str
+) -> None:
+    """`sys.exit()` killed the thread: later requests ran unheard, and `stop()` raised and freed nothing."""
+
+    def leave(delta: Delta) -> None:
+        raise error
+
+    async def leave_later(delta: Delta) -> None:
+        raise error
+
+    inbox = Inbox()
+    leaving = engine.generate([1], tokens(1500), callback=leave if kind == "sync" else leave_later)
+    with pytest.raises(RequestError, match=f"the callback raised {error.__name__}"):
+        leaving.result(10)
+    engine.submit_request([1], tokens(4), callback=inbox)
+    assert inbox.last.wait(10)
+    engine.stop(0)
+    assert not {thread.name for thread in threading.enumerate()} & {*ENGINE_THREADS, "penstock-callbacks"}
+
+
+def test_what_exits_programs_is_reported(engine: InferenceEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody may wait for the handle."""
+
+    def leave(delta: Delta) -> None:
+        raise SystemExit(3)
+
+    handle = engine.generate([1], tokens(1500), callback=leave)
+    engine.stop()
+    assert f"the callback of request {handle.request_id} raised what ends programs" in caplog.text
+
+
+def test_an_error_that_cannot_be_printed_fails_its_request_alone(engine: InferenceEngine) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    def fail(delta: Delta) -> None:
+        raise Mute
+
+    with pytest.raises(RequestError, match="the callback raised Mute"):
+        engine.generate([1], tokens(1500), callback=fail).result(10)
+
+
+def test_on_a_loop_of_the_callers_an_exit_ends_the_loop_too(engine: InferenceEngine) -> None:
+    """As it does in any other task there; the request has ended by then."""
+    handles: list[RequestHandle] = []
+
+    def leave(delta: Delta) -> None:
+        raise SystemExit(3)
+
+    async def main() -> None:
+        handles.append(engine.generate([1], tokens(1500), callback=leave).detach())
+        await asyncio.Event().wait()
+
+    with pytest.raises(SystemExit):
+        asyncio.run(main())
+    with pytest.raises(RequestError, match="the callback raised SystemExit: 3"):
+        handles[0].result(10)
+
+
+@pytest.mark.parametrize("kind", ["stop", "aclose"])
+@pytest.mark.parametrize("drain", [0.0, 30.0])
+def test_an_engine_closes_at_once_in_its_own_callback(slow_engine: InferenceEngine, kind: str, drain: float) -> None:
+    """`await engine.aclose()` waited 10 s for the callback that waited for it."""
+    done = threading.Event()
+
+    async def close(delta: Delta) -> None:
+        await slow_engine.aclose(drain)
+        done.set()
+
+    def stop(delta: Delta) -> None:
+        slow_engine.stop(drain)
+        done.set()
+
+    begin = monotonic()
+    slow_engine.generate([1], tokens(1500), callback=stop if kind == "stop" else close)
+    assert done.wait(10)
+    while any(thread.name.startswith("penstock") for thread in threading.enumerate()):
+        assert monotonic() - begin < 3.0, "half a second, on a calm machine"
+        threading.Event().wait(0.005)
+
+
+@pytest.mark.parametrize("kind", ["stop", "aclose"])
+async def test_an_engine_closes_at_once_in_a_callback_on_the_callers_loop(
+    slow_engine: InferenceEngine, kind: str
+) -> None:
+    done = asyncio.Event()
+
+    async def close(delta: Delta) -> None:
+        await (slow_engine.aclose() if kind == "aclose" else asyncio.sleep(0, slow_engine.stop()))
+        done.set()
+
+    begin = monotonic()
+    handle = slow_engine.generate([1], tokens(1500), callback=close)
+    await asyncio.wait_for(done.wait(), 10)
+    assert monotonic() - begin < 3.0
+    assert handle.done()
+
+
+def test_closing_in_a_callback_still_serves_the_other_requests(slow_engine: InferenceEngine) -> None:
+    def stop(delta: Delta) -> None:
+        slow_engine.stop()
+
+    other = slow_engine.generate([1], tokens(200))
+    own = slow_engine.generate([1], tokens(1500), callback=stop)
+    assert len(other.result(10).generated_ids) == 200
+    with pytest.raises(RequestAborted):
+        own.result(10)
+
+
+def test_what_cannot_be_called_is_refused_at_once(engine: InferenceEngine) -> None:
+    wrong: Any = 5
+    for call in (lambda: engine.generate([1], callback=wrong), lambda: engine.submit_request([1], callback=wrong)):
+        with pytest.raises(RequestError, match="callback must be a function, got 5"):
+            call()
+    assert engine.get_stats()["queue"]["num_requests"] == 0

@@ -1,0 +1,271 @@
+"""The mailbox between the engine's thread and a reader: merging, one hop per loop, one terminal event."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from penstock.api import channel as channel_module
+from penstock.api.channel import Channel, RequestStatus, Wakeups
+from penstock.api.transcript import Transcript
+from penstock.errors import ExecutionError
+from penstock.outputs import CompletionOutput, Delta, Logprob, RequestOutput
+
+COMPLETED = RequestStatus.COMPLETED
+OUTPUT = RequestOutput("a", None, [1], [CompletionOutput()], True)
+
+
+def written(token: int, index: int = 0) -> Transcript:
+    """A transcript that holds one token."""
+    transcript = Transcript("a", index, [])
+    write(transcript, token)
+    return transcript
+
+
+def write(transcript: Transcript, token: int) -> None:
+    """One more token."""
+    assert transcript.logprobs is not None
+    transcript.add(f"<{token}>", (token,), (-0.5,), (-0.5,))
+    transcript.logprobs.append({token: Logprob(-0.5, 1)})
+
+
+def delta(token: int, index: int = 0) -> Delta:
+    """What a reader gets of `written`."""
+    return Delta("a", index, f"<{token}>", (token,), ({token: Logprob(-0.5, 1)},), (-0.5,))
+
+
+def put(channel: Channel, *transcripts: Transcript) -> None:
+    """As the engine does in one step."""
+    wakeups = Wakeups()
+    for one in transcripts:
+        channel.put(one, wakeups)
+    wakeups.send()
+
+
+def end(channel: Channel, error: BaseException | None = None) -> None:
+    """The terminal event."""
+    wakeups = Wakeups()
+    channel.end(RequestStatus.FAILED if error else COMPLETED, None if error else OUTPUT, error, wakeups)
+    wakeups.send()
+
+
+class CountingLoop:
+    """A loop that only counts how often it is entered from other threads."""
+
+    def __init__(self) -> None:
+        self.hops = 0
+
+    def call_soon_threadsafe(self, function: Any, *args: Any) -> None:
+        """Count."""
+        self.hops += 1
+
+
+class ClosedLoop:
+    """A loop whose program has ended."""
+
+    def call_soon_threadsafe(self, function: Any, *args: Any) -> None:
+        """Refuse, in asyncio's words."""
+        raise RuntimeError("Event loop is closed")
+
+
+def waiter_of(loop: Any) -> Any:
+    """A future that lives in that loop."""
+    return SimpleNamespace(get_loop=lambda: loop, done=lambda: False)
+
+
+async def test_single_delta_arrives_as_it_is() -> None:
+    channel = Channel("a")
+    put(channel, written(1))
+    assert await channel.take() == delta(1)
+
+
+async def test_deltas_that_nobody_took_merge_into_one() -> None:
+    channel, transcript = Channel("a"), written(1)
+    put(channel, transcript)
+    write(transcript, 2)
+    put(channel, transcript)
+    write(transcript, 3)
+    transcript.end("!", "stop", "!")
+    put(channel, transcript)
+    merged = await channel.take()
+    assert merged is not None
+    assert (merged.text, merged.token_ids) == ("<1><2><3>!", (1, 2, 3))
+    assert merged.token_logprobs == (-0.5,) * 3
+    assert [min(entry) for entry in merged.logprobs] == [1, 2, 3]
+    assert (merged.finish_reason, merged.stop_reason) == ("stop", "!")
+
+
+async def test_what_is_written_but_not_put_is_not_taken() -> None:
+    channel, transcript = Channel("a"), written(1)
+    put(channel, transcript)
+    write(transcript, 2)
+    transcript.end("", "stop")
+    assert await channel.take() == delta(1)
+    put(channel, transcript)
+    last = await channel.take()
+    assert last is not None
+    assert (last.token_ids, last.finish_reason) == ((2,), "stop")
+
+
+async def test_completions_never_merge_with_each_other() -> None:
+    channel, one, other = Channel("a"), written(1, 0), written(2, 1)
+    put(channel, one, other)
+    write(one, 3)
+    put(channel, one)
+    first, second = await channel.take(), await channel.take()
+    assert first is not None
+    assert second is not None
+    assert (first.index, first.token_ids) == (0, (1, 3))
+    assert (second.index, second.token_ids) == (1, (2,))
+
+
+async def test_last_deltas_are_taken_before_the_end_is_told() -> None:
+    channel = Channel("a")
+    put(channel, written(1))
+    end(channel)
+    assert (await channel.take()) == delta(1)
+    assert await channel.take() is None
+    assert await channel.wait() is OUTPUT
+
+
+async def test_last_deltas_are_taken_before_the_error_is_raised() -> None:
+    channel = Channel("a")
+    put(channel, written(1))
+    end(channel, ExecutionError("boom"))
+    assert await channel.take() == delta(1)
+    with pytest.raises(ExecutionError):
+        await channel.take()
+    with pytest.raises(ExecutionError):
+        await channel.wait()
+    with pytest.raises(ExecutionError):
+        channel.wait_blocking(0)
+
+
+async def test_error_that_is_raised_again_does_not_pile_up_its_traceback() -> None:
+    """A failed request that was asked again and again kept the frames of everybody who ever asked."""
+    channel = Channel("a")
+    end(channel, ExecutionError("boom"))
+    lengths = []
+    for _ in range(5):
+        with pytest.raises(ExecutionError) as caught:
+            channel.outcome()
+        lengths.append(len(caught.traceback))
+    assert len(set(lengths)) == 1
+
+
+async def test_second_end_is_a_bug_of_ours() -> None:
+    channel = Channel("a")
+    end(channel)
+    with pytest.raises(AssertionError, match="ended twice"):
+        end(channel)
+
+
+async def test_reader_is_woken_by_news_and_at_the_end() -> None:
+    channel = Channel("a")
+    reader = asyncio.create_task(channel.take())
+    await asyncio.sleep(0)
+    put(channel, written(1))
+    assert await reader == delta(1)
+    reader = asyncio.create_task(channel.take())
+    await asyncio.sleep(0)
+    end(channel)
+    assert await reader is None
+
+
+async def test_who_waits_for_the_result_is_not_woken_by_every_step() -> None:
+    """Each token of each awaited request entered the user's loop, for nothing."""
+    channel = Channel("a")
+    waiting = asyncio.create_task(channel.wait())
+    await asyncio.sleep(0)
+    sent: list[int] = []
+
+    class Counting(Wakeups):
+        def add(self, waiters: list[asyncio.Future[None]]) -> None:
+            sent.append(len(waiters))
+            super().add(waiters)
+
+    wakeups = Counting()
+    transcript = written(1)
+    channel.put(transcript, wakeups)
+    write(transcript, 2)
+    channel.put(transcript, wakeups)
+    channel.end(COMPLETED, OUTPUT, None, wakeups)
+    wakeups.send()
+    assert sent == [1]
+    assert await waiting is OUTPUT
+
+
+async def test_several_readers_share_the_deltas_and_all_learn_of_the_end() -> None:
+    channel = Channel("a")
+    readers = [asyncio.create_task(channel.take()) for _ in range(3)]
+    await asyncio.sleep(0)
+    put(channel, written(1))
+    end(channel)
+    found = await asyncio.gather(*readers)
+    assert sorted(found, key=str) == sorted([delta(1), None, None], key=str)
+
+
+async def test_cancelled_reader_leaves_the_news_to_the_next_one() -> None:
+    channel = Channel("a")
+    reader = asyncio.create_task(channel.take())
+    await asyncio.sleep(0)
+    reader.cancel()
+    await asyncio.sleep(0)
+    put(channel, written(1))
+    assert await channel.take() == delta(1)
+
+
+def test_loops_are_entered_once_however_many_wait_there() -> None:
+    one, other = CountingLoop(), CountingLoop()
+    wakeups = Wakeups()
+    wakeups.add([waiter_of(one), waiter_of(one)])
+    wakeups.add([waiter_of(one), waiter_of(other)])
+    wakeups.send()
+    assert (one.hops, other.hops) == (1, 1)
+    wakeups.send()
+    assert (one.hops, other.hops) == (1, 1)
+
+
+def test_closed_loop_does_not_keep_the_others_waiting() -> None:
+    other = CountingLoop()
+    wakeups = Wakeups()
+    wakeups.add([waiter_of(ClosedLoop()), waiter_of(other)])
+    wakeups.send()
+    assert other.hops == 1
+
+
+def test_thread_waits_with_a_timeout() -> None:
+    channel = Channel("a")
+    with pytest.raises(TimeoutError, match="request a did not end within 0"):
+        channel.wait_blocking(0)
+    end(channel)
+    assert channel.wait_blocking(0) is OUTPUT
+
+
+def test_reader_that_comes_while_the_request_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waiters were collected before the end was marked: who registered in between slept for ever."""
+    readers: list[threading.Thread] = []
+
+    class SlowEvent(threading.Event):
+        def set(self) -> None:
+            readers.append(threading.Thread(target=lambda: asyncio.run(channel.wait()), daemon=True))
+            readers[0].start()
+            readers[0].join(0.2)  # time for it to register, if it can
+            super().set()
+
+    monkeypatch.setattr(channel_module, "threading", SimpleNamespace(Lock=threading.Lock, Event=SlowEvent))
+    channel = Channel("a")
+    end(channel)
+    readers[0].join(5)
+    assert not readers[0].is_alive()
+
+
+def test_only_the_first_two_statuses_are_not_ends() -> None:
+    assert [status for status in RequestStatus if not status.ended] == [
+        RequestStatus.QUEUED,
+        RequestStatus.PROCESSING,
+    ]

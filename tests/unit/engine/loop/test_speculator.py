@@ -1,0 +1,257 @@
+"""Drafts are asked for, offered and judged around each step, and cost no more than time whatever becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from penstock.cache.manager import CacheManager
+from penstock.config import EngineConfig
+from penstock.engine.loop.speculator import Speculator
+from penstock.engine.loop.worker import Job
+from penstock.models.scripted import ScriptedModel
+from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.speculation.drafter import Ask, Draft
+from penstock.sampling import SamplingParams
+from penstock.scheduling.scheduler import Scheduler
+from penstock.scheduling.searches import Beams
+from penstock.sequence import Sequence
+
+KIND = 7
+
+
+def follow(tokens: Any, index: int = 0) -> int:
+    """What the model says."""
+    return (tokens[-1] * 5 + 1) % 97
+
+
+class Knowing:
+    """Guesses what the model will say; `errors` are raised first. Notes whom it was asked about, and whom to forget."""
+
+    name = "knowing"
+
+    def __init__(self, runs_model: bool = False) -> None:
+        self.runs_model = runs_model
+        self.asked: list[list[tuple[int, int]]] = []
+        self.forgotten: list[int] = []
+        self.errors: list[Exception] = []
+
+    def propose(self, asks: Any) -> list[Draft]:
+        self.asked.append([(ask.seq.id, ask.most) for ask in asks])
+        if self.errors:
+            raise self.errors.pop()
+        return [self._one(ask) for ask in asks]
+
+    def forget(self, seq_id: int) -> None:
+        self.forgotten.append(seq_id)
+
+    def _one(self, ask: Ask) -> Draft:
+        tokens = list(ask.seq.tokens)
+        for _ in range(ask.most):
+            tokens.append(follow(tokens))
+        return Draft(tuple(tokens[ask.seq.length :]), (KIND,) * ask.most)
+
+
+class Log:
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.errors: list[tuple[str, dict[str, Any]]] = []
+
+    def error(self, event: str, **fields: Any) -> None:
+        self.errors.append((event, fields))
+
+
+class Loop:
+    """Steps as the engine takes them; a step of n tokens takes 1 + n/100 on its clock, drafting nothing."""
+
+    def __init__(self, drafter: Knowing, **settings: Any) -> None:
+        self.config = EngineConfig(**{"enable_speculative_decoding": True, "max_batch_size": 8, **settings})
+        self.scheduler = Scheduler(self.config, CacheManager(256, 4))
+        self.model = ScriptedModel(follow)
+        self.drafter, self.log, self.now = drafter, Log(), 0.0
+        self.trace: list[str] = []
+        self.steps = self.drafted = self.accepted = 0
+        self.speculator = Speculator(self.config, self.scheduler, drafter, self.run_job, lambda: self.now, self.log)
+
+    def run_job(self, function: Callable[..., list[Draft]], *arguments: Any) -> Job[list[Draft]]:
+        """The model's thread, which begins when the loop gets to it."""
+        loop = asyncio.get_running_loop()
+        job: Job[list[Draft]] = Job(loop.create_future(), loop.create_future())
+        loop.call_soon(self.begin, job, function, arguments)
+        return job
+
+    def begin(self, job: Job[list[Draft]], function: Callable[..., list[Draft]], arguments: Any) -> None:
+        self.trace.append("begin")
+        job.begun.set_result(None)
+        asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, self.end, job, function, arguments)
+
+    def end(self, job: Job[list[Draft]], function: Callable[..., list[Draft]], arguments: Any) -> None:
+        self.trace.append("end")
+        try:
+            job.done.set_result(function(*arguments))
+        except Exception as error:
+            job.done.set_exception(error)
+
+    def add(self, number: int, new: int = 40, **options: Any) -> Sequence:
+        params = SamplingParams(max_tokens=new, **options)
+        seq = Sequence(id=number, request_id=str(number), params=params, tokens=[number + 1, 2, 3], max_len=3 + new)
+        self.scheduler.add(seq, self.now)
+        return seq
+
+    async def step(self) -> None:
+        await self.speculator.draft(meanwhile=lambda: self.trace.append("meanwhile"))
+        plan = self.scheduler.plan(self.now)
+        result = self.model.execute(plan)
+        self.scheduler.commit(plan, result)
+        self.steps += 1
+        self.drafted += sum(len(row.draft) for row in plan.rows)
+        self.accepted += sum(out.num_accepted for out in result.rows)
+        seconds = 1 + plan.num_tokens / 100
+        self.now += seconds
+        self.speculator.record(plan, result, seconds)
+
+    async def finish(self) -> None:
+        while self.scheduler.has_work:
+            await self.step()
+
+
+def said(seq: Sequence) -> list[int]:
+    """What a sequence has to say."""
+    tokens = seq.tokens[: seq.prompt_len]
+    for _ in range(seq.max_len - seq.prompt_len):
+        tokens.append(follow(tokens))
+    return tokens
+
+
+@pytest.mark.parametrize("runs_model", [False, True])
+async def test_drafts_save_steps_and_change_no_token(runs_model: bool) -> None:
+    loop = Loop(Knowing(runs_model))
+    seqs = [loop.add(0), loop.add(1)]
+    await loop.finish()
+    assert [seq.tokens for seq in seqs] == [said(seq) for seq in seqs]
+    assert loop.steps < 20
+    assert loop.accepted == loop.drafted > 40
+
+
+async def test_the_setting_is_read_before_every_step() -> None:
+    loop = Loop(Knowing())
+    loop.add(0, new=200)
+    for _ in range(5):
+        await loop.step()
+    asked = len(loop.drafter.asked)
+    assert asked
+    loop.config.enable_speculative_decoding = False
+    for _ in range(5):
+        await loop.step()
+    assert len(loop.drafter.asked) == asked
+    loop.config.enable_speculative_decoding = True
+    loop.config.speculation_length = 3
+    await loop.step()
+    assert loop.drafter.asked[asked:] == [[(0, 3)]]
+
+
+async def test_a_request_may_want_fewer_guesses_or_none_but_not_more() -> None:
+    loop = Loop(Knowing(), speculation_length=6)
+    for number, length in enumerate((None, 0, 2, 50)):
+        loop.add(number, speculation_length=length)
+    loop.add(4, new=8)
+    for _ in range(4):
+        await loop.step()
+    assert loop.drafter.asked[0] == [(0, 6), (2, 2), (3, 6), (4, 5)], "no guess goes beyond the end"
+
+
+async def test_beams_and_first_draws_are_not_asked_about() -> None:
+    loop = Loop(Knowing())
+    params = SamplingParams(use_beam_search=True, best_of=2, temperature=0.0, max_tokens=12)
+    members = [Sequence(id=10 + i, request_id="b", params=params, tokens=[1, 2, 3], max_len=15) for i in range(2)]
+    loop.scheduler.search(Beams(BeamSearch(params, 12, frozenset()), members), 0.0)
+    loop.add(0)
+    await loop.finish()
+    assert {seq_id for asks in loop.drafter.asked for seq_id, _ in asks} == {0}
+
+
+@pytest.mark.parametrize("runs_model", [False, True])
+async def test_a_drafter_that_fails_is_left_out_from_then_on(runs_model: bool) -> None:
+    loop = Loop(Knowing(runs_model))
+    loop.drafter.errors = [RuntimeError("out of ideas")]
+    seq = loop.add(0)
+    await loop.finish()
+    assert seq.tokens == said(seq)
+    assert len(loop.drafter.asked) == 1
+    [(event, fields)] = loop.log.errors
+    assert "going on without speculation" in event
+    assert (fields["drafter"], fields["error"]) == ("knowing", "out of ideas")
+
+
+@pytest.mark.parametrize("runs_model", [False, True])
+async def test_a_drafter_that_answers_too_little_has_failed(runs_model: bool) -> None:
+    loop = Loop(Knowing(runs_model))
+    loop.drafter.propose = lambda asks: []  # type: ignore[method-assign]
+    seq = loop.add(0)
+    await loop.finish()
+    assert seq.tokens == said(seq)
+    assert len(loop.log.errors) == 1
+
+
+async def test_what_fails_meanwhile_is_not_the_drafters_fault() -> None:
+    """Events whose publishing failed are lost: whoever runs the loop has to know."""
+
+    def publish() -> None:
+        raise RuntimeError("nobody reads")
+
+    loop = Loop(Knowing(runs_model=True))
+    loop.add(0)
+    for _ in range(2):
+        await loop.step()
+    with pytest.raises(RuntimeError, match="nobody reads"):
+        await loop.speculator.draft(meanwhile=publish)
+    assert not loop.log.errors
+
+
+async def test_while_a_model_drafts_the_last_step_is_published() -> None:
+    loop = Loop(Knowing(runs_model=True))
+    loop.add(0)
+    for _ in range(3):
+        await loop.step()
+    assert loop.trace == ["begin", "meanwhile", "end"]
+
+
+async def test_a_sequence_that_ends_while_a_model_drafts_is_no_matter() -> None:
+    loop = Loop(Knowing(runs_model=True))
+    seqs = [loop.add(0), loop.add(1)]
+    for _ in range(2):
+        await loop.step()
+    await loop.speculator.draft(meanwhile=lambda: loop.scheduler.abort(0) and None)
+    await loop.finish()
+    assert seqs[0].length == 5
+    assert seqs[1].tokens == said(seqs[1])
+
+
+async def test_what_ended_is_forgotten() -> None:
+    loop = Loop(Knowing())
+    for number in range(200):
+        loop.add(number, new=6)
+    await loop.finish()
+    assert len(loop.drafter.forgotten) > 100
+    assert len(set(loop.drafter.forgotten)) == len(loop.drafter.forgotten)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_ended_is_forgotten_when_nobody_is_asked_any_more(fails: bool) -> None:
+    loop = Loop(Knowing(), max_batch_size=16)
+    for number in range(16):
+        loop.add(number, new=200)
+    for _ in range(4):
+        await loop.step()
+    assert loop.drafter.asked
+    if fails:
+        loop.drafter.errors = [RuntimeError("out of ideas")]
+    loop.config.enable_speculative_decoding = fails
+    await loop.finish()
+    assert loop.drafter.forgotten
+    loop.speculator.forget_ended()
+    assert sorted(loop.drafter.forgotten) == list(range(16))
