@@ -144,13 +144,15 @@ def make_core(
         return job
 
     housekeeper = Housekeeper(config, model, parts.cache, time.monotonic, Worker("penstock-model").run)
+    metrics = Metrics()
     core_parts = CoreParts(
         runner=model,
         scheduler=scheduler,
         admission=admission,
         inputs=parts.inputs,
         housekeeper=housekeeper,
-        metrics=Metrics(),
+        metrics=metrics,
+        observe=metrics.step,
         log=log,
     )
     return EngineCore(core_parts, execute, time.monotonic)

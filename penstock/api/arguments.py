@@ -13,6 +13,9 @@ from penstock.generation import GenerationConfig, Params
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.values import integer, real, text
 
+_LOWEST, _HIGHEST = min(RequestPriority), max(RequestPriority)
+_PRIORITY_RULE = f"a RequestPriority ({', '.join(member.name for member in RequestPriority)})"
+
 
 def check_params(params: Params) -> Params:
     """The parameters as they are now: a `GenerationConfig` can be assigned to, so it is copied and checked again."""
@@ -25,8 +28,7 @@ def check_params(params: Params) -> Params:
 
 def check_priority(priority: RequestPriority) -> RequestPriority:
     """The class of that number."""
-    names = ", ".join(member.name for member in RequestPriority)
-    number = integer("priority", priority, min(RequestPriority), max(RequestPriority), f"a RequestPriority ({names})")
+    number = integer("priority", priority, _LOWEST, _HIGHEST, _PRIORITY_RULE)
     return RequestPriority(number)
 
 

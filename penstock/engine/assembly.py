@@ -5,6 +5,7 @@ Assembling runs once, on the model's thread; the only place where `models.loadin
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from penstock.api.callbacks import Callbacks
 from penstock.api.log import Logger
 from penstock.cache.manager import CacheManager
 from penstock.cache.sizing import num_blocks, num_host_blocks
-from penstock.config import BatchingStrategy, EngineConfig
+from penstock.config import EngineConfig
 from penstock.engine.drafting import load_draft_model, make_drafter
 from penstock.engine.loop.core import CoreParts, EngineCore
 from penstock.engine.loop.host import Host
@@ -25,6 +26,7 @@ from penstock.engine.loop.speculator import Speculator
 from penstock.engine.loop.tuning import Tuning
 from penstock.engine.loop.worker import Worker
 from penstock.engine.observe.metrics import Metrics
+from penstock.engine.observe.steps import StepObserver
 from penstock.engine.requests.input_processor import InputProcessor
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.engine.text.tokenizing import TokenizerPool
@@ -36,11 +38,9 @@ from penstock.optimizers.speculation.drafter import Drafter
 from penstock.optimizers.tuner import ceilings
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
-from penstock.scheduling.forecast import Forecast
 from penstock.scheduling.limits import Limits
-from penstock.scheduling.packing import engine_packing, strategy_of
+from penstock.scheduling.packing import engine_packing
 from penstock.scheduling.scheduler import Scheduler
-from penstock.step import StepRecord
 
 # A host's free memory belongs to the rest of the program too: gpu_memory_utilization is a fraction of this part.
 HOST_SHARE = 0.25
@@ -216,6 +216,8 @@ class Assembly:
         (model, tokenizer), self._sources = self._sources, None
         config, admission, log = self._config, self._admission, self._log
         parts = self.parts = await worker.run(assemble, model, tokenizer, config, admission, log).done
+        observer = StepObserver(config, parts.scheduler, self._metrics, parts.tuning, self._advisor, log)
+        admission.foresee = observer.forecast.wait_s
         core_parts = CoreParts(
             runner=parts.runner,
             scheduler=parts.scheduler,
@@ -224,10 +226,11 @@ class Assembly:
             housekeeper=Housekeeper(config, parts.runner, parts.cache, time.monotonic, worker.run, parts.trim_draft),
             metrics=self._metrics,
             log=log,
-            observers=self._observers(parts),
+            observe=observer.observe,
             speculator=Speculator(config, parts.scheduler, parts.drafter, worker.run, time.monotonic, log),
         )
-        return EngineCore(core_parts, lambda plan: worker.run(parts.runner.execute, plan), time.monotonic)
+        execute = functools.partial(worker.run, parts.runner.execute)  # type: ignore[arg-type]  # mypy: TypeVarTuple
+        return EngineCore(core_parts, execute, time.monotonic)
 
     def close(self) -> None:
         """Let go of what was assembled."""
@@ -239,22 +242,6 @@ class Assembly:
         """The process exits: the tokenizer's threads end."""
         if self.parts is not None:
             self.parts.pool.rest(until)
-
-    def _observers(self, parts: Parts) -> tuple[Callable[[StepRecord], None], ...]:
-        """Who learns from every step."""
-        config, scheduler, log = self._config, parts.scheduler, self._log
-        strategy = strategy_of(config)
-        forecast = Forecast(scheduler, time.monotonic, static=strategy is BatchingStrategy.NAIVE)
-        self._admission.foresee = forecast.wait_s
-
-        def advise(record: StepRecord) -> None:
-            self._advisor.record_step(record, strategy, scheduler.limits, scheduler.num_shortages)
-
-        def profile(record: StepRecord) -> None:
-            if config.profile_performance:
-                log.debug("step", rows=record.rows, tokens=record.tokens, seconds=record.seconds, **record.timings_s)
-
-        return parts.tuning.observe, forecast.record, *([advise] if config.enable_metrics else []), profile
 
 
 def shut_down(host: Host, callbacks: Callbacks, assembly: Assembly, unregister: Callable[[], None]) -> None:

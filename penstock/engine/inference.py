@@ -317,7 +317,8 @@ class InferenceEngine:
         except BaseException:
             self._admission.release(*places)
             raise
-        self._channels.update((request.id, request.channel) for request in requests)
+        for request in requests:
+            self._channels[request.id] = request.channel
 
     def _keep(self, request_id: str) -> None:
         self._kept[request_id] = self._channels[request_id]

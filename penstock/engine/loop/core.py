@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ Execute = Callable[[StepPlan], Job[StepResult]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreParts:
-    """What an `EngineCore` works with. `observers` are told of every step, after the metrics."""
+    """What an `EngineCore` works with. `observe` is called after every step."""
 
     runner: ModelRunner
     scheduler: Scheduler
@@ -51,7 +52,7 @@ class CoreParts:
     housekeeper: Housekeeper
     metrics: Metrics
     log: Logger
-    observers: tuple[Callable[[StepRecord], None], ...] = ()
+    observe: Callable[[StepRecord], None]
     speculator: Speculator | None = None
 
 
@@ -71,7 +72,7 @@ class EngineCore:
         self.scheduler = parts.scheduler
         self.housekeeper = parts.housekeeper
         self._admission, self._inputs, self._log = parts.admission, parts.inputs, parts.log
-        self._observers = (parts.metrics.step, *parts.observers)
+        self._tell_observers = parts.observe
         self._speculator = parts.speculator
         self._execute = execute
         self._clock = clock
@@ -119,7 +120,8 @@ class EngineCore:
                 raise fault
             if request.place.is_lost:
                 raise self._admission.displaced()
-            self._timers.set(request)
+            if min(request.deadline, request.ttft_deadline) < math.inf:
+                self._timers.set(request)
             encoded = self._inputs.encode(request)
             if isinstance(encoded, Future):
                 self._encoding[request.id] = encoded
@@ -216,11 +218,13 @@ class EngineCore:
     async def step(self) -> bool:
         """Plan, execute, commit; False when there was nothing to run."""
         outputs = self._outputs
-        outputs.add_events(self.scheduler.expire(self._clock()))
+        if expired := self.scheduler.expire(self._clock()):
+            outputs.add_events(expired)
         if self._speculator is not None:
             await self._speculator.draft(meanwhile=outputs.publish)
         plan = self.scheduler.plan(self._clock())
-        outputs.note_started()
+        if started := self.scheduler.take_started():
+            outputs.note_started(started)
         if not plan.rows:
             outputs.publish()
             return False
@@ -283,5 +287,4 @@ class EngineCore:
         record = record_of(plan, result, events, seconds, self.scheduler.num_waiting)
         if self._speculator is not None:
             self._speculator.record(plan, result, seconds)
-        for observe in self._observers:
-            observe(record)
+        self._tell_observers(record)

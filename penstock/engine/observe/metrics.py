@@ -5,10 +5,13 @@ Written by the engine's thread at every step; read from any thread. Times are se
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
-from penstock.api.series import Rate, Series
+from penstock.api.series import WINDOW, Series, rate_statistics, statistics
 from penstock.step import StepRecord
+
+_LATENCIES = ("queue_time", "first_token_latency", "inter_token_latency", "end_to_end_latency")
 
 
 class Metrics:
@@ -16,26 +19,17 @@ class Metrics:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._series: Mapping[str, Series] = {
-            name: Series()
-            for name in (
-                "batch_processing_time",
-                "batch_size",
-                "batch_tokens",
-                "queue_time",
-                "first_token_latency",
-                "inter_token_latency",
-                "end_to_end_latency",
-            )
-        }
-        self._rates: Mapping[str, Rate] = {"tokens_per_second": Rate(), "prompt_tokens_per_second": Rate()}
+        self._latencies: Mapping[str, Series] = {name: Series() for name in _LATENCIES}
+        self._steps: deque[StepRecord] = deque(maxlen=WINDOW)
+        self._prompt_steps: deque[StepRecord] = deque(maxlen=WINDOW)  # those in which prompt tokens were computed
+        self._num_prompt_steps = 0
         self.totals = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
         self.totals |= {"drafted_tokens": 0, "accepted_tokens": 0}
 
     def record(self, name: str, *values: float) -> None:
-        """Add values to a series."""
+        """Add latencies."""
         if self.enabled:
-            self._series[name].record(*values)
+            self._latencies[name].record(*values)
 
     def count(self, name: str, amount: int) -> None:
         """Add to a total."""
@@ -46,19 +40,29 @@ class Metrics:
         """Account for one step."""
         if not self.enabled:
             return
-        self.totals["steps"] += 1
-        self.totals["generated_tokens"] += record.generated
-        self.totals["drafted_tokens"] += record.drafted
-        self.totals["accepted_tokens"] += record.accepted
-        series = self._series
-        series["batch_processing_time"].record(record.seconds)
-        series["batch_size"].record(record.rows)
-        series["batch_tokens"].record(record.tokens)
-        self._rates["tokens_per_second"].record(record.generated, record.seconds)
+        totals = self.totals
+        totals["steps"] += 1
+        totals["generated_tokens"] += record.generated
+        totals["drafted_tokens"] += record.drafted
+        totals["accepted_tokens"] += record.accepted
+        self._steps.append(record)
         if record.prompt_tokens:
-            self._rates["prompt_tokens_per_second"].record(record.prompt_tokens, record.seconds)
+            self._prompt_steps.append(record)
+            self._num_prompt_steps += 1
 
     def summaries(self) -> dict[str, dict[str, float]]:
-        """Every figure that has values, by name."""
-        sources: list[tuple[str, Series | Rate]] = [*self._series.items(), *self._rates.items()]
-        return {name: summary for name, source in sources if (summary := source.summary())}
+        """Statistics of every figure that has values, by name."""
+        steps, count = list(self._steps), self.totals["steps"]
+        prompt_steps = list(self._prompt_steps)
+        seconds = [step.seconds for step in steps]
+        prompt_seconds = [step.seconds for step in prompt_steps]
+        prompt_tokens = [step.prompt_tokens for step in prompt_steps]
+        figures = {
+            "batch_processing_time": statistics(seconds, count),
+            "batch_size": statistics([step.rows for step in steps], count),
+            "batch_tokens": statistics([step.tokens for step in steps], count),
+            **{name: series.summary() for name, series in self._latencies.items()},
+            "tokens_per_second": rate_statistics([step.generated for step in steps], seconds, count),
+            "prompt_tokens_per_second": rate_statistics(prompt_tokens, prompt_seconds, self._num_prompt_steps),
+        }
+        return {name: summary for name, summary in figures.items() if summary}

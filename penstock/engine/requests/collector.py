@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from operator import attrgetter
 
 from penstock.api.transcript import Transcript
 from penstock.engine.requests.ranking import likelihood, scores_of
@@ -17,6 +18,7 @@ from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason
 from penstock.step import Event, TokenLogprobs
 
+_LOGPROB, _SAMPLED = attrgetter("logprob"), attrgetter("sampled")
 DecodeToken = Callable[[int], str | None]
 
 
@@ -75,9 +77,8 @@ class Collector:
         if stop is None and reason is not None:
             last, stop, _ = text.finish()
             last += self._stop_text(event) if stop is None else ""
-        logprobs, sampled = [entry.logprob for entry in entries], [entry.sampled for entry in entries]
         for transcript in transcripts:
-            transcript.add(shown, tokens, logprobs, sampled, event.weight_version)
+            transcript.add(shown, tokens, map(_LOGPROB, entries), map(_SAMPLED, entries), event.weight_version)
             if event.num_drafted_tokens:
                 transcript.note_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
             if transcript.logprobs is not None:

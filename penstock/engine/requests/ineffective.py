@@ -5,7 +5,8 @@ Pure functions of a request's parameters, the model and the tokenizer. Called by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import chain
 
 from penstock.engine.text.decoding import Kind, TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
@@ -20,54 +21,58 @@ _REMEDY = "pass ids of this model's tokenizer"
 
 
 def check_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse wishes for token ids that the model does not have. Raises `RequestError`."""
-    first, last = params.forced_bos_token_id, params.forced_eos_token_id
+    """Refuse token ids that the model does not have where they are asked for. Raises `RequestError`."""
+    bos, eos = params.forced_bos_token_id, params.forced_eos_token_id
     wishes: tuple[tuple[str, Collection[int]], ...] = (
         ("logit_bias", params.logit_bias or ()),
         ("allowed_token_ids", params.allowed_token_ids or ()),
-        ("sequence_bias", [token for ids in params.sequence_bias or () for token in ids]),
-        ("forced_bos_token_id", () if first is None else (first,)),
-        ("forced_eos_token_id", (last,) if isinstance(last, int) else last or ()),
+        ("sequence_bias", list(chain.from_iterable(params.sequence_bias or ()))),
+        ("forced_bos_token_id", () if bos is None else (bos,)),
+        ("forced_eos_token_id", (eos,) if isinstance(eos, int) else eos or ()),
     )
     for name, ids in wishes:
-        if (token := _outside(ids, vocab_size)) is not None:
+        if ids and (token := _outside(ids, vocab_size)) is not None:
             raise RequestError(f"token id {token} in {name} {_OUTSIDE} of {vocab_size}: {_REMEDY}")
 
 
 def _outside(ids: Collection[int], vocab_size: int) -> int | None:
     """An id that the model does not have."""
-    ends = (max(ids), min(ids)) if ids else ()
-    return next((token for token in ends if not 0 <= token < vocab_size), None)
+    highest, lowest = max(ids), min(ids)
+    return highest if highest >= vocab_size else lowest if lowest < 0 else None
 
 
-def _useless_ids(params: SamplingParams, vocab_size: int) -> Iterator[str]:
-    """Stops and bans of tokens that cannot come: they hurt nobody."""
-    words = [token for word in params.bad_words if not isinstance(word, str) for token in word]
-    for name, ids in (("bad_words", words), *((name, getattr(params, name) or ()) for name in _STOPS_AND_BANS)):
-        if (token := _outside(ids, vocab_size)) is not None:
-            yield f"token id {token} in {name} {_OUTSIDE} of {vocab_size} and without effect: {_REMEDY}"
-
-
-def ineffective(params: SamplingParams, spec: ModelSpec, special: SpecialTokens | None) -> Iterator[str]:
+def ineffective(params: SamplingParams, spec: ModelSpec, special: SpecialTokens | None) -> list[str]:
     """What the caller should know of parameters without effect, in sentences."""
-    yield from _useless_ids(params, spec.vocab_size)
+    sentences = []
+    words = chain.from_iterable(word for word in params.bad_words if not isinstance(word, str))
+    bans: list[tuple[str, Collection[int]]] = [("bad_words", list(words) if params.bad_words else ())]
+    for name, ids in (*bans, *((name, getattr(params, name)) for name in _STOPS_AND_BANS)):
+        if ids and (token := _outside(ids, spec.vocab_size)) is not None:
+            sentences.append(
+                f"token id {token} in {name} {_OUTSIDE} of {spec.vocab_size} and without effect: {_REMEDY}"
+            )
     if params.greedy and not params.use_beam_search:
-        names = [name for name, off in (("top_p", 1.0), ("min_p", 0.0)) if getattr(params, name) != off]
-        names += ["top_k"] if params.top_k > 1 else []
+        names = ["top_p"] * (params.top_p != 1) + ["min_p"] * (params.min_p != 0) + ["top_k"] * (params.top_k > 1)
         if names:
-            yield f"{' and '.join(names)} without effect: nothing is drawn with temperature=0 or top_k=1"
-    ends = params.stop or params.stop_token_ids or spec.eos_token_ids
-    if params.min_tokens and not ends:
-        yield "min_tokens without effect: the model has no EOS, and the request neither stop nor stop_token_ids"
+            sentences.append(f"{' and '.join(names)} without effect: nothing is drawn with temperature=0 or top_k=1")
+    if params.min_tokens and not (params.stop or params.stop_token_ids or spec.eos_token_ids):
+        sentences.append(
+            "min_tokens without effect: the model has no EOS, and the request neither stop nor stop_token_ids"
+        )
     if params.length_penalty != 1 and not params.use_beam_search and params.rank_by != "normalized_logprob":
-        yield 'length_penalty without effect: it needs use_beam_search or rank_by="normalized_logprob"'
-    if special is not None and params.skip_special_tokens:
-        for stop in params.stop or ():
-            if parts := special.inside(stop):
-                yield (
-                    f"the stop string {stop!r} cannot match: skip_special_tokens leaves {parts[0]!r} out of the text; "
-                    "stop at that token alone, or set skip_special_tokens=False"
-                )
+        sentences.append('length_penalty without effect: it needs use_beam_search or rank_by="normalized_logprob"')
+    if special is not None and params.skip_special_tokens and params.stop:
+        sentences += map(_unmatchable, params.stop, map(special.inside, params.stop))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _unmatchable(stop: str, hidden: list[str]) -> str:
+    if not hidden:
+        return ""
+    return (
+        f"the stop string {stop!r} cannot match: skip_special_tokens leaves {hidden[0]!r} out of the text; "
+        "stop at that token alone, or set skip_special_tokens=False"
+    )
 
 
 class SpecialTokens:
@@ -97,13 +102,13 @@ class SpecialTokens:
         return text in self._ids and self._decoder.kind(self._ids[text]) is Kind.INVISIBLE
 
 
-def once(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """Tell the same thing only once; of endlessly many things, only the first ones."""
-    told: set[str] = set()
+def once(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """Warn of the same thing only once; of endlessly many things, only of the first ones."""
+    warnings: set[str] = set()
 
-    def tell_once(sentence: str) -> None:
-        if sentence not in told and len(told) < _MANY:
-            told.add(sentence)
-            tell(sentence)
+    def warn_once(sentence: str) -> None:
+        if sentence not in warnings and len(warnings) < _MANY:
+            warnings.add(sentence)
+            warn(sentence)
 
-    return tell_once
+    return warn_once

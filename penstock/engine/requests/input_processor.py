@@ -215,7 +215,7 @@ class InputProcessor:
         )
         for token in context:
             detokenizer.push(token)
-        stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
+        stops = StopStrings(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None
         return TextStream(detokenizer, stops, params.min_tokens)
 
     def _decode_token(self, token: int) -> str | None:

@@ -7,7 +7,7 @@ in one request's delivery ends that request. Runs on the engine's loop, called b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ from penstock.errors import RequestError, text_of
 from penstock.outputs import RequestOutput
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.scheduler import Scheduler
-from penstock.sequence import FinishReason
+from penstock.sequence import FinishReason, Sequence
 from penstock.step import Event
 
 _REGULAR = (FinishReason.STOP, FinishReason.LENGTH)
@@ -92,10 +92,10 @@ class OutputProcessor:
         """Keep events for the next `publish`."""
         self._unpublished += events
 
-    def note_started(self) -> None:
-        """Requests whose first sequence was just planned have left the queue."""
+    def note_started(self, sequences: Iterable[Sequence]) -> None:
+        """The first of a request's sequences to be planned takes it out of the queue."""
         now = self._clock()
-        for sequence in self._scheduler.take_started():
+        for sequence in sequences:
             owner = self._owners.get(sequence.id)
             if owner is None or owner[0].started is not None:
                 continue

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 from penstock.engine.text.tokenizer import Tokenizer
@@ -140,5 +141,10 @@ def _works_by_character(decoder: dict[str, object]) -> bool:
 
 def redefines(tokenizer: Tokenizer, *names: str) -> bool:
     """Whether a model's own tokenizer class changes one of these methods of the common base classes."""
-    classes = (c for c in type(tokenizer).__mro__ if not c.__module__.startswith("transformers.tokenization_"))
+    return _class_redefines(type(tokenizer), names)
+
+
+@lru_cache(maxsize=64)
+def _class_redefines(kind: type, names: tuple[str, ...]) -> bool:
+    classes = (c for c in kind.__mro__ if not c.__module__.startswith("transformers.tokenization_"))
     return any(name in vars(c) for c in classes for name in names)

@@ -35,10 +35,6 @@ class StopStrings:
         self._include = include
         self._matched: str | None = None
 
-    def __bool__(self) -> bool:
-        """Whether there is any stop to look for."""
-        return bool(self._root.children)
-
     def push(self, text: str) -> tuple[str, str | None]:
         """Return (text that is safe to show, the stop it ran into or None). After a stop, all text is dropped."""
         if self._matched is not None:

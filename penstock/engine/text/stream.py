@@ -58,26 +58,25 @@ class TextStream:
     gives it; a stop token whose text must not show is simply not pushed.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopStrings, min_tokens: int = 0) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings | None = None, min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
-        self._watches = bool(stops)
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._stop: str | None = None
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Take tokens one by one, up to the one that completes a stop string; later tokens are dropped."""
-        if not self._watches:
+        if self._stops is None:
             return TextDelta("".join(map(self._detokenizer.push, token_ids)), None, len(token_ids))
         texts: list[str] = []
-        before = self._num_tokens
+        num_before = self._num_tokens
         for token_id in token_ids:
             if self._stop is not None:
                 break
             self._num_tokens += 1
-            texts.append(self._filter(self._detokenizer.push(token_id)))
-        return TextDelta("".join(texts), self._stop, self._num_tokens - before)
+            texts.append(self._filter(self._detokenizer.push(token_id), self._stops))
+        return TextDelta("".join(texts), self._stop, self._num_tokens - num_before)
 
     def copy(self) -> TextStream:
         """Another one that goes on from here by itself."""
@@ -87,13 +86,15 @@ class TextStream:
 
     def finish(self) -> TextDelta:
         """The text still held back, now that no token follows; cut as ever if it completes a stop string."""
-        text = self._filter(self._detokenizer.flush())
-        return TextDelta(text + self._stops.flush(), self._stop, 0)
+        text = self._detokenizer.flush()
+        if self._stops is None:
+            return TextDelta(text, None, 0)
+        return TextDelta(self._filter(text, self._stops) + self._stops.flush(), self._stop, 0)
 
-    def _filter(self, text: str) -> str:
+    def _filter(self, text: str, stops: StopStrings) -> str:
         if self._num_tokens <= self._min_tokens:
             return text
-        text, self._stop = self._stops.push(text)
+        text, self._stop = stops.push(text)
         return text
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import pytest
 
 from penstock.api import series as series_module
-from penstock.api.series import WINDOW, Rate, Series
+from penstock.api.series import WINDOW, Series, rate_statistics
 
 
 def test_nothing_recorded_is_nothing_shown() -> None:
     assert Series().summary() == {}
-    assert Rate().summary() == {}
+    assert rate_statistics([], [], 0) == {}
 
 
 def test_series_of_one_to_one_hundred() -> None:
@@ -58,15 +58,10 @@ def test_summary_while_the_first_value_is_being_recorded(monkeypatch: pytest.Mon
 
 
 def test_rate_is_total_over_total() -> None:
-    rate = Rate()
-    rate.record(10, 1.0)
-    rate.record(10, 4.0)
-    found = rate.summary()
+    found = rate_statistics([10, 10], [1.0, 4.0], 2)
     assert found["mean"] == 4.0  # 20 in 5 s, not the mean of 10 and 2.5
     assert (found["min"], found["max"]) == (2.5, 10.0)
 
 
 def test_rate_of_no_time_is_zero() -> None:
-    rate = Rate()
-    rate.record(10, 0.0)
-    assert rate.summary()["mean"] == 0.0
+    assert rate_statistics([10], [0.0], 1)["mean"] == 0.0

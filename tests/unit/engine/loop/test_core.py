@@ -145,6 +145,7 @@ class Rig:
             inputs=InputProcessor(self.config, spec, spec.max_length, tokenizer, pool, self.admission),
             housekeeper=self.housekeeper,
             metrics=self.metrics,
+            observe=self.metrics.step,
             log=log,
             speculator=speculator,
         )
