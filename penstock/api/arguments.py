@@ -1,4 +1,4 @@
-"""The arguments of `Engine.generate` beside the prompt, checked on the caller's thread.
+"""The arguments of `Engine.generate`, checked once, on the caller's thread.
 
 Every function raises `RequestError` and returns plain values, of which no method of a caller's class runs later.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
+import uuid
+from dataclasses import dataclass
 
+from penstock.api.prompt import Prompt, PromptInput, read_prompt
 from penstock.errors import RequestError, shown
 from penstock.generation import GenerationConfig, Params
 from penstock.sampling import RequestPriority, SamplingParams
@@ -15,6 +19,44 @@ from penstock.values import integer, real, text
 
 _LOWEST, _HIGHEST = min(RequestPriority), max(RequestPriority)
 _PRIORITY_RULE = f"a RequestPriority ({', '.join(member.name for member in RequestPriority)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a caller passed, checked; `arrival` and the deadlines are seconds on the monotonic clock."""
+
+    prompt: PromptInput
+    params: Params
+    priority: RequestPriority
+    arrival: float
+    deadline: float
+    ttft_deadline: float
+    namespace: str
+
+
+def read_arguments(
+    prompt: Prompt,
+    params: Params = None,
+    *,
+    priority: RequestPriority = RequestPriority.NORMAL,
+    deadline: float | None = None,
+    ttft_deadline: float | None = None,
+    namespace: str = "",
+    callback: object = None,
+) -> Arguments:
+    """The arguments of `Engine.generate` as they are now; deadlines are given in seconds from now."""
+    if callback is not None:
+        check_callback(callback)
+    now = time.monotonic()
+    return Arguments(
+        read_prompt(prompt),
+        check_params(params),
+        check_priority(priority),
+        now,
+        math.inf if deadline is None else now + _seconds("deadline", deadline),
+        math.inf if ttft_deadline is None else now + _seconds("ttft_deadline", ttft_deadline),
+        text("namespace", namespace),
+    )
 
 
 def check_params(params: Params) -> Params:
@@ -32,16 +74,14 @@ def check_priority(priority: RequestPriority) -> RequestPriority:
     return RequestPriority(number)
 
 
-def check_seconds(name: str, value: float | None) -> float:
-    """The number; infinity for None. A time that has passed already is a missed deadline, not a mistake."""
-    if value is None:
-        return math.inf
+def _seconds(name: str, value: float) -> float:
+    """The number. A time that has passed already is a missed deadline, not a mistake."""
     return real(name, value, -math.inf, math.inf, "seconds from now, a number that a float can hold")
 
 
-def check_id(request_id: object) -> str:
-    """The id of a request."""
-    return text("request_id", request_id)
+def check_id(request_id: str | None) -> str:
+    """The id of a request; a fresh one for None or ""."""
+    return text("request_id", "" if request_id is None else request_id) or f"req-{uuid.uuid4().hex[:16]}"
 
 
 def check_callback(callback: object) -> None:

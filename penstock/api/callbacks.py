@@ -17,14 +17,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from penstock.api.channel import hop
-from penstock.api.exiting import park
+from penstock.api.event_loop import LoopThread
 from penstock.api.handle import RequestHandle
 from penstock.errors import DeadlineExceeded, RequestAborted, text_of
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 
-# How long `close` waits for callbacks that are still running, in seconds.
-GRACE_S = 5.0
 Fail = Callable[[str, BaseException], None]
 T = TypeVar("T")
 
@@ -39,7 +36,7 @@ class Callbacks:
     def __init__(self, fail: Fail) -> None:
         self._fail = fail
         self._tasks: set[asyncio.Task[None]] = set()
-        self._own: _OwnLoop | None = None
+        self._own: LoopThread | None = None
         self._lock = threading.Lock()
 
     def stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
@@ -83,7 +80,7 @@ class Callbacks:
     def _own_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._own is None:
-                self._own = _OwnLoop()
+                self._own = LoopThread("penstock-callbacks")
             return self._own.loop
 
     async def _stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
@@ -115,7 +112,7 @@ class Callbacks:
         loop, is_late = asyncio.get_running_loop(), handle.done()
         if not is_late:
             self._fail(handle.request_id, error)
-        if isinstance(error, SystemExit | KeyboardInterrupt) and not isinstance(threading.current_thread(), _Thread):
+        if isinstance(error, SystemExit | KeyboardInterrupt) and not isinstance(threading.current_thread(), LoopThread):
             raise error  # which ends the caller's loop, as from any of its tasks
         if is_late or not isinstance(error, Exception):
             late = "raised after the request had ended" if is_late else "raised what ends programs"
@@ -153,39 +150,6 @@ class _Inside:
 
 # The callback that the code which runs now was called by.
 _INSIDE: ContextVar[_Inside | None] = ContextVar("penstock_callback", default=None)
-
-
-class _Thread(threading.Thread):
-    """The thread of callbacks whose callers have no loop."""
-
-
-class _OwnLoop:
-    """An event loop on a thread of its own."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._closing = asyncio.Event()
-        self._thread = _Thread(target=self._run, name="penstock-callbacks", daemon=True)
-        self._thread.start()
-
-    def close(self, wait: bool) -> None:
-        """End the thread, and perhaps wait for it."""
-        hop(self.loop, self._closing.set)
-        if wait and threading.current_thread() is not self._thread:
-            self._thread.join(2 * GRACE_S)
-
-    def rest(self, until: float) -> None:
-        """Let the thread wait for ever."""
-        park(self.loop, self._thread, until)
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
-            runner.run(self._live())
-
-    async def _live(self) -> None:
-        await self._closing.wait()
-        if pumps := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(pumps, timeout=GRACE_S)
 
 
 async def _next(handle: RequestHandle) -> Delta | None:

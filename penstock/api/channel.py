@@ -1,24 +1,19 @@
-"""`Channel`: what lies between the engine's thread and whoever waits for one request.
+"""`Channel`: passes one request's deltas and its end from the engine's thread to its readers.
 
-A mailbox of the transcripts that have news. A delta is cut when somebody takes it, with all that came until then, so a
-slow reader costs nobody anything. Written by the engine's thread, read from any thread or loop; knows no engine.
+A mailbox of the transcripts that have something new. A delta is cut when a reader takes it, with all that came until
+then, so a slow reader costs nothing. Written by the engine's thread, read from any thread or loop; knows no engine.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
 import threading
-from collections import defaultdict
-from collections.abc import Callable
 from enum import Enum
 
 from penstock.api.transcript import Transcript
+from penstock.api.waiting import Waiter, Wakeups, new_waiter
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import RequestPriority
-
-Waiters = list[asyncio.Future[None]]
 
 
 class RequestStatus(Enum):
@@ -36,38 +31,8 @@ class RequestStatus(Enum):
         return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
 
 
-def hop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """Call a function on another thread's loop. A closed loop has nobody left who would want it."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *args)
-
-
-class Wakeups:
-    """Futures to complete, grouped so that each consumer loop is entered once per step."""
-
-    def __init__(self) -> None:
-        self._by_loop: defaultdict[asyncio.AbstractEventLoop, Waiters] = defaultdict(list)
-
-    def add(self, waiters: Waiters) -> None:
-        """Remember waiters to wake."""
-        for waiter in waiters:
-            self._by_loop[waiter.get_loop()].append(waiter)
-
-    def send(self) -> None:
-        """Wake everybody: one hop per loop."""
-        for loop, waiters in self._by_loop.items():
-            hop(loop, _complete, waiters)
-        self._by_loop.clear()
-
-
-def _complete(waiters: Waiters) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
-
-
 class Channel:
-    """One request's news. The lock is held for a few assignments and never while anything else runs."""
+    """One request's mailbox. The lock is held for a few assignments and never while anything else runs."""
 
     def __init__(
         self, request_id: str, priority: RequestPriority = RequestPriority.NORMAL, deadline: float = math.inf
@@ -79,11 +44,11 @@ class Channel:
         self.prompt: str | None = None
         self.prompt_token_ids: list[int] = []
         self._lock = threading.Lock()
-        self._news: dict[Transcript, None] = {}  # as a set that knows who waits longest
+        self._unread: dict[Transcript, None] = {}  # a set in the order of arrival
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._readers: Waiters = []  # of the next delta
-        self._waiters: Waiters = []  # of the end: a step's news does not wake them
+        self._readers: list[Waiter] = []  # of the next delta
+        self._waiters: list[Waiter] = []  # of the end: a step's deltas do not wake them
         self._ended = threading.Event()
 
     # Engine's side.
@@ -92,7 +57,7 @@ class Channel:
         """Show what was written to a transcript since it was last put here."""
         with self._lock:
             transcript.show()
-            self._news[transcript] = None
+            self._unread[transcript] = None
             readers, self._readers = self._readers, []
         if readers:
             wakeups.add(readers)
@@ -119,8 +84,8 @@ class Channel:
         """The next delta, or None at the regular end; raises the request's error after its last delta."""
         while True:
             with self._lock:
-                if self._news:
-                    self._news.pop(transcript := next(iter(self._news)))
+                if self._unread:
+                    self._unread.pop(transcript := next(iter(self._unread)))
                     return transcript.cut()
                 if self.ended:
                     break
@@ -157,9 +122,9 @@ class Channel:
             raise self._error.with_traceback(None)
 
 
-def _join(waiters: Waiters) -> asyncio.Future[None]:
+def _join(waiters: list[Waiter]) -> Waiter:
     """A new waiter of the running loop, among those that still wait."""
     if waiters:
         waiters[:] = [waiter for waiter in waiters if not waiter.done()]
-    waiters.append(waiter := asyncio.get_running_loop().create_future())
+    waiters.append(waiter := new_waiter())
     return waiter

@@ -1,8 +1,15 @@
-"""`new_event_loop`: the loop that threads of ours run."""
+"""Event loops on threads of our own: `new_event_loop` and `LoopThread`."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+
+from penstock.api.exiting import park
+from penstock.api.waiting import hop
+
+# How long closing waits for tasks that are still running, in seconds.
+GRACE_S = 5.0
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -12,3 +19,33 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+class LoopThread(threading.Thread):
+    """A daemon thread that runs an event loop until `close`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self._closing = asyncio.Event()
+        self.start()
+
+    def close(self, wait: bool) -> None:
+        """End the thread once its tasks are done, after `GRACE_S` seconds at most; with `wait`, return after that."""
+        hop(self.loop, self._closing.set)
+        if wait and threading.current_thread() is not self:
+            self.join(2 * GRACE_S)
+
+    def rest(self, until: float) -> None:
+        """The process exits: let the thread wait for ever."""
+        park(self.loop, self, until)
+
+    def run(self) -> None:
+        """Of the thread itself."""
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        await self._closing.wait()
+        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(tasks, timeout=GRACE_S)

@@ -1,32 +1,38 @@
 """`RequestHandle`: a running request in the caller's hand. Await it for the result, iterate it for the deltas.
 
 Owns the request's life: cancelling an await, closing it, or dropping the last reference aborts the request, unless it
-was detached. Works from any thread and any loop; waits on the request's `Channel` and never blocks the engine.
+was detached. Works from any thread and any event loop, asyncio's or trio's; waits on the request's `Channel` and never
+blocks the engine.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Generator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from penstock.api.channel import Channel, RequestStatus
+from penstock.errors import RequestError
 from penstock.generation import Params
 from penstock.outputs import Delta, RequestOutput
 
 
 class Owner(Protocol):
-    """Who runs a request, and knows it by its id."""
+    """The engine that runs a request, and knows it by its id."""
 
     def abort(self, request_id: str) -> None:
         """End the request; unknown and ended ids are ignored."""
         ...
 
+
+@runtime_checkable
+class Forking(Protocol):
+    """An engine whose requests can be forked."""
+
     def fork(
         self, request_id: str, n: int, params: Params, *, append: Sequence[int], at: int | None, index: int
     ) -> list[RequestHandle]:
-        """Begin requests that go on from where this one is."""
+        """Begin requests that continue from where this one is."""
         ...
 
 
@@ -82,6 +88,8 @@ class RequestHandle:
         and `EngineClosed`; what the engine finds only later (a beam search cannot be forked, it has ended meanwhile),
         the forks raise.
         """
+        if not isinstance(self._engine, Forking):
+            raise RequestError("this engine cannot fork requests: submit the prompt and its output as a new one")
         return self._engine.fork(self.request_id, n, params, append=append, at=at, index=index)
 
     def detach(self) -> RequestHandle:
@@ -106,7 +114,7 @@ class RequestHandle:
     async def _wait(self) -> RequestOutput:
         try:
             return await self._channel.wait()
-        except asyncio.CancelledError:
+        except BaseException:  # the request's own error, or a cancellation, by whichever event loop
             self.cancel()
             raise
 
@@ -116,7 +124,7 @@ class RequestHandle:
     async def __anext__(self) -> Delta:
         try:
             delta = await self._channel.take()
-        except asyncio.CancelledError:
+        except BaseException:
             self.cancel()
             raise
         if delta is None:

@@ -1,10 +1,13 @@
-"""`Engine`: the narrow waist. Everything above (LLM, server, CLI) is written against it; every engine implements it."""
+"""The capabilities of an engine, one protocol each. Consumers (facades, server, command line) are written against them.
+
+An engine that lacks a capability does not carry stubs for it. `penstock.testing.contract` tests an engine's `Engine`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
@@ -31,13 +34,10 @@ class Engine(Protocol):
         namespace: str = "",
         callback: Callback | None = None,
     ) -> RequestHandle:
-        """Submit at once, from any thread or loop; await or iterate the handle."""
-        ...
+        """Submit at once, from any thread or event loop; await or iterate the handle.
 
-    async def score(
-        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""
-    ) -> list[float]:
-        """The model's log probability of each completion token after the prompt."""
+        Raises `RequestError`, `EngineOverloaded`, `EngineClosed`.
+        """
         ...
 
     def abort(self, request_id: str) -> None:
@@ -45,14 +45,14 @@ class Engine(Protocol):
         ...
 
     def start(self) -> None:
-        """Load the model and begin to serve; blocks until ready."""
+        """Begin to serve; blocks until ready."""
         ...
 
     def stop(self, drain: float = 30.0) -> None:
-        """Serve what was accepted for at most `drain` seconds, abort the rest, free everything."""
+        """Serve accepted requests for at most `drain` seconds, abort the others, free everything."""
         ...
 
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> Mapping[str, object]:
         """Figures of the engine so far."""
         ...
 
@@ -61,3 +61,13 @@ class Engine(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Scorer(Protocol):
+    """Says how likely given tokens are."""
+
+    async def score(
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""
+    ) -> list[float]:
+        """The model's log probability of each completion token after the prompt."""
+        ...

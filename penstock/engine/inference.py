@@ -6,11 +6,9 @@ be called from any thread or loop; importing or constructing it changes no globa
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import random
-import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from penstock.api.arguments import check_callback, check_id
+from penstock.api.arguments import check_callback, check_id, read_arguments
 from penstock.api.callbacks import Callbacks
 from penstock.api.channel import Channel, RequestStatus
 from penstock.api.exiting import rest_at_exit
@@ -102,13 +100,15 @@ class InferenceEngine:
         `EngineOverloaded`, `EngineClosed`; what shows only later (`RequestTooLarge`, `DeadlineExceeded`,
         `ExecutionError`) is raised by the handle.
         """
-        check_callback(callback)
-        request = new_request(
-            *(self._free_id(request_id), prompt, params, priority, namespace),
+        arguments = read_arguments(
+            *(prompt, params),
+            priority=priority,
             deadline=deadline,
             ttft_deadline=ttft_deadline,
-            seed=self._random.getrandbits(62),
+            namespace=namespace,
+            callback=callback,
         )
+        request = new_request(self._free_id(request_id), arguments, self._random.getrandbits(62))
         self._submit([request])
         handle = RequestHandle(request.channel, self)
         if callback is not None:
@@ -219,9 +219,11 @@ class InferenceEngine:
 
     async def aclose(self, drain: float = 30.0) -> None:
         """`stop` without blocking the loop. Cancelling it ends the drain: the rest is aborted at once."""
+        from anyio import to_thread  # here, because few programs close an engine before they end
+
         try:
-            await asyncio.to_thread(self.stop, drain)
-        except asyncio.CancelledError:
+            await to_thread.run_sync(self.stop, drain, abandon_on_cancel=True)
+        except BaseException:  # cancelled, by whichever event loop
             self._host.try_post(lambda core: core.abort_all())
             raise
 
@@ -301,7 +303,7 @@ class InferenceEngine:
 
     def _free_id(self, request_id: str | None) -> str:
         """The id, or a fresh one. Raises `RequestError` while it is in use."""
-        request_id = check_id("" if request_id is None else request_id) or f"req-{uuid.uuid4().hex[:16]}"
+        request_id = check_id(request_id)
         channel = self._channels.get(request_id)
         if channel is not None and not channel.ended:
             raise RequestError(f"request id {request_id!r} is already running: use another, or none")

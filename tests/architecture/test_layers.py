@@ -14,7 +14,7 @@ from tests.architecture.source import module_name, package_files
 ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
     ("penstock", "__main__"),
     ("cli",),
-    frozenset({"serving", "facades"}),
+    frozenset({"serving", "facades", "testing"}),
     frozenset({"training", "backends"}),
     ("engine", "tools"),
     frozenset({"scheduling", "models"}),

@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from penstock.api.channel import hop
 from penstock.api.log import Logger
+from penstock.api.waiting import hop
 from penstock.engine.loop.deadlines import DeadlineTimers
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator

@@ -12,11 +12,12 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 
-from penstock.api.channel import RequestStatus, Wakeups, hop
+from penstock.api.channel import RequestStatus
 from penstock.api.event_loop import new_event_loop
 from penstock.api.exiting import EXIT_S, park
+from penstock.api.waiting import Waiter, Wakeups, new_waiter
 from penstock.engine.loop.core import EngineCore
-from penstock.engine.loop.worker import Worker, settle
+from penstock.engine.loop.worker import Worker
 from penstock.engine.requests.request import Request
 from penstock.errors import EngineClosed, PenstockError, text_of
 
@@ -41,7 +42,7 @@ class Host:
         self._core: EngineCore | None = None
         self._early: list[tuple[Action, Sequence[Request]]] = []
         self._settled = threading.Event()
-        self._waiting: set[asyncio.Future[None]] = set()  # for that, on any loops
+        self._waiters: list[Waiter] = []  # for that, on any loops
         self.error: BaseException | None = None
 
     def start(self) -> None:
@@ -132,16 +133,17 @@ class Host:
 
     async def settled(self) -> None:
         """Return once the model is loaded, or will not be. No thread waits, so cancelling this takes no time."""
-        future = asyncio.get_running_loop().create_future()
+        waiter = new_waiter()
         with self._lock:
             if not self.loading:
                 return
-            self._waiting.add(future)
+            self._waiters.append(waiter)
         try:
-            await future
+            await waiter
         finally:  # a cancelled future keeps the frames that awaited it, and with them the engine
             with self._lock:
-                self._waiting.discard(future)
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
 
     def rest(self, until: float) -> None:
         """The process exits: nobody is told anything any more, and both threads stop where they are."""
@@ -152,9 +154,10 @@ class Host:
     def _settle(self) -> None:
         with self._lock:
             self._settled.set()
-            waiting, self._waiting = self._waiting, set()
-        for future in waiting:
-            hop(future.get_loop(), settle, future, None, None)
+            waiters, self._waiters = self._waiters, []
+        wakeups = Wakeups()
+        wakeups.add(waiters)
+        wakeups.send()
 
     def _act(self, action: Action, requests: Sequence[Request]) -> None:
         """A fault ends the requests that the action was about. One without any is a bug, which the loop reports."""

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeVar, TypeVarTuple
 
-from penstock.api.channel import hop
 from penstock.api.exiting import interrupt
+from penstock.api.waiting import hop
 from penstock.errors import ExecutionError, described
 
 T = TypeVar("T")

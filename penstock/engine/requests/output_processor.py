@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from penstock.api.channel import RequestStatus, Wakeups, hop
+from penstock.api.channel import RequestStatus
 from penstock.api.log import Logger
+from penstock.api.waiting import Wakeups, hop
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.collector import Collector
 from penstock.engine.requests.endings import (

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from penstock.api.arguments import check_params, check_priority, check_seconds
+from penstock.api.arguments import Arguments
 from penstock.api.channel import Channel
-from penstock.api.prompt import Prompt, PromptInput, read_prompt
+from penstock.api.prompt import PromptInput
 from penstock.engine.requests.collector import Collector
 from penstock.generation import Params
 from penstock.optimizers.beams import BeamSearch
 from penstock.sampling import RequestPriority
 from penstock.scheduling.admission import Place
 from penstock.sequence import Sequence
-from penstock.values import text
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -51,30 +49,19 @@ class Request:
     last_token: float | None = None
 
 
-def new_request(
-    request_id: str,
-    prompt: Prompt,
-    params: Params,
-    priority: RequestPriority = RequestPriority.NORMAL,
-    namespace: str = "",
-    *,
-    deadline: float | None = None,
-    ttft_deadline: float | None = None,
-    seed: int = 0,
-) -> Request:
-    """A request that arrives now; its deadlines are seconds from now. Raises `RequestError`."""
-    now, prompt_input, priority = time.monotonic(), read_prompt(prompt), check_priority(priority)
-    due = now + check_seconds("deadline", deadline)
+def new_request(request_id: str, arguments: Arguments, seed: int = 0) -> Request:
+    """A request that arrives now."""
+    priority, deadline, num_tokens = arguments.priority, arguments.deadline, arguments.prompt.estimate_tokens()
     return Request(
         id=request_id,
-        prompt=prompt_input,
-        params=check_params(params),
-        channel=Channel(request_id, priority, due),
-        arrival=now,
+        prompt=arguments.prompt,
+        params=arguments.params,
+        channel=Channel(request_id, priority, deadline),
+        arrival=arguments.arrival,
         priority=priority,
-        deadline=due,
-        ttft_deadline=now + check_seconds("ttft_deadline", ttft_deadline),
-        namespace=text("namespace", namespace),
-        place=Place(request_id, prompt_input.estimate_tokens(), priority, due),
+        deadline=deadline,
+        ttft_deadline=arguments.ttft_deadline,
+        namespace=arguments.namespace,
+        place=Place(request_id, num_tokens, priority, deadline),
         seed=seed,
     )

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from penstock.api.callbacks import Callbacks
-from penstock.api.channel import Channel, RequestStatus, Wakeups
+from penstock.api.channel import Channel, RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.transcript import Transcript
+from penstock.api.waiting import Wakeups
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import EngineClosed, EngineOverloaded, ExecutionError, RequestAborted, RequestError
 from penstock.models.scripted import ScriptedModel

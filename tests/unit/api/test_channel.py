@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from penstock.api import channel as channel_module
-from penstock.api.channel import Channel, RequestStatus, Wakeups
+from penstock.api.channel import Channel, RequestStatus
 from penstock.api.transcript import Transcript
+from penstock.api.waiting import Wakeups
 from penstock.errors import ExecutionError
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestOutput
 

@@ -7,9 +7,10 @@ import gc
 
 import pytest
 
-from penstock.api.channel import Channel, RequestStatus, Wakeups
+from penstock.api.channel import Channel, RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.transcript import Transcript
+from penstock.api.waiting import Wakeups
 from penstock.errors import RequestAborted
 from penstock.outputs import CompletionOutput, RequestOutput
 

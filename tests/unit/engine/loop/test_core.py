@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from penstock.api.channel import Channel, RequestStatus, Wakeups
+from penstock.api.channel import Channel, RequestStatus
 from penstock.api.log import make_logger
 from penstock.api.prompt import read_prompt
 from penstock.api.transcript import Transcript
+from penstock.api.waiting import Wakeups
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.engine.loop.core import CoreParts, EngineCore

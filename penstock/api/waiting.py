@@ -1,0 +1,112 @@
+"""Waiting in a coroutine for another thread, on an event loop of asyncio or of trio.
+
+A `Waiter` belongs to the loop that it was made on; another thread completes it by one `hop` to that loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Generator, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Loop(Hashable, Protocol):
+    """An event loop, as other threads see it."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> object:
+        """Call a function on the loop's thread. Raises `RuntimeError` once the loop is closed."""
+        ...
+
+
+class Waiter(Protocol):
+    """What a coroutine awaits until `set_result` is called on its loop; an `asyncio.Future` is one."""
+
+    def __await__(self) -> Generator[object, None, None]: ...
+
+    def done(self) -> bool:
+        """Whether it was completed, or its coroutine cancelled."""
+        ...
+
+    def set_result(self, result: None, /) -> None:
+        """Complete it."""
+        ...
+
+    def get_loop(self) -> Loop:
+        """The loop that it belongs to."""
+        ...
+
+
+def new_waiter() -> Waiter:
+    """A waiter of the running event loop, which is asyncio's or trio's."""
+    try:
+        return asyncio.get_running_loop().create_future()
+    except RuntimeError:
+        return _TrioWaiter()
+
+
+def hop(loop: Loop, function: Callable[..., object], *args: object) -> None:
+    """Call a function on another thread's loop. A closed loop has nobody left who would want it."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
+
+
+class Wakeups:
+    """Waiters to complete, grouped so that each consumer loop is entered once per step."""
+
+    def __init__(self) -> None:
+        self._by_loop: defaultdict[Loop, list[Waiter]] = defaultdict(list)
+
+    def add(self, waiters: list[Waiter]) -> None:
+        """Remember waiters to wake."""
+        for waiter in waiters:
+            self._by_loop[waiter.get_loop()].append(waiter)
+
+    def send(self) -> None:
+        """Wake all of them: one hop per loop."""
+        for loop, waiters in self._by_loop.items():
+            hop(loop, _complete, waiters)
+        self._by_loop.clear()
+
+
+def _complete(waiters: list[Waiter]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _TrioLoop:
+    run_sync_soon: Callable[..., None]
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> None:
+        self.run_sync_soon(callback, *args)  # raises trio's `RunFinishedError`, which is a `RuntimeError`
+
+
+class _TrioWaiter:
+    """Raises `RuntimeError` where no event loop runs."""
+
+    def __init__(self) -> None:
+        try:
+            import trio
+        except ImportError:
+            raise RuntimeError("no running event loop") from None
+        self._loop = _TrioLoop(trio.lowlevel.current_trio_token().run_sync_soon)
+        self._event = trio.Event()
+
+    def __await__(self) -> Generator[object, None, None]:
+        return self._event.wait().__await__()
+
+    def done(self) -> bool:
+        """Whether it was completed."""
+        return self._event.is_set()
+
+    def set_result(self, result: None, /) -> None:
+        """Complete it."""
+        self._event.set()
+
+    def get_loop(self) -> Loop:
+        """The trio run that it belongs to."""
+        return self._loop

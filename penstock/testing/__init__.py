@@ -1,0 +1,1 @@
+"""What users of Penstock test with: the contract that every engine keeps."""

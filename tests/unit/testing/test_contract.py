@@ -1,0 +1,41 @@
+"""Two engines keep the contract: the native one, and one that knows nothing but the public parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from penstock import InferenceEngine, RequestError, ScriptedModel
+from penstock.api.protocols import Engine, Scorer
+from penstock.testing.contract import EngineContract
+from tests.unit.testing.echo import EchoEngine
+
+
+class TestNativeEngine(EngineContract):
+    def make_engine(self) -> Engine:
+        return InferenceEngine(ScriptedModel(lambda tokens, index: len(tokens) % 30, vocab_size=32, step_s=0.001))
+
+
+class TestEchoEngine(EngineContract):
+    def make_engine(self) -> Engine:
+        return EchoEngine()
+
+
+def test_the_native_engine_scores_and_an_echo_does_not_have_to() -> None:
+    scorer: Scorer = InferenceEngine(ScriptedModel([1]))
+    assert hasattr(scorer, "score")
+    assert not hasattr(EchoEngine, "score")
+
+
+def test_an_engine_without_forks_says_so() -> None:
+    engine = EchoEngine()
+    with pytest.raises(RequestError, match="cannot fork"):
+        engine.generate([1, 2]).fork()
+    engine.stop(0)
+
+
+def test_the_echo_engine_is_short() -> None:
+    source = (Path(__file__).parent / "echo.py").read_text()
+    body = source[source.index("class EchoEngine") :]
+    assert sum(bool(line.strip()) for line in body.splitlines()) <= 80
