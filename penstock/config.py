@@ -43,6 +43,10 @@ ALIASES = {
 REWRITES = ("kernels", "fused_layers", "packed_linears", "packed_norms")
 
 
+# A setting's value.
+Value = str | int | float | bool | tuple[str, ...] | None
+
+
 class BatchingStrategy(StrEnum):
     """Who of the waiting starts together; `scheduling.packing` says how each does it."""
 

@@ -19,7 +19,8 @@ of themselves enters a message through `shown`, `text_of` and `described`, which
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+
+from penstock.outputs import RequestOutput
 
 _LONGEST = 2000  # characters of a caller's value in a message
 
@@ -80,7 +81,7 @@ class EngineOverloaded(PenstockError, RuntimeError):
 class _Partial(PenstockError):
     """An ending that still has something to give: `output` is the `RequestOutput` so far, or None."""
 
-    def __init__(self, message: str, output: Any = None) -> None:
+    def __init__(self, message: str, output: RequestOutput | None = None) -> None:
         super().__init__(message)
         self.output = output
 

@@ -1,4 +1,4 @@
-"""What a caller may ask of the sampler: `SamplingParams`, validated once, at the door, then frozen.
+"""What a caller may ask of the sampler: `SamplingParams`, validated where it is made, then frozen.
 
 Owns parameter names, ranges and defaults. Never looks at tokens or tensors. Built by callers, read by everyone below.
 """
@@ -13,15 +13,17 @@ from enum import Enum, IntEnum
 from typing import Any
 
 from penstock import processors
+from penstock.outputs import CompletionOutput
 from penstock.values import LARGEST_COUNT, LARGEST_ID, bare, flag, integer, items, plain, real, refused, text, token_ids
 
 # A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
+# Tensors, but PyTorch is not imported here.
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
-# A user's judgement of a finished `CompletionOutput`: the higher, the better.
-Scorer = Callable[[Any], float]
+# A user's score of a finished completion: the higher, the better.
+Scorer = Callable[[CompletionOutput], float]
 
 RANKINGS = ("cumulative_logprob", "normalized_logprob")
-LARGEST_LENGTH = 2**63 - 1  # of tokens; what fits is known at the door
+LARGEST_LENGTH = 2**63 - 1  # of tokens; what fits is known when the request is admitted
 FLOAT_MAX = sys.float_info.max
 # Name, least and greatest value, and both in words.
 _NUMBERS = (
@@ -245,7 +247,7 @@ def _check_counts(p: SamplingParams) -> None:
         _need(p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens, f"at most max_tokens ({p.max_tokens})")
 
 
-def _top_k(value: Any) -> int:
+def _top_k(value: object) -> int:
     """0 for off; more than any vocabulary has keeps all of it, as `sys.maxsize` does elsewhere."""
     if value is None:
         return 0
@@ -259,8 +261,8 @@ def _check_flags(p: SamplingParams) -> None:
     for name in _FLAGS:
         _put(p, name, flag(name, getattr(p, name)))
     kind = bare(p.output_kind)
-    known = isinstance(kind, OutputKind) or (isinstance(kind, str) and kind in _KINDS)
-    _need(known, "output_kind", kind, f"an OutputKind or one of {', '.join(map(repr, _KINDS))}")
+    is_known = isinstance(kind, OutputKind) or (isinstance(kind, str) and kind in _KINDS)
+    _need(is_known, "output_kind", kind, f"an OutputKind or one of {', '.join(map(repr, _KINDS))}")
     _put(p, "output_kind", OutputKind(kind))
 
 
@@ -278,7 +280,7 @@ def _check_tokens(p: SamplingParams) -> None:
     _need(all(map(callable, p.logits_processors)), "logits_processors", p.logits_processors, "callables")
 
 
-def _bias(token: Any, bias: Any) -> tuple[int, float]:
+def _bias(token: object, bias: object) -> tuple[int, float]:
     rule = "token ids with finite numbers"
     return (
         integer("each key of logit_bias", token, 0, LARGEST_ID, rule),
@@ -286,10 +288,10 @@ def _bias(token: Any, bias: Any) -> tuple[int, float]:
     )
 
 
-def _word(word: Any) -> str | tuple[int, ...]:
-    found = text("bad_words", word) if isinstance(word, str) else token_ids("bad_words", word)
-    _need(len(found) > 0, "bad_words", word, "non-empty strings or token id lists")
-    return found
+def _word(word: object) -> str | tuple[int, ...]:
+    plain_word = text("bad_words", word) if isinstance(word, str) else token_ids("bad_words", word)
+    _need(len(plain_word) > 0, "bad_words", word, "non-empty strings or token id lists")
+    return plain_word
 
 
 def _check_stops(p: SamplingParams) -> None:
@@ -302,12 +304,12 @@ def _check_stops(p: SamplingParams) -> None:
 
 def _check_ranking(p: SamplingParams) -> None:
     _put(p, "rank_by", bare(p.rank_by))
-    named = isinstance(p.rank_by, str) and p.rank_by in RANKINGS
-    known = p.rank_by is None or named or callable(p.rank_by)
-    _need(known, "rank_by", p.rank_by, f"a function of a completion, or one of {', '.join(map(repr, RANKINGS))}")
+    is_named = isinstance(p.rank_by, str) and p.rank_by in RANKINGS
+    is_known = p.rank_by is None or is_named or callable(p.rank_by)
+    _need(is_known, "rank_by", p.rank_by, f"a function of a completion, or one of {', '.join(map(repr, RANKINGS))}")
     stopping = plain(bare(p.early_stopping))
-    known = isinstance(stopping, bool) or (isinstance(stopping, str) and stopping == "never")
-    _need(known, "early_stopping", p.early_stopping, 'True, False or "never"')
+    is_known = isinstance(stopping, bool) or (isinstance(stopping, str) and stopping == "never")
+    _need(is_known, "early_stopping", p.early_stopping, 'True, False or "never"')
     _put(p, "early_stopping", stopping)
     if p.use_beam_search:
         _need(p.num_samples > 1, "best_of", p.best_of, "the width of the beam search, at least 2")

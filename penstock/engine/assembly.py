@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from penstock.api.callbacks import Callbacks
 from penstock.api.log import Logger
@@ -85,19 +85,17 @@ def check_early(model: object) -> None:
         )
 
 
-def assemble(
-    model: object, tokenizer: Tokenizer | None, config: EngineConfig, admission: Admission, log: Logger
-) -> Parts:
+def assemble(model: object, tokenizer: object, config: EngineConfig, admission: Admission, log: Logger) -> Parts:
     """Load the model and build everything around it. Raises `ConfigurationError`, `OutOfMemory`."""
     from penstock import __version__
 
     log.info(f"Initializing an LLM engine (v{__version__}) with config: {config.model_dump(exclude_defaults=True)}")
-    runner, tokenizer = _load(model, tokenizer, config)
+    runner, loaded_tokenizer = _load(model, tokenizer, config)
     log.info("Model weights loaded.", model=runner.spec.name, device=runner.spec.device, dtype=runner.spec.dtype)
     draft: GuessingRunner | None = None
     try:
         draft = load_draft_model(model, runner.spec, config)
-        return _around(runner, draft, tokenizer, config, admission, log)
+        return _around(runner, draft, loaded_tokenizer, config, admission, log)
     except BaseException:
         for loaded in (draft, runner):
             if loaded is not None:
@@ -176,9 +174,9 @@ def _is_runner(model: object) -> TypeGuard[ModelRunner]:
     return hasattr(model, "execute") and hasattr(model, "spec")
 
 
-def _load(model: object, tokenizer: Tokenizer | None, config: EngineConfig) -> tuple[ModelRunner, Tokenizer | None]:
+def _load(model: object, tokenizer: object, config: EngineConfig) -> tuple[ModelRunner, Tokenizer | None]:
     if _is_runner(model):
-        return model, tokenizer
+        return model, cast(Tokenizer | None, tokenizer)
     from penstock.models.loading import load
 
     loaded = load(model, tokenizer, config)  # type: ignore[arg-type]  # what passed `check_early`
@@ -195,7 +193,7 @@ class Assembly:
     def __init__(
         self,
         model: object,
-        tokenizer: Tokenizer | None,
+        tokenizer: object,
         config: EngineConfig,
         admission: Admission,
         metrics: Metrics,
@@ -203,7 +201,7 @@ class Assembly:
         log: Logger,
     ) -> None:
         self.parts: Parts | None = None
-        self._sources: tuple[object, Tokenizer | None] | None = (model, tokenizer)
+        self._sources: tuple[object, object] | None = (model, tokenizer)
         self._config = config
         self._admission = admission
         self._metrics = metrics

@@ -25,6 +25,7 @@ from penstock.api.handle import RequestHandle
 from penstock.api.log import make_logger
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Callback, FinalCallback
+from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig, with_settings
 from penstock.engine.assembly import Assembly, Parts, check_early, shut_down
 from penstock.engine.loop.host import Host
@@ -55,7 +56,7 @@ class InferenceEngine:
     """
 
     def __init__(
-        self, model: Any = None, tokenizer: Any = None, config: EngineConfig | None = None, **settings: Any
+        self, model: object = None, tokenizer: object = None, config: EngineConfig | None = None, **settings: Any
     ) -> None:
         self.config = with_settings(config, settings)
         check_early(model)
@@ -254,7 +255,7 @@ class InferenceEngine:
 
     # Figures.
 
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> EngineStats:
         """Status, queue, cache, latency percentiles and rates, memory, configuration, facts of the loaded model."""
         parts = None if self._host.closed else self._assembly.parts
         return figures(self.config, self._host, self._admission, self._metrics, parts)

@@ -1,15 +1,16 @@
 """`AsyncLLMEngine`: the engine under the names of vLLM's lessons; streams `RequestOutput`s instead of deltas.
 
-A thin face over `InferenceEngine`; it owns nothing but the accumulation of what it shows.
+A thin facade of `InferenceEngine`; it owns nothing but the accumulation of deltas into outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any, Self
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
+from penstock.api.stats import EngineStats
 from penstock.engine.inference import InferenceEngine
 from penstock.facades.engine_args import engine_config
 from penstock.generation import Params
@@ -21,7 +22,7 @@ from penstock.values import LARGEST_COUNT, integer, items
 class AsyncEngineArgs:
     """Arguments of an `AsyncLLMEngine`: `model`, `tokenizer`, and those of `LLM` and `EngineConfig`."""
 
-    def __init__(self, model: Any = None, tokenizer: Any = None, **settings: Any) -> None:
+    def __init__(self, model: object = None, tokenizer: object = None, **settings: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = engine_config(settings, {"max_batch_size": 256, "max_sequence_length": None})
@@ -30,41 +31,41 @@ class AsyncEngineArgs:
 class OutputStream:
     """One request: awaitable for the final `RequestOutput`, iterable for one after every step.
 
-    What each holds follows `SamplingParams.output_kind`: everything so far (the default), only the news, or only the
-    final result. Cancelling, closing or dropping it aborts the request.
+    What each holds follows `SamplingParams.output_kind`: everything so far (the default), only what is new, or only
+    the final result. Cancelling, closing or dropping it aborts the request.
     """
 
     def __init__(self, handle: RequestHandle, kind: OutputKind, n: int) -> None:
         self._handle = handle
         self._kind = kind
         self._n = n
-        self._so_far: dict[int, CompletionOutput] = {}
-        self._over = False
+        self._completions: dict[int, CompletionOutput] = {}
+        self._exhausted = False
 
     @property
     def request_id(self) -> str:
         """The request's id."""
         return self._handle.request_id
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[object, None, RequestOutput]:
         return self._handle.__await__()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        if self._over:
+        if self._exhausted:
             raise StopAsyncIteration
         if self._kind is OutputKind.FINAL_ONLY:
-            self._over = True
+            self._exhausted = True
             return await self._handle
         delta = await self._handle.__anext__()
-        self._so_far[delta.index] = _extended(self._so_far.get(delta.index), delta)
+        self._completions[delta.index] = _extended(self._completions.get(delta.index), delta)
         if self._kind is OutputKind.DELTA:
-            return self._output([_fresh(delta)])
+            return self._output([_from_delta(delta)])
         if self._complete and delta.finish_reason in ("stop", "length"):
             return await self._handle  # what deltas do not carry is in the result: metrics, prompt logprobs
-        return self._output([self._so_far[index] for index in sorted(self._so_far)])
+        return self._output([self._completions[index] for index in sorted(self._completions)])
 
     async def aclose(self) -> None:
         """Abort the request if it still runs."""
@@ -73,14 +74,14 @@ class OutputStream:
     @property
     def _complete(self) -> bool:
         """Whether every completion has had its last delta; one that is still to come may not have had its first."""
-        return len(self._so_far) == self._n and all(out.finish_reason for out in self._so_far.values())
+        return len(self._completions) == self._n and all(out.finish_reason for out in self._completions.values())
 
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
         handle = self._handle
         return RequestOutput(self.request_id, handle.prompt, handle.prompt_token_ids, outputs, self._complete)
 
 
-def _fresh(delta: Delta) -> CompletionOutput:
+def _from_delta(delta: Delta) -> CompletionOutput:
     return CompletionOutput(
         index=delta.index,
         text=delta.text,
@@ -93,18 +94,18 @@ def _fresh(delta: Delta) -> CompletionOutput:
     )
 
 
-def _extended(before: CompletionOutput | None, delta: Delta) -> CompletionOutput:
-    """A new record, so that what was shown before stays as it was."""
-    new = _fresh(delta)
-    if before is None:
-        return new
-    new.text = before.text + new.text
-    new.token_ids = before.token_ids + new.token_ids
-    new.cumulative_logprob += before.cumulative_logprob
-    new.token_logprobs = before.token_logprobs + new.token_logprobs
-    if before.logprobs or new.logprobs:
-        new.logprobs = (before.logprobs or []) + (new.logprobs or [])
-    return new
+def _extended(previous: CompletionOutput | None, delta: Delta) -> CompletionOutput:
+    """A new record, so that those returned earlier stay as they are."""
+    completion = _from_delta(delta)
+    if previous is None:
+        return completion
+    completion.text = previous.text + completion.text
+    completion.token_ids = previous.token_ids + completion.token_ids
+    completion.cumulative_logprob += previous.cumulative_logprob
+    completion.token_logprobs = previous.token_logprobs + completion.token_logprobs
+    if previous.logprobs or completion.logprobs:
+        completion.logprobs = (previous.logprobs or []) + (completion.logprobs or [])
+    return completion
 
 
 class AsyncLLMEngine:
@@ -130,15 +131,15 @@ class AsyncLLMEngine:
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort one request or several; unknown ids are ignored."""
-        for one in [request_id] if isinstance(request_id, str) else items("request_id", request_id):
-            self.engine.abort(one)
+        for each_id in [request_id] if isinstance(request_id, str) else items("request_id", request_id):
+            self.engine.abort(each_id)
 
     async def get_tokenizer(self) -> Any:
         """The model's tokenizer; loads the model if that has not happened."""
         await self.engine.__aenter__()
         return self.engine.tokenizer
 
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> EngineStats:
         """The engine's figures."""
         return self.engine.get_stats()
 

@@ -21,10 +21,10 @@ def engine_config(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
     Raises `ConfigurationError` for unknown or impossible arguments.
     """
-    given = canonical({name: value for name, value in arguments.items() if name not in _IGNORED})
-    settings = {**defaults, **given}
-    if "memory_pool_size" in given and "gpu_memory_utilization" not in given:
-        settings["gpu_memory_utilization"] = None  # bytes that were asked for count more than a default fraction
+    explicit = canonical({name: value for name, value in arguments.items() if name not in _IGNORED})
+    settings = {**defaults, **explicit}
+    if "memory_pool_size" in explicit and "gpu_memory_utilization" not in explicit:
+        settings["gpu_memory_utilization"] = None  # explicit bytes go before a default fraction
     _refuse_parallel(settings)
     if settings.get("max_num_batched_tokens", 0) is None:
         del settings["max_num_batched_tokens"]  # None leaves the choice to the engine
@@ -33,7 +33,7 @@ def engine_config(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     return EngineConfig(**settings)
 
 
-def _refuse_parallel(settings: dict[str, Any]) -> None:
+def _refuse_parallel(settings: dict[str, object]) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if settings.pop(name, 1) != 1:
             raise ConfigurationError(f"{name} must be 1: this engine runs in one process, on one device")

@@ -1,16 +1,17 @@
 """`LLM`: the engine for scripts and notebooks. Blocks, returns everything at once, shows a progress bar.
 
-A thin face over `InferenceEngine`: it owns no scheduling, sampling or caching.
+A thin facade of `InferenceEngine`: it owns no scheduling, sampling or caching.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from penstock.api.handle import RequestHandle
-from penstock.api.prompt import Prompt
+from penstock.api.prompt import Message, Prompt
+from penstock.api.stats import EngineStats
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import RequestError, described
 from penstock.facades.engine_args import engine_config
@@ -37,7 +38,7 @@ class LLM:
     Raises `ConfigurationError` (a ValueError) for a bad model or setting, `OutOfMemory` (a RuntimeError).
     """
 
-    def __init__(self, model: Any = None, tokenizer: Any = None, **settings: Any) -> None:
+    def __init__(self, model: object = None, tokenizer: object = None, **settings: Any) -> None:
         self.engine = InferenceEngine(model, tokenizer, engine_config(settings, _DEFAULTS))
         self.engine.start()
 
@@ -61,10 +62,16 @@ class LLM:
             for handle in handles:  # whoever keeps the exception keeps this frame, and with it the handles
                 handle.cancel()
 
-    def chat(self, messages: Any, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
         """Generate the reply to a conversation (a list of messages), or to each of several."""
         several = isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], list)
-        return self.generate(messages if several else [messages], sampling_params, use_tqdm)
+        conversations = messages if several else [messages]
+        return self.generate(cast(Sequence[Prompt], conversations), sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -74,7 +81,7 @@ class LLM:
         """What the model's own generation config recommends."""
         return self.engine.default_params()
 
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> EngineStats:
         """The engine's figures."""
         return self.engine.get_stats()
 
@@ -83,28 +90,28 @@ class LLM:
         self.engine.stop(0.0)
 
 
-def _as_batch(prompts: Any) -> list[Prompt]:
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many: a string, a mapping, token ids or one conversation is a single prompt."""
     try:
-        return [prompts] if _is_single(prompts) else list(prompts)
+        return [cast(Prompt, prompts)] if _is_single(prompts) else list(cast(Sequence[Prompt], prompts))
     except Exception as error:
         raise RequestError(f"prompts must be a prompt or a list of them ({described(error)})") from error
 
 
-def _is_single(prompts: Any) -> bool:
-    if prompts is None or isinstance(prompts, str | bytes | dict):
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if prompts is None or isinstance(prompts, str | bytes | Mapping):
         return True
     first = plain(prompts[0]) if len(prompts) > 0 else None
     return isinstance(first, int) or (isinstance(first, dict) and "role" in first)
 
 
-def _as_params(params: Any, count: int) -> list[Params]:
-    if isinstance(params, Sequence):
-        each = list(items("sampling_params", params))
-        if len(each) != count:
-            raise RequestError(f"{len(each)} sampling_params for {count} prompts: pass one for all, or one for each")
-        return each
-    return [params] * count
+def _as_params(params: Params | Sequence[Params], count: int) -> list[Params]:
+    if not isinstance(params, Sequence):
+        return [params] * count
+    listed = list(items("sampling_params", params))
+    if len(listed) != count:
+        raise RequestError(f"{len(listed)} sampling_params for {count} prompts: pass one for all, or one for each")
+    return listed
 
 
 def _progress(handles: list[RequestHandle], show: bool) -> Iterable[RequestHandle]:

@@ -1,4 +1,4 @@
-"""What optimizations did: the figures of a generation, their totals, and each feature in a sentence.
+"""What optimizations achieved: the figures of a generation, their totals, and each feature in a sentence.
 
 Pure functions of outputs, settings and the engine's statistics. Called by `PerformanceOptimizer`.
 """
@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.api.series import Series
+from penstock.api.series import statistics
+from penstock.api.stats import EngineStats
+from penstock.config import Value
 from penstock.optimizers.levels import ALWAYS, MIB, NO_CHECKPOINTS, OptimizationConfig
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
@@ -33,17 +35,17 @@ class Generation:
     @classmethod
     def of(cls, outputs: Sequence[RequestOutput], params: SamplingParams, seconds: float) -> Generation:
         """The figures of what was returned."""
-        completions = [one for output in outputs for one in output.outputs]
-        drafted = sum(one.num_drafted_tokens for one in completions)
+        completions = [completion for output in outputs for completion in output.outputs]
+        drafted = sum(completion.num_drafted_tokens for completion in completions)
         candidates = params.num_sequences
         return cls(
             strategy="parallel" if candidates > 1 else "speculative" if drafted else "standard",
             generation_time=seconds,
             first_token_time=max(output.metrics.first_token_s or 0.0 for output in outputs),
-            tokens_generated=sum(len(one.token_ids) for one in completions),
+            tokens_generated=sum(len(completion.token_ids) for completion in completions),
             num_candidates=candidates,
             drafted_tokens=drafted,
-            accepted_tokens=sum(one.num_accepted_tokens for one in completions),
+            accepted_tokens=sum(completion.num_accepted_tokens for completion in completions),
             cached_prompt_tokens=sum(output.num_cached_tokens for output in outputs),
         )
 
@@ -60,27 +62,30 @@ def rates(tokens: int, seconds: float, drafted: int, accepted: int) -> dict[str,
     }
 
 
-def totals(made: Sequence[Generation]) -> dict[str, Any]:
+def totals(generations: Sequence[Generation]) -> dict[str, Any]:
     """Figures over several generations."""
-    waits = Series()
-    waits.record(*(one.first_token_time for one in made))
-    drafted, accepted = sum(one.drafted_tokens for one in made), sum(one.accepted_tokens for one in made)
-    tokens, seconds = sum(one.tokens_generated for one in made), sum(one.generation_time for one in made)
+    drafted = sum(generation.drafted_tokens for generation in generations)
+    accepted = sum(generation.accepted_tokens for generation in generations)
+    tokens = sum(generation.tokens_generated for generation in generations)
+    seconds = sum(generation.generation_time for generation in generations)
+    first_token_times = [generation.first_token_time for generation in generations]
     return {
-        "generations": len(made),
+        "generations": len(generations),
         "tokens_generated": tokens,
         "generation_time": seconds,
-        "first_token_time": waits.summary(),
+        "first_token_time": statistics(first_token_times, len(generations)),
         "drafted_tokens": drafted,
         "accepted_tokens": accepted,
         **rates(tokens, seconds, drafted, accepted),
     }
 
 
-def features(config: OptimizationConfig, stats: Mapping[str, Any]) -> dict[str, str]:
+def features(config: OptimizationConfig, stats: EngineStats) -> dict[str, str]:
     """Each feature by its flag: whether it is on, and what that means for the model that was loaded."""
-    settings, best = stats["config"], config.sample_aggregation
-    rank = best if isinstance(best, str) else "your function"
+    settings, aggregation = stats["config"], config.sample_aggregation
+    rank = aggregation if isinstance(aggregation, str) else "your function"
+    chunk_bytes = settings["logits_chunk_bytes"]
+    assert isinstance(chunk_bytes, int)
     adaptive = f"on: toward {settings['target']}" if settings["target"] else "off: limits stay as they are set"
     return {
         "enable_speculative_decoding": _switch(
@@ -91,7 +96,7 @@ def features(config: OptimizationConfig, stats: Mapping[str, Any]) -> dict[str, 
             config.enable_parallel_sampling, f"best of {config.num_parallel_samples} by {rank}; greedy: one"
         ),
         "enable_memory_pooling": _switch(
-            settings["enable_memory_pooling"], f"keeps at most {settings['logits_chunk_bytes'] / MIB:.0f} MiB of logits"
+            settings["enable_memory_pooling"], f"keeps at most {chunk_bytes / MIB:.0f} MiB of logits"
         ),
         "compile_model": compiled(settings, stats),
         "enable_adaptive_batching": adaptive,
@@ -101,14 +106,14 @@ def features(config: OptimizationConfig, stats: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _drafts_from(settings: Mapping[str, Any]) -> str:
+def _drafts_from(settings: Mapping[str, Value]) -> str:
     drafter, model = settings["drafter"], settings["draft_model"]
     if model is not None and drafter in ("auto", "draft_model"):
         return f"by {model}"
     return "from the text itself" if drafter in ("auto", "ngram") else f"by {drafter}"
 
 
-def compiled(settings: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+def compiled(settings: Mapping[str, Value], stats: EngineStats) -> str:
     """What runs on compiled kernels, and which."""
     passes = ", ".join(stats["rewrites"])
     if not settings["compile_model"]:
@@ -116,26 +121,26 @@ def compiled(settings: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
     return f"on: {passes} ({stats['kernels']})" if passes else f"nothing was compiled: {stats['kernels']}"
 
 
-def described(found: Mapping[str, Any]) -> str:
+def describe(stats: Mapping[str, Any]) -> str:
     """`get_optimization_stats()` as lines of text."""
-    lines = [f"level {found['level']}: {found['purpose']}"]
-    lines += [f"  {name:<{LABEL}} {text}" for name, text in found["features"].items()]
+    lines = [f"level {stats['level']}: {stats['purpose']}"]
+    lines += [f"  {name:<{LABEL}} {text}" for name, text in stats["features"].items()]
     lines += ["settings of the engine"]
-    lines += [f"  {name:<{LABEL}} {value}" for name, value in found["settings"].items()]
-    return "\n".join([*lines, f"measured: {_measured(found)}"])
+    lines += [f"  {name:<{LABEL}} {value}" for name, value in stats["settings"].items()]
+    return "\n".join([*lines, f"measured: {_measurements(stats)}"])
 
 
-def _measured(found: Mapping[str, Any]) -> str:
-    if not found["generations"]:
+def _measurements(stats: Mapping[str, Any]) -> str:
+    if not stats["generations"]:
         return "nothing yet"
-    accepted = found["acceptance_rate"]
-    drafts = "no drafts" if accepted is None else f"{accepted:.0%} of {found['drafted_tokens']} drafted tokens right"
+    accepted = stats["acceptance_rate"]
+    drafts = "no drafts" if accepted is None else f"{accepted:.0%} of {stats['drafted_tokens']} drafted tokens right"
     return (
-        f"{found['generations']} generations, {found['tokens_generated']} tokens, "
-        f"{found['tokens_per_second']:.1f} tokens/s, first token after "
-        f"{1000 * found['first_token_time']['p50']:.1f} ms (median), {drafts}, memory {found['memory_usage']:.0%} used"
+        f"{stats['generations']} generations, {stats['tokens_generated']} tokens, "
+        f"{stats['tokens_per_second']:.1f} tokens/s, first token after "
+        f"{1000 * stats['first_token_time']['p50']:.1f} ms (median), {drafts}, memory {stats['memory_usage']:.0%} used"
     )
 
 
-def _switch(on: bool, meaning: str) -> str:
+def _switch(on: Value, meaning: str) -> str:
     return f"on: {meaning}" if on else "off"

@@ -1,7 +1,7 @@
-"""`PerformanceOptimizer`: one call that generates, optimized as level and flags say, and tells what that did.
+"""`PerformanceOptimizer`: one call that generates, optimized by level and flags, and reports the result.
 
-A thin synchronous face over `InferenceEngine`: it owns no scheduling, sampling or caching, and never touches what a
-caller draws with. Its engine is there for everything else: streaming, asyncio, priorities.
+A thin synchronous facade of `InferenceEngine`: it owns no scheduling, sampling or caching, and never changes how tokens
+are drawn. Use its `engine` for everything else: streaming, asyncio, priorities.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from penstock.api.log import make_logger
+from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig, canonical, uses_draft_model
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError, RequestError
-from penstock.facades.optimizations import Generation, described, features, totals
+from penstock.facades.optimizations import Generation, describe, features, totals
 from penstock.optimizers.levels import NO_CHECKPOINTS, OptimizationConfig
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
@@ -37,7 +38,7 @@ LIVE = frozenset(
         "enable_gradient_checkpointing",
     }
 )
-# Who says how many candidates there are says how they are ranked, too.
+# Whoever passes the number of candidates also says how they are ranked.
 COUNTS = frozenset({"n", "best_of", "rank_by", "use_beam_search"})
 
 
@@ -48,17 +49,17 @@ class PerformanceOptimizer:
     are keywords of `EngineConfig`, and go before what the level says. Raises `ConfigurationError`, `OutOfMemory`.
     """
 
-    def __init__(self, model: Any = None, config: OptimizationConfig | None = None, **settings: Any) -> None:
+    def __init__(self, model: object = None, config: OptimizationConfig | None = None, **settings: Any) -> None:
         self.config = config or OptimizationConfig()
         if not isinstance(self.config, OptimizationConfig):
             raise ConfigurationError(f"config must be an OptimizationConfig, got {type(config).__name__}")
-        self._given = {"skip_tokenizer_init": True, **canonical(settings)}
+        self._explicit = {"skip_tokenizer_init": True, **canonical(settings)}
         self._applied = self.config.engine_settings()
         self._generations: deque[Generation] = deque(maxlen=KEPT_GENERATIONS)
-        made = EngineConfig(**{**self._applied, **self._given})
-        left_out = uses_draft_model(made) and not made.enable_speculative_decoding
-        self._live = LIVE - {"enable_speculative_decoding"} if left_out else LIVE
-        self.engine = InferenceEngine(model, None, made)
+        engine_config = EngineConfig(**{**self._applied, **self._explicit})
+        lacks_draft_model = uses_draft_model(engine_config) and not engine_config.enable_speculative_decoding
+        self._live = LIVE - {"enable_speculative_decoding"} if lacks_draft_model else LIVE
+        self.engine = InferenceEngine(model, None, engine_config)
         self.engine.start()
         self._announce()
 
@@ -90,10 +91,10 @@ class PerformanceOptimizer:
         params = self._params(max_length, temperature, sampling)
         begin = time.perf_counter()
         outputs = self._run(prompts, params)
-        made = Generation.of(outputs, params, time.perf_counter() - begin)
-        self._generations.append(made)
+        generation = Generation.of(outputs, params, time.perf_counter() - begin)
+        self._generations.append(generation)
         rows = [row for output in outputs for row in output.output_ids]
-        return _like(input_ids, rows, pad_token_id), self._stats(made)
+        return _like(input_ids, rows, pad_token_id), self._stats(generation)
 
     def get_optimization_stats(self) -> dict[str, Any]:
         """What is on and why, the settings in force, and figures over the last thousand generations."""
@@ -101,16 +102,16 @@ class PerformanceOptimizer:
         return {
             "level": self.config.level.value,
             "purpose": self.config.preset.purpose,
-            "settings": {name: stats["config"][name] for name in (*self._applied, *self._given)},
+            "settings": {name: stats["config"][name] for name in (*self._applied, *self._explicit)},
             "features": features(self.config, stats),
             **totals(list(self._generations)),
             "memory_usage": stats["memory_usage"],
-            "adaptive_params": _tuned(stats),
+            "adaptive_params": _tuned_limits(stats),
         }
 
     def describe(self) -> str:
         """The same for people."""
-        return described(self.get_optimization_stats())
+        return describe(self.get_optimization_stats())
 
     def optimize_memory(self) -> dict[str, float]:
         """Give back all memory that no running request needs; see `InferenceEngine.optimize_memory`."""
@@ -122,27 +123,27 @@ class PerformanceOptimizer:
 
     def _apply(self) -> None:
         """Pass on what was assigned since the last generation. Raises `ConfigurationError`."""
-        wanted = self.config.engine_settings()
-        changed = {name: value for name, value in wanted.items() if value != self._applied.get(name)}
-        changed |= {name: None for name in self._applied if name not in wanted}
-        fixed = sorted(changed.keys() - self._live)
-        if fixed:
+        settings = self.config.engine_settings()
+        changes = {name: value for name, value in settings.items() if value != self._applied.get(name)}
+        changes |= {name: None for name in self._applied if name not in settings}
+        fixed_names = sorted(changes.keys() - self._live)
+        if fixed_names:
             raise ConfigurationError(
-                f"the assigned flags change {', '.join(fixed)}, which the engine reads when it loads its model: "
+                f"the assigned flags change {', '.join(fixed_names)}, which the engine reads when it loads its model: "
                 "make a new PerformanceOptimizer"
             )
-        for name, value in changed.items():
-            if name not in self._given:
+        for name, value in changes.items():
+            if name not in self._explicit:
                 setattr(self.engine.config, name, value)
-        self._applied = wanted
+        self._applied = settings
 
-    def _params(self, max_length: int, temperature: float, sampling: dict[str, Any]) -> SamplingParams:
+    def _params(self, max_length: int, temperature: float, sampling: Mapping[str, Any]) -> SamplingParams:
         defaults = self.config.sampling()
         if COUNTS & sampling.keys():
             defaults = {name: value for name, value in defaults.items() if name not in COUNTS}
-        given = {"max_tokens": max_length, "temperature": temperature, "detokenize": False, **sampling}
+        explicit = {"max_tokens": max_length, "temperature": temperature, "detokenize": False, **sampling}
         try:
-            return SamplingParams(**{**defaults, **given})
+            return SamplingParams(**{**defaults, **explicit})
         except TypeError as error:
             raise RequestError(f"{error}: sampling takes the keywords of SamplingParams") from None
 
@@ -154,13 +155,13 @@ class PerformanceOptimizer:
             for handle in handles:  # the rest, where one failed
                 handle.cancel()
 
-    def _stats(self, made: Generation) -> dict[str, Any]:
-        found = {**dataclasses.asdict(made), **made.rates(), "level": self.config.level.value}
+    def _stats(self, generation: Generation) -> dict[str, Any]:
+        figures = {**dataclasses.asdict(generation), **generation.rates(), "level": self.config.level.value}
         if not (self.config.enable_adaptive_batching or self.config.profile_performance):
-            return found | {"adaptive_params": {}}
+            return figures | {"adaptive_params": {}}
         stats = self.engine.get_stats()
         profile = {"profile": stats["performance_metrics"]} if self.config.profile_performance else {}
-        return found | {"adaptive_params": _tuned(stats), **profile}
+        return figures | {"adaptive_params": _tuned_limits(stats), **profile}
 
     def _announce(self) -> None:
         log = make_logger(self.engine.config.log_level)
@@ -170,7 +171,7 @@ class PerformanceOptimizer:
             log.info(self.describe())
 
 
-def _tuned(stats: dict[str, Any]) -> dict[str, Any]:
+def _tuned_limits(stats: EngineStats) -> dict[str, float]:
     return dict(stats["tuner"].get("limits", {}))
 
 
@@ -183,26 +184,29 @@ def _rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:
         return ids
     if [len(row) for row in mask] != [len(row) for row in ids]:
         raise RequestError("attention_mask must have the shape of input_ids")
-    return [[token for token, seen in zip(row, kept, strict=True) if seen] for row, kept in zip(ids, mask, strict=True)]
+    return [
+        [token for token, is_prompt in zip(row, mask_row, strict=True) if is_prompt]
+        for row, mask_row in zip(ids, mask, strict=True)
+    ]
 
 
 def _as_lists(values: Any) -> list[list[int]]:
-    found = values.tolist() if hasattr(values, "tolist") else list(values)
-    if found and isinstance(found[0], Integral):  # as those of numpy are
-        return [found]
-    if not all(isinstance(row, list | tuple) for row in found):
+    rows = values.tolist() if hasattr(values, "tolist") else list(values)
+    if rows and isinstance(rows[0], Integral):  # as those of numpy are
+        return [rows]
+    if not all(isinstance(row, list | tuple) for row in rows):
         raise RequestError("token ids must be a tensor or array [prompts, tokens], or lists of integers")
-    return [list(row) for row in found]
+    return [list(row) for row in rows]
 
 
-def _like(given: Any, rows: list[list[int]], pad: int) -> Any:
-    """`rows` in the type of `given`."""
-    if isinstance(given, Sequence):
+def _like(input_ids: Any, rows: list[list[int]], pad: int) -> Any:
+    """`rows` in the type of `input_ids`."""
+    if isinstance(input_ids, Sequence):
         return rows
     longest = max(map(len, rows))
     padded = [row + [pad] * (longest - len(row)) for row in rows]
-    if hasattr(given, "new_tensor"):
-        return given.new_tensor(padded)
-    import numpy as np  # whoever gave an array has it loaded
+    if hasattr(input_ids, "new_tensor"):
+        return input_ids.new_tensor(padded)
+    import numpy as np  # a caller who passes an array has it loaded
 
-    return np.asarray(padded, dtype=given.dtype)
+    return np.asarray(padded, dtype=input_ids.dtype)

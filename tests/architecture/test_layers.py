@@ -21,8 +21,8 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
     frozenset({"cache", "optimizers", "constraints"}),
     ("kernels",),
     ("api",),
-    ("step", "outputs"),
-    ("sequence", "config", "generation", "sampling", "processors", "values", "errors", "demo"),
+    ("step",),
+    ("sequence", "outputs", "config", "generation", "sampling", "processors", "values", "errors", "demo"),
 )
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 

@@ -1,15 +1,15 @@
-"""`Tuning`: shows step records to the tuner now and then, and puts its answer into the limits.
+"""`Tuning`: passes step records to the tuner every few steps, and applies its answer to the limits.
 
-Owns the window of records and the list of changes. Never decides a limit and asks no clock. Called by `EngineCore`
-after every step, on the engine's thread; its figures are read from any.
+Owns the window of records and the list of changes. Never decides a limit and reads no clock. Called after every step,
+on the engine's thread; its figures are read from any.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from penstock.api.log import Logger
+from penstock.api.stats import TunerChange, TunerStats
 from penstock.config import EngineConfig
 from penstock.optimizers.tuner import Tuned, first, limits_of, tune
 from penstock.optimizers.window import Window
@@ -31,7 +31,7 @@ class Tuning:
         self._log = log
         self._target: str | None = None
         self._window = Window()
-        self._changes: deque[dict[str, Any]] = deque(maxlen=KEPT_CHANGES)
+        self._changes: deque[TunerChange] = deque(maxlen=KEPT_CHANGES)
         self._begin()
 
     def observe(self, record: StepRecord) -> None:
@@ -44,10 +44,10 @@ class Tuning:
         window = self._window
         window.add(record)
         if window.num_steps % EVERY == 0 or self._is_late(record):
-            tuned = self._told(tuned, tune(window.records(), tuned, self._config, window.scatter))
+            tuned = self._noted(tuned, tune(window.records(), tuned, self._config, window.scatter))
         self._limits.tuned = tuned._replace(probe=self._wants_probe())
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> TunerStats:
         """The goal, the limits in force, what they rest on, and the latest changes; empty without a goal."""
         tuned = self._limits.tuned
         if tuned is None:
@@ -74,12 +74,13 @@ class Tuning:
     def _wants_probe(self) -> bool:
         return self._window.since_plain >= PROBE_EVERY
 
-    def _told(self, before: Tuned, after: Tuned) -> Tuned:
-        """`after`, with a line in the log for every limit that is another one now."""
-        old = limits_of(before)
+    def _noted(self, before: Tuned, after: Tuned) -> Tuned:
+        """`after`, with a line in the log for every limit that changed."""
+        old_limits = limits_of(before)
         for name, value in limits_of(after).items():
-            if value != old[name]:
-                change = {"setting": name, "before": old[name], "after": value, "reason": after.reason}
-                self._changes.append({"step": self._window.num_steps, **change})
-                self._log.info("tuned", **change)
+            old = old_limits[name]
+            if value != old:
+                step, reason = self._window.num_steps, after.reason
+                self._changes.append(TunerChange(step=step, setting=name, before=old, after=value, reason=reason))
+                self._log.info("tuned", setting=name, before=old, after=value, reason=reason)
         return after

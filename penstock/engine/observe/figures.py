@@ -1,12 +1,13 @@
-"""What `get_stats()` answers: the engine's figures, from whoever keeps each of them.
+"""Builds the result of `get_stats()` from the objects that keep each figure.
 
 Changes nothing and keeps nothing. Called by `InferenceEngine`, from any thread.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
+from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig
 from penstock.engine.assembly import Parts
 from penstock.engine.loop.host import Host
@@ -16,7 +17,7 @@ from penstock.scheduling.admission import Admission
 
 def figures(
     config: EngineConfig, host: Host, admission: Admission, metrics: Metrics, parts: Parts | None
-) -> dict[str, Any]:
+) -> EngineStats:
     """Everything; what only a loaded model knows is empty without `parts`."""
     spec = parts.runner.spec if parts else None
     return {
@@ -37,7 +38,7 @@ def figures(
 
 
 def _queue(host: Host, admission: Admission, parts: Parts | None) -> dict[str, int]:
-    """Sequences as the scheduler counts them; requests that have not ended; what is held of the waiting room."""
+    """Sequences as the scheduler counts them, requests that have not ended, and what admission counts."""
     return {
         **(parts.scheduler.stats() if parts else {"num_waiting": 0, "num_running": 0}),
         "num_requests": host.num_requests,
@@ -46,7 +47,7 @@ def _queue(host: Host, admission: Admission, parts: Parts | None) -> dict[str, i
     }
 
 
-def _status(host: Host) -> str:
+def _status(host: Host) -> Literal["stopped", "loading", "running", "failed"]:
     if host.error is not None:
         return "failed"
     if host.closed or not host.started:

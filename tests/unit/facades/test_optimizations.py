@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.facades.optimizations import Generation, described, features, rates, totals
+from penstock.facades.optimizations import Generation, describe, features, rates, totals
 from penstock.optimizers.levels import OptimizationConfig
 from penstock.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from penstock.sampling import SamplingParams
@@ -91,11 +91,11 @@ def test_what_could_not_be_compiled_is_said() -> None:
 def test_the_description_has_level_features_settings_and_figures() -> None:
     made = [Generation.of([output(8, 4, 2)], GREEDY, 2.0)]
     found = {"level": "basic", "purpose": "nothing", "features": {"a": "on"}, "settings": {"b": 1}, "memory_usage": 0.5}
-    lines = described({**found, **totals(made)}).splitlines()
+    lines = describe({**found, **totals(made)}).splitlines()
     assert lines[0] == "level basic: nothing"
     assert [line.split() for line in lines[1:4]] == [["a", "on"], ["settings", "of", "the", "engine"], ["b", "1"]]
     assert lines[4] == (
         "measured: 1 generations, 8 tokens, 4.0 tokens/s, first token after 100.0 ms (median), "
         "50% of 4 drafted tokens right, memory 50% used"
     )
-    assert described({**found, **totals([])}).endswith("measured: nothing yet")
+    assert describe({**found, **totals([])}).endswith("measured: nothing yet")
