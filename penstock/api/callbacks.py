@@ -58,9 +58,9 @@ class Callbacks:
         Waits a few seconds for that, but not in a callback, which would be among those that it waits for.
         """
         with self._lock:
-            own, self._own = self._own, None
-        if own is not None:
-            own.close(wait=self.current() is None)
+            loop_thread, self._own = self._own, None
+        if loop_thread is not None:
+            loop_thread.close(wait=self.current() is None)
 
     def rest(self, until: float) -> None:
         """The process exits: call nobody any more; a callback that runs may come to its end until then."""
@@ -170,7 +170,5 @@ async def _outcome(handle: RequestHandle) -> RequestOutput:
 def _empty(handle: RequestHandle, error: Exception) -> RequestOutput:
     """What a callback gets of a request that failed before it produced anything."""
     reasons = ((RequestAborted, "abort"), (DeadlineExceeded, "deadline"), (Exception, "error"))
-    nothing = CompletionOutput(finish_reason=next(name for kind, name in reasons if isinstance(error, kind)))
-    return RequestOutput(
-        handle.request_id, handle.prompt, handle.prompt_token_ids, [nothing], True, error=text_of(error)
-    )
+    empty = CompletionOutput(finish_reason=next(name for kind, name in reasons if isinstance(error, kind)))
+    return RequestOutput(handle.request_id, handle.prompt, handle.prompt_token_ids, [empty], True, error=text_of(error))

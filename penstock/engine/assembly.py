@@ -113,7 +113,7 @@ def _around(
 ) -> Parts:
     """Builds cache, scheduler, tokenizers and drafter for a loaded model."""
     longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
-    cache, wanted = _cache(runner, draft, longest, config, log)
+    cache, wanted_blocks = _cache(runner, draft, longest, config, log)
     if cache.capacity < longest and "max_sequence_length" in config.model_fields_set:
         log.warning(f"the K/V cache holds {cache.capacity} tokens: no sequence reaches max_sequence_length={longest}")
     max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
@@ -127,7 +127,7 @@ def _around(
     inputs = InputProcessor(config, runner.spec, limit, own_tokenizer, pool, admission, remedy=remedy, log=log)
     drafter = make_drafter(config, draft, cache)
     tuning = Tuning(config, limits, log)
-    return Parts(runner, tokenizer, pool, cache, wanted, scheduler, inputs, tuning, drafter, draft)
+    return Parts(runner, tokenizer, pool, cache, wanted_blocks, scheduler, inputs, tuning, drafter, draft)
 
 
 def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:

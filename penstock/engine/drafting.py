@@ -16,8 +16,8 @@ from penstock.optimizers.speculation.ngram import NgramDrafter
 from penstock.optimizers.speculation.suffix import SuffixDrafter
 
 
-def load_draft_model(model: object, large: ModelSpec, config: EngineConfig) -> GuessingRunner | None:
-    """The draft model of `large`, which was loaded from `model`; None where none is wanted.
+def load_draft_model(model: object, target: ModelSpec, config: EngineConfig) -> GuessingRunner | None:
+    """The draft model of `target`, which was loaded from `model`; None where none is wanted.
 
     Raises `ConfigurationError` for one that is not named, cannot be loaded, or has another vocabulary.
     """
@@ -28,7 +28,7 @@ def load_draft_model(model: object, large: ModelSpec, config: EngineConfig) -> G
         raise ConfigurationError("drafter='draft_model' needs draft_model='folder or hub id' of a smaller model")
     from penstock.models.loading import load_draft
 
-    return load_draft(source, large, config)
+    return load_draft(source, target, config)
 
 
 def make_drafter(config: EngineConfig, draft: GuessingRunner | None, cache: CacheManager) -> Drafter:

@@ -213,8 +213,8 @@ class InferenceEngine:
         waits for no callback, and half a second at most for that callback's own request, which nobody hears meanwhile.
         """
         drain = real("drain", drain, 0.0, math.inf, "seconds, a number >= 0")
-        if (own := self._callbacks.current()) is not None:
-            self._host.try_post(lambda core: core.abort_after(min(drain, OWN_DRAIN_S), own))
+        if (own_request := self._callbacks.current()) is not None:
+            self._host.try_post(lambda core: core.abort_after(min(drain, OWN_DRAIN_S), own_request))
         self._host.stop(drain)
         self._finalizer()
 
@@ -282,14 +282,14 @@ class InferenceEngine:
         """
         if not self._host.ready:
             return {"before": 0.0, "after": 0.0, "freed_bytes": 0}
-        runner, done = self._loaded.runner, Future[int]()
+        runner, freed = self._loaded.runner, Future[int]()
         before = runner.memory_usage()
         try:
-            self._host.post(lambda core: core.housekeeper.clean(done))
+            self._host.post(lambda core: core.housekeeper.clean(freed))
         except EngineClosed:
-            done.set_result(0)
-        freed = 0 if self._host.on_own_thread else done.result()
-        return {"before": before, "after": runner.memory_usage(), "freed_bytes": freed}
+            freed.set_result(0)
+        freed_bytes = 0 if self._host.on_own_thread else freed.result()
+        return {"before": before, "after": runner.memory_usage(), "freed_bytes": freed_bytes}
 
     @property
     def _loaded(self) -> Parts:

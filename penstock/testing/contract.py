@@ -99,15 +99,15 @@ class EngineContract:
     def test_a_callback_gets_every_delta(self) -> None:
         async def main(engine: Engine) -> None:
             deltas: list[Delta] = []
-            ended = asyncio.Event()
+            end = asyncio.Event()
 
             def callback(delta: Delta) -> None:
                 deltas.append(delta)
                 if delta.finish_reason:
-                    ended.set()
+                    end.set()
 
             handle = engine.generate(self.prompt, self._params(9), callback=callback)
-            await asyncio.wait_for(ended.wait(), PATIENCE_S)
+            await asyncio.wait_for(end.wait(), PATIENCE_S)
             output = await handle
             assert [token for delta in deltas for token in delta.token_ids] == output.generated_ids
 
@@ -118,10 +118,10 @@ class EngineContract:
             def callback(delta: Delta) -> None:
                 raise LookupError("no")
 
-            other = engine.generate(self.prompt, self._params(9))
+            neighbour = engine.generate(self.prompt, self._params(9))
             failing = engine.generate(self.prompt, self._params(self.LENGTH), callback=callback)
             assert isinstance(await _error(failing), RequestError)
-            assert len((await other).generated_ids) == 9
+            assert len((await neighbour).generated_ids) == 9
 
         self._run(main)
 
@@ -131,21 +131,21 @@ class EngineContract:
         async def main(engine: Engine) -> None:
             for cancel in (RequestHandle.cancel, lambda handle: engine.abort(handle.request_id)):
                 handle = engine.generate(self.prompt, self._params(self.LENGTH))
-                first = await anext(handle)
+                first_delta = await anext(handle)
                 cancel(handle)
                 error = await _error(handle)
                 assert isinstance(error, RequestAborted)
                 assert error.output is not None
-                assert list(error.output.generated_ids[: len(first.token_ids)]) == list(first.token_ids)
+                assert list(error.output.generated_ids[: len(first_delta.token_ids)]) == list(first_delta.token_ids)
                 assert handle.status is RequestStatus.CANCELLED
 
         self._run(main)
 
     def test_cancelling_a_task_that_reads_aborts_the_request(self) -> None:
         async def main(engine: Engine) -> None:
-            for read in (_await, _tokens):
+            for reader in (_await, _tokens):
                 handle = engine.generate(self.prompt, self._params(self.LENGTH))
-                task = asyncio.ensure_future(read(handle))
+                task = asyncio.ensure_future(reader(handle))
                 await asyncio.sleep(0.02)
                 task.cancel()
                 await asyncio.wait([task])

@@ -80,7 +80,7 @@ class EngineCore:
         self._outputs = OutputProcessor(
             *(parts.scheduler, parts.admission, clock, parts.metrics, parts.log),
             forget=parts.runner.forget,
-            ended=self._forget,
+            on_end=self._forget,
         )
         self._encoding: dict[str, Future[Encoded]] = {}
         self._timers = DeadlineTimers(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))

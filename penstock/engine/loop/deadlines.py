@@ -23,9 +23,9 @@ class DeadlineTimers:
 
     def set(self, request: Request) -> None:
         """Watch a request; free for one without a deadline."""
-        due = _due(request)
-        if due < math.inf:
-            delay = max(0.0, due - self._clock())
+        deadline = _next_deadline(request)
+        if deadline < math.inf:
+            delay = max(0.0, deadline - self._clock())
             self._timers[request.id] = asyncio.get_running_loop().call_later(delay, self._check, request)
 
     def clear(self, request_id: str) -> None:
@@ -35,12 +35,12 @@ class DeadlineTimers:
 
     def _check(self, request: Request) -> None:
         """Loops round times, so a timer may fire early; after the first token, the other deadline counts."""
-        if self._clock() < _due(request):
+        if self._clock() < _next_deadline(request):
             self.set(request)
         else:
             self._expired(request)
 
 
-def _due(request: Request) -> float:
+def _next_deadline(request: Request) -> float:
     has_begun = request.first_token is not None
     return request.deadline if has_begun else min(request.deadline, request.ttft_deadline)

@@ -51,16 +51,16 @@ class Housekeeper:
             self._next_tidy = now + TIDY_PAUSE_S
             await self._run(self._trim, *self._cache.unused()).done
 
-    def clean(self, done: Future[int]) -> None:
-        """Give back what no running sequence needs, cached prefixes included; `done` gets the bytes, or the error.
+    def clean(self, freed: Future[int]) -> None:
+        """Give back what no running sequence needs, cached prefixes included; `freed` gets the bytes, or the error.
 
         It gets them on the model's thread, which does its last jobs even when the engine's loop is gone.
         """
         self._cache.drop_unused()
         try:
-            self._run(self._trim_for, done, *self._cache.unused())
+            self._run(self._trim_for, freed, *self._cache.unused())
         except RuntimeError:  # the model's thread has ended
-            done.set_result(0)
+            freed.set_result(0)
 
     def reset_cache(self) -> None:
         """Reuse no K/V computed until now."""
@@ -70,9 +70,9 @@ class Housekeeper:
         """On the model's thread. Blocks that held nothing when this was asked for are not used before the next step."""
         return self._runner.trim_memory(blocks, places) + self._trim_draft()
 
-    def _trim_for(self, done: Future[int], blocks: list[int], places: list[int]) -> int:
+    def _trim_for(self, freed: Future[int], blocks: list[int], places: list[int]) -> int:
         try:
-            done.set_result(self._trim(blocks, places))
+            freed.set_result(self._trim(blocks, places))
         except Exception as error:
-            done.set_exception(error)
+            freed.set_exception(error)
         return 0

@@ -65,28 +65,28 @@ class Collector:
         return all(transcripts[0].finish_reason is not None for _, transcripts in self._completions)
 
     def push(self, index: int, event: Event) -> SequenceOf[Transcript]:
-        """Take in one event; returns what it was added to, which a stop string found in the text may have ended."""
+        """Take in one event; returns what it was added to, which a stop string in the text may have ended."""
         text, transcripts = self._completions[index]
         if index == 0 and (event.num_cached_tokens or event.prompt_logprobs):
             self._note_prompt(event)
-        shown, stop, count = text.push(event.tokens if event.stop_token is None else self._visible(event))
+        new_text, stop, count = text.push(event.tokens if event.stop_token is None else self._visible(event))
         tokens, entries = event.tokens, event.logprobs
         if stop is not None:
             tokens, entries = tokens[:count], entries[:count]
-        reason, last = event.reason, ""
+        reason, last_text = event.reason, ""
         if stop is None and reason is not None:
-            last, stop, _ = text.finish()
-            last += self._stop_text(event) if stop is None else ""
+            last_text, stop, _ = text.finish()
+            last_text += self._stop_text(event) if stop is None else ""
         for transcript in transcripts:
-            transcript.add(shown, tokens, map(_LOGPROB, entries), map(_SAMPLED, entries), event.weight_version)
+            transcript.add(new_text, tokens, map(_LOGPROB, entries), map(_SAMPLED, entries), event.weight_version)
             if event.num_drafted_tokens:
                 transcript.note_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
             if transcript.logprobs is not None:
                 transcript.logprobs += map(self._by_token, entries)
             if stop is not None:
-                transcript.end(last, FinishReason.STOP.value, stop)
+                transcript.end(last_text, FinishReason.STOP.value, stop)
             elif reason is not None:
-                transcript.end(last, reason.value, self._stop_reason(event))
+                transcript.end(last_text, reason.value, self._stop_reason(event))
         return transcripts
 
     def call_scorer(self) -> Future[list[float]] | None:
@@ -110,7 +110,7 @@ class Collector:
         for transcript in every:
             if transcript.score is None:
                 transcript.score = likelihood(self._params, transcript.completion())
-        best = sorted(every, key=lambda found: -(found.score or 0.0))[: self._params.n]
+        best = sorted(every, key=lambda transcript: -(transcript.score or 0.0))[: self._params.n]
         for index, transcript in enumerate(best):
             transcript.index = index
         return best
@@ -133,10 +133,10 @@ class Collector:
         closed: list[Transcript] = []
         for text, transcripts in self._completions:
             if transcripts[0].finish_reason is None:
-                last, stop, _ = _last_of(text)
+                last_text, stop, _ = _last_of(text)
                 ending = reason if stop is None else FinishReason.STOP
                 for transcript in transcripts:
-                    transcript.end(last, ending.value, stop)
+                    transcript.end(last_text, ending.value, stop)
                 closed += transcripts
         return closed if self.streams else self.chosen()
 
@@ -164,9 +164,10 @@ class Collector:
         return self._stops.get(event.stop_token)
 
     def _by_token(self, entry: TokenLogprobs) -> Mapping[int, Logprob]:
-        found = {token: Logprob(logprob, rank, self._decode_token(token)) for token, logprob, rank in entry.top}
-        found[entry.token] = Logprob(entry.logprob, entry.rank, self._decode_token(entry.token), entry.sampled)
-        return found
+        decode = self._decode_token
+        logprobs = {token: Logprob(logprob, rank, decode(token)) for token, logprob, rank in entry.top}
+        logprobs[entry.token] = Logprob(entry.logprob, entry.rank, decode(entry.token), entry.sampled)
+        return logprobs
 
 
 def _last_of(text: Text) -> TextDelta:

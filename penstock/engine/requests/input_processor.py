@@ -178,11 +178,11 @@ class InputProcessor:
         eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
         sequences: list[Sequence] = []
         for _ in range(params.num_sequences):
-            first = sequences[0] if sequences else None
+            first_sequence = sequences[0] if sequences else None
             sequence = Sequence(
                 id=next(seq_ids),
                 request_id=request.id,
-                params=params if first is None else without_prompt_logprobs(params),  # scored once is enough
+                params=params if first_sequence is None else without_prompt_logprobs(params),  # scored once is enough
                 tokens=list(ids),
                 max_len=len(ids) + params.max_tokens,
                 stop_ids=eos | stops | frozenset(params.stop_token_ids or ()),
@@ -192,9 +192,9 @@ class InputProcessor:
                 arrival=request.arrival,
                 deadline=request.deadline,
                 # The first token may be that of any completion.
-                ttft_deadline=request.ttft_deadline if first is None else math.inf,
+                ttft_deadline=request.ttft_deadline if first_sequence is None else math.inf,
                 namespace=request.namespace,
-                parent=first or request.origin,
+                parent=first_sequence or request.origin,
             )
             sequences.append(sequence)
         return sequences

@@ -46,7 +46,7 @@ class _Delivery:
 
 
 class OutputProcessor:
-    """`forget(seq_id)` and `ended(request_id)` are called once for every sequence and every request that ends."""
+    """`forget(seq_id)` and `on_end(request_id)` are called once for every sequence and every request that ends."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class OutputProcessor:
         log: Logger,
         *,
         forget: Callable[[int], None],
-        ended: Callable[[str], None],
+        on_end: Callable[[str], None],
     ) -> None:
         self.requests: dict[str, Request] = {}
         self._scheduler = scheduler
@@ -66,7 +66,7 @@ class OutputProcessor:
         self._metrics = metrics
         self._log = log
         self._forget = forget
-        self._ended = ended
+        self._on_end = on_end
         self._owners: dict[int, tuple[Request, int]] = {}  # by sequence id; with the index of its completion
         self._unpublished: list[Event] = []
 
@@ -251,7 +251,7 @@ class OutputProcessor:
     ) -> None:
         try:
             self.requests.pop(request.id, None)
-            self._ended(request.id)
+            self._on_end(request.id)
             self._admission.release(request.place)
             self._metrics.count("requests", 1)
         finally:

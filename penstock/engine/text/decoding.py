@@ -103,11 +103,11 @@ class TokenDecoder:
 
 
 def _facts_of(tokenizer: Tokenizer, skip_special_tokens: bool) -> Facts:
-    both = _facts.setdefault(tokenizer, {})
-    if skip_special_tokens not in both:
+    facts_by_mode = _facts.setdefault(tokenizer, {})
+    if skip_special_tokens not in facts_by_mode:
         in_python = not hasattr(tokenizer, "backend_tokenizer")
-        both[skip_special_tokens] = Facts(_is_context_free(tokenizer), _num_ids(tokenizer) if in_python else 0)
-    return both[skip_special_tokens]
+        facts_by_mode[skip_special_tokens] = Facts(_is_context_free(tokenizer), _num_ids(tokenizer) if in_python else 0)
+    return facts_by_mode[skip_special_tokens]
 
 
 def _num_ids(tokenizer: Tokenizer) -> int:

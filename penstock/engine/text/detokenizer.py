@@ -84,14 +84,14 @@ class Detokenizer:
         """Return the window's new text, but for a last U+FFFD: only that one can still turn into a character."""
         text = self._decoder.decode(self._window)
         is_held = text.endswith(REPLACEMENT)
-        new = text[self._num_sent : len(text) - is_held]
-        self._num_sent += len(new)
+        new_text = text[self._num_sent : len(text) - is_held]
+        self._num_sent += len(new_text)
         self._settled = bool(text) and not is_held
         if self._settled:
             self._reanchor(1, is_held, is_held)
         elif len(self._window) > 2 * _RESYNC:
             self._reanchor(_RESYNC, is_held, is_held)
-        return new
+        return new_text
 
     def _reanchor(self, count: int, is_replaced: bool, num_held: int) -> None:
         """Keep only the last `count` ids, or as many more as it takes to end like the whole window does."""
@@ -112,7 +112,7 @@ class Detokenizer:
             self._was_settled, self._settled = self._settled, False
         self._bytes.append(token_id)
         try:
-            character = bytes(self._facts.bytes[each] for each in self._bytes).decode()
+            character = bytes(self._facts.bytes[token] for token in self._bytes).decode()
         except UnicodeDecodeError as error:
             if error.end == len(self._bytes) and error.reason == "unexpected end of data":
                 return ""
@@ -146,9 +146,9 @@ class Detokenizer:
             return characters.get(character, character)
         self._window += token_ids
         text = self._decoder.decode(self._window)
-        new, self._num_sent = text[self._num_sent :], len(text)
+        new_text, self._num_sent = text[self._num_sent :], len(text)
         self._settled = bool(text)
         self._reanchor(len(token_ids), character == REPLACEMENT, 0)
         if self._was_settled and self._facts.context_free:
-            characters[character] = new
-        return new
+            characters[character] = new_text
+        return new_text

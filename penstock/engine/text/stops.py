@@ -55,13 +55,13 @@ class StopStrings:
         """The text held back, now that none follows; "" after a stop."""
         if self._matched is not None:
             return ""
-        held, self._node = self._node, self._root
-        return held.word[: held.depth]
+        pending, self._node = self._node, self._root
+        return pending.word[: pending.depth]
 
 
-def _first(held: _Node, text: str, count: int) -> str:
-    """The first `count` characters of the held text and `text`; costs no more than that."""
-    return held.word[: min(count, held.depth)] + text[: max(0, count - held.depth)]
+def _first(pending: _Node, text: str, count: int) -> str:
+    """The first `count` characters of the pending text followed by `text`; costs no more than that."""
+    return pending.word[: min(count, pending.depth)] + text[: max(0, count - pending.depth)]
 
 
 def _next(node: _Node, character: str) -> _Node:

@@ -54,6 +54,7 @@ async def test_begun_is_told_before_the_job_is_done(worker: Worker) -> None:
     assert await job.done
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # raised anywhere in the thread
 async def test_a_worker_that_rests_interrupts_its_job_and_begins_no_other() -> None:
     worker, seen = Worker("resting"), list[int]()
 
