@@ -24,9 +24,10 @@ def run(script: list[int], tokenizer: Any = TOKENIZER, **wishes: Any) -> Complet
     """What a model that says `script` over and over comes to."""
     engine = InferenceEngine(ScriptedModel(script, vocab_size=600, eos_token_ids=frozenset({2})), tokenizer)
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 6} | wishes)
-    output = engine.generate([A], params).result(30)
-    engine.stop()
-    return output.outputs[0]
+    try:
+        return engine.generate([A], params).result(30).outputs[0]
+    finally:
+        engine.stop()
 
 
 @pytest.mark.parametrize("options", [{}, {"ignore_eos": True}, {"use_beam_search": True, "best_of": 2}])
