@@ -7,7 +7,8 @@ blocks the engine.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -36,19 +37,23 @@ class Forking(Protocol):
         ...
 
 
-class RequestHandle:
+class RequestHandle(Coroutine[object, None, RequestOutput]):
     """One request.
 
     `await handle` gives the final `RequestOutput`; `async for delta in handle` gives `Delta`s as they come, merged
     when the reader is slow. Both raise `RequestAborted`, `DeadlineExceeded` (with the partial output) or the
     request's own error; an iteration does so after a last delta whose `finish_reason` says the same. Leaving an
     iteration with `break` aborts the request once the handle itself is dropped or closed.
+
+    It is a coroutine too, so that `create_task(handle)`, `TaskGroup.create_task(handle)` and anyio's or trio's
+    `start_soon(engine.generate, prompt)` await it in a task of its own.
     """
 
     def __init__(self, channel: Channel, engine: Owner) -> None:
         self._channel = channel
         self._engine = engine
         self._detached = False
+        self._awaits: dict[object, Coroutine[object, None, RequestOutput]] = {}  # by the task that drives it
 
     @property
     def request_id(self) -> str:
@@ -118,6 +123,34 @@ class RequestHandle:
             self.cancel()
             raise
 
+    def send(self, value: None, /) -> object:
+        """Drive the handle as a coroutine; for event loops."""
+        task = _current_task()
+        if task not in self._awaits:
+            self._awaits[task] = self._wait()
+        return self._step(task, lambda coroutine: coroutine.send(value))
+
+    def throw(  # type: ignore[override]  # the one-argument form is enough for every event loop
+        self, error: BaseException, /
+    ) -> object:
+        """Raise an error where the driving task awaits; for event loops."""
+        task = _current_task()
+        if task not in self._awaits:
+            self.cancel()
+            raise error
+        return self._step(task, lambda coroutine: coroutine.throw(error))
+
+    def close(self) -> None:
+        """Abort the request if it still runs."""
+        self.cancel()
+
+    def _step(self, task: object, step: Callable[[Coroutine[object, None, RequestOutput]], object]) -> object:
+        try:
+            return step(self._awaits[task])
+        except BaseException:  # its end, of which a `StopIteration` is the regular one
+            del self._awaits[task]
+            raise
+
     def __aiter__(self) -> RequestHandle:
         return self
 
@@ -149,3 +182,11 @@ class RequestHandle:
 
     def __repr__(self) -> str:
         return f"<RequestHandle {self.request_id} {self.status.value}>"
+
+
+def _current_task() -> object:
+    """The asyncio task that runs now; None for any other event loop, which drives a coroutine from one task only."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
