@@ -8,31 +8,58 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import TypeGuard
 
 from penstock.errors import RequestError, described, shown
+from penstock.values import flag, items
 from penstock.values import text as checked_text
 
 Message = Mapping[str, object]
-# A string, token ids, chat messages, {"prompt": str}, or {"prompt_token_ids": ids} with its text as "prompt" or not.
+# A string, token ids, chat messages, {"prompt": str}, {"prompt_token_ids": ids} with or without its text as "prompt",
+# or {"messages": [...]} with further keys of `Chat`.
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, object]
 
-KINDS = 'a string, token ids, chat messages, {"prompt": str} or {"prompt_token_ids": [...]}'
+KINDS = 'a string, token ids, chat messages, {"prompt": str}, {"prompt_token_ids": [...]} or {"messages": [...]}'
 EMPTY = "the prompt is empty: pass at least one character, or token ids"
+_TEXT_KEYS = frozenset({"prompt", "prompt_token_ids"})
+_CHAT_KEYS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
+)
+# Arguments of `apply_chat_template` that the engine sets itself.
+_RESERVED_ARGUMENTS = _CHAT_KEYS | {
+    *("conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, and what its template is rendered with.
+
+    With `continue_final_message` the model continues the last message instead of answering it; that is the default
+    where the last message is the assistant's. Otherwise `add_generation_prompt` opens the assistant's turn.
+    `arguments` are further variables of the template (`enable_thinking`).
+    """
+
+    messages: list[dict[str, object]]
+    tools: list[object] | None = None
+    documents: list[object] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    arguments: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:
-    """A prompt in plain Python. Either `token_ids` are known, or `text` or `messages` are to be encoded.
+    """A prompt in plain Python. Either `token_ids` are known, or `text` or `chat` is to be encoded.
 
     `text` beside `token_ids` is what the caller says they spell; it is reported and never encoded.
     """
 
     text: str | None = None
     token_ids: list[int] | None = None
-    messages: list[Message] | None = None
+    chat: Chat | None = None
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -43,8 +70,8 @@ class PromptInput:
         """About how many tokens it has: exact for ids, a quarter of the characters for text."""
         if self.token_ids is not None:
             return len(self.token_ids)
-        if self.messages is not None:
-            return sum(map(_num_characters, self.messages)) // 4 + 1
+        if self.chat is not None:
+            return sum(map(_num_characters, self.chat.messages)) // 4 + 1
         return len(self.text or "") // 4 + 1
 
 
@@ -64,16 +91,16 @@ def _read(prompt: object) -> PromptInput:
     if isinstance(prompt, str):
         return PromptInput(text=_nonempty(str.__str__(prompt)))
     if is_chat(prompt):
-        messages = copy.deepcopy(list(prompt))
-        check_messages(messages)
-        return PromptInput(messages=list(map(dict, messages)))
+        return PromptInput(chat=_read_chat({"messages": prompt}))
     return PromptInput(token_ids=read_ids(prompt))
 
 
 def _read_mapping(prompt: Mapping[str, object]) -> PromptInput:
     prompt = dict(prompt)
-    if unknown := set(prompt) - {"prompt", "prompt_token_ids"}:
+    if unknown := set(prompt) - (_CHAT_KEYS if "messages" in prompt else _TEXT_KEYS):
         raise RequestError(f"a prompt has no key {min(map(str, unknown))!r}: pass {KINDS}")
+    if "messages" in prompt:
+        return PromptInput(chat=_read_chat(prompt))
     text = prompt.get("prompt")
     if text is not None and not isinstance(text, str):
         raise RequestError(f'"prompt" must be a string, got {type(text).__name__}: pass {KINDS}')
@@ -94,11 +121,47 @@ def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
-def check_messages(messages: Sequence[object]) -> None:
-    """Raises `RequestError` for what is no list of chat messages."""
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise RequestError(f'chat message {number} must be a dict with "role" and "content", got {shown(message)}')
+def _read_chat(prompt: Mapping[str, object]) -> Chat:
+    """A conversation as it is now, with the text of each message as one string."""
+    values = copy.deepcopy({name: value for name, value in prompt.items() if value is not None})
+    messages = [_read_message(*numbered) for numbered in enumerate(items("messages", values.pop("messages", ())))]
+    if not messages:
+        raise RequestError("the conversation is empty: pass at least one message")
+    arguments = values.pop("chat_template_kwargs", {})
+    if not isinstance(arguments, Mapping):
+        raise RequestError(f"chat_template_kwargs must be a mapping of names to values, got {shown(arguments)}")
+    if reserved := _RESERVED_ARGUMENTS & set(arguments):
+        raise RequestError(f"chat_template_kwargs cannot set {min(reserved)!r}: pass it beside messages, or not at all")
+    last = messages[-1]
+    prefill = last["role"] == "assistant" and "tool_calls" not in last and bool(last["content"])
+    continued = flag("continue_final_message", values.get("continue_final_message", prefill))
+    opened = flag("add_generation_prompt", values.get("add_generation_prompt", not continued))
+    if continued and opened:
+        raise RequestError("continue_final_message continues a message, so add_generation_prompt must be False with it")
+    tools, documents = (list(items(name, values[name])) if name in values else None for name in ("tools", "documents"))
+    return Chat(messages, tools, documents, opened, continued, dict(arguments))
+
+
+def _read_message(number: int, message: object) -> dict[str, object]:
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise RequestError(f'chat message {number} must be a dict with "role" and "content", got {shown(message)}')
+    content = message.get("content")
+    if content is None and "content" not in message and not message.get("tool_calls"):
+        raise RequestError(f'chat message {number} has no "content": pass a string, or a list of text parts')
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "\n".join(_text_of_part(number, part) for part in content)
+    return {**message, "content": "" if content is None else content}
+
+
+def _text_of_part(number: int, part: object) -> str:
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") in ("text", "input_text") else None
+    if not isinstance(text, str):
+        raise RequestError(
+            f'chat message {number} has a part that is no text, {shown(part)}: pass {{"type": "text", "text": "..."}}'
+        )
+    return text
 
 
 def read_ids(prompt: object) -> list[int]:

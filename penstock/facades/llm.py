@@ -67,11 +67,30 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: bool = True,
+        *,
+        tools: Sequence[object] | None = None,
+        documents: Sequence[object] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Generate the reply to a conversation (a list of messages), or to each of several."""
+        """Generate the reply to a conversation (a list of messages), or to each of several.
+
+        The keywords reach the chat template; `chat_template_kwargs` are further variables of it (`enable_thinking`).
+        A last message of the assistant's is continued, unless `continue_final_message=False`.
+        """
         several = isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], list)
+        optional = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        options = {name: value for name, value in optional.items() if value is not None}
         conversations = messages if several else [messages]
-        return self.generate(cast(Sequence[Prompt], conversations), sampling_params, use_tqdm)
+        prompts: list[Prompt] = [{"messages": conversation, **options} for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""

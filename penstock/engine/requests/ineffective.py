@@ -88,6 +88,10 @@ class SpecialTokens:
         """The stop strings that are such tokens: text never shows them, so that their ids end it."""
         return {self._ids[stop]: stop for stop in stops if self._is_left_out(stop)}
 
+    def any_in(self, text: str) -> bool:
+        """Whether a text spells one of them."""
+        return any(token in text for token in self._ids)
+
     def inside(self, stop: str) -> list[str]:
         """Those whose texts are parts of a stop string, which cannot be in the text, then."""
         parts = self._inside.get(stop)

@@ -63,6 +63,7 @@ class InputProcessor:
         self._limit = limit
         self._tokenizer = tokenizer
         self._encodes_short_text = is_plain(tokenizer)
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self._pool = pool
         self._admission = admission
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, skip_special_tokens=False)
@@ -89,6 +90,8 @@ class InputProcessor:
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
         params = self._resolve(request.params, len(ids), bad_words)
         stops = self._special_stops(params)
+        if request.prompt.text is not None and request.prompt.token_ids is None:
+            self._check_text(request.prompt.text, ids)
         # After the length: looking at a million ids holds the interpreter lock.
         self._check_vocabulary(ids)
         self._admission.adjust(request.place, len(ids))
@@ -105,6 +108,20 @@ class InputProcessor:
         if text is None or self._tokenizer is None:
             return None
         return text + TokenDecoder(self._tokenizer, params.skip_special_tokens).text(tokens)
+
+    def _check_text(self, text: str, ids: SequenceOf[int]) -> None:
+        """Warn of a string that probably is not what its caller meant to pass."""
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        if bos is not None and list(ids[:2]) == [bos, bos]:
+            self._warn(
+                "a prompt begins with two BOS tokens: it was rendered by a chat template, which writes one, and the "
+                "tokenizer added another; pass the messages themselves, or prompt_token_ids"
+            )
+        elif self._special is not None and self._has_template and not self._special.any_in(text):
+            self._warn(
+                "a prompt is a bare string, and this model has a chat template: for an answer pass "
+                '[{"role": "user", "content": text}]; a string is continued as it stands'
+            )
 
     def _check_vocabulary(self, ids: Collection[int]) -> None:
         highest = max(ids, default=0)

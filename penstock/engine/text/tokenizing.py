@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from penstock.api.exiting import join
-from penstock.api.prompt import EMPTY, Message, PromptInput, read_ids
+from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
 from penstock.engine.text.decoding import redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.errors import EngineClosed, RequestError, text_of
@@ -97,8 +97,8 @@ def encode_prompt(
     """
     if prompt.token_ids is not None:
         return prompt.text, prompt.token_ids
-    if prompt.messages is not None:
-        text = _render(tokenizer, prompt.messages)
+    if prompt.chat is not None:
+        text = _render(tokenizer, prompt.chat)
         return text, _encode_text(tokenizer, text, add_special_tokens=False)
     return prompt.text, _encode_text(tokenizer, prompt.text or "", add_special_tokens)
 
@@ -166,16 +166,19 @@ def is_plain(tokenizer: Tokenizer | None) -> bool:
     )
 
 
-def _render(tokenizer: Tokenizer | None, messages: Sequence[Message]) -> str:
-    """The messages as one text, as the tokenizer's chat template writes them."""
+def _render(tokenizer: Tokenizer | None, chat: Chat) -> str:
+    """The conversation as one text, as the tokenizer's chat template writes it."""
     _need_tokenizer(tokenizer, 'pass {"prompt_token_ids": [...]}')
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
+    render = getattr(tokenizer, "apply_chat_template")  # noqa: B009 - not every tokenizer has it
+    optional = {"tools": chat.tools, "documents": chat.documents, "continue_final_message": chat.continue_final_message}
+    options = {**{name: value for name, value in optional.items() if value}, **chat.arguments}
     try:
-        render = getattr(tokenizer, "apply_chat_template")  # noqa: B009 - not every tokenizer has it
-        return str(render(list(messages), add_generation_prompt=True, tokenize=False))
+        text = render(chat.messages, add_generation_prompt=chat.add_generation_prompt, tokenize=False, **options)
     except BaseException as error:  # templates raise what they like about roles and orders that they do not know
         raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
+    return str(text)
 
 
 def _need_tokenizer(tokenizer: Tokenizer | None, remedy: str) -> None:

@@ -51,4 +51,4 @@ def test_a_conversation_is_one_prompt(llm: LLM, several: bool) -> None:
     llm.generate = lambda *arguments: given.extend(arguments) or []  # type: ignore[method-assign, func-returns-value]
     talk, params = [{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=1)
     llm.chat([talk, talk] if several else talk, params, use_tqdm=False)
-    assert given == [[talk, talk] if several else [talk], params, False]
+    assert given == [[{"messages": talk}] * (2 if several else 1), params, False]
