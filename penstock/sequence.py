@@ -1,8 +1,9 @@
-"""`Sequence`: the one mutable record of the engine, and who may write each field.
+"""`Sequence`: the one mutable record of the core, and the functions that may write each field.
 
 A sequence is (tokens, computed); everything else is a subtraction. There are no phases: prefill, chunked prefill,
 decode, a cache hit, a rejected draft and a resumed victim are all "make `computed` catch up with `tokens`".
-Written by `Scheduler` and `CacheManager` only, on the engine's thread; a test reads the syntax tree and holds us to it.
+Written on the engine's thread only, by the scheduler and the cache manager; `tests/architecture/test_writers.py`
+enforces the writers that are named next to the fields.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from penstock.sampling import RequestPriority, SamplingParams
 
 
 class Status(Enum):
-    """Where a sequence is. Legal moves: WAITING <-> RUNNING, and either -> FINISHED."""
+    """State of a sequence. Legal moves: WAITING <-> RUNNING, and either -> FINISHED."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -35,19 +36,19 @@ class FinishReason(Enum):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """One stream of tokens: the prompt and what was generated after it.
+    """One stream of tokens: the prompt and the output generated after it.
 
-    Times are seconds on the engine's clock. `max_len` is the length at which it ends (prompt plus new tokens).
-    `stop_ids` holds every id that ends it (EOS unless ignored, stop ids); `seed` keys its randomness, together with
-    `sample_index` and the position. `namespace` isolates prefix-cache sharing. `parent` is who it may share its
-    prompt's blocks with: the first of its request's (n > 1), or the one that it was forked from, or None.
+    Times are seconds on the engine's clock. `max_len` is the maximum length, prompt included. `stop_ids` holds every id
+    that ends the sequence (EOS unless ignored, stop ids). `seed`, `sample_index` and the position key its random
+    numbers. `namespace` isolates prefix-cache sharing. `parent` is the sequence whose prompt blocks this one may share:
+    the first of its request (n > 1), the one it was forked from, or None.
     """
 
-    # Fixed at birth.
+    # Fixed at construction, except `tokens`.
     id: int
     request_id: str
     params: SamplingParams
-    tokens: list[int]  # prompt + accepted output; appended to by Scheduler.commit only
+    tokens: list[int]  # prompt + accepted output: Scheduler.commit; of beams, Searches.advance
     max_len: int
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
@@ -60,13 +61,13 @@ class Sequence:
     parent: Sequence | None = field(default=None, repr=False)
     prompt_len: int = field(init=False)
 
-    # Written by the scheduler (see DESIGN table in docs/design.md); blocks by the cache manager.
-    draft: tuple[int, ...] = ()  # proposed, unverified: Scheduler.offer; cleared by commit and preempt
-    computed: int = 0  # tokens whose K/V is settled: Scheduler.commit, raised by a prefix hit, zeroed by preempt
-    in_flight: int = 0  # tokens in the executing step: plan (+), commit and fail (-)
+    # Progress. The same table, with the reasons, is in docs/design.md.
+    draft: tuple[int, ...] = ()  # unverified tokens: Scheduler.offer; cleared by commit, plan, preempt and finish
+    computed: int = 0  # tokens whose K/V is settled: commit; of beams, Searches; plan (prefix hit); preempt (0)
+    in_flight: int = 0  # tokens in the executing step: plan (+), commit, fail and restart (0)
     blocks: array[int] = field(default_factory=lambda: array("i"))  # block table: CacheManager
-    status: Status = Status.WAITING  # Scheduler._move
-    reason: FinishReason | None = None  # Scheduler._move
+    status: Status = Status.WAITING  # LiveSequences._move
+    reason: FinishReason | None = None  # LiveSequences._move
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)
@@ -83,10 +84,31 @@ class Sequence:
 
     @property
     def width(self) -> int:
-        """Sequences of its request that need each other in every step: the beams of its search, or itself."""
+        """Number of sequences of its request that must run in the same steps: the beams of its search, or 1."""
         return self.params.num_beams or 1
 
     @property
     def todo(self) -> int:
         """Number of tokens that still have to go through the model before the next sample."""
         return len(self.tokens) + len(self.draft) - self.computed - self.in_flight
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest token, and drafts after it, are left to compute before the next sample."""
+        return self.computed + 1 >= len(self.tokens)
+
+    @property
+    def takes_draft(self) -> bool:
+        """Whether a draft may follow its newest token in the next step.
+
+        Never before its first sample, whose logits sibling sequences may share, and never for a beam, whose row yields
+        candidates instead of a token.
+        """
+        is_idle = self.status is Status.RUNNING and not self.in_flight
+        newest = len(self.tokens) - 1
+        return is_idle and self.computed == newest >= self.prompt_len and not self.params.use_beam_search
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its next tokens need logits at every position, for prompt logprobs."""
+        return self.params.prompt_logprobs is not None and self.computed + 1 < self.prompt_len

@@ -1,9 +1,9 @@
 """The frozen messages of a step: `StepPlan` goes to the model, `StepResult` comes back.
 
-A plan is valid until its step is committed or failed. Its rows name the live, append-only `tokens` and `blocks` of
+A plan is valid until its step is committed or failed. Its rows refer to the live, append-only `tokens` and `blocks` of
 their sequences: the scheduler writes neither while a plan executes, so the executor may read them without a copy.
 
-What is made for every row of every step is a named tuple: as frozen, and made in a third of the time.
+What is created for every row of every step is a named tuple, which takes a third of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Row(NamedTuple):
     """One sequence's share of a step: positions [start, end) of its tokens go through the model.
 
     Positions from `len(tokens)` on, if any, are `draft` tokens. `samples` says whether the step reaches the newest
-    token, so that a token is drawn after position end-1 (and after each draft). K/V of position p lives in block
+    token, so that a token is sampled after position end-1 (and after each draft). K/V of position p is in block
     `blocks[p // block_size]`, slot `p % block_size`. With `prompt_logprobs`, logits of all positions are needed.
-    `siblings` are rows without tokens of their own, whose first token is drawn from the same logits.
+    `siblings` are rows without tokens of their own, whose first token is sampled from the same logits.
     """
 
     seq_id: int
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step does, in this order: move blocks to the host and back, copy, then run the rows.
+    """What the next step does, in this order: move blocks to the host and back, copy blocks, run the rows.
 
     `swaps_out` are (block, place on the host), `swaps_in` (place, block), `copies` (source, destination) blocks.
     """
@@ -68,10 +68,10 @@ class StepPlan:
 class TokenLogprobs(NamedTuple):
     """Log probabilities at one position.
 
-    `logprob` is the model's own (no temperature, no filter), `sampled` the one under the distribution that was really
-    sampled (0.0 when greedy). `rank` of the token is 1-based in the model's distribution, 0 when not asked for; `top`
-    holds (token, logprob, rank) of the most likely tokens, best first, when asked for. In a beam search `sampled` is
-    what the token adds to its beam's score: `logprob`, after the request's rules.
+    `logprob` is the model's own (no temperature, no filter), `sampled` the one under the distribution that was sampled
+    from (0.0 when greedy). `rank` of the token is 1-based in the model's distribution, 0 if not requested; `top` holds
+    (token, logprob, rank) of the most likely tokens, best first, if requested. In a beam search `sampled` is what the
+    token adds to its beam's score: `logprob`, after the request's logits processors.
     """
 
     token: int
@@ -84,8 +84,8 @@ class TokenLogprobs(NamedTuple):
 class RowResult(NamedTuple):
     """What one row produced: accepted tokens in order (none while prefilling), or the error that ends its request.
 
-    `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i. `candidates` are the best
-    continuations of a beam, which draws no token, best first; `siblings` has a result for each of the row's.
+    `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i. `candidates` are the best continuations
+    of a beam, best first; a beam samples no token. `siblings` are the results of the row's siblings.
     """
 
     tokens: tuple[int, ...] = ()
@@ -97,7 +97,7 @@ class RowResult(NamedTuple):
 
     @property
     def num_accepted(self) -> int:
-        """How many of the tokens are drafts that were right: all but the last."""
+        """How many of the tokens are accepted drafts: all but the last."""
         return max(0, len(self.tokens) - 1)
 
 
@@ -111,7 +111,7 @@ class StepResult:
 
 
 def paired(plan: StepPlan, result: StepResult) -> Iterator[tuple[Row, RowResult]]:
-    """Every row of a step with its result, and behind it its siblings with theirs."""
+    """Every row of a step with its result, each followed by its siblings with theirs."""
     for row, out in zip(plan.rows, result.rows, strict=True):
         yield row, out
         if row.siblings:
@@ -119,13 +119,13 @@ def paired(plan: StepPlan, result: StepResult) -> Iterator[tuple[Row, RowResult]
 
 
 class StepRecord(NamedTuple):
-    """What a step was, for those who learn from it: metrics, advisor, tuner.
+    """The measurements of one step, for metrics, advisor and tuner.
 
-    `seconds` is the time since the step before, if that ran back to back: what a stream waits for its token. Of `rows`,
-    `streams` had only their newest token and its drafts to compute. `tokens` went through the model; `prompt_tokens`
-    of them belong to the other rows and lie at `depth` of their prompts, on average; `generated` came out, and
-    `waiting` sequences were left in the queue. `drafted` of `tokens` were drafts, and `accepted` of
-    `generated` are drafts that were right. `timings_s` are the runner's own figures.
+    `seconds` is the time since the previous step, if both ran back to back: the time between two tokens of a stream. Of
+    `rows`, `streams` had only their newest token and its drafts to compute. `tokens` went through the model;
+    `prompt_tokens` of them belong to the other rows, at a mean position of `depth`. `generated` tokens came out, and
+    `waiting` sequences were left in the queue. Of `tokens`, `drafted` were drafts, of which `accepted` are among
+    `generated`. `timings_s` are the runner's own measurements.
     """
 
     seconds: float
@@ -142,10 +142,10 @@ class StepRecord(NamedTuple):
 
 
 class Event(NamedTuple):
-    """News of one sequence for its reader. `reason` is set on exactly one event, the last one.
+    """What one step changed for one sequence. `reason` is set on exactly one event, the last one.
 
-    `error` comes with FinishReason.ERROR (and with DEADLINE, when there is more to say). Of the step's
-    `num_drafted_tokens` guesses `num_accepted_tokens` were right and are among `tokens`.
+    `error` comes with FinishReason.ERROR, and with DEADLINE if there are details. Of the step's `num_drafted_tokens`
+    draft tokens, `num_accepted_tokens` were accepted and are among `tokens`.
     """
 
     seq_id: int
@@ -162,8 +162,8 @@ class Event(NamedTuple):
 
 
 def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], seconds: float, waiting: int) -> StepRecord:
-    """The record of a step whose commit gave these events."""
-    streams = tokens = prompt_tokens = deep = 0
+    """The record of a step whose commit returned these events."""
+    streams = tokens = prompt_tokens = position_sum = 0
     for row in plan.rows:
         count = row.end - row.start
         tokens += count
@@ -171,15 +171,15 @@ def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], secon
             streams += 1
         else:
             prompt_tokens += count
-            deep += count * (row.start + row.end)
-    depth = deep / (2 * prompt_tokens) if prompt_tokens else 0.0
+            position_sum += count * (row.start + row.end)
+    depth = position_sum / (2 * prompt_tokens) if prompt_tokens else 0.0
     drafted = accepted = 0
     counts: dict[int, int] = {}
     for event in events:
         counts[event.seq_id] = len(event.tokens)
         drafted += event.num_drafted_tokens
         accepted += event.num_accepted_tokens
-    # Tokens drawn that count: none behind a stop, none of a sequence that ended meanwhile; one for each beam.
+    # Tokens after a stop, or of a sequence that ended meanwhile, are in no event; a beam advances by one token.
     generated = sum(1 if out.candidates else counts.get(row.seq_id, 0) for row, out in paired(plan, result))
     progress = streams, tokens, prompt_tokens, depth, generated, waiting
     return StepRecord(seconds, len(plan.rows), *progress, drafted, accepted, result.timings_s)

@@ -1,8 +1,7 @@
 """`CacheManager`: block tables of sequences over one pool, with prefix sharing, copy-on-write and a tier on the host.
 
-Owns `Sequence.blocks`, the pool and what can be found of its contents. Never touches a tensor: copies and moves are
-only named, for the plan. Called by `Scheduler` on the engine's thread; a step's effects stay pending until `commit` or
-`rollback`.
+Owns `Sequence.blocks`, the pool and the prefix cache. Never touches a tensor: copies and moves are only listed for the
+plan. Called by the scheduler on the engine's thread; a step's effects stay pending until `commit` or `rollback`.
 """
 
 from __future__ import annotations
@@ -11,33 +10,44 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
-from penstock.cache.contents import ON_HOST, Contents
-from penstock.cache.copies import Copies
-from penstock.cache.pool import BlockPool
-from penstock.cache.tier import Moves
+from penstock.cache.pool import BlockPool, Copies, Pairs
+from penstock.cache.prefix_cache import ON_HOST, PrefixCache
 from penstock.sequence import Sequence
 from penstock.step import StepPlan
 
 
+class BlockMoves(NamedTuple):
+    """What a step does before its rows run, in this order: swaps out, swaps in, copies.
+
+    `copies` are (source, destination) blocks, of which no destination is also a source; `swaps_out` are (block, place
+    on the host), `swaps_in` (place, block).
+    """
+
+    copies: Pairs
+    swaps_out: Pairs
+    swaps_in: Pairs
+
+
 @dataclass(slots=True)
 class _Table:
-    """What the manager remembers of a sequence that holds blocks.
+    """State of a sequence that holds blocks.
 
-    `chain` holds the root digest and then one per full block; None once the weights changed under its K/V, which
-    nobody else may use from then on. The first `sealed` blocks are registered, or equal to one that is.
+    `chain` holds the root digest and then one per full block; None once the weights changed under its K/V, which other
+    sequences may not use from then on. The first `num_sealed` blocks are registered, or equal to one that is.
     """
 
     chain: list[bytes] | None
-    sealed: int
+    num_sealed: int
 
 
 class CacheManager:
     """`num_blocks` blocks of `block_size` tokens.
 
-    At most `max_cached_blocks` blocks stay findable after their last holder left (None: as many as fit). Without
-    prefix caching only the sequences of one request share. What is evicted for want of room goes to a tier of
-    `num_host_blocks` blocks on the host, and is read back where that beats computing it again.
+    At most `max_cached_blocks` free blocks stay findable (None: as many as fit). Without prefix caching only the
+    sequences of one request share blocks. Blocks evicted for want of room go to a tier of `num_host_blocks` blocks on
+    the host, and are read back where that beats computing them again.
     """
 
     def __init__(
@@ -52,7 +62,7 @@ class CacheManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._pool = BlockPool(num_blocks)
-        self._contents = Contents(
+        self._prefix = PrefixCache(
             self._pool,
             block_size,
             shared=enable_prefix_caching,
@@ -61,16 +71,16 @@ class CacheManager:
         )
         self._tables: dict[int, _Table] = {}
         self._copies = Copies(self._pool)
-        self._hit_tokens = self._query_tokens = 0
+        self._num_hit_tokens = self._num_query_tokens = 0
 
     @property
     def capacity(self) -> int:
-        """Number of tokens that fit when one sequence has everything."""
+        """Number of tokens that fit if one sequence has all blocks."""
         return self.num_blocks * self.block_size
 
     @property
     def num_free_blocks(self) -> int:
-        """Number of blocks that no sequence holds; some may still be findable."""
+        """Number of blocks that no sequence holds; some of them may be findable."""
         return self._pool.num_free
 
     @property
@@ -85,140 +95,136 @@ class CacheManager:
     def fits(self, seq: Sequence, spare: int = 0) -> bool:
         """Whether `attach` and then `reserve` of all its tokens would leave `spare` free blocks. Changes nothing."""
         hits = [block for block in self._match(seq) if block != ON_HOST]
-        revived = sum(self._pool.refs(block) == 0 for block in hits)
-        return self._num_blocks(seq.length) - len(hits) + revived + spare <= self._pool.num_free
+        num_free_hits = sum(self._pool.refs(block) == 0 for block in hits)
+        return self._num_blocks(seq.length) - len(hits) + num_free_hits + spare <= self._pool.num_free
 
     def num_freed_by(self, sequences: Iterable[Sequence]) -> int:
-        """How many blocks would become free if these all released theirs."""
-        held = Counter(block for seq in sequences for block in seq.blocks)
-        return sum(self._pool.refs(block) == count for block, count in held.items())
+        """How many blocks would become free if all these sequences released theirs."""
+        counts = Counter(block for seq in sequences for block in seq.blocks)
+        return sum(self._pool.refs(block) == count for block, count in counts.items())
 
     def attach(self, seq: Sequence) -> int:
-        """Give an empty-handed sequence that `fits` every block it can share, and those that are read back for it.
+        """Give a sequence without blocks, which `fits`, every block that it can share or have read back.
 
-        Returns the number of tokens computed thereby. At least the newest token is left to compute, since its logits
-        are wanted; with prompt logprobs, all are.
+        Returns the number of tokens whose K/V are in them. At least the newest token is left to compute, because its
+        logits are needed; with prompt logprobs, all are.
         """
         assert not seq.blocks
         hits = self._match(seq)
-        chain = self._contents.chains.of(seq)[: len(hits) + 1]
-        seq.blocks.extend(self._contents.take(chain[1:], hits))
+        chain = self._prefix.chains.of(seq)[: len(hits) + 1]
+        seq.blocks.extend(self._prefix.take(chain[1:], hits))
         computed = max(len(hits) * self.block_size, self._share_tail(seq, len(hits)))
         self._tables[seq.id] = _Table(chain, len(hits))
-        self._query_tokens += seq.length
-        self._hit_tokens += computed
+        self._num_query_tokens += seq.length
+        self._num_hit_tokens += computed
         return computed
 
     def fork(self, parent: Sequence, child: Sequence) -> int:
-        """Share the parent's settled blocks with an empty-handed child that begins with the same tokens.
+        """Share the parent's settled blocks with a child without blocks that begins with the same tokens.
 
-        Whoever writes a shared block first copies it. Returns the number of the child's tokens computed thereby.
+        The first sequence to write a shared block copies it. Returns the number of the child's tokens in those blocks.
         """
         assert not child.blocks
         computed = min(parent.computed, child.length - 1)
         assert child.tokens[:computed] == parent.tokens[:computed]
         self._take_shares(child, parent.blocks[: self._num_blocks(computed)])
         table = self._tables[parent.id]
-        full = min(computed // self.block_size, table.sealed)
-        self._tables[child.id] = _Table(table.chain and table.chain[: full + 1], full)
+        num_full = min(computed // self.block_size, table.num_sealed)
+        self._tables[child.id] = _Table(table.chain and table.chain[: num_full + 1], num_full)
         return computed
 
     def reserve(self, seq: Sequence, end: int) -> bool:
-        """Make positions < `end` writable from the first uncomputed one on. False, unchanged, for lack of blocks."""
+        """Make the uncomputed positions < `end` writable. Returns False, without a change, for want of blocks."""
         blocks, pool = seq.blocks, self._pool
-        first, stop = (seq.computed + seq.in_flight) // self.block_size, -(-end // self.block_size)
-        if first + 1 == stop == len(blocks) and pool.is_private(blocks[first]):
-            return True  # decoding, mostly
-        held = range(first, min(stop, len(blocks)))
-        taken = [i for i in held if not pool.is_private(blocks[i])]
-        missing = stop - len(blocks)
-        if missing <= 0 and not taken:
+        start, stop = (seq.computed + seq.in_flight) // self.block_size, -(-end // self.block_size)
+        if start + 1 == stop == len(blocks) and pool.is_private(blocks[start]):
+            return True  # the usual case: a decode within its last block
+        unwritable = [i for i in range(start, min(stop, len(blocks))) if not pool.is_private(blocks[i])]
+        num_missing = stop - len(blocks)
+        if num_missing <= 0 and not unwritable:
             return True
-        shared = [i for i in taken if self._copies.num_users(blocks[i]) > 1]
-        if len(shared) + max(missing, 0) > pool.num_free:
+        shared = [i for i in unwritable if self._copies.num_users(blocks[i]) > 1]
+        if len(shared) + max(num_missing, 0) > pool.num_free:
             return False
-        for i in taken:
+        for i in unwritable:
             self._make_private(seq, i, i in shared)
-        for _ in range(missing):
-            blocks.append(self._contents.fresh())
+        for _ in range(num_missing):
+            blocks.append(self._prefix.fresh())
         return True
 
     def has_slot(self, seq: Sequence) -> bool:
-        """Whether the first uncomputed position can be written as things are, and completes no block."""
+        """Whether the first uncomputed position can be written without `reserve`, and completes no block."""
         i, slot = divmod(seq.computed, self.block_size)
         blocks = seq.blocks
         return slot + 1 < self.block_size and i < len(blocks) and self._pool.is_private(blocks[i])
 
     def seal(self, seq: Sequence, end: int) -> None:
-        """Make findable every block that positions < `end` complete, end being at most the number of tokens.
+        """Make every block findable that positions < `end` fill; `end` is at most the number of tokens.
 
         A step's K/V are written before they are read, so later rows of the same step may share them already.
         """
         table = self._tables[seq.id]
-        full = end // self.block_size
-        if full <= table.sealed or table.chain is None:
+        num_full = end // self.block_size
+        if num_full <= table.num_sealed or table.chain is None:
             return
-        self._contents.chains.extend(table.chain, seq, full)
-        for i in range(table.sealed, full):
-            self._contents.put(table.chain[i + 1], seq.blocks[i])
-        table.sealed = full
+        self._prefix.chains.extend(table.chain, seq, num_full)
+        for i in range(table.num_sealed, num_full):
+            self._prefix.put(table.chain[i + 1], seq.blocks[i])
+        table.num_sealed = num_full
 
-    def take_copies(self) -> tuple[tuple[int, int], ...]:
-        """The (source, destination) copies of this step. No destination is also a source."""
-        return self._copies.take()
+    def take_moves(self) -> BlockMoves:
+        """What this step does before its rows run. Copies are returned once; swaps until `commit` or `rollback`."""
+        return BlockMoves(self._copies.take(), *self._prefix.moves())
 
-    def moves(self) -> tuple[Moves, Moves]:
-        """What this step moves to the host, as (block, place), and then back, as (place, block): before all else."""
-        return self._contents.moves()
+    def commit(self, plan: StepPlan | None = None, timings_s: Mapping[str, float] | None = None) -> None:
+        """The step ran: what it sealed stays findable, and sources of copies are released.
 
-    def learn(self, plan: StepPlan, timings_s: Mapping[str, float]) -> None:
-        """Take in how long a step took, for the choice between reading back and computing again."""
-        self._contents.learn(plan, timings_s)
-
-    def commit(self) -> None:
-        """The step ran: what it sealed stays findable, sources of copies are let go."""
-        self._contents.commit()
-        self._copies.let_go()
-        self._contents.trim()
+        The plan and its timings inform the choice between reading blocks back and computing them again.
+        """
+        self._copies.release()
+        self._prefix.commit(plan, timings_s)
 
     def rollback(self) -> None:
-        """The step failed: what it would have written is not findable; sources of copies are let go."""
-        self._contents.rollback()
+        """The step failed: what it would have written is not findable; sources of copies are released."""
+        self._prefix.rollback()
         self.commit()
 
     def release(self, seq: Sequence) -> None:
-        """Drop all of a sequence's blocks; its tokens may change then. Full ones stay findable, its last ones first."""
-        self._contents.chains.forget(seq)
+        """Drop all blocks of a sequence, after which its tokens may change. Full ones stay findable.
+
+        They are freed in reverse, so that the end of a prefix is evicted before its beginning.
+        """
+        self._prefix.chains.forget(seq)
         for block in reversed(seq.blocks):
             self._pool.free(block)
         del seq.blocks[:]
         self._tables.pop(seq.id, None)
-        self._contents.trim()
+        self._prefix.trim()
 
     def reset(self, weight_version: int | None = None) -> None:
-        """Make nothing findable any more, under new weights or the same. Sequences keep the blocks they hold."""
-        self._contents.reset(weight_version)
+        """Make nothing findable any more, under new weights or the same. Sequences keep their blocks."""
+        self._prefix.reset(weight_version)
         for table in self._tables.values():
             table.chain = None
 
     def drop_unused(self) -> None:
-        """Forget what no sequence holds, here and on the host: the next requests find nothing of it."""
-        self._contents.drop_unused()
+        """Forget the cached blocks that no sequence holds, and all those on the host."""
+        self._prefix.drop_unused()
 
     def unused(self) -> tuple[list[int], list[int]]:
-        """The blocks, and the places used once on the host, whose content nobody holds and nobody can find."""
-        return list(islice(self._pool.free_blocks(), self._pool.num_empty)), self._contents.empty_places()
+        """The blocks, and the places on the host that were used before, whose content is neither held nor findable."""
+        return list(islice(self._pool.free_blocks(), self._pool.num_empty)), self._prefix.empty_places()
 
     def stats(self) -> dict[str, float]:
         """Counts of blocks (num_*, swapped_*, evictions) and tokens (*_tokens, total_size); usage, hit_rate 0 to 1."""
         return {
-            **self._contents.stats(),
+            **self._prefix.stats(),
             "num_blocks": self.num_blocks,
             "num_free_blocks": self.num_free_blocks,
             "usage": self.usage,
-            "hit_tokens": self._hit_tokens,
-            "query_tokens": self._query_tokens,
-            "hit_rate": self._hit_tokens / self._query_tokens if self._query_tokens else 0.0,
+            "hit_tokens": self._num_hit_tokens,
+            "query_tokens": self._num_query_tokens,
+            "hit_rate": self._num_hit_tokens / self._num_query_tokens if self._num_query_tokens else 0.0,
         }
 
     def check(self, sequences: Iterable[Sequence]) -> None:
@@ -234,16 +240,16 @@ class CacheManager:
         assert len(set(free)) == len(free) == self._pool.num_free, "the free lists are damaged"
         assert {b for b in range(self.num_blocks) if not refs[b]} == set(free), "a block leaked or is free and held"
         assert all(self._pool.refs(b) == refs[b] for b in range(self.num_blocks)), "a reference count is wrong"
-        self._contents.check()
+        self._prefix.check()
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def _match(self, seq: Sequence) -> list[int]:
-        return [] if seq.params.prompt_logprobs is not None else self._contents.match(seq)
+        return [] if seq.params.prompt_logprobs is not None else self._prefix.match(seq)
 
     def _share_tail(self, seq: Sequence, num_hits: int) -> int:
-        """Share what a live parent has settled of this prompt beyond the full blocks found."""
+        """Share what a live parent has settled of this prompt beyond the full blocks of the match."""
         parent = seq.parent
         if parent is None or seq.params.prompt_logprobs is not None or not self._same_root(parent, seq):
             return 0
@@ -255,7 +261,7 @@ class CacheManager:
 
     def _same_root(self, parent: Sequence, seq: Sequence) -> bool:
         table = self._tables.get(parent.id)
-        return table is not None and table.chain is not None and table.chain[0] == self._contents.chains.of(seq)[0]
+        return table is not None and table.chain is not None and table.chain[0] == self._prefix.chains.of(seq)[0]
 
     def _take_shares(self, seq: Sequence, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -265,7 +271,7 @@ class CacheManager:
     def _make_private(self, seq: Sequence, i: int, shared: bool) -> None:
         block = seq.blocks[i]
         if shared:
-            seq.blocks[i] = self._contents.fresh()
+            seq.blocks[i] = self._prefix.fresh()
             self._copies.add(block, seq.blocks[i])
         elif self._pool.is_cached(block):
-            self._contents.forget(block)
+            self._prefix.forget(block)

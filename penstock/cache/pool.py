@@ -1,13 +1,16 @@
-"""`BlockPool`: reference counts of the K/V blocks and the order in which free ones are taken.
+"""`BlockPool`: reference counts of the K/V blocks, and the order in which free ones are taken; `Copies` of a step.
 
 Owns two intrusive lists over the free blocks: empty ones, taken first, and cached ones, whose content can still be
-found, least recently used first. Never knows what a block holds. Called by `CacheManager` alone.
+found, least recently used first. Never knows what a block contains and never copies content. Called by `CacheManager`
+and `PrefixCache`.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+
+Pairs = tuple[tuple[int, int], ...]
 
 
 class BlockPool:
@@ -29,19 +32,19 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Number of blocks that nobody holds, cached or not."""
+        """Number of blocks without a reference, cached or not."""
         return self.num_empty + self.num_cached_free
 
     def refs(self, block: int) -> int:
-        """How many hold this block."""
+        """Number of references to this block."""
         return self._refs[block]
 
     def is_cached(self, block: int) -> bool:
-        """Whether the block's content is findable."""
+        """Whether the prefix cache can find the block's content."""
         return bool(self._cached[block])
 
     def is_private(self, block: int) -> bool:
-        """Whether its one holder may write it: nobody else holds it and nobody can find it."""
+        """Whether its holder may write it: there is one reference, and the prefix cache cannot find it."""
         return self._refs[block] == 1 and not self._cached[block]
 
     def take(self) -> int:
@@ -53,30 +56,30 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """One more holder; a free block leaves its list."""
+        """Add a reference; a free block leaves its list."""
         if self._refs[block] == 0:
             self._unlink(block)
         self._refs[block] += 1
 
     def free(self, block: int) -> None:
-        """One holder less. The last one leaves a cached block at the recent end, an empty one to be taken next."""
+        """Drop a reference. The last one puts a cached block at the recent end, an empty one at the front."""
         self._refs[block] -= 1
         assert self._refs[block] >= 0, f"block {block} freed twice"
         if self._refs[block] == 0:
             self._link(block)
 
     def keep(self, block: int) -> None:
-        """The content of this block, which somebody holds, became findable."""
+        """Mark the content of a referenced block as findable."""
         assert self._refs[block] > 0
         self._cached[block] = 1
 
     def forget(self, block: int) -> None:
-        """The content of this block is findable no more; a free one counts as empty from here on."""
-        free = self._refs[block] == 0
-        if free:
+        """Mark the content of a block as not findable; a free one counts as empty from here on."""
+        is_free = self._refs[block] == 0
+        if is_free:
             self._unlink(block)
         self._cached[block] = 0
-        if free:
+        if is_free:
             self._link(block)
 
     def oldest(self) -> int:
@@ -102,14 +105,57 @@ class BlockPool:
             self._link_before(self._next[self._empty], block)
 
     def _link_before(self, successor: int, block: int) -> None:
-        before = self._prev[successor]
-        self._next[before] = self._prev[successor] = block
-        self._prev[block], self._next[block] = before, successor
+        predecessor = self._prev[successor]
+        self._next[predecessor] = self._prev[successor] = block
+        self._prev[block], self._next[block] = predecessor, successor
 
     def _unlink(self, block: int) -> None:
-        before, after = self._prev[block], self._next[block]
-        self._next[before], self._prev[after] = after, before
+        predecessor, successor = self._prev[block], self._next[block]
+        self._next[predecessor], self._prev[successor] = successor, predecessor
         if self._cached[block]:
             self.num_cached_free -= 1
         else:
             self.num_empty -= 1
+
+
+class Copies:
+    """The block copies of the step being planned, and the references that keep their sources alive until it is over.
+
+    Copies of one step run in any order, before any row is written: no source may be another copy's destination.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._sources: dict[int, int] = {}  # by destination
+        self._holds: dict[int, int] = {}  # number of references by source
+
+    def num_users(self, block: int) -> int:
+        """Number of block tables with this block. Holds do not count: copies have run before a table's owner writes."""
+        return self._pool.refs(block) - self._holds.get(block, 0)
+
+    def add(self, source: int, destination: int) -> None:
+        """Plan a copy. The reference of the table that had `source` becomes a hold."""
+        self._holds[source] = self._holds.get(source, 0) + 1
+        self._sources[destination] = self._sources.get(source, source)
+
+    def take(self) -> Pairs:
+        """The (source, destination) pairs since the last call."""
+        if not self._sources:
+            return ()
+        pairs = tuple((source, destination) for destination, source in self._sources.items())
+        self._sources.clear()
+        return pairs
+
+    def release(self) -> None:
+        """The step is over: drop the holds, and copies that were not taken."""
+        if not self._holds:
+            return
+        for block, count in self._holds.items():
+            for _ in range(count):
+                self._pool.free(block)
+        self._holds.clear()
+        self._sources.clear()
+
+    def holds(self) -> dict[int, int]:
+        """Number of holds by block."""
+        return dict(self._holds)

@@ -1,7 +1,8 @@
 """`PrefixIndex`: which block holds the K/V of which tokens, given everything before them; `Chains`: their digests.
 
 Owns the map from chained digests to blocks and back. A digest covers the namespace, the weight version and every
-token up to the block's end, so equal digests mean equal K/V. Never counts references. Called by `CacheManager` alone.
+token up to the block's end, so equal digests mean equal K/V. Never counts references. Called by `PrefixCache` and
+`CacheManager`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PrefixIndex:
         return iter(self._digests)
 
     def root(self, *scope: object) -> bytes:
-        """Digest of the empty prefix in a scope (namespace and what else separates), under the current weights."""
+        """Digest of the empty prefix in a scope (a namespace, or one request of it), under the current weights."""
         text = repr((self.weight_version, *scope)).encode()
         return blake2b(text, digest_size=DIGEST_BYTES, person=b"penstock-root").digest()
 
@@ -46,7 +47,7 @@ class PrefixIndex:
         return self._blocks.get(key)
 
     def put(self, key: bytes, block: int) -> bool:
-        """Register a block; False when an equal one is registered already, which then stays."""
+        """Register a block; False if an equal one is registered already, which then stays."""
         if key in self._blocks:
             return False
         assert block not in self._digests, f"block {block} is registered twice"
@@ -55,7 +56,7 @@ class PrefixIndex:
         return True
 
     def remove(self, block: int) -> bytes:
-        """Forget a registered block; the digest that it had."""
+        """Unregister a block; returns its digest."""
         key = self._digests.pop(block)
         del self._blocks[key]
         return key
@@ -64,36 +65,36 @@ class PrefixIndex:
 class Chains:
     """Digests of sequences: a chain holds the root of its scope, then one digest for each full block.
 
-    With `shared`, all sequences of a namespace have one scope; else those of one request only.
+    With `shared`, all sequences of a namespace have the same scope; otherwise only those of one request.
     """
 
     def __init__(self, index: PrefixIndex, block_size: int, shared: bool) -> None:
         self._index = index
         self._block_size = block_size
         self._shared = shared
-        self._last: tuple[int, list[bytes]] = (-1, [])  # the sequence looked up last: the queue's head
+        self._latest: tuple[int, list[bytes]] = (-1, [])  # of the sequence looked up last, mostly the queue's head
 
     def of(self, seq: Sequence) -> list[bytes]:
-        """The chain of a sequence, as long as it is known; `extend` makes it longer."""
-        if self._last[0] != seq.id:
-            scope = (seq.namespace,) if self._shared else (seq.namespace, _family(seq))
-            self._last = (seq.id, [self._index.root(*scope)])
-        return self._last[1]
+        """The chain of a sequence, as far as it is known; `extend` makes it longer."""
+        if self._latest[0] != seq.id:
+            scope = (seq.namespace,) if self._shared else (seq.namespace, _ancestor_id(seq))
+            self._latest = (seq.id, [self._index.root(*scope)])
+        return self._latest[1]
 
     def extend(self, chain: list[bytes], seq: Sequence, num_blocks: int) -> None:
-        """Make a chain of this sequence reach `num_blocks` blocks."""
+        """Extend the chain of this sequence to `num_blocks` blocks."""
         size = self._block_size
         for i in range(len(chain) - 1, num_blocks):
             chain.append(digest(chain[i], seq.tokens[i * size : (i + 1) * size]))
 
     def forget(self, seq: Sequence | None = None) -> None:
-        """The tokens of a sequence may change; without one, the weights did, and with them every root."""
-        if seq is None or self._last[0] == seq.id:
-            self._last = (-1, [])
+        """Drop the chain of a sequence whose tokens may change; without one, drop all, because the weights changed."""
+        if seq is None or self._latest[0] == seq.id:
+            self._latest = (-1, [])
 
 
-def _family(seq: Sequence) -> int:
-    """Id of the first of a request's sequences. Request ids are the callers' and may come again."""
+def _ancestor_id(seq: Sequence) -> int:
+    """Id of the first of a request's sequences. Request ids are chosen by callers and may be used again."""
     while seq.parent is not None:
         seq = seq.parent
     return seq.id

@@ -1,7 +1,7 @@
-"""`ReadBack`: whether reading blocks back from the host beats computing them again, by the figures of recent steps.
+"""`ReadBack`: whether reading blocks back from the host beats computing them again, by the times of recent steps.
 
-Owns a window of step records: seconds per token moved, and per token computed while prefilling. Never reads a clock.
-Called by `CacheManager`; the comparison itself is a pure function.
+Owns a window of step times: seconds per token moved, and per token computed while prefilling. Never reads a clock.
+Called by `PrefixCache`; the comparison itself is a pure function.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from collections.abc import Mapping
 from penstock.step import StepPlan
 
 WINDOW = 64  # steps of each kind
-TOKENS_PER_PREFILL = 4  # a step with as many tokens per row spends its time on prompts
+TOKENS_PER_PREFILL = 4  # a step with at least as many tokens per row spends its time on prompts
 
 
 def reading_is_cheaper(num_read: int, num_gained: int, read_s: float, compute_s: float) -> bool:
     """Whether reading `num_read` tokens at `read_s` each takes less than computing `num_gained` at `compute_s` each.
 
-    What is gained may be more than what is read: blocks that are still in the cache follow on those read back.
+    More may be gained than is read: blocks that are still in the cache may follow those that are read back.
     """
     return num_read * read_s < num_gained * compute_s
 
 
-class Rate:
-    """Seconds per token over the last `WINDOW` records: total over total."""
+class TokenTime:
+    """Mean seconds per token over the last `WINDOW` records: total over total."""
 
     def __init__(self) -> None:
         self._records: deque[tuple[int, float]] = deque(maxlen=WINDOW)
 
     def record(self, num_tokens: int, seconds: float) -> None:
-        """Add what one step took for so many tokens."""
+        """Add the tokens and seconds of one step."""
         self._records.append((num_tokens, seconds))
 
     @property
@@ -42,26 +42,26 @@ class Rate:
 
 
 class ReadBack:
-    """Until both figures are known, reading back is taken to be cheaper; so the first one measures it."""
+    """Until both times are known, reading back counts as cheaper, so that it gets measured."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self.moving = Rate()
-        self.computing = Rate()
+        self.moving = TokenTime()
+        self.computing = TokenTime()
 
     def learn(self, plan: StepPlan, timings_s: Mapping[str, float]) -> None:
-        """Take in a step that ran: seconds of its "swap" (moves both ways), "forward" pass and "sample".
+        """Record a step: seconds of its "swap" (moves both ways), "forward" pass and "sample".
 
-        A device works behind the program's back until tokens are asked of it, so only steps that sample tell its time.
+        A device computes asynchronously until its tokens are read, so only steps that sample measure its time.
         """
         num_moved = (len(plan.swaps_out) + len(plan.swaps_in)) * self._block_size
         if num_moved and "swap" in timings_s:
             self.moving.record(num_moved, timings_s["swap"])
-        prefills = plan.num_tokens >= TOKENS_PER_PREFILL * len(plan.rows)
-        if "forward" in timings_s and prefills and any(row.samples for row in plan.rows):
+        is_prefill = plan.num_tokens >= TOKENS_PER_PREFILL * len(plan.rows)
+        if "forward" in timings_s and is_prefill and any(row.samples for row in plan.rows):
             self.computing.record(plan.num_tokens, timings_s["forward"] + timings_s.get("sample", 0.0))
 
-    def worth(self, num_read: int, num_gained: int) -> bool:
+    def pays_off(self, num_read: int, num_gained: int) -> bool:
         """Whether to read `num_read` tokens back in order not to compute `num_gained`."""
         read_s, compute_s = self.moving.seconds_per_token, self.computing.seconds_per_token
         if read_s is None or compute_s is None:

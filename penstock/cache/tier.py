@@ -1,8 +1,8 @@
-"""`HostTier`: which evicted blocks lie in host memory, and what the step being planned moves there and back.
+"""`HostTier`: which evicted blocks are in host memory, and what the step being planned moves there and back.
 
-Owns the tier's places: the digest of what each holds, least recently used first. Never touches a tensor and never
-takes a block: moves are only named, for the plan. Called by `CacheManager`; moves stay pending until `commit` or
-`rollback`. A place keeps its content when it is read back, so that evicting the same block again moves nothing.
+Owns the tier's places: the digest of the content of each, least recently used first. Never touches a tensor and never
+takes a block: moves are only listed, for the plan. Called by `PrefixCache`; moves stay pending until `commit` or
+`rollback`. A place keeps its content when it is read back, so evicting the same block again moves nothing.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-Moves = tuple[tuple[int, int], ...]
+from penstock.cache.pool import Pairs
 
 
 class HostTier:
-    """`num_places` blocks of host memory, all free at first; with none, nothing is ever kept."""
+    """`num_places` blocks of host memory, all free at first; 0 keeps nothing."""
 
     def __init__(self, num_places: int = 0) -> None:
         self.num_places = num_places
         self.num_moved_out = self.num_moved_in = 0
         self._places: OrderedDict[bytes, int] = OrderedDict()
-        self._held: dict[bytes, int] = {}  # read by this step: nothing else may be put there before it is over
-        self._num_touched = 0  # the first so many places were used at least once
-        self._empty: list[int] = []  # those of them that hold nothing
+        self._held: dict[bytes, int] = {}  # read by this step, until whose end nothing else may be put there
+        self._num_touched = 0  # the first `_num_touched` places were used at least once
+        self._empty: list[int] = []  # used places without content
         self._out: dict[int, tuple[bytes, int]] = {}  # place -> (digest, block) of this step
         self._in: list[tuple[int, int]] = []
 
@@ -35,7 +35,7 @@ class HostTier:
         return key in self._places or key in self._held
 
     def put(self, key: bytes, block: int) -> None:
-        """Keep the content of a block that is being evicted, in the place of the least recently used one."""
+        """Keep the content of a block that is being evicted; if necessary, in the least recently used place."""
         if key in self._places:
             self._places.move_to_end(key)
         elif key not in self._held and (place := self._take_place()) is not None:
@@ -43,7 +43,7 @@ class HostTier:
             self._out[place] = (key, block)
 
     def hold(self, keys: Iterable[bytes]) -> None:
-        """Blocks with these digests will be read in this step: until it is over nothing takes their places."""
+        """Reserve the places of these digests, which this step reads, until it is over."""
         for key in keys:
             self._held[key] = self._places.pop(key)
 
@@ -51,30 +51,30 @@ class HostTier:
         """Read a held block back into the cache's `block`."""
         self._in.append((self._held[key], block))
 
-    def moves(self) -> tuple[Moves, Moves]:
-        """What this step moves: out, as (block, place), before anything else; then in, as (place, block)."""
+    def moves(self) -> tuple[Pairs, Pairs]:
+        """What this step moves: first out, as (block, place), then in, as (place, block)."""
         return tuple((block, place) for place, (_, block) in self._out.items()), tuple(self._in)
 
     def commit(self) -> None:
-        """The step ran: what it read was used most recently."""
+        """The step ran: the places that it read are the most recently used ones."""
         self.num_moved_out += len(self._out)
         self.num_moved_in += len(self._in)
         self._settle()
 
     def rollback(self) -> None:
-        """The step failed: nobody knows what its moves have written."""
+        """The step failed: the content of the places that it wrote is unknown."""
         for key, _ in self._out.values():
             self._empty.append(self._held.pop(key) if key in self._held else self._places.pop(key))
         self._settle()
 
     def clear(self) -> None:
-        """Keep nothing. A step that is executing may still move what it named."""
+        """Drop all content. A step that is executing may still make its moves."""
         self._empty += [*self._places.values(), *self._held.values()]
         for pending in (self._places, self._held, self._out, self._in):
             pending.clear()
 
     def empty_places(self) -> list[int]:
-        """The places that hold nothing any more."""
+        """The places that no longer hold content."""
         return list(self._empty)
 
     def check(self) -> None:
@@ -83,11 +83,11 @@ class HostTier:
         assert sorted(used + self._empty) == list(range(self._num_touched)), "a place leaked or is used twice"
         assert self._num_touched <= self.num_places
         assert not self._places.keys() & self._held.keys(), "a digest has two places"
-        named = {**self._places, **self._held}
-        assert all(named.get(key) == place for place, (key, _) in self._out.items()), "a move out has no place"
+        place_of = {**self._places, **self._held}
+        assert all(place_of.get(key) == place for place, (key, _) in self._out.items()), "a move out has no place"
 
     def _take_place(self) -> int | None:
-        """An empty place, or one never used, or that of the least recently used; None while all are being read."""
+        """An empty place, else an unused one, else the least recently used one; None while all are being read."""
         if self._empty:
             return self._empty.pop()
         if self._num_touched < self.num_places:

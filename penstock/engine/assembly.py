@@ -167,7 +167,7 @@ def _cache(
         max_cached_blocks=config.kv_cache_max_size,
         num_host_blocks=host.blocks,
     )
-    return cache, {"num_wanted_blocks": room.wanted, "num_wanted_host_blocks": host.wanted}
+    return cache, {"num_wanted_blocks": room.requested, "num_wanted_host_blocks": host.requested}
 
 
 def _is_runner(model: object) -> TypeGuard[ModelRunner]:
@@ -215,7 +215,7 @@ class Assembly:
         config, admission, log = self._config, self._admission, self._log
         parts = self.parts = await worker.run(assemble, model, tokenizer, config, admission, log).done
         observer = StepObserver(config, parts.scheduler, self._metrics, parts.tuning, self._advisor, log)
-        admission.foresee = observer.forecast.wait_s
+        admission.estimate_wait = observer.forecast.wait_s
         core_parts = CoreParts(
             runner=parts.runner,
             scheduler=parts.scheduler,

@@ -1,8 +1,8 @@
-"""`Admission`: the door to the waiting queue, counted before any work is done for a request.
+"""`Admission`: admits requests to the waiting queue, before any work is done for them.
 
-Owns how many requests and prompt tokens wait, and who of them gives way to a higher class. Never holds a request.
-Called by callers' threads (`reserve`) and by the engine's (`adjust`, `release`): the one place below the engine with a
-lock, held for a few additions and never while anything else runs.
+Owns how many requests and prompt tokens wait, and which of them give way to a higher class. Never holds a request.
+Called by callers' threads (`reserve`) and by the engine's (`adjust`, `release`): the one module below the engine with a
+lock, which is held for a few additions only.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from penstock.config import EngineConfig
 from penstock.errors import EngineOverloaded
 from penstock.sampling import RequestPriority
 
-_RETRY_S = (0.001, 60.0)  # shortest and longest honest advice
-_UNKNOWN_S = 1.0  # advice where nothing is known yet
-_SLACK = 64  # stale entries that are not worth a rebuild
+_RETRY_S = (0.001, 60.0)  # shortest and longest retry_after
+_UNKNOWN_RETRY_S = 1.0  # retry_after without an estimate
+_SLACK = 64  # stale heap entries that are not worth a rebuild
 
-# (requests, their prompt tokens) -> seconds until so many of those that wait have started; None while unknown.
-Foresight = Callable[[int, float], float | None]
+# (requests, their prompt tokens) -> seconds until so many waiting ones have started; None while unknown.
+WaitEstimate = Callable[[int, float], float | None]
 
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """What one request holds of the waiting room, from `reserve` to its start or end. Written by `Admission` only.
+    """What one request occupies of the waiting queue, from `reserve` to its start or end. Written by `Admission` only.
 
-    `is_lost` says that a request of a higher class has it now.
+    `is_lost` says that a request of a higher class took it.
     """
 
     request_id: str
@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(slots=True)
 class _Class:
-    """The places of one priority class; `heap` has its worst first: the latest deadline, then the newest."""
+    """The places of one priority class; `heap` has the worst first: the latest deadline, then the newest."""
 
     num_requests: int = 0
     num_tokens: int = 0
@@ -53,95 +53,97 @@ class _Class:
 class Admission:
     """Limits are read from `config` at every call, so an assignment takes effect at once.
 
-    `foresee` is asked how long refused requests should wait; it knows nothing until somebody sets it.
+    `estimate_wait` gives the seconds that refused requests should wait; unknown until the engine sets it.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.foresee: Foresight = lambda num_requests, num_tokens: None
+        self.estimate_wait: WaitEstimate = lambda num_requests, num_tokens: None
         self._config = config
-        # Reentrant: what is allocated under it may set off the garbage collector, and that anybody's finalizers.
+        # Reentrant: an allocation under the lock may trigger the garbage collector, and with it any finalizer.
         self._lock = threading.RLock()
-        self._requests = 0
-        self._tokens = 0
+        self._num_requests = 0
+        self._num_tokens = 0
         self._classes: dict[int, _Class] = {}
         self._numbers = itertools.count()
 
     @property
     def num_requests(self) -> int:
         """Requests that wait."""
-        return self._requests
+        return self._num_requests
 
     @property
     def num_tokens(self) -> int:
         """Prompt tokens that wait."""
-        return self._tokens
+        return self._num_tokens
 
     def reserve(self, places: Sequence[Place]) -> list[Place]:
         """Count requests of one class in before they are tokenized, all or none; token counts may be estimates.
 
-        Returns the places that had to be given up for them: the worst ones of lower classes, whose requests are to be
-        ended. Raises `EngineOverloaded` when more would wait than max_queue_size or max_queued_tokens allow without
-        those. A request that finds nobody waiting passes whatever its length, since for it no later time would be
-        better.
+        Returns the places that were taken away for them: the worst ones of lower classes, whose requests the caller has
+        to end. Raises `EngineOverloaded` if, even so, more would wait than max_queue_size or max_queued_tokens allow. A
+        request passes whatever its length if no other of its class or a higher one waits, since waiting would not help
+        it.
         """
         with self._lock:
-            kept_requests, kept_tokens = self._kept(places[0].priority)
-            shortage = self._shortage(places, kept_requests, kept_tokens)
+            num_requests, num_tokens = self._immovable(places[0].priority)
+            shortage = self._shortage(places, num_requests, num_tokens)
             if shortage is None:
-                lost = self._evict(places)
+                victims = self._evict(places)
                 for place in places:
                     self._add(place)
-                return lost
+                return victims
         raise self._refusal(*shortage)
 
     def adjust(self, place: Place, num_tokens: int) -> None:
-        """The exact prompt length became known. Never refuses."""
+        """Set the exact prompt length, once it is known. Never refuses."""
         with self._lock:
             if place.is_held:
                 self._count(place, 0, num_tokens - place.num_tokens)
             place.num_tokens = num_tokens
 
     def release(self, *places: Place) -> None:
-        """Count requests out: first planned, or dropped before that. Harmless twice."""
+        """Count requests out: first planned, or dropped before that. Idempotent."""
         with self._lock:
             for place in places:
                 if place.is_held:
                     self._drop(place)
 
     def displaced(self) -> EngineOverloaded:
-        """What a request that lost its place is told."""
+        """The error of a request that lost its place."""
         return self._refusal("a request of a higher class took the place of this one", 1, 0)
 
-    def _kept(self, priority: int) -> tuple[int, int]:
-        """Requests and tokens that do not give way to this class."""
-        kept = [found for rank, found in self._classes.items() if rank >= priority]
-        return sum(found.num_requests for found in kept), sum(found.num_tokens for found in kept)
+    def _immovable(self, priority: int) -> tuple[int, int]:
+        """Waiting requests and tokens that do not give way to this class."""
+        classes = [places for rank, places in self._classes.items() if rank >= priority]
+        return sum(places.num_requests for places in classes), sum(places.num_tokens for places in classes)
 
-    def _shortage(self, places: Sequence[Place], requests: int, tokens: int) -> tuple[str, int, int] | None:
-        """Why these cannot come in beside so many that stay, and how many requests and tokens are too many."""
-        most, most_tokens = self._config.max_queue_size, self._config.max_queued_tokens
-        excess = requests + len(places) - most
+    def _shortage(self, places: Sequence[Place], num_requests: int, num_tokens: int) -> tuple[str, int, int] | None:
+        """Why these cannot be admitted beside so many, and how many requests and tokens are too many."""
+        max_requests, max_tokens = self._config.max_queue_size, self._config.max_queued_tokens
+        excess = num_requests + len(places) - max_requests
         if excess > 0:
-            return f"{self._requests} of {most} requests wait (max_queue_size)", excess, 0
-        if most_tokens is None or not requests:
+            return f"{self._num_requests} of {max_requests} requests wait (max_queue_size)", excess, 0
+        if max_tokens is None or not num_requests:
             return None
-        excess = tokens + sum(place.num_tokens for place in places) - most_tokens
-        return (f"{self._tokens} of {most_tokens} tokens wait (max_queued_tokens)", 0, excess) if excess > 0 else None
+        excess = num_tokens + sum(place.num_tokens for place in places) - max_tokens
+        if excess <= 0:
+            return None
+        return f"{self._num_tokens} of {max_tokens} tokens wait (max_queued_tokens)", 0, excess
 
     def _evict(self, places: Sequence[Place]) -> list[Place]:
-        """Take places of lower classes, worst first, until these find room; it was checked that they will."""
-        lost: list[Place] = []
-        while self._shortage(places, self._requests, self._tokens) is not None:
-            worst = self._worst()
-            assert worst.priority < places[0].priority, "only lower classes give way"
-            self._drop(worst)
-            worst.is_lost = True
-            lost.append(worst)
-        return lost
+        """Take places of lower classes, worst first, until these fit; the caller has checked that they will."""
+        victims: list[Place] = []
+        while self._shortage(places, self._num_requests, self._num_tokens) is not None:
+            victim = self._worst()
+            assert victim.priority < places[0].priority, "only lower classes give way"
+            self._drop(victim)
+            victim.is_lost = True
+            victims.append(victim)
+        return victims
 
     def _worst(self) -> Place:
         """The worst place of the lowest class."""
-        lowest = self._classes[min(rank for rank, found in self._classes.items() if found.num_requests)]
+        lowest = self._classes[min(rank for rank, places in self._classes.items() if places.num_requests)]
         while not lowest.heap[0][2].is_held:
             heapq.heappop(lowest.heap)
         return lowest.heap[0][2]
@@ -149,34 +151,36 @@ class Admission:
     def _add(self, place: Place) -> None:
         place.is_held = True
         self._count(place, 1, place.num_tokens)
-        found = self._classes[place.priority]
-        heapq.heappush(found.heap, (-place.deadline, -next(self._numbers), place))
-        if len(found.heap) > 2 * found.num_requests + _SLACK:
-            found.heap = [entry for entry in found.heap if entry[2].is_held]
-            heapq.heapify(found.heap)
+        places = self._classes[place.priority]
+        heapq.heappush(places.heap, (-place.deadline, -next(self._numbers), place))
+        if len(places.heap) > 2 * places.num_requests + _SLACK:
+            places.heap = [entry for entry in places.heap if entry[2].is_held]
+            heapq.heapify(places.heap)
 
     def _drop(self, place: Place) -> None:
         place.is_held = False
         self._count(place, -1, -place.num_tokens)
 
     def _count(self, place: Place, num_requests: int, num_tokens: int) -> None:
-        found = self._classes.setdefault(place.priority, _Class())
-        found.num_requests += num_requests
-        found.num_tokens += num_tokens
-        self._requests += num_requests
-        self._tokens += num_tokens
+        places = self._classes.setdefault(place.priority, _Class())
+        places.num_requests += num_requests
+        places.num_tokens += num_tokens
+        self._num_requests += num_requests
+        self._num_tokens += num_tokens
 
-    def _refusal(self, what: str, num_requests: int, num_tokens: int) -> EngineOverloaded:
+    def _refusal(self, cause: str, num_requests: int, num_tokens: int) -> EngineOverloaded:
         wait_s = self._wait_s(num_requests, num_tokens)
         if wait_s is None:
-            advice = "How long that takes is not known yet: retry in a second"
+            advice = "How long the queue takes is not known yet: retry in a second"
         else:
             advice = f"Retry in about {wait_s:.2g} s"
-        return EngineOverloaded(f"Request queue is full: {what}. {advice}, or raise the limit.", wait_s or _UNKNOWN_S)
+        return EngineOverloaded(
+            f"Request queue is full: {cause}. {advice}, or raise the limit.", wait_s or _UNKNOWN_RETRY_S
+        )
 
     def _wait_s(self, num_requests: int, num_tokens: int) -> float | None:
-        """Time until so many have left; requests that wait are taken to have prompts of one length."""
-        mean = self._tokens / self._requests if self._requests else 1.0
-        leaving = max(num_requests, min(self._requests, math.ceil(num_tokens / max(mean, 1.0))))
-        wait_s = self.foresee(leaving, leaving * mean)
+        """Seconds until so many have left the queue, if all waiting requests have prompts of the same length."""
+        mean = self._num_tokens / self._num_requests if self._num_requests else 1.0
+        num_leaving = max(num_requests, min(self._num_requests, math.ceil(num_tokens / max(mean, 1.0))))
+        wait_s = self.estimate_wait(num_leaving, num_leaving * mean)
         return None if wait_s is None else min(max(wait_s, _RETRY_S[0]), _RETRY_S[1])

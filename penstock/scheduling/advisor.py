@@ -1,24 +1,25 @@
-"""`BatchingOptimizer`: what was measured of batches, and what follows from it for the settings.
+"""`BatchingOptimizer`: what was measured of batches, and which settings that suggests to change.
 
 Owns the latest batches: steps of an engine, or those that a program records. Changes no setting and never advises what
-it did not measure. Written by one thread, the engine's or the program's; asked from any.
+it did not measure. Written by one thread, the engine's or the program's; read from any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 from penstock.config import BatchingStrategy
 from penstock.errors import RequestError
-from penstock.scheduling.limits import Limits
+from penstock.scheduling.limits import StepLimits
 from penstock.step import StepRecord
 
 WINDOW = 1000
-ENOUGH = 10  # batches of a strategy that are worth a comparison
-MUCH = 0.3  # share of batches that makes something worth saying
+MIN_BATCHES = 10  # of a strategy, before it is compared or anything is advised
+MIN_SHARE = 0.3  # share of the batches that a condition must hold for
 LOW_EFFICIENCY = 0.8
 HIGH_MEMORY = 0.9
+HIGH_STALL = 4  # times the duration of a step without prompts
 
 
 class Suggestion(str):
@@ -32,11 +33,32 @@ class Suggestion(str):
         return self
 
 
-class Batch(NamedTuple):
-    """One batch. `computed` counts padding too; `memory` is as its recorder counts it.
+class Figures(TypedDict):
+    """Totals and means of the batches of one strategy."""
 
-    Of an engine's step: `limit` is the most sequences that could run, `most_rows` what settings allow of them, `target`
-    the tuner's goal, and `shortages` how often a sequence gave way since the step before because blocks lacked.
+    batches: int
+    tokens_per_second: float
+    mean_seconds: float
+    mean_batch_size: float
+    efficiency: float
+    max_memory: float
+
+
+class Recommendations(TypedDict):
+    """What `BatchingOptimizer.get_recommendations` returns."""
+
+    best_strategy: str
+    basis: str
+    samples: int
+    strategies: dict[str, Figures]
+    suggestions: list[Suggestion]
+
+
+class Batch(NamedTuple):
+    """One batch. `computed` counts padding too; `memory` is in the unit of the program that recorded it.
+
+    Of an engine's step: `limit` is how many sequences could run, `max_rows` how many the settings allow, `target` the
+    tuner's goal, and `shortages` how many sequences were preempted for want of blocks since the step before.
     """
 
     strategy: str
@@ -46,7 +68,7 @@ class Batch(NamedTuple):
     seconds: float
     memory: float = 0.0
     limit: int = 0
-    most_rows: int = 0
+    max_rows: int = 0
     target: str | None = None
     waiting: int = 0
     prompt_tokens: int = 0
@@ -54,7 +76,7 @@ class Batch(NamedTuple):
 
 
 class BatchingOptimizer:
-    """Keeps the last `WINDOW` batches. An engine records every step in its own: `engine.batching_optimizer`."""
+    """Keeps the last `WINDOW` batches. An engine records every step: `engine.batching_optimizer`."""
 
     def __init__(self) -> None:
         self._ring: list[Batch] = []
@@ -64,22 +86,23 @@ class BatchingOptimizer:
     def record_batch(self, batch_info: Mapping[str, Any], processing_time: float, memory_usage: float = 0.0) -> None:
         """Record one batch as `DynamicBatcher.get_next_batch` describes it, the seconds it took, and its memory.
 
-        Of `batch_info` are read: strategy, batch_size, lengths or total_tokens, max_length, efficiency. `memory_usage`
-        is a fraction, or bytes; only batches in the same unit are compared. Raises `RequestError` without a time.
+        The keys read from `batch_info` are strategy, batch_size, lengths or total_tokens, max_length and efficiency.
+        `memory_usage` is a fraction, or bytes; only batches in the same unit are compared. Raises `RequestError`
+        without a time.
         """
         if not processing_time > 0:
             raise RequestError(f"processing_time must be the seconds that the batch took, got {processing_time!r}")
         rows, longest = int(batch_info.get("batch_size", 0)), int(batch_info.get("max_length", 0))
-        padded = rows * longest
-        known = batch_info.get("total_tokens", sum(batch_info.get("lengths", ())))
-        tokens = int(known or padded * batch_info.get("efficiency", 1.0))
-        computed = round(tokens / batch_info["efficiency"]) if batch_info.get("efficiency") else max(tokens, padded)
+        num_padded, efficiency = rows * longest, batch_info.get("efficiency")
+        total_tokens = batch_info.get("total_tokens", sum(batch_info.get("lengths", ())))
+        tokens = int(total_tokens or num_padded * (1.0 if efficiency is None else efficiency))
+        computed = round(tokens / efficiency) if efficiency else max(tokens, num_padded)
         strategy = str(batch_info.get("strategy", "unknown"))
         self._add(Batch(strategy, rows, tokens, computed, processing_time, memory_usage))
 
-    def record_step(self, record: StepRecord, strategy: str, limits: Limits, num_shortages: int) -> None:
-        """Record one step of an engine; `num_shortages` is how often, since its start, one gave way to get blocks."""
-        since, self._num_shortages = num_shortages - self._num_shortages, num_shortages
+    def record_step(self, record: StepRecord, strategy: str, limits: StepLimits, num_shortages: int) -> None:
+        """Record one step of an engine; `num_shortages` counts the preemptions for want of blocks since its start."""
+        shortages, self._num_shortages = num_shortages - self._num_shortages, num_shortages
         self._add(
             Batch(
                 strategy=str(strategy),
@@ -88,24 +111,25 @@ class BatchingOptimizer:
                 computed=record.tokens,
                 seconds=record.seconds,
                 limit=limits.max_running,
-                most_rows=limits.max_batch_size,
+                max_rows=limits.max_batch_size,
                 target=limits.target,
                 waiting=record.waiting,
                 prompt_tokens=record.prompt_tokens,
-                shortages=since,
+                shortages=shortages,
             )
         )
 
     def get_best_strategy(self) -> str:
-        """The strategy with the most tokens per second; continuous while nothing was recorded."""
+        """The strategy with the most tokens per second; continuous if nothing was recorded."""
         return _best(_by_strategy(self._ring[:]))
 
-    def get_recommendations(self) -> dict[str, Any]:
-        """What to change: always `best_strategy` and `suggestions`, and the figures that they rest on.
+    def get_recommendations(self) -> Recommendations:
+        """What to change: always `best_strategy` and `suggestions`, and the measurements behind them.
 
-        `best_strategy` has the most tokens per second of those that were measured, which `basis` tells in words and
-        `strategies` in numbers, of each: batches, tokens_per_second, mean_seconds, mean_batch_size, efficiency (the
-        share of computed tokens that were no padding), max_memory. Each of `suggestions` is a string with `figures`.
+        `best_strategy` has the most tokens per second of the strategies that were measured. `basis` gives the reason in
+        words, `strategies` in numbers for each strategy: batches, tokens_per_second, mean_seconds, mean_batch_size,
+        efficiency (the share of computed tokens that were not padding), max_memory. Each of `suggestions` is a string
+        with `figures`.
         """
         batches = self._ring[:]
         strategies = _by_strategy(batches)
@@ -125,14 +149,14 @@ class BatchingOptimizer:
         self._count += 1
 
 
-def _by_strategy(batches: Iterable[Batch]) -> dict[str, dict[str, float]]:
+def _by_strategy(batches: Iterable[Batch]) -> dict[str, Figures]:
     groups: dict[str, list[Batch]] = {}
     for batch in batches:
         groups.setdefault(batch.strategy, []).append(batch)
     return {strategy: _figures(group) for strategy, group in groups.items()}
 
 
-def _figures(batches: Sequence[Batch]) -> dict[str, float]:
+def _figures(batches: Sequence[Batch]) -> Figures:
     seconds, tokens = sum(batch.seconds for batch in batches), sum(batch.tokens for batch in batches)
     return {
         "batches": len(batches),
@@ -144,82 +168,83 @@ def _figures(batches: Sequence[Batch]) -> dict[str, float]:
     }
 
 
-def _best(strategies: Mapping[str, Mapping[str, float]]) -> str:
-    """By tokens per second alone: a rate and a size have no common unit. Strategies seldom tried come last."""
+def _best(strategies: Mapping[str, Figures]) -> str:
+    """By tokens per second alone, after strategies with enough batches."""
     if not strategies:
         return BatchingStrategy.CONTINUOUS.value
-    return max(
-        strategies, key=lambda name: (strategies[name]["batches"] >= ENOUGH, strategies[name]["tokens_per_second"])
-    )
+
+    def key(name: str) -> tuple[bool, float]:
+        return strategies[name]["batches"] >= MIN_BATCHES, strategies[name]["tokens_per_second"]
+
+    return max(strategies, key=key)
 
 
-def _basis(strategies: Mapping[str, Mapping[str, float]]) -> str:
+def _basis(strategies: Mapping[str, Figures]) -> str:
     if not strategies:
-        return "no batch was recorded yet: continuous is the default, not a finding"
+        return "no batch was recorded yet: continuous is the default, not a measurement"
     rates = "; ".join(
-        f"{name}: {figures['tokens_per_second']:,.1f} tokens/s over {figures['batches']:.0f} batches"
+        f"{name}: {figures['tokens_per_second']:,.1f} tokens/s over {figures['batches']} batches"
         for name, figures in strategies.items()
     )
+    has_few = any(figures["batches"] < MIN_BATCHES for figures in strategies.values())
     alone = " (no other strategy was measured)" if len(strategies) == 1 else ""
-    few = (
-        f" (fewer than {ENOUGH} batches say little)" if any(f["batches"] < ENOUGH for f in strategies.values()) else ""
-    )
-    return rates + alone + few
+    uncertainty = f" (fewer than {MIN_BATCHES} batches are not conclusive)" if has_few else ""
+    return rates + alone + uncertainty
 
 
-# Suggestions: one rule each, None where it has nothing to say.
+# Suggestions: one function per rule, None where the rule does not apply.
 
 
 def suggestions(batches: Sequence[Batch]) -> list[Suggestion]:
-    """What the batches call for, most urgent first."""
-    if len(batches) < ENOUGH:
-        text = "Record more batches: {samples} are too few to advise anything; {enough} are the least."
-        return [Suggestion(text, samples=len(batches), enough=ENOUGH)]
-    found = (memory(batches), shortage(batches), full(batches), static(batches))
-    return [suggestion for suggestion in (*found, padding(batches), stalls(batches)) if suggestion is not None]
+    """What the batches suggest to change, most urgent first."""
+    if len(batches) < MIN_BATCHES:
+        text = "Record more batches: advice needs at least {minimum}, and {samples} were recorded."
+        return [Suggestion(text, samples=len(batches), minimum=MIN_BATCHES)]
+    rules = (memory, shortage, full, static, padding, stalls)
+    return [suggestion for suggestion in (rule(batches) for rule in rules) if suggestion is not None]
 
 
 def memory(batches: Sequence[Batch]) -> Suggestion | None:
     """Memory that is nearly used up, where it was recorded as a fraction."""
-    most = max(batch.memory for batch in batches)
-    if not HIGH_MEMORY < most <= 1:
+    peak = max(batch.memory for batch in batches)
+    if not HIGH_MEMORY < peak <= 1:
         return None
-    text = "Lower max_batch_size or max_sequence_length: memory use reached {memory:.0%}."
-    return Suggestion(text, memory=most)
+    return Suggestion("Lower max_batch_size or max_sequence_length: memory use reached {memory:.0%}.", memory=peak)
 
 
 def shortage(batches: Sequence[Batch]) -> Suggestion | None:
-    """Work thrown away because the cache was full."""
+    """Work that was thrown away because the K/V cache was full."""
     count = sum(batch.shortages for batch in batches)
     if not count:
         return None
     text = (
-        "Raise memory_pool_size, or set batching_strategy='memory_aware', which starts only what fits to its end: "
-        "in {batches} batches, sequences were sent back to the queue {preemptions} times because blocks lacked."
+        "Raise memory_pool_size, or set batching_strategy='memory_aware', which starts only requests that fit until "
+        "they end: in {batches} batches, sequences were preempted {preemptions} times because the K/V cache was full."
     )
     return Suggestion(text, preemptions=count, batches=len(batches))
 
 
 def full(batches: Sequence[Batch]) -> Suggestion | None:
-    """A setting that others wait behind, not what the tuner makes of it."""
-    tight = [batch for batch in batches if batch.waiting and batch.rows >= batch.most_rows > 0]
-    share = len(tight) / len(batches)
-    if share < MUCH:
+    """A setting that makes others wait; not a limit of the tuner."""
+    full_batches = [batch for batch in batches if batch.waiting and batch.rows >= batch.max_rows > 0]
+    share = len(full_batches) / len(batches)
+    if share < MIN_SHARE:
         return None
-    waiting = sum(batch.waiting for batch in tight) / len(tight)
-    by_itself = "" if tight[-1].target else ", or set target='throughput', which finds it"
+    waiting = sum(batch.waiting for batch in full_batches) / len(full_batches)
+    latest = full_batches[-1]
+    alternative = "" if latest.target else ", or set target='throughput', which tunes it"
     text = (
-        f"Raise max_batch_size above {{limit}}{by_itself}: {{share:.0%}} of {{batches}} "
+        f"Raise max_batch_size above {{limit}}{alternative}: {{share:.0%}} of {{batches}} "
         "batches were full while {waiting:.1f} sequences waited."
     )
-    return Suggestion(text, limit=tight[-1].most_rows, share=share, batches=len(batches), waiting=waiting)
+    return Suggestion(text, limit=latest.max_rows, share=share, batches=len(batches), waiting=waiting)
 
 
 def static(batches: Sequence[Batch]) -> Suggestion | None:
-    """Places that a static batch leaves empty."""
+    """Rows that a static batch leaves empty."""
     idle = [batch for batch in batches if batch.strategy == "naive" and batch.waiting and batch.rows < batch.limit]
     share = len(idle) / len(batches)
-    if share < MUCH:
+    if share < MIN_SHARE:
         return None
     places = sum(batch.limit - batch.rows for batch in idle) / len(idle)
     text = (
@@ -230,7 +255,7 @@ def static(batches: Sequence[Batch]) -> Suggestion | None:
 
 
 def padding(batches: Sequence[Batch]) -> Suggestion | None:
-    """Tokens computed for nothing."""
+    """Computed tokens that were padding."""
     figures = _figures(batches)
     if figures["efficiency"] >= LOW_EFFICIENCY:
         return None
@@ -242,15 +267,15 @@ def padding(batches: Sequence[Batch]) -> Suggestion | None:
 
 
 def stalls(batches: Sequence[Batch]) -> Suggestion | None:
-    """Streams that wait for prompts computed beside them, where nobody declared what matters more."""
+    """Streams that wait for prompts computed in the same step, unless a target declares what matters more."""
     if batches[-1].target:
         return None
     mixed = [batch.seconds for batch in batches if 0 < batch.prompt_tokens < batch.tokens]
     plain = [batch.seconds for batch in batches if batch.limit and not batch.prompt_tokens]
-    if min(len(mixed), len(plain)) < ENOUGH:
+    if min(len(mixed), len(plain)) < MIN_BATCHES:
         return None
     mixed_ms, plain_ms = (1000 * sum(seconds) / len(seconds) for seconds in (mixed, plain))
-    if mixed_ms < 4 * plain_ms:
+    if mixed_ms < HIGH_STALL * plain_ms:
         return None
     text = (
         "If streams should not stall, lower max_num_batched_tokens or set target='latency': steps that also compute "

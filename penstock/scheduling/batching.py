@@ -1,7 +1,7 @@
-"""`DynamicBatcher`: the engine's packing policies for programs that run their batches themselves.
+"""`DynamicBatcher`: the engine's packings for programs that run their batches themselves.
 
-Owns the items that wait and, under CONTINUOUS, those that run. Never loses, repeats or starves one; never runs a model.
-Called by programs, from one thread at a time; `packing` decides who starts together, as it does for the engine.
+Owns the items that wait and, under CONTINUOUS, those that run. Never loses, repeats or starves an item; never runs a
+model. Called by programs, from one thread at a time; `packing` decides what starts together, as it does for the engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,38 +28,58 @@ BOOST_S = 5.0  # seconds of waiting that count as one priority class, as in the 
 
 
 class BatchingConfig(BaseModel):
-    """Settings of a `DynamicBatcher`. Wrong ones raise `ConfigurationError`; assignments count from the next batch on,
-    but for `strategy`, `bucket_size` and `enable_continuous_batching`, which are read when a batcher is made.
+    """Settings of a `DynamicBatcher`. Invalid ones raise `ConfigurationError`.
 
-    A continuous batcher is strategy CONTINUOUS with `DynamicBatcher.complete`; what pads, and with which token, is
+    An assignment takes effect at the next batch; `strategy`, `bucket_size` and `enable_continuous_batching` are read
+    when a batcher is made. For continuous batching use strategy CONTINUOUS with `DynamicBatcher.complete`; for padding,
     `create_padded_batch`.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     strategy: BatchingStrategy = BatchingStrategy.MEMORY_AWARE
-    max_batch_size: int = Field(32, ge=1, description="Most items of a batch.")
-    max_sequence_length: int = Field(2048, ge=1, description="Most tokens of an item.")
+    max_batch_size: int = Field(32, ge=1, description="Maximum items of a batch.")
+    max_sequence_length: int = Field(2048, ge=1, description="Maximum tokens of an item.")
     bucket_size: int = Field(128, ge=0, description="Largest difference of lengths in a batch under BUCKETED.")
-    memory_limit_mb: float = Field(4096, gt=0, description="Most MiB of a batch, and of weights the estimator knows.")
-    max_total_tokens: int = Field(32768, ge=1, description="Most tokens of a batch, padding included.")
-    enable_continuous_batching: bool = Field(True, description="False: a CONTINUOUS batch is done before the next.")
+    memory_limit_mb: float = Field(
+        4096, gt=0, description="Maximum MiB of a batch, and of the weights if the estimator has them."
+    )
+    max_total_tokens: int = Field(32768, ge=1, description="Maximum tokens of a batch, padding included.")
+    enable_continuous_batching: bool = Field(
+        True, description="False: a CONTINUOUS batch ends before the next one starts."
+    )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         with explained(BatchingConfig.model_fields):
             super().__init__(**values)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         with explained(BatchingConfig.model_fields):
             super().__setattr__(name, value)
 
 
+class BatchInfo(TypedDict, total=False):
+    """The description of a batch; see `DynamicBatcher.get_next_batch`."""
+
+    strategy: str
+    batch_size: int
+    max_length: int
+    lengths: list[int]
+    total_tokens: int
+    efficiency: float
+    estimated_memory_mb: float
+    memory_utilization: float
+    bucket_length: int
+    continuing_requests: int
+    new_requests: int
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An item of a batcher, as the packing policies see one."""
+    """An item of a batcher, as a `Waiter` for the packings."""
 
     id: int
-    request: Any
+    request: object
     length: int
     max_len: int
     priority: int
@@ -68,24 +88,24 @@ class Ticket:
 
     @property
     def request_id(self) -> str:
-        """Every item is for itself."""
+        """Every item is a request of its own."""
         return str(self.id)
 
     @property
     def width(self) -> int:
-        """As above."""
+        """An item runs without others."""
         return 1
 
 
 class DynamicBatcher:
-    """Forms batches of (request, sequence length) pairs; a length is that at the end, if the batch generates.
+    """Forms batches of (request, sequence length) pairs; the length is the final one, if the batch generates.
 
-    NAIVE, BUCKETED and MEMORY_AWARE give static batches: each item comes once, and the batch before is taken to be
-    done. Under CONTINUOUS a batch is all that run, new ones behind those that go on; an item runs until
-    `complete(request)` says that it ended. Who comes first is decided as in the engine: by the `priority` of a request
-    that has one (a number from 1 to 4), then by waiting time, then by its `deadline`, then by arrival; the first in
-    line is part of every batch that has room, so nobody starves. `memory_estimator` is what MEMORY_AWARE and
-    CONTINUOUS hold memory_limit_mb against; without one, max_total_tokens alone limits them.
+    NAIVE, BUCKETED and MEMORY_AWARE give static batches: each item comes once, and the previous batch is taken to be
+    done. Under CONTINUOUS a batch is everything that runs, new items after those that go on; an item runs until
+    `complete(request)` says that it ended. The order is that of the engine: by the `priority` of a request that has one
+    (a number from 1 to 4), then by waiting time, then by its `deadline`, then by arrival. The first in the queue is
+    part of every batch that has room, so nothing starves. MEMORY_AWARE and CONTINUOUS compare the estimate of
+    `memory_estimator` with memory_limit_mb; without an estimator, max_total_tokens alone limits them.
     """
 
     def __init__(
@@ -105,10 +125,10 @@ class DynamicBatcher:
         self._is_continuous = self._strategy is BatchingStrategy.CONTINUOUS
         self._packing = self._packing_of(self.config)
 
-    def add_items(self, items: Iterable[tuple[Any, int]]) -> None:
-        """Let (request, sequence length) pairs wait.
+    def add_items(self, items: Iterable[tuple[object, int]]) -> None:
+        """Queue (request, sequence length) pairs.
 
-        Raises `RequestTooLarge`, and adds none, when one could not even run alone.
+        Raises `RequestTooLarge`, and adds none, if one of them could not even run alone.
         """
         now = self._clock()
         tickets = [self._ticket(request, length, now) for request, length in items]
@@ -117,54 +137,54 @@ class DynamicBatcher:
         for ticket in tickets:
             self._waiting.push(ticket, now)
 
-    def get_next_batch(self) -> tuple[list[Any], dict[str, Any]]:
-        """The requests of the next batch, and what it is; ([], {}) when there is nothing to run.
+    def get_next_batch(self) -> tuple[list[Any], BatchInfo]:
+        """The requests of the next batch, and its description; ([], {}) when there is nothing to run.
 
-        The latter has strategy, batch_size, max_length, lengths, total_tokens, efficiency (see
+        The description has strategy, batch_size, max_length, lengths, total_tokens, efficiency (see
         `calculate_padding_efficiency`), with an estimator estimated_memory_mb and memory_utilization (of the limit),
         under BUCKETED bucket_length, under CONTINUOUS continuing_requests and new_requests.
         """
         self._waiting.advance(self._clock())
         continuing = list(self._running) if self._is_continuous else []
         batch = list(continuing)
-        for ticket in self._packing.starts(self._waiting, batch, lambda ticket: self._fits(ticket, batch)):
+        for ticket in self._packing.select(self._waiting, batch, lambda ticket: self._has_room(ticket, batch)):
             self._waiting.remove(ticket.id)
             batch.append(ticket)
         if self._is_continuous:
             self._running = list(batch)
         return [ticket.request for ticket in batch], self._info(batch, len(continuing))
 
-    def complete(self, *requests: Any) -> None:
-        """These requests of a CONTINUOUS batch have ended; their places are free for the next one.
+    def complete(self, *requests: object) -> None:
+        """These requests of a CONTINUOUS batch have ended; the next batch may use their places.
 
-        A request is known by identity. Raises `RequestError` for one that does not run.
+        A request is recognized by identity. Raises `RequestError` for one that does not run.
         """
         for request in requests:
-            found = next((ticket for ticket in self._running if ticket.request is request), None)
-            if found is None:
-                raise RequestError(f"{request!r} does not run here: complete what a CONTINUOUS batch contained, once")
-            self._running.remove(found)
+            ticket = next((ticket for ticket in self._running if ticket.request is request), None)
+            if ticket is None:
+                raise RequestError(f"{request!r} is not running: complete each request of a CONTINUOUS batch once")
+            self._running.remove(ticket)
 
     @property
     def num_waiting(self) -> int:
-        """Items that were in no batch yet."""
+        """Items that have not been in a batch."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Items of a CONTINUOUS batch that were not completed."""
+        """Items of a CONTINUOUS batch that have not been completed."""
         return len(self._running)
 
     def _packing_of(self, config: BatchingConfig) -> Packing:
         if config.strategy is BatchingStrategy.BUCKETED:
             return Bucketed(config.bucket_size)
         if config.strategy is BatchingStrategy.MEMORY_AWARE:
-            return MemoryAware(self._memory_mb, math.inf)  # its limit may change; `_fits` holds it
+            return MemoryAware(self._memory_mb, math.inf)  # its limit may change; `_has_room` checks it
         if self._is_continuous and config.enable_continuous_batching:
             return Continuous()
         return Naive(lambda: self.config.max_batch_size)
 
-    def _ticket(self, request: Any, length: int, now: float) -> Ticket:
+    def _ticket(self, request: object, length: int, now: float) -> Ticket:
         priority, deadline = getattr(request, "priority", None), getattr(request, "deadline", None)
         return Ticket(
             next(self._ids),
@@ -177,12 +197,12 @@ class DynamicBatcher:
         )
 
     def _check(self, ticket: Ticket) -> None:
-        """Raise for what no batch could hold."""
+        """Raise for an item that fits no batch."""
         config, length = self.config, ticket.length
-        most = min(config.max_sequence_length, config.max_total_tokens)
-        if not 1 <= length <= most:
+        max_length = min(config.max_sequence_length, config.max_total_tokens)
+        if not 1 <= length <= max_length:
             raise RequestTooLarge(
-                f"an item of {length} tokens is never in a batch: lengths are from 1 to {most} "
+                f"an item of {length} tokens fits no batch: lengths are from 1 to {max_length} "
                 f"(max_sequence_length={config.max_sequence_length}, max_total_tokens={config.max_total_tokens})"
             )
         if not self._fits_memory([length]):
@@ -191,11 +211,11 @@ class DynamicBatcher:
                 f"{config.memory_limit_mb:,.0f}: shorten it, or raise the limit"
             )
 
-    def _fits(self, ticket: Ticket, batch: Sequence[Ticket]) -> bool:
-        """Whether a batch has room for one more; an empty one has, whatever the limits have become."""
+    def _has_room(self, ticket: Ticket, batch: Sequence[Ticket]) -> bool:
+        """Whether a batch has room for one more item; an empty one always has, even if limits were lowered."""
         if not batch:
             return True
-        lengths = [*(other.length for other in batch), ticket.length]
+        lengths = [*(member.length for member in batch), ticket.length]
         tokens = sum(lengths) if self._is_continuous else len(lengths) * max(lengths)
         return (
             len(lengths) <= self.config.max_batch_size
@@ -205,11 +225,11 @@ class DynamicBatcher:
         )
 
     def _fits_memory(self, lengths: Sequence[int]) -> bool:
-        limited = self._is_continuous or self._strategy is BatchingStrategy.MEMORY_AWARE
-        return not limited or self._memory_mb(lengths) <= self.config.memory_limit_mb
+        is_limited = self._is_continuous or self._strategy is BatchingStrategy.MEMORY_AWARE
+        return not is_limited or self._memory_mb(lengths) <= self.config.memory_limit_mb
 
     def _memory_mb(self, lengths: Sequence[int]) -> float:
-        """MiB of a batch: static ones are padded, running ones are not."""
+        """MiB of a batch: static ones are padded, continuous ones are not."""
         estimator = self.memory_estimator
         if estimator is None:
             return 0.0
@@ -217,12 +237,12 @@ class DynamicBatcher:
         mean = -(-sum(lengths) // count) if self._is_continuous else max(lengths)
         return estimator.estimate_total_memory(count, mean) / MIB
 
-    def _info(self, batch: Sequence[Ticket], num_continuing: int) -> dict[str, Any]:
+    def _info(self, batch: Sequence[Ticket], num_continuing: int) -> BatchInfo:
         if not batch:
             return {}
         lengths = [ticket.length for ticket in batch]
         padding = calculate_padding_efficiency(lengths)
-        info: dict[str, Any] = {
+        info: BatchInfo = {
             "strategy": self._strategy.value,
             "batch_size": len(batch),
             "max_length": max(lengths),
@@ -232,9 +252,11 @@ class DynamicBatcher:
         }
         if self.memory_estimator is not None:
             memory_mb = self._memory_mb(lengths)
-            info |= {"estimated_memory_mb": memory_mb, "memory_utilization": memory_mb / self.config.memory_limit_mb}
+            info["estimated_memory_mb"] = memory_mb
+            info["memory_utilization"] = memory_mb / self.config.memory_limit_mb
         if self._strategy is BatchingStrategy.BUCKETED:
             info["bucket_length"] = max(lengths)
         if self._is_continuous:
-            info |= {"continuing_requests": num_continuing, "new_requests": len(batch) - num_continuing}
+            info["continuing_requests"] = num_continuing
+            info["new_requests"] = len(batch) - num_continuing
         return info

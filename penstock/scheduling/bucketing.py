@@ -1,7 +1,7 @@
 """Padded batches: which lengths go together, what padding costs, and the padded tensors themselves.
 
-For programs that run a model themselves; the engine pads nothing. Pure but for `SequenceBucketer`, which keeps items
-until they are taken. Imports no tensor library: tensors make their own kind.
+For programs that run a model themselves; the engine pads nothing. Pure functions, except `SequenceBucketer`, which
+keeps items until they are taken. Imports no tensor library: new tensors come from the caller's.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import Any
 
 from penstock.errors import RequestError, RequestTooLarge
 
-Item = tuple[Any, int]
+Item = tuple[Any, int]  # anything, and its length
+Tensor = Any  # of a library that this module does not import
 
 
 def similar(lengths: Iterable[int], bucket_size: int) -> list[list[int]]:
     """`lengths` in ascending groups, within each of which they differ by at most `bucket_size`; greedy from below.
 
-    No partition of them into such groups has fewer.
+    No partition into such groups has fewer.
     """
     groups: list[list[int]] = []
     for length in sorted(lengths):
@@ -29,9 +30,9 @@ def similar(lengths: Iterable[int], bucket_size: int) -> list[list[int]]:
 
 
 class SequenceBucketer:
-    """Keeps (item, length) pairs and gives those of similar length together.
+    """Keeps (item, length) pairs and returns those of similar length together.
 
-    `bucket_size` is the largest difference of lengths within a bucket. Buckets follow from what is there, so that
+    `bucket_size` is the largest difference of lengths within a bucket. Buckets follow from the items present, so
     lengths on both sides of some fixed border still share one: 50, 60, 120 and 130 are two buckets of size 64.
     """
 
@@ -41,7 +42,7 @@ class SequenceBucketer:
         self.bucket_size = bucket_size
         self._items: list[Item] = []  # in order of arrival
 
-    def add_sequence(self, item: Any, length: int) -> None:
+    def add_sequence(self, item: object, length: int) -> None:
         """Keep an item. Raises `RequestError` for a length below 1."""
         if length < 1:
             raise RequestError(f"a sequence has at least 1 token, got {length}")
@@ -50,39 +51,39 @@ class SequenceBucketer:
     @property
     def buckets(self) -> dict[int, list[Item]]:
         """The items by bucket, in order of arrival; a bucket's key is its greatest length."""
-        found: dict[int, list[Item]] = {}
+        buckets: dict[int, list[Item]] = {}
         for group in similar((length for _, length in self._items), self.bucket_size):
-            found[group[-1]] = [entry for entry in self._items if group[0] <= entry[1] <= group[-1]]
-        return found
+            buckets[group[-1]] = [entry for entry in self._items if group[0] <= entry[1] <= group[-1]]
+        return buckets
 
     def get_batch_from_bucket(self, max_batch_size: int) -> tuple[list[Item], int]:
-        """Take up to `max_batch_size` items, longest here first, from the oldest one's bucket, and its greatest length.
+        """Take up to `max_batch_size` items, oldest first, from the oldest item's bucket, and its greatest length.
 
-        ([], 0) when there are none. Nobody starves: the oldest of all is always taken.
+        ([], 0) when there are none. Nothing starves: the oldest item is always taken.
         """
         buckets = self.buckets
         if not buckets or max_batch_size < 1:
             return [], 0
-        _, oldest = self._items[0]
-        length = min(longest for longest in buckets if longest >= oldest)
-        taken = buckets[length][:max_batch_size]
-        self._items = [entry for entry in self._items if not any(entry is other for other in taken)]
-        return taken, length
+        _, oldest_length = self._items[0]
+        key = min(length for length in buckets if length >= oldest_length)
+        batch = buckets[key][:max_batch_size]
+        self._items = [entry for entry in self._items if not any(entry is member for member in batch)]
+        return batch, key
 
     def get_all_items(self) -> list[Item]:
-        """All that are here, in order of arrival."""
+        """All items, in order of arrival."""
         return list(self._items)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all items."""
         self._items.clear()
 
 
 def calculate_padding_efficiency(sequence_lengths: Sequence[int]) -> dict[str, float]:
     """What padding these lengths to the longest costs.
 
-    total_tokens, padding_tokens, efficiency and waste_ratio (shares of what is computed, together 1), max_length,
-    min_length, avg_length, length_variance (of the population). {} of no lengths.
+    total_tokens, padding_tokens, efficiency and waste_ratio (fractions of the computed tokens, together 1), max_length,
+    min_length, avg_length, length_variance (of the population). {} for no lengths.
     """
     if not sequence_lengths:
         return {}
@@ -101,18 +102,18 @@ def calculate_padding_efficiency(sequence_lengths: Sequence[int]) -> dict[str, f
 
 
 def create_padded_batch(
-    input_ids_list: Sequence[Any],
-    attention_masks_list: Sequence[Any] | None = None,
+    input_ids_list: Sequence[Tensor],
+    attention_masks_list: Sequence[Tensor] | None = None,
     padding_token_id: int = 0,
     max_length: int | None = None,
-    device: Any = None,
+    device: object = None,
     *,
     padding_side: str = "right",
-) -> dict[str, Any]:
+) -> dict[str, Tensor]:
     """`input_ids` [B, L] and `attention_mask` int64 [B, L] of token tensors [N] or [1, N] of any lengths.
 
-    L is `max_length`, or the longest of them. Models that continue the last column want `padding_side="left"`. {} of
-    no tensors. Raises `RequestTooLarge` for one that is longer than `max_length`: tokens are never cut off.
+    L is `max_length`, or the length of the longest. Models that continue the last column want `padding_side="left"`. {}
+    for no tensors. Raises `RequestTooLarge` for one that is longer than `max_length`: tokens are never cut off.
     """
     if padding_side not in ("left", "right"):
         raise RequestError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
@@ -126,8 +127,8 @@ def create_padded_batch(
     ids = rows[0].new_full((len(rows), width), padding_token_id, device=device)
     mask = ids.new_zeros((len(rows), width)).long()
     for i, row in enumerate(rows):
-        place = slice(0, len(row)) if padding_side == "right" else slice(width - len(row), width)
-        given = attention_masks_list[i] if attention_masks_list is not None else None
-        ids[i, place] = row.to(ids.device)
-        mask[i, place] = 1 if given is None else given.reshape(-1).long().to(ids.device)
+        columns = slice(0, len(row)) if padding_side == "right" else slice(width - len(row), width)
+        row_mask = attention_masks_list[i] if attention_masks_list is not None else None
+        ids[i, columns] = row.to(ids.device)
+        mask[i, columns] = 1 if row_mask is None else row_mask.reshape(-1).long().to(ids.device)
     return {"input_ids": ids, "attention_mask": mask}

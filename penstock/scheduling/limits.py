@@ -1,72 +1,77 @@
-"""`Limits`: how much a step may take now: the settings as they are at this moment, narrowed by what the tuner found.
+"""`Limits`: how much a step may take: the current settings, narrowed by the tuner. `StepLimits` is one reading of them.
 
-Owns nothing but the tuner's latest word (`tuned`, written by the engine's thread). Never decides. Asked by `Scheduler`
-when a step begins, by the engine when it coalesces a burst, and by whoever drafts.
+Owns nothing but the tuner's latest limits (`tuned`, written by the engine's thread). Resolved once per step by
+`Scheduler.plan`, and outside a step by the engine when it coalesces a burst or drafts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from penstock.config import EngineConfig
 from penstock.optimizers.tuner import Tuned, ceilings, first
 
 
+class StepLimits(NamedTuple):
+    """The limits of one step.
+
+    A step has at most `max_batch_size` rows and `step_tokens` tokens. No sequence starts while `max_running` or more
+    run; the tuner lowers only that, so it never makes a running sequence wait. A draft has at most `draft_length`
+    tokens. An idle engine waits at most `batch_timeout_s` for a burst to be complete. `target` is the declared goal.
+    """
+
+    max_batch_size: int
+    max_running: int
+    step_tokens: int
+    draft_length: int
+    batch_timeout_s: float
+    target: str | None = None
+    tuned: Tuned | None = None
+
+    def token_budget(self, stream_tokens: int, depth: int) -> int:
+        """Maximum tokens of a step with `stream_tokens` decode and draft tokens and its first prompt at `depth`.
+
+        The tuner never takes tokens away from streams, nor the minimum that a prompt must get.
+        """
+        if self.tuned is None:
+            return self.step_tokens
+        return min(self.step_tokens, self.tuned.step_tokens(stream_tokens, depth))
+
+
 class Limits:
-    """Read from `config` at every call, so an assignment takes effect at the next step, also while it is tuned."""
+    """Reads `config` at every call, so an assignment takes effect at the next step, also while the engine is tuned."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._tuned: Tuned | None = None
-        self._tuned_for: str | None = None
-
-    @property
-    def target(self) -> str | None:
-        """The goal that is declared now."""
-        return self._config.target
+        self._tuned_target: str | None = None
 
     @property
     def tuned(self) -> Tuned | None:
-        """The tuner's latest word toward this goal; until there is one, where tuning begins. None without a goal."""
-        if self.target == self._tuned_for:
+        """The tuner's latest limits for the current target, or its starting point. None without a target."""
+        target = self._config.target
+        if target == self._tuned_target:
             return self._tuned
-        return None if self.target is None else first(self._config)
+        return None if target is None else first(self._config)
 
     @tuned.setter
     def tuned(self, tuned: Tuned | None) -> None:
-        self._tuned, self._tuned_for = tuned, self.target
+        self._tuned, self._tuned_target = tuned, self._config.target
 
-    @property
-    def max_batch_size(self) -> int:
-        """Most rows of a step. Not narrowed by the tuner: nobody who runs is made to wait."""
-        return self._config.max_batch_size if self.tuned is None else ceilings(self._config).max_batch_size
-
-    @property
-    def max_running(self) -> int:
-        """Most sequences that run; while there are more, none starts."""
-        most = self.max_batch_size
-        return most if self.tuned is None else min(most, self.tuned.max_batch_size)
-
-    @property
-    def step_tokens(self) -> int:
-        """Most tokens of a step."""
-        config = self._config
-        return config.max_num_batched_tokens if self.tuned is None else ceilings(config).max_num_batched_tokens
-
-    def tuned_tokens(self, stream_tokens: int, depth: int) -> int:
-        """Most tokens of a step whose streams, drafts included, have so many, when its first prompt is at `depth`.
-
-        The tuner never takes away what streams have, nor the least that a prompt must get.
-        """
-        most = self.step_tokens
-        return most if self.tuned is None else min(most, self.tuned.step_tokens(stream_tokens, depth))
-
-    @property
-    def draft_length(self) -> int:
-        """Most tokens of a draft; 0 for none."""
-        most = self._config.speculation_length
-        return most if self.tuned is None else min(most, self.tuned.draft_length)
-
-    @property
-    def batch_timeout_s(self) -> float:
-        """Longest an idle engine waits for a burst to be complete."""
-        wait_ms = self._config.batch_timeout_ms
-        return (wait_ms if self.tuned is None else min(wait_ms, self.tuned.batch_timeout_ms)) / 1000
+    def resolve(self) -> StepLimits:
+        """The limits as they are now."""
+        config, tuned = self._config, self.tuned
+        timeout_ms = config.batch_timeout_ms
+        if tuned is None:
+            rows, tokens = config.max_batch_size, config.max_num_batched_tokens
+            return StepLimits(rows, rows, tokens, config.speculation_length, timeout_ms / 1000, config.target)
+        ceiling = ceilings(config)
+        return StepLimits(
+            max_batch_size=ceiling.max_batch_size,
+            max_running=min(ceiling.max_batch_size, tuned.max_batch_size),
+            step_tokens=ceiling.max_num_batched_tokens,
+            draft_length=min(config.speculation_length, tuned.draft_length),
+            batch_timeout_s=min(timeout_ms, tuned.batch_timeout_ms) / 1000,
+            target=config.target,
+            tuned=tuned,
+        )

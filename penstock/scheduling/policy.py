@@ -1,7 +1,7 @@
-"""`Policy`: who goes first, as pure key functions. Smaller keys are better.
+"""`Policy`: which sequence goes first, as pure key functions. Smaller keys are better.
 
-Owns the meaning of priority, waiting time and deadlines, and what anything that waits must know of itself (`Waiter`).
-Keeps no state and asks no clock. Called by `WaitingQueue` and by `Scheduler`.
+Owns the meaning of priority, waiting time and deadlines, and what is known of anything that waits (`Waiter`). Keeps no
+state and reads no clock. Called by `WaitingQueue`, `LiveSequences` and `StepPlanner`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ Key = tuple[int, float, float, int]
 
 
 class Waiter(Protocol):
-    """Something that waits for its turn: a `Sequence` of the engine, an item of a `DynamicBatcher`."""
+    """Something that waits for its turn: a `Sequence` of the engine, a `Ticket` of a `DynamicBatcher`."""
 
     @property
     def id(self) -> int:
-        """Unlike any other's."""
+        """Unique."""
         ...
 
     @property
     def request_id(self) -> str:
-        """Whose it is: what has the same one belongs together."""
+        """The request it belongs to; several may share one."""
         ...
 
     @property
@@ -32,12 +32,12 @@ class Waiter(Protocol):
 
     @property
     def arrival(self) -> float:
-        """When it came, in seconds."""
+        """When it arrived, in seconds."""
         ...
 
     @property
     def deadline(self) -> float:
-        """When it must be done, in seconds; infinity for whenever."""
+        """When it must be done, in seconds; infinity for no deadline."""
         ...
 
     @property
@@ -47,65 +47,65 @@ class Waiter(Protocol):
 
     @property
     def max_len(self) -> int:
-        """Its tokens at its end, at most."""
+        """The maximum of its tokens when it ends."""
         ...
 
     @property
     def width(self) -> int:
-        """How many with its `request_id` need each other in every step."""
+        """How many with its `request_id` must run in the same steps."""
         ...
 
 
 class Policy(Protocol):
-    """What the queue and the scheduler ask."""
+    """The order of those that wait and of those that run."""
 
-    def key(self, seq: Waiter, now: float) -> Key:
-        """Place among the waiting at time `now`."""
+    def waiting_key(self, seq: Waiter, now: float) -> Key:
+        """Key among the waiting at time `now`."""
         ...
 
     def next_change(self, seq: Waiter, now: float) -> float:
-        """When, after `now`, the key changes by itself; infinity for never."""
+        """When, after `now`, the waiting key changes by itself; infinity for never."""
         ...
 
     def rank(self, seq: Waiter) -> int:
-        """Class alone. Only a strictly higher one may take a running sequence's place."""
+        """Class alone. Only a strictly higher one may displace a running sequence."""
         ...
 
-    def standing(self, seq: Waiter, num_preemptions: int) -> Key:
-        """Place among the running; constant until preempted. Its first element is minus the class it defends."""
+    def running_key(self, seq: Waiter, num_preemptions: int) -> Key:
+        """Key among the running; constant until preempted. Its first element is minus the class it defends."""
         ...
 
 
 class AgingPolicy:
     """Class first, one class up for every `boost_s` seconds of waiting, then the earliest deadline, then FIFO.
 
-    Tiers have no top, so whoever waited long enough beats every newcomer of any class: nothing starves. Among the
-    running, waiting counts no more; each preemption moves the victim one class up there, so that a stream of
-    newcomers cannot preempt it for ever.
+    Boosts have no limit, so a sequence that waited long enough goes before every newcomer of any class: nothing
+    starves. Among the running, waiting time no longer counts; each preemption moves the victim one class up there, so
+    that a stream of newcomers cannot preempt it again and again.
     """
 
     def __init__(self, boost_s: float) -> None:
         self.boost_s = boost_s
 
-    def key(self, seq: Waiter, now: float) -> Key:
-        """Place among the waiting at time `now`."""
-        return (-(seq.priority + self._boosts(seq, now)), seq.deadline, seq.arrival, seq.id)
+    def waiting_key(self, seq: Waiter, now: float) -> Key:
+        """Key among the waiting at time `now`."""
+        return (-(seq.priority + self._num_boosts(seq, now)), seq.deadline, seq.arrival, seq.id)
 
     def next_change(self, seq: Waiter, now: float) -> float:
-        """When it next moves one tier up."""
-        boosts = self._boosts(seq, now)
-        when = seq.arrival + (boosts + 1) * self.boost_s
-        while self._boosts(seq, when) <= boosts:
-            when = math.nextafter(when, math.inf)  # the sum was rounded to just before the change
-        return when
+        """When the next boost is due."""
+        num_boosts = self._num_boosts(seq, now)
+        time_s = seq.arrival + (num_boosts + 1) * self.boost_s
+        while self._num_boosts(seq, time_s) <= num_boosts:
+            time_s = math.nextafter(time_s, math.inf)  # the sum was rounded to just before the change
+        return time_s
 
     def rank(self, seq: Waiter) -> int:
         """The priority class."""
         return int(seq.priority)
 
-    def standing(self, seq: Waiter, num_preemptions: int) -> Key:
-        """Place among the running."""
+    def running_key(self, seq: Waiter, num_preemptions: int) -> Key:
+        """Key among the running."""
         return (-(seq.priority + num_preemptions), seq.deadline, seq.arrival, seq.id)
 
-    def _boosts(self, seq: Waiter, now: float) -> int:
+    def _num_boosts(self, seq: Waiter, now: float) -> int:
         return max(0, math.floor((now - seq.arrival) / self.boost_s))

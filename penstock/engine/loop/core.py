@@ -259,7 +259,7 @@ class EngineCore:
             await self._coalesce()
 
     async def _coalesce(self) -> None:
-        limits = self.scheduler.limits
+        limits = self.scheduler.limits.resolve()
         until = self._clock() + limits.batch_timeout_s
         while self._clock() < until and self.scheduler.num_waiting < limits.max_running:
             num_arrivals = self._num_arrivals

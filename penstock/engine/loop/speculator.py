@@ -47,7 +47,7 @@ class Speculator:
     async def draft(self, meanwhile: Callable[[], None]) -> None:
         """Have drafts offered for the next step. Where a model makes them, `meanwhile` is called once it has begun."""
         self._drafting_s = 0.0
-        max_length = self._scheduler.limits.draft_length if self._is_on else 0
+        max_length = self._scheduler.limits.resolve().draft_length if self._is_on else 0
         seqs = self._scheduler.decoding() if max_length else []
         asks = self._controller.asks(seqs, max_length)
         if not asks:

@@ -45,7 +45,8 @@ class StepObserver:
         self._tuning.observe(record)
         self.forecast.record(record)
         if self._metrics.enabled:
-            self._advisor.record_step(record, self._strategy, self._scheduler.limits, self._scheduler.num_shortages)
+            limits, num_shortages = self._scheduler.step_limits, self._scheduler.num_shortages
+            self._advisor.record_step(record, self._strategy, limits, num_shortages)
         if self._config.profile_performance:
             figures = {"rows": record.rows, "tokens": record.tokens, "seconds": record.seconds}
             self._log.debug("step", **figures, **record.timings_s)

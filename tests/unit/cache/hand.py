@@ -39,7 +39,7 @@ def compute(cache: CacheManager, seq: Sequence, end: int | None = None) -> tuple
     end = seq.length if end is None else end
     assert cache.reserve(seq, end)
     cache.seal(seq, min(end, seq.length))
-    copies = cache.take_copies()
+    copies = cache.take_moves().copies
     cache.commit()
     seq.computed = end
     return copies

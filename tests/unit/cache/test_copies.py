@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.cache.copies import Copies
-from penstock.cache.pool import BlockPool
+from penstock.cache.pool import BlockPool, Copies
 
 
 def pool_of(held: int) -> BlockPool:
@@ -38,12 +37,12 @@ def test_the_source_is_held_until_the_step_is_over_and_is_nobodys_meanwhile() ->
     assert copies.num_users(0) == 2
     copies.add(0, 1)
     assert (copies.num_users(0), copies.holds(), pool.refs(0)) == (1, {0: 1}, 2)
-    copies.let_go()
+    copies.release()
     assert (copies.num_users(0), copies.holds(), pool.refs(0)) == (1, {}, 1)
 
 
 def test_copies_that_nobody_took_are_dropped_with_their_step() -> None:
     copies = Copies(pool_of(2))
     copies.add(0, 1)
-    copies.let_go()
+    copies.release()
     assert copies.take() == ()

@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 
-from penstock.cache.readback import WINDOW, Rate, ReadBack, reading_is_cheaper
+from penstock.cache.readback import WINDOW, ReadBack, TokenTime, reading_is_cheaper
 from penstock.sampling import SamplingParams
 from penstock.step import Row, StepPlan
 
@@ -26,9 +26,9 @@ def test_reading_must_take_less_time_than_computing_what_is_gained() -> None:
 
 def test_the_first_reading_is_always_worth_it() -> None:
     found = ReadBack(4)
-    assert found.worth(4, 4)
+    assert found.pays_off(4, 4)
     found.learn(plan(10), {"forward": 1.0})
-    assert found.worth(4, 4)
+    assert found.pays_off(4, 4)
 
 
 def test_figures_are_seconds_per_token_of_what_was_moved_and_what_was_computed() -> None:
@@ -36,9 +36,9 @@ def test_figures_are_seconds_per_token_of_what_was_moved_and_what_was_computed()
     found.learn(plan(10, moved=5), {"swap": 0.4, "forward": 1.0})
     assert found.moving.seconds_per_token == pytest.approx(0.02)
     assert found.computing.seconds_per_token == pytest.approx(0.1)
-    assert found.worth(40, 40)
+    assert found.pays_off(40, 40)
     found.learn(plan(10, moved=5), {"swap": 9.6, "forward": 1.0})
-    assert not found.worth(40, 40), "a quarter of a second each by now"
+    assert not found.pays_off(40, 40), "a quarter of a second each by now"
 
 
 def test_steps_that_mostly_decode_say_nothing_about_prefilling() -> None:
@@ -60,11 +60,11 @@ def test_computing_is_over_when_tokens_are_there() -> None:
 def test_a_model_that_tells_no_times_is_believed_to_read_fast() -> None:
     found = ReadBack(4)
     found.learn(plan(10, moved=5), {})
-    assert found.worth(4, 4)
+    assert found.pays_off(4, 4)
 
 
 def test_old_records_are_forgotten() -> None:
-    rate = Rate()
+    rate = TokenTime()
     rate.record(1, 1000.0)
     for _ in range(WINDOW):
         rate.record(3, 1.5)

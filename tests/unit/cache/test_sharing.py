@@ -124,7 +124,7 @@ def test_source_of_a_copy_is_kept_until_the_step_is_over() -> None:
     cache.release(parent)
     assert cache.num_free_blocks == 0, "block 1 is a source"
     cache.check([child])
-    assert cache.take_copies() == ((1, 2),)
+    assert cache.take_moves().copies == ((1, 2),)
     cache.commit()
     assert cache.num_free_blocks == 1
     cache.check([child])
@@ -139,7 +139,7 @@ def test_last_holder_of_a_shared_block_writes_it_in_place() -> None:
     assert cache.reserve(parent, 7)
     assert cache.reserve(child, 7)
     assert (list(parent.blocks), list(child.blocks)) == ([0, 2], [0, 1])
-    assert cache.take_copies() == ((1, 2),)
+    assert cache.take_moves().copies == ((1, 2),)
 
 
 def test_copy_of_a_copy_reads_the_original() -> None:
@@ -151,7 +151,7 @@ def test_copy_of_a_copy_reads_the_original() -> None:
     assert cache.reserve(child, 7)
     grandchild.computed = cache.fork(child, grandchild)
     assert cache.reserve(grandchild, 7)
-    assert cache.take_copies() == ((1, 2), (1, 3))
+    assert cache.take_moves().copies == ((1, 2), (1, 3))
     cache.commit()
     cache.check([parent, child, grandchild])
 

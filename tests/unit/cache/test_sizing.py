@@ -68,13 +68,13 @@ def test_a_cache_that_is_cut_says_so_with_the_figures() -> None:
     """It was cut without a word."""
     config = EngineConfig(block_size=10, memory_pool_size=3 * 2**30)
     room = num_blocks(config, 100, 2**30, 10**7, 32)
-    assert (room.blocks, room.wanted) == (966367, 3221225)
+    assert (room.blocks, room.requested) == (966367, 3221225)
     assert room.warning == (
-        "memory_pool_size=3221225472 comes to 3072.0 MiB, and of 1024.0 MiB that are free 921.6 MiB can be taken: "
+        "memory_pool_size=3221225472 is 3072.0 MiB, but only 921.6 MiB of 1024.0 MiB free memory can be used: "
         "it is cut to 9663670 tokens"
     )
     swap = num_host_blocks(EngineConfig(block_size=10, swap_space=2), 100, 2**30)
-    assert swap.warning.startswith("swap_space=2.0 comes to 2048.0 MiB")
+    assert swap.warning.startswith("swap_space=2.0 is 2048.0 MiB")
     assert num_blocks(EngineConfig(block_size=10, kv_cache_tokens=10**8), 100, 2**30, 9, 9).warning.startswith(
         "kv_cache_tokens=1"
     )
@@ -86,9 +86,9 @@ def test_memory_that_is_not_free_is_not_preallocated() -> None:
     """Minutes went into touching it."""
     config = EngineConfig(block_size=10, memory_pool_size=3 * 2**30, swap_space=3, preallocate_kv_cache=True)
     with pytest.raises(
-        ConfigurationError, match=r"memory_pool_size=.* 3072.0 MiB, and of 1024.0 MiB .* leave preallocate"
+        ConfigurationError, match=r"memory_pool_size=.* 3072.0 MiB, .* of 1024.0 MiB .* leave preallocate"
     ):
         num_blocks(config, 100, 2**30, 10**7, 32)
-    with pytest.raises(ConfigurationError, match=r"swap_space=3.0 comes to 3072.0 MiB"):
+    with pytest.raises(ConfigurationError, match=r"swap_space=3.0 is 3072.0 MiB"):
         num_host_blocks(config, 100, 2**30)
     assert num_blocks(config, 100, 4 * 2**30, 10**7, 32).blocks == 3221225

@@ -159,7 +159,7 @@ def test_advice_asks_for_as_many_requests_as_have_to_start() -> None:
         asked.append((num_requests, num_tokens))
         return 7.5
 
-    room.admission.foresee = foresee
+    room.admission.estimate_wait = foresee
     for _ in range(4):
         room.enter(20)
     assert advice(room).retry_after_s == 7.5

@@ -11,7 +11,7 @@ from penstock.config import EngineConfig
 from penstock.errors import RequestError
 from penstock.optimizers.tuner import first
 from penstock.scheduling.advisor import WINDOW, Batch, full
-from penstock.scheduling.limits import Limits
+from penstock.scheduling.limits import Limits, StepLimits
 from penstock.step import StepRecord
 from tests.unit.scheduling.world import HIGH, World
 
@@ -22,16 +22,16 @@ def record(**fields: Any) -> StepRecord:
     return StepRecord(**{**values, "waiting": 0, **fields})
 
 
-def limits(most: int = 32, target: str | None = None, tuned: int = 32) -> Limits:
+def limits(most: int = 32, target: str | None = None, tuned: int = 32) -> StepLimits:
     """Limits in force: of the settings, or what a tuner made of them."""
     found = Limits(EngineConfig(max_batch_size=most, target=target))
     if target:
         found.tuned = first(EngineConfig(target=target))._replace(max_batch_size=tuned)
-    return found
+    return found.resolve()
 
 
 def advised(
-    count: int = 20, force: Limits | None = None, shortages: int = 0, strategy: str = "continuous", **fields: Any
+    count: int = 20, force: StepLimits | None = None, shortages: int = 0, strategy: str = "continuous", **fields: Any
 ) -> Any:
     """Suggestions after so many equal steps."""
     optimizer = BatchingOptimizer()
@@ -47,7 +47,7 @@ def test_without_samples_it_says_so() -> None:
     assert found["samples"] == 0
     assert "no batch was recorded" in found["basis"]
     assert [str(text) for text in found["suggestions"]] == [
-        "Record more batches: 0 are too few to advise anything; 10 are the least."
+        "Record more batches: advice needs at least 10, and 0 were recorded."
     ]
 
 
@@ -80,7 +80,7 @@ def test_a_strategy_tried_once_does_not_win_by_luck() -> None:
         optimizer.record_batch({"strategy": "naive", "batch_size": 1, "max_length": 10}, 0.1)
     optimizer.record_batch({"strategy": "bucketed", "batch_size": 1, "max_length": 10}, 0.001)
     assert optimizer.get_best_strategy() == "naive"
-    assert "fewer than 10 batches say little" in optimizer.get_recommendations()["basis"]
+    assert "fewer than 10 batches are not conclusive" in optimizer.get_recommendations()["basis"]
 
 
 def test_a_strategy_that_was_not_compared_says_so() -> None:
@@ -121,7 +121,7 @@ def test_all_is_well() -> None:
 def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
     (found,) = advised(force=limits(4), waiting=6)
     assert found == (
-        "Raise max_batch_size above 4, or set target='throughput', which finds it: 100% of 20 batches were full "
+        "Raise max_batch_size above 4, or set target='throughput', which tunes it: 100% of 20 batches were full "
         "while 6.0 sequences waited."
     )
     assert found.figures == {"limit": 4, "share": 1.0, "batches": 20, "waiting": 6.0}
@@ -129,7 +129,7 @@ def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
 
 @pytest.mark.parametrize(("count", "is_advised"), [(5, False), (6, True)])
 def test_three_full_batches_of_ten_are_worth_saying(count: int, is_advised: bool) -> None:
-    tight = Batch("continuous", rows=4, tokens=4, computed=4, seconds=0.01, waiting=6, most_rows=4)
+    tight = Batch("continuous", rows=4, tokens=4, computed=4, seconds=0.01, waiting=6, max_rows=4)
     assert (full([tight] * count + [tight._replace(rows=3)] * (20 - count)) is not None) is is_advised
 
 
@@ -137,7 +137,7 @@ def test_batches_without_a_limit_are_never_full() -> None:
     """Those that a program records name none."""
     batch = Batch("naive", rows=4, tokens=4, computed=4, seconds=0.01, waiting=6)
     assert full([batch] * 20) is None
-    assert full([batch._replace(most_rows=1)] * 20) is not None
+    assert full([batch._replace(max_rows=1)] * 20) is not None
 
 
 def test_preemptions_call_for_memory() -> None:
@@ -162,12 +162,12 @@ def test_who_gave_way_to_a_higher_class_did_not_lack_memory() -> None:
     world.step()
     world.add(2, 3, priority=HIGH)
     world.drain()
-    assert (world.scheduler.num_preemptions, world.scheduler.num_shortages) == (1, 0)
+    assert (world.scheduler.stats()["num_preemptions"], world.scheduler.num_shortages) == (1, 0)
     world = World(num_blocks=4, caching=False)
     world.add(1, 4, new=8)
     world.add(2, 4, new=8)
     world.drain()
-    assert world.scheduler.num_preemptions == world.scheduler.num_shortages > 0
+    assert world.scheduler.stats()["num_preemptions"] == world.scheduler.num_shortages > 0
 
 
 def test_a_limit_of_the_tuner_is_no_setting_to_raise() -> None:

@@ -146,7 +146,7 @@ def test_continuous_batches_go_on_until_requests_are_completed() -> None:
     assert made.get_next_batch()[0] == ["b", "c", "d"]
     made.complete("b", "c", "d")
     assert made.get_next_batch() == ([], {})
-    with pytest.raises(RequestError, match="'a' does not run here"):
+    with pytest.raises(RequestError, match="'a' is not running"):
         made.complete("a")
 
 

@@ -124,7 +124,7 @@ def test_the_boost_follows_the_configuration() -> None:
 
 def test_a_policy_is_a_key_function_of_the_callers() -> None:
     class ShortestFirst(AgingPolicy):
-        def key(self, seq: Sequence, now: float) -> tuple[int, float, float, int]:
+        def waiting_key(self, seq: Sequence, now: float) -> tuple[int, float, float, int]:
             return (seq.prompt_len, 0.0, seq.arrival, seq.id)
 
     world = World(max_batch_size=1)

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 from penstock.config import EngineConfig
 from penstock.optimizers.tuner import FIRST_CHUNK, FIRST_ROWS, first
-from penstock.scheduling.limits import Limits
+from penstock.scheduling.limits import Limits, StepLimits
 from tests.unit.scheduling.world import World
 
 
 def test_without_a_tuner_limits_are_the_settings() -> None:
     config = EngineConfig(max_batch_size=5, max_num_batched_tokens=70, speculation_length=3, batch_timeout_ms=20)
     limits = Limits(config)
-    assert (limits.max_batch_size, limits.max_running, limits.draft_length) == (5, 5, 3)
-    assert (limits.tuned_tokens(4, 0), limits.tuned_tokens(0, 900), limits.batch_timeout_s) == (70, 70, 0.02)
+    assert limits.resolve() == StepLimits(5, 5, 70, 3, 0.02)
+    assert (limits.resolve().token_budget(4, 0), limits.resolve().token_budget(0, 900)) == (70, 70)
     config.max_batch_size = 9
     config.max_num_batched_tokens = 30
-    assert (limits.max_running, limits.tuned_tokens(4, 0)) == (9, 30)
+    assert (limits.resolve().max_running, limits.resolve().token_budget(4, 0)) == (9, 30)
 
 
-def test_the_tuner_narrows_starts_and_prompts_but_nobody_who_runs() -> None:
+def test_limits_that_were_resolved_stay_as_they_are() -> None:
+    config = EngineConfig(max_batch_size=5)
+    resolved = Limits(config).resolve()
+    config.max_batch_size = 9
+    assert resolved.max_running == 5
+
+
+def test_the_tuner_narrows_starts_and_prompts_but_nothing_that_runs() -> None:
     config = EngineConfig(target="latency")
     limits = Limits(config)
     limits.tuned = first(config)._replace(chunk_tokens=20, max_batch_size=3, draft_length=1, batch_timeout_ms=2)
-    assert (limits.max_batch_size, limits.max_running, limits.draft_length) == (32, 3, 1)
-    assert (limits.tuned_tokens(10, 0), limits.tuned_tokens(0, 0), limits.batch_timeout_s) == (30, 512, 0.002)
+    resolved = limits.resolve()
+    assert (resolved.max_batch_size, resolved.max_running, resolved.draft_length) == (32, 3, 1)
+    assert (resolved.token_budget(10, 0), resolved.token_budget(0, 0), resolved.batch_timeout_s) == (30, 512, 0.002)
 
 
 def test_a_setting_that_is_assigned_counts_at_once_also_while_tuned() -> None:
     config = EngineConfig(target="throughput")
     limits = Limits(config)
     limits.tuned = first(config)._replace(chunk_tokens=2048, alone_tokens=2048, max_batch_size=128)
-    assert (limits.max_running, limits.tuned_tokens(8, 0)) == (128, 2048)
+    assert (limits.resolve().max_running, limits.resolve().token_budget(8, 0)) == (128, 2048)
     config.max_batch_size = 6
     config.max_num_batched_tokens = 64
     config.batch_timeout_ms = 1
     config.speculation_length = 2
-    assert (limits.max_batch_size, limits.max_running, limits.tuned_tokens(8, 0)) == (6, 6, 64)
-    assert (limits.batch_timeout_s, limits.draft_length) == (0.001, 2)
+    resolved = limits.resolve()
+    assert (resolved.max_batch_size, resolved.max_running, resolved.token_budget(8, 0)) == (6, 6, 64)
+    assert (resolved.batch_timeout_s, resolved.draft_length) == (0.001, 2)
 
 
 def test_a_step_toward_throughput_has_so_many_tokens_in_all() -> None:
@@ -49,13 +58,13 @@ def test_a_target_is_in_force_before_the_tuner_has_seen_a_step() -> None:
     config = EngineConfig()
     limits = Limits(config)
     config.target = "latency"
-    assert (limits.max_running, limits.tuned_tokens(4, 0)) == (FIRST_ROWS, 4 + FIRST_CHUNK)
+    assert (limits.resolve().max_running, limits.resolve().token_budget(4, 0)) == (FIRST_ROWS, 4 + FIRST_CHUNK)
     limits.tuned = first(config)._replace(max_batch_size=9)
-    assert limits.max_running == 9
+    assert limits.resolve().max_running == 9
     config.target = "throughput"
-    assert (limits.max_running, limits.tuned_tokens(4, 0)) == (32, 512)
+    assert (limits.resolve().max_running, limits.resolve().token_budget(4, 0)) == (32, 512)
     config.target = None
-    assert (limits.tuned, limits.max_running) == (None, 32)
+    assert (limits.tuned, limits.resolve().max_running) == (None, 32)
 
 
 def test_a_lower_tuned_batch_lets_those_that_run_go_on() -> None:

@@ -118,13 +118,13 @@ def test_a_member_that_a_higher_class_started_is_waited_for() -> None:
     packing = Naive(lambda: 2)
     waiting.push(one, 0.0)
     waiting.push(two, 0.0)
-    assert next(packing.starts(waiting, [], lambda seq: True)) is one
+    assert next(packing.select(waiting, [], lambda seq: True)) is one
     waiting.remove(one.id)
     waiting.remove(two.id)  # by the scheduler, because its class is higher than that of one which runs
-    assert list(packing.starts(waiting, [one, two], lambda seq: True)) == []
+    assert list(packing.select(waiting, [one, two], lambda seq: True)) == []
     waiting.push(two, 0.0)
     waiting.push(three, 0.0)
-    assert list(packing.starts(waiting, [], lambda seq: True)) == [two]
+    assert list(packing.select(waiting, [], lambda seq: True)) == [two]
 
 
 def test_without_continuous_batching_batches_are_static() -> None:

@@ -19,7 +19,7 @@ def sequence(number: int, priority: RequestPriority = NORMAL, **fields: Any) -> 
 
 
 def order(now: float, *sequences: Sequence) -> list[int]:
-    return [seq.id for seq in sorted(sequences, key=lambda seq: policy.key(seq, now))]
+    return [seq.id for seq in sorted(sequences, key=lambda seq: policy.waiting_key(seq, now))]
 
 
 def test_class_then_deadline_then_arrival_then_id() -> None:
@@ -62,5 +62,5 @@ def test_next_change_is_always_later_than_now() -> None:
 def test_running_keep_their_order_and_victims_move_up() -> None:
     seq = sequence(3, LOW, arrival=1.0)
     assert policy.rank(seq) == 1
-    assert policy.standing(seq, 0) == (-1, math.inf, 1.0, 3)
-    assert policy.standing(seq, 2) == (-3, math.inf, 1.0, 3)
+    assert policy.running_key(seq, 0) == (-1, math.inf, 1.0, 3)
+    assert policy.running_key(seq, 2) == (-3, math.inf, 1.0, 3)

@@ -87,7 +87,7 @@ def test_order_is_that_of_sorting_by_key_at_every_time(seed: int) -> None:
         )
         waiting[number] = seq
         queue.push(seq, now)
-        expected = min(waiting.values(), key=lambda seq: policy.key(seq, now))
+        expected = min(waiting.values(), key=lambda seq: policy.waiting_key(seq, now))
         assert queue.peek() is expected
         if rng.random() < 0.7:
             gone = rng.choice(list(waiting)) if rng.random() < 0.5 else expected.id

@@ -128,7 +128,7 @@ def test_streams_beyond_the_bound_wait() -> None:
     while plant.now < 40.0:
         plant.step()
     assert plant.p99() < 0.060
-    assert 10 <= plant.limits.max_running <= 20
+    assert 10 <= plant.limits.resolve().max_running <= 20
     assert plant.scheduler.num_waiting > 0
 
 
@@ -183,7 +183,7 @@ def test_every_change_is_told_once_with_its_reason() -> None:
     assert all(line["before"] != line["after"] and "streams take" in line["reason"] for line in plant.log.lines)
     stats = plant.tuning.stats()
     assert stats["target"] == "latency"
-    assert stats["limits"]["chunk_tokens"] >= plant.limits.tuned_tokens(4, 0) - 4
+    assert stats["limits"]["chunk_tokens"] >= plant.limits.resolve().token_budget(4, 0) - 4
     told = [{key: value for key, value in change.items() if key != "step"} for change in stats["changes"]]
     assert told == [{key: value for key, value in line.items() if key != "event"} for line in plant.log.lines][-32:]
 
@@ -197,7 +197,7 @@ def test_the_target_may_change_while_it_runs() -> None:
     plant = keep_arriving(Plant(), seconds=5.0)
     plant.config.target = "latency"
     plant.step()
-    assert plant.limits.tuned_tokens(4, 0) == 12
+    assert plant.limits.resolve().token_budget(4, 0) == 12
     plant.config.target = None
     plant.step()
-    assert (plant.limits.tuned, plant.limits.tuned_tokens(4, 0)) == (None, 512)
+    assert (plant.limits.tuned, plant.limits.resolve().token_budget(4, 0)) == (None, 512)

@@ -1,4 +1,4 @@
-"""`Contents`: what can be found of earlier work, in blocks of the pool and in the tier on the host.
+"""`PrefixCache`: which earlier K/V can be found, in blocks of the pool and in the tier on the host.
 
 Owns the prefix index, the tier, and the order in which blocks lose their content. Never writes a block table and never
 touches a tensor. Called by `CacheManager` alone; what a step adds stays pending until `commit` or `rollback`.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from penstock.cache.pool import BlockPool
+from penstock.cache.pool import BlockPool, Pairs
 from penstock.cache.prefix import Chains, PrefixIndex
 from penstock.cache.readback import ReadBack
-from penstock.cache.tier import HostTier, Moves
+from penstock.cache.tier import HostTier
 from penstock.sequence import Sequence
 from penstock.step import StepPlan
 
-ON_HOST = -1  # stands for a block whose content lies in the tier only
+ON_HOST = -1  # stands for a block whose content is only in the tier
 
 
-class Contents:
+class PrefixCache:
     """The settings are those of `CacheManager`."""
 
     def __init__(
@@ -30,8 +30,8 @@ class Contents:
         self._index = PrefixIndex()
         self._tier = HostTier(num_host_blocks)
         self._read_back = ReadBack(block_size)
-        self._pending: list[int] = []  # blocks whose content the step being planned or executed writes
-        self._evictions = 0
+        self._pending: list[int] = []  # blocks that the step being planned or executed fills
+        self._num_evictions = 0
         self.chains = Chains(self._index, block_size, shared)
 
     def __len__(self) -> int:
@@ -47,59 +47,61 @@ class Contents:
             if block is None and chain[i + 1] not in self._tier:
                 break
             hits.append(ON_HOST if block is None else block)
-        return self._worthwhile(hits)
+        return self._without_slow_reads(hits)
 
     def take(self, keys: list[bytes], hits: list[int]) -> list[int]:
-        """Share what is here of a match and read back the rest: its blocks.
+        """The blocks of a match: those of the pool are shared, the others are read back into fresh ones.
 
-        A block read back is findable at once, as what a step computes is.
+        A block that is read back can be found at once, like one that the step computes.
         """
         for block in hits:
             if block != ON_HOST:
                 self._pool.share(block)
-        # Held first, so that making room for one evicts none of the others.
+        # Hold all of them first, so that a fresh block for one evicts none of the others.
         self._tier.hold(key for key, block in zip(keys, hits, strict=True) if block == ON_HOST)
         return [self._fetch(key) if block == ON_HOST else block for key, block in zip(keys, hits, strict=True)]
 
     def put(self, key: bytes, block: int) -> None:
-        """The step writes this content into a block; nothing happens where a block with it is known already."""
+        """Register a block that the step fills with this content, unless an equal one is registered."""
         if self._index.put(key, block):
             self._pool.keep(block)
             self._pending.append(block)
 
     def forget(self, block: int) -> bytes:
-        """The content of this block can be found no more; its digest."""
+        """Unregister a block; returns its digest."""
         self._pool.forget(block)
         return self._index.remove(block)
 
     def fresh(self) -> int:
-        """An empty block; where there is none, the content used least recently goes to the tier."""
+        """An empty block; if there is none, the content used least recently goes to the tier."""
         if not self._pool.num_empty:
             block = self._pool.oldest()
             self._tier.put(self._evict(), block)
         return self._pool.take()
 
     def trim(self) -> None:
-        """Keep no more blocks than the settings allow once nobody holds them."""
+        """Keep no more free blocks findable than the settings allow."""
         while self._pool.num_cached_free > self._max_cached:
             self._evict()
 
-    def moves(self) -> tuple[Moves, Moves]:
+    def moves(self) -> tuple[Pairs, Pairs]:
         """What the step moves out to the host, as (block, place), and then in, as (place, block)."""
-        return self._tier.moves()
+        return self._tier.moves() if self._tier.num_places else ((), ())
 
-    def learn(self, plan: StepPlan, timings_s: Mapping[str, float]) -> None:
-        """Take in how long a step took, for the choice between reading back and computing again."""
-        if self._tier.num_places:  # without a tier there is no choice, and steps of many rows are long to count
-            self._read_back.learn(plan, timings_s)
+    def commit(self, plan: StepPlan | None = None, timings_s: Mapping[str, float] | None = None) -> None:
+        """The step ran: what it filled and moved stays findable.
 
-    def commit(self) -> None:
-        """The step ran: what it wrote and moved can be found from now on."""
+        Its timings, if there are any, inform the choice between reading back and computing again.
+        """
         self._pending.clear()
-        self._tier.commit()
+        if self._tier.num_places:  # without a tier there is no choice, and a step of many rows takes long to count
+            if plan is not None and timings_s:
+                self._read_back.learn(plan, timings_s)
+            self._tier.commit()
+        self.trim()
 
     def rollback(self) -> None:
-        """The step failed: what it would have written and moved cannot be found."""
+        """The step failed: what it would have filled and moved cannot be found."""
         for block in self._pending:
             if self._pool.is_cached(block):
                 self.forget(block)
@@ -107,7 +109,7 @@ class Contents:
         self._tier.rollback()
 
     def reset(self, weight_version: int | None) -> None:
-        """Nothing can be found any more, under new weights or the same."""
+        """Make nothing findable any more, under new weights or the same."""
         for block in list(self._index):
             self.forget(block)
         self._pending.clear()
@@ -117,20 +119,20 @@ class Contents:
             self._index.weight_version = weight_version
 
     def drop_unused(self) -> None:
-        """Forget what no sequence holds, here and in the tier."""
+        """Forget the blocks that no sequence holds, and the tier."""
         while self._pool.num_cached_free:
             self._evict()
         self._tier.clear()
 
     def empty_places(self) -> list[int]:
-        """The places of the tier that hold nothing any more."""
+        """The places of the tier that no longer hold content."""
         return self._tier.empty_places()
 
     def stats(self) -> dict[str, float]:
         """Counts of blocks."""
         return {
             "num_entries": len(self),
-            "evictions": self._evictions,
+            "evictions": self._num_evictions,
             "total_size": len(self) * self._block_size,
             "num_host_blocks": self._tier.num_places,
             "num_host_entries": len(self._tier),
@@ -145,12 +147,13 @@ class Contents:
         assert self._pool.num_cached_free == sum(not self._pool.refs(block) for block in cached) <= self._max_cached
         self._tier.check()
 
-    def _worthwhile(self, hits: list[int]) -> list[int]:
+    def _without_slow_reads(self, hits: list[int]) -> list[int]:
+        """The hits up to the first block on the host, unless reading back beats computing again."""
         num_read, size = hits.count(ON_HOST), self._block_size
         if not num_read:
             return hits
-        first = hits.index(ON_HOST)
-        return hits if self._read_back.worth(num_read * size, (len(hits) - first) * size) else hits[:first]
+        start = hits.index(ON_HOST)
+        return hits if self._read_back.pays_off(num_read * size, (len(hits) - start) * size) else hits[:start]
 
     def _fetch(self, key: bytes) -> int:
         block = self.fresh()
@@ -159,5 +162,5 @@ class Contents:
         return block
 
     def _evict(self) -> bytes:
-        self._evictions += 1
+        self._num_evictions += 1
         return self.forget(self._pool.oldest())

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 
 from penstock.sampling import RequestPriority
+from penstock.scheduling.live import RunningSet
 from penstock.scheduling.policy import AgingPolicy
-from penstock.scheduling.running import RunningSet
 from tests.unit.scheduling.test_queue import sequence
 
 LOW, NORMAL, HIGH, CRITICAL = RequestPriority
 
 
-def running_set(*standings: tuple[int, RequestPriority, int]) -> RunningSet:
+def running_set(*keys: tuple[int, RequestPriority, int]) -> RunningSet:
     """Sequences of (number, class, how often they were preempted)."""
     running = RunningSet()
-    for number, priority, num_preemptions in standings:
+    for number, priority, num_preemptions in keys:
         seq = sequence(number, priority, deadline=-50.0)
-        running.add(seq, AgingPolicy(5.0).standing(seq, num_preemptions))
+        running.add(seq, AgingPolicy(5.0).running_key(seq, num_preemptions))
     return running
 
 
