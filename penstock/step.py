@@ -9,7 +9,7 @@ What is created for every row of every step is a named tuple, which takes a thir
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -110,14 +110,6 @@ class StepResult:
     timings_s: dict[str, float] = field(default_factory=dict)
 
 
-def paired(plan: StepPlan, result: StepResult) -> Iterator[tuple[Row, RowResult]]:
-    """Every row of a step with its result, each followed by its siblings with theirs."""
-    for row, out in zip(plan.rows, result.rows, strict=True):
-        yield row, out
-        if row.siblings:
-            yield from zip(row.siblings, out.siblings, strict=True)
-
-
 class StepRecord(NamedTuple):
     """The measurements of one step, for metrics, advisor and tuner.
 
@@ -163,8 +155,18 @@ class Event(NamedTuple):
 
 def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], seconds: float, waiting: int) -> StepRecord:
     """The record of a step whose commit returned these events."""
-    streams = tokens = prompt_tokens = position_sum = 0
-    for row in plan.rows:
+    drafted = accepted = 0
+    # Tokens after a stop, or of a sequence that ended meanwhile, are in no event.
+    counts: dict[int, int] = {}
+    for event in events:
+        counts[event.seq_id] = len(event.tokens)
+        drafted += event.num_drafted_tokens
+        accepted += event.num_accepted_tokens
+    streams = tokens = prompt_tokens = position_sum = generated = 0
+    for row, out in zip(plan.rows, result.rows, strict=True):
+        generated += 1 if out.candidates else counts.get(row.seq_id, 0)  # a beam advances by one token
+        for sibling in row.siblings:
+            generated += counts.get(sibling.seq_id, 0)
         count = row.end - row.start
         tokens += count
         if row.samples and count == 1 + len(row.draft):
@@ -173,13 +175,5 @@ def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], secon
             prompt_tokens += count
             position_sum += count * (row.start + row.end)
     depth = position_sum / (2 * prompt_tokens) if prompt_tokens else 0.0
-    drafted = accepted = 0
-    counts: dict[int, int] = {}
-    for event in events:
-        counts[event.seq_id] = len(event.tokens)
-        drafted += event.num_drafted_tokens
-        accepted += event.num_accepted_tokens
-    # Tokens after a stop, or of a sequence that ended meanwhile, are in no event; a beam advances by one token.
-    generated = sum(1 if out.candidates else counts.get(row.seq_id, 0) for row, out in paired(plan, result))
     progress = streams, tokens, prompt_tokens, depth, generated, waiting
     return StepRecord(seconds, len(plan.rows), *progress, drafted, accepted, result.timings_s)

@@ -29,22 +29,22 @@ _LEGAL_MOVES = {
 
 
 class RunningSet:
-    """The running sequences, best first, as parallel lists of keys and sequences.
+    """The running `sequences`, best first, beside a list of their keys. Others may read the list, but not change it.
 
     The order changes only when a sequence starts or stops. `rank` is the class that a sequence defends: minus the first
     element of its key.
     """
 
     def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
         self._keys: list[Key] = []
-        self._sequences: list[Sequence] = []
         self._key_of: dict[int, Key] = {}
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self.sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
+        return iter(self.sequences)
 
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._key_of
@@ -53,14 +53,14 @@ class RunningSet:
         """Insert a sequence at the position of its key."""
         i = bisect_left(self._keys, key)
         self._keys.insert(i, key)
-        self._sequences.insert(i, seq)
+        self.sequences.insert(i, seq)
         self._key_of[seq.id] = key
 
     def remove(self, seq_id: int) -> None:
         """Take a sequence out."""
         i = bisect_left(self._keys, self._key_of.pop(seq_id))
         del self._keys[i]
-        del self._sequences[i]
+        del self.sequences[i]
 
     def rank(self, seq: Sequence) -> int:
         """The class that this sequence defends."""
@@ -72,7 +72,7 @@ class RunningSet:
 
     def unplanned(self) -> Iterator[Sequence]:
         """The sequences without a row in the step, worst first."""
-        return (seq for seq in reversed(self._sequences) if not seq.in_flight)
+        return (seq for seq in reversed(self.sequences) if not seq.in_flight)
 
 
 class Deadlines:
@@ -98,12 +98,14 @@ class Deadlines:
             self._heap = [entry for entry in self._heap if entry[1] in self._watched]
             heapq.heapify(self._heap)
 
-    def expired(self, now: float) -> Iterator[Sequence]:
+    def take_expired(self, now: float) -> list[Sequence]:
         """Take out the sequences whose deadline is not after `now`; a first-token one counts only without a token."""
+        expired: list[Sequence] = []
         while self._heap and self._heap[0][0] <= now:
             _, seq_id, is_ttft, seq = heapq.heappop(self._heap)
             if seq_id in self._watched and not (is_ttft and seq.num_generated):
-                yield seq
+                expired.append(seq)
+        return expired
 
     @property
     def next_time(self) -> float:
@@ -156,6 +158,10 @@ class LiveSequences:
     def enqueue(self, seq: Sequence) -> None:
         """Queue a sequence that was withheld."""
         self.waiting.push(seq, self.now)
+
+    def has_waiting(self) -> bool:
+        """Whether any sequence waits, in the queue or withheld."""
+        return len(self.by_id) > len(self.running.sequences)
 
     def siblings_of(self, seq: Sequence) -> SequenceOf[Sequence]:
         """The sequences that take their first sample from this one's logits."""
@@ -221,7 +227,8 @@ class LiveSequences:
         if self._boost_s not in (None, boost_s):
             self._boost_s, self.policy = boost_s, AgingPolicy(boost_s)
             self.waiting.change_policy(self.policy, now)
-        self.waiting.advance(now)
+        if self.has_waiting():
+            self.waiting.advance(now)
 
     def _move(self, seq: Sequence, status: Status, reason: FinishReason | None = None) -> None:
         assert status in _LEGAL_MOVES[seq.status], f"{seq.status} to {status}"

@@ -95,16 +95,16 @@ class StepPlanner:
     def plan(self) -> None:
         """Plan the running sequences, then the waiting ones, in the order of the packing."""
         live = self._live
-        is_anyone_waiting = len(live.waiting) > 0
-        self._plan_running(is_anyone_waiting)
+        had_waiting = live.has_waiting()
+        self._plan_running(had_waiting)
         # The second test is for victims. The first is for a queue that `_plan_above` emptied: a static batch has to
         # see what was started before its turn.
-        if is_anyone_waiting or len(live.waiting):
+        if had_waiting or live.has_waiting():
             for seq in self._packing.select(live.waiting, live.running, self._has_room):
                 self._start(seq)
 
     def _new_budget(self, max_logit_rows: int | None) -> Budget:
-        running, limits = self._live.running, self._limits
+        running, limits = self._live.running.sequences, self._limits
         prefilling = [seq for seq in running if seq.computed + 1 < len(seq.tokens)]
         num_decoding = len(running) - len(prefilling)
         num_tokens = limits.step_tokens
@@ -113,10 +113,10 @@ class StepPlanner:
             num_tokens = limits.token_budget(num_streamed, prefilling[0].computed if prefilling else 0)
         return Budget(num_tokens, limits.max_batch_size, max_logit_rows, num_decoding)
 
-    def _plan_running(self, is_anyone_waiting: bool) -> None:
+    def _plan_running(self, has_waiting: bool) -> None:
         running, cache, budget, rows = self._live.running, self._cache, self._budget, self.rows
-        is_outranked = is_anyone_waiting and running.lowest_rank() < self._live.waiting.top_rank()
-        for seq in list(running):
+        is_outranked = has_waiting and running.lowest_rank() < self._live.waiting.top_rank()
+        for seq in list(running.sequences):
             if is_outranked and seq.status is Status.RUNNING:
                 is_outranked = self._plan_above(running.rank(seq))
             if seq.status is not Status.RUNNING or seq.in_flight:  # a victim may have started again in this step
@@ -169,7 +169,7 @@ class StepPlanner:
         margin the start would only cause a preemption a few steps later.
         """
         running = self._live.running
-        num_staying = len(running) - len(leaving)
+        num_staying = len(running.sequences) - len(leaving)
         if not self._has_row(seq, num_staying, self._searches.num_expected(leaving)):
             return False
         if not self._budget.is_open(sum(victim.is_decoding for victim in leaving)):

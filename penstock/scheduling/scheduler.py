@@ -20,7 +20,7 @@ from penstock.scheduling.planning import StepPlanner
 from penstock.scheduling.policy import Policy
 from penstock.scheduling.searches import Beams, Ending, Report, Searches
 from penstock.sequence import FinishReason, Sequence, Status
-from penstock.step import Event, Row, RowResult, StepPlan, StepResult, paired
+from penstock.step import Event, Row, RowResult, StepPlan, StepResult
 
 
 class Scheduler:
@@ -96,8 +96,10 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Event]:
         """End the sequences that passed their deadline, or their first-token deadline without a token."""
-        expired = self._live.deadlines.expired(now)
-        return [event for seq in expired for event in self.finish(seq.id, FinishReason.DEADLINE)]
+        events: list[Event] = []
+        for seq in self._live.deadlines.take_expired(now):
+            events += self.finish(seq.id, FinishReason.DEADLINE)
+        return events
 
     def offer(self, seq_id: int, draft: SequenceOf[int]) -> None:
         """Propose the next tokens of a sequence of `decoding()`; ignored for any other.
@@ -140,12 +142,14 @@ class Scheduler:
         assert plan is self._executing or not plan.rows
         self._executing = None
         version = result.weight_version
-        events: list[Event] = []
+        settled: list[Event | None] = []
         reports: list[Report] = []
-        for row, out in paired(plan, result):
-            event = self._settle(row, out, version, reports)
-            if event is not None:
-                events.append(event)
+        for row, out in zip(plan.rows, result.rows, strict=True):
+            settled.append(self._settle(row, out, version, reports))
+            if row.siblings:
+                siblings = zip(row.siblings, out.siblings, strict=True)
+                settled += [self._settle(sibling, sample, version, reports) for sibling, sample in siblings]
+        events = [event for event in settled if event is not None]
         if reports:
             search_events, failures = self._searches.advance(reports, version)
             events += search_events
@@ -174,7 +178,7 @@ class Scheduler:
         for seq in sequences:
             seq.in_flight = 0
         self._cache.reset()
-        for seq in list(self._live.running):
+        for seq in list(self._live.running.sequences):
             self._live.preempt(seq)
         endings = [(seq, *self._endings.pop(seq.id)) for seq in sequences if seq.id in self._endings]
         return [self._end(*ending) for ending in endings] + self._end_beams()
@@ -234,12 +238,12 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Number of sequences that hold no blocks: in the queue, or withheld for others of their request."""
-        return len(self._live.by_id) - len(self._live.running)
+        return len(self._live.by_id) - len(self._live.running.sequences)
 
     @property
     def num_running(self) -> int:
         """Number of sequences that hold blocks."""
-        return len(self._live.running)
+        return len(self._live.running.sequences)
 
     @property
     def num_shortages(self) -> int:
@@ -266,7 +270,7 @@ class Scheduler:
 
     def decoding(self) -> list[Sequence]:
         """The sequences that a draft can be offered to, best first."""
-        return [seq for seq in self._live.running if seq.takes_draft]
+        return [seq for seq in self._live.running.sequences if seq.takes_draft]
 
     def stats(self) -> dict[str, int]:
         """Counts: num_waiting and num_running now, num_preemptions and num_finished_<reason> since the start."""
