@@ -69,7 +69,7 @@ class Model(RuleBasedStateMachine):
         self.now, self.version, self.next_id = 0.0, 0, 0
         self.plan: StepPlan | None = None
         self.born: dict[int, Sequence] = {}
-        self.told: dict[int, list[int]] = {}
+        self.reported: dict[int, list[int]] = {}
         self.scored: dict[int, list[int]] = {}
         self.ended: dict[int, FinishReason] = {}
         self.started: list[int] = []
@@ -127,7 +127,7 @@ class Model(RuleBasedStateMachine):
         self.bear(seq)
 
     def bear(self, seq: Sequence) -> None:
-        self.born[seq.id], self.told[seq.id], self.scored[seq.id] = seq, [], []
+        self.born[seq.id], self.reported[seq.id], self.scored[seq.id] = seq, [], []
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(
@@ -137,7 +137,7 @@ class Model(RuleBasedStateMachine):
         new=st.integers(1, 12),
     )
     def fork(self, which: int, at: int, extra: list[int], new: int) -> None:
-        """Another request goes on from what one has said until now, or from earlier."""
+        """Another request goes on from what one has output until now, or from earlier."""
         live = list(self.scheduler.sequences())
         parent = live[which % len(live)]
         if not parent.num_generated or parent.id in self.beams:
@@ -355,7 +355,7 @@ class Model(RuleBasedStateMachine):
         for event in events:
             assert event.seq_id not in self.ended, "news after the terminal event"
             assert event.reason or event.tokens or event.prompt_logprobs
-            self.told[event.seq_id] += event.tokens
+            self.reported[event.seq_id] += event.tokens
             self.scored[event.seq_id] += [score.token for score in event.prompt_logprobs]
             if event.reason is not None:
                 self.ended[event.seq_id] = event.reason
@@ -366,9 +366,9 @@ class Model(RuleBasedStateMachine):
         assert not seq.blocks
         assert not seq.draft
         assert not seq.in_flight
-        said = seq.tokens[seq.prompt_len :]
-        told = self.told[seq.id]
-        assert told == said or (seq.id in self.beams and not told), "a beam tells all or nothing"
+        output = seq.tokens[seq.prompt_len :]
+        reported = self.reported[seq.id]
+        assert reported == output or (seq.id in self.beams and not reported), "a beam tells all or nothing"
         assert seq.length <= seq.max_len
         assert self.scored[seq.id] == list(range(1, len(self.scored[seq.id]) + 1))
         if seq.reason is FinishReason.LENGTH:
@@ -386,13 +386,13 @@ class Model(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
-        most = 20 + 40 * sum(seq.max_len for seq in self.scheduler.sequences())
-        while self.scheduler.has_work and most:
+        max_steps = 20 + 40 * sum(seq.max_len for seq in self.scheduler.sequences())
+        while self.scheduler.has_work and max_steps:
             if self.plan is None:
                 self.make_plan()
             self.execute(lambda options: options[0])
             self.blocks_are_conserved()
-            most -= 1
+            max_steps -= 1
         assert not self.scheduler.has_work, "it never ends"
         assert self.cache.num_free_blocks == self.cache.num_blocks
         assert set(self.ended) == set(self.born)

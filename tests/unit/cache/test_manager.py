@@ -84,12 +84,12 @@ def test_slot_is_there_while_a_block_of_its_own_has_two_to_fill() -> None:
     cache = CacheManager(10, 4)
     seq = sequence([*range(6)])
     run(cache, seq)
-    found = []
+    has_slot = []
     for token in range(6, 10):
         seq.tokens.append(token)
-        found.append(cache.has_slot(seq))
+        has_slot.append(cache.has_slot(seq))
         compute(cache, seq)
-    assert found == [True, False, False, True], "7 completes its block, 8 has none"
+    assert has_slot == [True, False, False, True], "7 completes its block, 8 has none"
 
 
 def test_shared_block_has_no_slot() -> None:

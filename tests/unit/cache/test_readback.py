@@ -25,42 +25,42 @@ def test_reading_must_take_less_time_than_computing_what_is_gained() -> None:
 
 
 def test_the_first_reading_is_always_worth_it() -> None:
-    found = ReadBack(4)
-    assert found.pays_off(4, 4)
-    found.learn(plan(10), {"forward": 1.0})
-    assert found.pays_off(4, 4)
+    read_back = ReadBack(4)
+    assert read_back.pays_off(4, 4)
+    read_back.learn(plan(10), {"forward": 1.0})
+    assert read_back.pays_off(4, 4)
 
 
 def test_figures_are_seconds_per_token_of_what_was_moved_and_what_was_computed() -> None:
-    found = ReadBack(4)
-    found.learn(plan(10, moved=5), {"swap": 0.4, "forward": 1.0})
-    assert found.moving.seconds_per_token == pytest.approx(0.02)
-    assert found.computing.seconds_per_token == pytest.approx(0.1)
-    assert found.pays_off(40, 40)
-    found.learn(plan(10, moved=5), {"swap": 9.6, "forward": 1.0})
-    assert not found.pays_off(40, 40), "a quarter of a second each by now"
+    read_back = ReadBack(4)
+    read_back.learn(plan(10, moved=5), {"swap": 0.4, "forward": 1.0})
+    assert read_back.moving.seconds_per_token == pytest.approx(0.02)
+    assert read_back.computing.seconds_per_token == pytest.approx(0.1)
+    assert read_back.pays_off(40, 40)
+    read_back.learn(plan(10, moved=5), {"swap": 9.6, "forward": 1.0})
+    assert not read_back.pays_off(40, 40), "a quarter of a second each by now"
 
 
 def test_steps_that_mostly_decode_say_nothing_about_prefilling() -> None:
-    found = ReadBack(4)
-    found.learn(plan(8, num_rows=8), {"forward": 1.0})
-    assert found.computing.seconds_per_token is None
-    found.learn(plan(32, num_rows=8), {"forward": 1.0})
-    assert found.computing.seconds_per_token == 1 / 32
+    read_back = ReadBack(4)
+    read_back.learn(plan(8, num_rows=8), {"forward": 1.0})
+    assert read_back.computing.seconds_per_token is None
+    read_back.learn(plan(32, num_rows=8), {"forward": 1.0})
+    assert read_back.computing.seconds_per_token == 1 / 32
 
 
 def test_computing_is_over_when_tokens_are_there() -> None:
-    found = ReadBack(4)
-    found.learn(plan(10, samples=False), {"forward": 0.001})
-    assert found.computing.seconds_per_token is None
-    found.learn(plan(10), {"forward": 0.001, "sample": 0.999})
-    assert found.computing.seconds_per_token == pytest.approx(0.1)
+    read_back = ReadBack(4)
+    read_back.learn(plan(10, samples=False), {"forward": 0.001})
+    assert read_back.computing.seconds_per_token is None
+    read_back.learn(plan(10), {"forward": 0.001, "sample": 0.999})
+    assert read_back.computing.seconds_per_token == pytest.approx(0.1)
 
 
 def test_a_model_that_tells_no_times_is_believed_to_read_fast() -> None:
-    found = ReadBack(4)
-    found.learn(plan(10, moved=5), {})
-    assert found.pays_off(4, 4)
+    read_back = ReadBack(4)
+    read_back.learn(plan(10, moved=5), {})
+    assert read_back.pays_off(4, 4)
 
 
 def test_old_records_are_forgotten() -> None:

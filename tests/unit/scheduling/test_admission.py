@@ -155,11 +155,11 @@ def test_advice_asks_for_as_many_requests_as_have_to_start() -> None:
     room = Room(max_queue_size=4, max_queued_tokens=100)
     asked: list[tuple[int, float]] = []
 
-    def foresee(num_requests: int, num_tokens: float) -> float:
+    def estimate(num_requests: int, num_tokens: float) -> float:
         asked.append((num_requests, num_tokens))
         return 7.5
 
-    room.admission.estimate_wait = foresee
+    room.admission.estimate_wait = estimate
     for _ in range(4):
         room.enter(20)
     assert advice(room).retry_after_s == 7.5
@@ -171,7 +171,7 @@ def test_advice_asks_for_as_many_requests_as_have_to_start() -> None:
 
 def test_counts_survive_many_threads_and_classes() -> None:
     """No overshoot, and nobody lost or counted twice, whoever displaces whom."""
-    room, most = Room(max_queue_size=20, max_queued_tokens=150), [0]
+    room, peak = Room(max_queue_size=20, max_queued_tokens=150), [0]
     outcomes: list[tuple[int, int, int]] = []
 
     def come_and_go(seed: int) -> None:
@@ -185,7 +185,7 @@ def test_counts_survive_many_threads_and_classes() -> None:
                 mine.append(place)
             except EngineOverloaded:
                 refused += 1
-            most[0] = max(most[0], room.admission.num_requests)
+            peak[0] = max(peak[0], room.admission.num_requests)
             if turn % 3 == 0 and mine:
                 room.admission.adjust(mine[-1], 5)
                 room.admission.release(mine.pop(0))
@@ -198,7 +198,7 @@ def test_counts_survive_many_threads_and_classes() -> None:
     for thread in threads:
         thread.join()
     assert room.counts == (0, 0)
-    assert most[0] <= 20
+    assert peak[0] <= 20
     assert len(outcomes) == 6
     assert all(sum(column) for column in zip(*outcomes, strict=True)), "some came in, some were refused, some displaced"
 

@@ -22,31 +22,31 @@ def record(**fields: Any) -> StepRecord:
     return StepRecord(**{**values, "waiting": 0, **fields})
 
 
-def limits(most: int = 32, target: str | None = None, tuned: int = 32) -> StepLimits:
-    """Limits in force: of the settings, or what a tuner made of them."""
-    found = Limits(EngineConfig(max_batch_size=most, target=target))
+def limits(max_batch_size: int = 32, target: str | None = None, tuned: int = 32) -> StepLimits:
+    """Limits in in_force: of the settings, or what a tuner made of them."""
+    current = Limits(EngineConfig(max_batch_size=max_batch_size, target=target))
     if target:
-        found.tuned = first(EngineConfig(target=target))._replace(max_batch_size=tuned)
-    return found.resolve()
+        current.tuned = first(EngineConfig(target=target))._replace(max_batch_size=tuned)
+    return current.resolve()
 
 
 def advised(
-    count: int = 20, force: StepLimits | None = None, shortages: int = 0, strategy: str = "continuous", **fields: Any
+    count: int = 20, in_force: StepLimits | None = None, shortages: int = 0, strategy: str = "continuous", **fields: Any
 ) -> Any:
     """Suggestions after so many equal steps."""
     optimizer = BatchingOptimizer()
     for _ in range(count):
-        optimizer.record_step(record(**fields), strategy, force or limits(), shortages)
+        optimizer.record_step(record(**fields), strategy, in_force or limits(), shortages)
     return optimizer.get_recommendations()["suggestions"]
 
 
 def test_without_samples_it_says_so() -> None:
     """004-85: fewer than ten gave a message in place of the two keys."""
-    found = BatchingOptimizer().get_recommendations()
-    assert found["best_strategy"] == "continuous"
-    assert found["samples"] == 0
-    assert "no batch was recorded" in found["basis"]
-    assert [str(text) for text in found["suggestions"]] == [
+    recommendations = BatchingOptimizer().get_recommendations()
+    assert recommendations["best_strategy"] == "continuous"
+    assert recommendations["samples"] == 0
+    assert "no batch was recorded" in recommendations["basis"]
+    assert [str(text) for text in recommendations["suggestions"]] == [
         "Record more batches: advice needs at least 10, and 0 were recorded."
     ]
 
@@ -61,10 +61,13 @@ def test_best_strategy_makes_the_most_tokens_per_second() -> None:
         optimizer.record_batch(
             {"strategy": "bucketed", "batch_size": 2, "max_length": 10, "lengths": [10, 9]}, 0.01, 1e9
         )
-    found = optimizer.get_recommendations()
-    assert found["best_strategy"] == optimizer.get_best_strategy() == "bucketed"
-    assert found["basis"] == "naive: 1,300.0 tokens/s over 10 batches; bucketed: 1,900.0 tokens/s over 10 batches"
-    assert found["strategies"]["naive"] == {
+    recommendations = optimizer.get_recommendations()
+    assert recommendations["best_strategy"] == optimizer.get_best_strategy() == "bucketed"
+    assert (
+        recommendations["basis"]
+        == "naive: 1,300.0 tokens/s over 10 batches; bucketed: 1,900.0 tokens/s over 10 batches"
+    )
+    assert recommendations["strategies"]["naive"] == {
         "batches": 10,
         "tokens_per_second": pytest.approx(1300),
         "mean_seconds": pytest.approx(0.1),
@@ -96,9 +99,9 @@ def test_it_reads_what_a_batcher_says() -> None:
     batcher.add_items([(str(i), 5 + i) for i in range(6)])
     batch, info = batcher.get_next_batch()
     optimizer.record_batch(info, processing_time=0.5)
-    found = optimizer.get_recommendations()["strategies"]["bucketed"]
-    assert found["tokens_per_second"] == pytest.approx(sum(range(5, 11)) / 0.5)
-    assert found["efficiency"] == pytest.approx(info["efficiency"])
+    figures = optimizer.get_recommendations()["strategies"]["bucketed"]
+    assert figures["tokens_per_second"] == pytest.approx(sum(range(5, 11)) / 0.5)
+    assert figures["efficiency"] == pytest.approx(info["efficiency"])
     assert len(batch) == 6
 
 
@@ -119,12 +122,12 @@ def test_all_is_well() -> None:
 
 
 def test_full_batches_with_others_waiting_call_for_a_higher_limit() -> None:
-    (found,) = advised(force=limits(4), waiting=6)
-    assert found == (
+    (suggestion,) = advised(in_force=limits(4), waiting=6)
+    assert suggestion == (
         "Raise max_batch_size above 4, or set target='throughput', which tunes it: 100% of 20 batches were full "
         "while 6.0 sequences waited."
     )
-    assert found.figures == {"limit": 4, "share": 1.0, "batches": 20, "waiting": 6.0}
+    assert suggestion.figures == {"limit": 4, "share": 1.0, "batches": 20, "waiting": 6.0}
 
 
 @pytest.mark.parametrize(("count", "is_advised"), [(5, False), (6, True)])
@@ -141,19 +144,19 @@ def test_batches_without_a_limit_are_never_full() -> None:
 
 
 def test_preemptions_call_for_memory() -> None:
-    (found,) = advised(shortages=3)
-    assert "memory_aware" in found
-    assert found.figures == {"preemptions": 3, "batches": 20}
+    (suggestion,) = advised(shortages=3)
+    assert "memory_aware" in suggestion
+    assert suggestion.figures == {"preemptions": 3, "batches": 20}
 
 
 def test_only_what_lacked_in_the_latest_batches_calls_for_memory() -> None:
-    optimizer, force = BatchingOptimizer(), limits()
+    optimizer, in_force = BatchingOptimizer(), limits()
     for _ in range(WINDOW + 1):
-        optimizer.record_step(record(), "continuous", force, 3)
+        optimizer.record_step(record(), "continuous", in_force, 3)
     assert optimizer.get_recommendations()["suggestions"] == []
-    optimizer.record_step(record(), "continuous", force, 5)
-    (found,) = optimizer.get_recommendations()["suggestions"]
-    assert found.figures["preemptions"] == 2
+    optimizer.record_step(record(), "continuous", in_force, 5)
+    (suggestion,) = optimizer.get_recommendations()["suggestions"]
+    assert suggestion.figures["preemptions"] == 2
 
 
 def test_who_gave_way_to_a_higher_class_did_not_lack_memory() -> None:
@@ -171,12 +174,12 @@ def test_who_gave_way_to_a_higher_class_did_not_lack_memory() -> None:
 
 
 def test_a_limit_of_the_tuner_is_no_setting_to_raise() -> None:
-    assert advised(force=limits(32, "latency", tuned=4), waiting=6) == []
+    assert advised(in_force=limits(32, "latency", tuned=4), waiting=6) == []
 
 
 def test_a_full_batch_is_told_without_advising_another_goal() -> None:
-    (found,) = advised(force=limits(4, "throughput"), waiting=6)
-    assert found == "Raise max_batch_size above 4: 100% of 20 batches were full while 6.0 sequences waited."
+    (suggestion,) = advised(in_force=limits(4, "throughput"), waiting=6)
+    assert suggestion == "Raise max_batch_size above 4: 100% of 20 batches were full while 6.0 sequences waited."
 
 
 def test_only_the_goal_of_the_latest_batch_counts() -> None:
@@ -185,8 +188,8 @@ def test_only_the_goal_of_the_latest_batch_counts() -> None:
         optimizer = BatchingOptimizer()
         for target in [earlier] * 19 + [latest]:
             optimizer.record_step(record(waiting=6), "continuous", limits(4, target), 0)
-        (found,) = optimizer.get_recommendations()["suggestions"]
-        assert ("set target='throughput'" in found) is is_advised
+        (suggestion,) = optimizer.get_recommendations()["suggestions"]
+        assert ("set target='throughput'" in suggestion) is is_advised
 
 
 def test_batches_that_are_not_padded_waste_nothing() -> None:
@@ -195,9 +198,9 @@ def test_batches_that_are_not_padded_waste_nothing() -> None:
     batcher.add_items([("short", 10), ("long", 1000)])
     for _ in range(10):
         optimizer.record_batch(batcher.get_next_batch()[1], processing_time=0.5)
-    found = optimizer.get_recommendations()
-    assert found["strategies"]["continuous"]["efficiency"] == 1.0
-    assert found["suggestions"] == []
+    recommendations = optimizer.get_recommendations()
+    assert recommendations["strategies"]["continuous"]["efficiency"] == 1.0
+    assert recommendations["suggestions"] == []
 
 
 def test_steps_that_take_no_time_have_no_rate() -> None:
@@ -208,17 +211,17 @@ def test_steps_that_take_no_time_have_no_rate() -> None:
 
 
 def test_empty_places_of_a_static_batch_call_for_a_continuous_one() -> None:
-    (found,) = advised(strategy="naive", force=limits(8), waiting=5)
-    assert "continuous" in found
-    assert found.figures == {"share": 1.0, "batches": 20, "places": 4.0}
+    (suggestion,) = advised(strategy="naive", in_force=limits(8), waiting=5)
+    assert "continuous" in suggestion
+    assert suggestion.figures == {"share": 1.0, "batches": 20, "places": 4.0}
 
 
 def test_padding_calls_for_buckets() -> None:
     optimizer = BatchingOptimizer()
     for _ in range(10):
         optimizer.record_batch({"strategy": "naive", "batch_size": 2, "lengths": [10, 90], "max_length": 90}, 0.1)
-    (found,) = optimizer.get_recommendations()["suggestions"]
-    assert "44% of the computed tokens of 10 batches were padding" in found
+    (suggestion,) = optimizer.get_recommendations()["suggestions"]
+    assert "44% of the computed tokens of 10 batches were padding" in suggestion
 
 
 def test_memory_that_is_nearly_full_is_told_first() -> None:
@@ -233,6 +236,6 @@ def test_prompts_that_hold_up_streams_call_for_smaller_chunks() -> None:
     for _ in range(10):
         optimizer.record_step(record(), "continuous", limits(), 0)
         optimizer.record_step(record(seconds=0.5, tokens=400, rows=5, prompt_tokens=396), "continuous", limits(), 0)
-    (found,) = optimizer.get_recommendations()["suggestions"]
-    assert found.figures == {"mixed_ms": pytest.approx(500), "plain_ms": pytest.approx(10)}
-    assert "target='latency'" in found
+    (suggestion,) = optimizer.get_recommendations()["suggestions"]
+    assert suggestion.figures == {"mixed_ms": pytest.approx(500), "plain_ms": pytest.approx(10)}
+    assert "target='latency'" in suggestion

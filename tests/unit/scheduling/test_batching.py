@@ -18,12 +18,12 @@ def batcher(strategy: str, estimator: MemoryEstimator | None = None, **settings:
     return DynamicBatcher(BatchingConfig(strategy=strategy, **settings), estimator, clock=lambda: 0.0)
 
 
-def batches(made: DynamicBatcher) -> list[list[Any]]:
+def batches(dynamic_batcher: DynamicBatcher) -> list[list[Any]]:
     """Everything that static batches give."""
-    found = []
-    while (batch := made.get_next_batch()[0]) != []:
-        found.append(batch)
-    return found
+    batches = []
+    while (batch := dynamic_batcher.get_next_batch()[0]) != []:
+        batches.append(batch)
+    return batches
 
 
 def test_defaults_are_those_of_the_table() -> None:
@@ -49,9 +49,9 @@ def test_empty_batcher_gives_nothing() -> None:
 
 def test_naive_takes_them_as_they_come() -> None:
     """004-72."""
-    made = batcher("naive", max_batch_size=2)
-    made.add_items([("item1", 100), ("item2", 150), ("item3", 200)])
-    batch, info = made.get_next_batch()
+    dynamic_batcher = batcher("naive", max_batch_size=2)
+    dynamic_batcher.add_items([("item1", 100), ("item2", 150), ("item3", 200)])
+    batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["item1", "item2"]
     assert info == {
         "strategy": "naive",
@@ -61,134 +61,134 @@ def test_naive_takes_them_as_they_come() -> None:
         "total_tokens": 250,
         "efficiency": 250 / 300,
     }
-    assert batches(made) == [["item3"]]
+    assert batches(dynamic_batcher) == [["item3"]]
 
 
 def test_bucketed_groups_similar_lengths() -> None:
     """004-73."""
-    made = batcher("bucketed", bucket_size=64)
-    made.add_items([("item1", 100), ("item2", 260), ("item3", 150), ("item4", 120)])
-    batch, info = made.get_next_batch()
+    dynamic_batcher = batcher("bucketed", bucket_size=64)
+    dynamic_batcher.add_items([("item1", 100), ("item2", 260), ("item3", 150), ("item4", 120)])
+    batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["item1", "item3", "item4"]
     assert (info["strategy"], info["bucket_length"], info["max_length"]) == ("bucketed", 150, 150)
-    assert batches(made) == [["item2"]]
+    assert batches(dynamic_batcher) == [["item2"]]
 
 
 def test_memory_aware_stays_within_the_limit() -> None:
     """004-74."""
     limit_mb = TINY.estimate_batch_memory(3, 200) / 2**20
-    made = batcher("memory_aware", TINY, memory_limit_mb=limit_mb)
-    made.add_items([("long", 200), ("a", 10), ("b", 190), ("c", 20), ("d", 30)])
-    batch, info = made.get_next_batch()
+    dynamic_batcher = batcher("memory_aware", TINY, memory_limit_mb=limit_mb)
+    dynamic_batcher.add_items([("long", 200), ("a", 10), ("b", 190), ("c", 20), ("d", 30)])
+    batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["long", "a", "c"], "the first in line, then the least memory"
     assert info["estimated_memory_mb"] == pytest.approx(limit_mb)
     assert info["memory_utilization"] == pytest.approx(1.0)
-    assert batches(made) == [["b", "d"]]
+    assert batches(dynamic_batcher) == [["b", "d"]]
 
 
 def test_what_never_fits_is_an_error_and_no_item_of_the_call_is_added() -> None:
     """B4-13: it was kept, and ([], {}) came back for ever."""
-    made = batcher("memory_aware", TINY, memory_limit_mb=1)
+    dynamic_batcher = batcher("memory_aware", TINY, memory_limit_mb=1)
     with pytest.raises(RequestTooLarge, match=r"1500 tokens needs \d MiB alone and memory_limit_mb is 1"):
-        made.add_items([("small", 10), ("huge", 1500)])
-    assert (made.num_waiting, made.get_next_batch()) == (0, ([], {}))
-    made.add_items([("small", 10)])
-    assert batches(made) == [["small"]]
+        dynamic_batcher.add_items([("small", 10), ("huge", 1500)])
+    assert (dynamic_batcher.num_waiting, dynamic_batcher.get_next_batch()) == (0, ([], {}))
+    dynamic_batcher.add_items([("small", 10)])
+    assert batches(dynamic_batcher) == [["small"]]
     for length in (0, 2049):
         with pytest.raises(RequestTooLarge, match="max_sequence_length=2048"):
-            made.add_items([("x", length)])
+            dynamic_batcher.add_items([("x", length)])
 
 
 def test_total_tokens_count_padding() -> None:
     """B4-13: max_total_tokens was never read."""
-    made = batcher("naive", max_total_tokens=100)
-    made.add_items([("a", 10), ("b", 30), ("c", 30), ("d", 40), ("e", 5)])
-    assert batches(made) == [["a", "b", "c"], ["d", "e"]]
+    dynamic_batcher = batcher("naive", max_total_tokens=100)
+    dynamic_batcher.add_items([("a", 10), ("b", 30), ("c", 30), ("d", 40), ("e", 5)])
+    assert batches(dynamic_batcher) == [["a", "b", "c"], ["d", "e"]]
     with pytest.raises(RequestTooLarge, match="max_total_tokens=100"):
-        made.add_items([("f", 101)])
+        dynamic_batcher.add_items([("f", 101)])
 
 
 def test_memory_aware_needs_no_estimator() -> None:
-    made = DynamicBatcher(BatchingConfig(max_total_tokens=100))
-    made.add_items([("a", 60), ("b", 60), ("c", 40), ("d", 10)])
-    assert batches(made) == [["a"], ["b"], ["c", "d"]]
+    dynamic_batcher = DynamicBatcher(BatchingConfig(max_total_tokens=100))
+    dynamic_batcher.add_items([("a", 60), ("b", 60), ("c", 40), ("d", 10)])
+    assert batches(dynamic_batcher) == [["a"], ["b"], ["c", "d"]]
 
 
 def test_priority_and_arrival_decide_who_comes_first() -> None:
     """B4-13: shortest came first, whatever its priority and arrival."""
-    made = batcher("memory_aware", max_batch_size=1)
+    dynamic_batcher = batcher("memory_aware", max_batch_size=1)
     requests = [SimpleNamespace(name=name, priority=priority) for name, priority in (("a", 2), ("b", 4), ("c", 2))]
-    made.add_items(zip(requests, (50, 90, 10), strict=True))
-    assert [batch[0].name for batch in batches(made)] == ["b", "a", "c"]
+    dynamic_batcher.add_items(zip(requests, (50, 90, 10), strict=True))
+    assert [batch[0].name for batch in batches(dynamic_batcher)] == ["b", "a", "c"]
 
 
 def test_waiting_carries_a_low_class_past_newcomers() -> None:
     now = 0.0
-    made = DynamicBatcher(BatchingConfig(strategy="naive", max_batch_size=1), clock=lambda: now)
-    made.add_items([(SimpleNamespace(name="old", priority=1), 5)])
+    dynamic_batcher = DynamicBatcher(BatchingConfig(strategy="naive", max_batch_size=1), clock=lambda: now)
+    dynamic_batcher.add_items([(SimpleNamespace(name="old", priority=1), 5)])
     now = 16.0
-    made.add_items([(SimpleNamespace(name="new", priority=3), 5)])
-    assert made.get_next_batch()[0][0].name == "old"
+    dynamic_batcher.add_items([(SimpleNamespace(name="new", priority=3), 5)])
+    assert dynamic_batcher.get_next_batch()[0][0].name == "old"
 
 
 def test_continuous_batches_go_on_until_requests_are_completed() -> None:
     """004-75, B4-14: nothing without an attribute is_complete ever left."""
-    made = batcher("continuous", max_batch_size=3)
-    made.add_items([("a", 10), ("b", 20)])
-    batch, info = made.get_next_batch()
+    dynamic_batcher = batcher("continuous", max_batch_size=3)
+    dynamic_batcher.add_items([("a", 10), ("b", 20)])
+    batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["a", "b"]
     assert (info["continuing_requests"], info["new_requests"], info["efficiency"]) == (0, 2, 1.0)
-    made.add_items([("c", 5), ("d", 5)])
-    batch, info = made.get_next_batch()
+    dynamic_batcher.add_items([("c", 5), ("d", 5)])
+    batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["a", "b", "c"]
     assert (info["continuing_requests"], info["new_requests"], info["lengths"]) == (2, 1, [10, 20, 5])
-    made.complete("a")
-    assert made.get_next_batch()[0] == ["b", "c", "d"]
-    made.complete("b", "c", "d")
-    assert made.get_next_batch() == ([], {})
+    dynamic_batcher.complete("a")
+    assert dynamic_batcher.get_next_batch()[0] == ["b", "c", "d"]
+    dynamic_batcher.complete("b", "c", "d")
+    assert dynamic_batcher.get_next_batch() == ([], {})
     with pytest.raises(RequestError, match="'a' is not running"):
-        made.complete("a")
+        dynamic_batcher.complete("a")
 
 
 def test_continuous_counts_what_runs_without_padding() -> None:
-    made = batcher("continuous", TINY, max_total_tokens=100)
-    made.add_items([("a", 60), ("b", 30), ("c", 20)])
-    batch, info = made.get_next_batch()
+    dynamic_batcher = batcher("continuous", TINY, max_total_tokens=100)
+    dynamic_batcher.add_items([("a", 60), ("b", 30), ("c", 20)])
+    batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["a", "b"]
     assert info["estimated_memory_mb"] * 2**20 == TINY.estimate_batch_memory(2, 45)
 
 
 def test_continuous_without_continuing_is_a_static_batch() -> None:
     """004-79."""
-    made = batcher("continuous", max_batch_size=2, enable_continuous_batching=False)
-    made.add_items([("a", 1), ("b", 1), ("c", 1)])
-    assert made.get_next_batch()[0] == ["a", "b"]
-    made.complete("a")
-    assert made.get_next_batch()[0] == ["b"]
-    made.complete("b")
-    assert made.get_next_batch()[0] == ["c"]
+    dynamic_batcher = batcher("continuous", max_batch_size=2, enable_continuous_batching=False)
+    dynamic_batcher.add_items([("a", 1), ("b", 1), ("c", 1)])
+    assert dynamic_batcher.get_next_batch()[0] == ["a", "b"]
+    dynamic_batcher.complete("a")
+    assert dynamic_batcher.get_next_batch()[0] == ["b"]
+    dynamic_batcher.complete("b")
+    assert dynamic_batcher.get_next_batch()[0] == ["c"]
 
 
 def test_limits_may_change_between_batches() -> None:
-    made = batcher("naive", max_batch_size=1)
-    made.add_items([(name, 5) for name in "abcd"])
-    assert made.get_next_batch()[0] == ["a"]
-    made.config.max_batch_size = 3
-    assert made.get_next_batch()[0] == ["b", "c", "d"]
+    dynamic_batcher = batcher("naive", max_batch_size=1)
+    dynamic_batcher.add_items([(name, 5) for name in "abcd"])
+    assert dynamic_batcher.get_next_batch()[0] == ["a"]
+    dynamic_batcher.config.max_batch_size = 3
+    assert dynamic_batcher.get_next_batch()[0] == ["b", "c", "d"]
 
 
 def test_a_limit_lowered_below_an_item_that_waits_does_not_strand_it() -> None:
-    made = batcher("memory_aware", TINY)
-    made.add_items([("a", 1000), ("b", 10)])
-    made.config.memory_limit_mb = 0.01
-    assert batches(made) == [["a"], ["b"]]
+    dynamic_batcher = batcher("memory_aware", TINY)
+    dynamic_batcher.add_items([("a", 1000), ("b", 10)])
+    dynamic_batcher.config.memory_limit_mb = 0.01
+    assert batches(dynamic_batcher) == [["a"], ["b"]]
 
 
 def test_the_strategy_is_the_one_of_the_beginning() -> None:
     """It was read anew for what a batch costs and is called, and not for who starts."""
-    made = batcher("bucketed", bucket_size=5)
-    made.add_items([("a", 10), ("b", 12)])
-    made.config.strategy = BatchingStrategy.CONTINUOUS
-    batch, info = made.get_next_batch()
+    dynamic_batcher = batcher("bucketed", bucket_size=5)
+    dynamic_batcher.add_items([("a", 10), ("b", 12)])
+    dynamic_batcher.config.strategy = BatchingStrategy.CONTINUOUS
+    batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["a", "b"]
     assert (info["strategy"], info["bucket_length"]) == ("bucketed", 12)

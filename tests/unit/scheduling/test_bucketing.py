@@ -71,8 +71,8 @@ def test_bucketer_refuses_what_has_no_length() -> None:
 
 
 def test_padding_efficiency_counts_every_token() -> None:
-    found = calculate_padding_efficiency([10, 15, 20, 12])
-    assert found == {
+    figures = calculate_padding_efficiency([10, 15, 20, 12])
+    assert figures == {
         "total_tokens": 57,
         "padding_tokens": 23,
         "efficiency": 57 / 80,
@@ -88,16 +88,16 @@ def test_padding_efficiency_counts_every_token() -> None:
 
 def test_padded_batch_holds_every_token_and_says_where() -> None:
     tensors = [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]]), torch.tensor([6, 7, 8, 9])]
-    found = create_padded_batch(tensors, padding_token_id=0, max_length=4)
-    assert found["input_ids"].tolist() == [[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 9]]
-    assert found["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert found["attention_mask"].dtype == torch.int64
+    batch = create_padded_batch(tensors, padding_token_id=0, max_length=4)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["attention_mask"].dtype == torch.int64
 
 
 def test_padding_may_lie_on_the_left_for_models_that_continue_the_last_column() -> None:
-    found = create_padded_batch([torch.tensor([1]), torch.tensor([2, 3])], padding_token_id=9, padding_side="left")
-    assert found["input_ids"].tolist() == [[9, 1], [2, 3]]
-    assert found["attention_mask"].tolist() == [[0, 1], [1, 1]]
+    batch = create_padded_batch([torch.tensor([1]), torch.tensor([2, 3])], padding_token_id=9, padding_side="left")
+    assert batch["input_ids"].tolist() == [[9, 1], [2, 3]]
+    assert batch["attention_mask"].tolist() == [[0, 1], [1, 1]]
     with pytest.raises(RequestError, match="padding_side"):
         create_padded_batch([torch.tensor([1])], padding_side="middle")
 

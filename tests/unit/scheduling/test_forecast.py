@@ -58,8 +58,8 @@ class Line(World):
 
     def really_s(self, count: int) -> float:
         """How long it takes until so many more have started."""
-        begin, wanted = self.now, self.starts + count
-        while self.starts < wanted:
+        begin, num_started = self.now, self.starts + count
+        while self.starts < num_started:
             self.run()
         return self.now - begin
 
@@ -77,8 +77,8 @@ def test_right_after_the_start_progress_tells(steps: int, count: int) -> None:
     line = Line(max_batch_size=4)
     line.queue(20, lambda number: 100)
     line.run(steps)
-    told = line.forecast.wait_s(count, 8.0 * count)
-    assert honest(told, line.really_s(count))
+    estimate = line.forecast.wait_s(count, 8.0 * count)
+    assert honest(estimate, line.really_s(count))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -87,8 +87,8 @@ def test_requests_of_many_lengths_leave_as_told(seed: int) -> None:
     line.queue(120, lambda number: draw.randint(5, 60))
     line.run(70)
     for count in (1, 2, 6, 12, 12):
-        told = line.forecast.wait_s(count, 8.0 * count)
-        assert honest(told, line.really_s(count))
+        estimate = line.forecast.wait_s(count, 8.0 * count)
+        assert honest(estimate, line.really_s(count))
 
 
 def test_requests_that_stop_early_leave_as_those_before_them_did() -> None:
@@ -96,8 +96,8 @@ def test_requests_that_stop_early_leave_as_those_before_them_did() -> None:
     line.queue(60, lambda number: 20, room=200)
     line.run(40)
     for count in (1, 3, 9):
-        told = line.forecast.wait_s(count, 8.0 * count)
-        assert honest(told, line.really_s(count))
+        estimate = line.forecast.wait_s(count, 8.0 * count)
+        assert honest(estimate, line.really_s(count))
 
 
 def test_where_prompts_fill_the_steps_their_tokens_tell() -> None:
@@ -105,24 +105,24 @@ def test_where_prompts_fill_the_steps_their_tokens_tell() -> None:
     line.queue(40, lambda number: 30, prompt=24)
     line.run(3)
     for count in (1, 4, 8):
-        told = line.forecast.wait_s(count, 24.0 * count)
-        assert honest(told, line.really_s(count))
+        estimate = line.forecast.wait_s(count, 24.0 * count)
+        assert honest(estimate, line.really_s(count))
 
 
 def test_prompts_of_running_requests_that_are_not_computed_yet_count() -> None:
     line = Line(max_batch_size=1, max_num_batched_tokens=32)
     line.queue(6, lambda number: 4, prompt=320)
     line.run(3)
-    told = line.forecast.wait_s(1, 320.0)
-    assert honest(told, line.really_s(1))
+    estimate = line.forecast.wait_s(1, 320.0)
+    assert honest(estimate, line.really_s(1))
 
 
 def test_where_memory_is_short_the_running_ones_tell() -> None:
     line = Line(max_batch_size=64)
     line.queue(60, lambda number: 30, prompt=90)  # some 17 of them fit
     line.run(12)
-    told = line.forecast.wait_s(1, 90.0)
-    assert honest(told, line.really_s(1))
+    estimate = line.forecast.wait_s(1, 90.0)
+    assert honest(estimate, line.really_s(1))
 
 
 def test_where_there_is_room_the_next_step_is_told() -> None:
@@ -156,13 +156,13 @@ def test_static_batches_end_before_anybody_else_starts() -> None:
     line.forecast = Forecast(line.scheduler, lambda: line.now, static=True)
     line.queue(8, lambda number: 20 + 10 * (number % 4))
     line.run(5)
-    told = line.forecast.wait_s(1, 8.0)
-    assert told == pytest.approx(45 * STEP_S, rel=0.2)
+    estimate = line.forecast.wait_s(1, 8.0)
+    assert estimate == pytest.approx(45 * STEP_S, rel=0.2)
 
 
 def test_a_thread_that_asks_while_the_first_step_is_recorded_gets_an_answer() -> None:
     """The step was known before its time was, and the median of no times is an error: the caller got that."""
-    line, told = Line(), list[float | None]()
+    line, estimates = Line(), list[float | None]()
     fresh = Forecast(line.scheduler, lambda: line.now)
 
     class Record(StepRecord):
@@ -171,14 +171,14 @@ def test_a_thread_that_asks_while_the_first_step_is_recorded_gets_an_answer() ->
         @property
         def seconds(self) -> float:
             """Ask, then say."""
-            told.append(fresh.wait_s(1, 8.0))
+            estimates.append(fresh.wait_s(1, 8.0))
             return STEP_S
 
     line.queue(6, lambda number: 4)
     line.run()
     record = record_of(line.plan, line.model(), [], STEP_S, line.scheduler.num_waiting)
     fresh.record(Record(*record))
-    assert told == [None]
+    assert estimates == [None]
     assert fresh.wait_s(1, 8.0) is not None
 
 

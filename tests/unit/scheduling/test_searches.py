@@ -107,8 +107,8 @@ def test_a_preempted_beam_is_waited_for() -> None:
     done = []
     while world.scheduler.has_work:
         world.begin()
-        found = offers(t60=-1.0, t61=-2.0)
-        done += world.end({row.seq_id: found for row in world.plan.rows if row.samples and row.seq_id < 9})
+        candidates = offers(t60=-1.0, t61=-2.0)
+        done += world.end({row.seq_id: candidates for row in world.plan.rows if row.samples and row.seq_id < 9})
     assert world.scheduler.stats()["num_preemptions"] > 0
     assert {event.seq_id: len(event.tokens) for event in done if event.reason and event.seq_id != 9} == {1: 6, 2: 6}
     assert world.cache.num_free_blocks == 10
@@ -193,8 +193,8 @@ def steps_of(world: World, limit: int = 100) -> tuple[int, int]:
         world.begin()
         steps, tokens = steps + 1, tokens + world.plan.num_tokens
         assert steps < limit, "it never ends"
-        found = {row.seq_id: offers(t60=-1.0, t61=-2.0) for row in world.plan.rows if row.samples and row.seq_id < 9}
-        world.end(found)
+        results = {row.seq_id: offers(t60=-1.0, t61=-2.0) for row in world.plan.rows if row.samples and row.seq_id < 9}
+        world.end(results)
     return steps, tokens
 
 

@@ -12,12 +12,12 @@ from tests.unit.scheduling.world import HIGH, World
 
 def family(world: World, prompt: list[int], count: int = 3, *, first: int = 1, new: int = 4) -> list[Sequence]:
     """Samples of one prompt, numbered from `first` on."""
-    found: list[Sequence] = []
+    sequences: list[Sequence] = []
     for index in range(count):
-        parent = found[0] if found else None
+        parent = sequences[0] if sequences else None
         fields = {"request_id": f"r{first}", "parent": parent, "sample_index": index, "now": first / 1000}
-        found.append(world.add(first + index, prompt, new, **fields))
-    return found
+        sequences.append(world.add(first + index, prompt, new, **fields))
+    return sequences
 
 
 def test_siblings_draw_from_the_logits_of_the_first() -> None:

@@ -65,8 +65,8 @@ class World:
     def result_of(self, row: Row, results: Results) -> RowResult:
         """What a row comes to, and its siblings with it."""
         out = results.get(row.seq_id, (TOKEN,) if row.samples else ())
-        found = out if isinstance(out, RowResult) else RowResult(out)
-        return found._replace(siblings=tuple(self.result_of(sibling, results) for sibling in row.siblings))
+        result = out if isinstance(out, RowResult) else RowResult(out)
+        return result._replace(siblings=tuple(self.result_of(sibling, results) for sibling in row.siblings))
 
     def step(self, now: float = 1.0) -> dict[int, tuple[int, int]]:
         """Plan and commit."""
@@ -74,10 +74,10 @@ class World:
         self.end()
         return planned
 
-    def drain(self, now: float = 1.0, most: int = 200) -> list[list[int]]:
+    def drain(self, now: float = 1.0, max_steps: int = 200) -> list[list[int]]:
         """Step until nothing is left; which sequences ran in each step."""
         steps = []
         while self.scheduler.has_work:
             steps.append(list(self.step(now)))
-            assert len(steps) < most, "it never ends"
+            assert len(steps) < max_steps, "it never ends"
         return steps
