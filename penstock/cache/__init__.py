@@ -1,1 +1,1 @@
-"""Paged K/V bookkeeping: which block holds which tokens, and who shares it. Numbers only, never a tensor."""
+"""Paged K/V bookkeeping: which block holds which tokens, and which sequences share it. Numbers only, never a tensor."""

@@ -1,6 +1,6 @@
 """`LiveSequences`: every sequence that has not ended, and its moves between the queue, the running set and its end.
 
-Owns `Sequence.status`, the membership in `waiting` and `running`, and the deadlines. Never decides who moves. Called by
+Owns `Sequence.status`, the membership in `waiting` and `running`, and the deadlines. Never decides which one moves. Called by
 `Scheduler`, `StepPlanner` and `Searches`.
 """
 
