@@ -75,13 +75,9 @@ class Scheduler:
         self.add(beams.members[0], now)
         self._searches.add(beams)
 
-    def abort(
+    def finish(
         self, seq_id: int, reason: FinishReason = FinishReason.ABORT, error: Exception | None = None
     ) -> list[Event]:
-        """End a sequence whose output is no longer wanted; as `finish`."""
-        return self.finish(seq_id, reason, error)
-
-    def finish(self, seq_id: int, reason: FinishReason, error: Exception | None = None) -> list[Event]:
         """End a sequence from outside. Ids that are unknown or have ended are ignored.
 
         A sequence in the executing step ends with the step, whose tokens it does not get; its event comes from there.

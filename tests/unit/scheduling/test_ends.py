@@ -98,7 +98,7 @@ def test_an_abort_during_a_step_that_is_restarted_ends_with_it() -> None:
     world.add(1, 3)
     other = world.add(2, 3)
     world.begin()
-    world.scheduler.abort(1)
+    world.scheduler.finish(1)
     assert world.scheduler.restart(world.plan) == [Event(1, reason=FinishReason.ABORT)]
     assert world.begin() == {2: (0, 3)}
     world.end()
@@ -110,8 +110,8 @@ def test_abort_is_immediate_unless_the_step_names_it() -> None:
     running = world.add(1, 3)
     world.add(2, 3)
     world.begin()
-    assert world.scheduler.abort(2) == [Event(2, reason=FinishReason.ABORT)]
-    assert world.scheduler.abort(1) == []
+    assert world.scheduler.finish(2) == [Event(2, reason=FinishReason.ABORT)]
+    assert world.scheduler.finish(1) == []
     assert world.scheduler.finish(1, FinishReason.STOP) == [], "the first reason stays"
     assert list(running.blocks) == [0], "the executing step may still write it"
     assert world.end() == [Event(1, reason=FinishReason.ABORT)]
@@ -123,7 +123,7 @@ def test_an_abort_during_a_step_that_fails_is_an_abort() -> None:
     world = World()
     world.add(1, 3)
     world.begin()
-    world.scheduler.abort(1)
+    world.scheduler.finish(1)
     assert world.scheduler.fail(world.plan, RuntimeError()) == [Event(1, reason=FinishReason.ABORT)]
 
 
@@ -139,8 +139,8 @@ def test_a_fault_from_outside_carries_its_error() -> None:
 def test_unknown_and_ended_ids_mean_nothing() -> None:
     world = World()
     world.add(1, 3)
-    assert len(world.scheduler.abort(1)) == 1
-    assert world.scheduler.abort(1) == world.scheduler.abort(99) == []
+    assert len(world.scheduler.finish(1)) == 1
+    assert world.scheduler.finish(1) == world.scheduler.finish(99) == []
 
 
 def test_deadlines_end_waiting_and_running_ones() -> None:
@@ -240,7 +240,7 @@ def test_accepted_drafts_become_findable() -> None:
     world.scheduler.offer(1, [10, 11, 12, 13])
     world.begin()
     world.end({1: (10, 11, 12, 13, 14)})
-    world.scheduler.abort(1)
+    world.scheduler.finish(1)
     again = world.add(2, [*range(100, 107), TOKEN, 10, 11, 12, 13, 14])
     assert world.cache.lookup(again) == 12
 
@@ -279,7 +279,7 @@ def test_nobody_gives_way_to_the_guesses_of_others() -> None:
         world.scheduler.offer(number, [10] * 8)
     assert world.begin() == {1: (4, 12), 2: (4, 8), 3: (4, 5)}
     world.end()
-    world.scheduler.abort(3)
+    world.scheduler.finish(3)
     world.scheduler.offer(1, [10] * 8)
     assert len(first.draft) == 8, "what was promised for a step that ran is no matter any more"
 
@@ -301,7 +301,7 @@ def test_the_record_of_a_step_counts_what_came_of_it() -> None:
     world.step()
     world.scheduler.offer(1, [10, 11, 12])
     world.begin()
-    world.scheduler.abort(2)
+    world.scheduler.finish(2)
     result = StepResult((RowResult((10, 11, 12, 13)), RowResult((TOKEN,))))
     record = record_of(world.plan, result, world.scheduler.commit(world.plan, result), 0.5, 0)
     assert (record.rows, record.tokens, record.generated) == (2, 5, 2)
@@ -344,7 +344,7 @@ def test_stats_count_ends_by_reason() -> None:
     world.add(2, 3, new=5)
     world.add(3, 3, new=5)
     world.step()
-    world.scheduler.abort(2)
+    world.scheduler.finish(2)
     stats = world.scheduler.stats()
     assert (stats["num_running"], stats["num_waiting"]) == (1, 0)
     assert (stats["num_finished_length"], stats["num_finished_abort"], stats["num_finished_stop"]) == (1, 1, 0)

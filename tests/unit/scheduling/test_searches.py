@@ -124,7 +124,7 @@ def test_beams_end_together(when: str) -> None:
         world.end({1: offers(t50=-1.0, t51=-2.0)})
     if when == "in a step":
         world.begin()
-    events = world.scheduler.abort(2)
+    events = world.scheduler.finish(2)
     if when == "in a step":
         assert events == []
         events = world.end()

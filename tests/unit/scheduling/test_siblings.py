@@ -97,7 +97,7 @@ def test_a_sibling_that_was_aborted_while_its_token_was_drawn_is_gone() -> None:
     world = World()
     family(world, [*range(10)])
     world.begin()
-    assert [event.seq_id for event in world.scheduler.abort(2)] == [2], "no plan holds anything of it"
+    assert [event.seq_id for event in world.scheduler.finish(2)] == [2], "no plan holds anything of it"
     assert [event.seq_id for event in world.end()] == [1, 3]
 
 
@@ -106,13 +106,13 @@ def test_siblings_run_by_themselves_when_the_first_one_ends_before_it_drew() -> 
         world = World()
         family(world, [*range(10)])
         if ending == "abort":
-            world.scheduler.abort(1)
+            world.scheduler.finish(1)
         else:
             world.begin()
             if ending == "fail":
                 world.scheduler.fail(world.plan, RuntimeError("out of memory"))
             else:
-                world.scheduler.abort(1)
+                world.scheduler.finish(1)
                 world.end()
         assert len(world.drain()) <= 5
         assert world.cache.num_free_blocks == 10

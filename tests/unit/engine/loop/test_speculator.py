@@ -225,7 +225,7 @@ async def test_a_sequence_that_ends_while_a_model_drafts_is_no_matter() -> None:
     seqs = [loop.add(0), loop.add(1)]
     for _ in range(2):
         await loop.step()
-    await loop.speculator.draft(meanwhile=lambda: loop.scheduler.abort(0) and None)
+    await loop.speculator.draft(meanwhile=lambda: loop.scheduler.finish(0) and None)
     await loop.finish()
     assert seqs[0].length == 5
     assert seqs[1].tokens == said(seqs[1])
