@@ -16,8 +16,9 @@ class StepLimits(NamedTuple):
     """The limits of one step.
 
     A step has at most `max_batch_size` rows and `step_tokens` tokens. No sequence starts while `max_running` or more
-    run; the tuner lowers only that, so it never makes a running sequence wait. A draft has at most `draft_length`
-    tokens. An idle engine waits at most `batch_timeout_s` for a burst to be complete. `target` is the declared goal.
+    run; the tuner lowers `max_running` and never `max_batch_size`, so a running sequence does not wait for it. A draft
+    has at most `draft_length` tokens. An idle engine waits at most `batch_timeout_s` for a burst to be complete.
+    `target` is the declared goal.
     """
 
     max_batch_size: int

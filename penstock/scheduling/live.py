@@ -1,7 +1,7 @@
 """`LiveSequences`: every sequence that has not ended, and its moves between the queue, the running set and its end.
 
-Owns `Sequence.status`, the membership in `waiting` and `running`, and the deadlines. Never decides which sequence moves.
-Called by `Scheduler`, `StepPlanner` and `Searches`.
+Owns `Sequence.status`, the membership in `waiting` and `running`, and the deadlines. Never decides on a move. Called by
+`Scheduler`, `StepPlanner` and `Searches`.
 """
 
 from __future__ import annotations
