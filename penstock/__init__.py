@@ -8,7 +8,10 @@ __version__ = "0.1.0"
 
 from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
-from penstock.config import BatchingStrategy, EngineConfig
+from penstock.api.prompt import Prompt
+from penstock.api.protocols import Engine, Scorer
+from penstock.api.stats import EngineStats
+from penstock.config import BatchingStrategy, EngineConfig, EngineSettings
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import (
     ConfigurationError,
@@ -26,7 +29,7 @@ from penstock.errors import (
 from penstock.facades.async_llm import AsyncEngineArgs, AsyncLLMEngine
 from penstock.facades.llm import LLM
 from penstock.facades.optimizer import PerformanceOptimizer
-from penstock.generation import GenerationConfig
+from penstock.generation import GenerationConfig, Params
 from penstock.models.scripted import ScriptedModel
 from penstock.optimizers.levels import OptimizationConfig, OptimizationLevel
 from penstock.optimizers.memory_pool import MemoryPool
@@ -50,9 +53,12 @@ __all__ = [
     "DeadlineExceeded",
     "Delta",
     "DynamicBatcher",
+    "Engine",
     "EngineClosed",
     "EngineConfig",
     "EngineOverloaded",
+    "EngineSettings",
+    "EngineStats",
     "ExecutionError",
     "FinishReason",
     "GenerationConfig",
@@ -65,8 +71,10 @@ __all__ = [
     "OptimizationLevel",
     "OutOfMemory",
     "OutputKind",
+    "Params",
     "PenstockError",
     "PerformanceOptimizer",
+    "Prompt",
     "RequestAborted",
     "RequestError",
     "RequestHandle",
@@ -76,6 +84,7 @@ __all__ = [
     "RequestStatus",
     "RequestTooLarge",
     "SamplingParams",
+    "Scorer",
     "ScriptedModel",
     "SequenceBucketer",
     "__version__",

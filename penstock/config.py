@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from numbers import Number
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -55,6 +57,78 @@ class BatchingStrategy(StrEnum):
     BUCKETED = "bucketed"  # sequences of similar length start together
     MEMORY_AWARE = "memory_aware"  # only sequences that memory holds until they end start
     CONTINUOUS = "continuous"  # the next in the queue starts as soon as there is room
+
+
+class EngineSettings(TypedDict, total=False):
+    """The keywords of `EngineConfig` but for `tokenizer`, for type checkers and editors; see there what each means."""
+
+    max_batch_size: int
+    max_sequence_length: int | None
+    max_num_batched_tokens: int
+    batch_timeout_ms: float
+    batching_strategy: BatchingStrategy | Literal["naive", "bucketed", "memory_aware", "continuous"]
+    bucket_size: int
+    memory_limit_mb: float | None
+    enable_dynamic_batching: bool
+    enable_continuous_batching: bool
+    target: Literal["latency", "throughput"] | None
+    max_inter_token_ms: float
+    max_queue_size: int
+    max_queued_tokens: int | None
+    priority_boost_threshold: float
+    default_max_tokens: int
+    block_size: int
+    memory_pool_size: int | None
+    kv_cache_tokens: int | None
+    gpu_memory_utilization: float | None
+    preallocate_kv_cache: bool
+    enable_kv_cache: bool
+    kv_cache_max_size: int | None
+    swap_space: float
+    device: str
+    dtype: str
+    tokenizer_mode: Literal["auto", "slow"]
+    skip_tokenizer_init: bool
+    trust_remote_code: bool
+    revision: str | None
+    tokenizer_revision: str | None
+    download_dir: str | None
+    load_format: Literal["auto", "safetensors", "pt"]
+    quantization: Literal["int8"] | None
+    kv_cache_dtype: Literal["auto", "int8"]
+    verify_model: bool
+    seed: int | None
+    max_logprobs: int
+    logits_chunk_bytes: int
+    enable_speculative_decoding: bool
+    speculation_length: int
+    drafter: Literal["auto", "ngram", "suffix", "draft_model"]
+    draft_model: str | None
+    num_threads: int | None
+    deterministic: bool
+    compile_model: bool
+    disabled_rewrites: Sequence[str]
+    enable_memory_pooling: bool
+    gc_threshold: float
+    enable_gradient_checkpointing: bool
+    memory_efficient_attention: bool
+    enable_metrics: bool
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+    profile_performance: bool
+    # Other engines' names.
+    max_num_seqs: int
+    max_model_len: int | None
+    prefill_chunk_size: int
+    max_num_queued_reqs: int
+    max_num_queued_tokens: int | None
+    kv_cache_bytes: int | None
+    enable_prefix_caching: bool
+
+
+class Settings(EngineSettings, total=False):
+    """All keywords of `EngineConfig`."""
+
+    tokenizer: str | None
 
 
 class EngineConfig(BaseSettings):
@@ -167,9 +241,10 @@ class EngineConfig(BaseSettings):
                 raise PydanticCustomError("unknown_rewrite", "there is no rewrite {name}: {hint}", {"name": repr(name), "hint": hint})
         return names
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: Unpack[Settings]) -> None:
+        warn_of_misspelled_variables()
         with explained((*EngineConfig.model_fields, *ALIASES)):
-            super().__init__(**canonical(values))
+            super().__init__(**canonical(cast(dict[str, Any], values)))
 
     def __setattr__(self, name: str, value: object) -> None:
         with explained((*EngineConfig.model_fields, *ALIASES)):
@@ -186,7 +261,8 @@ class EngineConfig(BaseSettings):
             raise ConfigurationError(f"cannot read the configuration {path}: {error}") from None
         if not isinstance(values, dict):
             raise ConfigurationError(f"{path} must hold a mapping of setting names to values")
-        return cls(**{name: value for name, value in canonical(values).items() if f"PENSTOCK_{name.upper()}" not in os.environ})
+        settings = {name: value for name, value in canonical(values).items() if f"PENSTOCK_{name.upper()}" not in os.environ}
+        return cls(**cast(Settings, settings))
 
 
 def canonical(values: Mapping[str, T]) -> dict[str, T]:
@@ -220,7 +296,18 @@ def _explain(details: ErrorDetails, names: Iterable[str]) -> str:
     return f"{name}: {details['msg']} (got {value})"
 
 
-def with_settings(config: EngineConfig | None, settings: Mapping[str, object]) -> EngineConfig:
+@lru_cache(maxsize=1)
+def warn_of_misspelled_variables() -> None:
+    """Warn, once per process, of environment variables that look like a setting and are none."""
+    known = [f"PENSTOCK_{name.upper()}" for name in EngineConfig.model_fields]
+    for name in os.environ:
+        is_ours = name.startswith("PENSTOCK_") and name not in known
+        if is_ours and (matches := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
+            text = "the environment variable %s is no setting and has no effect: did you mean %s?"
+            logging.getLogger("penstock").warning(text, name, matches[0])
+
+
+def with_settings(config: EngineConfig | None, settings: EngineSettings) -> EngineConfig:
     """The caller's config object itself, so that later assignments take effect; a changed copy if there are `settings`."""
     if config is None:
         return EngineConfig(**settings)

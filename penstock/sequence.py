@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from penstock.sampling import RequestPriority, SamplingParams
 
@@ -24,8 +24,8 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-class FinishReason(Enum):
-    """Why a sequence ended."""
+class FinishReason(StrEnum):
+    """Why a sequence ended. Each equals its string: `FinishReason.STOP == "stop"`."""
 
     STOP = "stop"
     LENGTH = "length"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from penstock.api.arguments import check_callback, check_id, read_arguments
 from penstock.api.callbacks import Callbacks
@@ -26,7 +26,7 @@ from penstock.api.log import make_logger
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Callback, FinalCallback
 from penstock.api.stats import EngineStats
-from penstock.config import EngineConfig, with_settings
+from penstock.config import EngineConfig, EngineSettings, with_settings
 from penstock.engine.assembly import Assembly, Parts, check_early, shut_down
 from penstock.engine.loop.host import Host
 from penstock.engine.observe.figures import figures
@@ -56,7 +56,11 @@ class InferenceEngine:
     """
 
     def __init__(
-        self, model: object = None, tokenizer: object = None, config: EngineConfig | None = None, **settings: Any
+        self,
+        model: object = None,
+        tokenizer: object = None,
+        config: EngineConfig | None = None,
+        **settings: Unpack[EngineSettings],
     ) -> None:
         self.config = with_settings(config, settings)
         check_early(model)

@@ -6,13 +6,13 @@ A thin facade of `InferenceEngine`; it owns nothing but the accumulation of delt
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
 from penstock.api.stats import EngineStats
 from penstock.engine.inference import InferenceEngine
-from penstock.facades.engine_args import engine_config
+from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.sampling import OutputKind, RequestPriority, SamplingParams
@@ -22,7 +22,7 @@ from penstock.values import LARGEST_COUNT, integer, items
 class AsyncEngineArgs:
     """Arguments of an `AsyncLLMEngine`: `model`, `tokenizer`, and those of `LLM` and `EngineConfig`."""
 
-    def __init__(self, model: object = None, tokenizer: object = None, **settings: Any) -> None:
+    def __init__(self, model: object = None, tokenizer: object = None, **settings: Unpack[EngineArguments]) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = engine_config(settings, {"max_batch_size": 256, "max_sequence_length": None})

@@ -6,23 +6,34 @@ accepted at its harmless value and refused, with the remedy, at any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from penstock.config import EngineConfig, canonical
+from penstock.config import EngineConfig, EngineSettings, canonical
 from penstock.errors import ConfigurationError
 
 # Arguments that only other engines need; any value is harmless.
 _IGNORED = frozenset({"disable_custom_all_reduce", "disable_log_requests", "enforce_eager", "max_paddings"})
 
 
-def engine_config(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> EngineConfig:
+class EngineArguments(EngineSettings, total=False):
+    """The keywords of `LLM` and `AsyncEngineArgs`: those of `EngineConfig`, and vLLM's."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    disable_log_stats: bool
+    disable_custom_all_reduce: bool
+    disable_log_requests: bool
+    enforce_eager: bool
+    max_paddings: int
+
+
+def engine_config(arguments: EngineArguments, defaults: EngineSettings) -> EngineConfig:
     """An `EngineConfig` from the arguments and, for what they leave open, a caller's own `defaults`.
 
     Raises `ConfigurationError` for unknown or impossible arguments.
     """
     explicit = canonical({name: value for name, value in arguments.items() if name not in _IGNORED})
-    settings = {**defaults, **explicit}
+    settings: dict[str, Any] = {**defaults, **explicit}
     if "memory_pool_size" in explicit and "gpu_memory_utilization" not in explicit:
         settings["gpu_memory_utilization"] = None  # explicit bytes go before a default fraction
     _refuse_parallel(settings)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Message, Prompt
 from penstock.api.stats import EngineStats
+from penstock.config import EngineSettings
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import RequestError, described
-from penstock.facades.engine_args import engine_config
+from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
 from penstock.values import items, plain
 
-_DEFAULTS = {
+_DEFAULTS: EngineSettings = {
     "seed": 0,
     "max_batch_size": 256,
     "max_sequence_length": None,
@@ -38,7 +39,7 @@ class LLM:
     Raises `ConfigurationError` (a ValueError) for a bad model or setting, `OutOfMemory` (a RuntimeError).
     """
 
-    def __init__(self, model: object = None, tokenizer: object = None, **settings: Any) -> None:
+    def __init__(self, model: object = None, tokenizer: object = None, **settings: Unpack[EngineArguments]) -> None:
         self.engine = InferenceEngine(model, tokenizer, engine_config(settings, _DEFAULTS))
         self.engine.start()
 

@@ -11,11 +11,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, Unpack
 
 from penstock.api.log import make_logger
 from penstock.api.stats import EngineStats
-from penstock.config import EngineConfig, canonical, uses_draft_model
+from penstock.config import EngineConfig, EngineSettings, canonical, uses_draft_model
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError, RequestError
 from penstock.facades.optimizations import Generation, describe, features, totals
@@ -49,11 +49,13 @@ class PerformanceOptimizer:
     are keywords of `EngineConfig`, and go before what the level says. Raises `ConfigurationError`, `OutOfMemory`.
     """
 
-    def __init__(self, model: object = None, config: OptimizationConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self, model: object = None, config: OptimizationConfig | None = None, **settings: Unpack[EngineSettings]
+    ) -> None:
         self.config = config or OptimizationConfig()
         if not isinstance(self.config, OptimizationConfig):
             raise ConfigurationError(f"config must be an OptimizationConfig, got {type(config).__name__}")
-        self._explicit = {"skip_tokenizer_init": True, **canonical(settings)}
+        self._explicit: dict[str, Any] = {"skip_tokenizer_init": True, **canonical(settings)}
         self._applied = self.config.engine_settings()
         self._generations: deque[Generation] = deque(maxlen=KEPT_GENERATIONS)
         engine_config = EngineConfig(**{**self._applied, **self._explicit})
