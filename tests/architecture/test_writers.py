@@ -1,7 +1,7 @@
-"""The writers of each field of `Sequence`, the one mutable record; the table is the one in docs/design.md.
+"""The writers of each field of the two mutable records: `Sequence`, whose table is in docs/design.md, and `Request`.
 
-A write is an assignment, a deletion or a mutating call through a name that holds a sequence: one that is annotated
-`Sequence`, or is called like one (`seq`, `victim`, `best_seq`, `self.seq`, an element of `seqs` or `running`).
+A write is an assignment, a deletion or a mutating call through a name that holds a record: one that is annotated with
+its class, or is called like one (`seq`, `victim`, `best_seq`, `self.seq`, an element of `seqs` or `running`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import pytest
 
 from tests.architecture.source import FunctionNode, package_files
 
@@ -35,9 +37,50 @@ FIXED_AT_BIRTH = (
 )
 WRITERS |= {name: {CONSTRUCTOR: {"__post_init__"}} for name in FIXED_AT_BIRTH}
 
-SEQUENCE_NAMES = frozenset({"seq", "sequence", "victim", "child", "parent", "sibling", "candidate", "worst", "best"})
-COLLECTION_NAMES = frozenset({"seqs", "sequences", "running", "waiting", "children", "siblings", "victims"})
-SEQUENCE_TYPES = frozenset({"Sequence", "Sequence | None", "None | Sequence"})
+REQUEST = "penstock/engine/requests/request.py"
+INPUTS = "penstock/engine/requests/input_processor.py"
+OUTPUTS = "penstock/engine/requests/output_processor.py"
+REQUEST_WRITERS: dict[str, dict[str, set[str]]] = {
+    **{name: {INPUTS: {"admit"}} for name in ("collector", "sequences", "search")},
+    "started": {OUTPUTS: {"note_started"}},
+    **{name: {OUTPUTS: {"_time_tokens"}} for name in ("first_token", "last_token")},
+}
+REQUEST_FIXED_AT_BIRTH = (
+    *("id", "prompt", "params", "channel", "arrival", "priority", "deadline", "ttft_deadline", "namespace", "place"),
+    *("seed", "origin", "sample_indices"),
+)
+REQUEST_WRITERS |= {name: {} for name in REQUEST_FIXED_AT_BIRTH}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A class, the file that defines it, its table of writers, and how names of it and of its collections end."""
+
+    name: str
+    path: str
+    writers: dict[str, dict[str, set[str]]]
+    names: frozenset[str]
+    collections: frozenset[str]
+    suffix: str
+
+    @property
+    def types(self) -> frozenset[str]:
+        """Annotations of a name that holds one."""
+        return frozenset({self.name, f"{self.name} | None", f"None | {self.name}"})
+
+
+SEQUENCES = Record(
+    "Sequence",
+    CONSTRUCTOR,
+    WRITERS,
+    frozenset({"seq", "sequence", "victim", "child", "parent", "sibling", "candidate", "worst", "best"}),
+    frozenset({"seqs", "sequences", "running", "waiting", "children", "siblings", "victims"}),
+    "_seq",
+)
+REQUESTS = Record(
+    "Request", REQUEST, REQUEST_WRITERS, frozenset({"request", "loser"}), frozenset({"requests"}), "_request"
+)
+RECORDS = (SEQUENCES, REQUESTS)
 MUTATORS = frozenset(
     {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse", "frombytes", "fromlist", "byteswap"}
 )
@@ -45,11 +88,12 @@ MUTATORS = frozenset(
 
 @dataclass(frozen=True)
 class Write:
-    """`function` in `path` writes `field` of a sequence."""
+    """`function` in `path` writes `field` of a record."""
 
     path: str
     function: str
     field: str
+    record: Record = SEQUENCES
 
     def __str__(self) -> str:
         return f"{self.path}: {self.function} writes {self.field}"
@@ -57,25 +101,26 @@ class Write:
     @property
     def allowed(self) -> bool:
         """Whether the table names this writer."""
-        return self.function in WRITERS[self.field].get(self.path, ())
+        return self.function in self.record.writers[self.field].get(self.path, ())
 
 
 @dataclass
 class Writes(ast.NodeVisitor):
-    """Collects the writes of one file."""
+    """Collects the writes to one record in one file."""
 
     path: str
+    record: Record
 
     def __post_init__(self) -> None:
         self.found: list[Write] = []
         self.function = "module level"
-        self.names: frozenset[str] = SEQUENCE_NAMES  # names that hold a sequence, here
-        self.aliases: dict[str, str] = {}  # local names for a sequence's list: `blocks = seq.blocks`
+        self.names: frozenset[str] = self.record.names  # names that hold one, here
+        self.aliases: dict[str, str] = {}  # local names for its lists: `blocks = seq.blocks`
 
     def visit_FunctionDef(self, node: FunctionNode) -> None:
         outer = self.function, self.names, self.aliases
         declared = annotations(node)
-        sequences = {name for name, kind in declared.items() if kind in SEQUENCE_TYPES}
+        sequences = {name for name, kind in declared.items() if kind in self.record.types}
         self.function, self.names, self.aliases = node.name, self.names - declared.keys() | sequences, {}
         self.generic_visit(node)
         self.function, self.names, self.aliases = outer
@@ -84,7 +129,7 @@ class Writes(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         outer = self.names
-        self.names = self.names | {"self"} if node.name == "Sequence" else self.names
+        self.names = self.names | {"self"} if node.name == self.record.name else self.names
         self.generic_visit(node)
         self.names = outer
 
@@ -116,32 +161,32 @@ class Writes(ast.NodeVisitor):
             case ast.Call(func=ast.Attribute(value=owner, attr=verb)) if verb in MUTATORS:
                 self.note(self.field_of(owner))
             case ast.Call(func=ast.Name("setattr") | ast.Attribute(attr="__setattr__"), args=[owner, name, *_]):
-                if self.is_sequence(owner):
+                if self.is_record(owner):
                     self.note(name.value if isinstance(name, ast.Constant) else "status")
         self.generic_visit(node)
 
     def note(self, field: str | None) -> None:
-        if field in WRITERS:
-            self.found.append(Write(self.path, self.function, field))
+        if field in self.record.writers:
+            self.found.append(Write(self.path, self.function, field, self.record))
 
     def field_of(self, node: ast.expr) -> str | None:
-        """The field of a sequence that an expression reads, if it does."""
+        """The field of a record that an expression reads, if it does."""
         match node:
-            case ast.Attribute(value=owner, attr=field) if self.is_sequence(owner):
+            case ast.Attribute(value=owner, attr=field) if self.is_record(owner):
                 return field
             case ast.Name(name):
                 return self.aliases.get(name)
         return None
 
-    def is_sequence(self, node: ast.expr) -> bool:
-        """Whether an expression is called like a sequence, or declared as one here."""
+    def is_record(self, node: ast.expr) -> bool:
+        """Whether an expression is called like a record, or declared as one here."""
         match node:
             case ast.Name(name):
-                return name in self.names or name.endswith("_seq")
+                return name in self.names or name.endswith(self.record.suffix)
             case ast.Attribute(attr=name):
-                return name in SEQUENCE_NAMES or name.endswith("_seq")
+                return name in self.record.names or name.endswith(self.record.suffix)
             case ast.Subscript(value=ast.Name(name) | ast.Attribute(attr=name)):
-                return name.lstrip("_") in COLLECTION_NAMES or name.endswith("_seqs")
+                return name.lstrip("_") in self.record.collections or name.endswith(f"{self.record.suffix}s")
         return False
 
 
@@ -163,10 +208,11 @@ def annotations(node: FunctionNode) -> dict[str, str]:
 
 
 def writes(path: str, source: str) -> Iterator[Write]:
-    """Every write to a field of a sequence in one file."""
-    visitor = Writes(path)
-    visitor.visit(ast.parse(source))
-    yield from visitor.found
+    """Every write to a field of a record in one file."""
+    for record in RECORDS:
+        visitor = Writes(path, record)
+        visitor.visit(ast.parse(source))
+        yield from visitor.found
 
 
 def all_writes() -> list[Write]:
@@ -178,23 +224,23 @@ def test_only_the_writers_of_the_table_write_a_field() -> None:
 
 
 def test_every_writer_of_the_table_writes_its_field() -> None:
-    actual = {(write.field, write.path, write.function) for write in all_writes()}
+    actual = {(write.record.name, write.field, write.path, write.function) for write in all_writes()}
     listed = {
-        (field, path, function)
-        for field, writers in WRITERS.items()
+        (record.name, field, path, function)
+        for record in RECORDS
+        for field, writers in record.writers.items()
         for path, functions in writers.items()
         for function in functions
     }
-    assert {writer for writer in listed - actual if writer[0] not in FIXED_AT_BIRTH} == set()
+    assert {writer for writer in listed - actual if writer[1] not in FIXED_AT_BIRTH} == set()
 
 
-def test_table_names_every_field_of_a_sequence() -> None:
-    tree = ast.parse(package_files()[CONSTRUCTOR])
-    record = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Sequence")
-    fields = {
-        item.target.id for item in record.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    }
-    assert fields == WRITERS.keys()
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+def test_table_names_every_field_of_a_record(record: Record) -> None:
+    tree = ast.parse(package_files()[record.path])
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record.name).body
+    fields = {item.target.id for item in body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+    assert fields == record.writers.keys()
 
 
 def refused(path: str, source: str) -> list[str]:
@@ -234,6 +280,13 @@ def test_checker_knows_sequences_by_their_annotation() -> None:
 def test_checker_leaves_other_objects_and_reading_alone() -> None:
     for line in ("self.blocks = []", "handle.status = 1", "x = seq.tokens", "seq.tokens.index(1)", "pool.blocks.pop()"):
         assert refused("penstock/engine/a.py", line) == [], line
+
+
+def test_checker_knows_requests() -> None:
+    assert refused(INPUTS, "def admit(request):\n    request.collector = request.seed = 1") == ["seed"]
+    assert refused(OUTPUTS, "def end(request):\n    request.sequences = []") == ["sequences"]
+    assert refused("penstock/engine/a.py", "def f(origin: Request):\n    origin.started = 1") == ["started"]
+    assert refused("penstock/engine/a.py", "request.channel.status = 1") == []
 
 
 def test_checker_wants_the_named_function() -> None:
