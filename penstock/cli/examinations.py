@@ -87,7 +87,7 @@ def _version(name: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    from penstock.models.facts import hardware
+    from penstock.models.hardware import hardware
 
     return {
         "cpu": _cpu_name(),
@@ -136,7 +136,7 @@ def _cache(config: EngineConfig, runner: Any) -> dict[str, Any]:
 
 
 def _rates(spec: Any) -> dict[str, Any]:
-    from penstock.models.facts import copy_bandwidth, matmul_rate
+    from penstock.models.hardware import copy_bandwidth, matmul_rate
 
     return {
         "memory_gb_per_s": copy_bandwidth(spec.device, MEASURE_S) / 1e9,

@@ -10,56 +10,60 @@ import contextlib
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
+from penstock.models.attention import KVStorage, StepAttention
+from penstock.models.beam_sampler import BeamSampler
 from penstock.models.borrow import Borrowed
 from penstock.models.checks import probe, vocab_size
-from penstock.models.continuations import Continuations
-from penstock.models.layout import StepLayout, scores_prompt, wanted_logits
-from penstock.models.memory import free_bytes, held_bytes, host_free_bytes, memory_usage, trim_memory
-from penstock.models.paging import Paging, Storage
+from penstock.models.layout import StepLayout, scores_prompt
+from penstock.models.memory import free_bytes, host_free_bytes, memory_usage, resident_bytes, trim_memory
+from penstock.models.preparation import PreparedModel
 from penstock.models.protocol import ModelChanged, ModelSpec
 from penstock.models.sampler import Sampler
-from penstock.models.storage import LayerShape
-from penstock.optimizers.memory_pool import MemoryPool
 from penstock.optimizers.speculation.verification import positions, verified
 from penstock.step import Row, RowResult, StepPlan, StepResult
 
 
-class Executor:
-    """A `ModelRunner` over a module that was switched to paged attention (see `checks.attach`).
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """What `launch` hands to `collect`: logits [L, vocab], of which `num_logits[i]` rows belong to row i of the plan.
 
-    `borrowed` is whose view the module is, if it is one.
+    The logits lie in memory that the step has borrowed: they are valid until `collect` returns.
+    """
+
+    plan: StepPlan
+    logits: Tensor
+    num_logits: list[int]
+    timings_s: dict[str, float]
+
+
+class Executor:
+    """A `ModelRunner` over a module that was prepared for paged attention.
+
+    `borrowed` is the live module that `model.module` is a view of, if it is one.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        spec: ModelSpec,
-        layers: dict[int, int],
-        shapes: Sequence[LayerShape],
-        paging: Paging,
-        workspaces: MemoryPool,
-        device: torch.device,
-        logits_chunk_bytes: int,
-        *,
-        borrowed: Borrowed | None = None,
+        self, model: PreparedModel, spec: ModelSpec, logits_chunk_bytes: int, borrowed: Borrowed | None = None
     ) -> None:
         self.spec = spec
         self._borrowed = borrowed
-        self._module = module
-        self._layers = layers
-        self._shapes = shapes
-        self._paging = paging
-        self._workspaces = workspaces
-        self._device = device
-        self._storage: Storage | None = None
-        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, paging.survey)
-        self._continuations = Continuations(spec.eos_token_ids, logits_chunk_bytes, paging.survey)
+        self._module = model.module
+        self._layers = model.layers
+        self._shapes = model.shapes
+        self._backend = model.backend
+        self._workspaces = model.workspaces
+        self._device = model.device
+        self._storage: KVStorage | None = None
+        summarize = model.backend.summarize_logits
+        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, summarize)
+        self._beam_sampler = BeamSampler(spec.eos_token_ids, logits_chunk_bytes, summarize)
 
     def free_bytes(self) -> int:
         """Memory that a K/V cache could take now."""
@@ -70,21 +74,21 @@ class Executor:
         return memory_usage(self._device)
 
     def host_free_bytes(self) -> int:
-        """Ordinary memory that a tier on the host could take now."""
+        """Host memory that the host tier could take now."""
         return host_free_bytes()
 
     def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
-        """Give unused memory back, that of these blocks and places of the tier included; how many bytes."""
-        before = held_bytes(self._device)
+        """Give unused memory back, that of these blocks and host places included; returns the number of bytes."""
+        bytes_before = resident_bytes(self._device)
         if self._storage is not None:
-            self._storage.give_back(blocks, places)
+            self._storage.release(blocks, places)
         self._workspaces.clear_pool()
         trim_memory(self._device)
-        return max(0, before - held_bytes(self._device))
+        return max(0, bytes_before - resident_bytes(self._device))
 
     def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
-        """Make room for the K/V of `num_blocks` blocks, and of as many on the host as told. Raises `OutOfMemory`."""
-        self._storage = self._paging.storage(self._shapes, num_blocks, block_size, num_host_blocks)
+        """Allocate `num_blocks` K/V blocks, and `num_host_blocks` in the host tier. Raises `OutOfMemory`."""
+        self._storage = self._backend.storage(self._shapes, num_blocks, block_size, num_host_blocks)
 
     def forget(self, seq_id: int) -> None:
         """Drop the sampler's state of a sequence that ended."""
@@ -94,157 +98,171 @@ class Executor:
         """Free the cache and let go of the weights."""
         self._storage = self._borrowed = None
         self._module = nn.Module()
-        self._paging.close()
+        self._backend.close()
         self.trim_memory()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises `OutOfMemory` or `ExecutionError` when the forward pass itself fails.
+        """Run one step: `launch`, then `collect`. Raises what they raise."""
+        return self.collect(self.launch(plan))
 
-        `ModelChanged` where a borrowed module is not what it was when the step began, or when the last one ended.
+    def launch(self, plan: StepPlan) -> ForwardOutput:
+        """Move and copy the plan's blocks, then run the forward pass, the output head included.
+
+        Samples nothing, so that a request's grammar mask may still be computed while this runs. Raises `OutOfMemory`
+        or `ExecutionError` when the pass fails, `ModelChanged` where a borrowed module is not what it was after the
+        last step.
+        """
+        storage = self._storage
+        assert storage is not None, "allocate() comes first"
+        begin = time.perf_counter()
+        with self.contained():
+            if self._borrowed is not None:
+                # A step in which nobody decodes, as after a pause, has time for a thorough comparison.
+                self._check_module(thorough=all(row.start < row.prompt_len for row in plan.rows))
+            if plan.swaps_out or plan.swaps_in:
+                storage.swap(plan.swaps_out, plan.swaps_in)
+            swapped = time.perf_counter()
+            storage.copy_blocks(plan.copies)
+            layout = StepLayout.of(plan.rows, storage.block_size, self._device)
+            logits = self.compute(layout, storage.attention(layout, self._layers))
+        timings = {"forward": time.perf_counter() - swapped}
+        if plan.swaps_out or plan.swaps_in:
+            timings["swap"] = swapped - begin
+        return ForwardOutput(plan, logits, layout.num_logits, timings)
+
+    def collect(self, output: ForwardOutput) -> StepResult:
+        """Sample from the logits of a forward pass: a result for every row of its plan.
+
+        Grammar masks enter here: an argument with a mask per row, applied to its logits before the sampler sees them.
+        Raises as `launch` does.
         """
         begin = time.perf_counter()
-        with self._passing():
-            self._keep_up(thorough=_begins(plan.rows))
-            moved = self._move(plan)
-            logits, done = self._forward(plan), time.perf_counter()
-            self._keep_up()
-            rows = self._outcomes(plan.rows, logits)
-        timings = {"forward": done - moved, "sample": time.perf_counter() - done}
-        if plan.swaps_out or plan.swaps_in:
-            timings["swap"] = moved - begin
-        return StepResult(rows, timings_s=timings)
+        with self.contained():
+            if self._borrowed is not None:
+                self._check_module()  # it may have changed during the pass
+            rows = self._results(output)
+            self._workspaces.return_all()
+        return StepResult(rows, timings_s={**output.timings_s, "sample": time.perf_counter() - begin})
+
+    def compute(self, layout: StepLayout, attention: StepAttention) -> Tensor:
+        """Logits [L, vocab] after the tokens at `layout.logit_indices`, by the module's own forward."""
+        indices = layout.logit_indices
+        out = self._module(
+            input_ids=layout.input_ids[None],
+            position_ids=layout.positions[None],
+            use_cache=False,
+            # An empty choice would mean "all" to some models.
+            logits_to_keep=indices if len(indices) else indices.new_zeros(1),
+            paged=attention,
+        )
+        logits: Tensor = out.logits[0]
+        if len(logits) != max(1, len(indices)):
+            raise ExecutionError(f"the model returned {len(logits)} rows of logits, and {len(indices)} were requested")
+        return logits[: len(indices)]
 
     @contextlib.contextmanager
-    def _passing(self) -> Iterator[None]:
-        """Around what a step does. Raises `OutOfMemory` or `ExecutionError` whatever went wrong."""
+    def contained(self) -> Iterator[None]:
+        """Whatever fails inside becomes `OutOfMemory` or `ExecutionError`, and the step's memory is free again."""
         try:
             with torch.inference_mode():
                 yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the step's tensors
-            raise _out_of_memory(self._device, error) from error
-        except ModelChanged:
-            raise
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)
-            if isinstance(error, ExecutionError):
-                raise
-            self._keep_up(thorough=True)  # perhaps it failed because the module had changed
-            if self._borrowed is not None:
-                self._borrowed.check_place()
-            raise ExecutionError(f"the forward pass failed: {described(error)}") from error
-        finally:
+        except BaseException as error:
             self._workspaces.return_all()
+            step_error = self._step_error(error)
+            if step_error is error:
+                raise
+            raise step_error from error
 
-    def _keep_up(self, *, thorough: bool = False) -> None:
-        """Raise `ModelChanged` once the module runs as what its owner made of it, `ExecutionError` where it cannot."""
+    def _step_error(self, error: BaseException) -> BaseException:
+        if not isinstance(error, Exception) or isinstance(error, ModelChanged):
+            return error
+        traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep the step's tensors
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return _out_of_memory(self._device, error)
+        if isinstance(error, ExecutionError):
+            return error
+        self._check_module(thorough=True)  # a change of the module may be why it failed
+        if self._borrowed is not None:
+            self._borrowed.check_place()
+        return ExecutionError(f"the forward pass failed: {described(error)}")
+
+    def _check_module(self, *, thorough: bool = False) -> None:
+        """Raise `ModelChanged` once the module runs as its owner has changed it, `ExecutionError` where it cannot."""
         borrowed = self._borrowed
         if borrowed is not None and borrowed.changed(thorough=thorough) and borrowed.renew(self._attach):
             raise ModelChanged
 
     def _attach(self, view: nn.Module) -> None:
-        """Run `view` from here on. Raises `ConfigurationError` where it cannot take the place of the last one."""
-        probed = probe(view, self._device, verify=False, longest=self.spec.max_length)
+        """Run `view` from here on. Raises `ConfigurationError` where it cannot replace the last one."""
+        probed = probe(view, self._device, verify=False, max_length=self.spec.max_length)
         if probed.shapes != self._shapes:
             raise ConfigurationError("its layers keep other keys and values than when it was loaded: make a new engine")
         if (size := vocab_size(view)) < self.spec.vocab_size:
             raise ConfigurationError(f"its vocabulary shrank from {self.spec.vocab_size} to {size}: make a new engine")
         self._module, self._layers = view, probed.layers
 
-    def _move(self, plan: StepPlan) -> float:
-        """Move the plan's blocks to the host and back; when that was done."""
-        assert self._storage is not None, "allocate() comes first"
-        if plan.swaps_out or plan.swaps_in:
-            self._storage.swap(plan.swaps_out, plan.swaps_in)
-        return time.perf_counter()
-
-    def _forward(self, plan: StepPlan) -> Tensor:
-        """Logits [wanted places, vocab] of the step."""
-        assert self._storage is not None, "allocate() comes first"
-        self._storage.copy_blocks(plan.copies)
-        return self._run(StepLayout(plan.rows, self._storage.block_size, self._device))
-
-    def _run(self, layout: StepLayout) -> Tensor:
-        assert self._storage is not None
-        out = self._module(
-            input_ids=layout.input_ids[None],
-            position_ids=layout.positions[None],
-            use_cache=False,
-            logits_to_keep=_at_least_one(layout.logit_places),
-            paged=self._paging.attention(self._storage, layout, self._layers),
-        )
-        logits: Tensor = out.logits[0]
-        if len(logits) != max(1, len(layout.logit_places)):
-            raise ExecutionError(
-                f"the model gave {len(logits)} rows of logits where {len(layout.logit_places)} were asked"
-            )
-        return logits[: len(layout.logit_places)]
-
-    def _outcomes(self, rows: Sequence[Row], logits: Tensor) -> tuple[RowResult, ...]:
-        """Split the logits by row: prompt logprobs where asked for, and draws for each row that samples."""
-        outcomes = [RowResult() for _ in rows]
-        drawing: list[int] = []
-        places: list[int] = []
+    def _results(self, output: ForwardOutput) -> tuple[RowResult, ...]:
+        """Split the logits by row: prompt logprobs where requested, and draws for each row that samples."""
+        rows, logits = output.plan.rows, output.logits
+        scores: dict[int, RowResult] = {}
+        samplers: list[int] = []
+        newest: list[int] = []  # index of each sampler's last logits
         begin = 0
-        for i, row in enumerate(rows):
-            count = wanted_logits(row)
-            if scores_prompt(row):
-                outcomes[i] = self._sampler.prompt_logprobs(logits[begin : begin + count], row)
+        for i, (row, count) in enumerate(zip(rows, output.num_logits, strict=True)):
+            if count and scores_prompt(row):
+                scores[i] = self._sampler.prompt_logprobs(logits[begin : begin + count], row)
             begin += count
             if row.samples:
-                drawing.append(i)
-                places.append(begin - 1)
-        for i, result in zip(drawing, self._draw([rows[i] for i in drawing], logits, places), strict=True):
-            if scores_prompt(rows[i]):
-                scored = outcomes[i]
-                result = result._replace(prompt_logprobs=scored.prompt_logprobs, error=scored.error or result.error)
-            outcomes[i] = result
-        return tuple(outcomes)
+                samplers.append(i)
+                newest.append(begin - 1)
+        draws = self._draw([rows[i] for i in samplers], logits, newest)
+        if not scores and len(draws) == len(rows):
+            return tuple(draws)
+        results = [scores.get(i) or RowResult() for i in range(len(rows))]
+        for i, draw in zip(samplers, draws, strict=True):
+            score = scores.get(i)
+            results[i] = (
+                draw
+                if score is None
+                else draw._replace(prompt_logprobs=score.prompt_logprobs, error=score.error or draw.error)
+            )
+        return tuple(results)
 
-    def _draw(self, rows: Sequence[Row], logits: Tensor, places: list[int]) -> list[RowResult]:
-        """A token or a beam's continuations for every row, whose last logits are at `places`.
+    def _draw(self, rows: Sequence[Row], logits: Tensor, newest: list[int]) -> list[RowResult]:
+        """A token, or a beam's candidates, for every row; `newest` are the indices of their last logits.
 
-        Siblings draw from the same logits; a row with drafts has a draw in place of each of them, too.
+        A row's siblings draw from the same logits; a row with drafts also has a draw in place of each draft.
         """
         if not any(row.draft or row.siblings or row.params.use_beam_search for row in rows):
-            return self._sampler.sample(_chosen(logits, places), rows) if rows else []
-        everyone = [found for row, place in zip(rows, places, strict=True) for found in _draws(row, place)]
-        found: dict[int, RowResult] = {}
-        for way, searches in ((self._sampler.sample, False), (self._continuations.find, True)):
-            members = [i for i, (one, _) in enumerate(everyone) if one.params.use_beam_search == searches]
+            return self._sampler.sample(_take(logits, newest), rows) if rows else []
+        draws = [draw for row, index in zip(rows, newest, strict=True) for draw in _draws_of(row, index)]
+        results: dict[int, RowResult] = {}
+        for sample, beams in ((self._sampler.sample, False), (self._beam_sampler.candidates, True)):
+            members = [i for i, (row, _) in enumerate(draws) if row.params.use_beam_search == beams]
             if members:
-                chosen = _chosen(logits, [everyone[i][1] for i in members])
-                found |= zip(members, way(chosen, [everyone[i][0] for i in members]), strict=True)
-        results = iter(found[i] for i in range(len(everyone)))
-        own, siblings = list[RowResult](), list[tuple[RowResult, ...]]()
+                member_logits = _take(logits, [draws[i][1] for i in members])
+                results |= zip(members, sample(member_logits, [draws[i][0] for i in members]), strict=True)
+        ordered = iter(results[i] for i in range(len(draws)))
+        row_results, sibling_results = list[RowResult](), list[tuple[RowResult, ...]]()
         for row in rows:
-            own += islice(results, 1 + len(row.draft))
-            siblings.append(tuple(islice(results, len(row.siblings))))
-        return [one._replace(siblings=some) for one, some in zip(verified(rows, own), siblings, strict=True)]
+            row_results += islice(ordered, 1 + len(row.draft))
+            sibling_results.append(tuple(islice(ordered, len(row.siblings))))
+        pairs = zip(verified(rows, row_results), sibling_results, strict=True)
+        return [result._replace(siblings=siblings) for result, siblings in pairs]
 
 
-def _begins(rows: Sequence[Row]) -> bool:
-    """Whether nobody was decoding before this step, as after a pause: then there is time for a thorough look."""
-    return all(row.start < row.prompt_len for row in rows)
-
-
-def _draws(row: Row, last: int) -> Iterator[tuple[Row, int]]:
-    """Whoever draws for a row whose last logits are at `last`, and from which logits."""
-    yield from zip(positions(row), range(last - len(row.draft), last + 1), strict=True)
+def _draws_of(row: Row, newest: int) -> Iterator[tuple[Row, int]]:
+    """(row to draw for, index of its logits): after each draft position, then for each sibling."""
+    yield from zip(positions(row), range(newest - len(row.draft), newest + 1), strict=True)
     for sibling in row.siblings:
-        yield sibling, last
+        yield sibling, newest
 
 
-def _chosen(logits: Tensor, places: list[int]) -> Tensor:
-    """The logits at those places; without a copy where that is all of them."""
-    if places == list(range(len(logits))):
+def _take(logits: Tensor, indices: list[int]) -> Tensor:
+    """The logits at `indices`; not copied where these are all in order."""
+    if indices == list(range(len(logits))):
         return logits
-    return logits[torch.tensor(places, dtype=torch.int64, device=logits.device)]
-
-
-def _at_least_one(places: Tensor) -> Tensor:
-    """Models slice with these places; an empty choice would mean "all" to some."""
-    return places if len(places) else places.new_zeros(1)
+    return logits[torch.tensor(indices, dtype=torch.int64, device=logits.device)]
 
 
 def _out_of_memory(device: torch.device, error: BaseException) -> OutOfMemory:

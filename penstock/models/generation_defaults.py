@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from penstock.errors import text_of
-from penstock.models.protocol import ModelSpec
 from penstock.sampling import SamplingParams
 
 log = logging.getLogger("penstock")
@@ -95,13 +94,6 @@ def generation_defaults(
     if "bad_words" in found:  # as transformers does it, EOS is no bad word
         found["bad_words"] = [word for word in found["bad_words"] if len(word) > 1 or word[0] not in eos_token_ids]
     return found | _search(fields, found), ignored
-
-
-def warn_of_ignored(module: nn.Module, spec: ModelSpec, *, has_text: bool) -> None:
-    """One warning for all that cannot act."""
-    _, ignored = generation_defaults(module, spec.vocab_size, spec.eos_token_ids, has_text=has_text)
-    if ignored:
-        log.warning("the generation config of %s is not followed in: %s", spec.name, "; ".join(ignored))
 
 
 def _acting(fields: Mapping[str, Any], ignored: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""From what a caller has (hub id, folder, live module, nothing) to a model that runs: `load`.
+"""From what a caller has (hub id, folder, live module, nothing) to a model that runs: `load`, `load_draft`.
 
-Owns device and dtype resolution and every way a load can fail. Never downloads
+Resolves device and dtype, and turns every way in which a load can fail into an error with a remedy. Never downloads
 when a local path was meant. Called once per engine, off the event loop; imports torch and transformers.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,17 +17,17 @@ from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError, OutOfMemory, PenstockError, described, text_of
 from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
-from penstock.models.checks import refuse_foreign, vocab_size
+from penstock.models.checks import refuse_unsupported, text_config, vocab_size
+from penstock.models.draft_runner import DraftRunner
 from penstock.models.executor import Executor
 from penstock.models.folder import check_source, expanded
-from penstock.models.generation_defaults import eos_token_ids, generation_defaults, warn_of_ignored
-from penstock.models.lean import DraftRunner
+from penstock.models.generation_defaults import eos_token_ids, generation_defaults
+from penstock.models.hardware import torch_threads_kept
 from penstock.models.pinning import PinnedDefaults
-from penstock.models.positions import Limit, length_limit
+from penstock.models.positions import LengthLimit, length_limit
+from penstock.models.preparation import PreparedModel, prepare
 from penstock.models.protocol import ModelSpec
 from penstock.models.reading import read_module, read_tokenizer
-from penstock.models.readying import Ready, ready
-from penstock.models.threads import same_torch_threads
 
 ONE_THREAD_BYTES = 16 * 1024**2
 DTYPES = {
@@ -49,44 +48,51 @@ class LoadedModel:
     """A model ready to run, and the tokenizer that belongs to it (None: token ids only)."""
 
     runner: Executor
-    tokenizer: Any
+    tokenizer: object
 
 
-def load(model: str | Path | nn.Module | None, tokenizer: Any, config: EngineConfig) -> LoadedModel:
+def load(model: str | Path | nn.Module | None, tokenizer: object, config: EngineConfig) -> LoadedModel:
     """Load or borrow `model` (None: the demo model) and switch it to paged attention.
 
     Raises `ConfigurationError` for what cannot be found, read or run, `OutOfMemory` when weights do not fit.
     """
+    borrowed: Borrowed | None = None
     if isinstance(model, nn.Module):
         tokenizer = _tokenizer_for(None, tokenizer, config)
         borrowed = Borrowed(model, packed=config.compile_model)
-        owner = borrowed.view if config.compile_model else model  # what is packed is the view's own
-        parts = _parts(borrowed.view, owner, tokenizer, config, _name_of(model))
-        return _ready(parts, tokenizer, borrowed)
-    source = expanded(str(MODEL_DIR if model is None else model))
-    module = load_bare(source, config)
-    tokenizer = _tokenizer_for(source, tokenizer, config)
-    return _ready(_parts(module, module, tokenizer, config, source), tokenizer)
+        module = borrowed.view
+        owner = module if config.compile_model else model  # packed weights belong to the view
+        name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    else:
+        name = expanded(str(MODEL_DIR if model is None else model))
+        module = owner = load_bare(name, config)
+        tokenizer = _tokenizer_for(name, tokenizer, config)
+    prepared, spec, ignored = _prepare(module, owner, tokenizer, config, name)
+    runner = Executor(prepared, spec, config.logits_chunk_bytes, borrowed)
+    if ignored:
+        log.warning("the generation config of %s is not followed in: %s", name, "; ".join(ignored))
+    return LoadedModel(runner, tokenizer)
 
 
-def load_draft(source: str, large: ModelSpec, config: EngineConfig) -> DraftRunner:
-    """Load a model that drafts for `large`. Raises `ConfigurationError`, also when its vocabulary is another one.
+def load_draft(source: str, target: ModelSpec, config: EngineConfig) -> DraftRunner:
+    """Load a model that drafts for `target`. Raises `ConfigurationError`, also when its vocabulary is another one.
 
-    A model this small gains nothing from a second thread: handing work over costs more than it saves. The large one,
-    which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
+    A very small model gains nothing from a second thread: handing work over costs more than it saves. The target
+    model, which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
     """
-    own = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
-    config = config.model_copy(update=own)
+    overrides = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
+    config = config.model_copy(update=overrides)
     module = load_bare(source, config)
     if weight_bytes(module) <= ONE_THREAD_BYTES:
         config.num_threads = 1
-    if vocab_size(module) != large.vocab_size:
+    if (size := vocab_size(module)) != target.vocab_size:
         raise ConfigurationError(
-            f"the draft model {source} has {vocab_size(module)} tokens in its vocabulary and {large.name} has "
-            f"{large.vocab_size}: choose a smaller model of the same family, or drafter='ngram'"
+            f"the draft model {source} has {size} tokens in its vocabulary and {target.name} has "
+            f"{target.vocab_size}: choose a smaller model of the same family, or drafter='ngram'"
         )
-    with same_torch_threads():
-        return DraftRunner(*_parts(module, module, None, config, source))
+    with torch_threads_kept():
+        prepared, spec, _ = _prepare(module, module, None, config, source)
+        return DraftRunner(prepared, spec, config.logits_chunk_bytes)
 
 
 def load_bare(source: str, config: EngineConfig) -> nn.Module:
@@ -111,7 +117,7 @@ def load_bare(source: str, config: EngineConfig) -> nn.Module:
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" prefers CUDA. Raises `ConfigurationError` for a device that is not there."""
+    """ "auto" prefers CUDA. Raises `ConfigurationError` for a device that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -130,88 +136,76 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     return DTYPES.get(name, "auto")
 
 
-def _tokenizer_for(source: str | None, tokenizer: Any, config: EngineConfig) -> Any:
+def _tokenizer_for(source: str | None, tokenizer: object, config: EngineConfig) -> object:
     """The caller's tokenizer object, or the one named, or the model's own; None when skipped."""
     if config.skip_tokenizer_init:
         return None
-    name = tokenizer if isinstance(tokenizer, str) else config.tokenizer
     if tokenizer is not None and not isinstance(tokenizer, str):
         return tokenizer
+    name = tokenizer if isinstance(tokenizer, str) else config.tokenizer
     if source is None and name is None:
         raise ConfigurationError(
             "a live module needs its tokenizer: InferenceEngine(model, tokenizer), or skip_tokenizer_init=True"
         )
-    return _read_tokenizer(expanded(name or str(source)), config)
-
-
-def _read_tokenizer(source: str, config: EngineConfig) -> Any:
+    path = expanded(name or str(source))
     try:
-        return read_tokenizer(source, config)
+        return read_tokenizer(path, config)
     except Exception as error:
         raise ConfigurationError(
-            f"cannot load a tokenizer from {source!r} ({text_of(error)}): "
+            f"cannot load a tokenizer from {path!r} ({text_of(error)}): "
             "pass tokenizer=..., or skip_tokenizer_init=True to serve token ids"
         ) from error
 
 
-def _ready(parts: tuple[Any, ...], tokenizer: Any, borrowed: Borrowed | None = None) -> LoadedModel:
-    runner = Executor(*parts, borrowed=borrowed)
-    module: nn.Module = parts[0]
-    warn_of_ignored(module, runner.spec, has_text=tokenizer is not None)
-    return LoadedModel(runner, tokenizer)
+def _prepare(
+    module: nn.Module, owner: nn.Module, tokenizer: object, config: EngineConfig, name: str
+) -> tuple[PreparedModel, ModelSpec, list[str]]:
+    """The module ready to run, its facts, and what its generation config asks for in vain, in words.
 
-
-def _parts(module: nn.Module, owner: nn.Module, tokenizer: Any, config: EngineConfig, name: str) -> tuple[Any, ...]:
-    """What an `Executor` is made of."""
-    refuse_foreign(module)
+    `owner` has the weights: `module` itself, unless that is a view of somebody's module.
+    """
+    refuse_unsupported(module)
     device, dtype = device_and_dtype(module)
-    eos = eos_token_ids(module, tokenizer)
-    limit = length_limit(_text_config(module))
-    longest = _longest(limit, config)
-    facts: dict[str, Any] = {
-        "name": name,
-        "vocab_size": vocab_size(module),
-        "max_length": longest,
-        "max_length_reason": limit.reason if longest == limit.tokens else "",
-        "eos_token_ids": eos,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "defaults": generation_defaults(module, vocab_size(module), eos, has_text=tokenizer is not None)[0],
-    }
-    read = weight_bytes(owner)
-    made = _try(module, device, longest, config, owned=module is owner)
+    eos, vocabulary = eos_token_ids(module, tokenizer), vocab_size(module)
+    limit = length_limit(text_config(module))
+    max_length = _max_length(limit, config)
+    defaults, ignored = generation_defaults(module, vocabulary, eos, has_text=tokenizer is not None)
+    loaded_bytes = weight_bytes(owner)
+    prepared = _try_to_prepare(module, device, max_length, config, owned=module is owner)
     spec = ModelSpec(
-        **facts,
-        kv_bytes_per_token=made.kv_bytes_per_token,
-        weight_bytes=min(read, weight_bytes(owner) + made.packed_bytes),  # a head tied to the embedding counts once
-        kernels=made.kernels,
-        rewrites=made.rewrites,
+        name=name,
+        vocab_size=vocabulary,
+        max_length=max_length,
+        max_length_reason=limit.reason if max_length == limit.tokens else "",
+        eos_token_ids=eos,
+        kv_bytes_per_token=prepared.kv_bytes_per_token,
+        # A head tied to the embedding counts once.
+        weight_bytes=min(loaded_bytes, weight_bytes(owner) + prepared.packed_bytes),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        kernels=prepared.kernels,
+        rewrites=prepared.rewrites,
+        defaults=defaults,
     )
-    return module, spec, made.layers, made.shapes, made.paging, made.workspaces, device, config.logits_chunk_bytes
+    return prepared, spec, ignored
 
 
-def _longest(limit: Limit, config: EngineConfig) -> int:
-    asked = config.max_sequence_length or limit.tokens
-    if asked > limit.tokens and "max_sequence_length" in config.model_fields_set:
-        log.warning("max_sequence_length=%d is cut to %d: %s", asked, limit.tokens, limit.reason)
-    return min(asked, limit.tokens)
+def _max_length(limit: LengthLimit, config: EngineConfig) -> int:
+    requested = config.max_sequence_length or limit.tokens
+    if requested > limit.tokens and "max_sequence_length" in config.model_fields_set:
+        log.warning("max_sequence_length=%d is cut to %d: %s", requested, limit.tokens, limit.reason)
+    return min(requested, limit.tokens)
 
 
-def _try(module: nn.Module, device: torch.device, longest: int, config: EngineConfig, *, owned: bool) -> Ready:
+def _try_to_prepare(
+    module: nn.Module, device: torch.device, max_length: int, config: EngineConfig, *, owned: bool
+) -> PreparedModel:
     try:
         with torch.inference_mode(), PinnedDefaults(torch.float32):
-            return ready(module, device, longest, config, owned=owned)
+            return prepare(module, device, max_length, config, owned=owned)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"{device.type.upper()} out of memory while trying the model: use a smaller one") from error
     except PenstockError:
         raise
     except Exception as error:
         raise ConfigurationError(f"a trial pass of the model failed: {described(error)}") from error
-
-
-def _name_of(module: nn.Module) -> str:
-    return getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
-
-
-def _text_config(module: nn.Module) -> Any:
-    return module.config.get_text_config()  # type: ignore[union-attr, operator]

@@ -38,14 +38,14 @@ _STRETCHED_TO = (
 )
 
 
-class Limit(NamedTuple):
+class LengthLimit(NamedTuple):
     """`tokens` of prompt and output together; `reason` says why not more, and the remedy."""
 
     tokens: int
     reason: str
 
 
-def length_limit(config: Any) -> Limit:
+def length_limit(config: Any) -> LengthLimit:
     """The limit that a transformers text config sets: its `max_position_embeddings`, or what its rotary positions hold.
 
     As in vLLM, positions of the kinds linear, yarn, llama3 and proportional hold up to `factor` times the original
@@ -55,7 +55,7 @@ def length_limit(config: Any) -> Limit:
     table = _table(config)
     parameters: Any = getattr(config, "rope_parameters", None) or {}
     if not parameters:
-        return Limit(table, f"the model's position embeddings end at {table} tokens: use another one")
+        return LengthLimit(table, f"the model's position embeddings end at {table} tokens: use another one")
     if "rope_type" in parameters:
         return _of_kind(parameters, table)
     # By kind of layer. Where layers slide, positions beyond the window do not matter; what the config says of all
@@ -68,19 +68,19 @@ def length_limit(config: Any) -> Limit:
     return min(limits, key=lambda limit: limit.tokens)
 
 
-def _of_kind(parameters: Mapping[str, Any], table: int) -> Limit:
+def _of_kind(parameters: Mapping[str, Any], table: int) -> LengthLimit:
     kind = parameters.get("rope_type", "default")
     original = _length(parameters.get("original_max_position_embeddings"), table)
     if kind == "dynamic":
-        return Limit(table, f"{_FOLLOWS.format(table)} {_FIXED_BY_YARN.format(table)}")
+        return LengthLimit(table, f"{_FOLLOWS.format(table)} {_FIXED_BY_YARN.format(table)}")
     if kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor"):
         limit = min(table, original)
-        return Limit(limit, f"{_FOLLOWS.format(limit)} {_FIXED_BY_LONG.format(table)}")
+        return LengthLimit(limit, f"{_FOLLOWS.format(limit)} {_FIXED_BY_LONG.format(table)}")
     if kind not in _STRETCHED and kind not in _STRETCHED_FROM_ORIGINAL:
-        return Limit(table, _STRETCH.format(table))
+        return LengthLimit(table, _STRETCH.format(table))
     base = table if kind in _STRETCHED else original
     tokens = min(max(table, int(_positive(parameters.get("factor")) * base)), NO_LIMIT)
-    return Limit(tokens, _STRETCHED_TO.format(tokens))
+    return LengthLimit(tokens, _STRETCHED_TO.format(tokens))
 
 
 def _table(config: Any) -> int:

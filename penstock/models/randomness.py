@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits: BLAKE2b of the key. Any integers will do, of any size and sign."""
+    """A number in [0, 1) with 53 random bits: BLAKE2b of the key. The key may be any integers, of any size and sign."""
     digest = blake2b(b"%d %d %d" % (seed, sample_index, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def locate(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Find in which step of its row's cumulative sum each target falls.
+    """Find the step of its row's cumulative sum that each target falls into.
 
     cumulative float64 [R, N], ascending; target float64 [R]. Returns the first index [R] whose sum exceeds the
     target, and what the target exceeds the sum before it by [R]. A target at or above the total counts as just
@@ -28,27 +28,27 @@ def locate(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1]
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))[:, None]
     index = torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[1] - 1)
-    before = cumulative.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0.0)
-    return index[:, 0], (target - before)[:, 0]
+    preceding_sum = cumulative.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0.0)
+    return index[:, 0], (target - preceding_sum)[:, 0]
 
 
-def draw_from_blocks(weights: Tensor, cumulative: Tensor, uniforms: Tensor) -> Tensor:
+def draw_from_chunks(weights: Tensor, cumulative: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token per row in proportion to its weight, in vocabulary order.
 
-    weights float32 [R, N, B]; cumulative float64 [R, N], the running sum of the N blocks' totals; uniforms float64
-    [R] in [0, 1). Returns tokens int64 [R]. Two levels, so that only one block per row is summed in float64.
+    weights float32 [R, N, C]; cumulative float64 [R, N], the running sum of the N chunks' totals; uniforms float64
+    [R] in [0, 1). Returns tokens int64 [R]. Two levels, so that only one chunk per row is summed in float64.
     """
-    block, rest = locate(cumulative, uniforms * cumulative[:, -1])
-    row = torch.arange(len(block), dtype=torch.int64, device=block.device)
-    inside = weights[row, block].double().cumsum(-1)
-    return block * weights.shape[2] + locate(inside, rest)[0]
+    chunk, remainder = locate(cumulative, uniforms * cumulative[:, -1])
+    row = torch.arange(len(chunk), dtype=torch.int64, device=chunk.device)
+    cumulative_in_chunk = weights[row, chunk].double().cumsum(-1)
+    return chunk * weights.shape[2] + locate(cumulative_in_chunk, remainder)[0]
 
 
 def draw_from_candidates(ids: Tensor, weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one of each row's candidates in proportion to its weight, in vocabulary order.
 
     ids int64 [R, W]; weights float64 [R, W], 0 for what must not be drawn. Returns tokens int64 [R] and the weights'
-    sums float64 [R]. Candidates of weight 0 change nothing, so neither does how many of them were brought along.
+    sums float64 [R]. Candidates of weight 0 change nothing, so neither does their number.
     """
     ids, order = ids.sort(-1)
     cumulative = weights.gather(1, order).cumsum(-1)

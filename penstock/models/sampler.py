@@ -1,16 +1,17 @@
 """`Sampler`: from a step's logits to its tokens and their log probabilities.
 
-Owns the grouping of rows that are sampled the same way, what is remembered per sequence, and the results. Never runs
-the model, never advances a sequence, never touches a global random generator. Called by the executor, once per step.
+Owns how rows are grouped for sampling, the state of each sequence's rules, and the results. Never runs the model, never
+advances a sequence, never touches a global random generator. Called by the executor, once per step.
 
-A row's path depends on its own logits and parameters alone, so that its neighbours never change a bit of its result.
+How a row is computed depends on its own logits and parameters alone, so that its neighbours never change a bit of its
+result.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,28 +20,27 @@ from torch import Tensor
 
 from penstock.errors import RequestError
 from penstock.models import rules
-from penstock.models.cutoffs import cut
-from penstock.models.filters import Filters, filter_candidates, filter_vocabulary
-from penstock.models.randomness import draw_from_blocks, draw_from_candidates, uniform
-from penstock.models.vocabulary import Survey, Top, Vocabulary, Weights, in_order
+from penstock.models.filters import Filters, apply_all_filters, filter_candidates, filter_vocabulary
+from penstock.models.randomness import draw_from_candidates, draw_from_chunks, uniform
+from penstock.models.vocabulary import LogitSummarizer, Top, Vocabulary, Weights, in_order
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
 BYTES_PER_LOGIT = 64  # float32 logits and weights; in the worst step of top-p, int64 and float64 of the same
-_CPU_CHUNK_LOGITS = _MIB  # about what a processor caches: larger chunks only wait for memory
-_NUM_CANDIDATES = 128  # holds most nuclei
-_MOST_CANDIDATES = 1024  # from here on, passes over the vocabulary are cheaper
+_CPU_BATCH_LOGITS = _MIB  # about what a processor caches: larger batches only wait for memory
+_MIN_CANDIDATES = 128  # holds most nuclei
+_MAX_CANDIDATES = 1024  # above, passes over the vocabulary are cheaper
 
 
-class Way(Enum):
-    """How a row's token is found."""
+class Method(Enum):
+    """How a row's token is chosen."""
 
     GREEDY = "greedy"  # the greatest logit
-    WHOLE = "whole"  # a draw from the whole vocabulary
-    MIN_P = "min_p"  # a draw from what min-p leaves of the vocabulary
+    FULL = "full"  # a draw from the whole vocabulary
+    MIN_P = "min_p"  # a draw from the vocabulary after min-p
     NUCLEUS = "nucleus"  # a draw from the top-p of the vocabulary
     TOP_K = "top_k"  # a draw from the top-k, and the top-p of that
-    CUT = "cut"  # a draw from what further restrictions leave of any of these
+    ALL_FILTERS = "all_filters"  # a draw after filters beyond top-k, top-p and min-p
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +48,37 @@ class Group:
     """What rows that are computed together have in common.
 
     `plain`: no rules and temperature 1, so that the model's own probabilities serve. `width`: how many candidates to
-    look at first, 0 for none.
+    try before the whole vocabulary, 0 for none.
     """
 
-    way: Way
+    method: Method
     ruled: bool
     plain: bool
     width: int
 
 
-_PLAIN_GREEDY = Group(Way.GREEDY, False, False, 0)
+_PLAIN_GREEDY = Group(Method.GREEDY, False, False, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Per row: the token int64, its sampled log probability float64, and whether there was a choice at all, bool."""
+    """Per row: the token int64, its log probability in the draw float64, and whether any token was possible, bool."""
 
     token: Tensor
     sampled: Tensor
     possible: Tensor
 
     @classmethod
-    def none(cls, num_rows: int, device: torch.device) -> Choice:
-        """Room for the choices of `num_rows` rows."""
+    def empty(cls, num_rows: int, device: torch.device) -> Choice:
+        """For `num_rows` rows, to be filled by `put`."""
         token = torch.zeros(num_rows, dtype=torch.int64, device=device)
         return cls(token, torch.zeros_like(token, dtype=torch.float64), torch.zeros_like(token, dtype=torch.bool))
 
-    def put(self, rows: Tensor, chosen: Choice) -> None:
+    def put(self, rows: Tensor, choice: Choice) -> None:
         """Write the choices of some rows."""
-        self.token[rows] = chosen.token
-        self.sampled[rows] = chosen.sampled
-        self.possible[rows] = chosen.possible
+        self.token[rows] = choice.token
+        self.sampled[rows] = choice.sampled
+        self.possible[rows] = choice.possible
 
 
 class Sampler:
@@ -89,11 +89,11 @@ class Sampler:
 
     def __init__(
         self, vocab_size: int, eos_token_ids: frozenset[int], chunk_bytes: int = 256 * _MIB,
-        survey: Survey | None = None,
+        summarize: LogitSummarizer | None = None,
     ) -> None:  # fmt: skip
         self._eos_token_ids = eos_token_ids
-        self._chunk_logits = max(vocab_size, chunk_bytes // BYTES_PER_LOGIT)
-        self._survey = survey
+        self._max_batch_logits = max(vocab_size, chunk_bytes // BYTES_PER_LOGIT)
+        self._summarize = summarize
         self._sequences: dict[int, rules.SequenceRules] = {}
 
     @torch.no_grad()
@@ -102,16 +102,17 @@ class Sampler:
 
         logits [R, V] of any float dtype, on any device: those after the last position of each row. Results come in
         order. A row whose processor fails, whose rules leave no token (both `RequestError`) or whose logits are not
-        numbers (`ExecutionError`) carries its error and hurts nobody else.
+        finite (`ExecutionError`) carries its error and affects no other row.
         """
         assert len(logits) == len(rows)
+        groups = [_group_of(row, logits.shape[1]) for row in rows]
+        one_pass = self._summarize is not None and all(group == _PLAIN_GREEDY for group in groups)
         results: list[RowResult] = []
-        whole = self._survey is not None and all(_group(row, logits.shape[1]) == _PLAIN_GREEDY for row in rows)
-        for chunk in self._chunks(logits, whole):
-            if whole and all(row.params.logprobs is None for row in rows[chunk]):
-                results += _greatest(Vocabulary.of(logits[chunk], self._survey))
+        for batch in self._batches(logits, one_pass=one_pass):
+            if one_pass and all(row.params.logprobs is None for row in rows[batch]):
+                results += _greedy_results(Vocabulary.of(logits[batch], self._summarize))
             else:
-                results += self._sample_chunk(logits[chunk], rows[chunk])
+                results += self._sample_batch(logits[batch], rows[batch], groups[batch])
         return results
 
     @torch.no_grad()
@@ -119,46 +120,55 @@ class Sampler:
         """Score the prompt tokens at positions start + 1 to min(end, prompt_len - 1), under the model itself.
 
         logits [end - start, V], of every position of the row. `sampled` repeats `logprob`: nothing was sampled.
-        Logits that are not numbers are the row's error.
+        Logits that are not finite are the row's error.
         """
         num_scored = max(0, min(row.end, row.prompt_len - 1) - row.start)
         ids = list(row.tokens[row.start + 1 : row.start + 1 + num_scored])
         tokens = torch.tensor(ids, dtype=torch.int64, device=logits.device)
-        scored: list[TokenLogprobs] = []
+        scores: list[TokenLogprobs] = []
         logits = logits[:num_scored]
-        for chunk in self._chunks(logits):
-            raw = Vocabulary.of(logits[chunk], self._survey)
-            scored += _score(raw, tokens[chunk], row.params.prompt_logprobs or 0)
-        if any(math.isnan(entry.logprob) for entry in scored):
+        for batch in self._batches(logits):
+            raw = Vocabulary.of(logits[batch], self._summarize)
+            scores += _score(raw, tokens[batch], row.params.prompt_logprobs or 0)
+        if any(math.isnan(score.logprob) for score in scores):
             return RowResult(error=rules.row_error(False, None, True))
-        return RowResult(prompt_logprobs=tuple(scored))
+        return RowResult(prompt_logprobs=tuple(scores))
 
     def forget(self, seq_id: int) -> None:
-        """Drop what is remembered of a sequence, if anything."""
+        """Drop the state of a sequence, if there is any."""
         self._sequences.pop(seq_id, None)
 
-    def _chunks(self, logits: Tensor, whole: bool = False) -> Iterable[slice]:
-        """Few rows at a time; as many as memory allows if nothing but the survey goes through the `whole` of them."""
-        cached = logits.device.type == "cpu" and not whole
-        most = min(self._chunk_logits, _CPU_CHUNK_LOGITS) if cached else self._chunk_logits
-        size = max(1, most // logits.shape[1])
-        return (slice(first, first + size) for first in range(0, len(logits), size))
+    def _batches(self, logits: Tensor, *, one_pass: bool = False) -> Iterable[slice]:
+        """Slices of rows that are sampled together.
 
-    def _sample_chunk(self, logits: Tensor, rows: Sequence[Row]) -> list[RowResult]:
-        raw = Vocabulary.of(logits, self._survey)
-        groups = _grouped(rows, raw.size)
-        weights = raw.weights() if any(group.plain for group in groups) else None
-        choice = Choice.none(len(rows), logits.device)
+        On a CPU a batch is small, so that it stays in the cache from one pass over its logits to the next; where the
+        kernel that summarizes logits makes the only pass (`one_pass`), memory alone limits its size.
+        """
+        cached = logits.device.type == "cpu" and not one_pass
+        num_logits = min(self._max_batch_logits, _CPU_BATCH_LOGITS) if cached else self._max_batch_logits
+        size = max(1, num_logits // logits.shape[1])
+        return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
+
+    def _sample_batch(self, logits: Tensor, rows: Sequence[Row], groups: Sequence[Group]) -> list[RowResult]:
+        raw = Vocabulary.of(logits, self._summarize)
+        members_of: dict[Group, list[int]] = defaultdict(list)
+        for i, group in enumerate(groups):
+            members_of[group].append(i)
+        weights = raw.weights() if any(group.plain for group in members_of) else None
+        choice = Choice.empty(len(rows), logits.device)
         errors: dict[int, RequestError] = {}
-        for group, members in groups.items():
+        for group, members in members_of.items():
             index = torch.tensor(members, dtype=torch.int64, device=logits.device)
-            some = [rows[i] for i in members]
-            seen = raw if len(members) == len(rows) else raw.take(index)
+            member_rows = [rows[i] for i in members]
+            is_all = len(members) == len(rows)
+            ruled = raw if is_all else raw.take(index)
             if group.ruled:
-                seen, failed = self._apply_rules(raw.take(index), some)
-                errors |= {members[i]: error for i, error in failed.items()}
-            own = _weights_of(weights, index, len(rows)) if group.plain and weights is not None else None
-            choice.put(index, _choose(group, seen, own, some))
+                ruled, member_errors = self._apply_rules(raw.take(index), member_rows)
+                errors |= {members[i]: error for i, error in member_errors.items()}
+            plain_weights = None
+            if group.plain and weights is not None:
+                plain_weights = weights if is_all else weights.take(index)
+            choice.put(index, _choose(group, ruled, plain_weights, member_rows))
         return _results(raw, raw.log_total(weights), choice, rows, errors)
 
     def _apply_rules(self, copy: Vocabulary, rows: Sequence[Row]) -> tuple[Vocabulary, dict[int, RequestError]]:
@@ -167,62 +177,53 @@ class Sampler:
         return copy.refreshed(), errors
 
     def _sequence(self, row: Row, size: int) -> rules.SequenceRules:
-        known = self._sequences.get(row.seq_id)
-        if known is None or not known.continues(row):
-            known = self._sequences[row.seq_id] = rules.SequenceRules.of(row, self._eos_token_ids, size)
-        return known
+        sequence = self._sequences.get(row.seq_id)
+        if sequence is None or not sequence.continues(row):
+            sequence = self._sequences[row.seq_id] = rules.SequenceRules.of(row, self._eos_token_ids, size)
+        return sequence
 
 
-def _grouped(rows: Sequence[Row], size: int) -> dict[Group, list[int]]:
-    groups: dict[Group, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[_group(row, size)].append(i)
-    return groups
-
-
-def _group(row: Row, size: int) -> Group:
+def _group_of(row: Row, size: int) -> Group:
     p = row.params
     ruled = rules.has_rules(row)
     if p.greedy:
-        return Group(Way.GREEDY, ruled, False, 0)
+        return Group(Method.GREEDY, True, False, 0) if ruled else _PLAIN_GREEDY
     if p.is_cut:
-        return Group(Way.CUT, ruled, False, 0)
+        return Group(Method.ALL_FILTERS, ruled, False, 0)
     if p.top_k:
-        return Group(Way.TOP_K, ruled, False, _width(p.top_k, size))
+        return Group(Method.TOP_K, ruled, False, _width(p.top_k, size))
     plain = not ruled and p.temperature == 1
     if p.top_p < 1:
-        return Group(Way.NUCLEUS, ruled, plain, _width(0, size))
-    return Group(Way.MIN_P if p.min_p else Way.WHOLE, ruled, plain, 0)
+        return Group(Method.NUCLEUS, ruled, plain, _width(0, size))
+    return Group(Method.MIN_P if p.min_p else Method.FULL, ruled, plain, 0)
 
 
 def _width(top_k: int, size: int) -> int:
-    """Room for the top-k and for ties with its last one, in powers of 2 so that groups stay few."""
-    if size <= _MOST_CANDIDATES:
+    """Candidates for the top-k and for ties with its last one, in powers of 2 so that there are few groups."""
+    if size <= _MAX_CANDIDATES:
         return size
-    width = max(_NUM_CANDIDATES, 1 << (top_k + top_k // 2).bit_length())
-    return width if width <= _MOST_CANDIDATES else 0
+    width = max(_MIN_CANDIDATES, 1 << (top_k + top_k // 2).bit_length())
+    return width if width <= _MAX_CANDIDATES else 0
 
 
-def _weights_of(weights: Weights, index: Tensor, num_rows: int) -> Weights:
-    return weights if len(index) == num_rows else weights.take(index)
-
-
-def _choose(group: Group, seen: Vocabulary, weights: Weights | None, rows: Sequence[Row]) -> Choice:
-    """Choose by logits after every rule; `weights` are theirs, where they are known already."""
-    possible = seen.peak.isfinite()
-    if group.way is Way.GREEDY:
-        return Choice(seen.argmax(), torch.zeros_like(seen.peak, dtype=torch.float64), possible)
-    p, uniforms = _parameters(rows, seen.peak.device)
-    if weights is None and (group.way is not Way.TOP_K or not group.width):
-        weights = seen.weights(p.temperature)
+def _choose(group: Group, ruled: Vocabulary, weights: Weights | None, rows: Sequence[Row]) -> Choice:
+    """Choose by the logits after every rule; `weights` are those of `ruled`, where they exist already."""
+    possible = ruled.peak.isfinite()
+    if group.method is Method.GREEDY:
+        return Choice(ruled.argmax(), torch.zeros_like(ruled.peak, dtype=torch.float64), possible)
+    p, uniforms = _parameters(rows, ruled.peak.device)
+    if weights is None and (group.method is not Method.TOP_K or not group.width):
+        weights = ruled.weights(p.temperature)
     if group.width:
-        token, mass = _draw_from_few(seen, weights, p, uniforms, group.width)
+        token, mass = _draw_from_candidates(ruled, weights, p, uniforms, group.width)
     else:
         assert weights is not None
-        if group.way is Way.CUT:
-            weights = Weights.of(cut(seen.flat, weights.values.flatten(1), p, rows).view_as(weights.values))
-        token, mass = _draw_from_all(seen, weights, None if group.way in (Way.WHOLE, Way.CUT) else p, uniforms)
-    scaled = (seen.at(token).double() - seen.peak.double()) / p.temperature
+        if group.method is Method.ALL_FILTERS:
+            values = apply_all_filters(ruled.flat, weights.values.flatten(1), p, rows)
+            weights = Weights.of(values.view_as(weights.values))
+        filters = None if group.method in (Method.FULL, Method.ALL_FILTERS) else p
+        token, mass = _draw_from_vocabulary(ruled, weights, filters, uniforms)
+    scaled = (ruled.at(token).double() - ruled.peak.double()) / p.temperature
     return Choice(token, scaled - mass.log(), possible)
 
 
@@ -233,55 +234,59 @@ def _parameters(rows: Sequence[Row], device: torch.device) -> tuple[Filters, Ten
         for p in (row.params,)
     ]
     temperature, top_k, top_p, min_p, uniforms = torch.tensor(values, dtype=torch.float64, device="cpu").T.to(device)
-    temperature = temperature.clamp(rules.FLOAT_TINY, rules.FLOAT_MAX)  # what divides logits is a float32
+    temperature = temperature.clamp(rules.FLOAT_TINY, rules.FLOAT_MAX)  # logits are divided by it in float32
     return Filters(temperature, top_k.long(), top_p, min_p), uniforms
 
 
-def _draw_from_all(seen: Vocabulary, weights: Weights, p: Filters | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def _draw_from_vocabulary(
+    logits: Vocabulary, weights: Weights, p: Filters | None, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
     """Draw from the whole vocabulary: tokens [R], and the mass [R] of all that could have been drawn."""
     if p is not None:
-        kept = filter_vocabulary(seen.flat, weights.values.flatten(1), p)
-        weights = Weights.of(kept.view_as(weights.values))
-    return draw_from_blocks(weights.values, weights.cumulative, uniforms), weights.total
+        values = filter_vocabulary(logits.flat, weights.values.flatten(1), p)
+        weights = Weights.of(values.view_as(weights.values))
+    return draw_from_chunks(weights.values, weights.cumulative, uniforms), weights.total
 
 
-def _draw_from_few(
-    seen: Vocabulary, weights: Weights | None, p: Filters, uniforms: Tensor, width: int
+def _draw_from_candidates(
+    logits: Vocabulary, weights: Weights | None, p: Filters, uniforms: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
-    """The same from the `width` greatest logits, where nothing else is kept, and from the vocabulary elsewhere."""
-    logits, tokens = in_order(*seen.candidates(width))
+    """The same from the `width` greatest logits; from the vocabulary for rows that may keep more than these."""
+    values, tokens = in_order(*logits.candidates(width))
     total = torch.ones_like(uniforms) if weights is None else weights.total
-    kept, sure = filter_candidates(logits, seen.peak, total, p)
-    token, mass = draw_from_candidates(tokens, kept, uniforms)
-    rest = (~sure).nonzero()[:, 0]
-    if width < seen.size and len(rest):
-        wide, p = seen.take(rest), p.take(rest)
-        token[rest], mass[rest] = _draw_from_all(wide, wide.weights(p.temperature), p, uniforms[rest])
+    candidate_weights, sure = filter_candidates(values, logits.peak, total, p)
+    token, mass = draw_from_candidates(tokens, candidate_weights, uniforms)
+    unsure = (~sure).nonzero()[:, 0]
+    if width < logits.size and len(unsure):
+        unsure_logits, p = logits.take(unsure), p.take(unsure)
+        unsure_weights = unsure_logits.weights(p.temperature)
+        token[unsure], mass[unsure] = _draw_from_vocabulary(unsure_logits, unsure_weights, p, uniforms[unsure])
     return token, mass
 
 
 def _results(
-    raw: Vocabulary, log_total: Tensor, choice: Choice, rows: Sequence[Row], errors: dict[int, RequestError]
+    raw: Vocabulary, log_total: Tensor, choice: Choice, rows: Sequence[Row], errors: Mapping[int, RequestError]
 ) -> list[RowResult]:
-    """Put each row's token, log probabilities or error together: one transfer for all rows."""
-    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    rank, tops = _details(raw, log_total, choice.token, asked, [rows[i].params.logprobs or 0 for i in asked])
-    logprob = raw.at(choice.token).double() - log_total
-    columns = (choice.token, logprob, choice.sampled, rank, log_total.isfinite(), choice.possible)
+    """Each row's token and log probabilities, or its error: one transfer from the device for all rows."""
+    with_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    counts = [rows[i].params.logprobs or 0 for i in with_logprobs]
+    ranks, tops = _ranks_and_tops(raw, log_total, choice.token, with_logprobs, counts)
+    logprobs = raw.at(choice.token).double() - log_total
+    columns = (choice.token, logprobs, choice.sampled, ranks, log_total.isfinite(), choice.possible)
     table = torch.stack([column.double() for column in columns], dim=1).tolist()
     results = []
-    for i, (token, own, sampled, place, sane, possible) in enumerate(table):
-        error = rules.row_error(bool(sane), errors.get(i), bool(possible))
+    for i, (token, logprob, sampled, rank, finite, possible) in enumerate(table):
+        error = rules.row_error(bool(finite), errors.get(i), bool(possible))
         if error is not None:
             results.append(RowResult(error=error))
             continue
-        entry = TokenLogprobs(int(token), own, sampled, int(place), tops.get(i, ()))
+        entry = TokenLogprobs(int(token), logprob, sampled, int(rank), tops.get(i, ()))
         results.append(RowResult(tokens=(entry.token,), logprobs=(entry,)))
     return results
 
 
-def _greatest(raw: Vocabulary) -> list[RowResult]:
-    """What `_results` says of rows that take their greatest logit and ask for nothing else, with less ado."""
+def _greedy_results(raw: Vocabulary) -> list[RowResult]:
+    """The results of `_results` for rows that take their greatest logit and request nothing else, in fewer steps."""
     log_total = raw.log_total()
     columns = zip(raw.argmax().tolist(), (raw.peak.double() - log_total).tolist(), strict=True)
     return [
@@ -292,24 +297,24 @@ def _greatest(raw: Vocabulary) -> list[RowResult]:
     ]
 
 
-def _details(
-    raw: Vocabulary, log_total: Tensor, tokens: Tensor, asked: list[int], counts: list[int]
+def _ranks_and_tops(
+    raw: Vocabulary, log_total: Tensor, tokens: Tensor, indices: list[int], counts: list[int]
 ) -> tuple[Tensor, dict[int, Top]]:
-    """Ranks int64 [R] of `tokens` (0 where not asked), and the most likely tokens of the rows `asked`."""
-    rank = torch.zeros_like(tokens)
-    if not asked:
-        return rank, {}
-    index = torch.tensor(asked, dtype=torch.int64, device=tokens.device)
-    some = raw if len(asked) == len(tokens) else raw.take(index)
-    rank[index] = some.num_above(some.at(tokens[index])) + 1
-    return rank, dict(zip(asked, some.tops(log_total[index], counts), strict=True))
+    """Ranks int64 [R] of `tokens` and the `counts[i]` most likely tokens, of the rows `indices` only (else rank 0)."""
+    ranks = torch.zeros_like(tokens)
+    if not indices:
+        return ranks, {}
+    index = torch.tensor(indices, dtype=torch.int64, device=tokens.device)
+    selected = raw if len(indices) == len(tokens) else raw.take(index)
+    ranks[index] = selected.num_above(selected.at(tokens[index])) + 1
+    return ranks, dict(zip(indices, selected.tops(log_total[index], counts), strict=True))
 
 
 def _score(raw: Vocabulary, tokens: Tensor, count: int) -> list[TokenLogprobs]:
-    """What the model thinks of one token [R] per row."""
+    """The model's log probabilities of one token [R] per row, with the `count` most likely tokens."""
     log_total = raw.log_total()
-    every = list(range(len(tokens)))
-    rank, tops = _details(raw, log_total, tokens, every, [count] * len(every))
-    logprob = (raw.at(tokens).double() - log_total).tolist()
-    columns = zip(tokens.tolist(), logprob, rank.tolist(), every, strict=True)
-    return [TokenLogprobs(token, own, own, place, tops[i]) for token, own, place, i in columns]
+    indices = list(range(len(tokens)))
+    ranks, tops = _ranks_and_tops(raw, log_total, tokens, indices, [count] * len(indices))
+    logprobs = (raw.at(tokens).double() - log_total).tolist()
+    columns = zip(tokens.tolist(), logprobs, ranks.tolist(), indices, strict=True)
+    return [TokenLogprobs(token, logprob, logprob, rank, tops[i]) for token, logprob, rank, i in columns]

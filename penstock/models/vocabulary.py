@@ -1,9 +1,9 @@
-"""`Vocabulary`: rows of float32 logits seen in blocks, so that most questions are answered without a full pass.
+"""`Vocabulary`: rows of float32 logits divided into chunks, so that most questions need no full pass.
 
-Owns the block layout and the arithmetic that has to give the same bits whatever the batch: maxima, sums, ranks, the
-greatest logits in order. Knows nothing of requests; never writes into its logits. Called by the sampler.
+Owns the layout in chunks and the arithmetic that must give the same bits whatever the batch: maxima, sums, ranks, the
+greatest logits in order. Knows nothing of requests; never writes into its logits. Called by the samplers.
 
-A sum is float32 within a block and float64 across blocks: exact to 1e-7 relative, however large the vocabulary.
+A sum is float32 within a chunk and float64 across chunks: exact to 1e-7 relative, however large the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 
 from penstock.kernels.native import Surveyed
 
-BLOCK = 64
+CHUNK = 64
 _LOW_WORD = 0xFFFFFFFF
-_MARGIN = 8  # candidates beyond those wanted, since ties at the edge need all of them
+_MARGIN = 8  # candidates beyond those requested, so that ties at the edge are complete
 
 Top = tuple[tuple[int, float, int], ...]
-# Looks at logits float32 [R, N * BLOCK]; see `Surveyed`.
-Survey = Callable[[Tensor, int], Surveyed]
+# Maxima and sums of logits float32 [R, N * CHUNK] in one pass; see `Surveyed`.
+LogitSummarizer = Callable[[Tensor, int], Surveyed]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Unnormalised probabilities: values float32 [R, N, BLOCK], and the running sum of blocks float64 [R, N]."""
+    """Unnormalised probabilities: values float32 [R, N, CHUNK], and the running sum of chunks float64 [R, N]."""
 
     values: Tensor
     cumulative: Tensor
 
     @classmethod
     def of(cls, values: Tensor) -> Weights:
-        """Sum up `values` float32 [R, N, BLOCK]."""
+        """Sum up `values` float32 [R, N, CHUNK]."""
         return cls(values, values.sum(-1).cumsum(-1, dtype=torch.float64))
 
     @property
@@ -49,76 +49,77 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Logits float32 [R, N, BLOCK], padded with -inf; each block's greatest [R, N] and each row's [R].
+    """Logits float32 [R, N, CHUNK], padded with -inf; each chunk's greatest [R, N] and each row's [R].
 
-    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. Where a `Survey`
-    looked, `total` is the sum of exp(logit - peak), float64 [R], and `first` the first greatest logit, int64 [R].
+    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. Where logits were
+    summarized, `total` is the sum of exp(logit - peak), float64 [R], and `first_peak` the first index of the greatest
+    logit, int64 [R].
     """
 
-    blocks: Tensor
-    block_peaks: Tensor
+    chunks: Tensor
+    chunk_peaks: Tensor
     peak: Tensor
     size: int
     total: Tensor | None = None
-    first: Tensor | None = None
+    first_peak: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor, survey: Survey | None = None) -> Vocabulary:
-        """See logits [R, V] of any float dtype in blocks; copies only where conversion or padding needs it."""
+    def of(cls, logits: Tensor, summarize: LogitSummarizer | None = None) -> Vocabulary:
+        """Divide logits [R, V] of any float dtype into chunks; copies only where conversion or padding needs it."""
         size = logits.shape[1]
-        padding = -size % BLOCK
+        padding = -size % CHUNK
         if padding or logits.dtype != torch.float32 or not logits.is_contiguous():
             padded = torch.empty(len(logits), size + padding, dtype=torch.float32, device=logits.device)
             padded[:, :size] = logits
             padded[:, size:] = -torch.inf
             logits = padded
-        blocks = logits.view(len(logits), -1, BLOCK)
-        if survey is None:
-            return cls._of_blocks(blocks, size)
-        found = survey(logits, BLOCK)
-        return cls(blocks, found.peaks, found.greatest, size, found.totals, found.tokens)
+        chunks = logits.view(len(logits), -1, CHUNK)
+        if summarize is None:
+            return cls._of_chunks(chunks, size)
+        summary = summarize(logits, CHUNK)
+        return cls(chunks, summary.peaks, summary.greatest, size, summary.totals, summary.tokens)
 
     @classmethod
-    def _of_blocks(cls, blocks: Tensor, size: int) -> Vocabulary:
-        block_peaks = blocks.amax(-1)
-        return cls(blocks, block_peaks, block_peaks.amax(-1), size)
+    def _of_chunks(cls, chunks: Tensor, size: int) -> Vocabulary:
+        chunk_peaks = chunks.amax(-1)
+        return cls(chunks, chunk_peaks, chunk_peaks.amax(-1), size)
 
     @property
     def flat(self) -> Tensor:
-        """The logits and their padding, float32 [R, N * BLOCK]."""
-        return self.blocks.flatten(1)
+        """The logits and their padding, float32 [R, N * CHUNK]."""
+        return self.chunks.flatten(1)
 
     def take(self, rows: Tensor) -> Vocabulary:
-        """The same for some rows, copied."""
-        total, first = (None if x is None else x[rows] for x in (self.total, self.first))
-        return Vocabulary(self.blocks[rows], self.block_peaks[rows], self.peak[rows], self.size, total, first)
+        """A copy of some rows."""
+        total, first_peak = (None if x is None else x[rows] for x in (self.total, self.first_peak))
+        return Vocabulary(self.chunks[rows], self.chunk_peaks[rows], self.peak[rows], self.size, total, first_peak)
 
     def refreshed(self) -> Vocabulary:
-        """The same logits with their peaks found anew, after somebody wrote into `flat`."""
-        return self._of_blocks(self.blocks, self.size)
+        """The same logits with their peaks computed again, after `flat` was written to."""
+        return self._of_chunks(self.chunks, self.size)
 
     def at(self, tokens: Tensor) -> Tensor:
-        """The logits [R] of one token per row, int64 [R]."""
+        """The logits [R] of one token per row; tokens int64 [R]."""
         return self.flat.gather(1, tokens[:, None])[:, 0]
 
     def argmax(self) -> Tensor:
         """The first of the greatest logits, int64 [R]."""
-        if self.first is not None:
-            return self.first
-        block = self.block_peaks.argmax(-1)
-        row = torch.arange(len(block), dtype=torch.int64, device=block.device)
-        inside = self.blocks[row, block].argmax(-1)
-        return block * BLOCK + inside
+        if self.first_peak is not None:
+            return self.first_peak
+        chunk = self.chunk_peaks.argmax(-1)
+        row = torch.arange(len(chunk), dtype=torch.int64, device=chunk.device)
+        offset = self.chunks[row, chunk].argmax(-1)
+        return chunk * CHUNK + offset
 
     def weights(self, temperature: Tensor | None = None) -> Weights:
         """exp((logit - peak) / temperature [R]), so that the greatest weighs 1."""
-        below = self.blocks - self.peak[:, None, None]
+        shifted = self.chunks - self.peak[:, None, None]
         if temperature is not None:
-            below /= temperature[:, None, None].to(below.dtype)
-        return Weights.of(below.exp_())
+            shifted /= temperature[:, None, None].to(shifted.dtype)
+        return Weights.of(shifted.exp_())
 
     def log_total(self, weights: Weights | None = None) -> Tensor:
-        """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts; known `weights()` save work."""
+        """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts; given `weights()` save work."""
         total = self.total
         if total is None:
             total = (self.weights() if weights is None else weights).total
@@ -126,24 +127,24 @@ class Vocabulary:
 
     def num_above(self, logits: Tensor) -> Tensor:
         """How many of the row's logits are strictly greater than `logits` [R], int64 [R]."""
-        above = torch.empty_like(self.blocks)
-        torch.gt(self.blocks, logits[:, None, None], out=above)
+        above = torch.empty_like(self.chunks)
+        torch.gt(self.chunks, logits[:, None, None], out=above)
         return above.sum(-1).long().sum(-1)
 
     def candidates(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` greatest logits [R, count] and their tokens, in no order; ties at the edge fall anywhere."""
-        num_blocks = self.blocks.shape[1]
-        if count * 2 > num_blocks:
-            found = self.flat[:, : self.size].topk(count)
-            return found.values, found.indices
-        # The greatest `count` logits lie in the `count` blocks with the greatest peaks.
-        block = self.block_peaks.topk(count, sorted=False).indices
-        row = torch.arange(len(block), dtype=torch.int64, device=block.device)[:, None]
-        found = self.blocks[row, block].flatten(1).topk(count, sorted=False)
-        return found.values, block.gather(1, found.indices // BLOCK) * BLOCK + found.indices % BLOCK
+        num_chunks = self.chunks.shape[1]
+        if count * 2 > num_chunks:
+            top = self.flat[:, : self.size].topk(count)
+            return top.values, top.indices
+        # The greatest `count` logits lie in the `count` chunks with the greatest peaks.
+        chunk = self.chunk_peaks.topk(count, sorted=False).indices
+        row = torch.arange(len(chunk), dtype=torch.int64, device=chunk.device)[:, None]
+        top = self.chunks[row, chunk].flatten(1).topk(count, sorted=False)
+        return top.values, chunk.gather(1, top.indices // CHUNK) * CHUNK + top.indices % CHUNK
 
     def greatest(self, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` greatest logits [R, count], descending, and their tokens; of equal ones the first tokens."""
+        """The `count` greatest logits [R, count], descending, and their tokens; of equal logits the first tokens."""
         width = min(self.size, count + _MARGIN)
         while True:
             logits, tokens = in_order(*self.candidates(width))
@@ -171,7 +172,7 @@ def in_order(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
     One sort of 64-bit keys: the logit's bits, made to rise with its value, above the token's, falling.
     """
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes one zero of two
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     order = ((rising << 32) | (_LOW_WORD - tokens)).argsort(-1, descending=True)
     return logits.gather(1, order), tokens.gather(1, order)

@@ -28,7 +28,7 @@ from penstock import (
     ScriptedModel,
 )
 from penstock.demo import DRAFT_DIR
-from penstock.models.lean import DraftRunner
+from penstock.models.draft_runner import DraftRunner
 from tests.drive import greedy_by_transformers
 from tests.tiny_models import build
 

@@ -133,7 +133,7 @@ class Sequences:
             Row(which, [0] * end, begin, end, self.blocks[which], True, SamplingParams(), end)
             for which, begin, end in parts
         ]
-        slots = StepLayout(tuple(rows), self.block_size, torch.device("cpu")).write_slots.numpy()
+        slots = StepLayout.of(tuple(rows), self.block_size, torch.device("cpu")).write_slots.numpy()
         return steps_of(rows, self.block_size, slots)
 
     def attend(

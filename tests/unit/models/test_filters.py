@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
-from penstock.models.filters import Filters, drop_below, filter_candidates, filter_vocabulary, nucleus
+from penstock.models.filters import (
+    Filters,
+    apply_all_filters,
+    drop_below,
+    filter_candidates,
+    filter_vocabulary,
+    nucleus,
+)
+from penstock.models.sampler import Sampler
 from penstock.models.vocabulary import in_order
+from penstock.sampling import SamplingParams
+from penstock.step import Row
 
 
 def logits_of(num_rows: int, size: int, scale: float = 3.0, seed: int = 0) -> Tensor:
@@ -149,3 +164,62 @@ def test_impossible_tokens_stay_impossible() -> None:
         kept = filter_vocabulary(logits, weights_of(logits, p), p)
         assert not kept[:, ::2].any()
         assert kept.any(-1).all()
+
+
+WARPERS: dict[str, Any] = {
+    "top_h": TopHLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
+EVERY_FILTER: list[dict[str, float]] = [
+    {"top_h": 0.1},
+    {"top_h": 0.9},
+    {"typical_p": 0.05},
+    {"typical_p": 0.5},
+    {"typical_p": 0.99},
+    {"epsilon_cutoff": 0.001},
+    {"epsilon_cutoff": 0.5},
+    {"eta_cutoff": 0.01},
+    {"eta_cutoff": 0.9},
+    {"top_k": 20, "typical_p": 0.9},
+    {"top_p": 0.9, "epsilon_cutoff": 0.02},
+    {
+        "top_h": 0.7,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "typical_p": 0.7,
+        "epsilon_cutoff": 0.01,
+        "eta_cutoff": 0.1,
+    },
+]
+
+
+def row_of(number: int, **settings: Any) -> Row:
+    return Row(number, [1], 0, 1, array("i"), True, SamplingParams(**settings), 1, seed=number)
+
+
+@pytest.mark.parametrize("size", [50, 1000])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_all_filters_keep_what_transformers_keeps(size: int, scale: float) -> None:
+    logits = logits_of(len(EVERY_FILTER), size, scale, seed=1)
+    rows = [row_of(i, **case) for i, case in enumerate(EVERY_FILTER)]
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    columns = torch.tensor([[1.0, p.top_k, p.top_p, p.min_p] for p in (row.params for row in rows)]).double().T
+    kept = apply_all_filters(logits, weights, Filters(columns[0], columns[1].long(), columns[2], columns[3]), rows) > 0
+    for i, case in enumerate(EVERY_FILTER):
+        chain = LogitsProcessorList(WARPERS[name](case[name]) for name in WARPERS if name in case)
+        expected = chain(torch.zeros(1, 1, dtype=torch.int64), logits[i : i + 1].clone())[0].isfinite()
+        assert torch.equal(kept[i], expected), case
+
+
+def test_a_row_with_every_filter_draws_the_same_whatever_its_neighbours() -> None:
+    logits = logits_of(4, 500, seed=1)
+    rows = [row_of(0, typical_p=0.4), row_of(1), row_of(2, top_h=0.3, temperature=0.7), row_of(3, top_k=5)]
+    together = Sampler(500, frozenset()).sample(logits, rows)
+    alone = [Sampler(500, frozenset()).sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    assert together == alone

@@ -1,12 +1,14 @@
-"""How much memory a container leaves to this process, from files as the kernel writes them."""
+"""How much memory a container leaves, and pages of weight files that are given back."""
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
+import torch
 
-from penstock.models.memory import container_memory
+from penstock.models.memory import container_memory, release_file_pages
 
 GIB = 2**30
 
@@ -48,3 +50,68 @@ def test_no_limit_and_no_groups(tmp_path: Path) -> None:
     group(tmp_path / "memory", "9223372036854771712", GIB, version=1)
     assert container_memory(tmp_path, own(tmp_path, "4:memory:/\n")) is None
     assert container_memory(tmp_path / "none", tmp_path / "nothing") is None
+
+
+SIZE = 64 * mmap.PAGESIZE
+SMAPS = Path("/proc/self/smaps")
+
+lists_mappings = pytest.mark.skipif(not SMAPS.exists(), reason="the system does not list mappings")
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """A private mapping of a new file, every page of it read."""
+    path.write_bytes(bytes(range(256)) * (SIZE // 256))
+    with path.open("rb") as file:
+        region = mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_COPY)
+    assert sum(region[:: mmap.PAGESIZE]) == 0
+    return region
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapping that are in memory."""
+    lines = iter(SMAPS.read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            return next(int(other.split()[1]) * 1024 for other in lines if other.startswith("Rss:"))
+    raise AssertionError("not mapped")
+
+
+def view_of(region: mmap.mmap) -> torch.Tensor:
+    """A tensor somewhere in a mapping."""
+    return torch.frombuffer(region, dtype=torch.uint8, count=8, offset=7 * mmap.PAGESIZE)
+
+
+@lists_mappings
+def test_pages_that_were_only_read_are_given_back_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    region = mapped(path)
+    assert resident(path) == SIZE
+    release_file_pages([view_of(region), torch.zeros(3)])
+    assert resident(path) == 0
+    assert region[:256] == bytes(range(256))
+
+
+@lists_mappings
+def test_a_mapping_that_was_written_to_keeps_what_was_written(tmp_path: Path) -> None:
+    region = mapped(tmp_path / "model.safetensors")
+    region[5 * mmap.PAGESIZE] = 77
+    release_file_pages([view_of(region)])
+    assert region[5 * mmap.PAGESIZE] == 77
+
+
+@lists_mappings
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.txt"
+    region = mapped(path)
+    release_file_pages([view_of(region)])
+    assert resident(path) == SIZE
+
+
+@lists_mappings
+def test_mappings_of_other_loads_are_left_alone(tmp_path: Path) -> None:
+    """Another thread unmaps its weights at any moment: what took their addresses lost its contents."""
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    region, others = mapped(path), mapped(other)
+    release_file_pages([view_of(region)])
+    assert (resident(path), resident(other)) == (0, SIZE)
+    others.close()

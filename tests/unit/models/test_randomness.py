@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from penstock.models.randomness import draw_from_blocks, draw_from_candidates, locate, uniform
+from penstock.models.randomness import draw_from_candidates, draw_from_chunks, locate, uniform
 
 
 def test_a_uniform_is_a_function_of_its_key() -> None:
@@ -57,11 +57,11 @@ def test_a_target_at_the_total_counts_as_just_below_it() -> None:
     assert rest.item() == pytest.approx(2.0)
 
 
-def test_a_draw_from_blocks_inverts_the_sum_in_vocabulary_order() -> None:
+def test_a_draw_from_chunks_inverts_the_sum_in_vocabulary_order() -> None:
     weights = torch.tensor([[[0.0, 1.0], [0.0, 0.0], [2.0, 1.0]]]).expand(4, 3, 2)
     cumulative = torch.tensor([[1.0, 1.0, 4.0]], dtype=torch.float64).expand(4, 3).contiguous()
     uniforms = torch.tensor([0.0, 0.24, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw_from_blocks(weights, cumulative, uniforms).tolist() == [1, 1, 4, 5]
+    assert draw_from_chunks(weights, cumulative, uniforms).tolist() == [1, 1, 4, 5]
 
 
 def test_a_draw_from_candidates_is_in_vocabulary_order_whatever_order_they_come_in() -> None:

@@ -157,8 +157,8 @@ def test_counts_follow_a_growing_sequence() -> None:
 def test_a_draft_is_counted_ahead_and_not_remembered() -> None:
     counts = TokenCounts(10)
     counts.update([4, 4, 5, 7], prompt_len=2)
-    assert counts.ahead([]) == (array("q", [4, 5, 7]), array("q", [0, 1, 1]))
-    assert counts.ahead([5, 9, 5, 4, 12, 9]) == (array("q", [4, 5, 7, 9]), array("q", [1, 3, 1, 2]))
+    assert counts.with_draft([]) == (array("q", [4, 5, 7]), array("q", [0, 1, 1]))
+    assert counts.with_draft([5, 9, 5, 4, 12, 9]) == (array("q", [4, 5, 7, 9]), array("q", [1, 3, 1, 2]))
     assert (counts.tokens, counts.counts) == (array("q", [4, 5, 7]), array("q", [0, 1, 1]))
 
 

@@ -1,7 +1,9 @@
-"""Both storages of K/V: blocks that move to the host and back hold what they held."""
+"""Both storages of K/V: blocks that move to the host and back keep their content, and which pages are released."""
 
 from __future__ import annotations
 
+import mmap
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 
@@ -13,15 +15,16 @@ from torch import Tensor
 from penstock.errors import OutOfMemory
 from penstock.kernels.native import Kernels, available
 from penstock.kernels.paged import attend
-from penstock.models.paging import Storage
+from penstock.models.attention import KVStorage
 from penstock.models.panels import PanelStorage, steps_of
-from penstock.models.storage import KVStorage, LayerShape
+from penstock.models.storage import LayerShape, contiguous_runs, copy_rows, release_rows
+from penstock.models.torch_attention import SlotStorage
 from penstock.sampling import SamplingParams
 from penstock.step import Row
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(2, 8, 8, torch.float32)
-Case = tuple[Storage, Callable[[Tensor], Tensor]]  # a storage, and what its second layer holds at some slots
+Case = tuple[KVStorage, Callable[[Tensor], Tensor]]  # a storage, and what its second layer holds at some slots
 
 needs_kernels = pytest.mark.skipif(not available(), reason="no compiler")
 
@@ -41,10 +44,10 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     length = 2 * block_size
     written = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim, generator=torch.Generator().manual_seed(0))
     if kind == "plain":
-        plain = KVStorage([SHAPE] * 2, 6, block_size, CPU, 3)
-        for cache, values in zip(plain.layer(1), written, strict=True):
+        plain = SlotStorage([SHAPE] * 2, 6, block_size, CPU, 3)
+        for cache, values in zip((plain.keys[1], plain.values[1]), written, strict=True):
             cache[:length] = values
-        yield plain, lambda slots: torch.stack([cache[slots] for cache in plain.layer(1)])
+        yield plain, lambda slots: torch.stack([cache[slots] for cache in (plain.keys[1], plain.values[1])])
         return
     kernels = Kernels(1)
     panels = PanelStorage(kernels, [SHAPE] * 2, 6, block_size, kind.startswith("int8"), 3)
@@ -56,7 +59,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     kernels.close()
 
 
-def slots_of(storage: Storage, *blocks: int) -> Tensor:
+def slots_of(storage: KVStorage, *blocks: int) -> Tensor:
     size = storage.block_size
     return torch.cat([torch.arange(size) + block * size for block in blocks])
 
@@ -84,7 +87,7 @@ def test_what_is_given_back_is_only_what_is_named(case: Case) -> None:
     storage, held = case
     before = held(slots_of(storage, 0, 1))
     storage.swap([(0, 0), (1, 1)], [])
-    storage.give_back([2, 3, 4, 5], [2])
+    storage.release([2, 3, 4, 5], [2])
     storage.swap([], [(0, 2), (1, 3)])
     assert torch.equal(held(slots_of(storage, 0, 1, 2, 3)), torch.cat([before, before], dim=1))
 
@@ -93,7 +96,7 @@ def test_a_tier_without_places_moves_nothing(case: Case) -> None:
     storage, held = case
     before = held(slots_of(storage, 0, 1))
     storage.swap([], [])
-    storage.give_back([], [])
+    storage.release([], [])
     assert torch.equal(held(slots_of(storage, 0, 1)), before)
 
 
@@ -104,7 +107,7 @@ def test_memory_that_was_to_be_taken_at_once_stays() -> None:
     storage = PanelStorage(kernels, [LayerShape(2, 128, 128, torch.float32)], 4, 16, int8=False)
     storage.touch(lambda: 1 << 40)
     storage.caches[0].panels.fill_(1)
-    storage.give_back([0, 1, 2, 3], [])
+    storage.release([0, 1, 2, 3], [])
     assert storage.caches[0].panels.eq(1).all()
     kernels.close()
 
@@ -119,3 +122,26 @@ def test_memory_that_is_no_longer_free_is_not_touched() -> None:
     with pytest.raises(OutOfMemory, match=r"touched 1 of 2 layers .* and 1000 bytes are free; lower memory_pool_size"):
         storage.touch(lambda: next(free))
     kernels.close()
+
+
+def test_neighbours_are_moved_together() -> None:
+    assert contiguous_runs([]) == []
+    assert contiguous_runs([(5, 1), (3, 8), (4, 9), (9, 2), (10, 4)]) == [(3, 8, 2), (5, 1, 1), (9, 2, 1), (10, 4, 1)]
+
+
+def test_rows_go_where_they_are_told() -> None:
+    source, target = torch.arange(10).view(5, 2), torch.zeros(4, 2, dtype=torch.int64)
+    copy_rows(source, target, contiguous_runs([(4, 0), (1, 2), (2, 3)]))
+    assert target.tolist() == [[8, 9], [0, 0], [2, 3], [4, 5]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep their pages")
+def test_pages_given_back_read_as_zeros_and_others_are_left_alone() -> None:
+    """Rows of half a page: of rows 1 to 4 only the page that 2 and 3 fill is wholly unused."""
+    region = mmap.mmap(-1, 8 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    rows = torch.frombuffer(region, dtype=torch.uint8).view(16, -1)
+    rows.fill_(7)
+    release_rows(rows, 1, 5)
+    assert [int(row.sum()) == 0 for row in rows[:6]] == [False, False, True, True, False, False]
+    release_rows(rows, 3, 3)
+    assert rows[4:].eq(7).all()

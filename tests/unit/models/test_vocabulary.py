@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.models.vocabulary import BLOCK, Vocabulary, in_order
+from penstock.models.vocabulary import CHUNK, Vocabulary, in_order
 
-SIZES = [1, 5, BLOCK, BLOCK + 1, 1000, 20_000]
+SIZES = [1, 5, CHUNK, CHUNK + 1, 1000, 20_000]
 
 
 def logits_of(num_rows: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,7 +66,7 @@ def test_order_is_by_logit_then_by_token_with_one_zero_and_infinities_at_the_end
 
 
 def test_caller_s_logits_are_never_written_to() -> None:
-    logits = logits_of(3, BLOCK * 4)
+    logits = logits_of(3, CHUNK * 4)
     before = logits.clone()
     vocabulary = Vocabulary.of(logits)
     copy = vocabulary.take(torch.tensor([0, 1, 2]))

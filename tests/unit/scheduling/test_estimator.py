@@ -10,8 +10,8 @@ import torch
 
 from penstock.errors import ConfigurationError
 from penstock.models.baseline import SHAPES
-from penstock.models.paging import PlainPaging
 from penstock.models.storage import LayerShape
+from penstock.models.torch_attention import TorchBackend
 from penstock.scheduling.estimator import MemoryEstimator, dtype_name
 from tests.tiny_models import ARCHITECTURES
 
@@ -141,7 +141,7 @@ def test_weights_by_hand(options: dict[str, Any], numbers: int) -> None:
 def test_cache_is_what_the_engines_storage_holds() -> None:
     kind, sizes = SHAPES["qwen3-0.6b"]
     estimator = MemoryEstimator.from_config(config_of(kind, sizes), dtype=torch.bfloat16)
-    paging = PlainPaging(torch.device("cpu"))
+    paging = TorchBackend(torch.device("cpu"))
     shapes = [LayerShape(8, 128, 128, torch.bfloat16)] * sizes["num_hidden_layers"]
     storage: Any = paging.storage(shapes, num_blocks=8, block_size=16)
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*storage.keys, *storage.values))

@@ -10,9 +10,9 @@ import torch
 
 from penstock.config import EngineConfig
 from penstock.demo import DRAFT_DIR
+from penstock.models.hardware import kernel_threads, use_one_torch_thread
 from penstock.models.loading import load_draft
 from penstock.models.protocol import ModelSpec
-from penstock.models.threads import kernel_threads, one_torch_thread
 
 
 def test_the_wanted_number_holds() -> None:
@@ -31,7 +31,7 @@ def test_one_thread_here_leaves_other_threads_theirs() -> None:
 
     def run() -> None:
         torch.set_num_threads(2)
-        one_torch_thread()
+        use_one_torch_thread()
         seen.append(torch.get_num_threads())
         later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         later.start()

@@ -14,7 +14,7 @@ from penstock.config import EngineConfig
 from penstock.demo import DRAFT_DIR
 from penstock.errors import ConfigurationError, ExecutionError
 from penstock.kernels.native import available
-from penstock.models.lean import DraftRunner
+from penstock.models.draft_runner import DraftRunner
 from penstock.models.loading import load_draft
 from penstock.models.protocol import ModelSpec
 from penstock.sampling import SamplingParams

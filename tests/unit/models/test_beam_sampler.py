@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from penstock.errors import ExecutionError, RequestError
-from penstock.models.continuations import Continuations
+from penstock.models.beam_sampler import BeamSampler
 from penstock.sampling import SamplingParams
 from penstock.step import Row, RowResult
 
@@ -23,7 +23,7 @@ def row(tokens: list[int] | None = None, prompt_len: int = 2, width: int = 3, **
 
 
 def find(logits: torch.Tensor, rows: list[Row]) -> list[RowResult]:
-    return Continuations(frozenset({EOS}), 1 << 20).find(logits, rows)
+    return BeamSampler(frozenset({EOS}), 1 << 20).candidates(logits, rows)
 
 
 def noise(count: int, size: int) -> torch.Tensor:
@@ -61,10 +61,10 @@ def test_rules_change_scores_and_not_what_the_model_thinks() -> None:
 
 def test_penalties_count_what_a_beam_says_now_and_not_what_it_said_before() -> None:
     """Beams change their tokens; counts that were kept from step to step belonged to another text."""
-    logits, beams = noise(1, 20), Continuations(frozenset(), 1 << 20)
+    logits, beams = noise(1, 20), BeamSampler(frozenset(), 1 << 20)
     first, second = [2, 3, 7, 7, 7], [2, 3, 8, 8, 8]
-    (before,) = beams.find(logits, [row(first, repetition_penalty=2.0)])
-    (after,) = beams.find(logits, [row(second, repetition_penalty=2.0)])
+    (before,) = beams.candidates(logits, [row(first, repetition_penalty=2.0)])
+    (after,) = beams.candidates(logits, [row(second, repetition_penalty=2.0)])
     (fresh,) = find(logits, [row(second, repetition_penalty=2.0)])
     assert after == fresh != before
 

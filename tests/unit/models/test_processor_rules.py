@@ -22,7 +22,7 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from penstock.models.processors import NGrams
+from penstock.models.processor_rules import NGrams
 from penstock.models.rules import SequenceRules, apply
 from penstock.sampling import SamplingParams
 from penstock.step import Row

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from penstock.models.attention import Options, PagedAttention
+from penstock.models import torch_attention
+from penstock.models.attention import AttentionOptions
 from penstock.models.layout import StepLayout
-from penstock.models.storage import KVStorage, LayerShape
+from penstock.models.storage import LayerShape
+from penstock.models.torch_attention import Groups, PagedAttention, SlotStorage, attention_groups
 from penstock.sampling import SamplingParams
 from penstock.step import Row
 
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 
 
-def attend_by_hand(query: Tensor, keys: Tensor, values: Tensor, options: Options) -> Tensor:
+def attend_by_hand(query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
     """One position: query [H, D], keys and values [L, K, D]; the query is the last position of the context."""
     if options.window is not None:
         keys, values = keys[-options.window :], values[-options.window :]
@@ -49,11 +51,11 @@ def ragged_rows(rng: random.Random) -> list[Row]:
 
 
 OPTIONS = {
-    "plain": Options(0.3, None, None, None),
-    "window": Options(0.3, 5, None, None),
-    "softcap": Options(0.3, None, 2.0, None),
-    "sinks": Options(0.3, None, None, torch.linspace(-1, 2, HEADS)),
-    "everything": Options(0.3, 3, 2.0, torch.linspace(-1, 2, HEADS)),
+    "plain": AttentionOptions(0.3, None, None, None),
+    "window": AttentionOptions(0.3, 5, None, None),
+    "softcap": AttentionOptions(0.3, None, 2.0, None),
+    "sinks": AttentionOptions(0.3, None, None, torch.linspace(-1, 2, HEADS)),
+    "everything": AttentionOptions(0.3, 3, 2.0, torch.linspace(-1, 2, HEADS)),
 }
 
 
@@ -63,17 +65,17 @@ def test_every_row_attends_to_its_own_context(kind: str, seed: int) -> None:
     options, rows = OPTIONS[kind], ragged_rows(random.Random(seed))
     generator = torch.Generator().manual_seed(seed)
     shape = LayerShape(KV_HEADS, DIM, DIM, torch.float32)
-    storage = KVStorage([shape], 64, BLOCK, torch.device("cpu"))
-    for cache in storage.layer(0):
+    storage = SlotStorage([shape], 64, BLOCK, torch.device("cpu"))
+    for cache in (*storage.keys, *storage.values):
         cache.copy_(torch.randn(cache.shape, generator=generator))
-    layout = StepLayout(tuple(rows), BLOCK, torch.device("cpu"))
+    layout = StepLayout.of(tuple(rows), BLOCK, torch.device("cpu"))
     count = len(layout.input_ids)
     query = torch.randn(HEADS, count, DIM, generator=generator)
     key, value = (torch.randn(KV_HEADS, count, DIM, generator=generator) for _ in range(2))
     module = nn.Identity()
     found = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, options)
 
-    keys, values = storage.layer(0)
+    keys, values = storage.keys[0], storage.values[0]
     place = 0
     for row in rows:
         slots = [row.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(row.end)]
@@ -104,13 +106,13 @@ def test_broken_tokens_reach_those_who_see_them_and_nobody_else(kind: str, numbe
     tables = (array("i", [0, 1, 2]), array("i", [3, 4, 5]), array("i", [6]))
 
     def outputs(both: Tensor, left_behind: float) -> list[Tensor]:
-        storage = KVStorage([shape], 7, BLOCK, torch.device("cpu"))
-        for cache in storage.layer(0):
+        storage = SlotStorage([shape], 7, BLOCK, torch.device("cpu"))
+        for cache in (*storage.keys, *storage.values):
             cache.fill_(left_behind)
         found = []
         for parts in (((0, 0, 10), (1, 0, 11)), ((0, 10, 11), (1, 11, 12), (2, 0, 1)), ((0, 11, 12), (2, 1, 2))):
             rows = [Row(i, [0] * end, begin, end, tables[i], True, SamplingParams(), end) for i, begin, end in parts]
-            layout = StepLayout(tuple(rows), BLOCK, torch.device("cpu"))
+            layout = StepLayout.of(tuple(rows), BLOCK, torch.device("cpu"))
             q, k, v = (torch.cat([x[:, i, a:b] for i, a, b in parts], 1) for x in (query, *both))
             found.append(PagedAttention(storage, layout, {id(module): 0}).attend(module, q, k, v, options))
         return found
@@ -127,9 +129,9 @@ def test_broken_tokens_reach_those_who_see_them_and_nobody_else(kind: str, numbe
 
 
 def test_values_may_have_another_size_than_keys() -> None:
-    storage = KVStorage([LayerShape(KV_HEADS, DIM, 3, torch.float32)], 2, BLOCK, torch.device("cpu"))
+    storage = SlotStorage([LayerShape(KV_HEADS, DIM, 3, torch.float32)], 2, BLOCK, torch.device("cpu"))
     row = Row(0, [0] * 5, 0, 5, array("i", [1, 0]), True, SamplingParams(), 5)
-    layout, module = StepLayout((row,), BLOCK, torch.device("cpu")), nn.Identity()
+    layout, module = StepLayout.of((row,), BLOCK, torch.device("cpu")), nn.Identity()
     query, key, value = torch.randn(HEADS, 5, DIM), torch.randn(KV_HEADS, 5, DIM), torch.randn(KV_HEADS, 5, 3)
     found = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, OPTIONS["plain"])
     wanted = attend_by_hand(query[:, -1], key.transpose(0, 1), value.transpose(0, 1), OPTIONS["plain"])
@@ -137,8 +139,55 @@ def test_values_may_have_another_size_than_keys() -> None:
 
 
 def test_copied_blocks_hold_what_their_sources_held() -> None:
-    storage = KVStorage([LayerShape(1, 2, 2, torch.float32)] * 2, 4, BLOCK, torch.device("cpu"))
-    storage.layer(1)[0][:BLOCK] = 7.0
+    storage = SlotStorage([LayerShape(1, 2, 2, torch.float32)] * 2, 4, BLOCK, torch.device("cpu"))
+    storage.keys[1][:BLOCK] = 7.0
     storage.copy_blocks([(0, 2)])
-    assert storage.layer(1)[0][2 * BLOCK : 3 * BLOCK].eq(7.0).all()
-    assert storage.layer(1)[0][BLOCK : 2 * BLOCK].eq(0.0).all()
+    assert storage.keys[1][2 * BLOCK : 3 * BLOCK].eq(7.0).all()
+    assert storage.keys[1][BLOCK : 2 * BLOCK].eq(0.0).all()
+
+
+def row(tokens: list[int], start: int, end: int, blocks: list[int]) -> Row:
+    return Row(0, tokens, start, end, array("i", blocks), end >= len(tokens), SamplingParams(), len(tokens))
+
+
+def layout(*rows: Row) -> StepLayout:
+    return StepLayout.of(rows, BLOCK, torch.device("cpu"))
+
+
+def test_decode_rows_of_similar_length_share_a_padded_group() -> None:
+    (group,), prefills = attention_groups(layout(row([1] * 6, 5, 6, [5, 2]), row([1, 2], 1, 2, [0])), None)
+    assert prefills == []
+    assert group.tokens.tolist() == [0, 1]
+    assert group.slots.tolist() == [[20, 21, 22, 23, 8, 9], [0, 1, 1, 1, 1, 1]]
+    assert group.visible is not None
+    assert group.visible[1, 0, 0].tolist() == [True, True, False, False, False, False]
+
+
+def test_decode_rows_of_very_different_length_are_not_padded_together() -> None:
+    groups, _ = attention_groups(layout(row([1] * 400, 399, 400, list(range(100))), row([1, 2], 1, 2, [100])), None)
+    assert sorted(group.slots.shape[1] for group in groups) == [2, 400]
+
+
+def test_a_window_leaves_only_its_last_positions() -> None:
+    (group,), _ = attention_groups(layout(row([1] * 6, 5, 6, [5, 2])), 3)
+    assert group.slots.tolist() == [[23, 8, 9]]
+    _, (prefill,) = attention_groups(layout(row([1] * 6, 3, 6, [5, 2])), 3)
+    assert prefill.slots.tolist() == [21, 22, 23, 8, 9]
+    assert prefill.visible.int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+
+
+def test_groups_are_made_once_per_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[int | None] = []
+
+    def groups(layout: StepLayout, window: int | None) -> Groups:
+        windows.append(window)
+        return attention_groups(layout, window)
+
+    monkeypatch.setattr(torch_attention, "attention_groups", groups)
+    storage = SlotStorage([LayerShape(KV_HEADS, DIM, DIM, torch.float32)] * 3, 2, BLOCK, torch.device("cpu"))
+    modules = [nn.Identity() for _ in range(3)]
+    attention = storage.attention(layout(row([1] * 6, 3, 6, [0, 1])), {id(m): i for i, m in enumerate(modules)})
+    query, key = torch.randn(HEADS, 3, DIM), torch.randn(KV_HEADS, 3, DIM)
+    for module, kind in zip(modules, ("plain", "window", "softcap"), strict=True):
+        attention.attend(module, query, key, key, OPTIONS[kind])
+    assert windows == [None, 5]

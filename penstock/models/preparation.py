@@ -1,0 +1,180 @@
+"""From a module that was read to one that runs fast: probe, choice of kernels, rewrites, comparison (`prepare`).
+
+Owns the order of these steps and what a load may leave out. Called by `loading`; refusals are `ConfigurationError`s.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError
+from penstock.kernels import native
+from penstock.models.attention import AttentionBackend
+from penstock.models.checks import ProbeResult, compare, probe, trial_pass
+from penstock.models.hardware import kernel_threads, use_one_torch_thread
+from penstock.models.memory import release_file_pages
+from penstock.models.panels import PanelBackend, supports
+from penstock.models.storage import LayerShape
+from penstock.models.torch_attention import TorchBackend
+from penstock.optimizers.fused import FusedLayer
+from penstock.optimizers.memory_pool import MemoryPool
+from penstock.optimizers.rewriting import rewrite
+
+log = logging.getLogger("penstock")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedModel:
+    """A module that was switched to paged attention, and what an executor runs it with.
+
+    `layers` has the layer of each attention module, by the module's id; `shapes` what each layer stores.
+    """
+
+    module: nn.Module
+    device: torch.device
+    layers: dict[int, int]
+    shapes: list[LayerShape]
+    backend: AttentionBackend
+    workspaces: MemoryPool
+    kernels: str
+    rewrites: tuple[str, ...] = ()
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token, all layers together."""
+        return self.backend.bytes_per_token(self.shapes)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights that rewrites packed."""
+        return sum(getattr(part, "num_bytes", 0) for part in self.module.modules())
+
+
+def prepare(
+    module: nn.Module, device: torch.device, max_length: int, config: EngineConfig, *, owned: bool
+) -> PreparedModel:
+    """Switch `module` to paged attention and, on a CPU with kernels, rewrite it in place if it is `owned`.
+
+    Raises `ConfigurationError` for a model that cannot run, or not as the config demands.
+    """
+    probed = probe(module, device, verify=config.verify_model, max_length=max_length)
+    workspaces = MemoryPool(config.logits_chunk_bytes if config.enable_memory_pooling else 0, device)
+    kernels = _kernels(probed, device, config)
+    backend: AttentionBackend = TorchBackend(device)
+    description, rewrites = "plain torch" + _why_plain(device, config), tuple[str, ...]()
+    if kernels is None:
+        _refuse_kernel_settings(config)
+        compare(module, probed, backend)
+    else:
+        backend = PanelBackend(kernels, config.kv_cache_dtype == "int8", touch=config.preallocate_kv_cache)
+        description = f"{native.note()}, {kernels.threads} threads"
+        try:
+            if owned:
+                rewrites = _rewrite(module, probed, kernels, backend, workspaces, config)
+            else:
+                _refuse_rewriting_settings(config)
+            compare(module, probed, backend, quantized=_quantized_settings(config))
+        except BaseException:
+            backend.close()
+            raise
+    workspaces.return_all()
+    workspaces.clear_pool()  # of what the trial passes took
+    return PreparedModel(
+        module=module,
+        device=device,
+        layers=probed.layers,
+        shapes=probed.shapes,
+        backend=backend,
+        workspaces=workspaces,
+        kernels=description,
+        rewrites=rewrites,
+    )
+
+
+def _quantized_settings(config: EngineConfig) -> list[str]:
+    """The settings that store numbers in fewer bits than the checkpoint does."""
+    settings = {"quantization": config.quantization, "kv_cache_dtype": config.kv_cache_dtype}
+    return [f"{name}={value!r}" for name, value in settings.items() if value not in (None, "auto")]
+
+
+def _why_plain(device: torch.device, config: EngineConfig) -> str:
+    if device.type != "cpu" or "kernels" in config.disabled_rewrites:
+        return ""
+    return f": {'this model stores what the kernels do not' if native.available() else native.note()}"
+
+
+def _kernels(probed: ProbeResult, device: torch.device, config: EngineConfig) -> native.Kernels | None:
+    usable = device.type == "cpu" and "kernels" not in config.disabled_rewrites and supports(probed.shapes)
+    return native.Kernels(kernel_threads(config.num_threads)) if usable and native.available() else None
+
+
+def _rewrite(
+    module: nn.Module,
+    probed: ProbeResult,
+    kernels: native.Kernels,
+    backend: AttentionBackend,
+    workspaces: MemoryPool,
+    config: EngineConfig,
+) -> tuple[str, ...]:
+    """Rewrite the module, which is on the CPU; what each pass did."""
+    use_one_torch_thread()
+    report = rewrite(
+        module,
+        probed,
+        kernels,
+        lambda: trial_pass(module, probed, backend, workspaces.device),
+        quantize=config.quantization == "int8",
+        without=config.disabled_rewrites,
+        workspaces=workspaces,
+    )
+    release_file_pages((*module.parameters(), *module.buffers()))
+    log.debug("rewrites: %s", ", ".join(map(str, report)))
+    if config.deterministic:
+        _require_all_in_kernels(module, probed)
+    return tuple(map(str, report))
+
+
+def _refuse_kernel_settings(config: EngineConfig) -> None:
+    """Raise `ConfigurationError` for a setting that only the kernels fulfil."""
+    for name, is_set in (
+        ("quantization", config.quantization is not None),
+        ("kv_cache_dtype", config.kv_cache_dtype != "auto"),
+        ("deterministic", config.deterministic),
+    ):
+        if is_set:
+            raise ConfigurationError(
+                f"{name}={getattr(config, name)!r} needs the compiled CPU kernels: device='cpu', a C compiler, and "
+                f"no 'kernels' in disabled_rewrites (`penstock doctor` says what is missing); or leave {name} out"
+            )
+
+
+def _refuse_rewriting_settings(config: EngineConfig) -> None:
+    """Raise `ConfigurationError` for a setting that rewrites the weights of a module that the caller owns."""
+    for name in ("quantization", "deterministic"):
+        if getattr(config, name):
+            raise ConfigurationError(
+                f"{name} rewrites the weights, and this module is yours: set compile_model=True to work on "
+                "packed copies, or save it with save_pretrained and pass the folder"
+            )
+
+
+def _require_all_in_kernels(module: nn.Module, probed: ProbeResult) -> None:
+    """Only the kernels' results are deterministic; those of torch's products depend on the other rows of the batch."""
+    num_layers = len(probed.layers)
+    fused = sum(part.num_layers for part in module.modules() if isinstance(part, FusedLayer))
+    outside = [f"{num_layers - fused} of {num_layers} layers"] if fused < num_layers else []
+    outside += sorted({type(part).__name__ for part in module.modules() if _computes_with_weights(part)})
+    if outside:
+        raise ConfigurationError(
+            f"deterministic=True is not possible for {type(module).__name__}: {', '.join(outside)} run outside the "
+            "kernels; leave deterministic or disabled_rewrites out"
+        )
+
+
+def _computes_with_weights(part: nn.Module) -> bool:
+    return not isinstance(part, nn.Embedding) and any(True for _ in part.parameters(recurse=False))
