@@ -1,6 +1,6 @@
 """`GenerationConfig`: the parameter names of `transformers`, translated into `SamplingParams`; and a model's defaults.
 
-Owns the translation and nothing else. Built by callers; the door asks for `sampling_params()`, or `default_params`.
+Owns the translation and nothing else. Built by callers; the input processor calls `sampling_params()` or `default_params`.
 """
 
 from __future__ import annotations
@@ -46,44 +46,41 @@ class GenerationConfig:
         self.sampling_params()  # refuses bad values here, where the caller wrote them
 
     def sampling_params(self, prompt_len: int = 0, room: int | None = None) -> SamplingParams:
-        """The same wishes as `SamplingParams`, with `max_length` cut to `room` (new tokens that still fit).
+        """The `SamplingParams` that mean the same, with `max_length` cut to `room` (new tokens that still fit).
 
         Raises `RequestTooLarge` when a prompt of `prompt_len` tokens uses up `max_length`.
         """
-        total = self._counts_prompt()
-        longest = integer("max_length", self.max_length, 1, LARGEST_LENGTH, "an integer >= 1")
-        new = longest - (prompt_len if total else 0)
-        if prompt_len and new < 1:
+        max_length = integer("max_length", self.max_length, 1, LARGEST_LENGTH, "an integer >= 1")
+        max_tokens = max_length - (prompt_len if self._counts_prompt() else 0)
+        if prompt_len and max_tokens < 1:
             raise RequestTooLarge(
-                f"the prompt has {prompt_len} tokens and max_length={longest} leaves no room for output: "
+                f"the prompt has {prompt_len} tokens and max_length={max_length} leaves no room for output: "
                 'raise max_length, or count new tokens only with length_mode="new"'
             )
         if room is not None:
-            new = min(new, room)
-        beams, samples = (
-            integer("num_beams", self.num_beams, 1, rule="an integer >= 1"),
-            flag("do_sample", self.do_sample),
-        )
-        if beams > 1 and samples:
-            raise RequestError(f"num_beams={beams} searches and draws nothing: set do_sample=False with it")
-        least = integer("min_length", self.min_length, 0, LARGEST_LENGTH, "an integer >= 0")
+            max_tokens = min(max_tokens, room)
+        num_beams = integer("num_beams", self.num_beams, 1, rule="an integer >= 1")
+        do_sample = flag("do_sample", self.do_sample)
+        if num_beams > 1 and do_sample:
+            raise RequestError(f"num_beams={num_beams} searches and draws nothing: set do_sample=False with it")
+        min_tokens = integer("min_length", self.min_length, 0, LARGEST_LENGTH, "an integer >= 0")
         params = SamplingParams(
             n=self.num_return_sequences,
-            best_of=beams if beams > 1 else None,
-            use_beam_search=beams > 1,
+            best_of=num_beams if num_beams > 1 else None,
+            use_beam_search=num_beams > 1,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
-            temperature=self.temperature if samples else 0.0,
+            temperature=self.temperature if do_sample else 0.0,
             top_k=0 if self.top_k is None else self.top_k,
             top_p=1.0 if self.top_p is None else self.top_p,
             repetition_penalty=self.repetition_penalty,
-            min_tokens=min(least, new),
-            max_tokens=new,
+            min_tokens=min(min_tokens, max_tokens),
+            max_tokens=max_tokens,
             stop=self.stop,
             stop_token_ids=self._stop_ids(),
             seed=self.seed,
         )
-        return params if samples else replace(params, top_k=0, top_p=1.0)
+        return params if do_sample else replace(params, top_k=0, top_p=1.0)
 
     def _counts_prompt(self) -> bool:
         mode = bare(self.length_mode)
@@ -101,14 +98,15 @@ Params = SamplingParams | GenerationConfig | None
 
 
 def default_params(defaults: Mapping[str, Any], max_tokens: int, prompt_len: int | None = None) -> SamplingParams:
-    """A model's own defaults, see `ModelSpec`, with `max_tokens` where they limit no length.
+    """A model's own defaults (see `ModelSpec`), with `max_tokens` where they do not limit the length.
 
-    Their lengths with the prompt hold for a prompt of `prompt_len` tokens; those that it uses up already do not.
+    Its `max_length` and `min_length` include a prompt of `prompt_len` tokens; a prompt that already reaches them makes
+    them void.
     """
     values = dict(defaults)
-    longest, shortest = values.pop("max_length", None), values.pop("min_length", 0)
+    max_length, min_length = values.pop("max_length", None), values.pop("min_length", 0)
     if prompt_len is not None:
-        if longest is not None and longest > prompt_len:
-            max_tokens = longest - prompt_len
-        values.setdefault("min_new_tokens", max(0, shortest - prompt_len))
+        if max_length is not None and max_length > prompt_len:
+            max_tokens = max_length - prompt_len
+        values.setdefault("min_new_tokens", max(0, min_length - prompt_len))
     return SamplingParams(**{"max_tokens": max_tokens} | values)

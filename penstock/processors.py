@@ -1,7 +1,7 @@
 """`ProcessorParams`: the part of `SamplingParams` that is named after transformers' logits processors and warpers.
 
 Owns their names, ranges and defaults, which are those of transformers' `GenerationConfig`. Never looks at tokens or
-tensors. `SamplingParams` inherits them; `models/processors.py` and `models/cutoffs.py` apply them.
+tensors. `SamplingParams` inherits them; `models/processor_rules.py` and `models/filters.py` apply them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _BOS = "None or a token id"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorParams:
-    """What `transformers` can do to logits, as far as it is not named otherwise here.
+    """The logits processors of `transformers` that have no other name in `SamplingParams`.
 
     `suppress_tokens` are never drawn, `begin_suppress_tokens` not as the first token. `min_new_tokens` rules out EOS
-    until there are so many; unlike with `min_tokens`, stop ids and stop strings may end it. `no_repeat_ngram_size`
-    (0 is off) lets no run of so many tokens occur twice, prompt included. `sequence_bias` adds its values to the logits
-    of the last tokens of sequences of ids where the others precede. `exponential_decay_length_penalty` (start, factor)
-    raises EOS more and more from `start` new tokens on. `forced_bos_token_id` is what follows a prompt of a single
-    token, `forced_eos_token_id` (an id or several) is the last token that `max_tokens` allows; only `suppress_tokens`
-    and `logits_processors` stand above them. `renormalize_logits` makes log probabilities of what the rules leave in a
-    beam search; nothing else depends on it.
+    before that many new tokens; unlike with `min_tokens`, stop ids and stop strings may end the text earlier.
+    `no_repeat_ngram_size` (0 is off) lets no n-gram of that size occur twice, prompt included. `sequence_bias` maps
+    sequences of ids to biases: each is added to the logit of its sequence's last token where the other tokens precede.
+    `exponential_decay_length_penalty` (start, factor) raises EOS exponentially after `start` new tokens.
+    `forced_bos_token_id` follows a prompt of a single token, `forced_eos_token_id` (an id or several) is the last
+    token that `max_tokens` allows; only `suppress_tokens` and `logits_processors` override them. `renormalize_logits`
+    turns what the rules leave into log probabilities again; it has an effect in a beam search only.
 
     The others restrict draws, after temperature: `top_h` before top-k, then, after min-p, `typical_p`, `epsilon_cutoff`
     and `eta_cutoff`; None, 1, 0 and 0 are off. See transformers' classes of the same names for what they compute.
@@ -56,8 +56,8 @@ class ProcessorParams:
 P = TypeVar("P", bound=ProcessorParams)
 
 
-def checked(p: ProcessorParams) -> dict[str, Any]:
-    """Every value as plain Python and in one form. Raises `RequestError` for one that means nothing."""
+def checked(p: ProcessorParams) -> dict[str, object]:
+    """Every value as plain Python, in one form. Raises `RequestError` for a bad one."""
     bos, top_h = p.forced_bos_token_id, p.top_h
     return {
         "suppress_tokens": token_ids("suppress_tokens", p.suppress_tokens),
@@ -77,7 +77,7 @@ def checked(p: ProcessorParams) -> dict[str, Any]:
 
 
 def changes_logits(p: ProcessorParams) -> bool:
-    """Whether any of these is a rule for the logits of every token."""
+    """Whether any of these changes logits before every draw."""
     return bool(
         p.suppress_tokens
         or p.begin_suppress_tokens
@@ -90,12 +90,12 @@ def changes_logits(p: ProcessorParams) -> bool:
 
 
 def restricts_draws(p: ProcessorParams) -> bool:
-    """Whether any of these leaves tokens out of a draw."""
+    """Whether any of these keeps tokens out of a draw."""
     return p.top_h is not None or p.typical_p < 1 or p.epsilon_cutoff > 0 or p.eta_cutoff > 0
 
 
 def after(p: P, num_tokens: int) -> P:
-    """The parameters of what follows behind so many new tokens."""
+    """The parameters for the text that follows `num_tokens` new tokens."""
     decay = p.exponential_decay_length_penalty
     return replace(
         p,
@@ -105,17 +105,17 @@ def after(p: P, num_tokens: int) -> P:
     )
 
 
-def _forced_eos(value: Any) -> tuple[int, ...] | None:
+def _forced_eos(value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
     ids = plain(value)
-    found = token_ids("forced_eos_token_id", (ids,) if isinstance(ids, int) else ids)
-    if not found:
+    eos = token_ids("forced_eos_token_id", (ids,) if isinstance(ids, int) else ids)
+    if not eos:
         raise refused("forced_eos_token_id", value, "None, a token id or several")
-    return found
+    return eos
 
 
-def _decay(value: Any) -> tuple[int, float] | None:
+def _decay(value: object) -> tuple[int, float] | None:
     rule = "None, or (start in new tokens, factor above 0)"
     if value is None:
         return None
@@ -126,16 +126,16 @@ def _decay(value: Any) -> tuple[int, float] | None:
     return start, real("exponential_decay_length_penalty", pair[1], _ABOVE_0, sys.float_info.max, rule)
 
 
-def _biases(value: Any) -> dict[tuple[int, ...], float]:
-    """From a mapping of id sequences, or, as transformers has it, a list of [ids, bias]."""
+def _biases(value: object) -> dict[tuple[int, ...], float]:
+    """From a mapping of id sequences, or from a list of [ids, bias] as in transformers."""
     rule = "a mapping of non-empty sequences of token ids to numbers, or a list of [ids, number]"
     try:
         pairs = [tuple(pair) for pair in (dict(value).items() if isinstance(value, Mapping) else items("", value))]
     except Exception:
         raise refused("sequence_bias", value, rule) from None
-    found: dict[tuple[int, ...], float] = {}
+    biases: dict[tuple[int, ...], float] = {}
     for pair in pairs:
         if len(pair) != 2 or not (ids := token_ids("sequence_bias", pair[0])):
             raise refused("sequence_bias", value, rule)
-        found[ids] = real("sequence_bias", pair[1], -math.inf, math.inf, rule)
-    return found
+        biases[ids] = real("sequence_bias", pair[1], -math.inf, math.inf, rule)
+    return biases

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,10 +46,10 @@ log = logging.getLogger("penstock")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, and the tokenizer that belongs to it (None: token ids only)."""
+    """A model ready to run, and its tokenizer: transformers' or the caller's own; None for token ids only."""
 
     runner: Executor
-    tokenizer: object
+    tokenizer: Any
 
 
 def load(model: str | Path | nn.Module | None, tokenizer: object, config: EngineConfig) -> LoadedModel:
