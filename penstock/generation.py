@@ -1,6 +1,7 @@
 """`GenerationConfig`: the parameter names of `transformers`, translated into `SamplingParams`; and a model's defaults.
 
-Owns the translation and nothing else. Built by callers; the input processor calls `sampling_params()` or `default_params`.
+Owns the translation and nothing else. Built by callers; the input processor calls `sampling_params()` and
+`default_params`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class ProcessorParams:
 P = TypeVar("P", bound=ProcessorParams)
 
 
-def checked(p: ProcessorParams) -> dict[str, object]:
+def normalized(p: ProcessorParams) -> dict[str, object]:
     """Every value as plain Python, in one form. Raises `RequestError` for a bad one."""
     bos, top_h = p.forced_bos_token_id, p.top_h
     return {
@@ -94,7 +94,7 @@ def restricts_draws(p: ProcessorParams) -> bool:
     return p.top_h is not None or p.typical_p < 1 or p.epsilon_cutoff > 0 or p.eta_cutoff > 0
 
 
-def after(p: P, num_tokens: int) -> P:
+def params_after(p: P, num_tokens: int) -> P:
     """The parameters for the text that follows `num_tokens` new tokens."""
     decay = p.exponential_decay_length_penalty
     return replace(

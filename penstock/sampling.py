@@ -127,7 +127,7 @@ class SamplingParams(processors.ProcessorParams):
     is_cut: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in processors.checked(self).items():
+        for name, value in processors.normalized(self).items():
             _put(self, name, value)
         _check_numbers(self)
         _check_counts(self)

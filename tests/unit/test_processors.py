@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from penstock.errors import RequestError
-from penstock.processors import after
+from penstock.processors import params_after
 from penstock.sampling import SamplingParams
 
 
@@ -64,7 +64,7 @@ def test_what_follows_from_the_parameters_is_kept_up_to_date() -> None:
 def test_parameters_behind_a_fork_count_from_the_fork() -> None:
     """A fork is a request of its own, whose first token is not the first of the text."""
     params = SamplingParams(begin_suppress_tokens=[1], exponential_decay_length_penalty=(5, 2.0), suppress_tokens=[3])
-    forked = after(params, 7)
+    forked = params_after(params, 7)
     assert (forked.begin_suppress_tokens, forked.exponential_decay_length_penalty) == ((), (-2, 2.0))
     assert forked.suppress_tokens == (3,)
-    assert after(params, 0) == params
+    assert params_after(params, 0) == params

@@ -19,7 +19,7 @@ from penstock.engine.requests.input_processor import InputProcessor
 from penstock.engine.requests.request import Request
 from penstock.errors import EngineOverloaded, RequestError, described
 from penstock.generation import Params
-from penstock.processors import after
+from penstock.processors import params_after
 from penstock.sampling import SamplingParams
 from penstock.scheduling.admission import Place
 from penstock.sequence import Sequence, Status
@@ -129,7 +129,7 @@ def _inherited(seq: Sequence, at: int, length: int) -> SamplingParams | None:
         return None
     min_tokens = min(room, max(0, seq.params.min_tokens - at))
     single = dataclasses.replace(seq.params, n=1, best_of=None, rank_by=None, prompt_logprobs=None)
-    return dataclasses.replace(after(single, length - seq.prompt_len), min_tokens=min_tokens, max_tokens=room)
+    return dataclasses.replace(params_after(single, length - seq.prompt_len), min_tokens=min_tokens, max_tokens=room)
 
 
 def check_num_forks(n: int, max_queue_size: int) -> int:
