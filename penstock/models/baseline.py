@@ -1,7 +1,7 @@
-"""`transformers.generate` as the baseline of a benchmark, and modules to run it on: loaded, or random of a known shape.
+"""`transformers.generate` as the baseline of a benchmark, and modules for it: loaded, or random of a known shape.
 
-Owns the module, which the engine borrows for the comparison: both run the same weights. Never tunes either side.
-Imports torch and transformers when used only, so that the command line can name the shapes at once.
+Owns the module, which the engine borrows for the comparison: both run the same weights. Never tunes either side. Loads
+torch and transformers only when used, so that the command line can list the shapes at once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError, ExecutionError
 
-# Name -> (transformers model type, what its config sets). Speed does not depend on the values of weights.
-SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+# By name: the transformers model type, and the fields of its config. Speed does not depend on the weights' values.
+SHAPES: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "qwen3-0.6b": (
         "qwen3",
         {
@@ -78,13 +78,13 @@ def random_module(shape: str, config: EngineConfig) -> Any:
 
     from penstock.models.loading import resolve_device, resolve_dtype
 
-    kind, sizes = SHAPES[shape]
+    model_type, sizes = SHAPES[shape]
     dtype = torch.bfloat16 if config.dtype == "auto" else resolve_dtype(config.dtype)
     device = resolve_device(config.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = AutoConfig.for_model(kind, **sizes, **_SPECIAL)
-        module = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="sdpa")
+        model_config = AutoConfig.for_model(model_type, **sizes, **_SPECIAL)
+        module = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
     return module.to(device).eval()
 
 
@@ -110,7 +110,7 @@ class Baseline:
         """
         import torch
 
-        width, longest = max(len(prompt) for prompt, _ in work), max(count for _, count in work)
+        width, num_tokens = max(len(prompt) for prompt, _ in work), max(count for _, count in work)
         padded = [[0] * (width - len(p)) + p for p, _ in work], [[0] * (width - len(p)) + [1] * len(p) for p, _ in work]
         ids, mask = (torch.tensor(rows, dtype=torch.int64, device=self.module.device) for rows in padded)
         with torch.inference_mode():
@@ -118,13 +118,13 @@ class Baseline:
                 ids,
                 attention_mask=mask,
                 do_sample=False,
-                max_new_tokens=longest,
-                min_new_tokens=longest,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
                 repetition_penalty=1.0,
                 eos_token_id=None,
                 pad_token_id=0,
             )
         rows = out[:, width:].tolist()
-        if len(rows[0]) != longest:
-            raise ExecutionError(f"transformers made {len(rows[0])} tokens where {longest} were asked for")
+        if len(rows[0]) != num_tokens:
+            raise ExecutionError(f"transformers made {len(rows[0])} tokens where {num_tokens} were asked for")
         return [row[:count] for row, (_, count) in zip(rows, work, strict=True)]

@@ -183,7 +183,7 @@ class Executor:
             return error
         self._check_module(thorough=True)  # a change of the module may be why it failed
         if self._borrowed is not None:
-            self._borrowed.check_place()
+            self._borrowed.check_placement()
         return ExecutionError(f"the forward pass failed: {described(error)}")
 
     def _check_module(self, *, thorough: bool = False) -> None:

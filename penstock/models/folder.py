@@ -1,6 +1,6 @@
-"""Looks at a model source before anything heavy is imported, so that a wrong path fails in milliseconds.
+"""Checks a model source before torch is imported, so that a wrong path fails in milliseconds.
 
-Reads names and the first bytes of files only. Called by `loading` and by the engine's constructor; imports no torch.
+Reads file names and headers only. Called by `loading` and by the engine's constructor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 def check_source(source: str) -> str:
-    """The source, as `expanded` gives it. Raises `ConfigurationError` for a folder that is missing or incomplete.
+    """`expanded(source)`. Raises `ConfigurationError` for a folder that is missing or incomplete.
 
     What looks like a hub id ("name" or "owner/name") and is no folder is left to the hub library.
     """
@@ -31,7 +31,7 @@ def check_source(source: str) -> str:
 
 
 def expanded(source: str) -> str:
-    """`source` with a home folder in place of its "~". Raises `ConfigurationError` where nobody knows that folder."""
+    """`source` with "~" replaced by a home folder. Raises `ConfigurationError` where that is unknown."""
     if not source.startswith("~"):
         return source
     try:

@@ -1,23 +1,24 @@
-"""What a model's generation config says about requests without parameters, and which tokens end a text.
+"""The parameters that a model's generation config sets for requests without parameters, and the tokens that end a text.
 
-Owns the translation of every field of transformers' `GenerationConfig` into our names; what cannot act is named in one
-warning. Never raises for what a model's files say. Called once per load.
+Translates every field of transformers' `GenerationConfig` into our names, and lists those that have no effect here.
+Never raises, whatever a model's files contain. Called once per load.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol, cast
 
 from torch import nn
 
 from penstock.errors import text_of
+from penstock.models.checks import text_config
 from penstock.sampling import SamplingParams
 
 log = logging.getLogger("penstock")
 
-# Fields that mean what our parameter means, by its name.
+# Fields that have the meaning of one of our parameters, and its name.
 _RULES = {
     "repetition_penalty": "repetition_penalty",
     "no_repeat_ngram_size": "no_repeat_ngram_size",
@@ -36,11 +37,11 @@ _RULES = {
 }
 _DRAWS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BEAMS = ("length_penalty", "early_stopping")
-_LENGTHS = ("max_length", "min_length")  # the prompt counts; see `generation.default_params`
-_TOP_K = 50  # what transformers takes where a model that samples sets none
+_LENGTHS = ("max_length", "min_length")  # they include the prompt; see `generation.default_params`
+_TOP_K = 50  # transformers' default for a model that samples
 
-# Fields that we do not follow: when they would act in transformers, and what to do instead.
-_IGNORED: dict[str, tuple[Callable[[Any], bool], str]] = {
+# Fields that have no effect here: whether a value would have one in transformers, and what to do instead.
+_IGNORED: dict[str, tuple[Callable[[object], bool], str]] = {
     "max_time": (bool, "pass deadline= to generate()"),
     "guidance_scale": (lambda value: value not in (None, 1), "there is no classifier-free guidance"),
     "watermarking_config": (bool, "pass a logits processor"),
@@ -56,7 +57,7 @@ _IGNORED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "force_words_ids": (bool, "pass a logits processor"),
     "cache_implementation": (lambda value: value == "quantized", "set EngineConfig's fields for the K/V cache"),
 }
-# Fields that change no token of a decoder-only model here: other memory, speed or return values, padding, encoders.
+# Fields that change no token of a decoder-only model: memory, speed, return values, padding, encoders.
 WITHOUT_MEANING = frozenset({
     "use_cache", "cache_config", "max_cache_len", "low_memory",
     "prefill_chunk_size", "compile_config", "disable_compile", "continuous_batching_config",
@@ -71,15 +72,25 @@ WITHOUT_MEANING = frozenset({
 _ANSWER = "penstock-answer"
 KNOWN = frozenset({*_RULES, *_DRAWS, *_BEAMS, *_LENGTHS, *_IGNORED, "do_sample", "num_beams", "eos_token_id"})
 
+Fields = Mapping[str, object]  # of a generation config, which may contain anything
+
+
+class _ChatTokenizer(Protocol):
+    """A tokenizer of transformers with a chat template."""
+
+    added_tokens_decoder: Mapping[int, object]
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool) -> object: ...
+
 
 def generation_defaults(
     module: nn.Module, vocab_size: int, eos_token_ids: frozenset[int], *, has_text: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """The parameters that the model's generation config sets, in our names; and what of it cannot act, in words.
+    """The parameters that the model's generation config sets, in our names; and what has no effect, in words.
 
     `max_length` and `min_length` keep their names, since they depend on the prompt. `has_text`: there is a tokenizer.
     """
-    config: Any = getattr(module, "generation_config", None)
+    config: object = getattr(module, "generation_config", None)
     if config is None:
         return {}, []
     fields = {name: getattr(config, name, None) for name in KNOWN}
@@ -87,103 +98,98 @@ def generation_defaults(
     if fields["stop_strings"] and not has_text:
         fields["stop_strings"] = None
         ignored.append("stop_strings (they need a tokenizer)")
-    found: dict[str, Any] = {}
-    for name, value in _acting(fields, ignored).items():
-        if value is not None and (kept := _usable(name, value, vocab_size, ignored)) is not None:
-            found[_RULES.get(name, name)] = kept
-    if "bad_words" in found:  # as transformers does it, EOS is no bad word
-        found["bad_words"] = [word for word in found["bad_words"] if len(word) > 1 or word[0] not in eos_token_ids]
-    return found | _search(fields, found), ignored
+    defaults: dict[str, Any] = {}
+    for name, value in _effective_fields(fields, ignored).items():
+        if value is not None and (usable := _usable(name, value, vocab_size, ignored)) is not None:
+            defaults[_RULES.get(name, name)] = usable
+    if "bad_words" in defaults:  # as in transformers, EOS is not a bad word
+        words = [word for word in defaults["bad_words"] if len(word) > 1 or word[0] not in eos_token_ids]
+        defaults["bad_words"] = words
+    num_beams = _num_beams(fields)
+    if num_beams > 1 and fields["do_sample"] is not True:
+        defaults |= {"use_beam_search": True, "best_of": num_beams, "n": min(defaults.get("n", 1), num_beams)}
+    return defaults, ignored
 
 
-def _acting(fields: Mapping[str, Any], ignored: list[str]) -> dict[str, Any]:
-    """The fields that mean something to the kind of generation that the config asks for."""
-    acting = {name: fields[name] for name in (*_RULES, *_LENGTHS)}
+def _effective_fields(fields: Fields, ignored: list[str]) -> dict[str, object]:
+    """The fields that matter to the kind of generation that the config selects."""
+    effective = {name: fields[name] for name in (*_RULES, *_LENGTHS)}
+    num_beams = _num_beams(fields)
     if fields["do_sample"] is True:
-        acting |= {name: fields[name] for name in _DRAWS}
-        acting["top_k"] = _TOP_K if fields["top_k"] is None else fields["top_k"]
-        if _width(fields) > 1:
+        effective |= {name: fields[name] for name in _DRAWS}
+        effective["top_k"] = _TOP_K if fields["top_k"] is None else fields["top_k"]
+        if num_beams > 1:
             ignored.append("num_beams (with do_sample=True, tokens are drawn without beams)")
     else:
-        acting["temperature"] = 0.0
-        acting |= {name: fields[name] for name in _BEAMS if _width(fields) > 1}
-    return acting
+        effective["temperature"] = 0.0
+        effective |= {name: fields[name] for name in _BEAMS if num_beams > 1}
+    return effective
 
 
-def _search(fields: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    width = _width(fields)
-    if width < 2 or fields["do_sample"] is True:
-        return {}
-    return {"use_beam_search": True, "best_of": width, "n": min(found.get("n", 1), width)}
-
-
-def _width(fields: Mapping[str, Any]) -> int:
+def _num_beams(fields: Fields) -> int:
     return fields["num_beams"] if isinstance(fields["num_beams"], int) else 1
 
 
-def _usable(name: str, value: Any, size: int, ignored: list[str]) -> Any:
-    """A field's value as a request may have it, without ids that the model does not have; None where nothing is."""
-    ours = _RULES.get(name, name)
+def _usable(name: str, value: object, vocab_size: int, ignored: list[str]) -> object:
+    """A field's value as a request may have it, without ids outside the vocabulary; None where nothing is left."""
+    parameter = _RULES.get(name, name)
     try:
         if name in _LENGTHS:
-            return SamplingParams(max_tokens=None, min_tokens=value).min_tokens or None
-        value = getattr(SamplingParams(**{"max_tokens": None, ours: _without_none(name, value)}), ours)
-        kept = _known(ours, value, size)
-    except Exception as error:  # whatever a file may hold
+            return SamplingParams(max_tokens=None, min_tokens=cast(int, value)).min_tokens or None
+        if name.endswith("suppress_tokens"):  # Whisper writes [-1] for "none"
+            value = [token for token in cast(Iterable[object], value) if token != -1]
+        value = getattr(SamplingParams(**{"max_tokens": None, parameter: cast(Any, value)}), parameter)
+        usable = _within_vocabulary(parameter, value, vocab_size)
+    except Exception as error:  # a file may contain anything
         ignored.append(f"{name} ({text_of(error)})")
         return None
-    if kept != value:
-        ignored.append(f"{name} (token ids beyond the model's vocabulary of {size})")
-    return kept if kept or not isinstance(kept, Collection) else None
+    if usable != value:
+        ignored.append(f"{name} (token ids beyond the model's vocabulary of {vocab_size})")
+    return usable if usable or not isinstance(usable, Collection) else None
 
 
-def _without_none(name: str, value: Any) -> Any:
-    """Whisper's way to say "no tokens to suppress" is [-1]."""
-    return [token for token in value if token != -1] if name.endswith("suppress_tokens") else value
-
-
-def _known(name: str, value: Any, size: int) -> Any:
-    """Only the ids below `size`."""
-    match name:
+def _within_vocabulary(parameter: str, value: Any, vocab_size: int) -> object:
+    """The ids below `vocab_size` of a parameter of any type."""
+    match parameter:
         case "suppress_tokens" | "begin_suppress_tokens" | "forced_eos_token_id":
-            return tuple(token for token in value if token < size)
+            return tuple(token for token in value if token < vocab_size)
         case "forced_bos_token_id":
-            return value if value < size else None
+            return value if value < vocab_size else None
         case "bad_words":
-            return tuple(word for word in value if isinstance(word, str) or max(word) < size)
+            return tuple(word for word in value if isinstance(word, str) or max(word) < vocab_size)
         case "sequence_bias":
-            return {ids: bias for ids, bias in value.items() if max(ids) < size}
+            return {ids: bias for ids, bias in value.items() if max(ids) < vocab_size}
     return value
 
 
-def eos_token_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
+def eos_token_ids(module: nn.Module, tokenizer: object) -> frozenset[int]:
     """All ids that end a text: the generation config's, else the model config's; the tokenizer's; and end of turn."""
-    text_config: Any = module.config.get_text_config()  # type: ignore[union-attr, operator]
-    model = _eos_of(getattr(module, "generation_config", None)) or _eos_of(text_config)
-    return model | _eos_of(tokenizer) | end_of_turn(tokenizer)
+    model_ids = _eos_of(getattr(module, "generation_config", None)) or _eos_of(text_config(module))
+    return model_ids | _eos_of(tokenizer) | end_of_turn(tokenizer)
 
 
-def _eos_of(holder: Any) -> frozenset[int]:
-    ids: Any = getattr(holder, "eos_token_id", None)
+def _eos_of(owner: object) -> frozenset[int]:
+    ids: object = getattr(owner, "eos_token_id", None)
     if isinstance(ids, int):
         return frozenset([ids])
-    return frozenset(id for id in ids or () if isinstance(id, int))
+    return frozenset(id for id in cast(Iterable[object], ids or ()) if isinstance(id, int))
 
 
-def end_of_turn(tokenizer: Any) -> frozenset[int]:
-    """The special token that the tokenizer's chat template writes behind an assistant's message, if any.
+def end_of_turn(tokenizer: object) -> frozenset[int]:
+    """The special token that the tokenizer's chat template writes after an assistant's message, if any.
 
-    A chat that does not end there runs on into the next turn. Whatever goes wrong in a template is no reason not to
-    load a model.
+    A chat that does not end there continues with the next turn. A template that fails does not keep a model from
+    loading.
     """
     if not getattr(tokenizer, "chat_template", None):
         return frozenset()
     messages = [{"role": "user", "content": "penstock-question"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        after = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
-        added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
-        ends = [token for token in added if token and after.startswith(token)]
+        templated = cast(_ChatTokenizer, tokenizer)
+        text = str(templated.apply_chat_template(messages, tokenize=False))
+        remainder = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
+        added = {str(token): id for id, token in templated.added_tokens_decoder.items()}
+        ends = [token for token in added if token and remainder.startswith(token)]
         return frozenset([added[max(ends, key=len)]] if ends else ())
     except Exception as error:
         log.debug("the chat template does not show how a turn ends: %s", text_of(error))

@@ -78,7 +78,7 @@ def load(model: str | Path | nn.Module | None, tokenizer: object, config: Engine
 def load_draft(source: str, target: ModelSpec, config: EngineConfig) -> DraftRunner:
     """Load a model that drafts for `target`. Raises `ConfigurationError`, also when its vocabulary is another one.
 
-    A very small model gains nothing from a second thread: handing work over costs more than it saves. The target
+    A very small model gains nothing from a second thread: handing work to it costs more than it saves. The target
     model, which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
     """
     overrides = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
@@ -161,7 +161,7 @@ def _tokenizer_for(source: str | None, tokenizer: object, config: EngineConfig) 
 def _prepare(
     module: nn.Module, owner: nn.Module, tokenizer: object, config: EngineConfig, name: str
 ) -> tuple[PreparedModel, ModelSpec, list[str]]:
-    """The module ready to run, its facts, and what its generation config asks for in vain, in words.
+    """The module ready to run, its facts, and the fields of its generation config that have no effect, in words.
 
     `owner` has the weights: `module` itself, unless that is a view of somebody's module.
     """

@@ -1,7 +1,7 @@
 """What the engine needs of a model: `ModelSpec` (facts) and `ModelRunner` (verbs). Imports no torch.
 
-The engine calls `execute` and `trim_memory` from one thread, `forget` and `memory_usage` from others; everything else
-before the first step.
+The engine calls `execute` and `trim_memory` from one thread, `forget` and `memory_usage` from others, and everything
+else before the first step.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from penstock.step import StepPlan, StepResult
 class ModelSpec:
     """Facts about a loaded model. Sizes are bytes; `max_length` is tokens, prompt and output together.
 
-    `max_length_reason` says why the model cannot do more, and what to change; "" where the settings say less.
-    `kernels` says what its hot operations run with, `rewrites` what was replaced in it to be faster.
+    `max_length_reason` says why the model cannot do more, and what to change; "" where the settings limit it further.
+    `kernels` describes the implementation of its hot operations, `rewrites` what was replaced in it for speed.
     `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
-    `min_length`, in which the prompt counts.
+    `min_length`, which include the prompt.
     """
 
     name: str
@@ -34,13 +34,13 @@ class ModelSpec:
     dtype: str = "float32"
     kernels: str = "none"
     rewrites: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # values of any parameter
 
 
 class ModelChanged(Exception):
-    """The module was changed before or during a step, and now runs as what it has become.
+    """The borrowed module was changed before or during a step; the runner has switched to its new state.
 
-    Of the step nothing counts, and no K/V computed until now may be read again.
+    The step is void, and no K/V computed before may be read again.
     """
 
 
@@ -54,22 +54,23 @@ class ModelRunner(Protocol):
         ...
 
     def host_free_bytes(self) -> int:
-        """Ordinary memory that a tier on the host could take now."""
+        """Host memory that the host tier could take now."""
         ...
 
     def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
-        """Make room for the K/V of `num_blocks` blocks, and of as many on the host as told. Raises `OutOfMemory`."""
+        """Allocate `num_blocks` K/V blocks, and `num_host_blocks` in the host tier. Raises `OutOfMemory`."""
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step; a fault of one row comes back in its `RowResult`, a fault of the step is raised.
+        """Run one step; an error of one row comes back in its `RowResult`, an error of the step is raised.
 
-        Raises `ModelChanged` where the step is to be planned again.
+        Raises `ModelChanged` where the step must be planned again. `Executor` divides this into `launch` and `collect`,
+        between which grammar masks are awaited.
         """
         ...
 
     def forget(self, seq_id: int) -> None:
-        """Drop what is remembered of a sequence that ended."""
+        """Drop the state of a sequence that ended."""
         ...
 
     def memory_usage(self) -> float:
@@ -77,9 +78,9 @@ class ModelRunner(Protocol):
         ...
 
     def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
-        """Give unused memory back, that of these blocks and places on the host included; how many bytes.
+        """Give unused memory back, that of these blocks and host places included; returns the number of bytes.
 
-        Called between steps, on the thread that runs them; a block or place named here may be used by the next step.
+        Called between steps, on the thread that runs them; the next step may use the blocks and places again.
         """
         ...
 

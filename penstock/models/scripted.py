@@ -1,7 +1,7 @@
-"""`ScriptedModel`: a model that emits a given script of tokens, slowly or failing when told to.
+"""`ScriptedModel`: a model that emits a given script of tokens, and is slow or fails on request.
 
-For tests of programs that embed the engine, and for our own: no weights, no torch, no randomness. Give it to
-`InferenceEngine(ScriptedModel([5, 6, 7]))` in place of a model.
+For tests of programs that embed the engine, and for our own: no weights, no torch, no randomness. Pass it in place of a
+model: `InferenceEngine(ScriptedModel([5, 6, 7]))`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Script = Sequence[int] | Callable[[Sequence[int], int], int]
 class ScriptedModel:
     """Runs plans by reading a script.
 
-    Every token is certain, those of a prompt too: its log probability is 0. Every step takes `step_s` plus `token_s`
-    per token, in seconds, of sleep. `fail_next(error)` makes the next step raise; `plans` counts steps. Vocabulary,
-    length and EOS are as a real model's spec would say.
+    Every token, of prompts too, has the log probability 0. Every step sleeps for `step_s` plus `token_s` per token, in
+    seconds. `fail_next(error)` makes the next step raise; `plans` counts steps. `vocab_size`, `max_length` and
+    `eos_token_ids` are those of the spec.
     """
 
     def __init__(
@@ -43,66 +43,66 @@ class ScriptedModel:
         self.token_s = token_s
         self.plans = 0
         self._script = script
-        self._faults: deque[Exception] = deque()
+        self._errors: deque[Exception] = deque()
         self._running = threading.Event()
         self._running.set()
 
     def fail_next(self, error: Exception) -> None:
         """Make the next step raise `error`."""
-        self._faults.append(error)
+        self._errors.append(error)
 
     def hold(self) -> None:
         """Make steps wait until `release()`."""
         self._running.clear()
 
     def release(self) -> None:
-        """Let held steps go on."""
+        """Let waiting steps continue."""
         self._running.set()
 
     def free_bytes(self) -> int:
-        """As much as a byte per token of any test needs."""
+        """More than any test needs at a byte per token."""
         return 1 << 40
 
     def host_free_bytes(self) -> int:
-        """As much as there is of the other memory."""
+        """As much as device memory."""
         return self.free_bytes()
 
     def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         """A script needs no cache."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Emit the next scripted token of every row that samples, and one more for each of its drafts that is right."""
+        """Emit the next scripted token of every row that samples, and one more for each of its correct drafts."""
         self.plans += 1
         delay = self.step_s + self.token_s * plan.num_tokens
         if delay:
             time.sleep(delay)
         self._running.wait()
-        if self._faults:
-            raise self._faults.popleft()
+        if self._errors:
+            raise self._errors.popleft()
         return StepResult(tuple(self._result(row) for row in plan.rows))
 
     def forget(self, seq_id: int) -> None:
-        """Nothing is remembered."""
+        """There is no state."""
 
     def memory_usage(self) -> float:
         """A script uses no memory."""
         return 0.0
 
     def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
-        """Nothing to give back."""
+        """There is nothing to give back."""
         return 0
 
     def close(self) -> None:
-        """Let held steps go on."""
+        """Let waiting steps continue."""
         self.release()
 
     def _result(self, row: Row) -> RowResult:
         if row.params.prompt_logprobs is None:
-            return self._drawn(row)
-        scored = row.tokens[row.start + 1 : min(row.end + 1, row.prompt_len)]
-        return self._drawn(row)._replace(prompt_logprobs=tuple(map(_certain, scored)))
+            return self._sample(row)
+        prompt = row.tokens[row.start + 1 : min(row.end + 1, row.prompt_len)]
+        return self._sample(row)._replace(prompt_logprobs=tuple(map(_certain, prompt)))
 
-    def _drawn(self, row: Row) -> RowResult:
+    def _sample(self, row: Row) -> RowResult:
         if not row.samples:
             return RowResult()
         tokens = [self._next(row, row.tokens)]
@@ -112,7 +112,7 @@ class ScriptedModel:
             tokens.append(self._next(row, [*row.tokens, *tokens]))
         entries = tuple(map(_certain, tokens))
         if row.params.use_beam_search:
-            return RowResult(candidates=entries)  # a script knows one way to go on
+            return RowResult(candidates=entries)  # a script has one continuation
         return RowResult(tuple(tokens), entries, siblings=tuple(map(self._result, row.siblings)))
 
     def _next(self, row: Row, tokens: Sequence[int]) -> int:
@@ -122,5 +122,5 @@ class ScriptedModel:
 
 
 def _certain(token: int) -> TokenLogprobs:
-    """A token that nothing else could have been."""
+    """The log probabilities of a token that was the only possible one."""
     return TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),))

@@ -1,7 +1,7 @@
-"""Whether a live module has become another one: what decides what it computes, besides the numbers in its weights.
+"""`Watch` detects changes of a live module in anything that decides what it computes, but for the values of tensors.
 
-Owns the comparison with how the module was: adapters (peft's), hooks, submodules, parameters, attributes. Never changes
-the module and never looks into a tensor. Called by `borrow` once per step, so most of it is comparisons that run in C.
+Compares adapters (peft's), hooks, submodules, parameters and attributes with an earlier state. Never changes the module
+and never reads a tensor. Called by `borrow` once per step, so most of it is comparisons that run in C.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Attributes of a module that say nothing about what it computes in eval mode, and those that are compared otherwise.
-_FREE = frozenset(
+# Attributes that do not affect what a module computes in eval mode, and those that are compared in another way.
+_NOT_COMPARED = frozenset(
     {
         *HOOKS, "training", "generation_config", "gradient_checkpointing", "_gradient_checkpointing_func",
         "_require_grads_hook",
@@ -25,22 +25,23 @@ _FREE = frozenset(
         "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
     }
 )  # fmt: skip
-# Forward hooks of transformers and peft that concern gradients alone.
+# Forward hooks of transformers and peft that affect gradients only.
 _GRADIENT_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
-# What peft's adapter layers change when adapters are enabled, chosen, merged, scaled, added or deleted.
+# What changes in peft's adapter layers when adapters are enabled, selected, merged, scaled, added or deleted.
 _SWITCHES = itemgetter("_disable_adapters", "_active_adapter")
 _CONTENTS = ("merged_adapters", "scaling")
 # How many modules are compared attribute by attribute in one call, and how many adapter layers' switches.
 PORTION = 8
 SWITCH_PORTION = 64
 
-State = Mapping[str, Any]
+Hooks = dict[int, Callable[..., object]]  # by the number that PyTorch gave each
+State = Mapping[str, Any]  # the attributes of a module, by name
 
 
 class Watch:
-    """How `module` is now. `changed` says whether it is still so.
+    """The state of `module` at construction; `changed` compares it with the current one.
 
-    Every call compares hooks and what all adapter layers have merged, and by turns a portion of everything else; a
+    Every call compares hooks and what all adapter layers have merged, and in turn a portion of everything else; a
     method of peft's model switches all layers, which shows in any portion. `thorough` compares everything.
     """
 
@@ -48,86 +49,87 @@ class Watch:
         self._num_handles = RemovableHandle.next_id  # before anything is read
         self._modules = list(module.modules())
         states = [vars(part) for part in self._modules]
-        self._hooks: list[dict[int, Any]] = [state[name] for state in states for name in HOOKS]
-        self._hooks_before = [acting(hooks) for hooks in self._hooks]
-        self._hooked = [(hooks, dict(hooks)) for hooks in self._hooks if hooks]
+        self._hooks: list[Hooks] = [state[name] for state in states for name in HOOKS]
+        self._initial_hooks = [effective_hooks(hooks) for hooks in self._hooks]
+        self._hook_copies = [(hooks, dict(hooks)) for hooks in self._hooks if hooks]
         self._adapters = [state for state in states if _has_switches(state)]
-        self._switches_before = list(map(_SWITCHES, self._adapters))
+        self._initial_switches = list(map(_SWITCHES, self._adapters))
         self._contents = [state[name] for state in self._adapters for name in _CONTENTS if name in state]
-        self._contents_before = [value.copy() for value in self._contents]
-        self._names = [_names(state) for state in states]
-        self._looks = [itemgetter(*names, "_modules") for names in self._names]
-        pairs = zip(self._modules, self._looks, strict=True)
-        self._parts_before = [_part(part, look, copied=True) for part, look in pairs]
+        self._initial_contents = [value.copy() for value in self._contents]
+        self._names = [_compared_names(state) for state in states]
+        self._getters = [itemgetter(*names, "_modules") for names in self._names]
+        pairs = zip(self._modules, self._getters, strict=True)
+        self._initial_parts = [_part_state(part, getter, copied=True) for part, getter in pairs]
         self._next_switches = self._next_parts = 0
 
     def changed(self, *, thorough: bool = False) -> bool:
-        """Whether anything differs that was compared."""
+        """Whether anything differs in what this call compares."""
         try:
-            quick = self._contents != self._contents_before or self._hooks_changed()
-            return quick or self._switches_changed(thorough) or self._parts_changed(thorough)
-        except Exception:  # an attribute that is gone, or that became something that cannot be compared
+            if self._contents != self._initial_contents or self._hooks_changed():
+                return True
+            return self._switches_changed(thorough) or self._parts_changed(thorough)
+        except Exception:  # an attribute was removed, or now has a value that cannot be compared
             return True
 
     def _switches_changed(self, thorough: bool) -> bool:
-        turn, self._next_switches = _turn(self._next_switches, SWITCH_PORTION, len(self._adapters), thorough)
-        return list(map(_SWITCHES, self._adapters[turn])) != self._switches_before[turn]
+        turn, self._next_switches = _next_turn(self._next_switches, SWITCH_PORTION, len(self._adapters), thorough)
+        return list(map(_SWITCHES, self._adapters[turn])) != self._initial_switches[turn]
 
     def _hooks_changed(self) -> bool:
-        """PyTorch numbers the hooks of a process, so only a new number is worth a look at modules without hooks."""
-        latest = RemovableHandle.next_id
-        if latest == self._num_handles and all(hooks == before for hooks, before in self._hooked):
+        """PyTorch numbers all hooks of a process: without a new number, modules without hooks still have none."""
+        next_number = RemovableHandle.next_id
+        if next_number == self._num_handles and all(hooks == earlier for hooks, earlier in self._hook_copies):
             return False
-        self._num_handles = latest
-        self._hooked = [(hooks, dict(hooks)) for hooks in self._hooks if hooks]
-        return list(map(acting, self._hooks)) != self._hooks_before
+        self._num_handles = next_number
+        self._hook_copies = [(hooks, dict(hooks)) for hooks in self._hooks if hooks]
+        return list(map(effective_hooks, self._hooks)) != self._initial_hooks
 
     def _parts_changed(self, thorough: bool) -> bool:
-        turn, self._next_parts = _turn(self._next_parts, PORTION, len(self._modules), thorough)
-        pairs = zip(self._modules[turn], self._looks[turn], strict=True)
-        if [_part(module, look) for module, look in pairs] == self._parts_before[turn]:
+        turn, self._next_parts = _next_turn(self._next_parts, PORTION, len(self._modules), thorough)
+        pairs = zip(self._modules[turn], self._getters[turn], strict=True)
+        if [_part_state(module, getter) for module, getter in pairs] == self._initial_parts[turn]:
             return False
         return any(self._part_changed(index) for index in range(*turn.indices(len(self._modules))))
 
     def _part_changed(self, index: int) -> bool:
-        """Whether there is more to a difference than attributes that do not count."""
-        module, before = self._modules[index], self._parts_before[index]
-        size, *values = _part(module, self._looks[index])
-        if values != list(before[1:]) or _names(vars(module)) != self._names[index]:
+        """Whether a difference goes beyond attributes that are not compared."""
+        module, initial = self._modules[index], self._initial_parts[index]
+        size, *values = _part_state(module, self._getters[index])
+        if values != list(initial[1:]) or _compared_names(vars(module)) != self._names[index]:
             return True
-        self._parts_before[index] = (size, *before[1:])
+        self._initial_parts[index] = (size, *initial[1:])
         return False
 
 
-def acting(hooks: Mapping[int, Any]) -> dict[int, Any]:
+def effective_hooks(hooks: Hooks) -> Hooks:
     """The hooks that may change what a module computes."""
     return {number: hook for number, hook in hooks.items() if getattr(hook, "__name__", "") not in _GRADIENT_HOOKS}
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
-    """Whether this is a layer of peft's that holds adapters around a layer of the model."""
+    """Whether this is a layer of peft that wraps a layer of the model in adapters."""
     return _has_switches(vars(module))
 
 
-def functions_of(module: nn.Module) -> list[tuple[Any, ...]]:
-    """What `module` computes with its weights as they are: equal lists, equal functions.
+def computation_of(module: nn.Module) -> list[tuple[object, ...]]:
+    """What `module` computes with its weights as they are: equal lists mean equal functions.
 
     Merging an adapter, and adding one that is not active, leave it as it was.
     """
-    parts: list[tuple[Any, ...]] = []
-    inside: set[nn.Module] = set()
+    parts: list[tuple[object, ...]] = []
+    adapter_parts: set[nn.Module] = set()
     for part in module.modules():
         state = vars(part)
-        hooks = [acting(state[name]) for name in HOOKS]
+        hooks = [effective_hooks(state[name]) for name in HOOKS]
         if is_adapter_layer(part):
-            inside.update(part.modules())
-            parts.append((type(part), hooks, *_adapters_of(state)))
-        elif part not in inside:
+            adapter_parts.update(part.modules())
+            parts.append((type(part), hooks, *_active_adapters(state)))
+        elif part not in adapter_parts:
             parts.append((type(part), hooks, list(state["_modules"].values()), state.get("forward")))
     return parts
 
 
-def _adapters_of(state: State) -> tuple[bool, list[str], list[Any]]:
+def _active_adapters(state: State) -> tuple[bool, list[str], list[object]]:
     active = state["_active_adapter"]
     names = [active] if isinstance(active, str) else list(active)
     return state["_disable_adapters"], names, [state.get("scaling", {}).get(name) for name in names]
@@ -137,20 +139,22 @@ def _has_switches(state: State) -> bool:
     return "merged_adapters" in state and "_disable_adapters" in state and "_active_adapter" in state
 
 
-def _names(state: State) -> tuple[str, ...]:
-    """The attributes that are compared one by one. Tensors among them are what a forward pass left behind."""
-    return (*(name for name, value in state.items() if name not in _FREE and not isinstance(value, Tensor)), "_modules")
+def _compared_names(state: State) -> tuple[str, ...]:
+    """The attributes that are compared one by one. Tensors among them are left over from a forward pass."""
+    names = (name for name, value in state.items() if name not in _NOT_COMPARED and not isinstance(value, Tensor))
+    return (*names, "_modules")
 
 
-def _part(module: nn.Module, look: Callable[[State], Any], *, copied: bool = False) -> tuple[Any, ...]:
+def _part_state(module: nn.Module, getter: Callable[[State], Any], *, copied: bool = False) -> tuple[object, ...]:
+    """What is compared of one module: number of attributes, class, identities of its parameters, attributes."""
     state = vars(module)
-    values = look(state)
+    values = getter(state)
     if copied:
         values = tuple(value.copy() if type(value) in (dict, list, set) else value for value in values)
     return len(state), type(module), list(map(id, state["_parameters"].values())), values
 
 
-def _turn(begin: int, count: int, total: int, thorough: bool) -> tuple[slice, int]:
-    """Whose turn it is of `total`, and where the next one begins."""
+def _next_turn(begin: int, count: int, total: int, thorough: bool) -> tuple[slice, int]:
+    """The portion of `total` to compare now, and where the next one begins."""
     end = total if thorough else min(begin + count, total)
     return slice(0 if thorough else begin, end), end % max(total, 1)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from penstock.models.watch import PORTION, SWITCH_PORTION, Watch, functions_of
+from penstock.models.watch import PORTION, SWITCH_PORTION, Watch, computation_of
 from tests.tiny_models import build
 
 QUICK_S = 50e-6  # it takes 15 microseconds on the machine where this was written
@@ -113,11 +113,11 @@ def test_what_a_forward_pass_leaves_behind_is_no_change() -> None:
 
 def test_functions_are_equal_where_adapters_are_merged_or_idle() -> None:
     model = adapted()
-    before = functions_of(model)
+    before = computation_of(model)
     model.merge_adapter()
-    assert functions_of(model) == before
+    assert computation_of(model) == before
     model.unmerge_adapter()
     CHANGES["added"](model)
-    assert functions_of(model) == before
+    assert computation_of(model) == before
     model.set_adapter("other")
-    assert functions_of(model) != before
+    assert computation_of(model) != before
