@@ -79,9 +79,9 @@ def drop_below(weights: Tensor, min_p: Tensor) -> Tensor:
 
     [1] Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
     """
-    kept = torch.empty_like(weights)
-    torch.ge(weights, min_p[:, None].float(), out=kept)
-    return kept.mul_(weights)
+    filtered = torch.empty_like(weights)
+    torch.ge(weights, min_p[:, None].float(), out=filtered)
+    return filtered.mul_(weights)
 
 
 def nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ def nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
     values, tokens = _packed_in_order(weights, band == edge_band)
     preceding_sum = mass_above + F.pad(values.double().cumsum(-1)[:, :-1], (1, 0))
     row, column = ((preceding_sum >= threshold) & (values > 0)).nonzero(as_tuple=True)
-    kept = weights.masked_fill(band > edge_band, 0.0)
-    kept[row, tokens[row, column]] = 0.0
-    return kept
+    filtered = weights.masked_fill(band > edge_band, 0.0)
+    filtered[row, tokens[row, column]] = 0.0
+    return filtered
 
 
 def _packed_in_order(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,9 +149,9 @@ def _top_h(weights: Tensor, top_h: Tensor) -> Tensor:
         return weights
     greatest = weights.topk(min(_TOP_H_WIDTH, weights.shape[1]))
     terms = _entropy_terms(_probabilities(greatest.values))
-    kept = terms.cumsum(-1) <= terms.sum(-1, keepdim=True) * top_h
-    kept[:, 0] = True
-    filtered = torch.zeros_like(weights).scatter_(1, greatest.indices, torch.where(kept, greatest.values, 0.0))
+    mask = terms.cumsum(-1) <= terms.sum(-1, keepdim=True) * top_h
+    mask[:, 0] = True
+    filtered = torch.zeros_like(weights).scatter_(1, greatest.indices, torch.where(mask, greatest.values, 0.0))
     return torch.where(top_h < _OFF, filtered, weights)
 
 

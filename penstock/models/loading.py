@@ -113,8 +113,8 @@ def load_bare(source: str, config: EngineConfig) -> nn.Module:
     except PenstockError:
         raise
     except Exception as error:
-        where = "" if Path(source).is_dir() else " (there is no such folder here, so it was taken for a hub id)"
-        raise ConfigurationError(f"cannot load the model {source!r}{where}: {text_of(error)}") from error
+        hint = "" if Path(source).is_dir() else " (there is no such folder here, so it was taken for a hub id)"
+        raise ConfigurationError(f"cannot load the model {source!r}{hint}: {text_of(error)}") from error
 
 
 def resolve_device(name: str) -> torch.device:

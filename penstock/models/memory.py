@@ -67,9 +67,9 @@ def trim_memory(device: torch.device) -> None:
 def drop_pages(begin: int, end: int) -> None:
     """Return the whole pages between two addresses of private memory to the system. Linux only; elsewhere a no-op."""
     page = mmap.PAGESIZE
-    first, last = -(-begin // page) * page, end // page * page
-    if sys.platform == "linux" and first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
+    page_begin, page_end = -(-begin // page) * page, end // page * page
+    if sys.platform == "linux" and page_begin < page_end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(page_begin), ctypes.c_size_t(page_end - page_begin), MADV_DONTNEED)
 
 
 def release_file_pages(tensors: Iterable[Tensor]) -> None:

@@ -106,8 +106,8 @@ def run_processor(processor: LogitsProcessor, output: list[int], logits: Tensor)
         with torch.inference_mode(torch.is_inference_mode_enabled()):  # restores the autograd modes that it changes
             result = processor(output, logits.clone())
         if not isinstance(result, Tensor) or result.shape != logits.shape:
-            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise RequestError(f"it must return a tensor of shape {tuple(logits.shape)}, got {got}")
+            actual = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise RequestError(f"it must return a tensor of shape {tuple(logits.shape)}, got {actual}")
         logits.copy_(result.detach())
     except BaseException as error:  # user code may raise more than `Exception`
         reason = text_of(error) if isinstance(error, RequestError) else described(error)
