@@ -116,8 +116,8 @@ def greedy_by_transformers(model: Any, prompt: list[int], new_tokens: int) -> li
             eos_token_id=None,
             pad_token_id=0,
         )
-    found: list[int] = out[0, len(prompt) :].tolist()
-    return found
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
 
 
 def logprobs_by_transformers(model: Any, prompt: list[int], output: list[int]) -> list[float]:

@@ -28,24 +28,24 @@ async def test_concurrent_callers_get_what_each_would_get_alone(name: str) -> No
 async def test_scores_are_those_of_a_plain_forward_pass() -> None:
     model, texts = build("qwen2"), [prompt for prompt in PROMPTS if len(prompt) > 5][:3]
     async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
-        found = await asyncio.gather(*(engine.score(text[:5], text[5:]) for text in texts))
+        results = await asyncio.gather(*(engine.score(text[:5], text[5:]) for text in texts))
         with pytest.raises(RequestError, match="at least one"):
             await engine.score([], [1])
-    for text, scores in zip(texts, found, strict=True):
+    for text, scores in zip(texts, results, strict=True):
         assert scores == pytest.approx(logprobs_by_transformers(model, text[:5], text[5:]), abs=1e-4)
 
 
 async def test_scoring_a_prompt_gives_the_same_cold_and_chunked() -> None:
     model, params = build("qwen3"), SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=3)
-    found = []
+    results = []
     for settings in ({}, {"logits_chunk_bytes": 4 * VOCAB}, {"logits_chunk_bytes": 4 * VOCAB * 16}):
         async with InferenceEngine(model, skip_tokenizer_init=True, **settings) as engine:
-            first = await engine.generate(PROMPTS[-1], params)
-            second = await engine.generate(PROMPTS[-1], params)
-        for output in (first, second):
+            cold = await engine.generate(PROMPTS[-1], params)
+            cached = await engine.generate(PROMPTS[-1], params)
+        for output in (cold, cached):
             entries = output.prompt_logprobs or []
             assert len(entries) == len(PROMPTS[-1])
             assert entries[0] is None
-            found.append([entry[token].logprob for entry, token in zip(entries[1:], PROMPTS[-1][1:], strict=True)])
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], abs=1e-5)
+            results.append([entry[token].logprob for entry, token in zip(entries[1:], PROMPTS[-1][1:], strict=True)])
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], abs=1e-5)

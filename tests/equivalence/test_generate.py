@@ -42,11 +42,11 @@ def folder_of(name: str) -> str:
 
 @cache
 def expected(name: str) -> list[tuple[list[int], list[float]]]:
-    found = []
+    logprobs = []
     for prompt in PROMPTS:
         output = greedy_by_transformers(model_of(name), prompt, NEW_TOKENS)
-        found.append((output, logprobs_by_transformers(model_of(name), prompt, output)))
-    return found
+        logprobs.append((output, logprobs_by_transformers(model_of(name), prompt, output)))
+    return logprobs
 
 
 def check(name: str, driver: Driver, first_id: int = 0) -> None:
@@ -110,5 +110,5 @@ def test_prompt_logprobs_are_those_of_a_plain_forward_pass(name: str) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2)
     driver.run([sequence(i, prompt, params) for i, prompt in enumerate(PROMPTS[:6])])
     for i, prompt in enumerate(PROMPTS[:6]):
-        found = [entry.logprob for entry in driver.prompt_logprobs[i]]
-        assert found == pytest.approx(logprobs_by_transformers(model_of(name), prompt[:1], prompt[1:]), abs=1e-4)
+        logprobs = [entry.logprob for entry in driver.prompt_logprobs[i]]
+        assert logprobs == pytest.approx(logprobs_by_transformers(model_of(name), prompt[:1], prompt[1:]), abs=1e-4)

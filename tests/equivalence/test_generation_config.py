@@ -106,8 +106,8 @@ def fields_of(name: str) -> dict[str, Any]:
     }
     mixed = ("repetition_penalty", "suppress_tokens", "bad_words_ids", "no_repeat_ngram_size 3", "sequence_bias")
     ends = ("max_new_tokens", "forced_eos_token_id", "begin_suppress_tokens", "exponential_decay_length_penalty")
-    fields["several"] = {key: value for each in mixed for key, value in fields[each].items()}
-    fields["all"] = fields["several"] | {key: value for each in ends for key, value in fields[each].items()}
+    fields["several"] = {key: value for name in mixed for key, value in fields[name].items()}
+    fields["all"] = fields["several"] | {key: value for name in ends for key, value in fields[name].items()}
     fields["beams and several"] = fields["beams"] | fields["several"]
     fields["beams and all"] = fields["beams"] | fields["all"] | {"renormalize_logits": True}
     return fields[name]
@@ -145,8 +145,8 @@ async def test_requests_run_as_transformers_would_under_each_generation_config(s
             field: [engine.generate(prompt, params_of(model, prompt, fields_of(field))) for prompt in PROMPTS]
             for field in FIELDS
         }
-        for field, some in handles.items():
-            assert [(await handle).generated_ids for handle in some] == expected(field), field
+        for field, requests in handles.items():
+            assert [(await handle).generated_ids for handle in requests] == expected(field), field
         stats = engine.get_stats()
     assert (stats["queue"]["num_preemptions"] > 0) == (setting == "preempting")
     assert (stats["totals"].get("drafted_tokens", 0) > 0) == (setting == "speculating")
@@ -155,11 +155,11 @@ async def test_requests_run_as_transformers_would_under_each_generation_config(s
 async def test_a_request_without_parameters_follows_the_models_generation_config() -> None:
     fields = {"eos_token_id": [*ENDS, *favourites()[:2]], "max_length": 45, "suppress_tokens": list(favourites()[2:9])}
     model = model_of("llama")
-    wanted = [by_transformers(model, prompt, fields) for prompt in PROMPTS]
+    expected = [by_transformers(model, prompt, fields) for prompt in PROMPTS]
     async with InferenceEngine(model, TOKENIZER) as engine:
         outputs = await asyncio.gather(*(engine.generate(prompt) for prompt in PROMPTS))
         assert engine.default_params().suppress_tokens == favourites()[2:9]
-    assert [output.generated_ids for output in outputs] == wanted
+    assert [output.generated_ids for output in outputs] == expected
 
 
 WARPERS: dict[str, Any] = {
@@ -194,9 +194,9 @@ async def test_draws_are_made_from_the_distribution_that_transformers_draws_from
     params = [params_of(model, PROMPTS[2], rules | fields) for fields in DRAWS for _ in range(3)]
     model.generation_config = config_of(model, {})
     async with InferenceEngine(model, TOKENIZER, seed=1) as engine:
-        outputs = await asyncio.gather(*(engine.generate(PROMPTS[2], one) for one in params))
-    for fields, three in zip(DRAWS, zip(*[iter(outputs)] * 3, strict=True), strict=True):
-        for output in three:
+        outputs = await asyncio.gather(*(engine.generate(PROMPTS[2], request_params) for request_params in params))
+    for fields, triple in zip(DRAWS, zip(*[iter(outputs)] * 3, strict=True), strict=True):
+        for output in triple:
             assert output.outputs[0].sampled_logprobs == pytest.approx(sampled(model, output, fields), abs=2e-4), fields
 
 

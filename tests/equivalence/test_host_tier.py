@@ -45,9 +45,9 @@ def run_twice(driver: Driver) -> list[list[list[int]]]:
     """
     driver.cache.learn = lambda *_: None  # type: ignore[method-assign]
     found = []
-    for first in (0, 100):
+    for start in (0, 100):
         ranks = (RequestPriority.LOW, RequestPriority.HIGH)
-        crowd = [sequence(first + i, prompt, GREEDY, priority=ranks[i % 2]) for i, prompt in enumerate(PROMPTS)]
+        crowd = [sequence(start + i, prompt, GREEDY, priority=ranks[i % 2]) for i, prompt in enumerate(PROMPTS)]
         driver.run(crowd[::2], late=crowd[1::2])
         found.append([seq.tokens[seq.prompt_len :] for seq in crowd])
     assert driver.scheduler.stats()["num_preemptions"] > 0
@@ -60,16 +60,16 @@ def test_a_crowd_in_a_small_cache_gets_what_each_gets_alone(checkpoint: tuple[Pa
     folder, (outputs, scores) = checkpoint
     driver = Driver(str(folder), **SMALL[setting])
     assert run_twice(driver) == [outputs, outputs]
-    for i, wanted in enumerate(scores):
-        assert [entry.logprob for entry in driver.logprobs[i]] == pytest.approx(wanted, abs=1e-4)
+    for i, expected in enumerate(scores):
+        assert [entry.logprob for entry in driver.logprobs[i]] == pytest.approx(expected, abs=1e-4)
 
 
 def test_int8_keys_and_values_come_back_as_they_went(checkpoint: tuple[Path, Any]) -> None:
     folder, _ = checkpoint
     roomy = Driver(str(folder), block_size=16, kv_cache_dtype="int8")
-    wanted = roomy.run([sequence(i, prompt, GREEDY) for i, prompt in enumerate(PROMPTS)])
+    expected = roomy.run([sequence(i, prompt, GREEDY) for i, prompt in enumerate(PROMPTS)])
     assert roomy.scheduler.stats()["num_preemptions"] == 0
     tight = Driver(str(folder), **SMALL["whole panels"], kv_cache_dtype="int8")
-    assert run_twice(tight) == [wanted, wanted]
+    assert run_twice(tight) == [expected, expected]
     for i in range(len(PROMPTS)):
         assert tight.logprobs[i] == roomy.logprobs[i]

@@ -50,10 +50,10 @@ def by_engine(name: str, **settings: Any) -> Tensor:
     return torch.tensor([entry.logprob for i in range(len(PROMPTS)) for entry in driver.prompt_logprobs[i]])
 
 
-def error(found: Tensor, name: str) -> float:
+def error(actual: Tensor, name: str) -> float:
     """How far off, relative to how far log probabilities lie apart."""
     exact = by_transformers(name, torch.float32)
-    return ((found - exact).norm() / (exact - exact.mean()).norm()).item()
+    return ((actual - exact).norm() / (exact - exact.mean()).norm()).item()
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -63,8 +63,8 @@ def test_bfloat16_is_about_as_exact_as_in_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", DENSE)
 def test_int8_weights_are_off_by_a_few_percent(name: str) -> None:
-    found = error(by_engine(name, quantization="int8"), name)
-    assert error(by_engine(name), name) < found < 0.1
+    actual = error(by_engine(name, quantization="int8"), name)
+    assert error(by_engine(name), name) < actual < 0.1
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -74,9 +74,9 @@ def test_int8_keys_and_values_are_off_by_less(name: str) -> None:
 
 def test_int8_keys_and_values_take_half_the_memory_and_a_scale() -> None:
     folder = checkpoint("llama", torch.bfloat16)
-    plain, small = (Driver(folder, block_size=16, kv_cache_dtype=kind).runner.spec for kind in ("auto", "int8"))
+    plain, int8 = (Driver(folder, block_size=16, kv_cache_dtype=kind).runner.spec for kind in ("auto", "int8"))
     assert plain.kv_bytes_per_token == 2 * 2 * (8 + 8) * 2
-    assert small.kv_bytes_per_token == 2 * 2 * (8 + 8) + 2 * 2 * 2 * 4
+    assert int8.kv_bytes_per_token == 2 * 2 * (8 + 8) + 2 * 2 * 2 * 4
 
 
 # ---- deterministic=True ----
@@ -97,8 +97,8 @@ ASKED = [
 
 def params_of(index: int) -> SamplingParams:
     """Every third request draws, the others are greedy; all want their logprobs."""
-    drawn = {"temperature": 0.8, "top_p": 0.9, "seed": index} if index % 3 == 0 else {"temperature": 0.0}
-    return SamplingParams(max_tokens=8 + 10 * (index % 4), logprobs=2, **drawn)
+    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": index} if index % 3 == 0 else {"temperature": 0.0}
+    return SamplingParams(max_tokens=8 + 10 * (index % 4), logprobs=2, **sampling)
 
 
 def outcome(driver: Driver, numbers: list[int]) -> list[Any]:

@@ -45,10 +45,10 @@ def test_values_that_mean_nothing_are_refused_where_they_are_written(name: str, 
 
 
 def test_every_form_comes_to_the_same_parameters() -> None:
-    one = SamplingParams(sequence_bias={(1, 2): 3}, forced_eos_token_id=5, suppress_tokens=None)
-    assert one == SamplingParams(sequence_bias=[[[1, 2], 3.0]], forced_eos_token_id=[5], suppress_tokens=[])
-    assert (one.sequence_bias, one.forced_eos_token_id, one.suppress_tokens) == ({(1, 2): 3.0}, (5,), ())
-    assert replace(one, n=2) == replace(one, n=2, sequence_bias=[([1, 2], 3)])
+    params = SamplingParams(sequence_bias={(1, 2): 3}, forced_eos_token_id=5, suppress_tokens=None)
+    assert params == SamplingParams(sequence_bias=[[[1, 2], 3.0]], forced_eos_token_id=[5], suppress_tokens=[])
+    assert (params.sequence_bias, params.forced_eos_token_id, params.suppress_tokens) == ({(1, 2): 3.0}, (5,), ())
+    assert replace(params, n=2) == replace(params, n=2, sequence_bias=[([1, 2], 3)])
 
 
 def test_what_follows_from_the_parameters_is_kept_up_to_date() -> None:

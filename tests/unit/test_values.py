@@ -31,14 +31,14 @@ class Mute(Exception):
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)])
 def test_integers_of_numpy_and_torch_are_integers(value: Any) -> None:
-    found = integer("x", value, 1, 5)
-    assert (found, type(found)) == (3, int)
+    number = integer("x", value, 1, 5)
+    assert (number, type(number)) == (3, int)
 
 
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), np.float16(0.5), torch.tensor(0.5)])
 def test_floats_of_numpy_and_torch_are_floats(value: Any) -> None:
-    found = real("x", value, 0.0, 1.0, "between 0 and 1")
-    assert (found, type(found)) == (0.5, float)
+    number = real("x", value, 0.0, 1.0, "between 0 and 1")
+    assert (number, type(number)) == (0.5, float)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_flags(value: Any) -> None:
 
 
 def test_lists_are_copied_and_endless_ones_refused() -> None:
-    given = [1, 2]
-    assert items("x", given) == (1, 2)
+    ids = [1, 2]
+    assert items("x", ids) == (1, 2)
     assert items("x", np.array([1, 2])) == token_ids("x", torch.tensor([1, 2])) == (1, 2)
     assert items("x", None) == ()
     for wrong in ("ab", b"ab", {1: 2}, 5, itertools.count()):

@@ -52,27 +52,27 @@ def test_rules_change_scores_and_not_what_the_model_thinks() -> None:
     (plain,) = find(logits, [row()])
     best = plain.candidates[0].token
     (ruled,) = find(logits, [row(logit_bias={best: -1.5}, bad_words=[[plain.candidates[1].token]])])
-    found = {entry.token: entry for entry in ruled.candidates}
-    assert found[best].sampled == pytest.approx(plain.candidates[0].logprob - 1.5, abs=1e-6)
-    assert found[best].logprob == pytest.approx(plain.candidates[0].logprob, abs=1e-6)
-    assert plain.candidates[1].token not in found
-    assert found[plain.candidates[2].token].sampled == pytest.approx(plain.candidates[2].logprob, abs=1e-6)
+    entries = {entry.token: entry for entry in ruled.candidates}
+    assert entries[best].sampled == pytest.approx(plain.candidates[0].logprob - 1.5, abs=1e-6)
+    assert entries[best].logprob == pytest.approx(plain.candidates[0].logprob, abs=1e-6)
+    assert plain.candidates[1].token not in entries
+    assert entries[plain.candidates[2].token].sampled == pytest.approx(plain.candidates[2].logprob, abs=1e-6)
 
 
 def test_penalties_count_what_a_beam_says_now_and_not_what_it_said_before() -> None:
     """Beams change their tokens; counts that were kept from step to step belonged to another text."""
     logits, beams = noise(1, 20), BeamSampler(frozenset(), 1 << 20)
-    first, second = [2, 3, 7, 7, 7], [2, 3, 8, 8, 8]
-    (before,) = beams.candidates(logits, [row(first, repetition_penalty=2.0)])
-    (after,) = beams.candidates(logits, [row(second, repetition_penalty=2.0)])
-    (fresh,) = find(logits, [row(second, repetition_penalty=2.0)])
-    assert after == fresh != before
+    tokens_before, tokens_after = [2, 3, 7, 7, 7], [2, 3, 8, 8, 8]
+    (before,) = beams.candidates(logits, [row(tokens_before, repetition_penalty=2.0)])
+    (result,) = beams.candidates(logits, [row(tokens_after, repetition_penalty=2.0)])
+    (fresh,) = find(logits, [row(tokens_after, repetition_penalty=2.0)])
+    assert result == fresh != before
 
 
 def test_neighbours_with_rules_change_nothing() -> None:
-    logits, some = noise(3, 300), [row(), row(min_tokens=4), row(width=5)]
-    alone = [find(logits[i : i + 1], [some[i]])[0] for i in range(3)]
-    assert find(logits, some) == alone
+    logits, rows = noise(3, 300), [row(), row(min_tokens=4), row(width=5)]
+    alone = [find(logits[i : i + 1], [rows[i]])[0] for i in range(3)]
+    assert find(logits, rows) == alone
 
 
 def test_logprobs_that_were_asked_for_come_with_ranks_and_the_most_likely() -> None:

@@ -50,9 +50,9 @@ def test_buffers_of_the_checkpoint_are_shared_and_derived_ones_are_not() -> None
     module.register_buffer("offset", torch.zeros(1))
     view = view_of(module)
     assert dict(view.named_buffers())["offset"] is dict(module.named_buffers())["offset"]
-    frequencies, own = (part.get_buffer("model.rotary_emb.inv_freq") for part in (module, view))
-    assert own is not frequencies
-    assert torch.equal(own, frequencies)
+    frequencies, view_frequencies = (part.get_buffer("model.rotary_emb.inv_freq") for part in (module, view))
+    assert view_frequencies is not frequencies
+    assert torch.equal(view_frequencies, frequencies)
 
 
 class Merging(nn.Linear):

@@ -141,8 +141,8 @@ def test_extra_tensors_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCapt
 def test_tensors_that_old_checkpoints_hold_are_no_cause_to_warn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
-    folder = saved(tmp_path, lambda tensors: tensors | old)
+    unused = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
+    folder = saved(tmp_path, lambda tensors: tensors | unused)
     with caplog.at_level(logging.WARNING, logger="penstock"):
         load(folder, None, IDS_ONLY)
     assert not [record for record in caplog.records if record.name == "penstock"]

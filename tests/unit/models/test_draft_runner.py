@@ -27,8 +27,8 @@ BLOCKS, SIZE = 64, 4
 
 
 def runner_of(source: str, vocab_size: int, **settings: Any) -> DraftRunner:
-    large = ModelSpec(name="large", vocab_size=vocab_size, max_length=100)
-    runner = load_draft(source, large, EngineConfig(dtype="float32", device="cpu", **settings))
+    target = ModelSpec(name="large", vocab_size=vocab_size, max_length=100)
+    runner = load_draft(source, target, EngineConfig(dtype="float32", device="cpu", **settings))
     runner.allocate(BLOCKS, SIZE)
     return runner
 
@@ -57,13 +57,13 @@ def check(runner: DraftRunner, model: Any, vocab_size: int) -> None:
     """Whole texts, a first half, and the rest of it together with single tokens."""
     texts = prompts(3, 70, vocab_size, seed=2)
     assert runner.guess(StepPlan((row_of(2, texts[2], end=30),))) == [None]
-    found = runner.guess(StepPlan((row_of(0, texts[0]), row_of(1, texts[1]), row_of(2, texts[2], end=30))))
-    more = [[*texts[0], 7], texts[2]]
-    found += runner.guess(StepPlan((row_of(0, more[0], len(texts[0])), row_of(2, more[1], 30))))
-    wanted = [by_transformers(model, text) for text in (*texts[:2], *more)]
-    assert found[2] is None, "nothing is drawn in the middle of a text"
-    del found[2]
-    for guess, (token, probability) in zip(found, wanted, strict=True):
+    guesses = runner.guess(StepPlan((row_of(0, texts[0]), row_of(1, texts[1]), row_of(2, texts[2], end=30))))
+    longer = [[*texts[0], 7], texts[2]]
+    guesses += runner.guess(StepPlan((row_of(0, longer[0], len(texts[0])), row_of(2, longer[1], 30))))
+    expected = [by_transformers(model, text) for text in (*texts[:2], *longer)]
+    assert guesses[2] is None, "nothing is drawn in the middle of a text"
+    del guesses[2]
+    for guess, (token, probability) in zip(guesses, expected, strict=True):
         assert guess is not None
         assert guess[0] == token
         assert guess[1] == pytest.approx(probability, rel=1e-3)

@@ -116,12 +116,12 @@ def test_candidates_know_when_they_are_too_few() -> None:
 
 def test_rows_keep_their_own_parameters() -> None:
     logits = logits_of(len(CASES), 500)
-    each = [filters(1, **case) for case in CASES]
-    p = Filters(*(torch.cat([getattr(f, name) for f in each]) for name in ("temperature", "top_k", "top_p", "min_p")))
+    parts = [filters(1, **case) for case in CASES]
+    p = Filters(*(torch.cat([getattr(f, name) for f in parts]) for name in ("temperature", "top_k", "top_p", "min_p")))
     together = filter_vocabulary(logits, weights_of(logits, p), p)
-    for i, own in enumerate(each):
+    for i, part in enumerate(parts):
         row = logits[i : i + 1]
-        assert torch.equal(together[i : i + 1], filter_vocabulary(row, weights_of(row, own), own))
+        assert torch.equal(together[i : i + 1], filter_vocabulary(row, weights_of(row, part), part))
 
 
 def test_a_nucleus_by_hand() -> None:
@@ -147,8 +147,8 @@ def test_nuclei_of_coarse_logits_are_as_large_as_those_of_transformers(top_p: fl
     assert torch.equal(kept, exact)
     theirs = transformers_probabilities(logits, top_p=top_p) > 0
     assert torch.equal(kept.sum(-1), theirs.sum(-1))
-    least = logits.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    assert not ((kept != theirs) & (logits != least)).any()
+    smallest = logits.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    assert not ((kept != theirs) & (logits != smallest)).any()
 
 
 def test_min_p_drops_what_is_far_below_the_greatest() -> None:

@@ -48,12 +48,12 @@ def test_sampling_fields_of_a_model_that_does_not_sample_do_nothing() -> None:
 
 
 def test_beams_are_searched_as_many_as_asked_for() -> None:
-    found, ignored = translated(num_beams=3, num_return_sequences=5, length_penalty=0.5, early_stopping="never")
-    params = SamplingParams(**found)
+    defaults, ignored = translated(num_beams=3, num_return_sequences=5, length_penalty=0.5, early_stopping="never")
+    params = SamplingParams(**defaults)
     assert (params.num_beams, params.n, params.length_penalty, params.early_stopping) == (3, 3, 0.5, "never")
     assert ignored == []
-    found, ignored = translated(num_beams=3, do_sample=True, num_return_sequences=2)
-    assert (SamplingParams(**found).num_beams, found["n"], len(ignored)) == (0, 2, 1)
+    defaults, ignored = translated(num_beams=3, do_sample=True, num_return_sequences=2)
+    assert (SamplingParams(**defaults).num_beams, defaults["n"], len(ignored)) == (0, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_beams_are_searched_as_many_as_asked_for() -> None:
     ],
 )
 def test_what_cannot_act_is_named_and_breaks_no_request(fields: dict[str, Any], says: str) -> None:
-    found, ignored = translated(**fields)
+    defaults, ignored = translated(**fields)
     assert [says in sentence for sentence in ignored] == [True]
-    assert default_params(found, 5, 3).max_tokens == 5
+    assert default_params(defaults, 5, 3).max_tokens == 5
 
 
 def test_values_that_mean_nothing_or_what_is_done_anyway_need_no_warning() -> None:
@@ -94,8 +94,8 @@ def test_eos_is_no_bad_word_since_nothing_would_end() -> None:
 
 
 def test_a_stop_string_needs_a_tokenizer() -> None:
-    found, ignored = generation_defaults(module_of(stop_strings="x"), 100, frozenset(), has_text=False)
-    assert ("stop" in found, len(ignored)) == (False, 1)
+    defaults, ignored = generation_defaults(module_of(stop_strings="x"), 100, frozenset(), has_text=False)
+    assert ("stop" in defaults, len(ignored)) == (False, 1)
 
 
 def test_all_that_is_not_followed_is_told_in_one_warning_at_load(caplog: pytest.LogCaptureFixture) -> None:

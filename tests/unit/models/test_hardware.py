@@ -27,13 +27,13 @@ def test_otherwise_there_is_one_for_each_core_that_may_be_used(monkeypatch: pyte
 
 
 def test_one_thread_here_leaves_other_threads_theirs() -> None:
-    seen: list[int] = []
+    counts: list[int] = []
 
     def run() -> None:
         torch.set_num_threads(2)
         use_one_torch_thread()
-        seen.append(torch.get_num_threads())
-        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        counts.append(torch.get_num_threads())
+        later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
         later.start()
         later.join()
 
@@ -42,22 +42,22 @@ def test_one_thread_here_leaves_other_threads_theirs() -> None:
     thread.start()
     thread.join()
     torch.set_num_threads(before)
-    assert seen == [1, 2]
+    assert counts == [1, 2]
 
 
 def test_a_draft_model_leaves_the_large_one_its_threads() -> None:
     """They run on the same thread, and a large model without rewrites computes with PyTorch's own."""
-    seen: list[int] = []
+    counts: list[int] = []
 
     def run() -> None:
         torch.set_num_threads(2)
-        large = ModelSpec(name="large", vocab_size=4096, max_length=2048)
-        load_draft(str(DRAFT_DIR), large, EngineConfig()).close()
-        seen.append(torch.get_num_threads())
+        target = ModelSpec(name="large", vocab_size=4096, max_length=2048)
+        load_draft(str(DRAFT_DIR), target, EngineConfig()).close()
+        counts.append(torch.get_num_threads())
 
     before = torch.get_num_threads()
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     torch.set_num_threads(before)
-    assert seen == [2]
+    assert counts == [2]

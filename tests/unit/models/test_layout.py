@@ -22,16 +22,16 @@ def layout(*rows: Row) -> StepLayout:
 
 
 def test_tokens_positions_and_slots_follow_the_block_table() -> None:
-    found = layout(row([7, 8, 9, 10, 11, 12], 3, 6, [5, 2]), row([1, 2], 1, 2, [0]))
-    assert found.input_ids.tolist() == [10, 11, 12, 2]
-    assert found.positions.tolist() == [3, 4, 5, 1]
-    assert found.write_slots.tolist() == [23, 8, 9, 1]
+    result = layout(row([7, 8, 9, 10, 11, 12], 3, 6, [5, 2]), row([1, 2], 1, 2, [0]))
+    assert result.input_ids.tolist() == [10, 11, 12, 2]
+    assert result.positions.tolist() == [3, 4, 5, 1]
+    assert result.write_slots.tolist() == [23, 8, 9, 1]
 
 
 def test_logits_are_wanted_after_the_newest_token_only() -> None:
-    chunk, last = row([1, 2, 3, 4, 5, 6], 0, 3, [0, 1]), row([1, 2, 3], 0, 3, [2])
-    assert layout(chunk, last).logit_indices.tolist() == [5]
-    assert (num_logits_of(chunk), num_logits_of(last)) == (0, 1)
+    chunk, final_chunk = row([1, 2, 3, 4, 5, 6], 0, 3, [0, 1]), row([1, 2, 3], 0, 3, [2])
+    assert layout(chunk, final_chunk).logit_indices.tolist() == [5]
+    assert (num_logits_of(chunk), num_logits_of(final_chunk)) == (0, 1)
 
 
 def test_prompt_logprobs_want_logits_after_every_token() -> None:
@@ -40,6 +40,6 @@ def test_prompt_logprobs_want_logits_after_every_token() -> None:
 
 
 def test_drafts_follow_the_tokens_and_want_logits_too() -> None:
-    found = layout(row([1, 2, 3], 2, 5, [0, 1], draft=(8, 9)))
-    assert found.input_ids.tolist() == [3, 8, 9]
-    assert found.logit_indices.tolist() == [0, 1, 2]
+    result = layout(row([1, 2, 3], 2, 5, [0, 1], draft=(8, 9)))
+    assert result.input_ids.tolist() == [3, 8, 9]
+    assert result.logit_indices.tolist() == [0, 1, 2]

@@ -111,7 +111,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 def test_mappings_of_other_loads_are_left_alone(tmp_path: Path) -> None:
     """Another thread unmaps its weights at any moment: what took their addresses lost its contents."""
     path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
-    region, others = mapped(path), mapped(other)
+    region, other_region = mapped(path), mapped(other)
     release_file_pages([view_of(region)])
     assert (resident(path), resident(other)) == (0, SIZE)
-    others.close()
+    other_region.close()

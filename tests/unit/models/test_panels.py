@@ -25,44 +25,44 @@ def row(start: int, end: int, blocks: list[int]) -> Row:
 
 def arrays(rows: list[Row], block_size: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """What `Steps` is told."""
-    told: dict[str, list[int]] = {}
+    arrays_by_name: dict[str, list[int]] = {}
 
-    def note(self: Steps, whole: bool, slots: np.ndarray, **named: np.ndarray) -> None:
-        told.update({name: list(map(int, values)) for name, values in named.items()})
+    def note(self: Steps, by_panel: bool, slots: np.ndarray, **named_arrays: np.ndarray) -> None:
+        arrays_by_name.update({name: list(map(int, values)) for name, values in named_arrays.items()})
 
     monkeypatch.setattr(Steps, "__init__", note)
     steps_of(rows, block_size, np.zeros(sum(r.num_tokens for r in rows), dtype=np.int64))
-    return told
+    return arrays_by_name
 
 
-def bundles(told: dict[str, list[int]]) -> list[tuple[int, ...]]:
+def bundles(arrays_by_name: dict[str, list[int]]) -> list[tuple[int, ...]]:
     """(first row, rows, begin, end, shared) of each."""
-    return list(zip(*(told[name] for name in ("row", "rows", "begin", "end", "shared")), strict=True))
+    return list(zip(*(arrays_by_name[name] for name in ("row", "rows", "begin", "end", "shared")), strict=True))
 
 
 def test_a_prompt_is_cut_into_tasks_the_last_tokens_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = arrays([row(10, 110, list(range(7)))], 16, monkeypatch)
-    assert bundles(told) == [(0, 1, 52, 100, 0), (0, 1, 4, 52, 0), (0, 1, 0, 4, 0)]
-    assert told["tables"] == [0, 1, 2, 3, 4, 5, 6]
-    assert (told["first"], told["start"]) == ([0], [10])
+    arrays_by_name = arrays([row(10, 110, list(range(7)))], 16, monkeypatch)
+    assert bundles(arrays_by_name) == [(0, 1, 52, 100, 0), (0, 1, 4, 52, 0), (0, 1, 0, 4, 0)]
+    assert arrays_by_name["tables"] == [0, 1, 2, 3, 4, 5, 6]
+    assert (arrays_by_name["first"], arrays_by_name["start"]) == ([0], [10])
 
 
 def test_rows_with_the_same_first_blocks_share_whole_tiles_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are 64 keys, four blocks of 16: rows 0 and 2 have nine blocks in common, two tiles."""
     common = list(range(20, 29))
     rows = [row(150, 151, [*common, 1]), row(80, 81, list(range(6))), row(149, 150, [*common, 2])]
-    told = arrays(rows, 16, monkeypatch)
-    assert bundles(told) == [(0, 2, 0, 1, 128), (2, 1, 0, 1, 0)]
-    assert told["first"] == [0, 2, 1]
-    assert told["start"] == [150, 149, 80]
-    assert told["tables"] == [*common, 1, *common, 2, *range(6)]
+    arrays_by_name = arrays(rows, 16, monkeypatch)
+    assert bundles(arrays_by_name) == [(0, 2, 0, 1, 128), (2, 1, 0, 1, 0)]
+    assert arrays_by_name["first"] == [0, 2, 1]
+    assert arrays_by_name["start"] == [150, 149, 80]
+    assert arrays_by_name["tables"] == [*common, 1, *common, 2, *range(6)]
 
 
 def test_what_a_row_writes_itself_is_never_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """At position 127 the second tile is not complete before the step."""
-    same = list(range(8))
-    assert bundles(arrays([row(127, 128, same)] * 2, 16, monkeypatch)) == [(0, 2, 0, 1, 64)]
-    assert bundles(arrays([row(63, 64, same)] * 2, 16, monkeypatch)) == [(0, 1, 0, 1, 0), (1, 1, 0, 1, 0)]
+    blocks = list(range(8))
+    assert bundles(arrays([row(127, 128, blocks)] * 2, 16, monkeypatch)) == [(0, 2, 0, 1, 64)]
+    assert bundles(arrays([row(63, 64, blocks)] * 2, 16, monkeypatch)) == [(0, 1, 0, 1, 0), (1, 1, 0, 1, 0)]
 
 
 def test_large_blocks_are_several_panels_and_small_ones_are_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,13 +93,13 @@ def test_copied_blocks_hold_what_their_sources_held(block_size: int) -> None:
     kernels, length = Kernels(1), 2 * block_size
     storage = PanelStorage(kernels, [SHAPE] * 2, 6, block_size, int8=False)
     steps = steps_of([row(0, length, [0, 1])], block_size, np.arange(length))
-    written = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim)
-    out = torch.empty_like(written[0])
-    attend(kernels, storage.caches[1], steps, out, written[0], written[1], out, scaling=1.0)
+    stored = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim)
+    out = torch.empty_like(stored[0])
+    attend(kernels, storage.caches[1], steps, out, stored[0], stored[1], out, scaling=1.0)
     storage.copy_blocks([])
     storage.copy_blocks([(0, 3), (1, 5)])
     copied = torch.cat([torch.arange(block_size) + block * block_size for block in (3, 5)])
-    assert torch.equal(torch.stack(storage.caches[1].read(copied)), written)
+    assert torch.equal(torch.stack(storage.caches[1].read(copied)), stored)
     assert torch.stack(storage.caches[0].read(copied)).eq(0).all()
     assert torch.stack(storage.caches[1].read(torch.arange(block_size) + 2 * block_size)).eq(0).all()
     kernels.close()

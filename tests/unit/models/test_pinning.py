@@ -76,14 +76,14 @@ def test_a_device_is_pinned_where_one_is_given() -> None:
 
 
 def test_other_threads_notice_nothing() -> None:
-    seen: list[tuple[torch.dtype, str]] = []
+    results: list[tuple[torch.dtype, str]] = []
 
     def look() -> None:
-        made = torch.zeros(1)
-        seen.append((made.dtype, made.device.type))
+        tensor = torch.zeros(1)
+        results.append((tensor.dtype, tensor.device.type))
 
     with PinnedDefaults(BF16, "meta"):
         thread = threading.Thread(target=look)
         thread.start()
         thread.join()
-    assert seen == [(F32, "cpu")]
+    assert results == [(F32, "cpu")]

@@ -76,24 +76,24 @@ def test_a_rule_is_transformers_own_wherever_the_text_ends_and_whatever_is_guess
     wishes: dict[str, Any], processor: Any
 ) -> None:
     """Rows of all texts at once, with and without their last tokens as drafts, and one that asks for nothing."""
-    rows, wanted = [], []
+    rows, expected = [], []
     for text in TEXTS:
         for prompt_len in {1, max(1, len(text) - 3), len(text)}:
             for drafted in {0, min(2, len(text) - prompt_len)}:
                 settled = len(text) - drafted
                 rows.append(row_of(text[:settled], prompt_len, text[settled:], **wishes))
-                wanted.append((text, processor(prompt_len)))
+                expected.append((text, processor(prompt_len)))
     logits = logits_of(len(rows) + 1)
-    found = applied(logits, *rows, row_of([1, 5], 1))
-    for i, (text, one) in enumerate(wanted):
-        assert torch.allclose(found[i], by_transformers(logits[i], text, one), atol=1e-5), (text, rows[i])
-    assert torch.equal(found[-1], logits[-1])
+    result = applied(logits, *rows, row_of([1, 5], 1))
+    for i, (text, logits_of_row) in enumerate(expected):
+        assert torch.allclose(result[i], by_transformers(logits[i], text, logits_of_row), atol=1e-5), (text, rows[i])
+    assert torch.equal(result[-1], logits[-1])
 
 
 def test_forced_tokens_override_what_comes_before_and_suppressed_ones_stay_out() -> None:
     row = row_of([1, 4, 4, 4, 4, 4], 1, forced_eos_token_id=[2, 9], suppress_tokens=[9], bad_words=[[2]], min_tokens=6)
-    found = applied(logits_of(1), row)
-    assert found[0].isfinite().nonzero().tolist() == [[2]]
+    result = applied(logits_of(1), row)
+    assert result[0].isfinite().nonzero().tolist() == [[2]]
 
 
 def test_a_decay_never_leaves_the_numbers() -> None:
@@ -101,10 +101,10 @@ def test_a_decay_never_leaves_the_numbers() -> None:
     for factor in (1.5, 1e300, 1e-300):
         text = [1, *[4] * 5000]
         row = row_of(text, 1, exponential_decay_length_penalty=(1, factor))
-        found = applied(logits_of(1), row)
-        assert not found.isnan().any()
-        assert found.max() < torch.inf
-        assert factor < 1 or int(found.argmax()) in EOS
+        result = applied(logits_of(1), row)
+        assert not result.isnan().any()
+        assert result.max() < torch.inf
+        assert factor < 1 or int(result.argmax()) in EOS
 
 
 def test_ignored_eos_is_not_raised() -> None:

@@ -46,15 +46,15 @@ def test_no_global_generator_is_touched() -> None:
 
 def test_locate_finds_the_step_that_exceeds_the_target() -> None:
     cumulative = torch.tensor([[0.0, 1.0, 1.0, 3.0, 3.0]], dtype=torch.float64)
-    for target, index, rest in [(0.0, 1, 0.0), (0.5, 1, 0.5), (1.0, 3, 0.0), (2.5, 3, 1.5)]:
-        found = locate(cumulative, torch.tensor([target], dtype=torch.float64))
-        assert (found[0].item(), found[1].item()) == (index, rest)
+    for target, index, remainder in [(0.0, 1, 0.0), (0.5, 1, 0.5), (1.0, 3, 0.0), (2.5, 3, 1.5)]:
+        location = locate(cumulative, torch.tensor([target], dtype=torch.float64))
+        assert (location[0].item(), location[1].item()) == (index, remainder)
 
 
 def test_a_target_at_the_total_counts_as_just_below_it() -> None:
-    index, rest = locate(torch.tensor([[1.0, 3.0, 3.0]], dtype=torch.float64), torch.tensor([3.0]).double())
+    index, remainder = locate(torch.tensor([[1.0, 3.0, 3.0]], dtype=torch.float64), torch.tensor([3.0]).double())
     assert index.item() == 1
-    assert rest.item() == pytest.approx(2.0)
+    assert remainder.item() == pytest.approx(2.0)
 
 
 def test_a_draw_from_chunks_inverts_the_sum_in_vocabulary_order() -> None:
@@ -77,10 +77,10 @@ def test_candidates_of_weight_zero_do_not_change_a_bit() -> None:
     weights = torch.rand(50, 40, generator=generator, dtype=torch.float64)
     ids = torch.stack([torch.randperm(500, generator=generator)[:40] for _ in range(50)])
     uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
-    more = torch.arange(500, 700).expand(50, 200)
-    wide = draw_from_candidates(
-        torch.cat([ids, more], 1), torch.cat([weights, torch.zeros(50, 200).double()], 1), uniforms
+    others = torch.arange(500, 700).expand(50, 200)
+    wide_draw = draw_from_candidates(
+        torch.cat([ids, others], 1), torch.cat([weights, torch.zeros(50, 200).double()], 1), uniforms
     )
     narrow = draw_from_candidates(ids, weights, uniforms)
-    assert torch.equal(wide[0], narrow[0])
-    assert torch.equal(wide[1], narrow[1])
+    assert torch.equal(wide_draw[0], narrow[0])
+    assert torch.equal(wide_draw[1], narrow[1])

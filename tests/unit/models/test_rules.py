@@ -62,8 +62,8 @@ def applied(logits: Tensor, *rows: Row) -> Tensor:
     return logits
 
 
-def pairs(*named: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    rows, tokens = zip(*named, strict=True)
+def pairs(*members: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    rows, tokens = zip(*members, strict=True)
     return torch.tensor(rows), torch.tensor(tokens)
 
 
@@ -206,9 +206,9 @@ def test_rules_touch_only_their_own_row() -> None:
         repetition_penalty=1.3,
         logits_processors=[lambda output, row: row * 2],
     )
-    after = applied(logits, plain, ruled, plain, plain)
-    assert torch.equal(after[[0, 2, 3]], logits[[0, 2, 3]])
-    assert after[1].isfinite().nonzero().flatten().tolist() == [1]
+    result = applied(logits, plain, ruled, plain, plain)
+    assert torch.equal(result[[0, 2, 3]], logits[[0, 2, 3]])
+    assert result[1].isfinite().nonzero().flatten().tolist() == [1]
 
 
 def test_ids_outside_the_vocabulary_are_ignored() -> None:
@@ -222,9 +222,9 @@ def test_ids_outside_the_vocabulary_are_ignored() -> None:
         repetition_penalty=2.0,
         frequency_penalty=1.0,
     )
-    after = applied(logits, row)
-    assert (after != logits)[0].nonzero().flatten().tolist() == [1, 2]
-    assert after[0, 2] == -torch.inf
+    result = applied(logits, row)
+    assert (result != logits)[0].nonzero().flatten().tolist() == [1, 2]
+    assert result[0, 2] == -torch.inf
 
 
 def test_allowing_only_ids_outside_the_vocabulary_leaves_nothing() -> None:
@@ -300,14 +300,14 @@ def test_presence_and_frequency_follow_the_openai_formula() -> None:
 
 
 def test_processors_see_the_output_and_what_the_other_rules_left() -> None:
-    seen: list[Any] = []
+    arguments: list[Any] = []
 
     def spy(output: list[int], row: Tensor) -> Tensor:
-        seen.append((output, row.dtype, tuple(row.shape), row[11].item()))
+        arguments.append((output, row.dtype, tuple(row.shape), row[11].item()))
         return row
 
     applied(logits_of(1), row_of([1, 2, 3, 8, 9], bad_words=[[11]], logits_processors=[spy]))
-    assert seen == [([8, 9], torch.float32, (SIZE,), -torch.inf)]
+    assert arguments == [([8, 9], torch.float32, (SIZE,), -torch.inf)]
 
 
 def test_a_faulty_processor_is_reported_for_its_row_alone() -> None:
@@ -364,24 +364,24 @@ def test_a_processor_without_a_name_or_a_message_is_named_by_its_type() -> None:
 )
 def test_a_processor_may_return_any_real_tensor_of_the_shape(result: Any) -> None:
     before = logits_of(1)
-    after = applied(before.clone(), row_of([1, 2, 3], logits_processors=[lambda output, row: result(row + 0)]))
-    torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)
-    assert not after.requires_grad
+    logits = applied(before.clone(), row_of([1, 2, 3], logits_processors=[lambda output, row: result(row + 0)]))
+    torch.testing.assert_close(logits, before, rtol=1e-2, atol=1e-2)
+    assert not logits.requires_grad
 
 
 def test_what_a_processor_keeps_of_its_row_is_a_copy() -> None:
     """It was a view into memory that holds other requests' logits in the next step."""
-    kept: list[Tensor] = []
+    retained: list[Tensor] = []
 
     def keep(output: list[int], row: Tensor) -> Tensor:
-        kept.append(row)
+        retained.append(row)
         row[5] = 9.0
         return row
 
-    after = applied(logits_of(1), row_of([1, 2, 3], logits_processors=[keep]))
-    assert after[0, 5] == 9.0
-    kept[0].fill_(-1.0)
-    assert after[0, 5] == 9.0
+    result = applied(logits_of(1), row_of([1, 2, 3], logits_processors=[keep]))
+    assert result[0, 5] == 9.0
+    retained[0].fill_(-1.0)
+    assert result[0, 5] == 9.0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -396,6 +396,6 @@ def test_a_processor_cannot_change_the_modes_of_autograd_for_the_others(mode: An
         return row
 
     with mode():
-        wanted = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         run_processor(meddle, [], torch.zeros(4))
-        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == wanted
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes

@@ -62,11 +62,11 @@ def tokens_of(results: Sequence[RowResult]) -> list[int]:
 def draws(logits: Tensor, count: int, **params: Any) -> list[int]:
     """`count` draws after the same logits [V], at distinct positions."""
     row, sampler = row_of(**params), Sampler(len(logits), EOS)
-    many = logits.expand(5000, -1).contiguous()
-    found: list[int] = []
-    for first in range(0, count, 5000):
-        found += tokens_of(sampler.sample(many, [row._replace(end=first + i) for i in range(5000)]))
-    return found
+    copies = logits.expand(5000, -1).contiguous()
+    tokens: list[int] = []
+    for begin in range(0, count, 5000):
+        tokens += tokens_of(sampler.sample(copies, [row._replace(end=begin + i) for i in range(5000)]))
+    return tokens
 
 
 def warped(logits: Tensor, **params: Any) -> Tensor:
@@ -110,13 +110,13 @@ def test_draws_from_a_nucleus_larger_than_any_candidate_list_follow_the_exact_di
     check_distribution(logits, draws(logits, 5_000, top_p=0.9), top_p=0.9)
 
 
-def check_distribution(logits: Tensor, found: list[int], **params: Any) -> None:
+def check_distribution(logits: Tensor, tokens: list[int], **params: Any) -> None:
     exact = warped(logits[None], **params).double().softmax(-1)[0]
-    counts = torch.bincount(torch.tensor(found), minlength=len(logits))
-    kept = exact > 0
-    assert not counts[~kept].any()
-    if kept.sum() > 1:
-        assert stats.chisquare(counts[kept].numpy(), (exact[kept] * len(found)).numpy()).pvalue > 1e-3
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(logits))
+    mask = exact > 0
+    assert not counts[~mask].any()
+    if mask.sum() > 1:
+        assert stats.chisquare(counts[mask].numpy(), (exact[mask] * len(tokens)).numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("params", WAYS, ids=str)
@@ -126,20 +126,20 @@ def test_logprobs_are_the_model_s_and_the_sampled_ones_those_of_transformers_cha
 ) -> None:
     logits = logits_of(25, size, scale)
     scores = warped(logits, **params).double().log_softmax(-1)
-    own = logits.double().log_softmax(-1)
+    logprobs = logits.double().log_softmax(-1)
     for i, result in enumerate(sample(logits, *(row_of(i, **params) for i in range(25)))):
         (entry,) = result.logprobs
         assert (entry.token,) == result.tokens
-        assert entry.logprob == pytest.approx(own[i, entry.token].item(), abs=1e-6)
+        assert entry.logprob == pytest.approx(logprobs[i, entry.token].item(), abs=1e-6)
         assert entry.sampled == pytest.approx(scores[i, entry.token].item(), abs=3e-6)
         assert (entry.rank, entry.top) == (0, ())
 
 
 def test_sampled_is_the_scaled_logit_less_the_log_of_the_kept_mass() -> None:
     logits, temperature = logits_of(50, 3000), 0.7
-    kept = warped(logits, temperature=temperature, top_k=80, top_p=0.9).isfinite()
+    mask = warped(logits, temperature=temperature, top_k=80, top_p=0.9).isfinite()
     scaled = logits.double() / temperature
-    mass = scaled.masked_fill(~kept, -torch.inf).logsumexp(-1)
+    mass = scaled.masked_fill(~mask, -torch.inf).logsumexp(-1)
     for i, result in enumerate(
         sample(logits, *(row_of(i, temperature=temperature, top_k=80, top_p=0.9) for i in range(50)))
     ):
@@ -216,9 +216,9 @@ def test_penalties_follow_a_sequence_as_it_grows() -> None:
         scores = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([tokens]), logits[step][None].clone())[0]
         counts = torch.bincount(torch.tensor(tokens[3:], dtype=torch.int64), minlength=50)
         expected = (scores - 0.2 * counts - 0.3 * (counts > 0)).argmax().item()
-        found = tokens_of(sampler.sample(logits[step : step + 1], [row._replace(end=len(tokens))]))
-        assert found == [expected]
-        tokens += found
+        next_tokens = tokens_of(sampler.sample(logits[step : step + 1], [row._replace(end=len(tokens))]))
+        assert next_tokens == [expected]
+        tokens += next_tokens
 
 
 def test_a_reused_id_does_not_inherit_another_sequence_s_counts() -> None:
@@ -338,8 +338,8 @@ def test_chunks_do_not_change_a_bit(chunk_bytes: int) -> None:
     logits, rows = logits_of(40, 1000), mixture(40)
     assert sample(logits, *rows, chunk_bytes=chunk_bytes) == sample(logits, *rows)
     row = row_of(tokens=range(40), prompt_len=40, prompt_logprobs=3)._replace(start=0)
-    whole = Sampler(1000, EOS).prompt_logprobs(logits, row)
-    assert Sampler(1000, EOS, chunk_bytes).prompt_logprobs(logits, row) == whole
+    at_once = Sampler(1000, EOS).prompt_logprobs(logits, row)
+    assert Sampler(1000, EOS, chunk_bytes).prompt_logprobs(logits, row) == at_once
 
 
 def test_logits_in_any_memory_layout_give_the_same_results() -> None:
@@ -405,13 +405,13 @@ def test_nothing_is_kept_of_a_sequence_that_is_forgotten() -> None:
     def processor(output: list[int], logits: Tensor) -> Tensor:
         return logits
 
-    sampler, left = Sampler(20, EOS), weakref.ref(processor)
+    sampler, reference = Sampler(20, EOS), weakref.ref(processor)
     sampler.sample(logits_of(1, 20), [row_of(seq_id=3, logits_processors=[processor])])
     del processor
-    assert left() is not None
+    assert reference() is not None
     sampler.forget(3)
     sampler.forget(3)
-    assert left() is None
+    assert reference() is None
 
 
 def test_a_top_k_beyond_the_vocabulary_or_a_huge_temperature_changes_nobody_else() -> None:
@@ -420,5 +420,5 @@ def test_a_top_k_beyond_the_vocabulary_or_a_huge_temperature_changes_nobody_else
     alone = tokens_of(sample(logits[:1], row_of(0)))
     mixed = sample(logits, row_of(0), row_of(1, top_k=sys.maxsize, top_p=0.9), row_of(2, temperature=1e300))
     assert tokens_of(mixed)[0] == alone[0]
-    everything = [tokens_of(sample(logits[:1], row_of(7, top_k=top_k))) for top_k in (5000, 6000, sys.maxsize)]
-    assert everything[0] == everything[1] == everything[2]
+    results = [tokens_of(sample(logits[:1], row_of(7, top_k=top_k))) for top_k in (5000, 6000, sys.maxsize)]
+    assert results[0] == results[1] == results[2]

@@ -42,17 +42,17 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """6 blocks and a tier of 3; blocks 0 and 1 of the second layer are filled at random."""
     kind, block_size = request.param
     length = 2 * block_size
-    written = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim, generator=torch.Generator().manual_seed(0))
+    stored = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim, generator=torch.Generator().manual_seed(0))
     if kind == "plain":
         plain = SlotStorage([SHAPE] * 2, 6, block_size, CPU, 3)
-        for cache, values in zip((plain.keys[1], plain.values[1]), written, strict=True):
+        for cache, values in zip((plain.keys[1], plain.values[1]), stored, strict=True):
             cache[:length] = values
         yield plain, lambda slots: torch.stack([cache[slots] for cache in (plain.keys[1], plain.values[1])])
         return
     kernels = Kernels(1)
     panels = PanelStorage(kernels, [SHAPE] * 2, 6, block_size, kind.startswith("int8"), 3)
     row = Row(0, [0] * length, 0, length, array("i", [0, 1]), True, SamplingParams(), length)
-    values = written.bfloat16() if kind.startswith("int8") else written
+    values = stored.bfloat16() if kind.startswith("int8") else stored
     out = torch.empty_like(values[0])
     attend(kernels, panels.caches[1], steps_of([row], block_size, np.arange(length)), out, *values, out, scaling=1.0)
     yield panels, lambda slots: torch.stack(panels.caches[1].read(slots))
@@ -65,39 +65,39 @@ def slots_of(storage: KVStorage, *blocks: int) -> Tensor:
 
 
 def test_blocks_come_back_as_they_went_in_any_block(case: Case) -> None:
-    storage, held = case
-    before = held(slots_of(storage, 0, 1))
+    storage, read = case
+    before = read(slots_of(storage, 0, 1))
     assert before.ne(0).any()
     storage.swap([(1, 0), (0, 2)], [])
     storage.swap([], [(0, 5), (2, 3)])
-    assert torch.equal(held(slots_of(storage, 3, 5)), before)
-    assert held(slots_of(storage, 2, 4)).eq(0).all()
+    assert torch.equal(read(slots_of(storage, 3, 5)), before)
+    assert read(slots_of(storage, 2, 4)).eq(0).all()
 
 
 def test_in_one_step_blocks_leave_before_others_come_in_their_place(case: Case) -> None:
-    storage, held = case
-    first, second = held(slots_of(storage, 0)), held(slots_of(storage, 1))
+    storage, read = case
+    block_0, block_1 = read(slots_of(storage, 0)), read(slots_of(storage, 1))
     storage.swap([(0, 1)], [])
     storage.swap([(1, 0)], [(1, 1), (0, 2)])
-    assert torch.equal(held(slots_of(storage, 1)), first)
-    assert torch.equal(held(slots_of(storage, 2)), second)
+    assert torch.equal(read(slots_of(storage, 1)), block_0)
+    assert torch.equal(read(slots_of(storage, 2)), block_1)
 
 
 def test_what_is_given_back_is_only_what_is_named(case: Case) -> None:
-    storage, held = case
-    before = held(slots_of(storage, 0, 1))
+    storage, read = case
+    before = read(slots_of(storage, 0, 1))
     storage.swap([(0, 0), (1, 1)], [])
     storage.release([2, 3, 4, 5], [2])
     storage.swap([], [(0, 2), (1, 3)])
-    assert torch.equal(held(slots_of(storage, 0, 1, 2, 3)), torch.cat([before, before], dim=1))
+    assert torch.equal(read(slots_of(storage, 0, 1, 2, 3)), torch.cat([before, before], dim=1))
 
 
 def test_a_tier_without_places_moves_nothing(case: Case) -> None:
-    storage, held = case
-    before = held(slots_of(storage, 0, 1))
+    storage, read = case
+    before = read(slots_of(storage, 0, 1))
     storage.swap([], [])
     storage.release([], [])
-    assert torch.equal(held(slots_of(storage, 0, 1)), before)
+    assert torch.equal(read(slots_of(storage, 0, 1)), before)
 
 
 def test_memory_that_was_to_be_taken_at_once_stays() -> None:

@@ -26,14 +26,14 @@ def attend_by_hand(query: Tensor, keys: Tensor, values: Tensor, options: Attenti
         keys, values = keys[-options.window :], values[-options.window :]
     out = []
     for head in range(HEADS):
-        own = head // (HEADS // KV_HEADS)
-        scores = keys[:, own] @ query[head] * options.scaling
+        kv_head = head // (HEADS // KV_HEADS)
+        scores = keys[:, kv_head] @ query[head] * options.scaling
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
         if options.sinks is not None:
             scores = torch.cat([scores, options.sinks[head][None]])
         weights = torch.softmax(scores, 0)[: len(keys)]
-        out.append(weights @ values[:, own])
+        out.append(weights @ values[:, kv_head])
     return torch.stack(out)
 
 
@@ -73,7 +73,7 @@ def test_every_row_attends_to_its_own_context(kind: str, seed: int) -> None:
     query = torch.randn(HEADS, count, DIM, generator=generator)
     key, value = (torch.randn(KV_HEADS, count, DIM, generator=generator) for _ in range(2))
     module = nn.Identity()
-    found = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, options)
+    output = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, options)
 
     keys, values = storage.keys[0], storage.values[0]
     place = 0
@@ -81,9 +81,9 @@ def test_every_row_attends_to_its_own_context(kind: str, seed: int) -> None:
         slots = [row.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(row.end)]
         assert torch.equal(keys[slots[row.start :]], key[:, place : place + row.num_tokens].transpose(0, 1))
         for position in range(row.start, row.end):
-            seen = slots[: position + 1]
-            wanted = attend_by_hand(query[:, place], keys[seen], values[seen], options)
-            torch.testing.assert_close(found[place], wanted, rtol=1e-5, atol=1e-5)
+            context = slots[: position + 1]
+            expected = attend_by_hand(query[:, place], keys[context], values[context], options)
+            torch.testing.assert_close(output[place], expected, rtol=1e-5, atol=1e-5)
             place += 1
 
 
@@ -105,27 +105,27 @@ def test_broken_tokens_reach_those_who_see_them_and_nobody_else(kind: str, numbe
     broken[side, 1, 0, 7, 3] = number
     tables = (array("i", [0, 1, 2]), array("i", [3, 4, 5]), array("i", [6]))
 
-    def outputs(both: Tensor, left_behind: float) -> list[Tensor]:
+    def outputs(key_value: Tensor, left_behind: float) -> list[Tensor]:
         storage = SlotStorage([shape], 7, BLOCK, torch.device("cpu"))
         for cache in (*storage.keys, *storage.values):
             cache.fill_(left_behind)
-        found = []
+        output = []
         for parts in (((0, 0, 10), (1, 0, 11)), ((0, 10, 11), (1, 11, 12), (2, 0, 1)), ((0, 11, 12), (2, 1, 2))):
             rows = [Row(i, [0] * end, begin, end, tables[i], True, SamplingParams(), end) for i, begin, end in parts]
             layout = StepLayout.of(tuple(rows), BLOCK, torch.device("cpu"))
-            q, k, v = (torch.cat([x[:, i, a:b] for i, a, b in parts], 1) for x in (query, *both))
-            found.append(PagedAttention(storage, layout, {id(module): 0}).attend(module, q, k, v, options))
-        return found
+            q, k, v = (torch.cat([x[:, i, a:b] for i, a, b in parts], 1) for x in (query, *key_value))
+            output.append(PagedAttention(storage, layout, {id(module): 0}).attend(module, q, k, v, options))
+        return output
 
-    wanted, found = outputs(clean, 0.0), outputs(broken, torch.nan)
+    expected, output = outputs(clean, 0.0), outputs(broken, torch.nan)
     window = options.window or 100
     for step, places in zip(range(3), (range(10), [10], [11]), strict=True):
         for index, position in enumerate(places):
             sees = 7 <= position < 7 + window
-            assert bool(found[step][index, 3:].isfinite().all()) is not sees
+            assert bool(output[step][index, 3:].isfinite().all()) is not sees
             if not sees:
-                assert torch.equal(found[step][index], wanted[step][index])
-        assert torch.equal(found[step][len(places) :], wanted[step][len(places) :])
+                assert torch.equal(output[step][index], expected[step][index])
+        assert torch.equal(output[step][len(places) :], expected[step][len(places) :])
 
 
 def test_values_may_have_another_size_than_keys() -> None:
@@ -133,9 +133,9 @@ def test_values_may_have_another_size_than_keys() -> None:
     row = Row(0, [0] * 5, 0, 5, array("i", [1, 0]), True, SamplingParams(), 5)
     layout, module = StepLayout.of((row,), BLOCK, torch.device("cpu")), nn.Identity()
     query, key, value = torch.randn(HEADS, 5, DIM), torch.randn(KV_HEADS, 5, DIM), torch.randn(KV_HEADS, 5, 3)
-    found = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, OPTIONS["plain"])
-    wanted = attend_by_hand(query[:, -1], key.transpose(0, 1), value.transpose(0, 1), OPTIONS["plain"])
-    torch.testing.assert_close(found[-1], wanted)
+    output = PagedAttention(storage, layout, {id(module): 0}).attend(module, query, key, value, OPTIONS["plain"])
+    expected = attend_by_hand(query[:, -1], key.transpose(0, 1), value.transpose(0, 1), OPTIONS["plain"])
+    torch.testing.assert_close(output[-1], expected)
 
 
 def test_copied_blocks_hold_what_their_sources_held() -> None:
