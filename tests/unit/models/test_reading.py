@@ -258,3 +258,17 @@ def test_what_is_left_to_from_pretrained_is_loaded_one_at_a_time(other_llama: Pa
         modules = list(pool.map(lambda dtype: read_module(str(other_llama), dtype, EngineConfig()), dtypes))
     assert [next(module.parameters()).dtype for module in modules] == dtypes
     assert state_of_the_process() == before
+
+
+def test_a_parameter_that_may_be_missing_stays_a_parameter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_from_pretrained: Callable[[], None]
+) -> None:
+    """It became a plain tensor among the parameters, which `get_parameter` refuses."""
+    build("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", ["lm_head.weight"])
+    no_from_pretrained()
+    module = read_module(str(tmp_path), torch.float32, EngineConfig())
+    assert module.get_parameter("lm_head.weight").isfinite().all()
