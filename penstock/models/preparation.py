@@ -28,7 +28,7 @@ from penstock.optimizers.rewriting import rewrite
 log = logging.getLogger("penstock")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PreparedModel:
     """A module that was switched to paged attention, and what an executor runs it with.
 
@@ -42,7 +42,7 @@ class PreparedModel:
     backend: AttentionBackend
     workspaces: MemoryPool
     kernels: str
-    rewrites: tuple[str, ...] = ()
+    rewrites: tuple[str, ...]
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -66,9 +66,10 @@ def prepare(
     workspaces = MemoryPool(config.logits_chunk_bytes if config.enable_memory_pooling else 0, device)
     kernels = _kernels(probed, device, config)
     backend: AttentionBackend = TorchBackend(device)
-    description, rewrites = "plain torch" + _why_plain(device, config), tuple[str, ...]()
+    rewrites: tuple[str, ...] = ()
     if kernels is None:
         _refuse_kernel_settings(config)
+        description = "plain torch" + _why_plain(device, config)
         compare(module, probed, backend)
     else:
         backend = PanelBackend(kernels, config.kv_cache_dtype == "int8", touch=config.preallocate_kv_cache)
@@ -84,16 +85,7 @@ def prepare(
             raise
     workspaces.return_all()
     workspaces.clear_pool()  # of what the trial passes took
-    return PreparedModel(
-        module=module,
-        device=device,
-        layers=probed.layers,
-        shapes=probed.shapes,
-        backend=backend,
-        workspaces=workspaces,
-        kernels=description,
-        rewrites=rewrites,
-    )
+    return PreparedModel(module, device, probed.layers, probed.shapes, backend, workspaces, description, rewrites)
 
 
 def _quantized_settings(config: EngineConfig) -> list[str]:
