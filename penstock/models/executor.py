@@ -121,13 +121,13 @@ class Executor:
                 self._check_module(thorough=all(row.start < row.prompt_len for row in plan.rows))
             if plan.swaps_out or plan.swaps_in:
                 storage.swap(plan.swaps_out, plan.swaps_in)
-            swapped = time.perf_counter()
+            swap_end = time.perf_counter()
             storage.copy_blocks(plan.copies)
             layout = StepLayout.of(plan.rows, storage.block_size, self._device)
             logits = self.compute(layout, storage.attention(layout, self._layers))
-        timings = {"forward": time.perf_counter() - swapped}
+        timings = {"forward": time.perf_counter() - swap_end}
         if plan.swaps_out or plan.swaps_in:
-            timings["swap"] = swapped - begin
+            timings["swap"] = swap_end - begin
         return ForwardOutput(plan, logits, layout.num_logits, timings)
 
     def collect(self, output: ForwardOutput) -> StepResult:
