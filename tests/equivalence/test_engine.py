@@ -1,4 +1,4 @@
-"""The whole engine, threads and loop included, gives what transformers gives one request at a time."""
+"""The whole engine, threads and loop included, gives the tokens of transformers running one request at a time."""
 
 from __future__ import annotations
 

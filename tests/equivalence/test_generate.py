@@ -1,4 +1,4 @@
-"""Whatever is batched, chunked, cached, shared or preempted gives what transformers gives one request at a time."""
+"""Requests that are batched, chunked, cached, shared or preempted give the tokens of transformers one at a time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check(name: str, driver: Driver, first_id: int = 0) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_crowd_gets_what_each_gets_alone(name: str, setting: str) -> None:
+def test_requests_in_a_batch_give_the_tokens_they_give_alone(name: str, setting: str) -> None:
     driver = Driver(folder_of(name), **SETTINGS[setting])
     check(name, driver)
     if "preempting" in setting:
@@ -76,7 +76,7 @@ def test_a_warm_prefix_cache_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_siblings_draw_what_single_requests_of_their_index_draw(name: str) -> None:
+def test_siblings_draw_the_tokens_of_single_requests_with_their_index(name: str) -> None:
     params = SamplingParams(n=3, seed=7, temperature=0.8, top_p=0.9, max_tokens=NEW_TOKENS)
     together, alone = [], []
     crowd = Driver(model_of(name))

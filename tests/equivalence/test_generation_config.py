@@ -1,4 +1,4 @@
-"""A request without parameters gives what `model.generate()` gives under the model's own generation config."""
+"""A request without parameters gives the tokens of `model.generate()` under the model's own generation config."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model_of(name: str) -> Any:
 
 @cache
 def favourites(name: str = "llama") -> tuple[int, ...]:
-    """What the model likes to say: the tokens of its own greedy answers."""
+    """The tokens of the model's own greedy answers."""
     outputs = [by_transformers(model_of(name), prompt, {"max_new_tokens": NEW_TOKENS}) for prompt in PROMPTS]
     return tuple(dict.fromkeys(token for output in outputs for token in output))
 
@@ -71,7 +71,7 @@ def by_transformers(model: Any, prompt: list[int], fields: dict[str, Any]) -> li
 
 
 def params_of(model: Any, prompt: list[int], fields: dict[str, Any]) -> SamplingParams:
-    """What a request without parameters runs with, where the model has this generation config."""
+    """The parameters of a request without parameters, where the model has this generation config."""
     model.generation_config = config_of(model, fields)
     defaults, ignored = generation_defaults(model, SIZE, frozenset(ENDS), has_text=True)
     assert ignored == []
@@ -130,7 +130,7 @@ def expected(field: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_field_changes_what_transformers_says(field: str) -> None:
+def test_every_field_changes_the_tokens_of_transformers(field: str) -> None:
     assert expected(field) != expected("nothing")
 
 
@@ -201,7 +201,7 @@ async def test_draws_are_made_from_the_distribution_that_transformers_draws_from
 
 
 def sampled(model: Any, output: RequestOutput, fields: dict[str, float]) -> list[float]:
-    """The log probability of each token in what transformers' processors leave."""
+    """The log probability of each token after transformers' processors."""
     chain: list[Any] = [RepetitionPenaltyLogitsProcessor(1.3), NoRepeatNGramLogitsProcessor(2)]
     values = {"top_k": 50} | fields
     chain += [WARPERS[name](values[name]) for name in WARPERS if values.get(name)]

@@ -1,4 +1,4 @@
-"""Preempted and evicted K/V that went to the host and came back give what transformers gives one request at a time."""
+"""K/V that went to the host and came back give the tokens of transformers running one request at a time."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def run_twice(driver: Driver) -> list[list[list[int]]]:
-    """All prompts, and all once more; half of them come late and take the others' places.
+    """All prompts, and all once more; half of them arrive later and take the others' blocks.
 
-    Moving always looks cheaper than computing these small models.
+    With such small models, moving always seems cheaper than computing.
     """
     driver.cache.learn = lambda *_: None  # type: ignore[method-assign]
     found = []
@@ -56,7 +56,7 @@ def run_twice(driver: Driver) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("setting", SMALL)
-def test_a_crowd_in_a_small_cache_gets_what_each_gets_alone(checkpoint: tuple[Path, Any], setting: str) -> None:
+def test_requests_in_a_small_cache_give_the_tokens_they_give_alone(checkpoint: tuple[Path, Any], setting: str) -> None:
     folder, (outputs, scores) = checkpoint
     driver = Driver(str(folder), **SMALL[setting])
     assert run_twice(driver) == [outputs, outputs]
@@ -64,7 +64,7 @@ def test_a_crowd_in_a_small_cache_gets_what_each_gets_alone(checkpoint: tuple[Pa
         assert [entry.logprob for entry in driver.logprobs[i]] == pytest.approx(expected, abs=1e-4)
 
 
-def test_int8_keys_and_values_come_back_as_they_went(checkpoint: tuple[Path, Any]) -> None:
+def test_int8_keys_and_values_come_back_unchanged(checkpoint: tuple[Path, Any]) -> None:
     folder, _ = checkpoint
     roomy = Driver(str(folder), block_size=16, kv_cache_dtype="int8")
     expected = roomy.run([sequence(i, prompt, GREEDY) for i, prompt in enumerate(PROMPTS)])

@@ -1,5 +1,5 @@
-"""Rewritten models in bfloat16 and int8 stay as near to exact numbers as they should; deterministic ones give the same
-bits whatever runs beside a request."""
+"""Rewritten models in bfloat16 and int8 are as exact as they should be; deterministic ones give the same bits whatever
+other requests run."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ ASKED = [
 
 
 def params_of(index: int) -> SamplingParams:
-    """Every third request draws, the others are greedy; all want their logprobs."""
+    """Every third request draws, the others are greedy; all have logprobs."""
     sampling = {"temperature": 0.8, "top_p": 0.9, "seed": index} if index % 3 == 0 else {"temperature": 0.0}
     return SamplingParams(max_tokens=8 + 10 * (index % 4), logprobs=2, **sampling)
 
 
 def outcome(driver: Driver, numbers: list[int]) -> list[Any]:
-    """Tokens and all logprobs of some of the requests, run together; some arrive late, and push others out."""
+    """Tokens and all logprobs of some of the requests, run together; some arrive later and preempt others."""
     half = len(numbers) // 2
     sequences = [
         sequence(
@@ -119,7 +119,7 @@ def outcome(driver: Driver, numbers: list[int]) -> list[Any]:
 def mixed(runner: Any, rng: random.Random, numbers: list[int], block_sizes: tuple[int, ...] = (4, 16, 32)) -> Driver:
     """A driver whose every setting that could disturb a request is drawn at random.
 
-    Its cache holds the longest request and little more, or all prompts but not what they become, or everything.
+    Its cache holds little more than the longest request, or all prompts but not their outputs, or everything.
     """
     longest = max(len(ASKED[number]) for number in numbers) + 38
     prompts_of_all = sum(len(ASKED[number]) for number in set(numbers))
@@ -154,7 +154,7 @@ def test_deterministic_requests_get_the_same_bits_in_every_mix(name: str, format
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "olmo2"])
-def test_other_families_keep_the_promise_too(name: str) -> None:
+def test_deterministic_requests_of_other_families_get_the_same_bits(name: str) -> None:
     runner = Driver(checkpoint(name, torch.float32), deterministic=True, block_size=16).runner
     alone = [outcome(Driver(runner, block_size=16, enable_kv_cache=False), [n])[0] for n in range(len(ASKED))]
     for seed in range(4):
@@ -165,13 +165,13 @@ def test_other_families_keep_the_promise_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "mixtral", "gpt_oss"])
-def test_a_model_that_partly_runs_outside_the_kernels_makes_no_promise(name: str) -> None:
+def test_deterministic_is_refused_where_part_of_the_model_runs_outside_the_kernels(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"deterministic=True is not possible .* outside the kernels"):
         Driver(checkpoint(name, torch.float32), deterministic=True)
 
 
 @pytest.mark.parametrize("left_out", ["fused_layers", "packed_linears", "packed_norms"])
-def test_the_promise_needs_every_pass(left_out: str) -> None:
+def test_deterministic_is_refused_without_a_rewrite(left_out: str) -> None:
     with pytest.raises(ConfigurationError, match=r"outside the kernels.*disabled_rewrites"):
         Driver(checkpoint("llama", torch.float32), deterministic=True, disabled_rewrites=(left_out,))
 

@@ -38,13 +38,13 @@ from penstock.sampling import SamplingParams
         ("eta_cutoff", [-0.1, 1, None, "a"]),
     ],
 )
-def test_values_that_mean_nothing_are_refused_where_they_are_written(name: str, values: list[Any]) -> None:
+def test_bad_values_are_refused_where_they_are_written(name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(RequestError, match=name):
             SamplingParams(**{name: value})
 
 
-def test_every_form_comes_to_the_same_parameters() -> None:
+def test_every_form_of_a_value_gives_the_same_parameters() -> None:
     params = SamplingParams(sequence_bias={(1, 2): 3}, forced_eos_token_id=5, suppress_tokens=None)
     assert params == SamplingParams(sequence_bias=[[[1, 2], 3.0]], forced_eos_token_id=[5], suppress_tokens=[])
     assert (params.sequence_bias, params.forced_eos_token_id, params.suppress_tokens) == ({(1, 2): 3.0}, (5,), ())
@@ -61,8 +61,8 @@ def test_what_follows_from_the_parameters_is_kept_up_to_date() -> None:
     assert not replace(changed, suppress_tokens=()).is_ruled
 
 
-def test_parameters_behind_a_fork_count_from_the_fork() -> None:
-    """A fork is a request of its own, whose first token is not the first of the text."""
+def test_parameters_after_a_fork_count_from_the_fork() -> None:
+    """A fork is a request whose first token is not the first of the text."""
     params = SamplingParams(begin_suppress_tokens=[1], exponential_decay_length_penalty=(5, 2.0), suppress_tokens=[3])
     forked = params_after(params, 7)
     assert (forked.begin_suppress_tokens, forked.exponential_decay_length_penalty) == ((), (-2, 2.0))

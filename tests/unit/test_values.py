@@ -1,4 +1,4 @@
-"""What callers' numbers, flags, lists and errors become: plain Python, or a refusal that can always be worded."""
+"""Callers' numbers, flags, lists and errors become plain Python, or a `RequestError` whose message never fails."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_no_float_holds_or_is_no_number_is_refused(value: Any) -> None:
         integer("x", value, 0, 9)
 
 
-def test_a_subclass_of_a_number_is_stripped_of_its_methods() -> None:
+def test_a_subclass_of_a_number_becomes_a_plain_number() -> None:
     class Liar(int):
         def __lt__(self, other: Any) -> bool:
             raise AssertionError("asked")
@@ -90,7 +90,7 @@ def test_token_ids_are_integers_of_some_range(wrong: Any) -> None:
         token_ids("x", wrong)
 
 
-def test_a_string_is_one_without_methods_of_its_own() -> None:
+def test_a_string_becomes_a_plain_str() -> None:
     class Name(str):
         pass
 
@@ -100,7 +100,7 @@ def test_a_string_is_one_without_methods_of_its_own() -> None:
 
 
 def test_errors_and_values_that_cannot_be_printed_are_named() -> None:
-    """An error whose `__str__` raised ended whatever wanted to report it."""
+    """An error whose `__str__` raised ended the code that reported it."""
     assert (described(Mute()), text_of(Mute()), shown(Mute())) == ("Mute", "Mute", "<Mute>")
     assert shown(10**5000) == "<int>"
     assert described(ValueError("no")) == "ValueError: no"

@@ -1,4 +1,4 @@
-"""The likeliest next tokens of beams: the model's own log probabilities, and what rules make of them."""
+"""The likeliest next tokens of beams: the model's own log probabilities, and those after the rules."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_candidates_are_the_likeliest_tokens_in_order(size: int) -> None:
         assert {(entry.rank, entry.top) for entry in result.candidates} == {(0, ())}, "nobody asked"
 
 
-def test_of_equal_tokens_the_first_ones_count() -> None:
+def test_ties_go_to_the_first_tokens() -> None:
     (result,) = find(torch.zeros(1, 2000), [row()])
     assert [entry.token for entry in result.candidates] == [0, 1, 2, 3, 4, 5]
 
 
-def test_rules_change_scores_and_not_what_the_model_thinks() -> None:
-    """As in transformers: what is ruled out is not shared among the others."""
+def test_rules_change_scores_and_not_the_models_logprobs() -> None:
+    """As in transformers: the mass of tokens that are ruled out is not shared among the others."""
     logits = noise(1, 50)
     (plain,) = find(logits, [row()])
     best = plain.candidates[0].token
@@ -59,8 +59,8 @@ def test_rules_change_scores_and_not_what_the_model_thinks() -> None:
     assert entries[plain.candidates[2].token].sampled == pytest.approx(plain.candidates[2].logprob, abs=1e-6)
 
 
-def test_penalties_count_what_a_beam_says_now_and_not_what_it_said_before() -> None:
-    """Beams change their tokens; counts that were kept from step to step belonged to another text."""
+def test_penalties_count_a_beams_current_tokens_only() -> None:
+    """A beam's tokens change; counts kept from step to step belonged to another text."""
     logits, beams = noise(1, 20), BeamSampler(frozenset(), 1 << 20)
     tokens_before, tokens_after = [2, 3, 7, 7, 7], [2, 3, 8, 8, 8]
     (before,) = beams.candidates(logits, [row(tokens_before, repetition_penalty=2.0)])
@@ -83,12 +83,12 @@ def test_logprobs_that_were_asked_for_come_with_ranks_and_the_most_likely() -> N
     assert all(entry.top == top for entry in result.candidates)
 
 
-def test_fewer_tokens_than_wanted_are_fewer_candidates() -> None:
+def test_a_vocabulary_smaller_than_the_request_gives_fewer_candidates() -> None:
     (result,) = find(noise(1, 300), [row(allowed_token_ids=[5, 9])])
     assert sorted(entry.token for entry in result.candidates) == [5, 9]
 
 
-def test_what_is_wrong_with_a_row_is_its_own_error() -> None:
+def test_an_error_belongs_to_its_own_row() -> None:
     def fail(ids: Any, logits: Any) -> Any:
         raise ValueError("no idea")
 

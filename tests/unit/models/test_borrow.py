@@ -1,4 +1,4 @@
-"""A view of a live module shares its numbers and nothing else."""
+"""A view of a live module shares its parameters and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_view_shares_every_parameter() -> None:
     assert all(mine[name] is theirs[name] for name in mine)
 
 
-def test_changes_of_the_view_leave_the_owner_as_it_was() -> None:
+def test_changes_of_the_view_leave_the_owner_unchanged() -> None:
     module = build("llama").train()
     config = copy.deepcopy(module.config.to_dict())
     probe(view_of(module), torch.device("cpu"), verify=True)
@@ -45,7 +45,7 @@ def test_tied_weights_count_once() -> None:
 
 
 def test_buffers_of_the_checkpoint_are_shared_and_derived_ones_are_not() -> None:
-    """Rotary frequencies that the owner's forward pass rewrote for its longest position were those of every request."""
+    """Rotary frequencies that the owner's forward pass rewrote were used for every request."""
     module = build("llama")
     module.register_buffer("offset", torch.zeros(1))
     view = view_of(module)
@@ -65,8 +65,8 @@ class Merging(nn.Linear):
         return super().train(mode)
 
 
-def test_a_view_is_put_into_eval_mode_without_telling_the_modules() -> None:
-    """A layer that merges its adapter when training ends did so for the view, in the owner's weights."""
+def test_a_view_is_in_eval_mode_without_calling_eval() -> None:
+    """A layer that merges its adapter in `eval()` did so for the view, into the owner's weights."""
     module = nn.Sequential(Merging(2, 2))
     before = module[0].weight.clone()
     view = view_of(module)
@@ -75,7 +75,7 @@ def test_a_view_is_put_into_eval_mode_without_telling_the_modules() -> None:
     assert torch.equal(module[0].weight, before)
 
 
-def test_a_module_that_refers_to_itself_and_has_hooks_of_its_own_is_copied_whole() -> None:
+def test_a_module_that_refers_to_itself_and_has_hooks_is_copied_completely() -> None:
     class Owner(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""A checkpoint that does not hold its whole model is refused, naming the tensors and the likely cause."""
+"""A checkpoint that lacks tensors of its model is refused, with their names and the likely cause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prefixed(prefix: str) -> Change:
 
 
 def compiled_layers(tensors: Tensors) -> Tensors:
-    """The names that a module has whose layers were compiled one by one."""
+    """The names of a module whose layers were compiled one by one."""
     return {name.replace("self_attn.", "self_attn._orig_mod."): tensor for name, tensor in tensors.items()}
 
 
@@ -79,13 +79,13 @@ CASES: dict[str, tuple[Change, str]] = {
 def test_a_checkpoint_that_lacks_tensors_is_refused_with_their_names_and_the_cause(
     change: Change, message: str, tmp_path: Path
 ) -> None:
-    """They were served with random weights in the place of those missing, and other ones at each load."""
+    """It was served with random weights in place of the missing ones, different at each load."""
     with pytest.raises(ConfigurationError, match=message):
         load(saved(tmp_path, change, tie_word_embeddings=False), None, IDS_ONLY)
 
 
 @pytest.mark.parametrize(("change", "message"), [CASES["weights of a layer"], CASES["an untied head"]])
-def test_a_checkpoint_left_to_from_pretrained_is_refused_just_so(
+def test_a_checkpoint_left_to_from_pretrained_is_refused_in_the_same_way(
     change: Change, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
@@ -124,7 +124,7 @@ def test_a_tied_model_without_either_of_its_ends_is_refused(tmp_path: Path) -> N
 
 
 def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
-    """The experts of a layer become one tensor: one that is not there makes it smaller."""
+    """The experts of a layer become one tensor, which a missing one makes smaller."""
     with pytest.raises(ConfigurationError, match=r"experts"):
         load(saved(tmp_path, without("experts.2."), "mixtral"), None, IDS_ONLY)
 
@@ -138,9 +138,7 @@ def test_extra_tensors_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCapt
     ]
 
 
-def test_tensors_that_old_checkpoints_hold_are_no_cause_to_warn(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unused_tensors_of_old_checkpoints_cause_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unused = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(2)}
     folder = saved(tmp_path, lambda tensors: tensors | unused)
     with caplog.at_level(logging.WARNING, logger="penstock"):

@@ -54,7 +54,7 @@ def by_transformers(model: Any, tokens: list[int]) -> tuple[int, float]:
 
 
 def check(runner: DraftRunner, model: Any, vocab_size: int) -> None:
-    """Whole texts, a first half, and the rest of it together with single tokens."""
+    """Complete texts, half of one, and its other half together with single tokens."""
     texts = prompts(3, 70, vocab_size, seed=2)
     assert runner.guess(StepPlan((row_of(2, texts[2], end=30),))) == [None]
     guesses = runner.guess(StepPlan((row_of(0, texts[0]), row_of(1, texts[1]), row_of(2, texts[2], end=30))))
@@ -69,7 +69,7 @@ def check(runner: DraftRunner, model: Any, vocab_size: int) -> None:
         assert guess[1] == pytest.approx(probability, rel=1e-3)
 
 
-def test_the_demo_draft_says_what_it_says_in_transformers(demo: DraftRunner) -> None:
+def test_the_demo_draft_guesses_the_tokens_of_transformers(demo: DraftRunner) -> None:
     from transformers import AutoModelForCausalLM
 
     assert demo.is_lean == available()
@@ -79,7 +79,7 @@ def test_the_demo_draft_says_what_it_says_in_transformers(demo: DraftRunner) -> 
 @pytest.mark.parametrize(
     ("name", "is_lean"), [("llama", True), ("qwen3", True), ("gemma2", False), ("gemma3_text", False), ("gpt2", False)]
 )
-def test_a_model_runs_lean_only_if_that_gives_the_same(name: str, is_lean: bool, tmp_path: Path) -> None:
+def test_a_model_runs_lean_only_if_its_logits_stay_the_same(name: str, is_lean: bool, tmp_path: Path) -> None:
     """Gemma scales its embeddings or rotates by kind of layer; GPT-2 has no rotary positions."""
     model = build(name)
     model.save_pretrained(tmp_path)
@@ -97,15 +97,15 @@ def test_without_kernels_a_model_runs_as_it_is(tmp_path: Path) -> None:
     check(runner, model, VOCAB)
 
 
-def test_a_pass_that_fails_says_so(demo: DraftRunner) -> None:
+def test_a_failing_pass_raises_an_execution_error(demo: DraftRunner) -> None:
     with pytest.raises(ExecutionError, match="forward pass failed"):
         demo.guess(StepPlan((row_of(0, [10**9]),)))
     check_again = demo.guess(StepPlan((row_of(0, [5, 6]),)))
     assert check_again[0] is not None
 
 
-def test_a_guess_of_logits_that_are_no_numbers_is_none(tmp_path: Path) -> None:
-    """It counted as the surest kind of guess."""
+def test_logits_that_are_not_numbers_give_no_guess(tmp_path: Path) -> None:
+    """It counted as the most certain kind of guess."""
     model = build("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[100] = torch.nan

@@ -99,8 +99,8 @@ def test_candidates_are_filtered_as_transformers_does_where_they_are_sure(case: 
     torch.testing.assert_close(ours[sure], transformers_probabilities(logits, **case)[sure], rtol=0, atol=1e-6)
 
 
-def test_candidates_know_when_they_are_too_few() -> None:
-    """Half of 100 equal tokens is 50: 64 candidates are sure of nothing, since the ties go on behind the edge."""
+def test_candidates_are_unsure_where_ties_continue_beyond_them() -> None:
+    """Half of 100 equal tokens is 50: 64 candidates are unsure, since the ties continue beyond them."""
     logits = torch.zeros(1, 64)
     total = torch.tensor([100.0], dtype=torch.float64)
     assert not filter_candidates(logits, torch.zeros(1), total, filters(1, top_p=0.5))[1].item()

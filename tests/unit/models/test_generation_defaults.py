@@ -1,4 +1,4 @@
-"""Every field of a generation config acts or is named, and whatever the files hold, requests run."""
+"""Every field of a generation config has an effect or is named, and whatever the files contain, requests run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tokenizers_for_tests import byte_level
 
 
 def module_of(**fields: Any) -> Any:
-    """A model that has nothing but a generation config, of any values."""
+    """A model with nothing but a generation config of these values."""
     return SimpleNamespace(generation_config=SimpleNamespace(**fields))
 
 
@@ -28,7 +28,7 @@ def translated(**fields: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def test_every_field_of_transformers_is_known() -> None:
-    """A field that a new version brings is looked at by a person before it is dropped."""
+    """A person decides about a field that a new version adds."""
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert fields - KNOWN - WITHOUT_MEANING == set()
     assert set() == KNOWN & WITHOUT_MEANING
@@ -47,7 +47,7 @@ def test_sampling_fields_of_a_model_that_does_not_sample_do_nothing() -> None:
     assert translated(do_sample=False, top_p=0.5, typical_p=0.2, length_penalty=2.0) == ({"temperature": 0.0}, [])
 
 
-def test_beams_are_searched_as_many_as_asked_for() -> None:
+def test_num_beams_sets_the_width_of_the_search() -> None:
     defaults, ignored = translated(num_beams=3, num_return_sequences=5, length_penalty=0.5, early_stopping="never")
     params = SamplingParams(**defaults)
     assert (params.num_beams, params.n, params.length_penalty, params.early_stopping) == (3, 3, 0.5, "never")
@@ -78,18 +78,18 @@ def test_beams_are_searched_as_many_as_asked_for() -> None:
         ({"stop_strings": [""]}, "stop_strings"),
     ],
 )
-def test_what_cannot_act_is_named_and_breaks_no_request(fields: dict[str, Any], says: str) -> None:
+def test_fields_without_effect_are_named_and_break_no_request(fields: dict[str, Any], says: str) -> None:
     defaults, ignored = translated(**fields)
     assert [says in sentence for sentence in ignored] == [True]
     assert default_params(defaults, 5, 3).max_tokens == 5
 
 
-def test_values_that_mean_nothing_or_what_is_done_anyway_need_no_warning() -> None:
+def test_neutral_values_need_no_warning() -> None:
     fields = {"suppress_tokens": [-1], "guidance_scale": 1.0, "use_cache": False, "cache_implementation": "static"}
     assert translated(**fields, num_beam_groups=1, encoder_repetition_penalty=1.0) == ({"temperature": 0.0}, [])
 
 
-def test_eos_is_no_bad_word_since_nothing_would_end() -> None:
+def test_eos_is_not_a_bad_word() -> None:
     assert translated(bad_words_ids=[[2], [3], [4, 2]])[0]["bad_words"] == [(3,), (4, 2)]
 
 
@@ -98,7 +98,7 @@ def test_a_stop_string_needs_a_tokenizer() -> None:
     assert ("stop" in defaults, len(ignored)) == (False, 1)
 
 
-def test_all_that_is_not_followed_is_told_in_one_warning_at_load(caplog: pytest.LogCaptureFixture) -> None:
+def test_fields_without_effect_are_named_in_one_warning_at_load(caplog: pytest.LogCaptureFixture) -> None:
     model = build("llama")
     model.generation_config.update(max_time=1.0, guidance_scale=3.0, suppress_tokens=[VOCAB])
     with caplog.at_level(logging.WARNING, logger="penstock"):
@@ -116,13 +116,13 @@ def test_lengths_with_the_prompt_become_lengths_of_the_output() -> None:
     assert default_params(defaults, 256).max_tokens == 256
 
 
-def test_new_tokens_go_before_lengths_with_the_prompt() -> None:
+def test_max_new_tokens_overrides_max_length() -> None:
     defaults, _ = translated(max_length=20, min_length=12, max_new_tokens=5, min_new_tokens=2)
     params = default_params(defaults, 256, 8)
     assert (params.max_tokens, params.min_new_tokens) == (5, 2)
 
 
-def test_a_least_length_beyond_the_greatest_breaks_no_request() -> None:
+def test_a_min_length_above_max_length_breaks_no_request() -> None:
     params = default_params(translated(max_new_tokens=5, min_new_tokens=9)[0], 256, 8)
     assert (params.max_tokens, params.min_new_tokens, params.num_held) == (5, 9, 9)
 
@@ -134,14 +134,14 @@ def eos_of(config: Any, tokenizer: Any = None) -> frozenset[int]:
 
 
 def test_the_tokenizers_eos_and_the_end_of_turn_end_a_text_too() -> None:
-    """A chat ran on into the next turn where the generation config names another token."""
+    """A chat continued with the next turn where the generation config names another token."""
     tokenizer = byte_level()
     end = tokenizer.convert_tokens_to_ids("<end>")
     assert eos_of(SimpleNamespace(eos_token_id=5), tokenizer) == {5, 2, end}
     assert eos_of(SimpleNamespace(eos_token_id=[5, 6]), tokenizer) == {5, 6, 2, end}
 
 
-def test_a_base_model_keeps_the_ends_that_it_has() -> None:
+def test_a_base_model_keeps_its_eos_ids() -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = None
     assert eos_of(SimpleNamespace(eos_token_id=2), tokenizer) == {2}
@@ -166,7 +166,7 @@ BEFORE, AFTER = "{% for m in messages %}<|{{ m.role }}|>", "{% endfor %}"
         ("a chat without messages<end>", set()),
     ],
 )
-def test_the_end_of_a_turn_is_what_the_template_writes_behind_an_answer(template: str, ends: set[str]) -> None:
+def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(template: str, ends: set[str]) -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = template
     assert end_of_turn(tokenizer) == {tokenizer.convert_tokens_to_ids(token) for token in ends}

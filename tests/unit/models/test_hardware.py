@@ -15,18 +15,18 @@ from penstock.models.loading import load_draft
 from penstock.models.protocol import ModelSpec
 
 
-def test_the_wanted_number_holds() -> None:
+def test_a_configured_number_of_threads_is_used() -> None:
     assert kernel_threads(7) == 7
 
 
-def test_otherwise_there_is_one_for_each_core_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_there_is_one_thread_per_usable_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert 1 <= kernel_threads(None) <= (os.cpu_count() or 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert kernel_threads(None) == 1
 
 
-def test_one_thread_here_leaves_other_threads_theirs() -> None:
+def test_one_torch_thread_here_leaves_other_threads_unchanged() -> None:
     counts: list[int] = []
 
     def run() -> None:

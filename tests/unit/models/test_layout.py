@@ -28,18 +28,18 @@ def test_tokens_positions_and_slots_follow_the_block_table() -> None:
     assert result.write_slots.tolist() == [23, 8, 9, 1]
 
 
-def test_logits_are_wanted_after_the_newest_token_only() -> None:
+def test_logits_are_needed_after_the_newest_token_only() -> None:
     chunk, final_chunk = row([1, 2, 3, 4, 5, 6], 0, 3, [0, 1]), row([1, 2, 3], 0, 3, [2])
     assert layout(chunk, final_chunk).logit_indices.tolist() == [5]
     assert (num_logits_of(chunk), num_logits_of(final_chunk)) == (0, 1)
 
 
-def test_prompt_logprobs_want_logits_after_every_token() -> None:
+def test_prompt_logprobs_need_logits_after_every_token() -> None:
     scored = row([1, 2, 3, 4, 5, 6], 0, 3, [0, 1], params=SamplingParams(prompt_logprobs=0))
     assert layout(row([1], 0, 1, [3]), scored).logit_indices.tolist() == [0, 1, 2, 3]
 
 
-def test_drafts_follow_the_tokens_and_want_logits_too() -> None:
+def test_drafts_follow_the_tokens_and_need_logits_too() -> None:
     result = layout(row([1, 2, 3], 2, 5, [0, 1], draft=(8, 9)))
     assert result.input_ids.tolist() == [3, 8, 9]
     assert result.logit_indices.tolist() == [0, 1, 2]

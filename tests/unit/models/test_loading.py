@@ -32,7 +32,7 @@ def test_a_folder_keeps_its_checkpoints_dtype_unless_told_otherwise(tmp_path: Pa
 def test_a_folder_below_a_home_is_found_and_an_unknown_home_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check knew "~", the loader took it for a hub id; without a home it was an untyped error."""
+    """The check expanded "~", the loader took it for a hub id; without a home it was an untyped error."""
     monkeypatch.setenv("HOME", str(tmp_path))
     build("llama").save_pretrained(tmp_path / "model")
     assert load("~/model", None, EngineConfig(**IDS_ONLY)).runner.spec.name == str(tmp_path / "model")
@@ -102,14 +102,14 @@ def test_a_model_whose_paged_pass_differs_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_rotary_frequencies_that_depend_on_neighbours_end_the_context() -> None:
-    """longrope chooses frequencies by the longest position of a pass: a neighbour changed a request's tokens."""
+    """longrope chooses frequencies by the longest position of a pass: another request changed the tokens."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     model = build("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     assert load(model, None, EngineConfig(max_model_len=None, **IDS_ONLY)).runner.spec.max_length == 64
 
 
 def test_windows_that_only_a_mask_would_apply_are_refused() -> None:
-    """phimoe slides through its mask alone; a probe shorter than the window cannot see that."""
+    """phimoe applies its window through the mask alone, which a probe shorter than the window cannot detect."""
     from transformers import PhimoeConfig, PhimoeForCausalLM
 
     shape = {**ARCHITECTURES["mixtral"], "sliding_window": 16}
@@ -120,7 +120,7 @@ def test_windows_that_only_a_mask_would_apply_are_refused() -> None:
 
 
 def test_an_error_that_cannot_say_what_it_is_does_not_hide_what_failed_at_load() -> None:
-    """The message was built with the error's own `__str__`, so that what that raised was all that came out."""
+    """The message was built with the error's own `__str__`, and what that raised hid the error."""
 
     class MuteError(Exception):
         def __str__(self) -> str:

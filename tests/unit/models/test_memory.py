@@ -28,13 +28,13 @@ def own(tmp_path: Path, text: str) -> Path:
 
 
 def test_pages_of_files_count_as_free(tmp_path: Path) -> None:
-    """Weights that were read fill a container's account, and the K/V cache found no room."""
+    """Weight files that were read count as used memory of a container, and the K/V cache did not fit."""
     group(tmp_path, str(4 * GIB), 3 * GIB, files=2 * GIB)
     assert container_memory(tmp_path, own(tmp_path, "0::/\n")) == (4 * GIB, 3 * GIB)
 
 
 def test_the_tightest_of_the_groups_around_counts(tmp_path: Path) -> None:
-    """Only the innermost group of a container was looked at, where it had its own name for it."""
+    """Only the innermost group of a container was read."""
     group(tmp_path / "slice", str(2 * GIB), GIB)
     group(tmp_path / "slice" / "job", "max", GIB)
     assert container_memory(tmp_path, own(tmp_path, "0::/slice/job\n")) == (2 * GIB, GIB)
@@ -109,7 +109,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
 @lists_mappings
 def test_mappings_of_other_loads_are_left_alone(tmp_path: Path) -> None:
-    """Another thread unmaps its weights at any moment: what took their addresses lost its contents."""
+    """Another thread may unmap its weights at any moment: new memory at their addresses lost its contents."""
     path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
     region, other_region = mapped(path), mapped(other)
     release_file_pages([view_of(region)])

@@ -1,4 +1,4 @@
-"""Which rows the kernels attend for together, and where their contexts lie."""
+"""Which rows the kernels compute together, and where their contexts are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def row(start: int, end: int, blocks: list[int]) -> Row:
 
 
 def arrays(rows: list[Row], block_size: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """What `Steps` is told."""
+    """The arguments of `Steps`."""
     arrays_by_name: dict[str, list[int]] = {}
 
     def note(self: Steps, by_panel: bool, slots: np.ndarray, **named_arrays: np.ndarray) -> None:
@@ -58,7 +58,7 @@ def test_rows_with_the_same_first_blocks_share_whole_tiles_of_them(monkeypatch: 
     assert arrays_by_name["tables"] == [*common, 1, *common, 2, *range(6)]
 
 
-def test_what_a_row_writes_itself_is_never_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_a_row_writes_in_the_step_are_never_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """At position 127 the second tile is not complete before the step."""
     blocks = list(range(8))
     assert bundles(arrays([row(127, 128, blocks)] * 2, 16, monkeypatch)) == [(0, 2, 0, 1, 64)]

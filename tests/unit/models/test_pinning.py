@@ -1,4 +1,4 @@
-"""Defaults of one thread: what is created or computed within them never has the process's default dtype."""
+"""Within pinned defaults, no tensor that is created or computed has the process's default dtype."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_pinned_dtype_takes_the_place_of_the_default(make: Callable[[], Tens
 
 
 def test_results_are_those_of_a_process_with_that_default() -> None:
-    """Not computed in the process's dtype and rounded afterwards."""
+    """They are not computed in the process's dtype and rounded afterwards."""
     expected = NUMBERS / 3
     torch.set_default_dtype(BF16)
     try:
@@ -75,7 +75,7 @@ def test_a_device_is_pinned_where_one_is_given() -> None:
         assert torch.zeros(2, device="cpu").device.type == "cpu"
 
 
-def test_other_threads_notice_nothing() -> None:
+def test_other_threads_are_not_affected() -> None:
     results: list[tuple[torch.dtype, str]] = []
 
     def look() -> None:

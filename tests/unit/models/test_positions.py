@@ -1,4 +1,4 @@
-"""How long texts of a model may be, by its config, and that they are computed as transformers does."""
+"""How long texts of a model may be according to its config; texts of that length give the tokens of transformers."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def test_stretched_positions_are_served_beyond_the_original_length(rope: Any, tm
     assert generate(folder) == generate(folder, max_sequence_length=128) == by_transformers(folder)
 
 
-def test_what_a_refused_dynamic_text_is_told_to_change_works(tmp_path: Path) -> None:
-    """It was told to raise max_sequence_length, which changed nothing."""
+def test_the_remedy_for_a_refused_dynamic_text_works(tmp_path: Path) -> None:
+    """The error said to raise max_sequence_length, which had no effect."""
     rope = {**LINEAR, "rope_type": "dynamic"}
     folder = saved(tmp_path, rope_parameters=rope)
     with pytest.raises(RequestTooLarge, match="set rope_type to yarn and original_max_position_embeddings to 32"):
@@ -119,7 +119,7 @@ def test_what_a_refused_dynamic_text_is_told_to_change_works(tmp_path: Path) -> 
     assert generate(folder) == by_transformers(folder)
 
 
-def test_what_a_refused_longrope_text_is_told_to_change_works(tmp_path: Path) -> None:
+def test_the_remedy_for_a_refused_longrope_text_works(tmp_path: Path) -> None:
     rope = {**LONGROPE, "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
     folder = saved(tmp_path, rope_parameters=rope, max_position_embeddings=128)
     with pytest.raises(RequestTooLarge, match="set short_factor to what long_factor is; then 128 tokens are possible"):

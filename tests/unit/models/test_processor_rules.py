@@ -1,4 +1,4 @@
-"""The rules named after transformers' logits processors do what those do, row by row, and see drafts as output."""
+"""The rules named after transformers' logits processors agree with those, row by row, and count drafts as output."""
 
 from __future__ import annotations
 
@@ -72,10 +72,8 @@ TEXTS = [[5], [1, 5, 9], [1, 5, 1, 5, 1], [7, 7, 7, 7], [1, 5, 6, 1, 5, 6, 2, 9]
 
 
 @pytest.mark.parametrize(("wishes", "processor"), CASES, ids=[next(iter(wishes)) for wishes, _ in CASES])
-def test_a_rule_is_transformers_own_wherever_the_text_ends_and_whatever_is_guessed(
-    wishes: dict[str, Any], processor: Any
-) -> None:
-    """Rows of all texts at once, with and without their last tokens as drafts, and one that asks for nothing."""
+def test_a_rule_is_that_of_transformers_with_and_without_drafts(wishes: dict[str, Any], processor: Any) -> None:
+    """All texts in one batch, with and without their last tokens as drafts, and a row without rules."""
     rows, expected = [], []
     for text in TEXTS:
         for prompt_len in {1, max(1, len(text) - 3), len(text)}:
@@ -96,8 +94,8 @@ def test_forced_tokens_override_what_comes_before_and_suppressed_ones_stay_out()
     assert result[0].isfinite().nonzero().tolist() == [[2]]
 
 
-def test_a_decay_never_leaves_the_numbers() -> None:
-    """1.5 to the power of a million is no float."""
+def test_a_decay_stays_finite() -> None:
+    """1.5 to the power of a million exceeds what a float holds."""
     for factor in (1.5, 1e300, 1e-300):
         text = [1, *[4] * 5000]
         row = row_of(text, 1, exponential_decay_length_penalty=(1, factor))
@@ -113,7 +111,7 @@ def test_ignored_eos_is_not_raised() -> None:
     assert torch.equal(applied(logits, row), logits)
 
 
-def test_ids_outside_the_vocabulary_are_no_matter() -> None:
+def test_ids_outside_the_vocabulary_have_no_effect() -> None:
     logits = logits_of(1)
     wishes = {"suppress_tokens": [99], "begin_suppress_tokens": [99], "sequence_bias": {(1, 99): 2.0}}
     row = row_of([1], 1, forced_bos_token_id=99, forced_eos_token_id=99, **wishes)
@@ -135,7 +133,7 @@ def banned(text: list[int], size: int) -> list[int]:
     return sorted({token for token in range(4) if (*text[len(text) - size + 1 :], token) in runs and len(text) >= size})
 
 
-def test_a_sequence_that_was_taken_back_is_counted_anew() -> None:
+def test_a_sequence_that_became_shorter_is_counted_again() -> None:
     row = row_of([1, 5, 1], 1, no_repeat_ngram_size=2)
     rules = SequenceRules.of(row, EOS, SIZE)
     apply(logits_of(1), [row], [rules])

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: the module that `from_pretrained` gives, without touching anything of the process."""
+"""Reading a checkpoint gives the module of `from_pretrained`, and changes nothing process-wide."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, "auto")
 
 @pytest.fixture
 def no_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it, and `from_pretrained` fails from then on: what still loads was built by us."""
+    """A function after whose call `from_pretrained` fails: what still loads was built here."""
 
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("from_pretrained was called")
@@ -126,11 +126,11 @@ def test_every_layout_of_files_is_read_as_from_pretrained_reads_it(
 
 
 def lazy(*args: Any, **options: Any) -> None:
-    """What other loaders put in the place of functions for the time being."""
+    """Like the functions that other loaders install while they load."""
 
 
 def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """As the `init_empty_weights` of accelerate registers parameters."""
+    """Registers parameters as `init_empty_weights` of accelerate does."""
     REGISTER(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
 
 
@@ -166,14 +166,14 @@ def test_another_load_of_the_process_changes_nothing(
 
 
 def state_of_the_process() -> tuple[Any, ...]:
-    """What a program may look at in another thread while something loads."""
+    """What a program may read in another thread during a load."""
     functions = (nn.init.normal_, nn.init.zeros_, torch.linspace, nn.Module.register_parameter)
     methods = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, logging.is_progress_bar_enabled())
     return (torch.zeros(1).dtype, torch.zeros(1).device, torch.is_grad_enabled(), *functions, *methods)
 
 
-def test_loading_is_not_seen_from_other_threads(tmp_path: Path) -> None:
-    """In one of a hundred looks, the program's own `torch.zeros(1)` was bfloat16 while an engine loaded."""
+def test_loading_does_not_affect_other_threads(tmp_path: Path) -> None:
+    """In one of a hundred calls, the program's own `torch.zeros(1)` was bfloat16 while an engine loaded."""
     build("llama", num_hidden_layers=12, dtype=torch.bfloat16).save_pretrained(tmp_path)
     config = EngineConfig(skip_tokenizer_init=True, dtype="bfloat16")
     load(tmp_path, None, config)
@@ -200,7 +200,7 @@ def test_loading_never_sets_a_default_of_the_process(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gpt_oss"])
 def test_trial_passes_do_not_depend_on_the_default_dtype(name: str, default: torch.dtype) -> None:
-    """Buffers that C writes into had the dtype of the process's default: it wrote beyond their end."""
+    """Buffers that C writes to had the process's default dtype: it wrote beyond their end."""
     model = build(name)
     expected = load(model, None, EngineConfig(skip_tokenizer_init=True)).runner.spec
     torch.set_default_dtype(default)

@@ -1,4 +1,4 @@
-"""Memory that an engine lets go of is free at once, without a look at the whole heap of the program."""
+"""Memory that an engine releases is free at once, without a full garbage collection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rule does what transformers' own processor does, and only to the rows that asked for it."""
+"""Every rule agrees with transformers' processor, and affects only the rows that use it."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_processor_may_write_in_place_or_return_another_tensor() -> None:
 
 
 @pytest.mark.parametrize("result", [None, [0.0, 0.0], torch.zeros(2), torch.zeros(1, 3)])
-def test_a_processor_that_returns_something_else_is_told_the_shape(result: object) -> None:
+def test_a_processor_that_returns_another_shape_gets_an_error_with_both_shapes(result: object) -> None:
     with pytest.raises(RequestError, match=r"tensor of shape \(3,\)"):
         run_processor(lambda output, row: result, [], torch.zeros(3))
 
@@ -154,7 +154,7 @@ def test_counts_follow_a_growing_sequence() -> None:
     assert dict(zip(counts.tokens, counts.counts, strict=True)) == {4: 0, 5: 1, 6: 3}
 
 
-def test_a_draft_is_counted_ahead_and_not_remembered() -> None:
+def test_a_draft_is_counted_only_while_it_is_a_draft() -> None:
     counts = TokenCounts(10)
     counts.update([4, 4, 5, 7], prompt_len=2)
     assert counts.with_draft([]) == (array("q", [4, 5, 7]), array("q", [0, 1, 1]))
@@ -182,7 +182,7 @@ def test_a_draft_is_counted_ahead_and_not_remembered() -> None:
         {"forced_eos_token_id": 1},
     ],
 )
-def test_rows_that_use_a_rule_are_told_from_those_that_do_not(params: dict[str, Any]) -> None:
+def test_rows_with_rules_are_recognized(params: dict[str, Any]) -> None:
     assert has_rules(row_of([1, 2, 3, 4, 5], **params))
     assert not has_rules(row_of([1, 2, 3, 4, 5], temperature=0.3, top_k=4, top_p=0.2, min_p=0.1))
 
@@ -238,7 +238,7 @@ def test_min_tokens_suppresses_eos_and_stop_ids(ignore_eos: bool) -> None:
 
 
 def reference(logits: Tensor, row: Row, processors: list[Any]) -> Tensor:
-    """What transformers makes of one row, float32 [V]."""
+    """The logits of one row after transformers' processors, float32 [V]."""
     return LogitsProcessorList(processors)(torch.tensor([row.tokens]), logits[None].clone())[0]
 
 
@@ -327,8 +327,8 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("error", [Panic("panic"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_whatever_a_processor_raises_is_its_rows_alone(error: BaseException) -> None:
-    """What is no `Exception` failed the step of everybody."""
+def test_whatever_a_processor_raises_ends_its_row_alone(error: BaseException) -> None:
+    """A `BaseException` that is not an `Exception` failed the step of every request."""
 
     def faulty(output: list[int], row: Tensor) -> Tensor:
         raise error
@@ -369,7 +369,7 @@ def test_a_processor_may_return_any_real_tensor_of_the_shape(result: Any) -> Non
     assert not logits.requires_grad
 
 
-def test_what_a_processor_keeps_of_its_row_is_a_copy() -> None:
+def test_a_processor_gets_a_copy_of_its_row() -> None:
     """It was a view into memory that holds other requests' logits in the next step."""
     retained: list[Tensor] = []
 
@@ -386,7 +386,7 @@ def test_what_a_processor_keeps_of_its_row_is_a_copy() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_processor_cannot_change_the_modes_of_autograd_for_the_others(mode: Any) -> None:
-    """It turned on recording for the rest of the model's thread's life."""
+    """It enabled gradients on the model's thread for good."""
     left_open: list[Any] = []
 
     def meddle(output: list[int], row: Tensor) -> Tensor:

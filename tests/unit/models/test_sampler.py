@@ -1,4 +1,4 @@
-"""The sampler draws from exactly the distribution asked for, one row never disturbing another."""
+"""The sampler draws from exactly the requested distribution, and no row affects another."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_sampled_is_the_scaled_logit_less_the_log_of_the_kept_mass() -> None:
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"top_k": 1}, {"temperature": 0.0, "top_p": 0.5}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_greedy_takes_the_first_greatest_token_with_certainty(params: dict[str, Any], dtype: torch.dtype) -> None:
+def test_greedy_takes_the_first_of_the_greatest_logits(params: dict[str, Any], dtype: torch.dtype) -> None:
     logits = logits_of(20, 777).to(dtype)
     results = sample(logits, *(row_of(i, **params) for i in range(20)))
     assert tokens_of(results) == logits.float().argmax(-1).tolist()
@@ -173,7 +173,7 @@ def test_logprobs_ranks_and_tops_by_hand() -> None:
     )
 
 
-def test_min_tokens_holds_eos_back_until_reached() -> None:
+def test_min_tokens_suppresses_eos_until_reached() -> None:
     logits = torch.tensor([[9.0, 1.0, 5.0]])
     sampler = Sampler(3, EOS)
     for output, token in [([], 2), ([2], 2), ([2, 2], 0)]:
@@ -190,7 +190,7 @@ def test_bad_words_of_several_tokens_are_never_completed() -> None:
     assert tokens_of(sample(logits, row_of(tokens=[1, 3, 1], temperature=0.0, bad_words=words))) == [2]
 
 
-def test_bias_and_allowed_tokens_steer_the_choice() -> None:
+def test_bias_and_allowed_tokens_decide_the_choice() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4, 1)
     rows = [
         row_of(i, temperature=0.0, **params)
@@ -202,7 +202,7 @@ def test_bias_and_allowed_tokens_steer_the_choice() -> None:
 
 
 def test_penalties_follow_a_sequence_as_it_grows() -> None:
-    """Greedy decoding under penalties, step by step with one sampler, is what a fresh look at all tokens gives."""
+    """Greedy decoding with penalties, step by step with one sampler, agrees with counting all tokens at every step."""
     logits = logits_of(30, 50, scale=1.0)
     params = {"temperature": 0.0, "repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.2}
     row, sampler = row_of(tokens=[7, 7, 8], **params), Sampler(50, EOS)
@@ -260,7 +260,7 @@ def test_a_failing_processor_ends_its_own_row_only() -> None:
 )
 @pytest.mark.parametrize("way", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 5}, {"min_p": 0.5}], ids=str)
 @pytest.mark.parametrize("size", [100, 3000])
-def test_a_row_without_any_token_left_says_so(params: dict[str, Any], way: dict[str, Any], size: int) -> None:
+def test_a_row_without_any_token_left_is_an_error(params: dict[str, Any], way: dict[str, Any], size: int) -> None:
     logits = logits_of(2, size)
     results = sample(logits, row_of(0, **way), row_of(1, **params, **way))
     assert results[0] == sample(logits[:1], row_of(0, **way))[0]
@@ -294,7 +294,7 @@ def test_logits_that_are_not_numbers_end_their_own_row_only(bad: float, way: dic
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_prompt_logprobs_of_logits_that_are_not_numbers_are_an_error(bad: float) -> None:
-    """They were NaN, as numbers of the caller's."""
+    """The caller got NaN as log probabilities."""
     row = row_of(0, tokens=[1, 2, 3, 4], prompt_logprobs=0)._replace(start=0, end=4, prompt_len=4)
     logits = logits_of(4, 100)
     assert len(Sampler(100, EOS).prompt_logprobs(logits, row).prompt_logprobs) == 3
@@ -372,7 +372,7 @@ def test_the_caller_s_logits_are_left_alone() -> None:
     assert torch.equal(logits, before)
 
 
-def test_no_rows_are_no_results() -> None:
+def test_no_rows_give_no_results() -> None:
     assert sample(torch.zeros(0, 10)) == []
 
 
@@ -401,7 +401,7 @@ def test_prompt_logprobs_have_a_rank_always_and_as_many_tops_as_asked(count: int
     assert [(len(entry.top), entry.rank > 0) for entry in entries] == [(length, True)] * 2
 
 
-def test_nothing_is_kept_of_a_sequence_that_is_forgotten() -> None:
+def test_a_forgotten_sequence_leaves_no_state() -> None:
     def processor(output: list[int], logits: Tensor) -> Tensor:
         return logits
 
@@ -414,8 +414,8 @@ def test_nothing_is_kept_of_a_sequence_that_is_forgotten() -> None:
     assert reference() is None
 
 
-def test_a_top_k_beyond_the_vocabulary_or_a_huge_temperature_changes_nobody_else() -> None:
-    """`top_k=sys.maxsize` went through a float64, came out negative and failed the step of everybody."""
+def test_a_top_k_beyond_the_vocabulary_or_a_huge_temperature_affects_no_other_row() -> None:
+    """`top_k=sys.maxsize` became negative in a float64 and failed the step of every request."""
     logits = logits_of(3, 5000)
     alone = tokens_of(sample(logits[:1], row_of(0)))
     mixed = sample(logits, row_of(0), row_of(1, top_k=sys.maxsize, top_p=0.9), row_of(2, temperature=1e300))

@@ -1,4 +1,4 @@
-"""The fake that programs test with answers whatever a real model would."""
+"""The fake model returns whatever a real model would."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from penstock import InferenceEngine, SamplingParams, ScriptedModel
 @pytest.mark.parametrize("chunk", [512, 3])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_script_answers_prompt_logprobs(chunk: int, n: int) -> None:
-    """It left them out, and whoever asked for them failed without a typed error."""
+    """It left them out, and requests for them failed without a typed error."""
     engine = InferenceEngine(ScriptedModel([5, 6]), max_num_batched_tokens=chunk)
     params = SamplingParams(max_tokens=2, prompt_logprobs=1, n=n)
     output = engine.generate([1, 2, 3, 4, 8, 9], params).result(30)

@@ -83,7 +83,7 @@ def test_in_one_step_blocks_leave_before_others_come_in_their_place(case: Case) 
     assert torch.equal(read(slots_of(storage, 2)), block_1)
 
 
-def test_what_is_given_back_is_only_what_is_named(case: Case) -> None:
+def test_only_the_named_blocks_are_released(case: Case) -> None:
     storage, read = case
     before = read(slots_of(storage, 0, 1))
     storage.swap([(0, 0), (1, 1)], [])
@@ -100,7 +100,7 @@ def test_a_tier_without_places_moves_nothing(case: Case) -> None:
     assert torch.equal(read(slots_of(storage, 0, 1)), before)
 
 
-def test_memory_that_was_to_be_taken_at_once_stays() -> None:
+def test_preallocated_memory_is_not_released() -> None:
     if not available():
         pytest.skip("no compiler")
     kernels = Kernels(1)
@@ -113,7 +113,7 @@ def test_memory_that_was_to_be_taken_at_once_stays() -> None:
 
 
 def test_memory_that_is_no_longer_free_is_not_touched() -> None:
-    """To take it all the same may end the process."""
+    """To touch it anyway may end the process."""
     if not available():
         pytest.skip("no compiler")
     kernels = Kernels(1)
@@ -129,15 +129,15 @@ def test_neighbours_are_moved_together() -> None:
     assert contiguous_runs([(5, 1), (3, 8), (4, 9), (9, 2), (10, 4)]) == [(3, 8, 2), (5, 1, 1), (9, 2, 1), (10, 4, 1)]
 
 
-def test_rows_go_where_they_are_told() -> None:
+def test_rows_are_copied_to_their_targets() -> None:
     source, target = torch.arange(10).view(5, 2), torch.zeros(4, 2, dtype=torch.int64)
     copy_rows(source, target, contiguous_runs([(4, 0), (1, 2), (2, 3)]))
     assert target.tolist() == [[8, 9], [0, 0], [2, 3], [4, 5]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep their pages")
-def test_pages_given_back_read_as_zeros_and_others_are_left_alone() -> None:
-    """Rows of half a page: of rows 1 to 4 only the page that 2 and 3 fill is wholly unused."""
+def test_released_pages_read_as_zeros_and_others_are_unchanged() -> None:
+    """Rows of half a page: of rows 1 to 4, only rows 2 and 3 fill a whole page."""
     region = mmap.mmap(-1, 8 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     rows = torch.frombuffer(region, dtype=torch.uint8).view(16, -1)
     rows.fill_(7)

@@ -90,8 +90,8 @@ def test_every_row_attends_to_its_own_context(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("side", range(2))
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_broken_tokens_reach_those_who_see_them_and_nobody_else(kind: str, number: float, side: int) -> None:
-    """A masked place has a weight of 0, which NaN survives: it reached earlier tokens of its chunk, and padded rows.
+def test_nan_in_a_token_affects_only_the_queries_that_see_it(kind: str, number: float, side: int) -> None:
+    """NaN survives the weight 0 of a masked position: it reached earlier tokens of its chunk, and padded rows.
 
     Three rows: one that ends at position 12 in chunks, broken at 7; one of the same length, and a short one, whose
     blocks somebody left NaN behind.

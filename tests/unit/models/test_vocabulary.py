@@ -1,4 +1,4 @@
-"""Blocks answer what a full pass would, to the bit, and sum more exactly than float32 does."""
+"""Chunks give the bits of a full pass, and sums more exact than float32's."""
 
 from __future__ import annotations
 

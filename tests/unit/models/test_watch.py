@@ -1,4 +1,4 @@
-"""What counts as a change of a live module, and what the look at it costs."""
+"""What counts as a change of a live module, and the cost of the comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layers_of(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "merged_adapters")]
 
 
-def test_a_look_at_a_model_with_two_hundred_adapter_layers_takes_microseconds() -> None:
+def test_comparing_a_model_with_two_hundred_adapter_layers_takes_microseconds() -> None:
     watch = Watch(adapted(30))
     best = 1.0
     for _ in range(500):
@@ -49,7 +49,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_adapters_and_hooks_are_seen_by_every_look(what: str) -> None:
+def test_changed_adapters_and_hooks_show_in_every_call(what: str) -> None:
     model = adapted()
     watch = Watch(model)
     assert not watch.changed(thorough=True)
@@ -75,7 +75,7 @@ def set_attribute(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [replace_forward, replace_parameter, replace_module, set_attribute])
-def test_everything_else_is_seen_by_a_thorough_look_and_in_its_turn(change: Callable[[Any], None]) -> None:
+def test_other_changes_show_in_a_thorough_call_and_in_turn(change: Callable[[Any], None]) -> None:
     model = adapted()
     thorough, by_turns = Watch(model), Watch(model)
     change(model)
@@ -83,7 +83,7 @@ def test_everything_else_is_seen_by_a_thorough_look_and_in_its_turn(change: Call
     assert any(by_turns.changed() for _ in range(-(-len(list(model.modules())) // PORTION)))
 
 
-def test_one_layer_of_many_that_is_switched_is_seen_in_its_turn() -> None:
+def test_one_switched_layer_of_many_shows_in_turn() -> None:
     model = adapted(12)
     watch = Watch(model)
     layers = layers_of(model)
@@ -101,7 +101,7 @@ def test_a_removed_hook_and_one_of_another_module_are_told_apart() -> None:
     assert watch.changed()
 
 
-def test_what_a_forward_pass_leaves_behind_is_no_change() -> None:
+def test_attributes_left_by_a_forward_pass_are_no_change() -> None:
     model: Any = adapted()
     watch = Watch(model)
     model.enable_input_require_grads()
