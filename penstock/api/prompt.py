@@ -60,6 +60,7 @@ class PromptInput:
     text: str | None = None
     token_ids: list[int] | None = None
     chat: Chat | None = None
+    is_bare: bool = False  # a string without {"prompt": ...} around it
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -89,7 +90,7 @@ def _read(prompt: object) -> PromptInput:
     if isinstance(prompt, Mapping):
         return _read_mapping(prompt)
     if isinstance(prompt, str):
-        return PromptInput(text=_nonempty(str.__str__(prompt)))
+        return PromptInput(text=_nonempty(str.__str__(prompt)), is_bare=True)
     if is_chat(prompt):
         return PromptInput(chat=_read_chat({"messages": prompt}))
     return PromptInput(token_ids=read_ids(prompt))

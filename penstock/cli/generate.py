@@ -146,11 +146,11 @@ async def _complete(
 ) -> tuple[RequestOutput, Timing]:
     """Only a limit that somebody asked for is refused when it does not fit; the default one is cut to what does."""
     try:
-        return await stream(engine, prompt, params, show)
+        return await stream(engine, {"prompt": prompt}, params, show)
     except RequestTooLarge:
         if not may_shorten:
             raise
-        return await stream(engine, prompt, dataclasses.replace(params, max_tokens=None), show)
+        return await stream(engine, {"prompt": prompt}, dataclasses.replace(params, max_tokens=None), show)
 
 
 def _finish(args: argparse.Namespace, output: RequestOutput, timing: Timing, load_s: float, model: str | None) -> None:

@@ -91,7 +91,7 @@ class InputProcessor:
         params = self._resolve(request.params, len(ids), bad_words)
         stops = self._special_stops(params)
         if request.prompt.text is not None and request.prompt.token_ids is None:
-            self._check_text(request.prompt.text, ids)
+            self._check_text(request.prompt, ids)
         # After the length: looking at a million ids holds the interpreter lock.
         self._check_vocabulary(ids)
         self._admission.adjust(request.place, len(ids))
@@ -109,7 +109,7 @@ class InputProcessor:
             return None
         return text + TokenDecoder(self._tokenizer, params.skip_special_tokens).text(tokens)
 
-    def _check_text(self, text: str, ids: SequenceOf[int]) -> None:
+    def _check_text(self, prompt: PromptInput, ids: SequenceOf[int]) -> None:
         """Warn of a string that probably is not what its caller meant to pass."""
         bos = getattr(self._tokenizer, "bos_token_id", None)
         if bos is not None and list(ids[:2]) == [bos, bos]:
@@ -117,10 +117,10 @@ class InputProcessor:
                 "a prompt begins with two BOS tokens: it was rendered by a chat template, which writes one, and the "
                 "tokenizer added another; pass the messages themselves, or prompt_token_ids"
             )
-        elif self._special is not None and self._has_template and not self._special.any_in(text):
+        elif prompt.is_bare and self._has_template and not (self._special and self._special.any_in(prompt.text or "")):
             self._warn(
                 "a prompt is a bare string, and this model has a chat template: for an answer pass "
-                '[{"role": "user", "content": text}]; a string is continued as it stands'
+                '[{"role": "user", "content": text}], or {"prompt": text} to have a text continued as it stands'
             )
 
     def _check_vocabulary(self, ids: Collection[int]) -> None:
