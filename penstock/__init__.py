@@ -32,7 +32,7 @@ from penstock.facades.optimizer import PerformanceOptimizer
 from penstock.generation import GenerationConfig, Params
 from penstock.models.scripted import ScriptedModel
 from penstock.optimizers.levels import OptimizationConfig, OptimizationLevel
-from penstock.optimizers.memory_pool import MemoryPool
+from penstock.optimizers.rewrites.memory_pool import MemoryPool
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import OutputKind, RequestPriority, SamplingParams
 from penstock.scheduling.advisor import BatchingOptimizer

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from penstock.config import EngineConfig
-from penstock.optimizers.speculation.costs import CostCurve
+from penstock.optimizers.speculation.step_times import StepTimeCurve
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -29,7 +29,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture
 def steps_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the speculation controller, so that guessing always pays, however slow or busy the machine is."""
-    record = CostCurve.record
+    record = StepTimeCurve.record
     monkeypatch.setattr(
-        CostCurve, "record", lambda self, tokens, seconds, drafted=False: record(self, tokens, 1, drafted)
+        StepTimeCurve, "record", lambda self, tokens, seconds, drafted=False: record(self, tokens, 1, drafted)
     )

@@ -35,7 +35,7 @@ from penstock.models.folder import check_source
 from penstock.models.protocol import GuessingRunner, ModelRunner, ModelSpec
 from penstock.optimizers.speculation.draft_model import ModelDrafter
 from penstock.optimizers.speculation.drafter import Drafter
-from penstock.optimizers.tuner import ceilings
+from penstock.optimizers.tuning.tuner import ceilings
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.scheduling.limits import Limits
@@ -65,7 +65,7 @@ class Parts:
         """Give back what a draft model holds without need; how many bytes. On the model's thread."""
         if self.draft is None or not isinstance(self.drafter, ModelDrafter):
             return 0
-        return self.draft.trim_memory(self.drafter.unused())
+        return self.draft.trim_memory(self.drafter.unused_blocks())
 
     def close(self) -> None:
         """Let go of the models, their memory and the tokenizer threads."""

@@ -1,1 +1,1 @@
-"""Rewrites of a loaded model that make it faster: verified, listed by name, each one optional."""
+"""What makes the engine faster: model rewrites, speculation, tuning, and the presets; beam search beside them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from penstock.config import EngineConfig
-from penstock.optimizers.tuner import Tuned, ceilings, first
+from penstock.optimizers.tuning.tuner import Tuned, ceilings, first
 
 
 class StepLimits(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from penstock import InferenceEngine
 from penstock.demo import MODEL_DIR
-from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.beam_search import BeamSearch
 from penstock.sampling import SamplingParams
 from penstock.scheduling.searches import Beams
 from penstock.sequence import Sequence

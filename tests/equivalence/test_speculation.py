@@ -26,9 +26,9 @@ from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.models.loading import load, load_draft
 from penstock.models.sampler import Sampler
-from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.beam_search import BeamSearch
 from penstock.optimizers.speculation.draft_model import ModelDrafter
-from penstock.optimizers.speculation.drafter import NUM_KINDS, Ask, Drafter
+from penstock.optimizers.speculation.drafter import NUM_CONFIDENCE_LEVELS, Drafter, DraftRequest
 from penstock.optimizers.speculation.ngram import NgramDrafter
 from penstock.optimizers.speculation.suffix import SuffixDrafter
 from penstock.optimizers.speculation.verification import positions, verified
@@ -88,8 +88,8 @@ def by(drafter: Drafter) -> Guess:
     """Up to five tokens for everybody, whether it pays or not."""
 
     def guess(seqs: list[Sequence]) -> list[tuple[int, ...]]:
-        asks = [Ask(seq, min(5, seq.max_len - seq.length), (0.9,) * NUM_KINDS) for seq in seqs]
-        return [draft.tokens for draft in drafter.propose(asks)]
+        requests = [DraftRequest(seq, min(5, seq.max_len - seq.length), (0.9,) * NUM_CONFIDENCE_LEVELS) for seq in seqs]
+        return [draft.tokens for draft in drafter.propose(requests)]
 
     return guess
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from penstock.config import BatchingStrategy
-from penstock.optimizers.tuner import first
+from penstock.optimizers.tuning.tuner import first
 from penstock.scheduling.limits import Limits
 from penstock.scheduling.packing import MIB, engine_packing
 from penstock.scheduling.scheduler import Scheduler

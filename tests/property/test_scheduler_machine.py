@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
-from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.beam_search import BeamSearch
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams

@@ -11,8 +11,8 @@ from collections import deque
 from penstock.api.log import Logger
 from penstock.api.stats import TunerChange, TunerStats
 from penstock.config import EngineConfig
-from penstock.optimizers.tuner import Tuned, first, limits_of, tune
-from penstock.optimizers.window import Window
+from penstock.optimizers.tuning.tuner import Tuned, first, limits_of, tune
+from penstock.optimizers.tuning.window import Window
 from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
 

@@ -26,8 +26,8 @@ from penstock.engine.text.tokenizing import SHORT_TEXT, TokenizerPool, encode_pr
 from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig, Params, default_params
 from penstock.models.protocol import ModelSpec
-from penstock.optimizers.beams import BeamSearch
-from penstock.optimizers.tuner import ceilings
+from penstock.optimizers.beam_search import BeamSearch
+from penstock.optimizers.tuning.tuner import ceilings
 from penstock.sampling import SamplingParams, resolved, without_prompt_logprobs
 from penstock.scheduling.admission import Admission
 from penstock.sequence import Sequence

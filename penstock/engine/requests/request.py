@@ -16,7 +16,7 @@ from penstock.api.channel import Channel
 from penstock.api.prompt import PromptInput
 from penstock.engine.requests.collector import Collector
 from penstock.generation import Params
-from penstock.optimizers.beams import BeamSearch
+from penstock.optimizers.beam_search import BeamSearch
 from penstock.sampling import RequestPriority
 from penstock.scheduling.admission import Place
 from penstock.sequence import Sequence

@@ -1,1 +1,1 @@
-"""Speculation: who guesses the next tokens, how many guesses are worth a step, and how a step's results judge them."""
+"""Speculation: drafters, how many draft tokens to put into a step, and the verification of their draft tokens."""

@@ -1,7 +1,8 @@
-"""`Drafter`: whoever guesses the next tokens of sequences; what it is asked, and what it answers.
+"""`Drafter`: proposes the next tokens of sequences, with the messages it takes and gives.
 
-Frozen messages and one protocol. A drafter reads sequences and never writes them; a wrong guess costs time, never a
-token. Implemented by `ngram`, `suffix` and `draft_model`; consulted by the engine's loop before it plans a step.
+Frozen messages and one protocol. A drafter reads sequences and never writes them; a wrong draft token costs time and
+never changes the output. Implemented by `ngram`, `suffix` and `draft_model`; called by the engine's loop before it
+plans a step.
 """
 
 from __future__ import annotations
@@ -11,39 +12,40 @@ from typing import NamedTuple, Protocol
 
 from penstock.sequence import Sequence
 
-# Kinds of guesses that a drafter may tell apart, from hopeless to nearly sure. How often each is right is learnt.
-NUM_KINDS = 8
+# Levels of confidence that a drafter may assign to its tokens, lowest first. The acceptance rate of each is measured.
+NUM_CONFIDENCE_LEVELS = 8
 
 
-class Ask(NamedTuple):
-    """At most `most` tokens to come after `seq.tokens`, please. `chances` [NUM_KINDS]: how often each kind is right.
+class DraftRequest(NamedTuple):
+    """Asks for at most `max_tokens` tokens to follow `seq.tokens`.
 
-    A guess whose chance, together with those before it, falls below `least` is not worth its making.
+    `acceptance_rates` [NUM_CONFIDENCE_LEVELS] is how often tokens of each level are accepted. A draft should end where
+    the probability that all of it is accepted falls below `min_acceptance`.
     """
 
     seq: Sequence
-    most: int
-    chances: SequenceOf[float]
-    least: float = 0.0
+    max_tokens: int
+    acceptance_rates: SequenceOf[float]
+    min_acceptance: float = 0.0
 
 
 class Draft(NamedTuple):
-    """Guessed tokens, and of which kind each guess is; both empty when there is nothing to say."""
+    """Draft tokens and the confidence level of each; both empty where the drafter has nothing to propose."""
 
     tokens: tuple[int, ...] = ()
-    kinds: tuple[int, ...] = ()
+    confidences: tuple[int, ...] = ()
 
 
 class Drafter(Protocol):
-    """Guesses tokens. `runs_model` says that `propose` has to run on the model's thread, and takes its time."""
+    """Proposes tokens. `runs_model` says that `propose` is slow and has to run on the model's thread."""
 
     name: str
     runs_model: bool
 
-    def propose(self, asks: SequenceOf[Ask]) -> list[Draft]:
-        """A draft for each ask, in order."""
+    def propose(self, requests: SequenceOf[DraftRequest]) -> list[Draft]:
+        """A draft for each request, in order."""
         ...
 
     def forget(self, seq_id: int) -> None:
-        """Drop what is remembered of a sequence that ended; from another thread than `propose`, perhaps."""
+        """Drop the state of a sequence that ended; possibly from another thread than `propose`."""
         ...

@@ -9,7 +9,7 @@ import pytest
 from penstock import BatchingConfig, BatchingOptimizer, DynamicBatcher
 from penstock.config import EngineConfig
 from penstock.errors import RequestError
-from penstock.optimizers.tuner import first
+from penstock.optimizers.tuning.tuner import first
 from penstock.scheduling.advisor import WINDOW, Batch, full
 from penstock.scheduling.limits import Limits, StepLimits
 from penstock.step import StepRecord

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from penstock.errors import RequestTooLarge
-from penstock.optimizers.beams import BeamSearch
-from penstock.optimizers.tuner import first
+from penstock.optimizers.beam_search import BeamSearch
+from penstock.optimizers.tuning.tuner import first
 from penstock.sampling import SamplingParams
 from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason, Sequence, Status

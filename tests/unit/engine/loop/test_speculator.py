@@ -13,14 +13,14 @@ from penstock.config import EngineConfig
 from penstock.engine.loop.speculator import Speculator
 from penstock.engine.loop.worker import Job
 from penstock.models.scripted import ScriptedModel
-from penstock.optimizers.beams import BeamSearch
-from penstock.optimizers.speculation.drafter import Ask, Draft
+from penstock.optimizers.beam_search import BeamSearch
+from penstock.optimizers.speculation.drafter import Draft, DraftRequest
 from penstock.sampling import SamplingParams
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams
 from penstock.sequence import Sequence
 
-KIND = 7
+LEVEL = 7
 
 
 def follow(tokens: Any, index: int = 0) -> int:
@@ -39,20 +39,20 @@ class Knowing:
         self.forgotten: list[int] = []
         self.errors: list[Exception] = []
 
-    def propose(self, asks: Any) -> list[Draft]:
-        self.asked.append([(ask.seq.id, ask.most) for ask in asks])
+    def propose(self, requests: Any) -> list[Draft]:
+        self.asked.append([(request.seq.id, request.max_tokens) for request in requests])
         if self.errors:
             raise self.errors.pop()
-        return [self._one(ask) for ask in asks]
+        return [self._one(request) for request in requests]
 
     def forget(self, seq_id: int) -> None:
         self.forgotten.append(seq_id)
 
-    def _one(self, ask: Ask) -> Draft:
-        tokens = list(ask.seq.tokens)
-        for _ in range(ask.most):
+    def _one(self, request: DraftRequest) -> Draft:
+        tokens = list(request.seq.tokens)
+        for _ in range(request.max_tokens):
             tokens.append(follow(tokens))
-        return Draft(tuple(tokens[ask.seq.length :]), (KIND,) * ask.most)
+        return Draft(tuple(tokens[request.seq.length :]), (LEVEL,) * request.max_tokens)
 
 
 class Log:
@@ -171,7 +171,7 @@ async def test_beams_and_first_draws_are_not_asked_about() -> None:
     loop.scheduler.search(Beams(BeamSearch(params, 12, frozenset()), members), 0.0)
     loop.add(0)
     await loop.finish()
-    assert {seq_id for asks in loop.drafter.asked for seq_id, _ in asks} == {0}
+    assert {seq_id for requests in loop.drafter.asked for seq_id, _ in requests} == {0}
 
 
 @pytest.mark.parametrize("runs_model", [False, True])
@@ -190,7 +190,7 @@ async def test_a_drafter_that_fails_is_left_out_from_then_on(runs_model: bool) -
 @pytest.mark.parametrize("runs_model", [False, True])
 async def test_a_drafter_that_answers_too_little_has_failed(runs_model: bool) -> None:
     loop = Loop(Knowing(runs_model))
-    loop.drafter.propose = lambda asks: []  # type: ignore[method-assign]
+    loop.drafter.propose = lambda requests: []  # type: ignore[method-assign]
     seq = loop.add(0)
     await loop.finish()
     assert seq.tokens == said(seq)

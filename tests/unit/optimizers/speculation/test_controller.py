@@ -1,4 +1,4 @@
-"""Drafts are as long as they pay, by what guesses and steps were measured to be worth. No clock: times are told."""
+"""Drafts are as long as they pay, by measured acceptance rates and step times. No clock: times are arguments."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from penstock.optimizers.speculation.drafter import Draft
 from penstock.sampling import SamplingParams
 from penstock.sequence import Sequence
 from penstock.step import Row, RowResult, StepPlan, StepResult
-from tests.unit.optimizers.speculation.guessing import sequence
+from tests.unit.optimizers.speculation.drafting import sequence
 
 Cost = Callable[[int], float]  # seconds of a step by its tokens
-KIND = 5
+LEVEL = 5
 
 
 class World:
-    """Sequences that decode together; `right` is the chance of each guess, `cost` what a step takes."""
+    """Sequences that decode together; `right` is the acceptance rate of draft tokens, `cost` what a step takes."""
 
-    def __init__(self, rows: int, right: float, cost: Cost, *, most: int = 8, draft_s: float | None = None) -> None:
+    def __init__(
+        self, rows: int, right: float, cost: Cost, *, max_tokens: int = 8, draft_s: float | None = None
+    ) -> None:
         self.controller = SpeculationController(costly=draft_s is not None)
-        self.seqs = [sequence(number, [1, 2, 3], new=100_000) for number in range(rows)]
-        self.right, self.cost, self.most, self.draft_s = right, cost, most, draft_s
+        self.seqs = [sequence(number, [1, 2, 3], max_tokens=100_000) for number in range(rows)]
+        self.right, self.cost, self.max_tokens, self.draft_s = right, cost, max_tokens, draft_s
         self.rng = random.Random(rows)
         self.seconds, self.plain_s, self.asked = 0.0, 0.0, 0
         self.asked_for: Counter[int] = Counter()
 
     def step(self) -> list[int]:
-        """One step; how many guesses each sequence was offered."""
+        """One step; how many draft tokens each sequence was offered."""
         rows = len(self.seqs)
-        asks = self.controller.asks(self.seqs, self.most)
-        self.asked += len(asks)
-        self.asked_for.update(ask.seq.id for ask in asks)
-        drafts = [Draft((7,) * ask.most, (KIND,) * ask.most) for ask in asks]
-        if asks and self.draft_s is not None:
-            self.controller.record_drafting(rows, self.most, self.draft_s * self.most)
-            self.seconds += self.draft_s * self.most
-        offered = dict(self.controller.choose(asks, drafts, rows)) if asks else {}
+        requests = self.controller.requests(self.seqs, self.max_tokens)
+        self.asked += len(requests)
+        self.asked_for.update(request.seq.id for request in requests)
+        drafts = [Draft((7,) * request.max_tokens, (LEVEL,) * request.max_tokens) for request in requests]
+        if requests and self.draft_s is not None:
+            self.controller.record_drafting(rows, self.max_tokens, self.draft_s * self.max_tokens)
+            self.seconds += self.draft_s * self.max_tokens
+        offered = dict(self.controller.choose(requests, drafts, rows)) if requests else {}
         plan = [self.row(seq, offered.get(seq.id, ())) for seq in self.seqs]
         results = [RowResult((7,) * (self.accepted(row) + 1)) for row in plan]
         for seq, result in zip(self.seqs, results, strict=True):
@@ -87,13 +89,13 @@ def steep(tokens: int) -> float:
     return 0.001 + 0.002 * tokens
 
 
-def test_where_tokens_are_nearly_free_good_guesses_are_all_taken() -> None:
+def test_where_tokens_are_nearly_free_good_drafts_are_offered_in_full() -> None:
     world = World(1, right=0.95, cost=flat)
     assert mean(world.run(100)[20:]) > 7
     assert world.speedup > 3
 
 
-def test_drafts_grow_shorter_with_worse_guesses() -> None:
+def test_drafts_grow_shorter_with_lower_acceptance() -> None:
     lengths = [mean(World(1, right=right, cost=flat).run(400)[100:]) for right in (0.1, 0.5, 0.8, 0.97)]
     assert lengths == sorted(lengths)
     assert lengths[0] < 2 < 6 < lengths[-1]
@@ -109,7 +111,7 @@ def test_a_full_batch_gets_shorter_drafts_than_a_lone_stream() -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
 @pytest.mark.parametrize("right", [0.0, 0.2, 0.4])
-def test_where_guesses_do_not_pay_next_to_nothing_is_lost(rows: int, right: float) -> None:
+def test_where_drafts_do_not_pay_next_to_nothing_is_lost(rows: int, right: float) -> None:
     world = World(rows, right=right, cost=steep)
     world.run(1000)
     assert world.speedup > 0.98
@@ -123,15 +125,15 @@ def test_a_draft_model_that_does_not_pay_is_hardly_run(rows: int) -> None:
     assert world.speedup > 0.97
 
 
-def test_a_draft_model_is_told_which_guesses_pay_for_their_making() -> None:
+def test_a_draft_model_is_told_which_tokens_pay_for_being_drafted() -> None:
     """One more token costs 0.9 ms and the draft model takes 2.7 ms for it: a plain step makes a token in 27 ms."""
     world = World(1, right=0.9, cost=flat, draft_s=0.0027)
     world.run(100)
-    (ask,) = world.controller.asks(world.seqs, 8)
-    assert ask.least == pytest.approx(0.7 * (0.9 + 2.7) / 27, rel=0.02)
+    (request,) = world.controller.requests(world.seqs, 8)
+    assert request.min_acceptance == pytest.approx(0.7 * (0.9 + 2.7) / 27, rel=0.02)
 
 
-def test_a_draft_model_is_run_for_those_that_it_guesses_right() -> None:
+def test_a_draft_model_is_run_for_sequences_that_accept_its_drafts() -> None:
     world = World(2, right=0.0, cost=flat, draft_s=0.002)
     world.accepted = lambda row: len(row.draft) if row.seq_id == 1 else 0  # type: ignore[method-assign]
     world.run(600)
@@ -139,28 +141,28 @@ def test_a_draft_model_is_run_for_those_that_it_guesses_right() -> None:
     assert world.asked_for[0] < 40
 
 
-def test_a_draft_model_that_guesses_nothing_has_cost_its_time_all_the_same() -> None:
-    """Each time costs 0.8 tokens; after more than two lost, the sequence is left alone for 16 steps."""
+def test_a_draft_model_that_proposes_nothing_has_cost_its_time_all_the_same() -> None:
+    """Each time costs 0.8 tokens; after more than two lost, the sequence is paused for 16 steps."""
     world, asked = World(1, right=0.0, cost=flat), 0
     world.controller = SpeculationController(costly=True)
     (seq,) = world.seqs
     for _ in range(15):
-        if asks := world.controller.asks([seq], 8):
+        if requests := world.controller.requests([seq], 8):
             asked += 1
             world.controller.record_drafting(1, 8, 8 * 0.0027)
-            assert world.controller.choose(asks, [Draft()], 1) == []
+            assert world.controller.choose(requests, [Draft()], 1) == []
         step = StepPlan((world.row(seq, ()),))
         seq.tokens.append(7)
         world.controller.record_step(step, StepResult((RowResult((7,)),)), flat(1))
     assert asked == 3
 
 
-def test_one_slow_drafting_is_believed_by_a_tenth() -> None:
+def test_one_slow_drafting_changes_the_estimate_by_a_tenth() -> None:
     world = World(1, right=0.9, cost=flat, draft_s=0.0027)
     world.run(100)
     world.controller.record_drafting(1, 8, 8 * 0.027)
-    (ask,) = world.controller.asks(world.seqs, 8)
-    assert ask.least == pytest.approx(0.7 * (0.9 + 2.7 + 2.43) / 27, rel=0.02)
+    (request,) = world.controller.requests(world.seqs, 8)
+    assert request.min_acceptance == pytest.approx(0.7 * (0.9 + 2.7 + 2.43) / 27, rel=0.02)
 
 
 def test_a_draft_model_that_pays_goes_on() -> None:
@@ -169,7 +171,7 @@ def test_a_draft_model_that_pays_goes_on() -> None:
     assert world.speedup > 1.5
 
 
-def test_it_begins_again_when_guesses_become_right() -> None:
+def test_it_starts_again_when_drafts_become_right() -> None:
     world = World(4, right=0.0, cost=steep)
     world.run(1000)
     assert mean(world.run(50)) < 0.2
@@ -178,7 +180,7 @@ def test_it_begins_again_when_guesses_become_right() -> None:
     assert mean(world.run(50)) > 4
 
 
-def test_each_request_gets_what_its_own_guesses_are_worth() -> None:
+def test_each_request_gets_what_its_own_drafts_are_worth() -> None:
     world = World(2, right=0.0, cost=steep)
     world.accepted = lambda row: len(row.draft) if row.seq_id == 1 else 0  # type: ignore[method-assign]
     bad, good = zip(*world.run(300)[100:], strict=True)
@@ -186,44 +188,42 @@ def test_each_request_gets_what_its_own_guesses_are_worth() -> None:
     assert sum(bad) / len(bad) < 0.5
 
 
-def test_a_request_says_how_many_guesses_it_wants_at_most() -> None:
+def test_a_request_limits_the_length_of_its_drafts() -> None:
     world = World(3, right=1.0, cost=flat)
     lengths = (None, 0, 2)
     world.seqs = [
-        sequence(number, [1, 2], params=SamplingParams(max_tokens=900, speculation_length=length), new=900)
+        sequence(number, [1, 2], params=SamplingParams(max_tokens=900, speculation_length=length), max_tokens=900)
         for number, length in enumerate(lengths)
     ]
-    found = world.run(40)[20:]
-    assert [max(column) for column in zip(*found, strict=True)] == [8, 0, 2]
+    lengths_by_step = world.run(40)[20:]
+    assert [max(column) for column in zip(*lengths_by_step, strict=True)] == [8, 0, 2]
 
 
 @pytest.mark.parametrize(("cost", "tokens"), [(steep, 4), (flat, 1)])
-def test_after_guesses_that_were_worth_nothing_nobody_asks_for_a_while_where_a_token_costs_much(
-    cost: Cost, tokens: int
-) -> None:
-    """For four tokens. Where a guess costs next to nothing, the very next token is asked for."""
+def test_after_a_draft_of_no_worth_a_sequence_is_paused_where_a_token_costs_much(cost: Cost, tokens: int) -> None:
+    """For four tokens. Where a draft token costs next to nothing, there is no pause."""
     world = World(1, right=0.0, cost=cost)
     world.run(10)
-    world.seqs = [sequence(7, [1, 2, 3], new=1000)]
-    in_vain_at, gaps = None, []
+    world.seqs = [sequence(7, [1, 2, 3], max_tokens=1000)]
+    missed_at, gaps = None, []
     for _ in range(25):
         before, length = world.asked, world.seqs[0].length
         (offered,) = world.step()
         if world.asked > before:
-            gaps += [length - in_vain_at] if in_vain_at is not None else []
-            in_vain_at = None if offered else length
+            gaps += [length - missed_at] if missed_at is not None else []
+            missed_at = None if offered else length
     assert set(gaps) == {tokens}
 
 
-def test_who_was_asked_in_vain_eight_times_is_asked_half_as_often() -> None:
+def test_after_eight_misses_a_sequence_is_drafted_for_half_as_often() -> None:
     world = World(1, right=0.0, cost=steep)
     world.run(10)
-    seq = world.seqs[0] = sequence(7, [1, 2, 3], new=1000)
+    seq = world.seqs[0] = sequence(7, [1, 2, 3], max_tokens=1000)
     asked_at = []
     for _ in range(60):
-        if asks := world.controller.asks([seq], 8):
+        if requests := world.controller.requests([seq], 8):
             asked_at.append(seq.length)
-            assert world.controller.choose(asks, [Draft((7,), (0,))], 1) == []
+            assert world.controller.choose(requests, [Draft((7,), (0,))], 1) == []
         step = StepPlan((world.row(seq, ()),))
         seq.tokens.append(9)
         world.controller.record_step(step, StepResult((RowResult((9,)),)), steep(1))
@@ -232,25 +232,25 @@ def test_who_was_asked_in_vain_eight_times_is_asked_half_as_often() -> None:
 
 
 def test_the_number_of_sequences_may_change_with_every_step() -> None:
-    world, num_asks = World(8, right=0.5, cost=flat), 0
+    world, num_requests = World(8, right=0.5, cost=flat), 0
     for number in range(100):
         seqs = world.seqs[: (5, 8)[number % 2]]
-        asks = world.controller.asks(seqs, 8)
-        num_asks += len(asks)
-        assert not asks or world.controller.choose(asks, [Draft()] * len(asks), len(seqs)) == []
+        requests = world.controller.requests(seqs, 8)
+        num_requests += len(requests)
+        assert not requests or world.controller.choose(requests, [Draft()] * len(requests), len(seqs)) == []
         step = StepPlan(tuple(world.row(seq, ()) for seq in seqs))
         for seq in seqs:
             seq.tokens.append(7)
         world.controller.record_step(step, StepResult((RowResult((7,)),) * len(seqs)), flat(len(seqs)))
-    assert num_asks > 300
+    assert num_requests > 300
 
 
-def test_no_guess_goes_beyond_the_last_token() -> None:
+def test_no_draft_goes_beyond_the_last_token() -> None:
     world = World(2, right=1.0, cost=flat)
     world.run(3)
-    world.seqs = [sequence(0, [1], [2, 3], new=5), sequence(1, [1], [2, 3, 4], new=4)]
-    asks = world.controller.asks(world.seqs, 8)
-    assert [(ask.seq.id, ask.most) for ask in asks] == [(0, 2)], "the step adds one of its own"
+    world.seqs = [sequence(0, [1], [2, 3], max_tokens=5), sequence(1, [1], [2, 3, 4], max_tokens=4)]
+    requests = world.controller.requests(world.seqs, 8)
+    assert [(request.seq.id, request.max_tokens) for request in requests] == [(0, 2)], "the step adds one of its own"
 
 
 def test_plain_steps_are_known_before_anything_is_compared_with_them() -> None:
@@ -259,7 +259,7 @@ def test_plain_steps_are_known_before_anything_is_compared_with_them() -> None:
     assert sum(world.step()) > 0
 
 
-def test_steps_with_a_prefill_teach_nothing_about_steps() -> None:
+def test_steps_with_a_prefill_are_not_measured() -> None:
     world = World(1, right=1.0, cost=flat)
     world.run(20)
     seq = world.seqs[0]
@@ -272,9 +272,9 @@ def test_steps_with_a_prefill_teach_nothing_about_steps() -> None:
 def test_what_ended_is_forgotten() -> None:
     world = World(3, right=1.0, cost=flat)
     world.run(5)
-    assert world.controller.num_known == 3
+    assert world.controller.num_sequences == 3
     assert sorted(world.controller.forget_all_but([1, 7])) == [0, 2]
-    assert world.controller.num_known == 1
+    assert world.controller.num_sequences == 1
     world.step()
 
 

@@ -1,4 +1,4 @@
-"""What one request was answered is a guess for the others of its namespace, within bounded memory."""
+"""The output of one request is a draft for the others of its namespace, within bounded memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import tracemalloc
 import pytest
 
 from penstock.optimizers.speculation.drafter import Draft
-from penstock.optimizers.speculation.suffix import Library, SuffixDrafter
-from tests.unit.optimizers.speculation.guessing import propose, sequence
+from penstock.optimizers.speculation.suffix import GeneratedTexts, SuffixDrafter
+from tests.unit.optimizers.speculation.drafting import propose, sequence
 
 
-def test_another_request_said_it_before() -> None:
+def test_another_request_generated_it_before() -> None:
     drafter = SuffixDrafter()
     propose(drafter, sequence(0, [1, 2], [3, 4, 5, 6, 7, 8]))
     assert propose(drafter, sequence(1, [9, 9], [3, 4])).tokens == (5, 6, 7, 8)
@@ -36,7 +36,7 @@ def test_namespaces_share_nothing() -> None:
     assert propose(drafter, sequence(2, [1], [3, 4], namespace="a")).tokens == (5, 6)
 
 
-def test_its_own_text_is_guessed_from_too_and_the_longer_match_counts() -> None:
+def test_its_own_text_is_used_too_and_the_longer_match_counts() -> None:
     drafter = SuffixDrafter()
     propose(drafter, sequence(0, [1], [3, 4, 5, 5]))
     assert propose(drafter, sequence(1, [3, 4, 6, 6, 9], [3, 4])).tokens[:2] == (6, 6), "of equals, its own"
@@ -57,7 +57,7 @@ def test_two_live_requests_help_each_other() -> None:
     assert propose(drafter, second).tokens == (6, 7)
 
 
-def test_what_an_ended_request_said_last_is_kept() -> None:
+def test_the_last_output_of_an_ended_request_is_kept() -> None:
     drafter = SuffixDrafter()
     seq = sequence(0, [1], [2])
     propose(drafter, seq)
@@ -72,12 +72,12 @@ def test_the_text_that_helped_least_lately_goes_first() -> None:
         propose(drafter, sequence(number, [1], [10 * number + place for place in range(10, 19)]))
         drafter.forget(number)
     assert drafter.num_tokens == 30
-    assert propose(drafter, sequence(9, [1], [10, 11]), most=1).tokens == (12,)
+    assert propose(drafter, sequence(9, [1], [10, 11]), max_tokens=1).tokens == (12,)
     drafter.forget(9)
     propose(drafter, sequence(10, [1], [80, 81, 82, 83, 84]))
     assert drafter.num_tokens <= 34
     assert propose(drafter, sequence(11, [1], [20, 21])) == Draft()
-    assert propose(drafter, sequence(12, [1], [10, 11]), most=1).tokens == (12,)
+    assert propose(drafter, sequence(12, [1], [10, 11]), max_tokens=1).tokens == (12,)
 
 
 def test_a_live_request_that_was_dropped_begins_anew() -> None:
@@ -96,12 +96,12 @@ def test_a_live_request_that_was_dropped_begins_anew() -> None:
 @pytest.mark.parametrize("same", [False, True], ids=["a namespace each", "one namespace"])
 def test_texts_that_were_dropped_cost_no_memory(same: bool) -> None:
     """The index of every namespace there ever was stayed."""
-    library = Library(capacity=10)
+    texts = GeneratedTexts(capacity=10)
 
     def visit(first: int, last: int) -> int:
         for number in range(first, last):
             tokens = [10 * number + place for place in range(5)]
-            library.grow(library.open("" if same else f"tenant {number}", tokens))
+            texts.grow(texts.open("" if same else f"tenant {number}", tokens))
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
@@ -110,4 +110,4 @@ def test_texts_that_were_dropped_cost_no_memory(same: bool) -> None:
         assert visit(50, 550) - before < 500 * 50
     finally:
         tracemalloc.stop()
-    assert library.size == 10
+    assert texts.num_tokens == 10

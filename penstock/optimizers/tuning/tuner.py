@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
 from penstock.config import EngineConfig
-from penstock.optimizers.costs import LEAST_S, Costs, costs_of
+from penstock.optimizers.tuning.step_costs import LEAST_S, Costs, costs_of
 from penstock.step import StepRecord
 
 # Where a setting was not given, throughput may go up to here.

@@ -20,11 +20,11 @@ from penstock.errors import ConfigurationError
 from penstock.kernels.native import Kernels, available
 from penstock.models.checks import compare
 from penstock.models.loading import load
-from penstock.optimizers.fused import FusedLayer, Joined
-from penstock.optimizers.modules import PackedLinear, PackedNorm
-from penstock.optimizers.rewriting import PASSES
+from penstock.optimizers.rewrites.fused_layer import FusedLayer, Joined
+from penstock.optimizers.rewrites.packed_modules import PackedLinear, PackedNorm
+from penstock.optimizers.rewrites.passes import PASSES
 from tests.tiny_models import ARCHITECTURES, FUSED, build
-from tests.unit.optimizers.rewritten import rewritten
+from tests.unit.optimizers.rewrites.rewritten import rewritten
 
 pytestmark = pytest.mark.skipif(not available(), reason="no compiler")
 PLAIN = {"fused_layers": FusedLayer, "packed_linears": PackedLinear, "packed_norms": PackedNorm}

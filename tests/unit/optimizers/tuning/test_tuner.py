@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from penstock.config import EngineConfig
-from penstock.optimizers.costs import costs_of
-from penstock.optimizers.tuner import (
+from penstock.optimizers.tuning.step_costs import costs_of
+from penstock.optimizers.tuning.tuner import (
     AIM,
     FIRST_CHUNK,
     FIRST_ROWS,
@@ -23,7 +23,7 @@ from penstock.optimizers.tuner import (
     worthwhile_draft,
 )
 from penstock.step import StepRecord
-from tests.unit.optimizers.test_costs import step
+from tests.unit.optimizers.tuning.test_step_costs import step
 
 LATENCY = EngineConfig(target="latency", max_inter_token_ms=60, speculation_length=4)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
-from penstock.optimizers.fusion import Probed, fuse_layers
-from penstock.optimizers.memory_pool import MemoryPool
-from penstock.optimizers.modules import pack_linears, pack_norms
+from penstock.optimizers.rewrites.fusion import Probed, fuse_layers
+from penstock.optimizers.rewrites.memory_pool import MemoryPool
+from penstock.optimizers.rewrites.packed_modules import pack_linears, pack_norms
 
 PASSES = {
     "fused_layers": "decoder layers as one kernel call: packed products with norms, activations and residuals inside",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from penstock.errors import RequestError
-from penstock.optimizers.beams import Beam, BeamSearch, Move, num_candidates, ranked, slots_for
+from penstock.optimizers.beam_search import Beam, BeamSearch, Move, num_candidates, ranked, slots_for
 from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason
 from penstock.step import TokenLogprobs

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
 from penstock.kernels.products import RMS
-from penstock.optimizers.blocks import Block, block_of
-from penstock.optimizers.fused import FusedLayer, Joined, Shape
+from penstock.optimizers.rewrites.fused_layer import FusedLayer, Joined, Shape
+from penstock.optimizers.rewrites.layer_parts import Block, block_of
 
 # Relative difference (Frobenius) up to which a fused layer counts as the same; a wrong structure is off by about 1.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}

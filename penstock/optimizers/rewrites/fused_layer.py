@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from penstock.kernels.native import Kernels
 from penstock.kernels.products import ADD, GATED, STORE, Linear, Norm
 from penstock.kernels.program import STREAM, Attention, Program, Rotary
-from penstock.optimizers.behaviour import NormFacts
-from penstock.optimizers.blocks import Block, Matrix
+from penstock.optimizers.rewrites.layer_parts import Block, Matrix
+from penstock.optimizers.rewrites.recognition import NormFacts
 
 # Registers of a layer's program besides the stream.
 _QKV, _ATTENDED, _INNER, _BEFORE_NORM = 1, 2, 3, 4

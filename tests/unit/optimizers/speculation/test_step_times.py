@@ -1,4 +1,4 @@
-"""What steps cost is learnt from those that were run, in spite of disturbances."""
+"""Step times are measured on the steps that ran, in spite of disturbances."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from penstock.optimizers.speculation.costs import STALE, CostCurve
+from penstock.optimizers.speculation.step_times import STALE, StepTimeCurve
 
 
-def curve_of(*measured: tuple[int, float], times: int = 3) -> CostCurve:
-    curve = CostCurve()
+def curve_of(*measured: tuple[int, float], times: int = 3) -> StepTimeCurve:
+    curve = StepTimeCurve()
     for _ in range(times):
         for tokens, seconds in measured:
             curve.record(tokens, seconds)
@@ -18,7 +18,7 @@ def curve_of(*measured: tuple[int, float], times: int = 3) -> CostCurve:
 
 
 def test_nothing_is_known_at_first() -> None:
-    curve = CostCurve()
+    curve = StepTimeCurve()
     assert not curve.is_known(1)
     assert curve.seconds(5) == 0.0
     curve.record(1, 0.0)
@@ -30,10 +30,10 @@ def test_times_are_linear_between_and_beyond_what_was_measured() -> None:
     assert curve.seconds(5) == pytest.approx(0.014)
     assert curve.seconds(13) == pytest.approx(0.026)
     assert curve.seconds(21) == pytest.approx(0.042)
-    assert curve.upto(3)[:2] == [0.010, 0.010]
+    assert curve.up_to(3)[:2] == [0.010, 0.010]
 
 
-def test_a_single_known_time_holds_everywhere_but_is_not_trusted_far() -> None:
+def test_a_single_measurement_holds_everywhere_but_is_not_trusted_far() -> None:
     curve = curve_of((4, 0.02))
     assert curve.seconds(100) == 0.02
     assert curve.reach == 8
@@ -42,17 +42,17 @@ def test_a_single_known_time_holds_everywhere_but_is_not_trusted_far() -> None:
 def test_more_tokens_never_take_less_time() -> None:
     curve = curve_of((1, 0.012), (2, 0.010), (8, 0.020))
     assert curve.seconds(1) == curve.seconds(2) == pytest.approx(0.011, abs=0.001)
-    assert curve.upto(20) == sorted(curve.upto(20))
+    assert curve.up_to(20) == sorted(curve.up_to(20))
 
 
-def test_numbers_of_tokens_close_to_each_other_teach_together() -> None:
+def test_similar_numbers_of_tokens_share_a_bucket() -> None:
     curve = curve_of((64, 0.10), (68, 0.10))
     assert [tokens for tokens in (15, 16, 17, 63, 64, 71, 72, 80) if curve.is_known(tokens)] == [64, 71]
 
 
 def test_one_draft_may_cost_more_than_its_token() -> None:
-    """With 32 rows, steps of 32 to 35 tokens teach together, but not plain steps with others."""
-    curve = CostCurve()
+    """With 32 rows, steps of 32 to 35 tokens share a bucket, but plain steps not with others."""
+    curve = StepTimeCurve()
     for _ in range(20):
         curve.record(32, 0.0060)
         curve.record(34, 0.0070, drafted=True)
@@ -63,7 +63,7 @@ def test_one_draft_may_cost_more_than_its_token() -> None:
 
 
 def test_the_same_number_of_tokens_may_be_plain_or_not() -> None:
-    curve = CostCurve()
+    curve = StepTimeCurve()
     for _ in range(20):
         curve.record(4, 0.004)
         curve.record(4, 0.006, drafted=True)
@@ -71,8 +71,8 @@ def test_the_same_number_of_tokens_may_be_plain_or_not() -> None:
     assert curve.seconds(8) >= 0.004
 
 
-def test_hiccups_pass() -> None:
-    rng, curve = random.Random(0), CostCurve()
+def test_outliers_hardly_count() -> None:
+    rng, curve = random.Random(0), StepTimeCurve()
     for _ in range(300):
         curve.record(1, 0.010 * (1 if rng.random() < 0.9 else rng.uniform(2, 20)))
     assert 0.010 <= curve.seconds(1) < 0.013
@@ -89,7 +89,7 @@ def test_a_time_that_changed_is_followed() -> None:
 
 
 def test_a_time_is_known_for_exactly_so_many_steps() -> None:
-    curve = CostCurve()
+    curve = StepTimeCurve()
     curve.record(8, 0.080)
     for _ in range(4):
         assert curve.is_known(8, within=5)
@@ -99,7 +99,7 @@ def test_a_time_is_known_for_exactly_so_many_steps() -> None:
     assert not curve.is_known(8, within=5)
 
 
-def test_what_was_not_run_for_long_is_forgotten() -> None:
+def test_stale_measurements_decay() -> None:
     curve = curve_of((1, 0.010), (8, 0.080))
     for _ in range(STALE + 16):
         curve.record(1, 0.010)

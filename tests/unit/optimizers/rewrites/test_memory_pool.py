@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from penstock.errors import ConfigurationError, RequestError
-from penstock.optimizers.memory_pool import MemoryPool
+from penstock.optimizers.rewrites.memory_pool import MemoryPool
 
 KIB = 1024
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from penstock.optimizers.blocks import Block, block_of, matrix_of
+from penstock.optimizers.rewrites.layer_parts import Block, block_of, matrix_of
 from tests.tiny_models import ARCHITECTURES, build
 
 # Per architecture: matrices of the projection, matrices into the MLP (0: the layer's own MLP runs), activation, and

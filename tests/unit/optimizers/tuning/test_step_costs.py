@@ -7,9 +7,9 @@ import random
 import pytest
 
 from penstock.config import EngineConfig
-from penstock.optimizers.costs import Costs, costs_of, fit, line, medians, quantile, solve, spread
-from penstock.optimizers.tuner import first, tune
-from penstock.optimizers.window import Window
+from penstock.optimizers.tuning.step_costs import Costs, costs_of, fit, line, medians, quantile, solve, spread
+from penstock.optimizers.tuning.tuner import first, tune
+from penstock.optimizers.tuning.window import Window
 from penstock.step import StepRecord
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-from penstock.optimizers.costs import LEAST_S
+from penstock.optimizers.tuning.step_costs import LEAST_S
 from penstock.step import StepRecord
 
 # Steps of streams alone are kept apart, so that a row of long prompts does not push the last of them out.

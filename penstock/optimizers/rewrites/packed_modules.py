@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from penstock.kernels.native import TYPES, Kernels
 from penstock.kernels.products import Linear, Norm
-from penstock.optimizers.behaviour import norm_of
-from penstock.optimizers.blocks import Matrix, matrix_of
-from penstock.optimizers.memory_pool import MemoryPool
+from penstock.optimizers.rewrites.layer_parts import Matrix, matrix_of
+from penstock.optimizers.rewrites.memory_pool import MemoryPool
+from penstock.optimizers.rewrites.recognition import norm_of
 
 MIN_WEIGHTS = 256  # routers and other crumbs stay as they are
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from penstock.optimizers.behaviour import NormFacts, activation_of, norm_of
+from penstock.optimizers.rewrites.recognition import NormFacts, activation_of, norm_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.optimizers.window import LIKE, MIXED, PLAIN, SCATTER, Window
-from tests.unit.optimizers.test_costs import step
+from penstock.optimizers.tuning.window import LIKE, MIXED, PLAIN, SCATTER, Window
+from tests.unit.optimizers.tuning.test_step_costs import step
 
 
 def test_prompts_do_not_push_out_steps_of_streams_alone() -> None:

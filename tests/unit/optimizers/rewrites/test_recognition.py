@@ -13,7 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from penstock.kernels.products import LAYER, RMS
-from penstock.optimizers.behaviour import NormFacts, activation_of, norm_of
+from penstock.optimizers.rewrites.recognition import NormFacts, activation_of, norm_of
 
 WEIGHT = torch.linspace(-1, 2, 24)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

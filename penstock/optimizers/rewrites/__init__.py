@@ -1,0 +1,1 @@
+"""Rewrites of a loaded model that make it faster: each pass is verified, listed by name, and optional."""
