@@ -7,7 +7,7 @@ import random
 import pytest
 
 from penstock.config import BatchingStrategy
-from penstock.optimizers.tuning.tuner import first
+from penstock.optimizers.tuning.tuner import initial_limits
 from penstock.scheduling.limits import Limits
 from penstock.scheduling.packing import MIB, engine_packing
 from penstock.scheduling.scheduler import Scheduler
@@ -62,7 +62,7 @@ def test_crowds_end_whatever_the_tuner_says(seed: int) -> None:
     )
     model.config.target = "latency"
     for _ in range(20):
-        model.scheduler.limits.tuned = first(model.config)._replace(
+        model.scheduler.limits.tuned = initial_limits(model.config)._replace(
             chunk_tokens=rng.randint(1, 30),
             alone_tokens=rng.randint(1, 60),
             max_batch_size=rng.randint(1, 8),

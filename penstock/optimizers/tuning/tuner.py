@@ -1,7 +1,7 @@
-"""The tuner: from a window of step records to the limits of the next steps, toward a declared goal. Pure functions.
+"""The tuner: computes the limits of the next steps from a window of step records, toward a declared goal.
 
-Owns the rules by which chunk budget, batch limit, draft length and coalescing wait follow what steps cost. Asks no
-clock, keeps no state, touches no request's sampling parameters. Called by the engine, every few steps.
+Owns the rules by which chunk budget, batch limit, draft length and coalescing wait follow step costs. Pure functions:
+no clock, no state; a request's sampling parameters are never touched. Called by the engine, every few steps.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from penstock.config import EngineConfig
-from penstock.optimizers.tuning.step_costs import LEAST_S, Costs, costs_of
+from penstock.optimizers.tuning.step_costs import MIN_S, StepCosts, costs_of
 from penstock.step import StepRecord
 
-# Where a setting was not given, throughput may go up to here.
+# Where a setting was left at its default, throughput may raise it up to these.
 OPEN_TOKENS, OPEN_ROWS = 4096, 256
-# Where latency begins, before anything was measured: low, because what has started cannot be taken back.
+# Where latency starts, before any measurement: low, because a sequence that was started cannot be taken back.
 FIRST_CHUNK, FIRST_ROWS = 8, 4
-AIM = 0.95  # of the bound: the rest is for what no record foretold
-BEYOND_REACH = 1.5  # times what one stream alone takes, where that is above the bound already
-MIN_CHUNK = 4  # tokens beside streams that every step may have, bound or not: prompts must get somewhere
-GROWTH = 1.5  # most that a limit grows at once: costs are known near what was tried, not far from it
-FALL, RISE = 0.85, 1.25  # a limit that falls or rises by less stays as it was
-WORTH, WORSE = 1.02, 0.95  # so many times the tokens per second make a larger step worth it, or not worth keeping
-KEPT_CHANCE = 0.8  # that a drafted token is accepted, at best; the drafter itself knows the real chance
-LONG_WAIT = 48  # steps after which one of those who wait is let in, bound or not
-FEW = 4  # records that say something about steps of their size
-RECENT = 16  # records that say what is in demand
-# An idle engine waits for the rest of a burst for this part of a step: what comes later only joins one step later.
-WAIT_SHARE = {"latency": 0.1, "throughput": 1.0}
+AIM = 0.95  # of the bound; the remainder is a reserve for what no record predicts
+UNREACHABLE_FACTOR = 1.5  # times the time of one stream, where even that exceeds the bound
+MIN_CHUNK = 4  # prompt tokens that every step may have beside its streams, bound or not: prompts must progress
+GROWTH = 1.5  # the most that a limit grows at once: costs are known near the sizes that were tried, not far from them
+FALL, RISE = 0.85, 1.25  # a limit that would fall or rise by less stays as it is
+WORTH, WORSE = 1.02, 0.95  # relative tokens per second at which a larger step is worth it, or not worth keeping
+MAX_ACCEPTANCE = 0.8  # of a draft token, at best; the speculation controller knows the measured rates
+LONG_WAIT = 48  # steps after which one waiting sequence is started, bound or not
+MIN_RECORDS = 4  # of steps of one size, for their rate to count
+RECENT = 16  # records that show the demand
+# An idle engine waits for the rest of a burst for this fraction of a step: later arrivals only join one step later.
+WAIT_FRACTION = {"latency": 0.1, "throughput": 1.0}
 
 UNBOUNDED = 1 << 30
 LIMITS = ("chunk_tokens", "alone_tokens", "max_batch_size", "draft_length", "batch_timeout_ms")
@@ -38,7 +38,7 @@ N = TypeVar("N", int, float)
 
 
 class Ceilings(NamedTuple):
-    """What no tuning exceeds."""
+    """The values that tuning never exceeds."""
 
     max_num_batched_tokens: int
     max_batch_size: int
@@ -46,12 +46,12 @@ class Ceilings(NamedTuple):
     batch_timeout_ms: float
 
 
-class Tuned(NamedTuple):
-    """Limits that were found.
+class TunedLimits(NamedTuple):
+    """The limits in force.
 
-    `chunk_tokens` of prompts go into a step beside its streams, as far as `spare_s` lasts at what `Costs` says of
-    `prompt_s`, `token_s` and `depth_s`, and none at all into a `probe`; with streams or without, a step has up to
-    `alone_tokens` in all. `max_batch_size` sequences run, a draft has `draft_length` tokens, an idle engine waits
+    `chunk_tokens` of prompts go into a step beside its streams, fewer where their time by `prompt_s`, `token_s` and
+    `depth_s` (see `StepCosts`) would exceed `spare_s`, and none into a `probe`; with or without streams a step has up
+    to `alone_tokens` in all. `max_batch_size` sequences run, a draft has `draft_length` tokens, an idle engine waits
     `batch_timeout_ms` for a burst.
     """
 
@@ -68,192 +68,203 @@ class Tuned(NamedTuple):
     reason: str = "nothing was measured yet"
 
     def step_tokens(self, stream_tokens: int, depth: int) -> int:
-        """Most tokens of a step whose streams, drafts included, have so many, when its first prompt is at `depth`."""
+        """Most tokens of a step with `stream_tokens`, drafts included, if its first prompt is at position `depth`."""
         if not stream_tokens:
             return self.alone_tokens
         if self.probe:
             return stream_tokens
         left_s, token_s = self.spare_s - self.prompt_s * depth, self.token_s + self.depth_s * depth
-        chunk = self.chunk_tokens if self.chunk_tokens * token_s <= left_s else int(left_s / max(token_s, LEAST_S))
+        chunk = self.chunk_tokens if self.chunk_tokens * token_s <= left_s else int(left_s / max(token_s, MIN_S))
         return stream_tokens + max(MIN_CHUNK, min(chunk, self.alone_tokens - stream_tokens))
 
 
 def ceilings(config: EngineConfig) -> Ceilings:
-    """The settings themselves; toward throughput, those that nobody gave are open."""
-    given = config.model_fields_set if config.target == "throughput" else EngineConfig.model_fields
+    """The settings themselves; for throughput, those left at their defaults may be exceeded."""
+    explicit = config.model_fields_set if config.target == "throughput" else EngineConfig.model_fields
     tokens, rows = config.max_num_batched_tokens, config.max_batch_size
     return Ceilings(
-        tokens if "max_num_batched_tokens" in given else max(tokens, OPEN_TOKENS),
-        rows if "max_batch_size" in given else max(rows, OPEN_ROWS),
+        tokens if "max_num_batched_tokens" in explicit else max(tokens, OPEN_TOKENS),
+        rows if "max_batch_size" in explicit else max(rows, OPEN_ROWS),
         config.speculation_length,
         config.batch_timeout_ms,
     )
 
 
-def first(config: EngineConfig) -> Tuned:
-    """Where tuning begins."""
+def initial_limits(config: EngineConfig) -> TunedLimits:
+    """Where tuning starts."""
     tokens, rows = config.max_num_batched_tokens, config.max_batch_size
     chunk = tokens
     if config.target == "latency":
         chunk, rows = min(FIRST_CHUNK, tokens), min(FIRST_ROWS, rows)
-    return Tuned(chunk, tokens, rows, config.speculation_length, config.batch_timeout_ms)
+    return TunedLimits(chunk, tokens, rows, config.speculation_length, config.batch_timeout_ms)
 
 
-def tune(records: Sequence[StepRecord], now: Tuned, config: EngineConfig, scatter: Iterable[float] = ()) -> Tuned:
-    """The limits that `records`, oldest first, call for after `now`; `scatter` as `Window` has it."""
+def tune(
+    records: Sequence[StepRecord], current: TunedLimits, config: EngineConfig, scatter: Iterable[float] = ()
+) -> TunedLimits:
+    """The limits to follow `current`, by `records`, oldest first, and the `scatter` of `StepWindow`."""
     if not records:
-        return now
+        return current
     costs = costs_of(records, scatter)
     if config.target == "throughput":
-        return for_throughput(records, costs, now, config)
-    return now if costs is None else for_latency(records, costs, now, config)
+        return for_throughput(records, costs, current, config)
+    return current if costs is None else for_latency(records, costs, current, config)
 
 
-def steady(before: N, after: N) -> N:
-    """`after`, or `before` where that hardly differs, so that noise changes nothing."""
-    return before if FALL * before <= after <= RISE * before else after
+def steady(current: N, proposed: N) -> N:
+    """`proposed`, or `current` where the two hardly differ, so that noise changes nothing."""
+    return current if FALL * current <= proposed <= RISE * current else proposed
 
 
-def limits_of(tuned: Tuned) -> dict[str, Any]:
-    """The limits by name, without what they rest on."""
-    fields = tuned._asdict()
-    return {name: fields[name] for name in LIMITS}
+def limits_of(tuned: TunedLimits) -> dict[str, int | float]:
+    """The limits by name, without the costs they follow from."""
+    return {name: getattr(tuned, name) for name in LIMITS}
 
 
-def for_latency(records: Sequence[StepRecord], costs: Costs, now: Tuned, config: EngineConfig) -> Tuned:
-    """As much beside the streams, and as many streams, as the bound on the time between tokens has time for."""
-    top, token_s = ceilings(config), costs.token_s
-    aim_s, why = aimed_at(config.max_inter_token_ms / 1000, costs)
+def for_latency(
+    records: Sequence[StepRecord], costs: StepCosts, current: TunedLimits, config: EngineConfig
+) -> TunedLimits:
+    """As many prompt tokens and streams as the bound on the time between tokens has time for."""
+    upper, token_s = ceilings(config), costs.token_s
+    aim_s, reason = time_aim(config.max_inter_token_ms / 1000, costs)
     spare_s = aim_s - costs.streams_s
     affordable = spare_s / token_s if token_s > 0 else math.inf
-    chunk = clamp(affordable, MIN_CHUNK, max(now.chunk_tokens, GROWTH * costs.most_beside))
-    rows = max(steady(now.max_batch_size, rows_within(spare_s, costs, now)), rows_for_those_who_wait(records))
-    draft = min(top.draft_length, worthwhile_draft(costs), draft_within(spare_s, costs))
-    return Tuned(
-        chunk_tokens=steady(now.chunk_tokens, min(chunk, top.max_num_batched_tokens)),
-        alone_tokens=top.max_num_batched_tokens,
-        max_batch_size=min(rows, top.max_batch_size),
-        draft_length=steady(now.draft_length, draft),
-        batch_timeout_ms=steady(now.batch_timeout_ms, wait_ms(records, "latency", top.batch_timeout_ms)),
+    chunk = clamp(affordable, MIN_CHUNK, max(current.chunk_tokens, GROWTH * costs.max_prompt_tokens))
+    rows = max(steady(current.max_batch_size, rows_within(spare_s, costs, current)), rows_to_unblock(records))
+    draft = min(upper.draft_length, worthwhile_draft(costs), draft_within(spare_s, costs))
+    return TunedLimits(
+        chunk_tokens=steady(current.chunk_tokens, min(chunk, upper.max_num_batched_tokens)),
+        alone_tokens=upper.max_num_batched_tokens,
+        max_batch_size=min(rows, upper.max_batch_size),
+        draft_length=steady(current.draft_length, draft),
+        batch_timeout_ms=steady(current.batch_timeout_ms, wait_ms(records, "latency", upper.batch_timeout_ms)),
         spare_s=spare_s,
         prompt_s=costs.prompt_s,
         token_s=token_s,
         depth_s=costs.depth_s,
-        reason=why,
+        reason=reason,
     )
 
 
-def aimed_at(bound_s: float, costs: Costs) -> tuple[float, str]:
-    """How long a step may take by what `costs` say, and why.
+def time_aim(bound_s: float, costs: StepCosts) -> tuple[float, str]:
+    """How long a step may take by the modelled costs, and why.
 
-    Where not even one stream alone stays below the bound, giving up everything else would not keep it either: steps
-    may then take a little longer than that one stream.
+    If even a single stream exceeds the bound, restricting everything else would not keep it: steps may then take a
+    little longer than that stream alone.
     """
     alone_s = costs.streams_s - costs.stream_s * (costs.streams - 1)
     aim_s = AIM * bound_s / costs.noise
     token_ms, deep_ms, prompt_ms = (1000 * s for s in (costs.token_s, costs.token_at(1000), 1000 * costs.prompt_s))
-    why = (
-        f"{costs.streams:g} streams take {1000 * costs.streams_s:.1f} ms, a prompt token {token_ms:.2f}, "
-        f"1,000 tokens deep {deep_ms:.2f}, and such a prompt {prompt_ms:.1f}; "
+    reason = (
+        f"{costs.streams:g} streams take {1000 * costs.streams_s:.1f} ms, a prompt token {token_ms:.2f} ms "
+        f"({deep_ms:.2f} ms at position 1,000), reading 1,000 cached tokens {prompt_ms:.1f} ms; "
     )
     if alone_s <= aim_s:
-        return aim_s, f"{why}{costs.noise:.2f} times that at most, of {1000 * bound_s:g}"
-    return BEYOND_REACH * alone_s, f"{why}the bound of {1000 * bound_s:g} cannot be kept by one stream alone"
+        return aim_s, f"{reason}steps take up to {costs.noise:.2f} times as long, the bound is {1000 * bound_s:g} ms"
+    return UNREACHABLE_FACTOR * alone_s, f"{reason}a single stream exceeds the bound of {1000 * bound_s:g} ms"
 
 
-def rows_within(spare_s: float, costs: Costs, now: Tuned) -> int:
-    """How many streams take `spare_s` more than those there are; few more than were tried."""
+def rows_within(spare_s: float, costs: StepCosts, current: TunedLimits) -> int:
+    """How many streams take `spare_s` more than the current ones; not many more than were tried."""
     more = spare_s / costs.stream_s if costs.stream_s > 0 else math.inf
-    return clamp(costs.streams + more, 1, max(now.max_batch_size, math.ceil(GROWTH * costs.most_streams)))
+    return clamp(costs.streams + more, 1, max(current.max_batch_size, math.ceil(GROWTH * costs.max_streams)))
 
 
-def rows_for_those_who_wait(records: Sequence[StepRecord]) -> int:
-    """One more than run, where somebody waited for long and no prompt was computed meanwhile; else 0.
+def rows_to_unblock(records: Sequence[StepRecord]) -> int:
+    """One row more than are running if a sequence waited for long and no prompt was computed meanwhile; else 0.
 
-    Streams may go on for ever, and the bound must not keep everybody else out: one at a time is let in.
+    Streams may run for ever, and the bound must not keep all others out: they are started one at a time.
     """
     latest = records[-LONG_WAIT:]
     is_stuck = len(latest) == LONG_WAIT and all(record.waiting and not record.prompt_tokens for record in latest)
     return latest[-1].rows + 1 if is_stuck else 0
 
 
-def draft_within(spare_s: float, costs: Costs) -> int:
-    """How long drafts may be for `spare_s` to pay for them, besides those that the streams have, and a least chunk."""
+def draft_within(spare_s: float, costs: StepCosts) -> int:
+    """The draft length that `spare_s` pays for, beside the streams' current drafts and a minimal chunk."""
     if costs.token_s <= 0:
         return UNBOUNDED
     tokens = spare_s / costs.token_s + costs.drafted - MIN_CHUNK
     return max(0, int(tokens / costs.streams))
 
 
-def worthwhile_draft(costs: Costs) -> int:
-    """The longest draft whose last token pays, if all before it were accepted.
+def worthwhile_draft(costs: StepCosts) -> int:
+    """The longest draft whose last token pays for itself at the acceptance rate `MAX_ACCEPTANCE`.
 
-    A token beside the streams costs `token_s` and saves one stream its share of a step, with the chance that it and
-    those before it are accepted.
+    A token beside the streams costs `token_s` and saves one stream its share of a step, with the probability that it
+    and those before it are accepted.
     """
     share_s = costs.streams_s / max(1.0, costs.streams)
     if costs.token_s <= 0 or share_s <= 0:
         return UNBOUNDED
-    return max(0, math.floor(math.log(min(1.0, costs.token_s / share_s)) / math.log(KEPT_CHANCE)))
+    return max(0, math.floor(math.log(min(1.0, costs.token_s / share_s)) / math.log(MAX_ACCEPTANCE)))
 
 
-def wait_ms(records: Sequence[StepRecord], target: str, most_ms: float) -> float:
-    """A part of a usual step."""
-    return min(most_ms, round(1000 * WAIT_SHARE[target] * median(record.seconds for record in records), 1))
+def wait_ms(records: Sequence[StepRecord], target: str, max_ms: float) -> float:
+    """The fraction of a typical step for which an idle engine waits."""
+    return min(max_ms, round(1000 * WAIT_FRACTION[target] * median(record.seconds for record in records), 1))
 
 
 def clamp(value: float, low: int, high: float) -> int:
-    """An integer between both; the lower one counts more."""
+    """An integer between both; `low` wins where they contradict."""
     return max(low, int(min(value, high)))
 
 
-def for_throughput(records: Sequence[StepRecord], costs: Costs | None, now: Tuned, config: EngineConfig) -> Tuned:
-    """Larger steps and batches while they are asked for and make more tokens per second; back when they do not."""
-    top = ceilings(config)
+def for_throughput(
+    records: Sequence[StepRecord], costs: StepCosts | None, current: TunedLimits, config: EngineConfig
+) -> TunedLimits:
+    """Larger steps and batches while there is demand and they make more tokens per second; smaller ones otherwise."""
+    upper = ceilings(config)
     recent = records[-RECENT:]
-    tokens, why_tokens = larger_while_faster(
-        now.alone_tokens,
+    tokens, token_rates = larger_while_faster(
+        current.alone_tokens,
         [(record.tokens, record.tokens, record.seconds) for record in records if record.prompt_tokens],
-        sum(record.tokens >= 0.9 * now.alone_tokens for record in recent) > len(recent) / 2,
+        sum(record.tokens >= 0.9 * current.alone_tokens for record in recent) > len(recent) / 2,
     )
-    rows, why_rows = larger_while_faster(
-        now.max_batch_size,
+    rows, row_rates = larger_while_faster(
+        current.max_batch_size,
         [(record.streams, record.generated, record.seconds) for record in records if not record.prompt_tokens],
-        sum(record.waiting > 0 and record.rows >= 0.9 * now.max_batch_size for record in recent) > len(recent) / 2,
+        sum(record.waiting > 0 and record.rows >= 0.9 * current.max_batch_size for record in recent) > len(recent) / 2,
     )
-    tokens = min(tokens, top.max_num_batched_tokens)
-    return Tuned(
+    tokens = min(tokens, upper.max_num_batched_tokens)
+    return TunedLimits(
         chunk_tokens=tokens,
         alone_tokens=tokens,
-        max_batch_size=min(rows, top.max_batch_size),
-        draft_length=min(top.draft_length, worthwhile_draft(costs)) if costs else now.draft_length,
-        batch_timeout_ms=steady(now.batch_timeout_ms, wait_ms(records, "throughput", top.batch_timeout_ms)),
-        reason=f"steps by tokens: {why_tokens}; by streams: {why_rows}",
+        max_batch_size=min(rows, upper.max_batch_size),
+        draft_length=min(upper.draft_length, worthwhile_draft(costs)) if costs else current.draft_length,
+        batch_timeout_ms=steady(current.batch_timeout_ms, wait_ms(records, "throughput", upper.batch_timeout_ms)),
+        reason=f"rates by tokens per step: {token_rates}; by streams per step: {row_rates}",
     )
 
 
-def larger_while_faster(size: int, steps: Sequence[tuple[int, int, float]], is_wanted: bool) -> tuple[int, str]:
-    """The size to go on with after `size`, and the rates that it rests on.
+def larger_while_faster(size: int, steps: Sequence[tuple[int, int, float]], is_in_demand: bool) -> tuple[int, str]:
+    """The size to follow `size`, and the rates that led to it.
 
-    `steps` are (size, amount made, seconds) of each. Sizes are compared by powers of two: twice the size where
-    `is_wanted` and steps of this one were faster than those of half of it; back to a smaller one that was faster.
+    `steps` are (size, tokens, seconds) of each. Sizes are compared by powers of two: the size doubles if it
+    `is_in_demand` and steps of this size were faster than those of half of it; it returns to a smaller one that was
+    faster.
     """
     rates = rates_by_power(steps)
-    told = ", ".join(f"{rate:,.0f}/s up to {1 << power}" for power, rate in sorted(rates.items())) or "none yet"
-    here = (size - 1).bit_length()
-    if here not in rates:
-        return size, told
+    report = ", ".join(f"{rate:,.0f}/s up to {1 << power}" for power, rate in sorted(rates.items())) or "none yet"
+    current = (size - 1).bit_length()
+    if current not in rates:
+        return size, report
     best = max(rates, key=lambda power: rates[power])
-    if rates[here] < WORSE * rates[best]:
-        return 1 << best, told
-    is_worth = rates[here] >= WORTH * rates.get(here - 1, 0.0) and here + 1 not in rates
-    return (2 * size if is_wanted and is_worth else size), told
+    if rates[current] < WORSE * rates[best]:
+        return 1 << best, report
+    is_worth = rates[current] >= WORTH * rates.get(current - 1, 0.0) and current + 1 not in rates
+    return (2 * size if is_in_demand and is_worth else size), report
 
 
 def rates_by_power(steps: Sequence[tuple[int, int, float]]) -> dict[int, float]:
-    """Amount per second of steps whose size is above half of a power of two and not above it, by that power."""
-    found: dict[int, tuple[int, int, float]] = {}
-    for size, amount, seconds in steps:
-        count, made, took = found.get((size - 1).bit_length(), (0, 0, 0.0))
-        found[(size - 1).bit_length()] = count + 1, made + amount, took + seconds
-    return {power: made / took for power, (count, made, took) in found.items() if count >= FEW and took > 0}
+    """Tokens per second of steps whose size is above half of a power of two and not above it, by that power."""
+    totals: dict[int, tuple[int, int, float]] = {}
+    for size, tokens, seconds in steps:
+        power = (size - 1).bit_length()
+        count, total_tokens, total_s = totals.get(power, (0, 0, 0.0))
+        totals[power] = count + 1, total_tokens + tokens, total_s + seconds
+    return {
+        power: tokens / seconds
+        for power, (count, tokens, seconds) in totals.items()
+        if count >= MIN_RECORDS and seconds > 0
+    }

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.errors import RequestTooLarge
 from penstock.optimizers.beam_search import BeamSearch
-from penstock.optimizers.tuning.tuner import first
+from penstock.optimizers.tuning.tuner import initial_limits
 from penstock.sampling import SamplingParams
 from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason, Sequence, Status
@@ -201,7 +201,7 @@ def steps_of(world: World, limit: int = 100) -> tuple[int, int]:
 def test_a_search_that_runs_is_not_held_to_what_newcomers_are() -> None:
     """The tuner lets one sequence run: beams took turns, and each turn computed a beam anew."""
     world = World(target="latency")
-    world.scheduler.limits.tuned = first(world.config)._replace(max_batch_size=1)
+    world.scheduler.limits.tuned = initial_limits(world.config)._replace(max_batch_size=1)
     search(world, 4, new=4)
     assert steps_of(world) == (4, 4 + 2 * 3), "the prompt, and three tokens of each beam"
     assert world.scheduler.stats()["num_preemptions"] == 0
