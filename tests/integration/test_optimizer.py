@@ -313,7 +313,7 @@ def test_the_statistics_say_what_is_on_and_what_was_measured(model: nn.Module) -
     assert found["settings"]["max_batch_size"] == 8
     assert 0 < found["memory_usage"] <= 1
     text = optimizer.describe()
-    assert text.startswith("level latency_optimized: the shortest waits")
+    assert text.startswith("level latency_optimized: the lowest latency")
     assert "1 generations, 12 tokens" in text
     assert optimizer.optimize_memory()["freed_bytes"] >= 0
     optimizer.stop()
@@ -322,7 +322,7 @@ def test_the_statistics_say_what_is_on_and_what_was_measured(model: nn.Module) -
 def test_what_is_on_can_be_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="penstock"):
         PerformanceOptimizer(ScriptedModel([5]), OptimizationConfig(log_optimizations=True)).stop()
-    assert "level basic: the engine's own settings" in caplog.text
+    assert "level basic: the engine's defaults" in caplog.text
 
 
 def test_a_config_of_another_kind_is_refused() -> None:

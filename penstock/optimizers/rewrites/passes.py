@@ -1,6 +1,6 @@
-"""Rewrites a loaded model for the CPU kernels: `rewrite` runs the passes by name, `PASSES` lists them.
+"""Rewrites a loaded model for the CPU kernels: `rewrite` runs the passes, `PASSES` describes them by name.
 
-Owns the order of the passes and the report; each pass verifies itself or is verified by the caller, who compares
+Owns the order of the passes and the report. A pass verifies itself or is verified by the caller, who compares the
 logits before and after. Only for models that the engine itself loaded: packed weights are copies.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
-from penstock.optimizers.rewrites.fusion import Probed, fuse_layers
+from penstock.optimizers.rewrites.fusion import ProbedAttention, fuse_layers
 from penstock.optimizers.rewrites.memory_pool import MemoryPool
 from penstock.optimizers.rewrites.packed_modules import pack_linears, pack_norms
 
@@ -25,42 +25,42 @@ PASSES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
-    """What one pass did: `changed` of `seen` places (0 seen: it does not count them), in `seconds`."""
+class PassReport:
+    """One pass replaced `num_replaced` of `num_candidates` modules (0 if it does not count them) in `seconds`."""
 
     name: str
-    changed: int
-    seen: int
+    num_replaced: int
+    num_candidates: int
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.name} {self.changed}" + (f"/{self.seen}" if self.seen else "")
+        return f"{self.name} {self.num_replaced}" + (f"/{self.num_candidates}" if self.num_candidates else "")
 
 
 def rewrite(
     module: nn.Module,
-    probed: Probed,
+    probed: ProbedAttention,
     kernels: Kernels,
     run: Callable[[], Tensor],
     *,
     quantize: bool = False,
-    without: Collection[str] = (),
+    disabled: Collection[str] = (),
     workspaces: MemoryPool | None = None,
-) -> list[Applied]:
-    """Rewrite `module` in place, leaving out the passes in `without`; what each pass did.
+) -> list[PassReport]:
+    """Rewrite `module` in place, without the `disabled` passes; a report of each pass.
 
-    With `workspaces`, logits lie in memory that these lend until the step is over.
+    With `workspaces`, logits lie in memory of that pool and are valid until the end of the step.
     """
     passes: dict[str, Callable[[], tuple[int, int]]] = {
         "fused_layers": lambda: fuse_layers(module, probed, kernels, quantize, run),
         "packed_linears": lambda: (pack_linears(module, kernels, quantize, workspaces), 0),
         "packed_norms": lambda: (pack_norms(module, kernels), 0),
     }
-    report = []
+    reports = []
     for name, apply in passes.items():
-        if name in without:
+        if name in disabled:
             continue
-        begin = time.perf_counter()
-        changed, seen = apply()
-        report.append(Applied(name, changed, seen, time.perf_counter() - begin))
-    return report
+        start = time.perf_counter()
+        num_replaced, num_candidates = apply()
+        reports.append(PassReport(name, num_replaced, num_candidates, time.perf_counter() - start))
+    return reports

@@ -1,7 +1,7 @@
-"""What a small module computes, found by trying it: which norm, which activation.
+"""Recognises norms and activations by what they compute.
 
-Names lie (`LayerNorm` in one model is RMSNorm in another, Gemma's weight is one less than what it multiplies by), so
-a candidate counts when it gives the module's own numbers. Pure; called while a model is rewritten.
+Class names are unreliable (`LayerNorm` in one model is RMSNorm in another, Gemma's weight is one less than the factor
+it applies), so a candidate is accepted if it reproduces the module's output. Pure; called while a model is rewritten.
 """
 
 from __future__ import annotations
@@ -35,36 +35,37 @@ class NormFacts:
 
 
 def norm_of(module: nn.Module | None) -> NormFacts | None:
-    """The norm that `module` computes, or None when it is none that we know."""
+    """The norm that `module` computes, or None if it is no known norm."""
     weight = getattr(module, "weight", None)
     if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
     x = torch.linspace(-2.0, 3.0, len(weight), dtype=torch.float32, device=weight.device).sin().mul(1.7).add(0.3)
-    x = torch.stack([x, x * 1e-3]).to(weight.dtype)  # in small numbers eps shows
+    x = torch.stack([x, x * 1e-3]).to(weight.dtype)  # small numbers reveal eps
     try:
-        wanted = module(x).float()
+        expected = module(x).float()
     except Exception:
         return None
     for facts in _norm_candidates(module, weight):
-        if wanted.shape == x.shape and _close(_norm(facts, x.float()), wanted, weight.dtype):
+        if expected.shape == x.shape and _close(_norm(facts, x.float()), expected, weight.dtype):
             return facts
     return None
 
 
 def activation_of(module: Callable[[Tensor], Tensor] | None) -> str | None:
-    """The name of the activation that `module` computes, or None when it is none that we know."""
+    """The name of the activation that `module` computes, or None if it is no known one."""
     if module is None:
         return None
     x = torch.linspace(-6.0, 6.0, 64, dtype=torch.float32, device="cpu")
     try:
-        wanted = module(x)
+        expected = module(x)
     except Exception:
         return None
-    return next((name for name, known in ACTIVATIONS.items() if torch.allclose(known(x), wanted, atol=1e-6)), None)
+    matches = (name for name, function in ACTIVATIONS.items() if torch.allclose(function(x), expected, atol=1e-6))
+    return next(matches, None)
 
 
 def _norm_candidates(module: nn.Module, weight: Tensor) -> Iterator[NormFacts]:
-    eps = next((float(found) for found in _epsilons(module)), 1e-6)
+    eps = next(_epsilons(module), 1e-6)
     raw, bias = weight.detach().float(), getattr(module, "bias", None)
     bias = bias.detach().float() if isinstance(bias, Tensor) else None
     for kind in (RMS, LAYER):
@@ -85,7 +86,7 @@ def _norm(facts: NormFacts, x: Tensor) -> Tensor:
     return scaled if facts.bias is None else scaled + facts.bias
 
 
-def _close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    allowed = tolerance * wanted.abs().amax(-1).clamp(min=1e-3)
-    return bool(((found - wanted).abs().amax(-1) <= allowed).all())
+    limits = tolerance * expected.abs().amax(-1).clamp(min=1e-3)
+    return bool(((actual - expected).abs().amax(-1) <= limits).all())

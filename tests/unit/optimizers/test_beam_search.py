@@ -25,13 +25,13 @@ def entries(**scores: float) -> tuple[TokenLogprobs, ...]:
     )
 
 
-def search(width: int = 2, longest: int = 10, watch: Any = None, **options: Any) -> BeamSearch:
-    values = {"use_beam_search": True, "best_of": width, "temperature": 0.0, "max_tokens": longest} | options
-    return BeamSearch(SamplingParams(**values), longest, frozenset({STOP}), watch)
+def search(width: int = 2, max_tokens: int = 10, matcher: Any = None, **options: Any) -> BeamSearch:
+    values = {"use_beam_search": True, "best_of": width, "temperature": 0.0, "max_tokens": max_tokens} | options
+    return BeamSearch(SamplingParams(**values), max_tokens, frozenset({STOP}), matcher)
 
 
-def texts(found: BeamSearch) -> list[tuple[list[int], float]]:
-    return [([entry.token for entry in text.chain.entries()], text.score) for text in found.hypotheses]
+def texts(beam_search: BeamSearch) -> list[tuple[list[int], float]]:
+    return [([entry.token for entry in text.chain.entries()], text.score) for text in beam_search.hypotheses]
 
 
 def test_twice_the_width_is_ranked_so_that_the_width_is_left_after_stops() -> None:
@@ -41,7 +41,11 @@ def test_twice_the_width_is_ranked_so_that_the_width_is_left_after_stops() -> No
 def test_continuations_are_ranked_by_what_they_and_their_beam_score() -> None:
     beams = {3: Beam(-1.0), 0: Beam(-2.0)}
     reports = {3: entries(a=-1.0, b=-5.0), 0: entries(a=0.0, b=-0.5)}
-    assert [(found.score, found.slot) for found in ranked(beams, reports, 3)] == [(-2.0, 3), (-2.0, 0), (-2.5, 0)]
+    assert [(candidate.score, candidate.slot) for candidate in ranked(beams, reports, 3)] == [
+        (-2.0, 3),
+        (-2.0, 0),
+        (-2.5, 0),
+    ]
 
 
 def test_a_beam_keeps_its_slot_for_its_best_continuation() -> None:
@@ -51,46 +55,46 @@ def test_a_beam_keeps_its_slot_for_its_best_continuation() -> None:
 
 
 def test_the_first_step_spreads_the_prompt_over_the_slots() -> None:
-    found = search(width=3)
-    found.report(0, entries(a=-1.0, b=-2.0, c=-3.0, d=-4.0))
-    assert found.is_ready
-    assert found.advance() == [Move(1, 0, 1), Move(2, 0, 2), Move(0, 0, 0)], "those that change their slot first"
+    beam_search = search(width=3)
+    beam_search.report(0, entries(a=-1.0, b=-2.0, c=-3.0, d=-4.0))
+    assert beam_search.is_ready
+    assert beam_search.advance() == [Move(1, 0, 1), Move(2, 0, 2), Move(0, 0, 0)], "those that change their slot first"
 
 
 def test_beams_are_replaced_by_the_continuations_of_better_ones() -> None:
-    found = search(width=2)
-    found.report(0, entries(a=-1.0, b=-2.0))
-    found.advance()
-    found.report(1, entries(a=-3.0))
-    assert not found.is_ready
-    found.report(0, entries(c=-0.1, d=-0.2))
-    assert list(found.reported) == [1, 0]
-    assert found.advance() == [Move(1, 0, 3), Move(0, 0, 2)]
+    beam_search = search(width=2)
+    beam_search.report(0, entries(a=-1.0, b=-2.0))
+    beam_search.advance()
+    beam_search.report(1, entries(a=-3.0))
+    assert not beam_search.is_ready
+    beam_search.report(0, entries(c=-0.1, d=-0.2))
+    assert list(beam_search.reported) == [1, 0]
+    assert beam_search.advance() == [Move(1, 0, 3), Move(0, 0, 2)]
 
 
 def test_a_stop_token_ends_a_text_only_among_the_best() -> None:
-    found = search(width=2)
-    found.report(0, entries(a=-1.0, b=-2.0, z=-3.0))
-    assert [move.token for move in found.advance()] == [1, 0]
-    assert texts(found) == [], "third of two"
-    found.report(0, entries(z=-0.1, a=-1.0))
-    found.report(1, entries(a=-4.0))
-    assert [move.token for move in found.advance()] == [0, 0]
-    assert texts(found) == [([0, STOP], pytest.approx(-0.55))]
+    beam_search = search(width=2)
+    beam_search.report(0, entries(a=-1.0, b=-2.0, z=-3.0))
+    assert [move.token for move in beam_search.advance()] == [1, 0]
+    assert texts(beam_search) == [], "third of two"
+    beam_search.report(0, entries(z=-0.1, a=-1.0))
+    beam_search.report(1, entries(a=-4.0))
+    assert [move.token for move in beam_search.advance()] == [0, 0]
+    assert texts(beam_search) == [([0, STOP], pytest.approx(-0.55))]
 
 
 def test_min_tokens_makes_a_stop_token_one_like_any_other() -> None:
-    found = search(width=2, min_tokens=1)
-    found.report(0, entries(z=-1.0, a=-2.0))
-    assert [move.token for move in found.advance()] == [0, STOP]
+    beam_search = search(width=2, min_tokens=1)
+    beam_search.report(0, entries(z=-1.0, a=-2.0))
+    assert [move.token for move in beam_search.advance()] == [0, STOP]
 
 
 def test_at_the_longest_every_one_of_the_best_is_complete() -> None:
-    found = search(width=2, longest=1)
-    found.report(0, entries(a=-1.0, z=-1.5, b=-2.0))
-    assert found.advance() == []
-    assert texts(found) == [([0], -1.0), ([STOP], -1.5)]
-    assert [(text.reason, text.stop) for text in found.hypotheses] == [
+    beam_search = search(width=2, max_tokens=1)
+    beam_search.report(0, entries(a=-1.0, z=-1.5, b=-2.0))
+    assert beam_search.advance() == []
+    assert texts(beam_search) == [([0], -1.0), ([STOP], -1.5)]
+    assert [(text.reason, text.stop) for text in beam_search.hypotheses] == [
         (FinishReason.LENGTH, None),
         (FinishReason.STOP, STOP),
     ]
@@ -98,44 +102,44 @@ def test_at_the_longest_every_one_of_the_best_is_complete() -> None:
 
 def test_early_stopping_ends_with_the_last_of_the_width() -> None:
     for early_stopping, goes_on in ((True, False), (False, True)):
-        found = search(width=2, early_stopping=early_stopping, length_penalty=2.0)
-        found.report(0, entries(z=-1.0, a=-1.1))
-        found.advance()
-        found.report(0, entries(z=-5.0, b=-4.9))
-        assert bool(found.advance()) == goes_on
+        beam_search = search(width=2, early_stopping=early_stopping, length_penalty=2.0)
+        beam_search.report(0, entries(z=-1.0, a=-1.1))
+        beam_search.advance()
+        beam_search.report(0, entries(z=-5.0, b=-4.9))
+        assert bool(beam_search.advance()) == goes_on
 
 
 def test_without_early_stopping_a_search_ends_when_nothing_better_can_come() -> None:
     """After two texts of -1 and -3 a running sum of -6 is -3 per token at length 2, and -0.6 at length 10."""
     for early_stopping, goes_on in ((False, False), ("never", True)):
-        found = search(width=2, early_stopping=early_stopping)
-        found.report(0, entries(z=-1.0, a=-2.0))
-        found.advance()
-        found.report(0, entries(z=-4.0, a=-4.0))
-        assert bool(found.advance()) == goes_on
-        assert [score for _, score in texts(found)] == [-1.0, -3.0]
+        beam_search = search(width=2, early_stopping=early_stopping)
+        beam_search.report(0, entries(z=-1.0, a=-2.0))
+        beam_search.advance()
+        beam_search.report(0, entries(z=-4.0, a=-4.0))
+        assert bool(beam_search.advance()) == goes_on
+        assert [score for _, score in texts(beam_search)] == [-1.0, -3.0]
 
 
 def test_fewer_continuations_than_slots_leave_slots_empty() -> None:
-    found = search(width=3)
-    found.report(0, entries(a=-1.0, b=-2.0, c=-3.0))
-    found.advance()
-    found.report(0, ())
-    found.report(1, entries(a=-1.0))
-    found.report(2, ())
-    assert found.advance() == [Move(1, 1, 0)]
-    assert found.outcome(0) is None
+    beam_search = search(width=3)
+    beam_search.report(0, entries(a=-1.0, b=-2.0, c=-3.0))
+    beam_search.advance()
+    beam_search.report(0, ())
+    beam_search.report(1, entries(a=-1.0))
+    beam_search.report(2, ())
+    assert beam_search.advance() == [Move(1, 1, 0)]
+    assert beam_search.outcome(0) is None
 
 
 def test_a_search_without_continuations_is_over() -> None:
-    found = search()
-    found.report(0, entries(z=-1.0))
-    assert found.advance() == []
-    assert len(found.hypotheses) == 1
+    beam_search = search()
+    beam_search.report(0, entries(z=-1.0))
+    assert beam_search.advance() == []
+    assert len(beam_search.hypotheses) == 1
 
 
 class Count:
-    """Watches a text: the third `a` completes a stop string; `d` is no text at all."""
+    """Matches stop strings: the third `a` completes a stop string; `d` is no text at all."""
 
     def __init__(self, seen: int = 0) -> None:
         self.seen = seen
@@ -148,21 +152,21 @@ class Count:
 
 
 def test_a_stop_string_ends_the_beam_that_says_it() -> None:
-    found = search(width=2, watch=Count())
-    found.report(0, entries(a=-0.1, b=-1.0))
-    while found.advance():
+    beam_search = search(width=2, matcher=Count())
+    beam_search.report(0, entries(a=-0.1, b=-1.0))
+    while beam_search.advance():
         for slot in range(2):
-            found.report(slot, entries(a=-0.1, b=-1.0))
-    spoken = [text.chain.entries() for text in found.hypotheses]
-    assert [sum(entry.token == 0 for entry in text) for text in spoken] == [3, 3]
-    assert {(text.reason, text.stop) for text in found.hypotheses} == {(FinishReason.STOP, None)}
+            beam_search.report(slot, entries(a=-0.1, b=-1.0))
+    outputs = [text.chain.entries() for text in beam_search.hypotheses]
+    assert [sum(entry.token == 0 for entry in text) for text in outputs] == [3, 3]
+    assert {(text.reason, text.stop) for text in beam_search.hypotheses} == {(FinishReason.STOP, None)}
 
 
-def test_what_a_watch_raises_is_raised() -> None:
-    found = search(watch=Count())
-    found.report(0, entries(d=-1.0))
+def test_errors_of_a_matcher_are_raised() -> None:
+    beam_search = search(matcher=Count())
+    beam_search.report(0, entries(d=-1.0))
     with pytest.raises(RequestError, match="no text"):
-        found.advance()
+        beam_search.advance()
 
 
 def model(tokens: tuple[int, ...]) -> dict[int, float]:
@@ -173,22 +177,22 @@ def model(tokens: tuple[int, ...]) -> dict[int, float]:
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_a_search_as_wide_as_the_tree_finds_the_best_text_of_all(length_penalty: float) -> None:
-    longest, width = 4, 4**4
-    found = search(width, longest, length_penalty=length_penalty, early_stopping="never")
+    max_tokens, width = 4, 4**4
+    beam_search = search(width, max_tokens, length_penalty=length_penalty, early_stopping="never")
     beams: dict[int, tuple[int, ...]] = {0: ()}
     while beams:
         for slot, tokens in beams.items():
             scored = sorted(model(tokens).items(), key=lambda item: -item[1])
-            found.report(slot, [TokenLogprobs(token, score, score) for token, score in scored])
-        beams = {move.slot: (*beams[move.source], move.token) for move in found.advance()}
-    assert texts(found)[0] == best_of_all(longest, length_penalty)
+            beam_search.report(slot, [TokenLogprobs(token, score, score) for token, score in scored])
+        beams = {move.slot: (*beams[move.source], move.token) for move in beam_search.advance()}
+    assert texts(beam_search)[0] == best_of_all(max_tokens, length_penalty)
 
 
-def best_of_all(longest: int, length_penalty: float) -> tuple[list[int], Any]:
+def best_of_all(max_tokens: int, length_penalty: float) -> tuple[list[int], Any]:
     every: list[tuple[float, list[int]]] = []
-    for length in range(1, longest + 1):
+    for length in range(1, max_tokens + 1):
         for tokens in product((0, 1, 2, 3, STOP), repeat=length):
-            if STOP in tokens[:-1] or (length < longest and tokens[-1] != STOP):
+            if STOP in tokens[:-1] or (length < max_tokens and tokens[-1] != STOP):
                 continue
             total = sum(model(tokens[:i])[token] for i, token in enumerate(tokens))
             every.append((total / length**length_penalty, list(tokens)))

@@ -23,14 +23,14 @@ def test_the_defaults_are_those_of_the_table() -> None:
 @pytest.mark.parametrize("level", OptimizationLevel)
 def test_every_level_is_a_set_of_settings_that_the_engine_has(level: OptimizationLevel) -> None:
     settings = OptimizationConfig(level=level).engine_settings()
-    made = EngineConfig(**settings)
-    assert {name: getattr(made, name) for name in settings} == settings
+    config = EngineConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
     assert PRESETS[level].purpose
 
 
 def test_no_two_levels_are_the_same() -> None:
-    found = [OptimizationConfig(level=level).engine_settings() for level in OptimizationLevel]
-    assert all(found.count(one) == 1 for one in found)
+    presets = [OptimizationConfig(level=level).engine_settings() for level in OptimizationLevel]
+    assert all(presets.count(preset) == 1 for preset in presets)
 
 
 def test_basic_changes_no_setting_but_the_flags() -> None:
@@ -90,7 +90,7 @@ def flags_that_act() -> dict[str, Any]:
 
 @pytest.mark.parametrize("flag", flags_that_act())
 def test_every_flag_changes_what_the_engine_or_the_sampler_is_told(flag: str) -> None:
-    """B4-16: most flags of an earlier engine were never read."""
+    """Most flags of an earlier engine were never read."""
     plain, other = OptimizationConfig(), OptimizationConfig(**{flag: flags_that_act()[flag]})
     assert (plain.engine_settings(), plain.sampling()) != (other.engine_settings(), other.sampling())
     SamplingParams(**other.sampling())
@@ -103,7 +103,7 @@ def test_the_flags_above_are_all_but_those_with_one_value_and_the_log() -> None:
 
 @pytest.mark.parametrize("level", OptimizationLevel)
 def test_nothing_that_a_caller_draws_with_is_touched(level: OptimizationLevel) -> None:
-    """B4-16: an earlier engine replaced the caller's temperature by one that followed latency."""
+    """An earlier engine replaced the caller's temperature by one that followed latency."""
     assert OptimizationConfig(level=level).sampling().keys() <= {"ignore_eos", "best_of", "rank_by"}
 
 
@@ -115,13 +115,13 @@ def test_the_best_is_the_likeliest_by_length_or_what_a_function_likes() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"dynamic_temperature": True}, "the temperature is the caller's"),
-        ({"acceptance_threshold": 0.8}, "would change what is generated"),
+        ({"dynamic_temperature": True}, "another temperature would change"),
+        ({"acceptance_threshold": 0.8}, "a threshold would change the output"),
         ({"draft_model_ratio": 0.25}, "cannot be cut out of a larger one"),
-        ({"use_flash_attention": False}, "attention always reads K/V from pages"),
-        ({"memory_efficient_attention": False}, "attention always reads K/V from pages"),
-        ({"sample_aggregation": "ensemble"}, "mixes texts that say different things"),
-        ({"sample_aggregation": "random"}, "a sample like any other"),
+        ({"use_flash_attention": False}, "attention always reads K/V block by block"),
+        ({"memory_efficient_attention": False}, "attention always reads K/V block by block"),
+        ({"sample_aggregation": "ensemble"}, "mixes texts of different content"),
+        ({"sample_aggregation": "random"}, "equals a single sample"),
         ({"sample_aggregation": "worst"}, "choose from 'best', 'cumulative_logprob'"),
         ({"level": "fastest"}, "level='fastest' is not available"),
         ({"speculation_length": 0}, "speculation_length"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from penstock.kernels.native import Kernels
 from penstock.models.checks import Probed, compare, probe, trial_pass
 from penstock.models.paging import PanelPaging
-from penstock.optimizers.rewrites.passes import Applied, rewrite
+from penstock.optimizers.rewrites.passes import PassReport, rewrite
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ class Rewritten:
     """The module, rewritten in place, what each pass did, and the logits it had for the probe's tokens."""
 
     module: nn.Module
-    report: dict[str, Applied]
+    reports: dict[str, PassReport]
     probed: Probed
     paging: PanelPaging
 
@@ -41,16 +41,16 @@ class Rewritten:
         return sum(isinstance(module, kind) for module in self.module.modules())
 
 
-def rewritten(module: Any, kernels: Kernels, *, quantize: bool = False, without: Collection[str] = ()) -> Rewritten:
+def rewritten(module: Any, kernels: Kernels, *, quantize: bool = False, disabled: Collection[str] = ()) -> Rewritten:
     """Rewrite `module`, as a load would."""
     with torch.inference_mode():
         probed, paging = probe(module, CPU, verify=True), PanelPaging(kernels, False)
-        report = rewrite(
+        reports = rewrite(
             module,
             probed,
             kernels,
             lambda: trial_pass(module, probed, paging, CPU),
             quantize=quantize,
-            without=without,
+            disabled=disabled,
         )
-    return Rewritten(module, {applied.name: applied for applied in report}, probed, paging)
+    return Rewritten(module, {report.name: report for report in reports}, probed, paging)

@@ -14,7 +14,7 @@ KIB = 1024
 
 
 def test_returned_memory_serves_any_shape_and_dtype() -> None:
-    """B4-17: an earlier pool found memory by its bytes alone and gave it out with the dtype that it had before."""
+    """an earlier pool found memory by its bytes alone and gave it out with the dtype that it had before."""
     pool = MemoryPool(64 * KIB)
     first = pool.get_tensor((8, 16), torch.float32)
     address = first.data_ptr()
@@ -28,14 +28,14 @@ def test_returned_memory_serves_any_shape_and_dtype() -> None:
 
 
 def test_bytes_count_by_the_size_of_the_dtype() -> None:
-    """B4-17: there, an int64 was counted as 4 bytes."""
+    """there, an int64 was counted as 4 bytes."""
     pool = MemoryPool(64 * KIB)
     pool.get_tensor((1024,), torch.int64)
     assert pool.stats()["lent_bytes"] == 8 * KIB
 
 
 def test_content_is_whatever_was_there() -> None:
-    """B4-17: nobody may count on zeros; who needs them writes them."""
+    """nobody may count on zeros; who needs them writes them."""
     pool = MemoryPool(64 * KIB)
     tensor = pool.get_tensor((128,))
     tensor.fill_(7.0)
@@ -52,7 +52,7 @@ def test_memory_in_use_is_given_to_nobody_else() -> None:
 
 
 def test_a_tensor_larger_than_the_pool_is_served_and_not_kept() -> None:
-    """B4-5: an earlier engine looped for ever, evicting from an empty store."""
+    """an earlier engine looped for ever, evicting from an empty store."""
     pool = MemoryPool(4 * KIB)
     small, large = pool.get_tensor((128,)), pool.get_tensor((4 * KIB + 1,), torch.uint8)
     assert large.numel() == 4 * KIB + 1

@@ -20,7 +20,7 @@ from penstock.errors import ConfigurationError
 from penstock.kernels.native import Kernels, available
 from penstock.models.checks import compare
 from penstock.models.loading import load
-from penstock.optimizers.rewrites.fused_layer import FusedLayer, Joined
+from penstock.optimizers.rewrites.fused_layer import FusedLayer, PassThroughLayer
 from penstock.optimizers.rewrites.packed_modules import PackedLinear, PackedNorm
 from penstock.optimizers.rewrites.passes import PASSES
 from tests.tiny_models import ARCHITECTURES, FUSED, build
@@ -33,9 +33,9 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 @pytest.fixture
 def kernels() -> Iterator[Kernels]:
-    made = Kernels(1)
-    yield made
-    made.close()
+    rewrite = Kernels(1)
+    yield rewrite
+    rewrite.close()
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -43,14 +43,14 @@ def kernels() -> Iterator[Kernels]:
 def test_every_architecture_is_rewritten_as_far_as_the_table_says(
     kernels: Kernels, name: str, dtype: torch.dtype
 ) -> None:
-    made = rewritten(build(name).to(dtype), kernels)
-    fused = made.report["fused_layers"]
-    assert (fused.changed, fused.seen) == (FUSED[name], 2)
-    found = {pass_name: made.count(kind) for pass_name, kind in PLAIN.items()}
-    found["fused_layers"] = sum(part.num_layers for part in made.module.modules() if isinstance(part, FusedLayer))
-    assert found == {pass_name: applied.changed for pass_name, applied in made.report.items()}
-    assert not any(type(module) is nn.Linear for module in made.module.modules())
-    made.compare(ROUNDING[dtype])
+    rewrite = rewritten(build(name).to(dtype), kernels)
+    fused = rewrite.reports["fused_layers"]
+    assert (fused.num_replaced, fused.num_candidates) == (FUSED[name], 2)
+    found = {pass_name: rewrite.count(kind) for pass_name, kind in PLAIN.items()}
+    found["fused_layers"] = sum(part.num_layers for part in rewrite.module.modules() if isinstance(part, FusedLayer))
+    assert found == {pass_name: applied.num_replaced for pass_name, applied in rewrite.reports.items()}
+    assert not any(type(module) is nn.Linear for module in rewrite.module.modules())
+    rewrite.compare(ROUNDING[dtype])
 
 
 def test_the_names_of_a_configuration_are_those_of_the_passes() -> None:
@@ -66,20 +66,20 @@ def test_an_unknown_name_is_refused_with_the_nearest_or_all_that_there_are() -> 
     assert config.disabled_rewrites == ("kernels",)
 
 
-@pytest.mark.parametrize("left_out", PASSES)
+@pytest.mark.parametrize("disabled", PASSES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_each_pass_can_be_left_out(kernels: Kernels, name: str, left_out: str) -> None:
-    made = rewritten(build(name), kernels, without=[left_out])
-    assert made.report.keys() == PASSES.keys() - {left_out}
-    assert made.count(PLAIN[left_out]) == 0
-    assert all(made.count(kind) for pass_name, kind in PLAIN.items() if pass_name != left_out)
-    made.compare(1e-5)
+def test_each_pass_can_be_left_out(kernels: Kernels, name: str, disabled: str) -> None:
+    rewrite = rewritten(build(name), kernels, disabled=[disabled])
+    assert rewrite.reports.keys() == PASSES.keys() - {disabled}
+    assert rewrite.count(PLAIN[disabled]) == 0
+    assert all(rewrite.count(kind) for pass_name, kind in PLAIN.items() if pass_name != disabled)
+    rewrite.compare(1e-5)
 
 
 def test_without_fusing_its_matrices_and_norms_are_packed_one_by_one(kernels: Kernels) -> None:
-    made = rewritten(build("llama"), kernels, without=["fused_layers"])
-    assert made.count(PackedLinear) == 2 * 7 + 1
-    assert made.count(PackedNorm) == 2 * 2 + 1
+    rewrite = rewritten(build("llama"), kernels, disabled=["fused_layers"])
+    assert rewrite.count(PackedLinear) == 2 * 7 + 1
+    assert rewrite.count(PackedNorm) == 2 * 2 + 1
 
 
 class Louder(LlamaDecoderLayer):
@@ -103,18 +103,18 @@ def test_a_layer_that_computes_more_than_its_structure_shows_stays_as_it_is(
 ) -> None:
     model = build("llama")
     model.model.layers[1].__class__ = kind
-    made = rewritten(model, kernels)
+    rewrite = rewritten(model, kernels)
     assert [type(layer) for layer in model.model.layers] == [FusedLayer, kind]
-    assert made.report["fused_layers"].changed == 1
-    made.compare(1e-5)
+    assert rewrite.reports["fused_layers"].num_replaced == 1
+    rewrite.compare(1e-5)
 
 
 def test_layers_that_follow_each_other_run_as_one_call(kernels: Kernels) -> None:
     model = build("llama")
-    made = rewritten(model, kernels)
+    rewrite = rewritten(model, kernels)
     assert [type(layer) for layer in model.model.layers] == [FusedLayer]
     assert model.model.layers[0].num_layers == 2
-    made.compare(1e-5)
+    rewrite.compare(1e-5)
 
 
 class Indexing(LlamaModel):
@@ -144,18 +144,18 @@ class Halving(LlamaModel):
 def test_layers_are_not_joined_over_what_a_model_does_between_them(kernels: Kernels) -> None:
     model = build("llama")
     model.model.__class__ = Halving
-    made = rewritten(model, kernels)
-    assert made.report["fused_layers"].changed == 2
-    assert made.count(Joined) == 0
-    made.compare(1e-5)
+    rewrite = rewritten(model, kernels)
+    assert rewrite.reports["fused_layers"].num_replaced == 2
+    assert rewrite.count(PassThroughLayer) == 0
+    rewrite.compare(1e-5)
 
 
 def test_a_model_that_counts_its_layers_keeps_their_number(kernels: Kernels) -> None:
     model = build("llama")
     model.model.__class__ = Indexing
-    made = rewritten(model, kernels)
-    assert [type(layer) for layer in model.model.layers] == [FusedLayer, Joined]
-    made.compare(1e-5)
+    rewrite = rewritten(model, kernels)
+    assert [type(layer) for layer in model.model.layers] == [FusedLayer, PassThroughLayer]
+    rewrite.compare(1e-5)
 
 
 def test_parts_whose_sizes_do_not_belong_together_are_never_run(kernels: Kernels) -> None:
@@ -164,15 +164,15 @@ def test_parts_whose_sizes_do_not_belong_together_are_never_run(kernels: Kernels
     layer = model.model.layers[0]
     layer.self_attn.q_norm = nn.RMSNorm(7, eps=1e-6)
     layer.self_attn.k_norm = nn.RMSNorm(7, eps=1e-6)
-    made = rewritten(model, kernels)
-    assert made.report["fused_layers"].changed == 1
-    made.compare(1e-5)
+    rewrite = rewritten(model, kernels)
+    assert rewrite.reports["fused_layers"].num_replaced == 1
+    rewrite.compare(1e-5)
 
 
 def test_int8_logits_are_near_and_not_the_same(kernels: Kernels) -> None:
-    made = rewritten(build("llama"), kernels, quantize=True)
-    assert made.report["fused_layers"].changed == 2
-    made.compare(0.1)
+    rewrite = rewritten(build("llama"), kernels, quantize=True)
+    assert rewrite.reports["fused_layers"].num_replaced == 2
+    rewrite.compare(0.1)
 
 
 def test_original_weights_are_let_go(kernels: Kernels) -> None:
@@ -181,10 +181,10 @@ def test_original_weights_are_let_go(kernels: Kernels) -> None:
     watched = [weakref.ref(module) for module in (layer, layer.self_attn.q_proj, layer.mlp, model.lm_head)]
     weights = [weakref.ref(parameter) for parameter in layer.parameters()]
     del layer
-    made = rewritten(model, kernels)
+    rewrite = rewritten(model, kernels)
     gc.collect()
     assert [reference() for reference in watched + weights] == [None] * (len(watched) + len(weights))
-    assert [name for name, _ in made.module.named_parameters()] == ["model.embed_tokens.weight"]
+    assert [name for name, _ in rewrite.module.named_parameters()] == ["model.embed_tokens.weight"]
 
 
 def test_packed_weights_count_as_weights_of_the_model(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_a_borrowed_module_keeps_its_layers() -> None:
 
 def test_a_refusal_for_quantization_says_that_it_is_about_quantization(kernels: Kernels) -> None:
     """It said that the model could not run in the paged engine and was to be served with another backend."""
-    made = rewritten(build("llama"), kernels, quantize=True)
-    far = replace(made.probed, reference=-made.own_logits)
+    rewrite = rewritten(build("llama"), kernels, quantize=True)
+    far = replace(rewrite.probed, own=-rewrite.own_logits)
     with pytest.raises(
         ConfigurationError, match=r"loses too much to quantization='int8'.* leave out quantization='int8'"
     ):
-        compare(made.module, far, made.paging, quantized=["quantization='int8'"])
-    compare(made.module, made.probed, made.paging, quantized=["quantization='int8'"])
+        compare(rewrite.module, far, rewrite.paging, quantized=["quantization='int8'"])
+    compare(rewrite.module, rewrite.probed, rewrite.paging, quantized=["quantization='int8'"])
