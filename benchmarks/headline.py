@@ -26,7 +26,7 @@ from harness.sections import replaced
 from harness.texts import edits, samples
 from peers.workloads import WARM_UP, WORKLOADS, Workload, limits
 from penstock import EngineConfig, InferenceEngine
-from penstock.cli.measuring import Figures, measure_engine
+from penstock.cli.measurements import Measurements, measure_engine
 from penstock.demo import MODEL_DIR
 from penstock.models.baseline import Baseline, load_module
 from speculation import NEW_TOKENS, engine_of, one_by_one
@@ -97,7 +97,7 @@ def padded_tokens(work: Work) -> int:
 
 async def held_tokens(engine: InferenceEngine, work: Work) -> int:
     """The most tokens that the engine's running requests have room for, all together, during the same work."""
-    done, most = asyncio.ensure_future(measure_engine(engine, work, Figures())), 0
+    done, most = asyncio.ensure_future(measure_engine(engine, work, Measurements())), 0
     while not done.done():
         cache = engine.get_stats()["cache_info"]
         most = max(most, cache["num_blocks"] - cache["num_free_blocks"])
@@ -117,7 +117,7 @@ async def waits(watched: Watched, engine: InferenceEngine, draw: Draw, args: arg
     found: dict[str, list[tuple[float, float]]] = {"first": [], "crowd": []}
     for repeat in range(args.repeats):
         for workload in (FIRST, CROWD):
-            work, figures = draw(workload, repeat), Figures()
+            work, figures = draw(workload, repeat), Measurements()
             firsts, _ = watched.one_by_one(work)
             await measure_engine(engine, work, figures)
             found[workload.name].append((median(firsts), median(figures.first_token_s)))
@@ -128,7 +128,7 @@ async def rates(watched: Watched, engine: InferenceEngine, draw: Draw, args: arg
     """Tokens per second of 32 ragged requests, and the share of the time in which the model ran."""
     alone, padded, busy = [], [], []
     for repeat in range(args.repeats):
-        work, figures = draw(RAGGED, repeat), Figures()
+        work, figures = draw(RAGGED, repeat), Measurements()
         tokens = sum(count for _, count in work)
         some = work[: args.alone]
         _, alone_s = watched.one_by_one(some)
@@ -189,7 +189,7 @@ async def promises(module: Any, source: str, settings: dict[str, Any], args: arg
     fresh = {"enable_kv_cache": False, "preallocate_kv_cache": True, "batch_timeout_ms": 0, **settings}
     async with engine_for(source, fresh, limits([FIRST, CROWD, RAGGED, PREFIX])) as engine:
         watched.run(draw(WARM_UP, 0))
-        await measure_engine(engine, draw(WARM_UP, 0), Figures())
+        await measure_engine(engine, draw(WARM_UP, 0), Measurements())
         step("first tokens")
         found = await waits(watched, engine, draw, args)
         step("tokens per second")

@@ -23,7 +23,7 @@ from harness.engines import vocabulary_of
 from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
 from harness.stats import percentile
 from penstock import EngineConfig, SamplingParams
-from penstock.cli.session import alone, quiet_libraries
+from penstock.cli.session import quiet_libraries, run_on_own_thread
 from penstock.step import Row, StepPlan
 
 EPILOG = """examples:
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     longest = max(2048, args.prefill or args.context)
     config = EngineConfig(**{"max_sequence_length": longest, "skip_tokenizer_init": True, **settings})
     plan = make_plan(args, config.block_size, vocabulary_of(source))
-    found = alone(measure, source, config, args, plan)
+    found = run_on_own_thread(measure, source, config, args, plan)
     what = f"prefill of {args.prefill}" if args.prefill else f"{args.decode} decoding at context {args.context}"
     rows = [[name, *ms.values()] for name, ms in found["phases_ms"].items()]
     show(f"{name_of(args)}: {what}, ms per step", ("phase", "p50", "p90"), rows)

@@ -23,7 +23,7 @@ from harness.engines import vocabulary_of
 from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
 from penstock import EngineConfig, RequestPriority, SamplingParams
 from penstock.cache.manager import CacheManager
-from penstock.cli.session import alone, quiet_libraries
+from penstock.cli.session import quiet_libraries, run_on_own_thread
 from penstock.scheduling.scheduler import Scheduler
 from penstock.sequence import Sequence
 from penstock.step import Event
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     source, settings = source_of(args), settings_of(args)
     config = EngineConfig(**{"max_sequence_length": args.tokens + 64, "skip_tokenizer_init": True, **settings})
-    found = alone(measure, source, config, vocabulary_of(source), args)
+    found = run_on_own_thread(measure, source, config, vocabulary_of(source), args)
     rows = [[way, *found[way].values()] for way in WAYS]
     columns = ("", "resume ms", "urgent ms", "tokens computed", "blocks moved", "move us/token", "compute us/token")
     show(f"{name_of(args)}, {args.tokens} tokens", columns, rows)

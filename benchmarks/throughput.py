@@ -18,7 +18,7 @@ from harness.engines import engine_for, vocabulary_of
 from harness.options import add_model_options, name_of, parser_for, settings_of, source_of
 from peers.workloads import WARM_UP, WORKLOADS, Workload, limits, parse
 from penstock import InferenceEngine
-from penstock.cli.measuring import Figures, measure_engine
+from penstock.cli.measurements import Measurements, measure_engine
 
 EPILOG = """workloads (requests x prompt tokens -> new tokens of each):
   single    1 x 16 -> 64       the latency of one stream
@@ -40,9 +40,9 @@ async def measure(
     engine: InferenceEngine, workloads: list[Workload], repeats: int, vocab_size: int, step: Step
 ) -> dict[str, dict[str, Any]]:
     """Every workload's summary, by name."""
-    figures = {workload.name: Figures() for workload in workloads}
+    figures = {workload.name: Measurements() for workload in workloads}
     async with engine:
-        await measure_engine(engine, WARM_UP.draw(0, vocab_size), Figures())
+        await measure_engine(engine, WARM_UP.draw(0, vocab_size), Measurements())
         for repeat in range(repeats):
             for workload in workloads:
                 step(f"{workload.name}, repeat {repeat + 1}")

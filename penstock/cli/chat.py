@@ -1,7 +1,7 @@
 """`penstock chat`: a conversation in the terminal.
 
-Owns the history, the slash commands and what Ctrl-C means: it cancels an answer, or leaves at the prompt. Lines are
-read on the main thread while no loop runs there (the engine's loop has a thread of its own), so reading blocks none.
+Owns the history, the slash commands and Ctrl-C, which cancels an answer, or leaves at the prompt. Lines are read on the
+main thread while no loop runs there (the engine's loop has a thread of its own), so reading blocks none.
 """
 
 from __future__ import annotations
@@ -13,130 +13,129 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from penstock.api.prompt import Prompt
+from penstock.api.protocols import Engine
 from penstock.cli.options import add_model_options, add_sampling_options, engine_settings, sampling_settings
-from penstock.cli.session import event_loop, loaded_engine, params_for, stream
+from penstock.cli.session import loaded_engine, new_runner, params_with, stream
 from penstock.cli.terminal import note, one_line, write
-from penstock.engine.inference import InferenceEngine
 from penstock.errors import EngineClosed, PenstockError, RequestTooLarge
 from penstock.outputs import Delta
 from penstock.sampling import SamplingParams
 
 MAX_TOKENS = 512
-COMMANDS = """/reset         forget the conversation
-/system TEXT   begin anew with this system message (without TEXT: with none)
-/help          this list
-/exit          leave, as Ctrl-D or Ctrl-C at the prompt do
-Ctrl-C         cancel the answer that is being written"""
+COMMANDS = """/reset         start a new conversation
+/system TEXT   start a new conversation with this system message (no TEXT: without one)
+/help          list the commands
+/exit          leave, like Ctrl-D, or Ctrl-C at the prompt
+Ctrl-C         cancel the current answer"""
 EXAMPLES = f"""in the chat:
 {chr(10).join("  " + line for line in COMMANDS.splitlines())}
 
 examples:
   penstock chat --model Qwen/Qwen3-0.6B --system 'Answer in one sentence.'
-  penstock chat               # the built-in model: completes the Python you type
+  penstock chat               # the built-in model completes the Python you type
 """
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "chat",
-        help="talk with a model in the terminal",
-        description="Talk with a model. One without a chat template completes each line that you type.",
+        help="chat with a model in the terminal",
+        description="Chat with a model. A model without a chat template completes each line that you type.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     add_sampling_options(parser, MAX_TOKENS)
-    parser.add_argument("--system", metavar="TEXT", help="system message to begin with")
+    parser.add_argument("--system", metavar="TEXT", help="system message to start with")
     parser.set_defaults(run=run)
 
 
 @dataclass(slots=True)
 class Conversation:
-    """What was said. `chats` is False for models that only complete: then each text stands alone."""
+    """The history. `has_template` is False for models that only complete: then every text is a prompt by itself."""
 
-    chats: bool
+    has_template: bool
     system: str | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def prompt(self, text: str) -> Prompt:
         """The prompt for a new message."""
-        if not self.chats:
+        if not self.has_template:
             return text
-        said = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [{"role": "system", "content": self.system}] if self.system else []
         for question, answer in self.turns:
-            said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return [*said, {"role": "user", "content": text}]
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": text}]
 
     def add(self, text: str, answer: str) -> None:
-        """Remember an exchange; one without an answer is not, since templates want both sides."""
-        if self.chats and answer:
+        """Append a message and its answer; without an answer nothing, since templates expect both sides."""
+        if self.has_template and answer:
             self.turns.append((text, answer))
 
-    def forget_oldest(self) -> bool:
-        """Drop the oldest exchange; False when there is none."""
+    def drop_oldest(self) -> bool:
+        """Remove the oldest message and its answer; False if the history is empty."""
         return bool(self.turns) and self.turns.pop(0) is not None
 
-    def obey(self, line: str) -> str | None:
-        """Carry out a slash command and return what to tell; None means to leave."""
-        command, _, rest = line.partition(" ")
+    def execute(self, line: str) -> str | None:
+        """Run a slash command; the reply, or None to leave."""
+        command, _, argument = line.partition(" ")
         if command in ("/exit", "/quit"):
             return None
         if command == "/reset":
             self.turns.clear()
-            return "the conversation is forgotten"
+            return "started a new conversation"
         if command == "/system":
-            return self._instruct(rest.strip())
-        return COMMANDS if command == "/help" else f"there is no {command}:\n{COMMANDS}"
+            return self._set_system(argument.strip())
+        return COMMANDS if command == "/help" else f"unknown command {command}:\n{COMMANDS}"
 
-    def _instruct(self, text: str) -> str:
-        if not self.chats:
-            return "this model completes text; it takes no system message"
+    def _set_system(self, text: str) -> str:
+        if not self.has_template:
+            return "this model completes text and takes no system message"
         self.system = text or None
         self.turns.clear()
-        return "the conversation begins anew" + (" with this system message" if text else " without a system message")
+        return f"started a new conversation {'with this' if text else 'without a'} system message"
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Raises `PenstockError`; returns the exit code."""
-    given = sampling_settings(args)
-    with loaded_engine(args.model, **engine_settings(args)) as engine, event_loop() as runner:
-        chats = args.model is not None and bool(getattr(engine.tokenizer, "chat_template", None))
-        note(greeting(args.model, chats))
-        params = params_for(engine, given, MAX_TOKENS)
+    settings = sampling_settings(args)
+    with loaded_engine(args.model, **engine_settings(args)) as engine, new_runner() as runner:
+        has_template = args.model is not None and bool(getattr(engine.tokenizer, "chat_template", None))
+        note(greeting(args.model, has_template))
+        params = params_with(engine, settings, MAX_TOKENS)
         with contextlib.suppress(KeyboardInterrupt):
-            _converse(engine, runner, Conversation(chats, args.system), params)
+            _converse(engine, runner, Conversation(has_template, args.system), params)
         note("")
     return 0
 
 
-def greeting(model: str | None, chats: bool) -> str:
-    """What this model will do with a line, and how to leave."""
+def greeting(model: str | None, has_template: bool) -> str:
+    """What the model does with a line, and how to leave."""
     if model is None:
-        does = "The built-in model does not chat: it completes Python. Type the beginning of some code."
-    elif chats:
-        does = f"Chatting with {model}."
+        purpose = "The built-in model does not chat: it completes Python. Type the beginning of some code."
+    elif has_template:
+        purpose = f"Chatting with {model}."
     else:
-        does = f"{model} has no chat template: it completes what you type."
-    return f"{does} /help lists the commands, Ctrl-D leaves."
+        purpose = f"{model} has no chat template: it completes what you type."
+    return f"{purpose} /help lists the commands, Ctrl-D leaves."
 
 
-def _converse(engine: InferenceEngine, runner: asyncio.Runner, talk: Conversation, params: SamplingParams) -> None:
+def _converse(engine: Engine, runner: asyncio.Runner, conversation: Conversation, params: SamplingParams) -> None:
     while (line := read_line()) is not None:
         if line.startswith("/"):
-            told = talk.obey(line)
-            if told is None:
+            reply = conversation.execute(line)
+            if reply is None:
                 return
-            note(told)
+            note(reply)
         elif line.strip():
-            _answer(engine, runner, talk, params, line)
+            _answer(engine, runner, conversation, params, line)
 
 
 def read_line() -> str | None:
-    """A line from the terminal, or from a pipe without a prompt sign; None at the end. Ctrl-C raises as ever."""
+    """A line from the terminal, or from a pipe without a prompt sign; None at the end. Ctrl-C raises as usual."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (importing it gives input() a history and line editing)
@@ -147,17 +146,17 @@ def read_line() -> str | None:
 
 
 def _answer(
-    engine: InferenceEngine, runner: asyncio.Runner, talk: Conversation, params: SamplingParams, text: str
+    engine: Engine, runner: asyncio.Runner, conversation: Conversation, params: SamplingParams, text: str
 ) -> None:
-    """Stream one answer. Whatever goes wrong with it, the chat goes on; only without an engine it cannot."""
-    said: list[str] = []
+    """Stream one answer. The chat goes on after any error except a closed engine."""
+    parts: list[str] = []
 
     def show(delta: Delta) -> None:
-        said.append(delta.text)
+        parts.append(delta.text)
         write(delta.text)
 
     try:
-        runner.run(_reply(engine, talk, text, params, show))
+        runner.run(_reply(engine, conversation, text, params, show))
         write("\n")
     except KeyboardInterrupt:
         write("\n")
@@ -165,21 +164,21 @@ def _answer(
     except EngineClosed:
         raise
     except PenstockError as error:
-        note(("\n" if said else "") + f"error: {one_line(error)}")
-    talk.add(text, "".join(said))
+        note(("\n" if parts else "") + f"error: {one_line(error)}")
+    conversation.add(text, "".join(parts))
 
 
 async def _reply(
-    engine: InferenceEngine, talk: Conversation, text: str, params: SamplingParams, show: Callable[[Delta], None]
+    engine: Engine, conversation: Conversation, text: str, params: SamplingParams, show: Callable[[Delta], None]
 ) -> None:
-    """Forgets the oldest exchanges until the rest fits; a message that fits alone gets what room there is."""
+    """Drops the oldest messages until the conversation fits; then reduces `max_tokens` if the message alone is long."""
     while True:
         try:
-            await stream(engine, talk.prompt(text), params, show)
+            await stream(engine, conversation.prompt(text), params, show)
             return
         except RequestTooLarge:
-            if talk.forget_oldest():
-                note("(the oldest exchange is forgotten: the conversation is longer than the model's context)")
+            if conversation.drop_oldest():
+                note("(dropped the oldest message: the conversation exceeds the model's context)")
             elif params.max_tokens is not None:
                 params = dataclasses.replace(params, max_tokens=None)
             else:

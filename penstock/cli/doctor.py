@@ -1,7 +1,6 @@
-"""`penstock doctor`: what this machine has, what the engine makes of it, and what to do about what is wrong.
+"""`penstock doctor`: reports on this machine and how fast the engine runs on it, and says what to change.
 
-Owns the order of examinations; one that fails is a finding and stops none of the others. Never changes anything.
-Called by `command`; exit code 1 when something is broken.
+Owns the form of the report. Never changes anything. Called by `command`; exit code 1 if something is broken.
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any
 
-from penstock.cli.examinations import examine
-from penstock.cli.findings import Finding, find_problems
+from penstock.cli.inspection import inspect_machine
 from penstock.cli.options import add_device_options, engine_settings
-from penstock.cli.session import leaving_at_once
-from penstock.cli.terminal import waiting_for, write
+from penstock.cli.problems import Problem, Report, find_problems
+from penstock.cli.session import exit_on_interrupt
+from penstock.cli.terminal import status_line, write
 from penstock.config import EngineConfig
 
 BROKEN = 1
@@ -23,18 +21,18 @@ EXAMPLES = """examples:
   penstock doctor
   penstock doctor --device cpu --dtype float32 --json | jq .speed
 
-Takes some seconds: it measures memory and matrix products, then runs the
-built-in model. Exit code 1 means that something is broken; what to do about it
-is printed last.
+It takes a few seconds: it measures memory bandwidth and matrix products, then runs
+the built-in model. Problems and their remedies are printed last. Exit code 1 means
+that the engine cannot work like this.
 """
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "doctor",
-        help="examine hardware, versions and speed",
-        description="Examine hardware, library versions, memory and speed, and say what to change.",
+        help="check hardware, library versions and speed",
+        description="Check hardware, library versions, memory and speed, and suggest remedies.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,40 +42,40 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. Raises `ConfigurationError` for impossible settings; returns the exit code."""
+    """The command. Raises `ConfigurationError` for invalid settings; returns the exit code."""
     config = EngineConfig(**engine_settings(args))
-    with leaving_at_once(), waiting_for("examining ..."):
-        report, failures = examine(config)
-    findings = [*failures, *find_problems(report)]
-    broken = any(finding.broken for finding in findings)
+    with exit_on_interrupt(), status_line("checking ..."):
+        report, failures = inspect_machine(config)
+    problems = [*failures, *find_problems(report)]
+    is_broken = any(problem.is_fatal for problem in problems)
     if args.json:
-        problems = [finding.as_json() for finding in findings]
-        write(json.dumps(report | {"problems": problems, "ok": not broken}, ensure_ascii=False) + "\n")
+        document = {**report, "problems": [problem.as_json() for problem in problems], "ok": not is_broken}
+        write(json.dumps(document, ensure_ascii=False) + "\n")
     else:
-        write(as_text(report, findings))
-    return BROKEN if broken else 0
+        write(as_text(report, problems))
+    return BROKEN if is_broken else 0
 
 
-def as_text(report: dict[str, dict[str, Any]], findings: list[Finding]) -> str:
-    """The report for people, problems last."""
+def as_text(report: Report, problems: list[Problem]) -> str:
+    """The report as text, problems last."""
     lines: list[str] = []
     for section, facts in report.items():
-        lines += [section, *(f"  {label(name):<24}{shown(name, value)}" for name, value in facts.items())]
-    lines.append("problems" if findings else "no problems found")
-    for finding in findings:
-        lines += [f"  {'BROKEN' if finding.broken else 'note'}: {finding.problem}", f"    {finding.remedy}"]
+        lines += [section, *(f"  {label(name):<24}{formatted(name, value)}" for name, value in facts.items())]
+    lines.append("problems" if problems else "no problems found")
+    for problem in problems:
+        lines += [f"  {'BROKEN' if problem.is_fatal else 'note'}: {problem.description}", f"    {problem.remedy}"]
     return "\n".join(lines) + "\n"
 
 
 def label(name: str) -> str:
-    """A name for people, without the unit."""
+    """A readable name, without the unit."""
     for unit in UNITS:
         name = name.removesuffix(f"_{unit}")
     return name.replace("_", " ")
 
 
-def shown(name: str, value: Any) -> str:
-    """A value with its unit, which its name ends with."""
+def formatted(name: str, value: object) -> str:
+    """A value with its unit, which is the end of its name."""
     if value is None or value == []:
         return "none"
     if isinstance(value, bool):
@@ -85,8 +83,9 @@ def shown(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "; ".join(", ".join(shown(key, item) for key, item in entry.items()) for entry in value)
-    return next((show(value) for unit, show in UNITS.items() if name.endswith(f"_{unit}")), f"{value:,}")
+        return "; ".join(", ".join(formatted(key, item) for key, item in entry.items()) for entry in value)
+    assert isinstance(value, int | float)
+    return next((form(value) for unit, form in UNITS.items() if name.endswith(f"_{unit}")), f"{value:,}")
 
 
 def _size(count: float) -> str:
@@ -98,7 +97,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-# What names end with -> how to say such a value. The first that fits holds.
+# The end of a name -> the form of its value. The first that matches applies.
 UNITS: dict[str, Callable[[float], str]] = {
     "gb_per_s": lambda rate: f"{rate:,.1f} GB/s",
     "gflop_per_s": lambda rate: f"{rate:,.1f} GFLOP/s",

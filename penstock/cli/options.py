@@ -1,14 +1,14 @@
-"""Options that several commands share, and what they mean to the engine.
+"""Options that several commands share, and their translation into settings and `SamplingParams`.
 
-Owns the translation from the command line to settings and `SamplingParams`: only what was given is passed on, so that
-environment variables and the model's own defaults hold for the rest. Called by the commands.
+Only options that were given are passed on: environment variables and the model's own defaults apply to the rest. Called
+by the commands.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from penstock.cli.session import JsonObject
 from penstock.errors import ConfigurationError
 from penstock.sampling import SamplingParams
 
@@ -16,7 +16,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "seed", "n", "stop", "logprobs", "
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """--model, --device, --dtype."""
+    """Add --model, --device and --dtype."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="M", help="hub id or folder (default: the small model that ships with Penstock)"
@@ -26,40 +26,44 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def add_device_options(group: argparse._ArgumentGroup) -> None:
-    """--device, --dtype."""
+    """Add --device and --dtype."""
     group.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:1 (default: auto)")
     group.add_argument("--dtype", metavar="T", help="auto, float32, float16 or bfloat16 (default: the checkpoint's)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> argparse._ArgumentGroup:
-    """How tokens are chosen; `max_tokens` is only named, as the default."""
-    group = parser.add_argument_group("sampling", "What is not given is the model's own default.")
+    """Add the sampling parameters; `max_tokens` only appears in the help, as the default."""
+    group = parser.add_argument_group("sampling", "Options that are not given have the model's own defaults.")
     group.add_argument(
-        "--max-tokens", type=int, metavar="N", help=f"most new tokens (default: {max_tokens}, or what fits)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"maximum number of new tokens (default: {max_tokens}, fewer if the context is full)",
     )
-    group.add_argument("--min-tokens", type=int, metavar="N", help="do not end before this many new tokens")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; higher is wilder")
+    group.add_argument("--min-tokens", type=int, metavar="N", help="minimum number of new tokens")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; higher values are more random")
     group.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P together"
+        "--top-p", type=float, metavar="P", help="sample from the most likely tokens with total probability P"
     )
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0 is off")
-    group.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same tokens")
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
-    )
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 disables it")
+    group.add_argument("--seed", type=int, metavar="S", help="the same seed samples the same tokens")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; repeatable")
     return group
 
 
-def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `EngineConfig` that were given."""
+def engine_settings(args: argparse.Namespace) -> JsonObject:
+    """Keywords of `EngineConfig` for the options that were given."""
     return {name: value for name in ("device", "dtype") if (value := getattr(args, name, None)) is not None}
 
 
-def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `SamplingParams` that were given, checked now, before a model is loaded. Raises `RequestError`."""
-    given = {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
-    SamplingParams(**given)
-    return given
+def sampling_settings(args: argparse.Namespace) -> JsonObject:
+    """Keywords of `SamplingParams` for the options that were given.
+
+    They are validated now, before a model is loaded. Raises `RequestError`.
+    """
+    settings = {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+    SamplingParams(**settings)
+    return settings
 
 
 def positive(text: str) -> int:
@@ -70,12 +74,11 @@ def positive(text: str) -> int:
     return value
 
 
-def names_of(text: str, known: tuple[str, ...]) -> list[str]:
-    """A comma-separated choice among `known`. Raises `ConfigurationError` naming what there is."""
+def names_from(text: str, choices: tuple[str, ...]) -> list[str]:
+    """The names in a comma-separated list. Raises `ConfigurationError` for one that is not among `choices`."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ConfigurationError(
-            f"there is no {', '.join(map(repr, unknown)) or 'choice given'}: choose from {', '.join(known)}"
-        )
+    if not names:
+        raise ConfigurationError(f"the list is empty: choose from {', '.join(choices)}")
+    if unknown := [name for name in names if name not in choices]:
+        raise ConfigurationError(f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(choices)}")
     return names

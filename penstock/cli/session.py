@@ -1,7 +1,7 @@
-"""An engine for the length of one command, and one request streamed from it.
+"""An engine for the duration of one command, and one request streamed from it.
 
-Owns loading, leaving and the CLI's event loop. Signals are handled here and in no lower layer: `asyncio.Runner` turns
-Ctrl-C into the cancellation of what it runs, and so into the abort of the request. Called by the commands.
+Owns loading, interruption and the CLI's event loop. Signals are handled here and in no lower layer: `asyncio.Runner`
+turns Ctrl-C into the cancellation of what it runs, which aborts the request. Called by the commands.
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from penstock.api.event_loop import new_event_loop
 from penstock.api.prompt import Prompt
-from penstock.cli.terminal import note, waiting_for
+from penstock.api.protocols import Engine
+from penstock.cli.terminal import note, status_line
 from penstock.engine.inference import InferenceEngine
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
 
 T = TypeVar("T")
 
-INTERRUPTED = 130  # what shells expect after Ctrl-C
+JsonObject = dict[str, Any]  # plain data for a JSON document
+INTERRUPTED = 130  # the exit code that shells expect after Ctrl-C
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds as the reader saw them, and new tokens of all completions."""
+    """Seconds as seen by the reader, and the new tokens of all completions."""
 
     first_token_s: float
     total_s: float
@@ -39,15 +41,18 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens over the whole time, prefill included."""
+        """New tokens over the total time, prefill included."""
         return self.num_tokens / self.total_s if self.total_s > 0 else 0.0
 
 
 @contextlib.contextmanager
 def loaded_engine(model: Any = None, tokenizer: Any = None, **settings: Any) -> Iterator[InferenceEngine]:
-    """A started engine; stopped, with whatever still runs aborted, at the end. Raises `ConfigurationError`."""
+    """A started engine with the arguments of `InferenceEngine`; at the end it aborts all requests and stops.
+
+    Raises `ConfigurationError`.
+    """
     engine = InferenceEngine(model, tokenizer, **settings)
-    with leaving_at_once(), waiting_for(f"loading {model if isinstance(model, str) else 'the model'} ..."):
+    with exit_on_interrupt(), status_line(f"loading {model if isinstance(model, str) else 'the model'} ..."):
         quiet_libraries()
         engine.start()
     try:
@@ -57,8 +62,8 @@ def loaded_engine(model: Any = None, tokenizer: Any = None, **settings: Any) -> 
 
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process. The reading of weights cannot be cancelled, and a regular exit would wait for it."""
+def exit_on_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once: loading weights cannot be cancelled, and a regular exit would wait for it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -69,7 +74,7 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """No bar for weights that load in a moment, no chatter; bars of downloads stay."""
+    """Silence transformers, and the progress bar of loading weights; the bars of downloads stay."""
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
@@ -79,47 +84,51 @@ def quiet_libraries() -> None:
         enable_progress_bars()
 
 
-def event_loop() -> asyncio.Runner:
-    """A loop of the CLI's own, uvloop's where that is installed."""
+def new_runner() -> asyncio.Runner:
+    """A runner with the CLI's own event loop, uvloop's where that is installed."""
     return asyncio.Runner(loop_factory=new_event_loop)
 
 
-def params_for(engine: InferenceEngine, given: dict[str, Any], max_tokens: int) -> SamplingParams:
-    """The model's own defaults, with `max_tokens` where these have none, and what was given on the command line."""
-    return replace(engine.default_params(max_tokens), **given)
+def params_with(engine: InferenceEngine, settings: Mapping[str, Any], max_tokens: int) -> SamplingParams:
+    """The model's defaults, with `max_tokens` where they have none, overridden by the settings of the command line."""
+    return replace(engine.default_params(max_tokens), **settings)
 
 
 async def stream(
-    engine: InferenceEngine, prompt: Prompt, params: SamplingParams, show: Callable[[Delta], None]
+    engine: Engine, prompt: Prompt, params: SamplingParams, show: Callable[[Delta], None]
 ) -> tuple[RequestOutput, Timing]:
-    """Run one request and show every delta as it comes. Being cancelled, or `show` raising, aborts the request."""
-    begin, first = time.perf_counter(), None
+    """Run one request and show every delta as it arrives.
+
+    Being cancelled aborts the request, and so does an exception of `show`.
+    """
+    start_s, first_token_s = time.perf_counter(), None
     async with engine.generate(prompt, params) as handle:
         async for delta in handle:
-            if first is None and delta.token_ids:
-                first = time.perf_counter() - begin
+            if first_token_s is None and delta.token_ids:
+                first_token_s = time.perf_counter() - start_s
             show(delta)
         output = await handle
-    total = time.perf_counter() - begin
-    return output, Timing(total if first is None else first, total, sum(len(out.token_ids) for out in output.outputs))
+    total_s = time.perf_counter() - start_s
+    num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+    return output, Timing(total_s if first_token_s is None else first_token_s, total_s, num_tokens)
 
 
-def alone(function: Callable[..., T], *args: Any) -> T:
-    """Run on a thread of its own that ends with it.
+def run_on_own_thread(function: Callable[..., T], *args: object) -> T:
+    """Call a function on a thread that ends with the call.
 
-    PyTorch's helpers belong to the thread that computes. While two such teams exist on one machine, OpenMP puts waiting
-    helpers to sleep, and small operations take twice as long: neither side may leave a team behind.
+    PyTorch's worker threads belong to the thread that computes. While two such teams exist on one machine, OpenMP puts
+    waiting workers to sleep, and small operations take twice as long: engine and baseline must not leave a team behind.
     """
-    result: Future[T] = Future()
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            result.set_result(function(*args))
+            future.set_result(function(*args))
         except BaseException as error:
-            result.set_exception(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=work, name="penstock-alone", daemon=True)
+    thread = threading.Thread(target=work, name="penstock-cli", daemon=True)
     thread.start()
-    found = result.result()
+    result = future.result()
     thread.join()
-    return found
+    return result

@@ -1,6 +1,6 @@
-"""What a person sees: notes on stderr, dimmed text, and a stdout that may be closed at any moment.
+"""Terminal output: notes on stderr, dimmed text, and a stdout that may be closed at any moment.
 
-Never prints results; those are the commands' own. Called by every command.
+Never prints results; the commands do. Called by every command.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+DIM, RESET, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 
 
-def fill_standard_streams() -> None:
-    """Open what a caller closed (`>&-`) on nothing: else the event loop's own files would take those numbers."""
+def open_standard_streams() -> None:
+    """Open closed standard streams (`>&-`) on /dev/null: else files of the event loop would get their numbers."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -23,38 +23,38 @@ def fill_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process exits
 
 
 def has_colors(stream: TextIO) -> bool:
-    """Whether escape sequences make sense there: a terminal, and nobody set NO_COLOR."""
+    """Whether to write escape sequences: the stream is a terminal and NO_COLOR is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def dim(text: str, stream: TextIO) -> str:
-    """`text`, paler where the stream can show that."""
-    return f"{DIM}{text}{PLAIN}" if text and has_colors(stream) else text
+    """`text`, dimmed where the stream can show that."""
+    return f"{DIM}{text}{RESET}" if text and has_colors(stream) else text
 
 
 def write(text: str) -> None:
-    """Text to stdout, at once. Raises `BrokenPipeError` when nobody reads it any more."""
+    """Write text to stdout and flush. Raises `BrokenPipeError` if its reader is gone."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A line for the person, on stderr."""
+    """Print a line for the user on stderr."""
     print(dim(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; its type where it has none."""
+    """An error's message without line breaks; its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
-def waiting_for(text: str) -> Iterator[None]:
-    """Show a line on a terminal's stderr for as long as something takes."""
+def status_line(text: str) -> Iterator[None]:
+    """Show a line on stderr, if that is a terminal, until the block ends."""
     if not has_colors(sys.stderr):
         yield
         return
@@ -65,14 +65,14 @@ def waiting_for(text: str) -> Iterator[None]:
         print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
-def forgive_encoding() -> None:
-    """A terminal that cannot show a character shows a question mark; no generation fails for it."""
+def replace_unencodable() -> None:
+    """Print a question mark for a character that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def abandon_stdout() -> None:
-    """After a `BrokenPipeError`: let the interpreter's last flush go nowhere instead of complaining."""
+    """After a `BrokenPipeError`: redirect stdout, so that the interpreter's last flush does not fail."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,7 @@
-"""The workloads of `penstock bench`: fixed sizes, random token ids, greedy, EOS ignored, so that all do the same work.
+"""The workloads of `penstock bench`: fixed sizes, random token ids, greedy, no stop at EOS: every run does equal work.
 
-Pure functions of a name, a repeat and a model's limits. Never the same ids in two repeats: no cache of the last repeat
-can help, while whatever requests share within one repeat may be shared.
+Pure functions of a name, a repeat and a model's limits. No two repeats have the same ids, so that no cache helps from
+one repeat to the next; what requests share within a repeat may be shared.
 """
 
 from __future__ import annotations
@@ -12,54 +12,58 @@ from dataclasses import dataclass, replace
 
 from penstock.errors import ConfigurationError
 
-# One request: its prompt's token ids and how many new tokens it wants.
+# The prompt's token ids and the number of new tokens of each request.
 Work = Sequence[tuple[list[int], int]]
 LOWEST_ID, HIGHEST_ID = 3, 7000
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Tokens per request: `shared` by all, then `own` of each, then `output` new ones.
+    """Sizes in tokens: a prefix that all requests share, `unique` prompt tokens of each, and `output` new ones.
 
-    `ragged` draws each request's own and output tokens uniformly from an eighth of these numbers up to all of them.
+    With `ragged` each request's unique and output tokens are drawn uniformly between an eighth of these numbers and all
+    of them.
     """
 
     name: str
     num_requests: int
     shared: int
-    own: int
+    unique: int
     output: int
     ragged: bool = False
 
     @property
-    def longest(self) -> int:
-        """Most tokens that one request may come to."""
-        return self.shared + self.own + self.output
+    def max_length(self) -> int:
+        """Maximum tokens of one request."""
+        return self.shared + self.unique + self.output
 
-    def fitted(self, max_length: int) -> Workload:
-        """The same shape within `max_length` tokens per request. Raises `ConfigurationError` below 2."""
-        if max_length < 2:
-            raise ConfigurationError(f"a model of {max_length} tokens has no room for prompt and output: use another")
-        if self.longest <= max_length:
+    def fitted(self, limit: int) -> Workload:
+        """The same proportions within `limit` tokens per request. Raises `ConfigurationError` below 2."""
+        if limit < 2:
+            raise ConfigurationError(
+                f"a context of {limit} tokens is too short for prompt and output: use another model"
+            )
+        if self.max_length <= limit:
             return self
-        scale = max_length / self.longest
+        scale = limit / self.max_length
         output = max(1, int(self.output * scale))
-        own = min(max(1, int(self.own * scale)), max_length - output)
-        return replace(self, shared=min(int(self.shared * scale), max_length - own - output), own=own, output=output)
+        unique = min(max(1, int(self.unique * scale)), limit - output)
+        shared = min(int(self.shared * scale), limit - unique - output)
+        return replace(self, shared=shared, unique=unique, output=output)
 
     def draw(self, repeat: int, vocab_size: int) -> Work:
-        """The requests of one repeat: lengths are the same in all repeats, ids in none."""
+        """The requests of one repeat: the same lengths in all repeats, but other ids."""
         lengths, ids = random.Random(self.name), random.Random(f"{self.name}/{repeat}")
         prefix = _ids(ids, self.shared, vocab_size)
-        sizes = [(self._size(lengths, self.own), self._size(lengths, self.output)) for _ in range(self.num_requests)]
-        return [(prefix + _ids(ids, own, vocab_size), output) for own, output in sizes]
+        sizes = [(self._size(lengths, self.unique), self._size(lengths, self.output)) for _ in range(self.num_requests)]
+        return [(prefix + _ids(ids, unique, vocab_size), output) for unique, output in sizes]
 
-    def _size(self, rng: random.Random, most: int) -> int:
-        return rng.randint(max(1, most // 8), most) if self.ragged else most
+    def _size(self, rng: random.Random, size: int) -> int:
+        return rng.randint(max(1, size // 8), size) if self.ragged else size
 
 
 def _ids(rng: random.Random, count: int, vocab_size: int) -> list[int]:
-    """Ids that any tokenizer would call ordinary, as far as the vocabulary has such."""
+    """Ids of ordinary tokens in any tokenizer, as far as the vocabulary allows."""
     high = min(vocab_size, HIGHEST_ID)
     low = min(LOWEST_ID, high - 1)
     return [rng.randrange(low, high) for _ in range(count)]
@@ -80,5 +84,5 @@ WARM_UP = Workload("warm-up", 2, 0, 32, 8)
 
 
 def cache_tokens(works: Sequence[Work], block_size: int) -> int:
-    """K/V cache tokens with which the largest of these workloads never waits for room."""
+    """The size of a K/V cache, in tokens, in which the largest of these workloads fits."""
     return max(sum(-(-(len(prompt) + output) // block_size) * block_size for prompt, output in work) for work in works)

@@ -19,17 +19,17 @@ import pytest
 from penstock import ConfigurationError, Delta, InferenceEngine, SamplingParams, ScriptedModel
 from penstock.cli import main
 from penstock.cli.chat import Conversation
-from penstock.cli.doctor import as_text, label, shown
-from penstock.cli.findings import Finding, find_problems
-from penstock.cli.generate import Turns, read_prompt
-from penstock.cli.measuring import overall_ratio, percentiles
+from penstock.cli.doctor import as_text, formatted, label
+from penstock.cli.generate import OrderedCompletions, read_prompt
+from penstock.cli.measurements import overall_ratio, percentiles
+from penstock.cli.problems import Problem, find_problems
 from penstock.cli.session import stream
 from penstock.cli.workloads import WORKLOADS, Workload, cache_tokens
 from penstock.demo import MODEL_DIR
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
 def command(*args: str) -> list[str]:
@@ -39,20 +39,20 @@ def command(*args: str) -> list[str]:
 def penstock(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        command(*args), input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, env=ENVIRONMENT, check=False
+        command(*args), input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S, env=ENVIRONMENT, check=False
     )
 
 
-def hear_ctrl_c() -> None:
-    """A shell has what it starts in the background ignore it."""
+def accept_ctrl_c() -> None:
+    """Undo what a shell does for programs in the background, which ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
 def running(*args: str) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs meanwhile; never left behind. It hears Ctrl-C, even where the tests run in the background."""
+    """A command that runs during the block and is killed at its end. It receives Ctrl-C even in the background."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command(*args), text=True, env=ENVIRONMENT, preexec_fn=hear_ctrl_c, **pipes) as process:
+    with subprocess.Popen(command(*args), text=True, env=ENVIRONMENT, preexec_fn=accept_ctrl_c, **pipes) as process:
         try:
             yield process
         finally:
@@ -64,7 +64,7 @@ def wait_for(text: str, stream: Any) -> None:
     assert any(text in line for line in stream), f"{text!r} did not come"
 
 
-# The real thing.
+# Real processes.
 
 
 def test_help_and_version_load_no_model_library() -> None:
@@ -73,25 +73,25 @@ def test_help_and_version_load_no_model_library() -> None:
             "import sys\nfrom penstock.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
             "    assert end.code == 0\nassert not {'torch', 'transformers'} & sys.modules.keys()"
         )
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", code, *option.split()], env=ENVIRONMENT, capture_output=True, check=False
         )
-        assert done.returncode == 0, done.stderr
-        assert b"penstock" in done.stdout
+        assert completed.returncode == 0, completed.stderr
+        assert b"penstock" in completed.stdout
 
 
-def test_generate_tells_what_it_made_and_how_fast() -> None:
-    asked = ("--max-tokens", "5", "--n", "2", "--seed", "3", "--logprobs", "2", "--json", "--stats")
-    done = penstock("generate", "-", *asked, stdin="import ")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["prompt"] == "import "
-    assert [out["index"] for out in found["outputs"]] == [0, 1]
-    assert all(len(out["token_ids"]) == len(out["logprobs"]) <= 5 for out in found["outputs"])
-    assert found["usage"]["completion_tokens"] == sum(len(out["token_ids"]) for out in found["outputs"])
-    assert found["stats"]["tokens_per_s"] > 0
-    assert "first token after" in done.stderr
-    assert done.stderr.count("\n") == 1  # no library's progress bar
+def test_generate_reports_output_and_speed() -> None:
+    options = ("--max-tokens", "5", "--n", "2", "--seed", "3", "--logprobs", "2", "--json", "--stats")
+    completed = penstock("generate", "-", *options, stdin="import ")
+    assert completed.returncode == 0, completed.stderr
+    document = json.loads(completed.stdout)
+    assert document["prompt"] == "import "
+    assert [out["index"] for out in document["outputs"]] == [0, 1]
+    assert all(len(out["token_ids"]) == len(out["logprobs"]) <= 5 for out in document["outputs"])
+    assert document["usage"]["completion_tokens"] == sum(len(out["token_ids"]) for out in document["outputs"])
+    assert document["stats"]["tokens_per_s"] > 0
+    assert "first token after" in completed.stderr
+    assert completed.stderr.count("\n") == 1  # no library's progress bar
 
 
 def test_ctrl_c_cancels_a_generation() -> None:
@@ -99,9 +99,9 @@ def test_ctrl_c_cancels_a_generation() -> None:
         assert process.stdout is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=PATIENCE_S)
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
-    assert said.strip() == "interrupted: the generation was cancelled"
+    assert stderr.strip() == "interrupted: the generation was cancelled"
 
 
 def test_closed_stdout_ends_a_generation_quietly() -> None:
@@ -110,7 +110,7 @@ def test_closed_stdout_ends_a_generation_quietly() -> None:
         assert process.stderr is not None
         assert process.stdout.readline()
         process.stdout.close()
-        assert process.wait(PATIENCE_S) == 0
+        assert process.wait(TIMEOUT_S) == 0
         assert process.stderr.read() == ""
 
 
@@ -126,36 +126,36 @@ def test_ctrl_c_cancels_an_answer_and_then_leaves_the_chat() -> None:
         wait_for("cancelled", process.stderr)
         process.stdin.write("/reset\n")
         process.stdin.flush()
-        wait_for("the conversation is forgotten", process.stderr)
+        wait_for("started a new conversation", process.stderr)
         process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE_S) == 0
+        assert process.wait(TIMEOUT_S) == 0
         assert "Traceback" not in process.stderr.read()
 
 
 def test_bench_prints_one_line_with_the_ratio() -> None:
-    done = penstock("bench", "--shape", "llama-15m", "--workloads", "single", "--repeats", "1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    found = json.loads(done.stdout)
-    single = found["workloads"]["single"]
-    assert found["ratio"] == single["ratio"] > 0
+    completed = penstock("bench", "--shape", "llama-15m", "--workloads", "single", "--repeats", "1")
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.count("\n") == 1
+    document = json.loads(completed.stdout)
+    single = document["workloads"]["single"]
+    assert document["ratio"] == single["ratio"] > 0
     assert single["output_tokens"] == 64
     assert single["engine"]["first_token_s"]["p50"] > 0
     assert single["engine"]["inter_token_s"].keys() == {"p50", "p95", "p99"}
-    assert "transformers tok/s" in done.stderr
+    assert "transformers tok/s" in completed.stderr
 
 
-def test_doctor_examines_everything() -> None:
-    done = penstock("doctor", "--json")
-    found = json.loads(done.stdout)
-    assert done.returncode == 0, found["problems"]
-    assert found["ok"]
-    assert found["hardware"]["cores"] >= 1
-    assert found["cache"]["tokens"] >= found["cache"]["longest_sequence"]
-    assert found["speed"]["16_streams_tokens_per_s"] > 0
+def test_doctor_reports_every_section() -> None:
+    completed = penstock("doctor", "--json")
+    document = json.loads(completed.stdout)
+    assert completed.returncode == 0, document["problems"]
+    assert document["ok"]
+    assert document["hardware"]["cores"] >= 1
+    assert document["cache"]["tokens"] >= document["cache"]["longest_sequence"]
+    assert document["speed"]["16_streams_tokens_per_s"] > 0
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,22 @@ def test_doctor_examines_everything() -> None:
     [
         (["generate", "--model", "./nowhere", "x"], "there is no model folder ./nowhere"),
         (["generate", "--temperature", "-1", "x"], "temperature must be"),
-        (["generate", "--logprobs", "1", "x"], "add --json"),
-        (["bench", "--workloads", "single,huge"], "choose from single, prefill"),
+        (["generate", "--logprobs", "1", "x"], "needs JSON output: add --json"),
+        (["bench", "--workloads", "single,huge"], "unknown: 'huge'; choose from single, prefill"),
+        (["bench", "--workloads", ","], "the list is empty: choose from single, prefill"),
         (["bench", "--shape", "llama-15m", "--model", "m"], "exclude each other"),
     ],
 )
-def test_mistake_is_told_in_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_is_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
-    out, said = capsys.readouterr()
+    out, err = capsys.readouterr()
     assert out == ""
-    assert said.startswith("penstock: error: ")
-    assert message in said
-    assert said.count("\n") == 1
+    assert err.startswith("penstock: error: ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
-def test_wrong_option_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_option_is_an_error_of_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["generate", "--max-tokens", "many", "x"])
     assert ended.value.code == 2
@@ -199,7 +200,7 @@ def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("ending", [asyncio.CancelledError, BrokenPipeError])
-async def test_stream_that_nobody_reads_any_more_aborts_its_request(ending: type[BaseException]) -> None:
+async def test_stream_without_a_reader_aborts_its_request(ending: type[BaseException]) -> None:
     def show(delta: Delta) -> None:
         raise ending
 
@@ -220,39 +221,39 @@ def test_prompt_comes_from_the_argument_or_from_stdin() -> None:
 
 
 def test_completions_are_shown_one_after_the_other() -> None:
-    turns = Turns(2)
+    completions = OrderedCompletions(2)
     pushed = [(0, "a", None), (1, "c", None), (0, "b", None), (1, "d\n", "stop"), (0, "", "length")]
-    shown = [turns.push(Delta("r", index, text, finish_reason=end)) for index, text, end in pushed]
-    assert shown == ["--- 1 of 2 ---\na", "", "b", "", "\n--- 2 of 2 ---\ncd\n"]
+    outputs = [completions.push(Delta("r", index, text, finish_reason=end)) for index, text, end in pushed]
+    assert outputs == ["--- 1 of 2 ---\na", "", "b", "", "\n--- 2 of 2 ---\ncd\n"]
 
 
 def test_single_completion_ends_with_one_line_break() -> None:
-    assert Turns(1).push(Delta("r", 0, "a", finish_reason="stop")) == "a\n"
-    assert Turns(1).push(Delta("r", 0, "a\n", finish_reason="stop")) == "a\n"
+    assert OrderedCompletions(1).push(Delta("r", 0, "a", finish_reason="stop")) == "a\n"
+    assert OrderedCompletions(1).push(Delta("r", 0, "a\n", finish_reason="stop")) == "a\n"
 
 
-def test_conversation_remembers_whole_exchanges() -> None:
-    talk = Conversation(chats=True, system="Be brief.")
-    talk.add("one", "1")
-    talk.add("two", "")
-    roles = [message["role"] for message in talk.prompt("three")]  # type: ignore[union-attr,index]
+def test_conversation_holds_messages_with_their_answers() -> None:
+    conversation = Conversation(has_template=True, system="Be brief.")
+    conversation.add("one", "1")
+    conversation.add("two", "")
+    roles = [message["role"] for message in conversation.prompt("three")]  # type: ignore[union-attr,index]
     assert roles == ["system", "user", "assistant", "user"]
-    assert talk.forget_oldest()
-    assert not talk.forget_oldest()
-    assert Conversation(chats=False).prompt("def f") == "def f"
+    assert conversation.drop_oldest()
+    assert not conversation.drop_oldest()
+    assert Conversation(has_template=False).prompt("def f") == "def f"
 
 
-def test_slash_commands_are_obeyed() -> None:
-    talk = Conversation(chats=True, turns=[("a", "b")])
-    assert "with this system message" in (talk.obey("/system Be kind.") or "")
-    assert (talk.system, talk.turns) == ("Be kind.", [])
-    assert talk.obey("/exit") is None
-    assert "/reset" in (talk.obey("/unknown") or "")
-    assert "completes" in (Conversation(chats=False).obey("/system x") or "")
+def test_slash_commands_are_executed() -> None:
+    conversation = Conversation(has_template=True, turns=[("a", "b")])
+    assert "with this system message" in (conversation.execute("/system Be kind.") or "")
+    assert (conversation.system, conversation.turns) == ("Be kind.", [])
+    assert conversation.execute("/exit") is None
+    assert "/reset" in (conversation.execute("/unknown") or "")
+    assert "completes" in (Conversation(has_template=False).execute("/system x") or "")
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_repeats_have_the_same_lengths_and_other_ids(name: str) -> None:
+def test_repeats_have_the_same_lengths_and_different_ids(name: str) -> None:
     first, second = (WORKLOADS[name].draw(repeat, vocab_size=100) for repeat in (0, 1))
     assert [(len(prompt), count) for prompt, count in first] == [(len(prompt), count) for prompt, count in second]
     assert first != second
@@ -262,11 +263,11 @@ def test_repeats_have_the_same_lengths_and_other_ids(name: str) -> None:
     assert all(prompt[:shared] == first[0][0][:shared] for prompt, _ in first)
 
 
-@pytest.mark.parametrize("max_length", [2, 3, 40, 576, 4096])
-def test_workloads_fit_every_model(max_length: int) -> None:
+@pytest.mark.parametrize("limit", [2, 3, 40, 576, 4096])
+def test_workloads_fit_every_model(limit: int) -> None:
     for workload in WORKLOADS.values():
-        assert workload.fitted(max_length).longest <= max_length
-        assert all(prompt and count for prompt, count in workload.fitted(max_length).draw(0, vocab_size=2))
+        assert workload.fitted(limit).max_length <= limit
+        assert all(prompt and count for prompt, count in workload.fitted(limit).draw(0, vocab_size=2))
     assert WORKLOADS["single"].fitted(4096) == WORKLOADS["single"]
     assert WORKLOADS["prefix32"].fitted(288) == Workload("prefix32", 32, 256, 16, 16)
 
@@ -282,7 +283,7 @@ def test_percentiles_are_by_nearest_rank() -> None:
     assert overall_ratio([]) is None
 
 
-def test_problems_are_found_and_weighed() -> None:
+def test_problems_are_found_and_rated() -> None:
     report: dict[str, dict[str, Any]] = {
         "versions": {"torch": "2.5.1+cpu", "transformers": "5.23.0", "uvloop": "0.21"},
         "hardware": {"threads": 1, "cores": 8, "ram_free_bytes": 1 << 20, "nvidia_driver": True, "cuda_devices": []},
@@ -290,18 +291,18 @@ def test_problems_are_found_and_weighed() -> None:
         "model": {"dtype": "bfloat16"},
         "rates": {"matmul_gflop_per_s": 10.0, "matmul_float32_gflop_per_s": 100.0},
     }
-    found = find_problems(report)
-    assert [finding.broken for finding in found] == [True, False, False, False, False, False]
-    assert "BROKEN: torch 2.5.1+cpu is too old" in as_text(report, found)
+    problems = find_problems(report)
+    assert [problem.is_fatal for problem in problems] == [True, False, False, False, False, False]
+    assert "BROKEN: torch 2.5.1+cpu is too old" in as_text(report, problems)
     assert find_problems({}) == []
-    assert Finding("p", "r").as_json() == {"problem": "p", "remedy": "r", "broken": False}
+    assert Problem("p", "r").as_json() == {"problem": "p", "remedy": "r", "broken": False}
 
 
-def test_doctor_says_units() -> None:
-    assert shown("size_bytes", 3 << 20) == "3.0 MiB"
-    assert shown("first_token_s", 0.0123) == "12.3 ms"
-    assert shown("memory_gb_per_s", 20.0) == "20.0 GB/s"
-    assert (shown("x", None), shown("x", True), shown("tokens", 65552)) == ("none", "yes", "65,552")
+def test_doctor_prints_units() -> None:
+    assert formatted("size_bytes", 3 << 20) == "3.0 MiB"
+    assert formatted("first_token_s", 0.0123) == "12.3 ms"
+    assert formatted("memory_gb_per_s", 20.0) == "20.0 GB/s"
+    assert (formatted("x", None), formatted("x", True), formatted("tokens", 65552)) == ("none", "yes", "65,552")
     assert label("16_streams_tokens_per_s") == "16 streams"
 
 
@@ -309,5 +310,5 @@ def test_closed_and_full_outputs_end_without_a_traceback() -> None:
     """A closed stdout used to abort inside the event loop, a full disk to show a traceback."""
     for where, code in ((">&-", 0), (">/dev/full", 2)):
         shell = f'"{sys.executable}" -m penstock generate x --max-tokens 2 {where}'
-        done = subprocess.run(["bash", "-c", shell], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        completed = subprocess.run(["bash", "-c", shell], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert (completed.returncode, "Traceback" in completed.stderr) == (code, False), completed.stderr
