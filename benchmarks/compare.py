@@ -1,12 +1,12 @@
-"""How fast is this engine beside the others that one could pick?
+"""How fast is this engine compared with other engines?
 
-Sittings: in each one every engine runs the workloads once, in a fresh process, one at a time, in an order that
-rotates. Medians over the sittings are compared, so that a machine that is slower at times is slower for everybody.
-What the machine can do at most is measured in the same sittings.
+In each run every engine measures the workloads once, in a fresh process, one engine at a time, in rotating order.
+Medians over the runs are compared, so that a machine that is slower at times is slower for every engine. The limits of
+the machine are measured in the same runs.
 
-Every measurement is appended to a file as it is taken. A run that was cut off goes on where it stopped; what is in the
-file is not measured again, so after a change of this engine name another file. --report-only makes the report from what
-is there. The report goes to docs/performance.md, where sections of other benchmarks stay as they are.
+Every measurement is appended to a file as it is taken, and an interrupted comparison resumes where it stopped. What the
+file contains is not measured again, so name another file after a change of this engine. --report-only writes the report
+from the file. It goes to docs/performance.md, where the sections of other benchmarks stay as they are.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from harness.console import finish, note, show
 from harness.options import parser_for
 from harness.processes import ROOT
 from harness.report import render
-from harness.sections import kept
-from harness.sittings import hold
+from harness.runs import measure_runs
+from harness.sections import sections_of
 from harness.summary import summarize
 from peers.workloads import WORKLOADS, parse
 
@@ -30,23 +30,23 @@ EPILOG = """peers, each in a virtual environment of its own (peers/run_*.py say 
   --peer vllm=/path/bin/python   or one by one; KIND=PYTHON,MODEL where it needs a folder of its own
 
 examples:
-  python benchmarks/compare.py --peers benchmarks/peers/peers.toml --sittings 3
-  python benchmarks/compare.py --peer transformers=python --workloads single,batch8 --sittings 1
+  python benchmarks/compare.py --peers benchmarks/peers/peers.toml --runs 3
+  python benchmarks/compare.py --peer transformers=python --workloads single,batch8 --runs 1
   python benchmarks/compare.py --report-only
 """
 COMMAND = "python benchmarks/compare.py --peers benchmarks/peers/peers.toml"
 
 
 def command(args: argparse.Namespace) -> str:
-    """What measures the same again: the settings of this engine, sittings and repeats as they were given."""
+    """The command that repeats the comparison, with the same settings, runs and repeats."""
     settings = "".join(f" --set {setting}" for setting in args.set)
-    return f"{COMMAND} --sittings {args.sittings} --repeats {args.repeats}{settings}"
+    return f"{COMMAND} --runs {args.runs} --repeats {args.repeats}{settings}"
 
 
-def print_ratios(found: dict[str, Any]) -> None:
+def print_ratios(summary: dict[str, Any]) -> None:
     """A table for each of our engines."""
-    for name, peers in found["ratios"].items():
-        columns = [*found["requests"], "mean"]
+    for name, peers in summary["ratios"].items():
+        columns = [*summary["requests"], "mean"]
         rows = [[peer, *map(ratio.get, columns)] for peer, ratio in peers.items()]
         show(f"{name} is so many times as fast as", ("engine", *columns), rows)
 
@@ -67,16 +67,16 @@ def run(args: argparse.Namespace) -> None:
     """Measure, and write the report."""
     results, model = results_of(args), model_name(args)
     if not args.report_only:
-        hold(plan_of(args, args.workloads), engines_of(args), results)
-    found = summarize(results, model, [workload.name for workload in args.workloads])
-    if not found["engines"]:
+        measure_runs(plan_of(args, args.workloads), engines_of(args), results)
+    summary = summarize(results, model, [workload.name for workload in args.workloads])
+    if not summary["engines"]:
         raise SystemExit(f"there is no measurement of {model} in {results.path}")
-    print_ratios(found)
-    others = kept(args.report.read_text(encoding="utf-8")) if args.report.exists() else ""
-    text = render(found, command(args)) + (f"\n{others}" if others else "")
+    print_ratios(summary)
+    other_sections = sections_of(args.report.read_text(encoding="utf-8")) if args.report.exists() else ""
+    text = render(summary, command(args)) + (f"\n{other_sections}" if other_sections else "")
     args.report.write_text(text, encoding="utf-8")
     note(f"measurements: {results.path}\nreport: {args.report}")
-    finish(found)
+    finish(summary)
 
 
 if __name__ == "__main__":

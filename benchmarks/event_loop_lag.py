@@ -1,10 +1,10 @@
 """How long does the engine keep the program's own event loop from running?
 
 A heartbeat coroutine wakes every 5 ms in the loop that uses the engine; its lag is how late it wakes. Four phases:
-prefills of 4,000 tokens, 64 streams at once, the tokenizing of a 1 MB prompt (which is then refused as too large), and
-the start of another engine, on the demo model and a tokenizer of 100,000 words that the program has made before.
-The model is a small random Llama, so that the machine's time goes into everything around the model. The last line of
-the output is JSON: p50, p99 and max lag in milliseconds by phase, and the same of an idle loop for comparison.
+prefills of 4,000 tokens, 64 concurrent streams, tokenizing a 1 MB prompt (which is then refused as too large), and
+the start of another engine, with the demo model and a tokenizer of 100,000 words that was created before. The model is
+a small random Llama, so that most of the time is spent outside the model. The last line of the output is JSON: p50, p99
+and max lag in milliseconds by phase, and the same for an idle loop as a baseline.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ Phase = Callable[[InferenceEngine], Awaitable[None]]
 
 
 async def heartbeat(lags_s: list[float]) -> None:
-    """Note how late every beat comes."""
+    """Record how late every beat is."""
     while True:
-        due = time.perf_counter() + PERIOD_S
+        due_s = time.perf_counter() + PERIOD_S
         await asyncio.sleep(PERIOD_S)
-        lags_s.append(time.perf_counter() - due)
+        lags_s.append(time.perf_counter() - due_s)
 
 
 async def idle(engine: InferenceEngine) -> None:
-    """What the machine and the loop do by themselves."""
+    """The baseline: nothing runs."""
     await asyncio.sleep(0.5)
 
 
 async def prefill(engine: InferenceEngine) -> None:
-    """A few long prompts, one after the other, with nothing in common that a cache could keep."""
-    for first in range(NUM_PREFILLS):
-        await engine.generate([first + i % 200 for i in range(PREFILL_TOKENS)], SamplingParams(max_tokens=1))
+    """A few long prompts, one after the other, that share no prefix."""
+    for offset in range(NUM_PREFILLS):
+        await engine.generate([offset + i % 200 for i in range(PREFILL_TOKENS)], SamplingParams(max_tokens=1))
 
 
 async def stream(engine: InferenceEngine) -> None:
@@ -72,36 +72,36 @@ async def tokenize(engine: InferenceEngine) -> None:
 
 
 async def start(engine: InferenceEngine) -> None:
-    """Another engine: its model is read, tried and packed, its tokenizer copied."""
+    """Start another engine: its model is read, tried and packed, its tokenizer copied."""
     STARTED.append(InferenceEngine(MODEL_DIR, large_tokenizer(), kv_cache_tokens=1024))
     await asyncio.to_thread(STARTED[-1].start)
 
 
-STARTED: list[InferenceEngine] = []  # kept, so that their ends are not measured
+STARTED: list[InferenceEngine] = []  # so that their destruction is not measured
 PHASES: dict[str, Phase] = {"idle": idle, "prefill": prefill, "stream": stream, "tokenize": tokenize, "start": start}
 
 
 async def lag_ms(engine: InferenceEngine, phase: Phase) -> dict[str, float]:
     """Percentiles of the heartbeat's lag while a phase runs, in milliseconds."""
     lags_s: list[float] = []
-    beating = asyncio.create_task(heartbeat(lags_s))
+    heartbeat_task = asyncio.create_task(heartbeat(lags_s))
     await asyncio.sleep(2 * PERIOD_S)
     lags_s.clear()
     await phase(engine)
-    await asyncio.sleep(2 * PERIOD_S)  # what held the loop up at the end counts as well
-    beating.cancel()
+    await asyncio.sleep(2 * PERIOD_S)  # a delay at the very end counts too
+    heartbeat_task.cancel()
     ordered = sorted(1000 * lag for lag in lags_s)
-    found = {f"p{q}": ordered[min(len(ordered) - 1, q * len(ordered) // 100)] for q in (50, 99)}
-    return {"beats": len(ordered), **found, "max": ordered[-1]}
+    percentiles = {f"p{q}": ordered[min(len(ordered) - 1, q * len(ordered) // 100)] for q in (50, 99)}
+    return {"beats": len(ordered), **percentiles, "max": ordered[-1]}
 
 
 async def measure(engine: InferenceEngine) -> dict[str, dict[str, float]]:
-    """Every phase once, after a first one that is not counted."""
+    """Every phase once, after an unmeasured warm-up."""
     async with engine:
         await engine.generate("Warm up.", SamplingParams(max_tokens=4))
         await start(engine)
         gc.collect()
-        gc.freeze()  # what the interpreter takes to look at all that was imported is not the engine's
+        gc.freeze()  # garbage collection of imported modules is not the engine's work
         return {name: await lag_ms(engine, phase) for name, phase in PHASES.items()}
 
 

@@ -1,9 +1,9 @@
-"""What of an inference engine's usual promises comes true here, beside plain transformers on the same model?
+"""Does the engine keep the usual promises of an inference engine, compared with plain transformers on the same model?
 
-Five promises, each measured on both sides in one process, in turns: the wait for a first token, tokens per second, how
-busy the model is kept, the memory of keys and values, and what speculation gains. Plain transformers means `generate`,
-one request after the other, and one batch padded to its longest row. Random token ids and greedy sampling, unless said
-otherwise; figures are medians over the repeats. What speculation gains is told beside this engine without it.
+Five promises, each measured on both sides alternately in one process: time to the first token, tokens per second, the
+fraction of time in which the model is busy, the memory of keys and values, and the gain of speculation, which is
+relative to this engine without it. Plain transformers means `generate`, one request after the other, and one batch
+padded to its longest row. Random token ids and greedy sampling unless stated otherwise; medians over the repeats.
 
 --report writes the table into a section of docs/performance.md, one for each model.
 """
@@ -40,12 +40,12 @@ CROWD = Workload("crowd", 8, 0, 128, 16)
 RAGGED, PREFIX = WORKLOADS["ragged32"], WORKLOADS["prefix32"]
 Work = list[tuple[list[int], int]]
 Draw = Callable[[Workload, int], Work]
-Found = dict[str, tuple[float, float]]
+Results = dict[str, tuple[float, float]]
 MS, MIB = 1000.0, 2**20
 
 
 class Watched:
-    """A `Baseline` whose passes through the model are timed: (begin, end) of each, in seconds."""
+    """A `Baseline` whose forward passes are timed: (start, end) of each, in seconds."""
 
     def __init__(self, module: Any) -> None:
         self.spans: list[tuple[float, float]] = []
@@ -61,23 +61,23 @@ class Watched:
             self.spans.append((begin, time.perf_counter()))
 
     def run(self, work: Work) -> tuple[float, float, float]:
-        """One batch: begin, end of the first pass (which gives the first tokens), end of all."""
+        """One batch: start, end of the first pass (which gives the first tokens), end of the batch."""
         self.spans.clear()
         begin = time.perf_counter()
         self._baseline.generate(work)
         return begin, self.spans[0][1], time.perf_counter()
 
     def one_by_one(self, work: Work) -> tuple[list[float], float]:
-        """One request after the other, all of which came at once: waits for first tokens, and seconds of all."""
-        runs = [self.run([one]) for one in work]
-        return [first - runs[0][0] for _, first, _ in runs], runs[-1][2] - runs[0][0]
+        """Requests that arrive at once, run one after the other: seconds to each first token, and in total."""
+        runs = [self.run([request]) for request in work]
+        return [first_s - runs[0][0] for _, first_s, _ in runs], runs[-1][2] - runs[0][0]
 
     def busy(self) -> float:
         """Seconds within the model of the last batch."""
         return sum(end - begin for begin, end in self.spans)
 
     def close(self) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         del self._module.forward
 
 
@@ -91,96 +91,96 @@ def token_bytes(module: Any) -> int:
 
 
 def padded_tokens(work: Work) -> int:
-    """Tokens in the cache of a padded batch at its end; the last one of each row is never put there."""
+    """Tokens in the cache of a padded batch at its end; the last one of each row is never stored."""
     return len(work) * (max(len(prompt) for prompt, _ in work) + max(count for _, count in work) - 1)
 
 
 async def held_tokens(engine: InferenceEngine, work: Work) -> int:
-    """The most tokens that the engine's running requests have room for, all together, during the same work."""
-    done, most = asyncio.ensure_future(measure_engine(engine, work, Measurements())), 0
-    while not done.done():
+    """The maximum number of tokens for which the engine's running requests hold blocks during the same work."""
+    measuring, max_blocks = asyncio.ensure_future(measure_engine(engine, work, Measurements())), 0
+    while not measuring.done():
         cache = engine.get_stats()["cache_info"]
-        most = max(most, cache["num_blocks"] - cache["num_free_blocks"])
+        max_blocks = max(max_blocks, cache["num_blocks"] - cache["num_free_blocks"])
         await asyncio.sleep(0.002)
-    await done
-    return most * engine.config.block_size
+    await measuring
+    return max_blocks * engine.config.block_size
 
 
 def busy_s(engine: InferenceEngine) -> float:
-    """Seconds of the engine's latest steps, from the end of one to the end of the next: planning is part of it."""
+    """Seconds of the engine's latest steps, each from the end of the one before it, so planning is included."""
     steps = engine.get_stats()["performance_metrics"].get("batch_processing_time", {"mean": 0.0, "count": 0})
     return float(steps["mean"] * steps["count"])
 
 
-async def waits(watched: Watched, engine: InferenceEngine, draw: Draw, args: argparse.Namespace) -> Found:
-    """Seconds until the first token: of a lone request, and of eight that come at once (median)."""
-    found: dict[str, list[tuple[float, float]]] = {"first": [], "crowd": []}
+async def waits(watched: Watched, engine: InferenceEngine, draw: Draw, args: argparse.Namespace) -> Results:
+    """Seconds until the first token of a single request, and of eight that arrive at once (median)."""
+    results: dict[str, list[tuple[float, float]]] = {"first": [], "crowd": []}
     for repeat in range(args.repeats):
         for workload in (FIRST, CROWD):
             work, figures = draw(workload, repeat), Measurements()
             firsts, _ = watched.one_by_one(work)
             await measure_engine(engine, work, figures)
-            found[workload.name].append((median(firsts), median(figures.first_token_s)))
-    return {name: medians(pairs) for name, pairs in found.items()}
+            results[workload.name].append((median(firsts), median(figures.first_token_s)))
+    return {name: medians(pairs) for name, pairs in results.items()}
 
 
-async def rates(watched: Watched, engine: InferenceEngine, draw: Draw, args: argparse.Namespace) -> Found:
-    """Tokens per second of 32 ragged requests, and the share of the time in which the model ran."""
+async def rates(watched: Watched, engine: InferenceEngine, draw: Draw, args: argparse.Namespace) -> Results:
+    """Tokens per second of 32 ragged requests, and the fraction of the time in which the model ran."""
     alone, padded, busy = [], [], []
     for repeat in range(args.repeats):
         work, figures = draw(RAGGED, repeat), Measurements()
         tokens = sum(count for _, count in work)
-        some = work[: args.alone]
-        _, alone_s = watched.one_by_one(some)
+        requests = work[: args.alone]
+        _, alone_s = watched.one_by_one(requests)
         begin, _, end = watched.run(work)
         before = busy_s(engine)
         await measure_engine(engine, work, figures)
         ours_s = figures.engine_s[0]
-        alone.append((sum(count for _, count in some) / alone_s, tokens / ours_s))
+        alone.append((sum(count for _, count in requests) / alone_s, tokens / ours_s))
         padded.append((tokens / (end - begin), tokens / ours_s))
         busy.append((watched.busy() / (end - begin), (busy_s(engine) - before) / ours_s))
     return {"alone": medians(alone), "padded": medians(padded), "busy": medians(busy)}
 
 
-async def speculation(source: str, settings: dict[str, Any], rounds: int, step: Step) -> Found:
-    """Tokens per second of one stream without and with guesses: a file that is edited; the package's own pair."""
+async def speculation(source: str, settings: dict[str, Any], rounds: int, step: Step) -> Results:
+    """Tokens per second of one stream without and with speculation: an edited file; the package's draft model."""
     from transformers import AutoTokenizer
 
-    found = {}
+    results = {}
     tokenizer = AutoTokenizer.from_pretrained(source)
     async with engine_of(source, settings, 1) as engine:
         pairs = await one_by_one(engine, edits(tokenizer, NEW_TOKENS), rounds, step)
-        found["edit"] = (pairs["plain_tok_s"], pairs["tok_s"])
+        results["edit"] = (pairs["plain_tok_s"], pairs["tok_s"])
     if source == str(MODEL_DIR):
         async with engine_of(None, settings, 1, drafter="draft_model") as engine:
             pairs = await one_by_one(engine, samples(tokenizer, NEW_TOKENS, 0.0), rounds, step)
-            found["draft"] = (pairs["plain_tok_s"], pairs["tok_s"])
-    return found
+            results["draft"] = (pairs["plain_tok_s"], pairs["tok_s"])
+    return results
 
 
 def useful(work: Work) -> float:
-    """The share of a padded batch's positions that belong to somebody."""
+    """The fraction of a padded batch's positions that hold a token."""
     return sum(len(prompt) + count - 1 for prompt, count in work) / padded_tokens(work)
 
 
-async def memory(module: Any, engine: InferenceEngine, draw: Draw) -> Found:
+async def memory(module: Any, engine: InferenceEngine, draw: Draw) -> Results:
     """Bytes of keys and values for 32 ragged requests, and for 32 that share their first 512 tokens."""
-    found, each = {}, token_bytes(module)
+    results, bytes_per_token = {}, token_bytes(module)
     for workload in (RAGGED, PREFIX):
         work = draw(workload, 0)
         ours = await held_tokens(engine, work)
-        found[workload.name] = (float(each * padded_tokens(work)), float(each * ours))
-    return found
+        results[workload.name] = (float(bytes_per_token * padded_tokens(work)), float(bytes_per_token * ours))
+    return results
 
 
 def medians(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of each side."""
+    """The median of each side."""
     theirs, ours = zip(*pairs, strict=True)
     return median(theirs), median(ours)
 
 
-async def promises(module: Any, source: str, settings: dict[str, Any], args: argparse.Namespace, step: Step) -> Found:
-    """(plain transformers, this engine) by what was measured."""
+async def promises(module: Any, source: str, settings: dict[str, Any], args: argparse.Namespace, step: Step) -> Results:
+    """(plain transformers, this engine) by promise."""
     watched, size = Watched(module), vocabulary_of(source)
 
     def draw(workload: Workload, repeat: int) -> Work:
@@ -191,25 +191,25 @@ async def promises(module: Any, source: str, settings: dict[str, Any], args: arg
         watched.run(draw(WARM_UP, 0))
         await measure_engine(engine, draw(WARM_UP, 0), Measurements())
         step("first tokens")
-        found = await waits(watched, engine, draw, args)
+        results = await waits(watched, engine, draw, args)
         step("tokens per second")
-        found |= await rates(watched, engine, draw, args)
-        found["useful"] = (useful(draw(RAGGED, 0)), 1.0)
+        results |= await rates(watched, engine, draw, args)
+        results["useful"] = (useful(draw(RAGGED, 0)), 1.0)
     step("memory")
     async with engine_for(source, settings, limits([RAGGED, PREFIX])) as engine:  # prefixes are shared
-        return found | await memory(module, engine, draw)
+        return results | await memory(module, engine, draw)
 
 
 # Measured -> (row of the table, what is promised elsewhere, factor to the unit, unit, whether less is better).
 ROWS: Mapping[str, tuple[str, str, float, str, bool]] = {
     "first": ("First token, 512 prompt tokens", "under 50 ms, 2.7x", MS, "ms", True),
     "crowd": ("First token, 8 requests of 128 + 16 at once, median", "", MS, "ms", True),
-    "alone": ("Throughput, beside one request at a time", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
-    "padded": ("Throughput, beside a padded batch", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
-    "edit": ("Guesses from the text, a file that is edited; beside none", "4x", 1.0, "tok/s", False),
-    "draft": ("Guesses of a draft model, greedy; beside none", "4x", 1.0, "tok/s", False),
-    "busy": ("Share of the time in which the model runs; ours with planning", "over 90%, 1.4x", 100.0, "%", False),
-    "useful": ("Share of computed positions that are no padding", "", 100.0, "%", False),
+    "alone": ("Throughput, against one request at a time", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
+    "padded": ("Throughput, against a padded batch", "over 1,000 tok/s, 3x", 1.0, "tok/s", False),
+    "edit": ("Speculation from the text, an edited file; against none", "4x", 1.0, "tok/s", False),
+    "draft": ("Speculation with a draft model, greedy; against none", "4x", 1.0, "tok/s", False),
+    "busy": ("Fraction of the time in which the model runs; ours with planning", "over 90%, 1.4x", 100.0, "%", False),
+    "useful": ("Fraction of computed positions that are not padding", "", 100.0, "%", False),
     "ragged32": ("K/V of 32 requests of mixed lengths", "a quarter", 1 / MIB, "MiB", True),
     "prefix32": ("K/V of 32 requests that share 512 tokens", "a quarter", 1 / MIB, "MiB", True),
 }
@@ -217,9 +217,9 @@ ROWS: Mapping[str, tuple[str, str, float, str, bool]] = {
 
 def row(name: str, pair: tuple[float, float]) -> list[object]:
     """One line of the table."""
-    title, promised, factor, unit, less = ROWS[name]
+    title, promised, factor, unit, is_lower_better = ROWS[name]
     theirs, ours = (value * factor for value in pair)
-    return [title, promised, unit, theirs, ours, (theirs / ours if less else ours / theirs)]
+    return [title, promised, unit, theirs, ours, (theirs / ours if is_lower_better else ours / theirs)]
 
 
 COLUMNS = ("promise", "elsewhere", "unit", "transformers", "penstock", "times better")
@@ -230,15 +230,15 @@ def document(model: str, rows: list[list[object]], command: str) -> str:
     return (
         f"## The usual promises, on {model}\n\n"
         "What inference engines promise (here: of a 7B model on an A100), measured on the machine above against plain\n"
-        "`transformers` on the same weights, in one process, in turns. Guesses are measured beside this engine\n"
-        "without them.\n\n"
+        "`transformers` on the same weights, alternately in one process. Speculation is compared with this engine\n"
+        "without it.\n\n"
         f"{markdown_table(COLUMNS, rows)}\n"
         f"```\n{command}\n```\n"
     )
 
 
 def command(args: argparse.Namespace) -> str:
-    """What measures the same again."""
+    """The command that repeats the measurement."""
     model = f" --model {args.model}" if args.model else f" --shape {args.shape}" if args.shape else ""
     return f"python benchmarks/headline.py{model} --repeats {args.repeats} --alone {args.alone}"
 
@@ -258,16 +258,16 @@ def run(args: argparse.Namespace) -> None:
     source, settings, name = source_of(args), settings_of(args), name_of(args)
     module = load_module(source, EngineConfig(**{key: settings[key] for key in ("dtype",) if key in settings}))
     with progress(3 + (4 if source == str(MODEL_DIR) else 2) * args.repeats) as step:
-        found = asyncio.run(promises(module, source, settings, args, step))
-        found |= asyncio.run(speculation(source, settings, args.repeats, step))
-    rows = [row(key, found[key]) for key in ROWS if key in found]
+        results = asyncio.run(promises(module, source, settings, args, step))
+        results |= asyncio.run(speculation(source, settings, args.repeats, step))
+    rows = [row(key, results[key]) for key in ROWS if key in results]
     show(f"{name}, medians of {args.repeats}", COLUMNS, rows)
     if args.report:
         text = args.report.read_text(encoding="utf-8") if args.report.exists() else ""
         section = document(name, rows, command(args))
         args.report.write_text(replaced(text, f"headline {name}", section), encoding="utf-8")
         note(f"report: {args.report}")
-    finish({"model": name, "repeats": args.repeats, "promises": found})
+    finish({"model": name, "repeats": args.repeats, "promises": results})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""How much work of the engine's own does a step take, beside the model?
+"""How much time per step does the engine take in addition to the model?
 
-`ScriptedModel` costs next to nothing, so what remains is the host's work: planning the step, committing its result,
-and fanning the news out to the readers. Measured on 256 running requests, of which each gets one token per step:
+`ScriptedModel` costs next to nothing, so the remainder is the host's work: planning the step, committing its result,
+and delivering the deltas to the readers. Measured on 256 running requests that each get one token per step:
 
-  direct   the engine's core driven step by step on one thread; each part is timed by itself, the model's call is left
-           out, and readers take their deltas in between. The aim is 1.5 ms for the three together.
-  live     the whole engine with its threads and 256 readers on a loop: how long the model waits from the end of one
-           step to the beginning of the next. Fanning out happens while the next step runs, but shares the
-           interpreter's lock with it. Once with steps of 10 ms, during which the lock is free as in a kernel, and
-           once with steps of no time, between which the readers have to do all their work.
+  direct   the engine's core driven step by step on one thread; each part is timed separately, without the model's call,
+           and readers take their deltas in between. The goal is 1.5 ms for the three parts together.
+  live     the engine with its threads, and 256 readers on a loop: how long the model waits from the end of one step to
+           the start of the next. Deltas are delivered while the next step runs, but share the interpreter's lock with
+           it. Once with steps of 10 ms, during which the lock is free as in a kernel, and once with steps of no time,
+           between which the readers have to do all their work.
 
-Both with token ids only, and with texts, by the tokenizer of the small model in the package.
+Both with token ids only, and with text, by the tokenizer of the small model in the package.
 """
 
 from __future__ import annotations
@@ -48,30 +48,30 @@ STEPS_S = {"live, steps of 10 ms": 0.01, "live, steps of no time": 0.0}
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Passes everything on to `inner`; `seconds` gathers what calls of the methods in `timed` take, by name."""
+    """Delegates to `inner`; `seconds` has the times of the calls of the methods in `timed`, by name."""
 
     inner: Any
     timed: tuple[str, ...]
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.inner, name)
-        return self._watched(name, found) if name in self.timed else found
+        attribute = getattr(self.inner, name)
+        return self._watched(name, attribute) if name in self.timed else attribute
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        taken = self.seconds.setdefault(name, [])
+        durations = self.seconds.setdefault(name, [])
 
         def watched(*args: Any) -> Any:
             begin = time.perf_counter()
             result = function(*args)
-            taken.append(time.perf_counter() - begin)
+            durations.append(time.perf_counter() - begin)
             return result
 
         return watched
 
 
 class TimedModel(ScriptedModel):
-    """Notes when steps begin and end, as (begin, end, rows)."""
+    """Records steps as (start, end, rows)."""
 
     def __init__(self, step_s: float = 0.0) -> None:
         super().__init__(SCRIPT, vocab_size=VOCABULARY, step_s=step_s)
@@ -86,7 +86,7 @@ class TimedModel(ScriptedModel):
 
 
 def make_config(requests: int, new_tokens: int) -> EngineConfig:
-    """Room for everybody, in one step."""
+    """A configuration in which all requests fit into one step."""
     return EngineConfig(
         max_batch_size=requests,
         max_queue_size=max(1000, requests),
@@ -97,7 +97,7 @@ def make_config(requests: int, new_tokens: int) -> EngineConfig:
 
 
 def prompts(requests: int) -> list[list[int]]:
-    """One per request, no two alike."""
+    """One per request, all different."""
     return [[5 + (number + place) % 4000 for place in range(PROMPT_TOKENS)] for number in range(requests)]
 
 
@@ -117,14 +117,14 @@ async def direct(requests: int, steps: int, tokenizer: Any) -> dict[str, list[fl
     readers = [
         submit(core, admission, i, ids, asked(new_tokens, tokenizer is not None)) for i, ids in prompted(requests)
     ]
-    whole = [await step_s(core, model) for _ in range(SKIPPED_STEPS + steps)][SKIPPED_STEPS:]
+    step_times = [await step_s(core, model) for _ in range(SKIPPED_STEPS + steps)][SKIPPED_STEPS:]
     for reader in readers:
         reader.cancel()
     await asyncio.gather(*readers, return_exceptions=True)
     parts.close()
     plan, commit = (scheduler.seconds[name][SKIPPED_STEPS:] for name in ("plan", "commit"))
-    rest = [total - a - b for total, a, b in zip(whole, plan, commit, strict=True)]
-    return dict(zip(PARTS, (plan, commit, rest, whole), strict=True))
+    fan_out = [total - a - b for total, a, b in zip(step_times, plan, commit, strict=True)]
+    return dict(zip(PARTS, (plan, commit, fan_out, step_times), strict=True))
 
 
 def prompted(requests: int) -> list[tuple[int, list[int]]]:
@@ -161,7 +161,7 @@ def make_core(
 def submit(
     core: EngineCore, admission: Admission, number: int, ids: list[int], params: SamplingParams
 ) -> asyncio.Task[None]:
-    """Hand a request over, as a caller's thread would; the task of a reader who takes every delta."""
+    """Submit a request, as a caller's thread would; the task of a reader that takes every delta."""
     name = f"r{number}"
     place = Place(name, len(ids))
     admission.reserve([place])
@@ -180,7 +180,7 @@ async def take_all(channel: Channel) -> None:
 
 
 async def step_s(core: EngineCore, model: TimedModel) -> float:
-    """Seconds of one step without the model; then every reader gets his turn."""
+    """Seconds of one step without the model; then every reader takes its delta."""
     begin = time.perf_counter()
     await core.step()
     took = time.perf_counter() - begin
@@ -202,7 +202,7 @@ async def live(requests: int, steps: int, tokenizer: Any, step_s: float) -> list
     async with InferenceEngine(model, tokenizer, make_config(requests, new_tokens)) as engine:
         await asyncio.gather(*map(read, prompts(requests)))
     full = [(begin, end) for begin, end, rows in model.steps if rows == requests][SKIPPED_STEPS:]
-    return [after[0] - before[1] for before, after in pairwise(full)]
+    return [following[0] - step[1] for step, following in pairwise(full)]
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:
@@ -214,7 +214,7 @@ def measure(requests: int, steps: int) -> dict[str, dict[str, Any]]:
     """By kind of request, then by what was timed."""
     from transformers import AutoTokenizer
 
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with progress(2 * (1 + len(STEPS_S))) as step:
         for kind, tokenizer in (("ids", None), ("texts", AutoTokenizer.from_pretrained(str(MODEL_DIR)))):
             step(f"{kind}, direct")
@@ -222,8 +222,8 @@ def measure(requests: int, steps: int) -> dict[str, dict[str, Any]]:
             for name, step_s in STEPS_S.items():
                 step(f"{kind}, {name}")
                 parts[name] = asyncio.run(live(requests, steps, tokenizer, step_s))
-            found[kind] = {name: milliseconds(values) for name, values in parts.items()}
-    return found
+            results[kind] = {name: milliseconds(values) for name, values in parts.items()}
+    return results
 
 
 def main() -> None:
@@ -232,10 +232,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, metavar="N", default=256, help="running at once (default: 256)")
     parser.add_argument("--steps", type=int, metavar="N", default=200, help="measured steps (default: 200)")
     args = parser.parse_args()
-    found = measure(args.requests, args.steps)
-    rows = [[kind, name, *ms.values()] for kind, parts in found.items() for name, ms in parts.items()]
+    results = measure(args.requests, args.steps)
+    rows = [[kind, name, *ms.values()] for kind, parts in results.items() for name, ms in parts.items()]
     show(f"host work per step, {args.requests} requests, ms", ("requests", "part", "p50", "p99"), rows)
-    finish({"requests": args.requests, "steps": args.steps, "target_ms": TARGET_MS, "ms": found})
+    finish({"requests": args.requests, "steps": args.steps, "target_ms": TARGET_MS, "ms": results})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How long do requests wait for their tokens, the busier the engine is?
+"""How do the latencies of requests grow with the load of the engine?
 
-Requests arrive by themselves, as a Poisson process, whether or not earlier ones are done: at several rates, each a
-fraction of what the engine can do at most. That most is measured first, by a burst of requests that come at once.
-Reported per rate: time to the first token, counted from the moment the request was due, and time per token after it;
-p50, p90 and p99. The same seed gives the same pattern of arrivals at every rate, only faster.
+Requests arrive as a Poisson process, whether or not earlier ones have finished, at several rates, each a fraction of
+the engine's capacity. The capacity is measured first, by a burst of simultaneous requests. Reported per rate: time to
+the first token, counted from the moment the request was due, and time per token after it; p50, p90 and p99. The same
+seed gives the same pattern of arrivals at every rate, only faster.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ QUANTILES = ("p50", "p90", "p99")
 
 @dataclass(slots=True)
 class Waits:
-    """Seconds that requests waited: for their first token, and per later token. `refused` ended with an error."""
+    """Seconds until the first token of each request, and per later token. `refused` requests ended with an error."""
 
     first_s: list[float] = field(default_factory=list)
     later_s: list[float] = field(default_factory=list)
@@ -44,26 +44,26 @@ class Waits:
     refused: int = 0
 
 
-async def read(engine: InferenceEngine, prompt: list[int], count: int, due: float, waits: Waits) -> None:
-    """Send a request when it is due, on the clock of `time.perf_counter`, and note when its tokens come."""
-    await asyncio.sleep(max(0.0, due - time.perf_counter()))
+async def read(engine: InferenceEngine, prompt: list[int], count: int, due_s: float, waits: Waits) -> None:
+    """Send a request when it is due, on the clock of `time.perf_counter`, and record when its tokens arrive."""
+    await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
-    last, seen = due, 0
+    previous_s, num_tokens = due_s, 0
     try:
         async for delta in engine.generate(prompt, params):
-            now, new = time.perf_counter(), len(delta.token_ids)
-            if seen == 0 and new:
-                waits.first_s.append(now - last)
-            elif new:
-                waits.later_s += [(now - last) / new] * new
-            last, seen = (now, seen + new) if new else (last, seen)
+            now, num_new = time.perf_counter(), len(delta.token_ids)
+            if num_tokens == 0 and num_new:
+                waits.first_s.append(now - previous_s)
+            elif num_new:
+                waits.later_s += [(now - previous_s) / num_new] * num_new
+            previous_s, num_tokens = (now, num_tokens + num_new) if num_new else (previous_s, num_tokens)
     except PenstockError:
         waits.refused += 1
-    waits.tokens += seen
+    waits.tokens += num_tokens
 
 
 async def offer(engine: InferenceEngine, work: Work, arrivals_s: list[float]) -> tuple[Waits, float]:
-    """What readers saw, and how long all of it took in seconds."""
+    """What the readers measured, and the total time in seconds."""
     waits, begin = Waits(), time.perf_counter()
     requests = zip(work, arrivals_s, strict=True)
     await asyncio.gather(*(read(engine, ids, count, begin + at, waits) for (ids, count), at in requests))
@@ -71,7 +71,7 @@ async def offer(engine: InferenceEngine, work: Work, arrivals_s: list[float]) ->
 
 
 def point(rate: float, capacity: float, waits: Waits, seconds: float) -> dict[str, Any]:
-    """One rate's figures as plain data; times in milliseconds."""
+    """The results of one rate as plain data; times in milliseconds."""
     return {
         "requests_per_s": round(rate, 4),
         "load": round(rate / capacity, 3),
@@ -100,7 +100,7 @@ async def measure(engine: InferenceEngine, args: argparse.Namespace, vocab_size:
 
 
 def panels(points: list[dict[str, Any]]) -> list[Panel]:
-    """Both kinds of waiting over the load."""
+    """Both latencies over the load."""
 
     def curves(name: str) -> dict[str, list[tuple[float, float]]]:
         return {q: [(p["load"], p[name][q]) for p in points if p[name]] for q in QUANTILES}
@@ -134,16 +134,16 @@ def run(args: argparse.Namespace) -> None:
     # Any number of requests may be under way at once; the cache has room for a full batch and they queue beyond it.
     engine = engine_for(source, settings, limits([Workload("most", args.burst, 0, args.prompt, args.output)]))
     with progress(1 + len(args.rates or args.loads)) as step:
-        found = asyncio.run(measure(engine, args, vocabulary_of(source), step))
-    columns = ("load", "requests/s", "tok/s", *(f"{what} {q} ms" for what in ("first", "later") for q in QUANTILES))
+        result = asyncio.run(measure(engine, args, vocabulary_of(source), step))
+    columns = ("load", "requests/s", "tok/s", *(f"{token} {q} ms" for token in ("first", "later") for q in QUANTILES))
     rows = [
         [cells["load"], cells["requests_per_s"], cells["output_tok_s"]]
         + [(cells[kind] or {}).get(q) for kind in ("first_token_ms", "inter_token_ms") for q in QUANTILES]
-        for cells in found["points"]
+        for cells in result["points"]
     ]
     show(f"{name_of(args)}, {args.prompt} + {args.output} tokens per request", columns, rows)
-    plot = save(args.plot, panels(found["points"]))
-    finish({"model": name_of(args), "settings": settings, "plot": plot, **found})
+    plot = save(args.plot, panels(result["points"]))
+    finish({"model": name_of(args), "settings": settings, "plot": plot, **result})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What does each optimization level of `PerformanceOptimizer` make of a live module?
+"""How fast is a live module under each optimization level of `PerformanceOptimizer`?
 
-Each level in turn, over the same transformers module, and the module's own `generate` beside them: one prompt, and
-eight at once, with 64 prompt tokens and 64 new ones, greedy. Told are tokens per second, the wait for the first token,
-and what a level holds beside the module: copies of weights for the kernels, and K/V.
+Each level in turn, over the same transformers module, compared with the module's own `generate`: one prompt, and a
+batch of eight, with 64 prompt tokens and 64 new ones, greedy. Reported are tokens per second, the time to the first
+token, and the memory beside the module: packed copies of weights, and K/V.
 
 --report writes the table into a section of docs/performance.md, one for each model.
 """
@@ -47,70 +47,71 @@ def prompts(workload: Workload, repeat: int, source: str) -> Prompts:
     return [prompt for prompt, _ in workload.draw(repeat, vocabulary_of(source))]
 
 
-def figures(one: list[tuple[float, float]], many: list[float]) -> Figures:
-    """Medians over the repeats of (seconds, of which until the first token) and of seconds."""
+def figures(single: list[tuple[float, float]], batch: list[float]) -> Figures:
+    """Medians: `single` has (total seconds, seconds until the first token) per repeat, `batch` total seconds."""
     return {
-        "one_tok_s": ONE.output / median(seconds for seconds, _ in one),
-        "many_tok_s": MANY.requests * MANY.output / median(many),
-        "first_token_ms": MS * median(first for _, first in one),
+        "one_tok_s": ONE.output / median(seconds for seconds, _ in single),
+        "many_tok_s": MANY.requests * MANY.output / median(batch),
+        "first_token_ms": MS * median(first_s for _, first_s in single),
     }
 
 
 def by_level(module: Any, name: OptimizationLevel, source: str, repeats: int, settings: dict[str, Any]) -> Figures:
-    """One level. The first generation touches memory, and is not counted."""
+    """One level. The first generation, which touches the memory, is not measured."""
     optimizer = PerformanceOptimizer(module, OptimizationConfig(level=name), **{"log_level": "ERROR", **settings})
     options: dict[str, Any] = {"max_length": ONE.output, "temperature": 0.0, "ignore_eos": True}
-    one, many = [], []
+    single, batch = [], []
     try:
         for repeat in range(repeats + 1):
             _, alone = optimizer.optimized_generate(prompts(ONE, repeat, source), **options)
             _, together = optimizer.optimized_generate(prompts(MANY, repeat, source), **options)
             if repeat:
-                one.append((alone["generation_time"], alone["first_token_time"]))
-                many.append(together["generation_time"])
+                single.append((alone["generation_time"], alone["first_token_time"]))
+                batch.append(together["generation_time"])
         stats = optimizer.engine.get_stats()
     finally:
         optimizer.stop()
     copies = stats["weight_bytes"] / MIB if stats["rewrites"] else 0.0
-    return {**figures(one, many), "copies_mib": copies, "cache_mib": (stats["config"]["memory_pool_size"] or 0) / MIB}
+    cache_mib = (stats["config"]["memory_pool_size"] or 0) / MIB
+    return {**figures(single, batch), "copies_mib": copies, "cache_mib": cache_mib}
 
 
 def by_transformers(module: Any, source: str, repeats: int) -> Figures:
     """The module's own `generate`; several prompts as one batch."""
-    watched, one, many = Watched(module), [], []
+    watched, single, batch = Watched(module), [], []
     for repeat in range(repeats + 1):
-        begin, first, end = watched.run([(prompt, ONE.output) for prompt in prompts(ONE, repeat, source)])
+        begin, first_s, end = watched.run([(prompt, ONE.output) for prompt in prompts(ONE, repeat, source)])
         many_begin, _, many_end = watched.run([(prompt, MANY.output) for prompt in prompts(MANY, repeat, source)])
         if repeat:
-            one.append((end - begin, first - begin))
-            many.append(many_end - many_begin)
+            single.append((end - begin, first_s - begin))
+            batch.append(many_end - many_begin)
     watched.close()
-    return figures(one, many)
+    return figures(single, batch)
 
 
 def measure(source: str, settings: dict[str, Any], repeats: int, step: Step) -> dict[str, Figures]:
-    """Figures of every level, and of transformers."""
+    """The results of every level, and of transformers."""
     module = load_module(source, EngineConfig(**{name: settings[name] for name in ("dtype",) if name in settings}))
     step("transformers")
-    found = {"transformers": by_transformers(module, source, repeats)}
+    results = {"transformers": by_transformers(module, source, repeats)}
     for name in OptimizationLevel:
         step(f"level {name}")
-        found[name.value] = by_level(module, name, source, repeats, settings)
-    return found
+        results[name.value] = by_level(module, name, source, repeats, settings)
+    return results
 
 
-def rows(found: Mapping[str, Mapping[str, float]]) -> list[list[object]]:
+def rows(results: Mapping[str, Mapping[str, float]]) -> list[list[object]]:
     """The table."""
-    return [[name, *(one.get(column) for column in COLUMNS)] for name, one in found.items()]
+    return [[name, *(figures.get(column) for column in COLUMNS)] for name, figures in results.items()]
 
 
-def document(model: str, found: Mapping[str, Mapping[str, float]], command: str) -> str:
+def document(model: str, results: Mapping[str, Mapping[str, float]], command: str) -> str:
     """The section of the report."""
     return (
         f"## Optimization levels, on {model}\n\n"
-        f"`PerformanceOptimizer` over a live module, greedy, {ONE.own} prompt tokens and {ONE.output} new ones; "
-        "`transformers`\nruns the same module. K/V memory is taken as it is used, up to what is said here.\n\n"
-        f"{markdown_table(('level', *COLUMNS.values()), rows(found))}\n"
+        f"`PerformanceOptimizer` over a live module, greedy, {ONE.unique} prompt tokens and {ONE.output} new ones; "
+        "`transformers`\nruns the same module. K/V memory is allocated as it is used, up to the size in the table.\n\n"
+        f"{markdown_table(('level', *COLUMNS.values()), rows(results))}\n"
         f"```\n{command}\n```\n"
     )
 
@@ -128,15 +129,15 @@ def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     name = name_of(args)
     with progress(1 + len(OptimizationLevel)) as step:
-        found = measure(source_of(args), settings_of(args), args.repeats, step)
-    show(f"{name}, medians of {args.repeats}", ("level", *COLUMNS.values()), rows(found))
+        results = measure(source_of(args), settings_of(args), args.repeats, step)
+    show(f"{name}, medians of {args.repeats}", ("level", *COLUMNS.values()), rows(results))
     if args.report:
         model = f" --shape {args.shape}" if args.shape else ""
-        section = document(name, found, f"python benchmarks/levels.py{model} --repeats {args.repeats}")
+        section = document(name, results, f"python benchmarks/levels.py{model} --repeats {args.repeats}")
         text = args.report.read_text(encoding="utf-8") if args.report.exists() else ""
         args.report.write_text(replaced(text, f"levels {name}", section), encoding="utf-8")
         note(f"report: {args.report}")
-    finish({"model": name, "repeats": args.repeats, "levels": found})
+    finish({"model": name, "repeats": args.repeats, "levels": results})
 
 
 if __name__ == "__main__":

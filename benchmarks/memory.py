@@ -1,11 +1,11 @@
-"""How much memory does the engine hold, beside its weights and its K/V cache?
+"""How much memory does the engine use in addition to its weights and K/V cache?
 
-One fresh process imports, loads, starts and works; after each phase its resident memory is read. The cache is made as
-large as the workload needs, so that all of it gets used: pages of a cache that nothing was written to yet are not
-resident. What is above weights and cache is the interpreter, the libraries, activations and logits.
+One fresh process imports, loads, starts and works; after each phase its resident memory is read. The cache is as large
+as the workload needs, so that all of it is used: pages of a cache that were never written are not resident. The
+difference to weights and cache is the interpreter, the libraries, activations and logits.
 
-`private` is what this process alone holds: weights that are mapped from a file are resident, but not private. What is
-held after work stands beside what `MemoryEstimator` says of such a batch, from the sizes of the model alone.
+`private` memory belongs to this process alone: weights that are mapped from a file are resident, but not private. The
+memory after the work is compared with the estimate of `MemoryEstimator` for such a batch, from the model's sizes.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ MIB = 1 << 20
 
 
 def measure(source: str, settings: dict[str, Any], workload: str) -> dict[str, Any]:
-    """The life of one process. Raises `ProcessFailed`."""
+    """Run the phases in a fresh process. Raises `ProcessFailed`."""
     needed = {**room(limits(parse(workload))), "log_level": "ERROR"}
     order = {"born": time.monotonic(), "model": source, "settings": {**needed, **settings}, "workload": workload}
-    return fresh("harness.life", json.dumps(order))
+    return fresh("harness.lifecycle", json.dumps(order))
 
 
 def estimated(source: str, settings: dict[str, Any], life: dict[str, Any], workload: str) -> int:
-    """Bytes of the weights and of the workload as one batch, as estimated; quantized weights are not, but told."""
+    """The estimated bytes of the weights and of the workload as one batch; quantized weights are not estimated."""
     from transformers import AutoConfig
 
     batch = parse(workload)[0]
-    known = {"weight_bytes": life["weight_bytes"]} if "quantization" in settings else {}
+    overrides = {"weight_bytes": life["weight_bytes"]} if "quantization" in settings else {}
     cache_dtype = settings.get("kv_cache_dtype", "auto")
     estimator = MemoryEstimator.from_config(
         AutoConfig.from_pretrained(source),
         dtype=life["dtype"],
         cache_dtype=None if cache_dtype == "auto" else cache_dtype,
         max_step_tokens=settings.get("max_num_batched_tokens", 512),
-        **known,
+        **overrides,
     )
-    return estimator.estimate_total_memory(batch.requests, batch.shared + batch.own + batch.output)
+    return estimator.estimate_total_memory(batch.requests, batch.shared + batch.unique + batch.output)
 
 
 def summary(life: dict[str, Any], estimate: int) -> dict[str, Any]:
-    """Memory by phase in bytes, and what it comes to relative to weights and cache, and to the estimate."""
+    """Memory by phase in bytes, relative to weights and cache, and relative to the estimate."""
     memory = {
         phase["phase"]: {name: value for name, value in phase.items() if name.endswith("_bytes")}
         for phase in life["phases"]
@@ -90,16 +90,16 @@ def run(args: argparse.Namespace) -> None:
     life = measure(source_of(args), settings, args.workload)
     if "rss_bytes" not in life["phases"][0]:
         raise SystemExit("this benchmark reads /proc/self/status, which only Linux has")
-    found = summary(life, estimated(source_of(args), settings, life, args.workload))
-    rows = [[name, *(round(size / MIB) for size in sizes.values())] for name, sizes in found["memory"].items()]
+    results = summary(life, estimated(source_of(args), settings, life, args.workload))
+    rows = [[name, *(round(size / MIB) for size in sizes.values())] for name, sizes in results["memory"].items()]
     show(f"{name_of(args)}, {args.workload}, MiB", ("after", "resident", "private", "peak"), rows)
-    note(f"weights {found['weight_bytes'] / MIB:,.1f} MiB, cache {found['cache_bytes'] / MIB:,.1f} MiB")
+    note(f"weights {results['weight_bytes'] / MIB:,.1f} MiB, cache {results['cache_bytes'] / MIB:,.1f} MiB")
     note(
-        f"loading added {found['load_over_weights']:.2f} of the weights; after work the process holds "
-        f"{found['rss_over_needed']:.2f} of weights + cache, {found['work_over_needed']:.2f} without the libraries"
+        f"loading added {results['load_over_weights']:.2f} of the weights; after work the process holds "
+        f"{results['rss_over_needed']:.2f} of weights + cache, {results['work_over_needed']:.2f} without the libraries"
     )
-    note(f"that is {found['work_over_estimate']:.2f} of the estimate, {found['estimated_bytes'] / MIB:,.1f} MiB")
-    finish({"model": name_of(args), "settings": settings, "workload": args.workload, **found})
+    note(f"that is {results['work_over_estimate']:.2f} of the estimate, {results['estimated_bytes'] / MIB:,.1f} MiB")
+    finish({"model": name_of(args), "settings": settings, "workload": args.workload, **results})
 
 
 if __name__ == "__main__":

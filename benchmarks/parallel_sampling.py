@@ -1,10 +1,10 @@
-"""What do more samples of one prompt cost, and a beam search?
+"""What do parallel samples of one prompt cost, and a beam search?
 
-samples  a prompt of 1,000 tokens with n=1 and n=8: how many tokens go through the model before the first token of each
-         sample is there, how long that takes, and how many blocks of K/V are held at most. The prompt is computed and
-         held once, so that eight should cost less than 1.3 times as much as one.
+samples  a prompt of 1,000 tokens with n=1 and n=8: how many tokens are computed until each sample has its first token,
+         how long that takes, and the maximum number of K/V blocks in use. The prompt is computed and stored once, so
+         eight samples should cost less than 1.3 times as much as one.
 beams    a beam search of width 4 here and by `generate(num_beams=4)` of transformers, on the same weights in the same
-         dtype: tokens per second of the text that is returned, and whether both find the same texts.
+         dtype: tokens per second of the returned text, and whether both return the same texts.
 """
 
 from __future__ import annotations
@@ -48,53 +48,54 @@ def engine_for(source: str, settings: dict[str, Any], tokens: int) -> InferenceE
 
 
 def tokens_run(engine: InferenceEngine) -> float:
-    """Tokens that went through the model so far."""
-    seen = engine.get_stats()["performance_metrics"].get("batch_tokens", {"mean": 0.0, "count": 0})
-    return float(seen["mean"] * seen["count"])
+    """Tokens computed so far."""
+    batch_tokens = engine.get_stats()["performance_metrics"].get("batch_tokens", {"mean": 0.0, "count": 0})
+    return float(batch_tokens["mean"] * batch_tokens["count"])
 
 
 async def sample(engine: InferenceEngine, prompt: list[int], n: int, new_tokens: int) -> dict[str, float]:
-    """Figures of one request with `n` samples."""
+    """The measurements of one request with `n` samples."""
     params = SamplingParams(n=n, temperature=1.0, seed=1, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
     before, begin = tokens_run(engine), time.perf_counter()
-    first: dict[int, float] = {}
+    first_token_s: dict[int, float] = {}
     blocks = 0
     async for delta in engine.generate(prompt, params):
-        first.setdefault(delta.index, time.perf_counter() - begin)
-        if len(first) == n:  # statistics take their time
+        first_token_s.setdefault(delta.index, time.perf_counter() - begin)
+        if len(first_token_s) == n:  # statistics take their time
             cache = engine.get_stats()["cache_info"]
             blocks = max(blocks, cache["num_blocks"] - cache["num_free_blocks"])
-    run = tokens_run(engine) - before
-    return {"prefilled": run - n * (new_tokens - 1), "first_tokens_s": max(first.values()), "blocks": blocks}
+    num_computed = tokens_run(engine) - before
+    prefilled = num_computed - n * (new_tokens - 1)
+    return {"prefilled": prefilled, "first_tokens_s": max(first_token_s.values()), "blocks": blocks}
 
 
 async def samples(source: str, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Medians of `sample` for one sample and for several, which take turns."""
+    """Medians of `sample` for one sample and for several, alternately."""
     counts = (1, args.n)
-    found: dict[int, list[dict[str, float]]] = {n: [] for n in counts}
-    given = prompts(len(counts) * (args.repeats + 1), args.prompt, vocabulary_of(source), seed=0)
+    results: dict[int, list[dict[str, float]]] = {n: [] for n in counts}
+    inputs = prompts(len(counts) * (args.repeats + 1), args.prompt, vocabulary_of(source), seed=0)
     async with engine_for(source, settings, 4 * args.prompt) as engine:
-        for number, prompt in enumerate(given):
+        for number, prompt in enumerate(inputs):
             n = counts[number % len(counts)]
             figures = await sample(engine, prompt, n, args.new_tokens)
-            if number >= len(counts):  # the first of each touches memory and compiles
-                found[n].append(figures)
-    return {f"n={n}": {name: median(one[name] for one in rows) for name in rows[0]} for n, rows in found.items()}
+            if number >= len(counts):  # the first of each touches the memory and compiles
+                results[n].append(figures)
+    return {f"n={n}": {name: median(row[name] for row in rows) for name in rows[0]} for n, rows in results.items()}
 
 
-async def search(source: str, settings: dict[str, Any], given: Texts, args: argparse.Namespace) -> tuple[Texts, float]:
+async def search(source: str, settings: dict[str, Any], inputs: Texts, args: argparse.Namespace) -> tuple[Texts, float]:
     """The best text for each prompt, one after the other, and the seconds that took."""
     beams = {"use_beam_search": True, "best_of": args.width, "temperature": 0.0}
     params = SamplingParams(**beams, max_tokens=args.beam_tokens, ignore_eos=True, detokenize=False)
     async with engine_for(source, settings, 4096) as engine:
-        await engine.generate(given[0], params)
+        await engine.generate(inputs[0], params)
         begin = time.perf_counter()
-        outputs = [await engine.generate(prompt, params) for prompt in given[1:]]
+        outputs = [await engine.generate(prompt, params) for prompt in inputs[1:]]
         return [output.generated_ids for output in outputs], time.perf_counter() - begin
 
 
 def search_by_transformers(
-    source: str, config: EngineConfig, given: Texts, args: argparse.Namespace
+    source: str, config: EngineConfig, inputs: Texts, args: argparse.Namespace
 ) -> tuple[Texts, float]:
     """The same by `generate(num_beams=...)`."""
     import torch
@@ -109,23 +110,24 @@ def search_by_transformers(
         text: list[int] = out[0, len(prompt) :].tolist()
         return text
 
-    generate(given[0])
+    generate(inputs[0])
     begin = time.perf_counter()
-    return [generate(prompt) for prompt in given[1:]], time.perf_counter() - begin
+    return [generate(prompt) for prompt in inputs[1:]], time.perf_counter() - begin
 
 
 def beams(source: str, settings: dict[str, Any], length: int, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of both after prompts of one length, in turns; how many of the texts are the same."""
-    given = prompts(args.searches + 1, length, vocabulary_of(source), seed=length)
-    total, rates, same = args.searches * args.beam_tokens, {"penstock": list[float](), "transformers": list[float]()}, 0
+    """Tokens per second of both for prompts of one length, alternately, and the fraction of equal texts."""
+    inputs = prompts(args.searches + 1, length, vocabulary_of(source), seed=length)
+    total, num_same = args.searches * args.beam_tokens, 0
+    rates: dict[str, list[float]] = {"penstock": [], "transformers": []}
     for _ in range(args.repeats):
-        ours, seconds = asyncio.run(search(source, settings, given, args))
+        ours, seconds = asyncio.run(search(source, settings, inputs, args))
         rates["penstock"].append(total / seconds)
-        theirs, seconds = search_by_transformers(source, EngineConfig(**settings), given, args)
+        theirs, seconds = search_by_transformers(source, EngineConfig(**settings), inputs, args)
         rates["transformers"].append(total / seconds)
-        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    found = {name: median(values) for name, values in rates.items()}
-    return {**found, "speedup": found["penstock"] / found["transformers"], "same_texts": same / args.searches}
+        num_same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    results = {name: median(values) for name, values in rates.items()}
+    return {**results, "speedup": results["penstock"] / results["transformers"], "same_texts": num_same / args.searches}
 
 
 def main() -> None:
@@ -157,10 +159,10 @@ def run(args: argparse.Namespace) -> None:
         for length in args.beam_prompts:
             step(f"searches after {length} tokens")
             searched[str(length)] = beams(source, {"dtype": "float32", **settings}, length, args)
-    one, many = sampled["n=1"], sampled[f"n={args.n}"]
-    sampled["ratio"] = {name: many[name] / one[name] for name in one}
+    single, several = sampled["n=1"], sampled[f"n={args.n}"]
+    sampled["ratio"] = {name: several[name] / single[name] for name in single}
     title = f"{name_of(args)}, {args.prompt} prompt tokens"
-    show(title, ("", *one), [[name, *figures.values()] for name, figures in sampled.items()])
+    show(title, ("", *single), [[name, *figures.values()] for name, figures in sampled.items()])
     columns = ("prompt tokens", *next(iter(searched.values())))
     rows = [[length, *figures.values()] for length, figures in searched.items()]
     show(f"searches of width {args.width}, output tokens per second", columns, rows)

@@ -1,10 +1,10 @@
 """Where does each millisecond of a step go?
 
-One step is made by hand and run again and again on the loaded model: N sequences that each decode one token at a
-context of C tokens, or one prompt of N tokens. Told are the phases that the executor reports (forward pass, sampling)
-and what is left, then, if asked for, the Python functions (--functions) and PyTorch's operations (--operations) that
-took the most time. Both of these slow the step down: read them as proportions. Native kernels that PyTorch does not
-know count for the Python function that calls them.
+One step is built by hand and repeated on the loaded model: N sequences that each decode one token at a context of C
+tokens, or one prompt of N tokens. Reported are the phases that the executor measures (forward pass, sampling) and the
+remainder, and on request the Python functions (--functions) and PyTorch operations (--operations) that took the most
+time. Both of these slow the step down: read them as proportions. Native kernels unknown to PyTorch count for the Python
+function that calls them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ EPILOG = """examples:
 
 
 def tokens_of(number: int, count: int, vocab_size: int) -> list[int]:
-    """Any tokens, others for every sequence."""
+    """Arbitrary tokens, different for every sequence."""
     return [3 + (7 * number + place) % (min(vocab_size, 7000) - 3) for place in range(count)]
 
 
 def row(number: int, start: int, end: int, block_size: int, vocab_size: int) -> Row:
-    """A sequence of `end` tokens, of which those from `start` on go through the model; it has blocks of its own."""
+    """A sequence of `end` tokens with its own blocks, of which those from `start` on are computed."""
     blocks = -(-end // block_size)
     return Row(
         seq_id=number,
@@ -54,7 +54,7 @@ def row(number: int, start: int, end: int, block_size: int, vocab_size: int) -> 
 
 
 def make_plan(args: argparse.Namespace, block_size: int, vocab_size: int) -> StepPlan:
-    """The step that was asked for."""
+    """The step of the options."""
     if args.prefill:
         return StepPlan((row(0, 0, args.prefill, block_size, vocab_size),))
     context = args.context
@@ -72,21 +72,21 @@ def load(source: str, config: EngineConfig, plan: StepPlan) -> Any:
 
 
 def phases(runner: Any, plan: StepPlan, steps: int) -> dict[str, list[float]]:
-    """Seconds of every phase of every step, and of the rest, after a step that is not counted."""
-    found: dict[str, list[float]] = {}
+    """Seconds of every phase of every step, and of the remainder, after an unmeasured step."""
+    results: dict[str, list[float]] = {}
     runner.execute(plan)
     for _ in range(steps):
         begin = time.perf_counter()
         result = runner.execute(plan)
-        whole = time.perf_counter() - begin
-        parts = {**result.timings_s, "rest": whole - sum(result.timings_s.values()), "whole step": whole}
+        total_s = time.perf_counter() - begin
+        parts = {**result.timings_s, "rest": total_s - sum(result.timings_s.values()), "whole step": total_s}
         for name, seconds in parts.items():
-            found.setdefault(name, []).append(seconds)
-    return found
+            results.setdefault(name, []).append(seconds)
+    return results
 
 
 def functions(run: Callable[[], None], steps: int, count: int) -> list[list[Any]]:
-    """(function, ms per step in it alone, ms per step with what it calls, calls per step), the costliest first."""
+    """(function, ms per step in it alone, ms per step with what it calls, calls per step), most expensive first."""
     profile = cProfile.Profile()
     profile.runcall(run)
     stats: Any = pstats.Stats(profile)
@@ -94,11 +94,11 @@ def functions(run: Callable[[], None], steps: int, count: int) -> list[list[Any]
         [f"{'/'.join(file.split('/')[-2:])}:{line} {name}", 1000 * alone_s / steps, 1000 * all_s / steps, calls / steps]
         for (file, line, name), (_, calls, alone_s, all_s, _) in stats.stats.items()
     ]
-    return sorted(rows, key=lambda found: -found[1])[:count]
+    return sorted(rows, key=lambda row: -row[1])[:count]
 
 
 def operations(run: Callable[[], None], steps: int, count: int) -> list[list[Any]]:
-    """(operation, ms per step in it alone, ms per step with what it calls, calls per step), the costliest first."""
+    """(operation, ms per step in it alone, ms per step with what it calls, calls per step), most expensive first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -107,11 +107,11 @@ def operations(run: Callable[[], None], steps: int, count: int) -> list[list[Any
         [event.key, event.self_cpu_time_total / 1000 / steps, event.cpu_time_total / 1000 / steps, event.count / steps]
         for event in profiler.key_averages()
     ]
-    return sorted(rows, key=lambda found: -found[1])[:count]
+    return sorted(rows, key=lambda row: -row[1])[:count]
 
 
 def measure(source: str, config: EngineConfig, args: argparse.Namespace, plan: StepPlan) -> dict[str, Any]:
-    """All that was asked for, on the thread that also loaded the model, as in the engine."""
+    """All measurements, on the thread that also loaded the model, as in the engine."""
     runner = load(source, config, plan)
 
     def run() -> None:
@@ -139,9 +139,9 @@ def main() -> None:
     kind.add_argument("--decode", type=int, default=1, metavar="N", help="sequences with one token each (default: 1)")
     kind.add_argument("--prefill", type=int, metavar="N", help="one prompt of N tokens instead")
     step.add_argument("--context", type=int, default=256, metavar="C", help="tokens of a decoding sequence (256)")
-    step.add_argument("--steps", type=int, default=20, metavar="N", help="how often the step is run (default: 20)")
-    step.add_argument("--functions", type=int, default=0, metavar="N", help="show the N costliest Python functions")
-    step.add_argument("--operations", type=int, default=0, metavar="N", help="show the N costliest PyTorch operations")
+    step.add_argument("--steps", type=int, default=20, metavar="N", help="number of repetitions (default: 20)")
+    step.add_argument("--functions", type=int, default=0, metavar="N", help="show N Python functions")
+    step.add_argument("--operations", type=int, default=0, metavar="N", help="show N PyTorch operations")
     run(parser.parse_args())
 
 
@@ -151,16 +151,16 @@ def run(args: argparse.Namespace) -> None:
     longest = max(2048, args.prefill or args.context)
     config = EngineConfig(**{"max_sequence_length": longest, "skip_tokenizer_init": True, **settings})
     plan = make_plan(args, config.block_size, vocabulary_of(source))
-    found = run_on_own_thread(measure, source, config, args, plan)
-    what = f"prefill of {args.prefill}" if args.prefill else f"{args.decode} decoding at context {args.context}"
-    rows = [[name, *ms.values()] for name, ms in found["phases_ms"].items()]
-    show(f"{name_of(args)}: {what}, ms per step", ("phase", "p50", "p90"), rows)
+    results = run_on_own_thread(measure, source, config, args, plan)
+    description = f"prefill of {args.prefill}" if args.prefill else f"{args.decode} decoding at context {args.context}"
+    rows = [[name, *ms.values()] for name, ms in results["phases_ms"].items()]
+    show(f"{name_of(args)}: {description}, ms per step", ("phase", "p50", "p90"), rows)
     for name in ("functions", "operations"):
-        if found[name]:
-            show(f"{name}, while profiled", (name[:-1], "ms alone", "ms with calls", "calls"), found[name])
-    whole = found["phases_ms"]["whole step"]["p50"]
-    note(f"{1000 * plan.num_tokens / whole:,.0f} tokens/s if steps were all there is")
-    finish({"model": name_of(args), "step": what, "settings": settings, **found})
+        if results[name]:
+            show(f"{name}, while profiled", (name[:-1], "ms alone", "ms with calls", "calls"), results[name])
+    step_ms = results["phases_ms"]["whole step"]["p50"]
+    note(f"{1000 * plan.num_tokens / step_ms:,.0f} tokens/s without the time between steps")
+    finish({"model": name_of(args), "step": description, "settings": settings, **results})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What does int8 cost in quality, and what does it save?
+"""How much quality does int8 quantization cost, and how much memory does it save?
 
-Scores text that is on this machine, the source or the documentation of Python's standard library, in float32 and then
-with the model as it is, with int8 weights, with an int8 cache, and with both: the change in perplexity, in how many
-positions the most likely token is the same, and what the weights take.
+Scores text from this machine, the source or the documentation of Python's standard library, in float32 and then in the
+checkpoint's own dtype, with int8 weights, with an int8 cache, and with both. Reported are the change in perplexity, the
+fraction of positions with the same most likely token, and the bytes of the weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sources(files: Iterable[Path]) -> Iterator[str]:
 
 
 def docs(files: Iterable[Path]) -> Iterator[str]:
-    """The docstrings of each file, one below the other."""
+    """The docstrings of each file, joined."""
     for text in sources(files):
         with contextlib.suppress(SyntaxError):
             places = (node for node in ast.walk(ast.parse(text)) if isinstance(node, DOCUMENTED))
@@ -62,15 +62,15 @@ def windows_of(tokenizer: Any, text: str, count: int, length: int) -> list[list[
 
 
 async def score(engine: InferenceEngine, windows: list[list[int]]) -> Scored:
-    """(logprob of the token that came, most likely token) at every position but the first."""
+    """(logprob of the actual token, most likely token) at every position but the first."""
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
     outputs = await asyncio.gather(*(engine.generate(window, params) for window in windows))
-    found: Scored = []
+    scores: Scored = []
     for window, output in zip(windows, outputs, strict=True):
         for token, entry in zip(window[1:], (output.prompt_logprobs or [])[1:], strict=True):
             assert entry is not None
-            found.append((entry[token].logprob, max(entry, key=lambda known: entry[known].logprob)))
-    return found
+            scores.append((entry[token].logprob, max(entry, key=lambda token_id: entry[token_id].logprob)))
+    return scores
 
 
 async def measure(source: str, settings: dict[str, Any], windows: list[list[int]]) -> tuple[Scored, int]:
@@ -80,11 +80,11 @@ async def measure(source: str, settings: dict[str, Any], windows: list[list[int]
         return await score(engine, windows), engine.get_stats()["weight_bytes"]
 
 
-def compared(found: Scored, exact: Scored) -> dict[str, float]:
-    """Perplexity, its change, and the share of positions with the same most likely token."""
-    nats, before = (-math.fsum(logprob for logprob, _ in scored) / len(scored) for scored in (found, exact))
-    same = sum(a[1] == b[1] for a, b in zip(found, exact, strict=True)) / len(exact)
-    return {"perplexity": math.exp(nats), "change": math.exp(nats - before) - 1, "agreement": same}
+def compared(scores: Scored, exact: Scored) -> dict[str, float]:
+    """Perplexity, its change, and the fraction of positions with the same most likely token."""
+    nats, exact_nats = (-math.fsum(logprob for logprob, _ in scored) / len(scored) for scored in (scores, exact))
+    agreement = sum(a[1] == b[1] for a, b in zip(scores, exact, strict=True)) / len(exact)
+    return {"perplexity": math.exp(nats), "change": math.exp(nats - exact_nats) - 1, "agreement": agreement}
 
 
 def main() -> None:
@@ -101,15 +101,15 @@ def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     from transformers import AutoTokenizer
 
-    source, given = source_of(args), settings_of(args)
+    source, base_settings = source_of(args), settings_of(args)
     windows = windows_of(AutoTokenizer.from_pretrained(source), args.text, args.windows, args.length)
     results: dict[str, dict[str, float]] = {}
     exact: Scored = []
     for name, settings in WAYS.items():
         note(name)
-        found, size = asyncio.run(measure(source, {**given, **settings}, windows))
-        exact = exact or found
-        results[name] = {**compared(found, exact), "weight_bytes": size}
+        scores, size = asyncio.run(measure(source, {**base_settings, **settings}, windows))
+        exact = exact or scores
+        results[name] = {**compared(scores, exact), "weight_bytes": size}
     rows = [[name, *result.values()] for name, result in results.items()]
     show(f"{name_of(args)}, {len(exact):,} tokens", ("", "perplexity", "change", "agreement", "weight bytes"), rows)
     finish({"model": name_of(args), "tokens": len(exact), "results": results})

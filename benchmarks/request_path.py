@@ -77,7 +77,7 @@ class Recorder:
             yield
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]
+            threading.setprofile(None)
 
     async def settled(self) -> None:
         """Return once nothing calls the package: what follows the end of a request is over."""

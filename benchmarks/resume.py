@@ -1,12 +1,12 @@
-"""What does it take to resume a sequence that was preempted: reading its K/V back, or computing them again?
+"""How long does it take to resume a preempted sequence, by reading its K/V back or by computing them again?
 
-The cache has room for one sequence. One of N tokens decodes until an urgent one, as long, takes its place; that one
-ends with its first token, and the first one resumes. Timed are the urgent one's first token, since moving the other's
-blocks out is part of it, and the time from there to the next token of the one that was preempted. Both ways give the
-same tokens, which is checked.
+The cache has room for one sequence. A sequence of N tokens decodes until an urgent one of the same length preempts it;
+the urgent one ends with its first token, and the other resumes. Two times are measured: the first token of the urgent
+sequence, which includes moving the blocks of the other to the host, and from there the next token of the preempted one.
+Both ways give the same tokens, which is checked.
 
-Told besides are the figures by which the engine chooses between the two: seconds to move a token's K/V, and seconds to
-compute it.
+Also reported are the measurements by which the engine chooses between the two ways: the seconds to move a token's K/V,
+and the seconds to compute it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DECODED = 4
 
 @dataclass(slots=True)
 class Turn:
-    """Seconds of one preemption, and what its resumption put through the model and moved."""
+    """Seconds of one preemption, and the tokens computed and blocks moved to resume."""
 
     urgent_s: float = 0.0
     resume_s: float = 0.0
@@ -64,27 +64,27 @@ class Bench:
     def preempt(self, number: int, length: int, vocab_size: int) -> Turn:
         """One sequence is preempted by another and resumes."""
         self.turn, rng = Turn(), random.Random(number)
-        first, urgent = ([rng.randrange(3, min(vocab_size, 7000)) for _ in range(count)] for count in (length, length))
-        old = self.add(2 * number, first, 2 * DECODED, RequestPriority.LOW)
-        while old.num_generated < DECODED:
+        prompt, urgent_prompt = ([rng.randrange(3, min(vocab_size, 7000)) for _ in range(length)] for _ in range(2))
+        preempted = self.add(2 * number, prompt, 2 * DECODED, RequestPriority.LOW)
+        while preempted.num_generated < DECODED:
             self.step()
-        new = self.add(2 * number + 1, urgent, 1, RequestPriority.CRITICAL)
-        begin, steps = time.perf_counter(), self.until(new)
+        urgent = self.add(2 * number + 1, urgent_prompt, 1, RequestPriority.CRITICAL)
+        start_s, steps = time.perf_counter(), self.until(urgent)
         self.turn.prefill_s = sum(timings["forward"] for timings in steps)
-        between = time.perf_counter()
+        urgent_done_s = time.perf_counter()
         self.turn.computed = self.turn.moved = 0
         self.turn.swap_s = 0.0
-        self.until(old)
-        self.turn.urgent_s, self.turn.resume_s = between - begin, time.perf_counter() - between
+        self.until(preempted)
+        self.turn.urgent_s, self.turn.resume_s = urgent_done_s - start_s, time.perf_counter() - urgent_done_s
         while self.scheduler.has_work:
             self.step()
-        self.outputs.append(old.tokens[old.prompt_len :])
+        self.outputs.append(preempted.tokens[preempted.prompt_len :])
         return self.turn
 
-    def add(self, number: int, tokens: list[int], new: int, priority: RequestPriority) -> Sequence:
+    def add(self, number: int, tokens: list[int], urgent: int, priority: RequestPriority) -> Sequence:
         """Queue a sequence."""
-        params = SamplingParams(temperature=0.0, max_tokens=new)
-        fields = {"params": params, "max_len": len(tokens) + new, "priority": priority}
+        params = SamplingParams(temperature=0.0, max_tokens=urgent)
+        fields = {"params": params, "max_len": len(tokens) + urgent, "priority": priority}
         seq = Sequence(id=number, request_id=str(number), tokens=tokens, **fields)
         self.scheduler.add(seq, 0.0)
         return seq
@@ -109,24 +109,24 @@ class Bench:
 
 
 def measure(source: str, config: EngineConfig, vocab_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Both ways, `repeats` times after one time that is not counted, on the thread that also loaded the model."""
+    """Both ways, `repeats` times after an unmeasured first time, on the thread that also loaded the model."""
     from penstock.models import loading
 
     quiet_libraries()
     runner = loading.load(source, None, config).runner
-    found: dict[str, Any] = {"bytes_per_token": runner.spec.kv_bytes_per_token}
+    results: dict[str, Any] = {"bytes_per_token": runner.spec.kv_bytes_per_token}
     outputs = []
     for way, tier in WAYS.items():
         bench = Bench(runner, config, args.tokens, tier)
         turns = [bench.preempt(number, args.tokens, vocab_size) for number in range(args.repeats + 1)][1:]
-        found[way] = summary(turns, args.tokens, config.block_size)
+        results[way] = summary(turns, args.tokens, config.block_size)
         outputs.append(bench.outputs)
     assert outputs[0] == outputs[1], "the two ways give different tokens"
-    return found
+    return results
 
 
 def summary(turns: list[Turn], length: int, block_size: int) -> dict[str, float]:
-    """Medians of times in ms; the rest as in every turn."""
+    """Medians of times in ms; the counts are the same in every repetition."""
     moved = turns[-1].moved
     return {
         "resume_ms": round(1000 * median(turn.resume_s for turn in turns), 3),
@@ -153,15 +153,15 @@ def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     source, settings = source_of(args), settings_of(args)
     config = EngineConfig(**{"max_sequence_length": args.tokens + 64, "skip_tokenizer_init": True, **settings})
-    found = run_on_own_thread(measure, source, config, vocabulary_of(source), args)
-    rows = [[way, *found[way].values()] for way in WAYS]
+    results = run_on_own_thread(measure, source, config, vocabulary_of(source), args)
+    rows = [[way, *results[way].values()] for way in WAYS]
     columns = ("", "resume ms", "urgent ms", "tokens computed", "blocks moved", "move us/token", "compute us/token")
     show(f"{name_of(args)}, {args.tokens} tokens", columns, rows)
-    again, back = (found[way] for way in WAYS)
-    speed = found["bytes_per_token"] / back["move_us_per_token"] / 1000
-    times = again["resume_ms"] / back["resume_ms"]
-    note(f"reading back resumes {times:.1f} times as fast; blocks are copied at {speed:.1f} GB/s")
-    finish({"model": name_of(args), "tokens": args.tokens, "settings": settings, **found})
+    recomputed, read_back = (results[way] for way in WAYS)
+    speed = results["bytes_per_token"] / read_back["move_us_per_token"] / 1000
+    speedup = recomputed["resume_ms"] / read_back["resume_ms"]
+    note(f"reading back resumes {speedup:.1f} times as fast; blocks are copied at {speed:.1f} GB/s")
+    finish({"model": name_of(args), "tokens": args.tokens, "settings": settings, **results})
 
 
 if __name__ == "__main__":

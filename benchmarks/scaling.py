@@ -1,11 +1,11 @@
 """How does throughput grow with concurrent requests, and how does it fall with the length of the context?
 
-Two curves per engine. Concurrency: 1 to 64 requests of the same size at once, new tokens per second of all together.
-Context: one request with a prompt of up to 8,000 tokens; prompt tokens per second while it is read, and new tokens per
-second after it. Reading is timed by a request for one new token; what more tokens take beyond that is the decoding.
+Two curves per engine. Concurrency: 1 to 64 concurrent requests of the same size, new tokens per second in total.
+Context: one request with a prompt of up to 8,000 tokens, prompt tokens per second during prefill and new tokens per
+second after it. Prefill is timed by a request for one new token; the additional time of more tokens is decoding.
 
 Engines, files and resuming are as in `compare.py`: measurements are appended as they are taken. --merge adds curves
-that were measured elsewhere, from files of the same kind. Curves go into a PNG and the last line.
+that were measured elsewhere, from files of the same kind. The curves go into a PNG file and the last line.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from harness.console import finish, note, show
 from harness.options import integers, parser_for
 from harness.plots import Panel, save
 from harness.results import Record, read_lines
-from harness.sittings import hold
+from harness.runs import measure_runs
 from peers.workloads import Workload
 
 EPILOG = """examples:
-  python benchmarks/scaling.py --own penstock-bf16 --sittings 1
+  python benchmarks/scaling.py --own penstock-bf16 --runs 1
   python benchmarks/scaling.py --peers benchmarks/peers/peers.toml --concurrency 1,8,64 --contexts ""
-  python benchmarks/scaling.py --sittings 0 --merge elsewhere.jsonl --plot both.png      # only draw
+  python benchmarks/scaling.py --runs 0 --merge elsewhere.jsonl --plot both.png      # only draw
 """
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 TITLES = {
@@ -38,32 +38,32 @@ TITLES = {
 
 
 def sized(requests: int, prompt: int, output: int) -> Workload:
-    """A workload that runners know by its name."""
+    """A workload with a name that the runners understand."""
     return Workload(f"{requests}x{prompt}+{output}", requests, 0, prompt, output)
 
 
 def seconds_of(records: list[Record]) -> dict[str, dict[str, float]]:
     """Median seconds by engine and workload."""
-    taken: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, dict[str, list[float]]] = {}
     for record in records:
-        taken.setdefault(record["engine"], {}).setdefault(record["workload"], []).append(record["seconds"])
-    return {engine: {name: median(found) for name, found in by.items()} for engine, by in taken.items()}
+        times.setdefault(record["engine"], {}).setdefault(record["workload"], []).append(record["seconds"])
+    return {engine: {name: median(values) for name, values in by.items()} for engine, by in times.items()}
 
 
 def curves_of(seconds: dict[str, dict[str, float]], args: argparse.Namespace) -> Curves:
-    """Curve by kind and engine: (requests or prompt tokens, tokens per second); what was not measured is left out."""
-    found: Curves = {kind: {} for kind in TITLES}
+    """Curves by kind and engine: (requests or prompt tokens, tokens per second) of the points that were measured."""
+    curves: Curves = {kind: {} for kind in TITLES}
     for engine, by in seconds.items():
         for requests in args.concurrency:
             if took := by.get(sized(requests, args.prompt, args.output).name):
-                put(found, "concurrency", engine, requests, requests * args.output / took)
+                put(curves, "concurrency", engine, requests, requests * args.output / took)
         for context in args.contexts:
-            one, more = (by.get(sized(1, context, count).name) for count in (1, 1 + args.output))
-            if one:
-                put(found, "prefill", engine, context, context / one)
-            if one and more and more > one:
-                put(found, "decode", engine, context, args.output / (more - one))
-    return found
+            single, longer = (by.get(sized(1, context, count).name) for count in (1, 1 + args.output))
+            if single:
+                put(curves, "prefill", engine, context, context / single)
+            if single and longer and longer > single:
+                put(curves, "decode", engine, context, args.output / (longer - single))
+    return curves
 
 
 def put(curves: Curves, kind: str, engine: str, x: int, y: float) -> None:
@@ -72,19 +72,19 @@ def put(curves: Curves, kind: str, engine: str, x: int, y: float) -> None:
 
 
 def workloads_of(args: argparse.Namespace) -> list[Workload]:
-    """All points of all curves; a context takes two."""
-    many = [sized(requests, args.prompt, args.output) for requests in args.concurrency]
-    long = [sized(1, context, count) for context in args.contexts for count in (1, 1 + args.output)]
-    return [*many, *long]
+    """The workloads for all points of all curves; a context needs two."""
+    concurrent = [sized(requests, args.prompt, args.output) for requests in args.concurrency]
+    long_contexts = [sized(1, context, count) for context in args.contexts for count in (1, 1 + args.output)]
+    return [*concurrent, *long_contexts]
 
 
 def within(folder: Path, contexts: list[int], output: int) -> list[int]:
-    """The contexts that the model in a folder has positions for."""
+    """The contexts within the positions of the model in a folder."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    most = config.get("text_config", config).get("max_position_embeddings") or max(contexts, default=0) + output + 1
-    fitting = [context for context in contexts if context + output + 1 <= most]
+    limit = config.get("text_config", config).get("max_position_embeddings") or max(contexts, default=0) + output + 1
+    fitting = [context for context in contexts if context + output + 1 <= limit]
     if fitting != contexts:
-        note(f"contexts beyond the model's {most} positions are left out")
+        note(f"contexts beyond the model's {limit} positions are left out")
     return fitting
 
 
@@ -114,9 +114,9 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, merge, draw."""
     results, model = results_of(args), model_name(args)
-    if args.sittings:
+    if args.runs:
         args.contexts = within(model_folder(args), args.contexts, args.output)
-        hold(plan_of(args, workloads_of(args)), engines_of(args), results)
+        measure_runs(plan_of(args, workloads_of(args)), engines_of(args), results)
     for file in args.merge:
         results.merge(read_lines(file.read_text(encoding="utf-8").splitlines()))
     curves = curves_of(seconds_of(results.of(model, "rate")), args)

@@ -1,19 +1,18 @@
 """How much faster is decoding with speculation, and is it ever slower?
 
-Each task runs on one engine with speculation turned on and off in turns, so that both see the same machine; told are
-tokens per second of both and the median of the ratios of neighbours.
+Each task runs on one engine with speculation turned on and off alternately, so that both see the same machine. Reported
+are tokens per second of both and the median ratio of adjacent measurements.
 
-  edit       one stream: a file of the standard library in the prompt, its edited version as the output. Only decoding
+  edit       one stream: a file of the standard library as the prompt, its edited version as the output. Only decoding
              counts, from the first token on.
-  text       1, 8 and 32 streams that go on with a file, kept busy all the time: text that repeats itself no more than
-             what people write. Prefills count, too.
-  noise      the same with tokens drawn by the model itself at temperature 1: where the weights are random, nothing ever
-             repeats.
+  text       1, 8 and 32 streams that continue a file, always busy: text that repeats itself no more than other text
+             does. Prefills count too.
+  noise      the same with tokens sampled from the model at temperature 1: with random weights nothing ever repeats.
   draft      one stream of the small model in the package with its draft model: greedy, and at temperature 0.7.
 
-Random weights write nothing that is worth guessing, and small models cannot follow an instruction, so in `edit` and
-`text` a logits processor prescribes the tokens. The model computes everything as ever, on both sides; the processor
-takes its time at every position that is drawn or verified.
+The output of random weights cannot be drafted, and small models cannot follow an instruction, so in `edit` and `text` a
+logits processor prescribes the tokens. The model computes everything as usual, on both sides; the processor costs time
+at every position that is sampled or verified.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ Requests = Iterator[tuple[list[int], SamplingParams]]
 
 @dataclass(slots=True)
 class Pairs:
-    """Tokens per second, plain and with speculation, in turns."""
+    """Tokens per second, plain and with speculation, alternately."""
 
     plain: list[float] = field(default_factory=list)
     fast: list[float] = field(default_factory=list)
 
     def note(self, speculates: bool, rate: float) -> None:
-        """One more turn."""
+        """Add a measurement."""
         (self.fast if speculates else self.plain).append(rate)
 
-    def summary(self, before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:
-        """Medians, and the share of guesses that were right between two readings of the engine's totals."""
+    def summary(self, earlier_totals: dict[str, int], totals: dict[str, int]) -> dict[str, Any]:
+        """Medians, and the acceptance rate of draft tokens between two readings of the engine's totals."""
         ratios = [fast / plain for plain, fast in zip(self.plain, self.fast, strict=True)]
-        drafted, accepted = (after[name] - before[name] for name in ("drafted_tokens", "accepted_tokens"))
+        drafted, accepted = (totals[name] - earlier_totals[name] for name in ("drafted_tokens", "accepted_tokens"))
         return {
             "plain_tok_s": round(median(self.plain), 2),
             "tok_s": round(median(self.fast), 2),
@@ -67,13 +66,13 @@ class Pairs:
 
 
 def turns(rounds: int) -> list[bool]:
-    """Off and on, on and off, and so forth."""
+    """Off and on, on and off, alternately."""
     return [speculates for number in range(rounds) for speculates in ((False, True) if number % 2 else (True, False))]
 
 
 async def one_by_one(engine: InferenceEngine, requests: Requests, rounds: int, step: Step) -> dict[str, Any]:
     """Every request with and without speculation; decoding only."""
-    pairs, before = Pairs(), dict(engine.get_stats()["totals"])
+    pairs, earlier_totals = Pairs(), dict(engine.get_stats()["totals"])
     prompt, params = next(requests)
     for number, speculates in enumerate(turns(rounds)):
         step(f"request {number // 2 + 1}")
@@ -83,11 +82,11 @@ async def one_by_one(engine: InferenceEngine, requests: Requests, rounds: int, s
         pairs.note(speculates, (len(output.generated_ids) - 1) / seconds)
         if number % 2:
             prompt, params = next(requests)
-    return pairs.summary(before, engine.get_stats()["totals"])
+    return pairs.summary(earlier_totals, engine.get_stats()["totals"])
 
 
 class Streams:
-    """So many streams, each with its next request as soon as one has ended."""
+    """Concurrent streams, each of which starts its next request as soon as one has ended."""
 
     def __init__(self, engine: InferenceEngine, requests: Requests, count: int) -> None:
         self.tokens = 0
@@ -102,7 +101,7 @@ class Streams:
                 self.tokens += len(delta.token_ids)
 
     async def stop(self) -> None:
-        """End them all."""
+        """Cancel all streams."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -112,7 +111,7 @@ async def together(
     engine: InferenceEngine, requests: Requests, count: int, rounds: int, seconds: float, step: Step
 ) -> dict[str, Any]:
     """Streams in a steady state, with and without speculation for some seconds each."""
-    pairs, before = Pairs(), dict(engine.get_stats()["totals"])
+    pairs, earlier_totals = Pairs(), dict(engine.get_stats()["totals"])
     streams = Streams(engine, requests, count)
     for number, speculates in enumerate([False, True, *turns(rounds)]):
         step(f"{count} streams, turn {number + 1}")
@@ -122,36 +121,37 @@ async def together(
         if number > 1:  # the first two fill the streams, and teach what steps cost
             pairs.note(speculates, (streams.tokens - tokens) / (time.perf_counter() - begin))
     await streams.stop()
-    return pairs.summary(before, engine.get_stats()["totals"])
+    return pairs.summary(earlier_totals, engine.get_stats()["totals"])
 
 
-def engine_of(source: str | None, settings: dict[str, Any], streams: int, **own: Any) -> InferenceEngine:
-    """An engine with room for all."""
+def engine_of(source: str | None, settings: dict[str, Any], streams: int, **overrides: Any) -> InferenceEngine:
+    """An engine with room for all streams."""
     room = {"kv_cache_tokens": max(4096, 640 * streams), "max_batch_size": max(32, streams), "enable_kv_cache": False}
-    config = EngineConfig(**{**room, "log_level": "ERROR", "enable_speculative_decoding": True, **own, **settings})
+    quiet = {"log_level": "ERROR", "enable_speculative_decoding": True}
+    config = EngineConfig(**{**room, **quiet, **overrides, **settings})
     return InferenceEngine(source, config=config)
 
 
 async def measure(args: argparse.Namespace, step: Step) -> dict[str, dict[str, Any]]:
-    """The summary of every task, by its name."""
+    """The summary of every task, by name."""
     from transformers import AutoTokenizer
 
-    source, settings, found = source_of(args), settings_of(args), dict[str, dict[str, Any]]()
+    source, settings, results = source_of(args), settings_of(args), dict[str, dict[str, Any]]()
     tokenizer = AutoTokenizer.from_pretrained(source)
     if "edit" in args.tasks:
         async with engine_of(source, settings, 1, drafter=args.drafter) as engine:
-            found["edit"] = await one_by_one(engine, edits(tokenizer, 2 * NEW_TOKENS), args.rounds, step)
+            results["edit"] = await one_by_one(engine, edits(tokenizer, 2 * NEW_TOKENS), args.rounds, step)
     for task in sorted({"text", "noise"} & set(args.tasks), reverse=True):
         for count in args.streams:
             requests = continuations(tokenizer, NEW_TOKENS) if task == "text" else samples(tokenizer, NEW_TOKENS, 1.0)
             async with engine_of(source, settings, count, drafter=args.drafter) as engine:
-                found[f"{task}, {count}"] = await together(engine, requests, count, args.rounds, args.seconds, step)
+                results[f"{task}, {count}"] = await together(engine, requests, count, args.rounds, args.seconds, step)
     if "draft" in args.tasks:
         for temperature in (0.0, 0.7):
             requests = samples(AutoTokenizer.from_pretrained(MODEL_DIR), NEW_TOKENS, temperature)
             async with engine_of(None, settings, 1, drafter="draft_model") as engine:
-                found[f"draft, temperature {temperature}"] = await one_by_one(engine, requests, args.rounds, step)
-    return found
+                results[f"draft, temperature {temperature}"] = await one_by_one(engine, requests, args.rounds, step)
+    return results
 
 
 def tasks(text: str) -> list[str]:
@@ -176,14 +176,15 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
-    many = len({"text", "noise"} & set(args.tasks)) * len(args.streams)
+    num_stream_tasks = len({"text", "noise"} & set(args.tasks)) * len(args.streams)
     singles = ("edit" in args.tasks) + 2 * ("draft" in args.tasks)
-    with progress(2 * args.rounds * (many + singles) + 2 * many) as step:
-        found = asyncio.run(measure(args, step))
+    with progress(2 * args.rounds * (num_stream_tasks + singles) + 2 * num_stream_tasks) as step:
+        results = asyncio.run(measure(args, step))
     columns = ("task, streams", "plain tok/s", "tok/s", "ratio", "accepted")
-    rows = [[name, one["plain_tok_s"], one["tok_s"], one["ratio"], one["acceptance"]] for name, one in found.items()]
+    fields = ("plain_tok_s", "tok_s", "ratio", "acceptance")
+    rows = [[name, *map(task.get, fields)] for name, task in results.items()]
     show(f"{name_of(args)}, {args.drafter}, medians of {args.rounds}", columns, rows)
-    finish({"model": name_of(args), "drafter": args.drafter, "rounds": args.rounds, "tasks": found})
+    finish({"model": name_of(args), "drafter": args.drafter, "rounds": args.rounds, "tasks": results})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """How long until the first token, and where does that time go?
 
-Two tables. Imports: a fresh interpreter that does nothing, imports penstock, imports torch and transformers, each
-timed from outside, because `import penstock` by itself should cost neither of those two. Start: a fresh process from
-its birth to its first token, by phases; beside it the most memory it held, and the bytes of its weights and cache.
+Two tables. Imports: a fresh interpreter that does nothing, that imports penstock, and that imports torch and
+transformers, each timed from outside, because `import penstock` should import neither of those two. Start: a fresh
+process from its start to its first token, by phase, with its peak memory and the bytes of its weights and cache.
 
-Medians of several processes. Files are read from the operating system's cache, as after the first start of a day: one
-unmeasured process goes first.
+Medians of several processes. Files are read from the operating system's cache, as at the second start of a day: one
+unmeasured process runs first.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ IMPORTS = {
 
 
 def import_seconds(statement: str) -> float:
-    """How long a process lives that runs one statement."""
+    """How long a process takes that runs one statement."""
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], env=own_environment(), stdin=subprocess.DEVNULL, check=True)
     return time.perf_counter() - begin
 
 
 def start(source: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One fresh process from its birth to its first token. Raises `ProcessFailed`."""
+    """One fresh process from its start to its first token. Raises `ProcessFailed`."""
     order = {"born": time.monotonic(), "model": source, "settings": settings, "workload": None}
-    return fresh("harness.life", json.dumps(order))
+    return fresh("harness.lifecycle", json.dumps(order))
 
 
 def summary(imports: dict[str, list[float]], starts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def summary(imports: dict[str, list[float]], starts: list[dict[str, Any]]) -> di
     names = [phase["phase"] for phase in starts[0]["phases"]]
     phases = {name: round(median(life["phases"][i]["seconds"] for life in starts), 4) for i, name in enumerate(names)}
     return {
-        "imports_s": {name: round(median(found), 4) for name, found in imports.items()},
+        "imports_s": {name: round(median(seconds), 4) for name, seconds in imports.items()},
         "penstock_imports_torch": starts[0]["torch_with_penstock"],
         "phases_s": phases,
         "first_token_s": round(median(sum(p["seconds"] for p in life["phases"]) for life in starts), 4),
@@ -64,7 +64,7 @@ def summary(imports: dict[str, list[float]], starts: list[dict[str, Any]]) -> di
 
 
 def measure(source: str, settings: dict[str, Any], repeats: int, step: Step) -> dict[str, Any]:
-    """Everything, `repeats` times after one time that is not counted."""
+    """Everything, `repeats` times after an unmeasured first time."""
     imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
     starts: list[dict[str, Any]] = []
     for turn in range(repeats + 1):
@@ -90,15 +90,16 @@ def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     source, settings = source_of(args), settings_of(args)
     with progress(args.repeats + 1) as step:
-        found = measure(source, {"log_level": "ERROR", **settings}, args.repeats, step)
-    bare = found["imports_s"]["interpreter"]
-    rows = [[name, value, value - bare] for name, value in found["imports_s"].items()]
+        results = measure(source, {"log_level": "ERROR", **settings}, args.repeats, step)
+    bare = results["imports_s"]["interpreter"]
+    rows = [[name, value, value - bare] for name, value in results["imports_s"].items()]
     show("imports", ("a process that imports", "seconds", "over nothing"), rows)
-    rows = [[name, seconds] for name, seconds in found["phases_s"].items()]
-    show(f"start with {name_of(args)}", ("phase", "seconds"), [*rows, ["birth to first token", found["first_token_s"]]])
-    sizes = [[name, round((found[name] or 0) / 2**20)] for name in ("peak_rss_bytes", "weight_bytes", "cache_bytes")]
+    rows = [[name, seconds] for name, seconds in results["phases_s"].items()]
+    rows.append(["start of the process to first token", results["first_token_s"]])
+    show(f"start with {name_of(args)}", ("phase", "seconds"), rows)
+    sizes = [[name, round((results[name] or 0) / 2**20)] for name in ("peak_rss_bytes", "weight_bytes", "cache_bytes")]
     show("memory", ("", "MiB"), sizes)
-    finish({"model": name_of(args), "settings": settings, "repeats": args.repeats, **found})
+    finish({"model": name_of(args), "settings": settings, "repeats": args.repeats, **results})
 
 
 if __name__ == "__main__":

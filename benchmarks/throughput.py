@@ -1,10 +1,11 @@
-"""How many tokens per second does the engine make?
+"""How many tokens per second does the engine generate?
 
-Six workloads on one model, all requests of a workload at once, every delta read as it comes. Token ids are random,
-sampling is greedy, EOS ends nothing, and no repeat has the ids of another, so that no cache of an earlier one helps.
-Repeats go around all workloads, so that a machine that slows down slows each of them; medians are reported.
+Six workloads on one model, all requests of a workload concurrently, every delta read as it arrives. Token ids are
+random, sampling is greedy, EOS does not stop a request, and no two repeats have the same ids, so that no cache of an
+earlier one helps. Each repeat runs all workloads, so that a machine that slows down slows each of them; medians are
+reported.
 
-For a comparison with transformers in one run see `penstock bench`, with other engines `compare.py`.
+For a comparison with transformers see `penstock bench`, with other engines `compare.py`.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ async def measure(
     return {workload.name: figures[workload.name].summary(workload.draw(0, vocab_size)) for workload in workloads}
 
 
-def table_row(name: str, found: dict[str, Any]) -> list[object]:
-    """One workload for people: new tokens, or prompt tokens where there is only one new one of each request."""
-    engine = found["engine"]
-    rate = "total_tok_s" if found["output_tokens"] == found["requests"] else "output_tok_s"
+def table_row(name: str, results: dict[str, Any]) -> list[object]:
+    """One row of the table: the rate of new tokens, or of all tokens if every request has only one new token."""
+    engine = results["engine"]
+    rate = "total_tok_s" if results["output_tokens"] == results["requests"] else "output_tok_s"
     times = [engine[kind] or {} for kind in ("first_token_s", "inter_token_s")]
     return [name, engine[rate], *(1000 * kind[q] if q in kind else None for kind in times for q in ("p50", "p99"))]
 
@@ -72,10 +73,10 @@ def run(args: argparse.Namespace) -> None:
     source, settings = source_of(args), settings_of(args)
     engine = engine_for(source, settings, limits(args.workloads))
     with progress(args.repeats * len(args.workloads)) as step:
-        found = asyncio.run(measure(engine, args.workloads, args.repeats, vocabulary_of(source), step))
+        results = asyncio.run(measure(engine, args.workloads, args.repeats, vocabulary_of(source), step))
     columns = ("workload", "tok/s", "first token p50 ms", "p99 ms", "per token p50 ms", "p99 ms")
-    show(f"{name_of(args)}, median of {args.repeats}", columns, [table_row(*item) for item in found.items()])
-    finish({"model": name_of(args), "settings": settings, "repeats": args.repeats, "workloads": found})
+    show(f"{name_of(args)}, median of {args.repeats}", columns, [table_row(*item) for item in results.items()])
+    finish({"model": name_of(args), "settings": settings, "repeats": args.repeats, "workloads": results})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does the engine that tunes itself keep its promise, and does it find what a person would have set by hand?
+"""Does the tuned engine keep its latency bound, and does it reach the throughput of limits set by hand?
 
---goal latency: a few streams run all the time while long prompts keep arriving. Measured is the time between two tokens
-of the streams, untuned and with target="latency": p99 should be below the bound, and what the prompts wait for it is
-told beside it. --goal throughput: many requests at once, with batches and steps of several sizes set by hand, and with
-target="throughput", which is given none of them: it should reach 0.95 of the best. Each run has a fresh engine.
+--goal latency: a few streams run all the time while long prompts keep arriving. The time between two tokens of the
+streams is measured untuned and with target="latency": its p99 should be below the bound. The waiting time of the
+prompts is reported too. --goal throughput: many concurrent requests, with several batch and step sizes set by hand, and
+with target="throughput" without any: it should reach 0.95 of the best. Each run has a fresh engine.
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ STREAM_TOKENS, STREAM_PROMPT, ANSWER = 1000, 64, 8
 
 @dataclass(slots=True)
 class Waits:
-    """What readers saw: when each token of a stream came and how long after the one before, and prompts' first ones."""
+    """Times of the readers: (arrival, gap) of each token of a stream, and first tokens of prompts."""
 
     between_s: list[tuple[float, float]] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
 
 
 def params(new_tokens: int) -> SamplingParams:
-    """Greedy, to the end."""
+    """Greedy, without a stop at EOS."""
     return SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
 
 
 def ids_of(number: int, count: int, vocab_size: int) -> list[int]:
-    """A prompt unlike any other."""
+    """A prompt that shares no prefix with others."""
     return Workload(f"prompt {number}", 1, 0, count, 1).draw(number, vocab_size)[0][0]
 
 
 async def stream(engine: InferenceEngine, prompt: list[int], begin: float, waits: Waits) -> None:
-    """Read one stream after the other and note what passes between the tokens of each."""
+    """Read one request after the other and record the time between the tokens of each."""
     while True:
-        last = None
+        previous_s = None
         async for delta in engine.generate(prompt, params(STREAM_TOKENS)):
-            now, new = time.perf_counter(), len(delta.token_ids)
-            if last is not None and new:
-                waits.between_s += [(now - begin, (now - last) / new)] * new
-            last = now
+            now, num_new = time.perf_counter(), len(delta.token_ids)
+            if previous_s is not None and num_new:
+                waits.between_s += [(now - begin, (now - previous_s) / num_new)] * num_new
+            previous_s = now
 
 
-async def prompt_due(engine: InferenceEngine, prompt: list[int], due: float, waits: Waits) -> None:
-    """Send a prompt when it is due and note when its first token comes."""
-    await asyncio.sleep(max(0.0, due - time.perf_counter()))
+async def prompt_due(engine: InferenceEngine, prompt: list[int], due_s: float, waits: Waits) -> None:
+    """Send a prompt when it is due and record when its first token arrives."""
+    await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
     async for delta in engine.generate(prompt, params(ANSWER)):
         if delta.token_ids:
-            waits.first_s.append(time.perf_counter() - due)
+            waits.first_s.append(time.perf_counter() - due_s)
             break
 
 
@@ -74,7 +74,7 @@ async def latency_run(source: str, settings: dict[str, Any], args: argparse.Name
     """Streams and prompts for a while; times in milliseconds."""
     vocab_size, waits = vocabulary_of(source), Waits()
     arrivals = [args.every * (turn + 0.25) for turn in range(int(args.seconds / args.every))]
-    # Every stream and every prompt has room in the cache, so that nothing waits but for the model.
+    # Every stream and every prompt has room in the cache, so that requests only wait for the model.
     tokens = args.streams * (STREAM_PROMPT + STREAM_TOKENS) + len(arrivals) * (args.prompt + 2 * BLOCK)
     room = {"max_sequence_length": max(args.prompt, STREAM_TOKENS) + 100, "kv_cache_tokens": tokens}
     async with engine_of(source, {**room, **settings}) as engine:
@@ -85,8 +85,8 @@ async def latency_run(source: str, settings: dict[str, Any], args: argparse.Name
             for i in range(args.streams)
         ]
         prompts = [
-            asyncio.create_task(prompt_due(engine, ids_of(100 + i, args.prompt, vocab_size), begin + due, waits))
-            for i, due in enumerate(arrivals)
+            asyncio.create_task(prompt_due(engine, ids_of(100 + i, args.prompt, vocab_size), begin + due_s, waits))
+            for i, due_s in enumerate(arrivals)
         ]
         await asyncio.sleep(args.seconds)
         for task in (*streams, *prompts):
@@ -143,18 +143,18 @@ def engine_of(source: str, settings: dict[str, Any]) -> InferenceEngine:
 
 
 async def warm_up(engine: InferenceEngine, vocab_size: int) -> None:
-    """What only the first requests pay for."""
+    """Run the requests that pay the one-time costs."""
     await asyncio.gather(*(engine.generate(ids, params(count)) for ids, count in WARM_UP.draw(0, vocab_size)))
 
 
 def latency(source: str, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Untuned and tuned, one after the other."""
     runs = {"untuned": {}, "tuned": {"target": "latency", "max_inter_token_ms": args.bound}}
-    found = {}
+    results = {}
     with progress(len(args.runs)) as step:
         for name in args.runs:
             step(f"latency, {name}")
-            found[name] = asyncio.run(latency_run(source, {**settings, **runs[name]}, args))
+            results[name] = asyncio.run(latency_run(source, {**settings, **runs[name]}, args))
     rows = [
         [
             name,
@@ -163,47 +163,45 @@ def latency(source: str, settings: dict[str, Any], args: argparse.Namespace) -> 
             run["prompts_answered"],
             (run["first_token_ms"] or {}).get("p50"),
         ]
-        for name, run in found.items()
+        for name, run in results.items()
     ]
     columns = ("", "inter-token p50 ms", "p99", "p99.9", "above the bound", "prompts answered", "first token p50 ms")
     title = f"{name_of(args)}: {args.streams} streams, a prompt of {args.prompt} tokens every {args.every:g} s"
     show(f"{title}, bound {args.bound:g} ms", columns, rows)
-    return found
+    return results
 
 
 def throughput(source: str, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Every choice by hand, and the tuner's."""
+    """All limits set by hand, and the tuner."""
     runs: dict[str, dict[str, Any]] = {
         f"{rows} rows, {budget} tokens": {"max_batch_size": rows, "max_num_batched_tokens": budget}
         for rows, budget in product(args.rows, args.budgets)
     }
     runs["tuned"] = {"target": "throughput"}
-    found = {}
+    results = {}
     with progress(len(runs)) as step:
         for name, chosen in runs.items():
             step(f"throughput, {name}")
-            found[name] = asyncio.run(throughput_run(source, {**settings, **chosen}, args))
-    best = max((run["output_tok_s"] for name, run in found.items() if name != "tuned"), default=None)
-    rows = [[name, run["output_tok_s"], run["output_tok_s"] / best if best else None] for name, run in found.items()]
+            results[name] = asyncio.run(throughput_run(source, {**settings, **chosen}, args))
+    best = max((run["output_tok_s"] for name, run in results.items() if name != "tuned"), default=None)
+    rows = [[name, run["output_tok_s"], run["output_tok_s"] / best if best else None] for name, run in results.items()]
     title = f"{name_of(args)}: {args.requests} requests of {args.prompt_each} + {args.output} tokens"
     show(title, ("", "output tokens/s", "of the best by hand"), rows)
-    return found
+    return results
 
 
-def panels(found: dict[str, Any], bound: float) -> list[Panel]:
+def panels(results: dict[str, Any], bound: float) -> list[Panel]:
     """The longest waits over time, and rates by rows."""
-    drawn = []
-    if "latency" in found:
-        curves = {name: run["curve"] for name, run in found["latency"].items()}
+    plots = []
+    if "latency" in results:
+        curves = {name: run["curve"] for name, run in results["latency"].items()}
         ends = [point[0] for curve in curves.values() for point in curve]
         curves["bound"] = [(min(ends), bound), (max(ends), bound)]
-        drawn.append(Panel("longest wait between tokens, by second", "s", "ms", curves))
-    if "throughput" in found:
-        rates = {
-            name: [(0.0, run["output_tok_s"]), (1.0, run["output_tok_s"])] for name, run in found["throughput"].items()
-        }
-        drawn.append(Panel("throughput", "", "output tokens/s", rates))
-    return drawn
+        plots.append(Panel("longest wait between tokens, by second", "s", "ms", curves))
+    if "throughput" in results:
+        rates = {name: [(x, run["output_tok_s"]) for x in (0.0, 1.0)] for name, run in results["throughput"].items()}
+        plots.append(Panel("throughput", "", "output tokens/s", rates))
+    return plots
 
 
 def main() -> None:
@@ -231,13 +229,13 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     source, settings = source_of(args), settings_of(args)
-    found = {}
+    results = {}
     if args.goal in ("latency", "both"):
-        found["latency"] = latency(source, settings, args)
+        results["latency"] = latency(source, settings, args)
     if args.goal in ("throughput", "both"):
-        found["throughput"] = throughput(source, settings, args)
-    plot = save(args.plot, panels(found, args.bound))
-    finish({"model": name_of(args), "settings": settings, "bound_ms": args.bound, "plot": plot, **found})
+        results["throughput"] = throughput(source, settings, args)
+    plot = save(args.plot, panels(results, args.bound))
+    finish({"model": name_of(args), "settings": settings, "bound_ms": args.bound, "plot": plot, **results})
 
 
 if __name__ == "__main__":

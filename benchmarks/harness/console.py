@@ -1,4 +1,4 @@
-"""What a person sees of a benchmark: progress and tables on stderr; the result, one line of JSON, last on stdout.
+"""The output of a benchmark: progress and tables on stderr; the result, one line of JSON, last on stdout.
 
 Measures nothing. Called by every benchmark.
 """
@@ -16,23 +16,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-WIDTH = 140  # of a table that goes into a file
+WIDTH = 140  # of a table if stderr is not a terminal
 Step = Callable[[str], None]
 
 
 def note(text: str) -> None:
-    """A line for the person."""
+    """Print a line for the user."""
     print(text, file=sys.stderr, flush=True)
 
 
 def finish(result: Any) -> None:
-    """The last line of the output."""
+    """Print the result, the last line of the output."""
     sys.stderr.flush()
     print(json.dumps(result), flush=True)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table; its first column names the rows."""
+    """Print a table; its first column names the rows."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
@@ -42,7 +42,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 def cell(value: object) -> str:
-    """A number with three significant digits at least; nothing for None."""
+    """A number with at least three significant digits; an empty string for None."""
     if value is None:
         return ""
     if not isinstance(value, float):
@@ -55,12 +55,12 @@ def cell(value: object) -> str:
 
 @contextmanager
 def progress(total: int) -> Iterator[Step]:
-    """Call what it yields before each of `total` tasks: a bar on a terminal, else a line each."""
-    begun = count()
+    """Yields a function to call before each of `total` tasks: a bar on a terminal, else a line per task."""
+    numbers = count()
     if not sys.stderr.isatty():
-        yield lambda text: note(f"[{next(begun) + 1}/{total}] {text}")
+        yield lambda text: note(f"[{next(numbers) + 1}/{total}] {text}")
         return
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda text: bar.update(task, description=text, completed=next(begun))
+        yield lambda text: bar.update(task, description=text, completed=next(numbers))

@@ -1,4 +1,4 @@
-"""How many bytes and operations a model cannot do without: read from a folder's config and safetensors headers.
+"""The bytes and operations that a model needs at least, from a folder's config and safetensors headers.
 
 Pure arithmetic on shapes; reads no weight. For dense models whose embedding is looked up, not multiplied.
 """
@@ -33,13 +33,13 @@ class Footprint:
         return 2 * (self.layers + self.head)
 
     def prefill_operations(self, tokens: int) -> int:
-        """Operations of a prompt of so many tokens, of which the last one gets logits; a multiply-add is two."""
+        """Operations of a prompt of `tokens` tokens with logits for the last one; a multiply-add counts as two."""
         causal = tokens * (tokens + 1) // 2
         return 2 * tokens * self.layers + 2 * self.head + 4 * causal * self.attention
 
 
 def footprint(folder: Path) -> Footprint | None:
-    """The footprint of a model folder; None where it has no safetensors files or is a mixture of experts."""
+    """The footprint of a model folder; None if it has no safetensors files or is a mixture of experts."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         shapes |= tensor_shapes(file)
@@ -58,7 +58,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def count(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Footprint:
-    """The same from tensor shapes. An embedding without a head of its own beside it is the head as well."""
+    """The footprint by tensor shapes. Without a separate head the embedding is the head too."""
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     embedding = {name for name in matrices if "embed" in name or name.endswith("wte.weight")}
     heads = {name for name in matrices if "lm_head" in name} or embedding

@@ -1,4 +1,4 @@
-"""The options that name a model and the engine's settings, and what they mean. Called by the benchmarks."""
+"""The options for the model and the engine's settings, and their meaning. Called by the benchmarks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def parser_for(doc: str | None, epilog: str = "") -> argparse.ArgumentParser:
 
 
 def add_model_options(parser: argparse.ArgumentParser, default_shape: str | None = None) -> None:
-    """--model or --shape, --dtype, --quantization, --set."""
+    """Add --model or --shape, --dtype, --quantization and --set."""
     group = parser.add_argument_group("model and engine")
-    which = group.add_mutually_exclusive_group()
+    source = group.add_mutually_exclusive_group()
     default = f"the shape {default_shape}" if default_shape else "the small model in the package"
-    which.add_argument("--model", metavar="M", help=f"folder or hub id (default: {default})")
-    which.add_argument(
+    source.add_argument("--model", metavar="M", help=f"folder or hub id (default: {default})")
+    source.add_argument(
         "--shape", choices=tuple(SHAPES), help="random bfloat16 weights of this shape, written to a cache folder once"
     )
     group.add_argument("--dtype", metavar="T", help="bfloat16, float32 or float16 (default: the checkpoint's)")
-    group.add_argument("--quantization", metavar="Q", help="int8: quantize the weights at load (default: do not)")
+    group.add_argument("--quantization", metavar="Q", help="int8: quantize the weights at load (default: none)")
     group.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of EngineConfig, repeatable"
     )
@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser, default_shape: str | None
 
 
 def source_of(args: argparse.Namespace) -> str:
-    """The model's folder or hub id. Writes a shape that is used for the first time."""
+    """The model's folder or hub id; a shape is written on first use."""
     if args.model:
         return str(args.model)
     shape = args.shape or args.default_shape
@@ -44,34 +44,34 @@ def source_of(args: argparse.Namespace) -> str:
 
 
 def name_of(args: argparse.Namespace) -> str:
-    """What tables and results call the model."""
+    """The model's name in tables and results."""
     if args.model:
         return Path(args.model).name
     return str(args.shape or args.default_shape or "demo")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `EngineConfig` that were given."""
-    given = {name: getattr(args, name) for name in ("dtype", "quantization") if getattr(args, name) is not None}
+    """Keywords of `EngineConfig` from the options."""
+    settings = {name: getattr(args, name) for name in ("dtype", "quantization") if getattr(args, name) is not None}
     for item in args.set:
         name, mark, value = item.partition("=")
         if not mark:
             raise SystemExit(f"--set {item}: write NAME=VALUE, as in --set max_batch_size=64")
-        given[name] = yaml.safe_load(value)
-    return given
+        settings[name] = yaml.safe_load(value)
+    return settings
 
 
 def numbers(text: str) -> list[float]:
     """A comma-separated list of positive numbers, for argparse."""
-    found = [float(part) for part in text.split(",") if part.strip()]
-    if not found or min(found) <= 0:
+    values = [float(part) for part in text.split(",") if part.strip()]
+    if not values or min(values) <= 0:
         raise argparse.ArgumentTypeError(f"must be positive numbers like 1,2,4, got {text!r}")
-    return found
+    return values
 
 
 def integers(text: str) -> list[int]:
     """A comma-separated list of positive integers, for argparse."""
-    found = [int(part) for part in text.split(",") if part.strip()]
-    if not found or min(found) < 1:
+    values = [int(part) for part in text.split(",") if part.strip()]
+    if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"must be positive integers like 1,2,4, got {text!r}")
-    return found
+    return values

@@ -1,4 +1,4 @@
-"""Curves as a PNG, by matplotlib: an optional extra, whose absence costs the picture and nothing else."""
+"""Curves as a PNG file by matplotlib, an optional dependency; without it there is no picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One diagram: named curves of (x, y) over labelled axes; `log_x` for doublings at equal distances."""
+    """One diagram: named curves of (x, y) over labelled axes; `log_x` for a logarithmic x axis."""
 
     title: str
     x: str
@@ -25,7 +25,7 @@ class Panel:
 
 
 def save(path: Path, panels: Sequence[Panel]) -> str | None:
-    """Draw the panels side by side; the file's name, or None where matplotlib is missing."""
+    """Draw the panels side by side; the file's name, or None if matplotlib is missing."""
     try:
         importlib.import_module("matplotlib").use("Agg")  # no display is needed
         pyplot: Any = importlib.import_module("matplotlib.pyplot")

@@ -1,6 +1,6 @@
-"""Fresh processes that report in JSON lines: every figure that memory, imports or threads could spoil is taken in one.
+"""Fresh processes that report JSON lines, for measurements that imports, memory or threads of this one would disturb.
 
-Owns their environment and their end: none outlives its caller. Never reads what they mean.
+Owns their environment and their end: no process outlives its caller. Never interprets their reports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TAIL_LINES = 12
 
 
 class ProcessFailed(Exception):
-    """A process ended badly; the message has the end of what it wrote to stderr."""
+    """A process failed; the message has the end of its stderr."""
 
 
 def own_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -31,15 +31,15 @@ def own_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def foreign_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for engines that have a virtual environment of their own: it must not see this one's packages."""
-    mine = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-    return {name: value for name, value in os.environ.items() if name not in mine} | dict(changes or {})
+    """The environment for engines in other virtual environments, which must not import packages of this one."""
+    hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    return {name: value for name, value in os.environ.items() if name not in hidden} | dict(changes or {})
 
 
 def records_of(
     command: Sequence[str], environment: Mapping[str, str], timeout_s: float = 3600.0
 ) -> Iterator[dict[str, Any]]:
-    """The JSON objects that a process prints, one per line, as they come; other lines are somebody's chatter.
+    """The JSON objects that a process prints, one per line, as they arrive; other lines are ignored.
 
     Raises `ProcessFailed` when it cannot start, ends with an error, or takes longer than `timeout_s`.
     """
@@ -58,7 +58,7 @@ def records_of(
 
 
 def _records(process: subprocess.Popen[str], timeout_s: float) -> Iterator[dict[str, Any]]:
-    """What it prints; it has ended afterwards, also where the reader lost interest."""
+    """The objects that it prints; the process has ended afterwards, even if the reader stops early."""
     timer = threading.Timer(timeout_s, process.kill)
     timer.start()
     with process:
@@ -76,18 +76,18 @@ def record(line: str) -> dict[str, Any] | None:
     if not line.startswith("{"):
         return None
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def fresh(module: str, *args: str) -> dict[str, Any]:
-    """The last JSON object that a module of ours prints, run as a program in a process of its own.
+    """The last JSON object printed by one of our modules, run as a program in a fresh process.
 
     Raises `ProcessFailed`.
     """
-    found = list(records_of([sys.executable, "-m", module, *args], own_environment()))
-    if not found:
+    records = list(records_of([sys.executable, "-m", module, *args], own_environment()))
+    if not records:
         raise ProcessFailed(f"{module} printed nothing")
-    return found[-1]
+    return records[-1]

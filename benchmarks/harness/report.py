@@ -11,7 +11,7 @@ PRECISIONS = {"bf16": "bfloat16", "int8": "int8 weights"}
 
 
 def render(summary: Mapping[str, Any], command: str) -> str:
-    """The whole document; `command` is how it was made."""
+    """The whole document; `command` repeats the comparison."""
     parts = [
         introduction(summary),
         throughput(summary),
@@ -19,14 +19,14 @@ def render(summary: Mapping[str, Any], command: str) -> str:
         roofline(summary),
         loading(summary),
         f"## Measure it yourself\n\n```\n{command}\n```\n\n"
-        "`python benchmarks/compare.py --help` says how the other engines are set up. A run that was cut off goes on\n"
-        "where it stopped.\n",
+        "`python benchmarks/compare.py --help` explains how to set up the other engines. An interrupted comparison\n"
+        "resumes where it stopped.\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; numbers to the right."""
+    """A table with numbers aligned to the right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([cell(value) for value in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -34,12 +34,12 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 def introduction(summary: Mapping[str, Any]) -> str:
     """What was measured, when and where."""
     days = summary["days"]
-    when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "never"
+    dates = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "never"
     return (
         "# Performance\n\n"
-        f"The model is {summary['model']}; {when}; sittings: {summary['sittings']}. In each sitting every engine runs\n"
-        "once, in a process of its own, one after the other, and another one begins. Figures are medians over the\n"
-        "sittings. All engines get the same token ids, greedy sampling, and exactly the same number of new tokens.\n\n"
+        f"The model is {summary['model']}; {dates}; runs: {summary['runs']}. In each run every engine is measured\n"
+        "once, in a process of its own, one after the other in rotating order. Figures are medians over the runs.\n"
+        "All engines get the same token ids, greedy sampling, and exactly the same number of new tokens.\n\n"
         f"{machine_lines(summary['machine'])}"
     )
 
@@ -51,9 +51,9 @@ def machine_lines(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return (
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['ram_bytes'] / 2**30:.0f} GiB; "
-        f"{', '.join(machine['features']) or 'no features of note'}\n"
+        f"{', '.join(machine['features']) or 'no relevant features'}\n"
         f"- {machine['system']}; {versions}; threads: {machine['threads']}\n"
-        f"- measured in the same sittings: reads {giga(machine['read_bytes_s'])} GB/s, matrix products in bfloat16 "
+        f"- measured in the same runs: reads {giga(machine['read_bytes_s'])} GB/s, matrix products in bfloat16 "
         f"{giga(machine['bf16_ops_s'])} GFLOP/s, in int8 {giga(machine['int8_ops_s'])} GOP/s\n"
     )
 
@@ -67,13 +67,13 @@ def throughput(summary: Mapping[str, Any]) -> str:
     """Engines by workloads."""
     names = list(summary["requests"])
     rows = [
-        [name, PRECISIONS[found["precision"]], *(found["rates"].get(n) for n in names), f"{found['spread']:.0%}"]
-        for name, found in summary["engines"].items()
+        [name, PRECISIONS[entry["precision"]], *(entry["rates"].get(n) for n in names), f"{entry['spread']:.0%}"]
+        for name, entry in summary["engines"].items()
     ]
     sizes = "; ".join(f"{name}: {size}" for name, size in summary["requests"].items())
     return (
-        "## Tokens per second\n\nNew tokens; prompt tokens where a request has only one new token. Spread is the\n"
-        "largest distance between sittings, relative to the median.\n\n"
+        "## Tokens per second\n\nNew tokens; all tokens where a request has only one new token. Spread is the\n"
+        "largest difference between runs, relative to the median.\n\n"
         f"{markdown_table(('engine', 'weights', *names, 'spread'), rows)}\n"
         f"Requests x prompt tokens + new tokens of each (on average) - {sizes}.\n"
     )
@@ -86,30 +86,30 @@ def ratio_table(name: str, summary: Mapping[str, Any]) -> str:
         return ""
     columns = [*summary["requests"], "mean"]
     rows = [
-        [f"{peer} ({summary['engines'][peer]['precision']})", *map(found.get, columns)] for peer, found in peers.items()
+        [f"{peer} ({summary['engines'][peer]['precision']})", *map(entry.get, columns)] for peer, entry in peers.items()
     ]
     return (
-        f"## {name} beside each\n\nRatios of medians; above 1, {name} is faster. The mean is geometric.\n\n"
+        f"## {name} compared with each\n\nRatios of medians; above 1, {name} is faster. The mean is geometric.\n\n"
         f"{markdown_table(('engine', *columns), rows)}"
     )
 
 
 def roofline(summary: Mapping[str, Any]) -> str:
-    """How near to what the machine can do."""
+    """How close the engines come to the limits of the machine."""
     rows = [
         [
             name,
-            found["read_bytes_s"] / 1e9 if "read_bytes_s" in found else None,
-            percent(found.get("read_fraction")),
-            found["ops_s"] / 1e9 if "ops_s" in found else None,
-            percent(found.get("ops_fraction")),
+            entry["read_bytes_s"] / 1e9 if "read_bytes_s" in entry else None,
+            percent(entry.get("read_fraction")),
+            entry["ops_s"] / 1e9 if "ops_s" in entry else None,
+            percent(entry.get("ops_fraction")),
         ]
-        for name, found in summary["roofline"].items()
+        for name, entry in summary["roofline"].items()
     ]
     if not any(summary["roofline"].values()):
         return ""
     return (
-        "## What the machine allows\n\nOne stream reads all weights for each token, so memory limits it: bytes of the\n"
+        "## Limits of the machine\n\nOne stream reads all weights for each token, so memory limits it: bytes of the\n"
         "weights times tokens per second (`single`), and the fraction of the measured bandwidth. A prompt is limited\n"
         "by arithmetic: operations of its matrix products per second (`prefill`), and the fraction of the measured\n"
         "rate in the precision of the weights.\n\n"
@@ -118,18 +118,18 @@ def roofline(summary: Mapping[str, Any]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction for people."""
+    """A fraction in percent."""
     return "" if value is None else f"{value:.0%}"
 
 
 def loading(summary: Mapping[str, Any]) -> str:
     """Time to load, and memory."""
     rows = [
-        [name, found["load_s"], round(found["peak_rss_bytes"] / 2**20) if found["peak_rss_bytes"] else None]
-        for name, found in summary["engines"].items()
+        [name, entry["load_s"], round(entry["peak_rss_bytes"] / 2**20) if entry["peak_rss_bytes"] else None]
+        for name, entry in summary["engines"].items()
     ]
     return (
-        "## Loading, and memory\n\nSeconds from the start of the process until it takes requests, imports included;\n"
-        "the most memory it ever held, K/V cache included.\n\n"
+        "## Loading, and memory\n\nSeconds from the start of the process until it accepts requests, imports included;\n"
+        "the peak of its memory, K/V cache included.\n\n"
         f"{markdown_table(('engine', 'load, s', 'peak, MiB'), rows)}"
     )

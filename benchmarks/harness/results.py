@@ -1,7 +1,7 @@
-"""Measurements as JSON lines in a file: appended one by one, so that a run that was cut off goes on where it stopped.
+"""Measurements as JSON lines in a file, appended one by one, so that an interrupted comparison can resume.
 
-A measurement is known by model, sitting, engine and workload; of two with the same key the first one counts. Never
-rewrites what is there.
+A measurement is identified by model, run, engine and workload; of two with the same key the first one counts. Never
+rewrites existing lines.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ Record = dict[str, Any]
 
 
 def key(record: Record) -> tuple[Any, ...]:
-    """What a measurement is of."""
-    return tuple(record.get(name) for name in ("model", "sitting", "kind", "engine", "workload"))
+    """The fields that identify a measurement."""
+    return tuple(record.get(name) for name in ("model", "run", "kind", "engine", "workload"))
 
 
 class Results:
-    """The measurements in a file; it need not exist yet."""
+    """The measurements in a file, which need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[Record] = []
         self._keys: set[tuple[Any, ...]] = set()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self._torn = bool(text) and not text.endswith("\n")
+        self._is_incomplete = bool(text) and not text.endswith("\n")
         self.merge(read_lines(text.splitlines()))
 
     def merge(self, records: Iterable[Record]) -> None:
-        """Take in measurements without writing them."""
+        """Add measurements without writing them."""
         for record in records:
             if key(record) not in self._keys:
                 self._keys.add(key(record))
                 self.records.append(record)
 
     def has(self, record: Record) -> bool:
-        """Whether this was measured already."""
+        """Whether this was already measured."""
         return key(record) in self._keys
 
     def append(self, record: Record) -> None:
-        """Take one in, and write it down at once. A line that a kill tore in two is left behind, alone."""
+        """Add a measurement and write it at once, on a new line after an incomplete one."""
         self.merge([record])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(("\n" if self._torn else "") + json.dumps(record) + "\n")
-        self._torn = False
+            stream.write(("\n" if self._is_incomplete else "") + json.dumps(record) + "\n")
+        self._is_incomplete = False
 
     def of(self, model: str, kind: str) -> list[Record]:
         """All measurements of one kind on one model, in order."""
@@ -55,7 +55,7 @@ class Results:
 
 
 def read_lines(lines: Iterable[str]) -> Iterable[Record]:
-    """The objects in lines of JSON; torn ones are skipped."""
+    """The objects in lines of JSON; incomplete lines are skipped."""
     for line in lines:
         try:
             record = json.loads(line)

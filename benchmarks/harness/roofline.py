@@ -1,7 +1,7 @@
-"""What this machine is and the most it can do: `python -m harness.roofline` prints one JSON line.
+"""Facts and limits of this machine: `python -m harness.roofline` prints one JSON line.
 
-Measures bytes read per second and operations per second of matrix products in bfloat16 and int8, for a moment each,
-with PyTorch on all cores; the best of several kernels and sizes is the limit. Run in a process of its own.
+Measures bytes read per second and operations per second of matrix products in bfloat16 and int8, briefly, with PyTorch
+on all cores; the best of several kernels and sizes is the limit. Run in a process of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LIBRARIES = ("penstock", "torch", "transformers")
 
 
 def cpu_facts(cpuinfo: str) -> dict[str, Any]:
-    """Model name, and those features that matter here, from the text of /proc/cpuinfo."""
+    """Model name and relevant features, from the text of /proc/cpuinfo."""
     lines = (line.partition(":") for line in cpuinfo.splitlines())
     fields: dict[str, str] = {}
     for name, _, value in lines:
@@ -47,29 +47,29 @@ def cpu_facts(cpuinfo: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Facts that figures depend on."""
+    """Facts that the results depend on."""
     path = Path("/proc/cpuinfo")
-    found = cpu_facts(path.read_text(encoding="utf-8") if path.exists() else "")
+    facts = cpu_facts(path.read_text(encoding="utf-8") if path.exists() else "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return found | {"cores": cores, "ram_bytes": ram, "system": platform.platform(), "versions": versions()}
+    return facts | {"cores": cores, "ram_bytes": ram, "system": platform.platform(), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that matter."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and the relevant libraries."""
+    numbers = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             from penstock import __version__
 
-            found[name] = __version__ if name == "penstock" else "none"
-    return found
+            numbers[name] = __version__ if name == "penstock" else "none"
+    return numbers
 
 
 def best_rate(action: Callable[[], object], amount: float) -> float:
-    """Amount per second in the best of some short runs, after one unmeasured call."""
+    """The best amount per second of several short runs, after one unmeasured call."""
     action()
     best = 0.0
     for _ in range(REPEATS):
@@ -82,7 +82,7 @@ def best_rate(action: Callable[[], object], amount: float) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second: a sum, or a product of a matrix and a vector, over more than any cache holds."""
+    """Bytes per second: a sum, or a product of a matrix and a vector, over more memory than any cache holds."""
     import torch
 
     values = torch.ones(READ_BYTES // 4)
@@ -91,7 +91,7 @@ def read_bandwidth() -> float:
 
 
 def bf16_rate() -> float:
-    """Operations per second of x @ w.T in bfloat16, a multiply-add being two."""
+    """Operations per second of x @ w.T in bfloat16; a multiply-add counts as two."""
     import torch
 
     rates = []
@@ -102,7 +102,7 @@ def bf16_rate() -> float:
 
 
 def int8_rate() -> float | None:
-    """Operations per second of int8 products summed in int32; None where this PyTorch has none."""
+    """Operations per second of int8 products summed in int32; None if this PyTorch has none."""
     import torch
 
     rates = []

@@ -1,6 +1,6 @@
-"""Models of a known shape with random weights, made once and kept in the user's cache: `python -m harness.shapes NAME`.
+"""Models of a known shape with random weights, written once to the user's cache: `python -m harness.shapes NAME`.
 
-Owns that folder. A tokenizer lies beside the weights, because other engines want one; its text means nothing.
+Owns that folder. It has a tokenizer too, because other engines need one; its text means nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MAX_POSITIONS = 32768
 
 
 def cache_folder() -> Path:
-    """Where the benchmarks keep models and results."""
+    """The folder for models and results of the benchmarks."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "penstock" / "benchmarks"
 
 
 def folder_of(shape: str) -> Path:
-    """The folder of a shape; written on first use, in a process that takes its memory along when it ends.
+    """The folder of a shape; written on first use, in a process of its own, which frees its memory.
 
-    Raises `ProcessFailed`, and `KeyError` for a shape that is not in `SHAPES`.
+    Raises `ProcessFailed`, and `KeyError` for an unknown shape.
     """
     SHAPES[shape]
     folder = cache_folder() / "models" / shape
@@ -42,7 +42,7 @@ def folder_of(shape: str) -> Path:
 
 
 def write(shape: str, folder: Path) -> None:
-    """Make the model beside its place and move it there in one go, so that no half of it is ever found."""
+    """Write the model to a temporary folder and rename that, so that the folder is never incomplete."""
     from transformers import AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Source files of this Python's standard library as tasks: edited, or simply written on. Used by `speculation.py`.
+"""Tasks on source files of Python's standard library: to edit a file, or to continue it. Used by `speculation.py`.
 
 Owns the texts and the script that prescribes them. The same number gives the same text on every run.
 """
@@ -16,15 +16,15 @@ from typing import Any
 
 from penstock import SamplingParams
 
-RENAMED, DROPPED, INSERTED = 3, 0.03, 0.03  # identifiers, and shares of the lines
+RENAMED, DROPPED, INSERTED = 3, 0.03, 0.03  # identifiers, and fractions of the lines
 SMALLEST, LARGEST = 3000, 9000  # bytes of a file
 
 
 @dataclass(frozen=True)
 class Script:
-    """A logits processor that leaves the model no choice: token `tokens[i]` at output position i.
+    """A logits processor that forces token `tokens[i]` at output position i.
 
-    All logits are computed and sampled as ever, with speculation and without. It looks at its arguments only.
+    All logits are computed and sampled as usual, with speculation and without. It depends on its arguments only.
     """
 
     tokens: list[int]
@@ -35,7 +35,7 @@ class Script:
 
 
 def files() -> list[str]:
-    """Texts of a middling length, in an order that has nothing to do with their names."""
+    """Texts of medium length, in an order independent of their names."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
     chosen = [path for path in paths if SMALLEST < path.stat().st_size < LARGEST and "site-packages" not in path.parts]
     random.Random(0).shuffle(chosen)
@@ -43,7 +43,7 @@ def files() -> list[str]:
 
 
 def edited(text: str, seed: int) -> str:
-    """The text with some identifiers renamed, some lines gone and some comments new, as a refactoring leaves it."""
+    """The text with some identifiers renamed, lines deleted and comments added, as after a refactoring."""
     rng = random.Random(seed)
     names = sorted(set(re.findall(r"\b[a-z_]{5,}\b", text)))
     for name in rng.sample(names, min(RENAMED, len(names))):
@@ -66,26 +66,28 @@ def scripted(prompt: list[int], output: list[int]) -> tuple[list[int], SamplingP
     return prompt, params
 
 
-def edits(tokenizer: Any, most: int) -> Iterator[tuple[list[int], SamplingParams]]:
-    """Requests that show a file and get it back edited; at most `most` new tokens. Files of at most 1,500 tokens."""
+def edits(tokenizer: Any, max_tokens: int) -> Iterator[tuple[list[int], SamplingParams]]:
+    """Requests with a file of 500 to 1,500 tokens as prompt and its edited version, cut to `max_tokens`, as output."""
     for number, text in enumerate(files()):
         prompt = tokenizer.encode(text)
         if 500 <= len(prompt) <= 1500:
-            yield scripted(prompt, tokenizer.encode(edited(text, number))[:most])
+            yield scripted(prompt, tokenizer.encode(edited(text, number))[:max_tokens])
 
 
-def continuations(tokenizer: Any, new: int) -> Iterator[tuple[list[int], SamplingParams]]:
-    """Requests that show the beginning of a file and get what follows, over and over: text as people write it."""
+def continuations(tokenizer: Any, num_tokens: int) -> Iterator[tuple[list[int], SamplingParams]]:
+    """Requests with the beginning of a file as prompt and the next part as output, endlessly."""
     encoded = [tokenizer.encode(text) for text in files()]
-    usable = [tokens for tokens in encoded if len(tokens) >= 200 + new]
+    usable = [tokens for tokens in encoded if len(tokens) >= 200 + num_tokens]
     for number in count():
         tokens = usable[number % len(usable)]
-        yield scripted(tokens[:200], tokens[200 : 200 + new])
+        yield scripted(tokens[:200], tokens[200 : 200 + num_tokens])
 
 
-def samples(tokenizer: Any, new: int, temperature: float) -> Iterator[tuple[list[int], SamplingParams]]:
-    """Requests that show the beginning of a file and get what the model makes of it."""
+def samples(tokenizer: Any, num_tokens: int, temperature: float) -> Iterator[tuple[list[int], SamplingParams]]:
+    """Requests with the beginning of a file as prompt, whose output the model samples."""
     encoded = [tokenizer.encode(text)[:200] for text in files()]
     for number in count():
-        params = SamplingParams(temperature=temperature, max_tokens=new, seed=number, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=temperature, max_tokens=num_tokens, seed=number, ignore_eos=True, detokenize=False
+        )
         yield encoded[number % len(encoded)], params

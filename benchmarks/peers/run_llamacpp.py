@@ -1,7 +1,7 @@
 """llama.cpp: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf safetensors torch==2.13.0
 
-(llama-cpp-python is compiled on the spot, some minutes.) Through its batch interface: many sequences per call, greedy,
-a shared prefix computed once. The folder's weights are converted first, to TYPE.gguf beside them; Qwen3 models only.
+(This compiles llama-cpp-python, which takes some minutes.) Uses the batch interface: many sequences per call, greedy, a
+shared prefix computed once. The weights are converted first, to TYPE.gguf in the same folder; Qwen3 models only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-WHOLE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def convert(folder: Path, kind: str) -> Path:
 
 
 def write_gguf(folder: Path, kind: str, out: Path) -> None:
-    """Config and tensors; the vocabulary's texts are placeholders, as only ids are used."""
+    """Config and tensors; the vocabulary's texts are placeholders, because only ids are used."""
     import gguf
     from safetensors.torch import load_file
 
@@ -63,7 +63,7 @@ def write_gguf(folder: Path, kind: str, out: Path) -> None:
         raise SystemExit(f"only qwen3 models can be converted here, and {folder} is a {config['model_type']}")
     writer = gguf.GGUFWriter(out, "qwen3")
     describe(writer, config)
-    wanted = gguf.GGMLQuantizationType.Q8_0 if kind == "q8_0" else gguf.GGMLQuantizationType.BF16
+    quantization = gguf.GGMLQuantizationType.Q8_0 if kind == "q8_0" else gguf.GGMLQuantizationType.BF16
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if name == "lm_head.weight" and config.get("tie_word_embeddings"):
@@ -72,7 +72,7 @@ def write_gguf(folder: Path, kind: str, out: Path) -> None:
             if values.ndim == 1:
                 writer.add_tensor(gguf_name(name), values)
             else:
-                writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+                writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, quantization), raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -103,20 +103,20 @@ def describe(writer: Any, config: dict[str, Any]) -> None:
 def gguf_name(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`."""
     name = name.removeprefix("model.").removesuffix(".weight")
-    if name in WHOLE:
-        return f"{WHOLE[name]}.weight"
+    if name in OUTER:
+        return f"{OUTER[name]}.weight"
     _, layer, part = name.split(".", 2)
     return f"blk.{layer}.{PARTS[part]}.weight"
 
 
 class Model:
-    """A context with room for everything, and one batch that every call fills anew."""
+    """A context with room for the workloads, and one batch that is refilled for every call."""
 
     def __init__(self, path: Path, limits: Limits) -> None:
         import llama_cpp
 
         self.api = llama_cpp
-        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: the library calls it later
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # referenced here because the library calls it later
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
@@ -126,7 +126,7 @@ class Model:
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
 
     def settings(self, limits: Limits) -> Any:
-        """One cache that all sequences share."""
+        """A single cache for all sequences."""
         params = self.api.llama_context_default_params()
         params.n_ctx = limits.tokens
         params.n_batch, params.n_ubatch = BATCH, MICRO_BATCH
@@ -148,7 +148,7 @@ class Model:
         return outputs
 
     def prefill(self, work: Work) -> dict[int, int]:
-        """First tokens. What all prompts begin with goes through the model once and is shared in the cache."""
+        """First tokens. The common prefix of all prompts is computed once and shared in the cache."""
         shared = shared_tokens(work)
         self.decode([(token, place, 0, False) for place, token in enumerate(work[0][0][:shared])])
         for number in range(1, len(work) if shared else 0):
@@ -163,11 +163,11 @@ class Model:
         )
 
     def decode(self, rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
-        """Run (token, position, sequence, wanted) rows; the likeliest next token of each sequence that is wanted."""
-        found: dict[int, int] = {}
+        """Run rows of (token, position, sequence, samples); the most likely next token of each row that samples."""
+        tokens: dict[int, int] = {}
         for begin in range(0, len(rows), BATCH):
-            found |= self.decode_batch(rows[begin : begin + BATCH])
-        return found
+            tokens |= self.decode_batch(rows[begin : begin + BATCH])
+        return tokens
 
     def decode_batch(self, rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
         """One call of the library."""
@@ -175,8 +175,8 @@ class Model:
 
         batch = self.batch
         batch.n_tokens = len(rows)
-        for i, (token, position, number, wanted) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+        for i, (token, position, number, samples) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, samples
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, number
         code = self.api.llama_decode(self.context, batch)
         if code:

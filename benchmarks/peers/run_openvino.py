@@ -1,6 +1,6 @@
 """OpenVINO GenAI: pip install torch==2.13.0 openvino-genai "optimum-intel[openvino]" nncf; pip uninstall -y torchvision
 
-It runs models exported once, with the same environment's optimum-cli, into a folder OUT:
+It runs models that were exported to a folder OUT, with optimum-cli of the same environment:
 
     optimum-cli export openvino --model MODEL --task text-generation-with-past --weight-format fp16 OUT
     optimum-cli export openvino --model MODEL --task text-generation-with-past --weight-format int8 OUT
@@ -19,7 +19,7 @@ from workloads import BORN, Limits, Run, Work, arguments, measure
 
 
 def main() -> None:
-    """Measure: what shares a prefix on a pipeline of its own, because a prefix cache costs the other workloads."""
+    """Measure; workloads with a shared prefix on a separate pipeline, because a prefix cache slows the others down."""
     parser = arguments(__doc__)
     parser.add_argument("--hint", default="bf16", choices=("bf16", "f32"), help="precision of its arithmetic")
     parser.add_argument("--cache-gib", type=int, metavar="N", default=4, help="size of its K/V cache (default: 4 GiB)")
@@ -48,17 +48,17 @@ def load_pipe(model: str, hint: str, cache_gib: int, sharing: bool, limits: Limi
 
 
 def generate(pipe: Any, work: Work) -> list[list[int]]:
-    """All requests at once."""
+    """Run all requests concurrently."""
     import numpy
     import openvino
 
     prompts = [openvino.Tensor(numpy.array([ids], dtype=numpy.int64)) for ids, _ in work]
-    done = pipe.generate(prompts, [greedy(count) for _, count in work])
-    return [list(result.m_generation_ids[0]) for result in done]
+    results = pipe.generate(prompts, [greedy(count) for _, count in work])
+    return [list(result.m_generation_ids[0]) for result in results]
 
 
 def greedy(count: int) -> Any:
-    """Exactly `count` likeliest tokens."""
+    """Exactly `count` tokens, greedy."""
     import openvino_genai
 
     config = openvino_genai.GenerationConfig()

@@ -35,15 +35,15 @@ def load(model: str, dtype: str, continuous: bool, limits: Limits) -> Run:
 
 
 def run_static(module: Any, work: Work) -> list[list[int]]:
-    """One padded batch; it runs until its longest output is complete, shorter ones are cut from it."""
+    """One padded batch, which runs until its longest output is complete; shorter outputs are cut."""
     import torch
 
     width, longest = max(len(ids) for ids, _ in work), max(count for _, count in work)
     ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids, _ in work])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in work])
-    how = {"do_sample": False, "min_new_tokens": longest, "max_new_tokens": longest, "repetition_penalty": 1.0}
+    options = {"do_sample": False, "min_new_tokens": longest, "max_new_tokens": longest, "repetition_penalty": 1.0}
     with torch.inference_mode():
-        rows = module.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=0, **how)
+        rows = module.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=0, **options)
     return [row[width : width + count].tolist() for row, (_, count) in zip(rows, work, strict=True)]
 
 
@@ -55,12 +55,12 @@ def run_continuous(module: Any, limits: Limits, work: Work) -> list[list[int]]:
     room.num_blocks = limits.tokens // room.page_size + 2 * limits.requests
     outputs: list[list[int]] = [[] for _ in work]
     for count in sorted({count for _, count in work}):
-        places = [i for i, (_, wanted) in enumerate(work) if wanted == count]
+        places = [i for i, (_, max_tokens) in enumerate(work) if max_tokens == count]
         config = GenerationConfig(max_new_tokens=count, eos_token_id=-1, pad_token_id=0, do_sample=False)
-        found = module.generate_batch(
+        outputs = module.generate_batch(
             [work[i][0] for i in places], config, continuous_batching_config=room, progress_bar=False
         )
-        for place, result in zip(places, found.values(), strict=True):
+        for place, result in zip(places, outputs.values(), strict=True):
             outputs[place] = result.generated_tokens
     return outputs
 

@@ -32,8 +32,8 @@ def load(model: str, dtype: str, cache_gib: int, limits: Limits) -> Run:
     def run(work: Work) -> list[list[int]]:
         prompts = [{"prompt_token_ids": list(ids)} for ids, _ in work]
         params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in work]
-        done = llm.generate(prompts, params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in done]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     return run
 

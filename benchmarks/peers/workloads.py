@@ -1,5 +1,5 @@
-"""The work that every engine is measured on, and the measuring: random token ids, greedy, EOS ignored, so that all do
-exactly the same. The requests are those of `penstock bench`, id by id.
+"""The workloads of all engines and their measurement: random token ids, greedy, no stop at EOS, so that every engine
+does exactly the same work. The requests are those of `penstock bench`, id by id.
 
 Standard library only, because each engine's runner imports this in an environment of its own. Never imports an engine.
 Called by the `run_*.py` beside it and by the benchmarks one folder up.
@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# One request: its prompt's token ids and how many new tokens it wants.
+# The prompt's token ids and the number of new tokens of each request.
 Work = Sequence[tuple[list[int], int]]
-# All requests of one workload at once; the new token ids of each.
+# Runs all requests of one workload concurrently; returns the new token ids of each.
 Run = Callable[[Work], Sequence[Sequence[int]]]
 LOWEST_ID, HIGHEST_ID = 3, 7000
 BLOCK = 16  # K/V caches are counted in blocks of at most this many tokens
@@ -31,24 +31,24 @@ BORN = time.perf_counter()
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Tokens per request: `shared` by all, then `own` of each, then `output` new ones; `ragged` draws from 1/8 up."""
+    """Tokens per request: a `shared` prefix, `unique` ones, `output` new ones; `ragged`: from 1/8 of both up."""
 
     name: str
     requests: int
     shared: int
-    own: int
+    unique: int
     output: int
     ragged: bool = False
 
     def draw(self, repeat: int, vocab_size: int) -> list[tuple[list[int], int]]:
-        """The requests of one repeat: lengths are the same in all repeats, ids in none."""
+        """The requests of one repeat: the same lengths in all repeats, but other ids."""
         lengths, ids = random.Random(self.name), random.Random(f"{self.name}/{repeat}")
         prefix = _ids(ids, self.shared, vocab_size)
-        sizes = [(self._size(lengths, self.own), self._size(lengths, self.output)) for _ in range(self.requests)]
-        return [(prefix + _ids(ids, own, vocab_size), output) for own, output in sizes]
+        sizes = [(self._size(lengths, self.unique), self._size(lengths, self.output)) for _ in range(self.requests)]
+        return [(prefix + _ids(ids, unique, vocab_size), output) for unique, output in sizes]
 
-    def _size(self, rng: random.Random, most: int) -> int:
-        return rng.randint(max(1, most // 8), most) if self.ragged else most
+    def _size(self, rng: random.Random, size: int) -> int:
+        return rng.randint(max(1, size // 8), size) if self.ragged else size
 
 
 def _ids(rng: random.Random, count: int, vocab_size: int) -> list[int]:
@@ -84,15 +84,15 @@ def _parse_one(name: str) -> Workload:
         return WORKLOADS[name]
     sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", name)
     if not sizes:
-        known = ", ".join(WORKLOADS)
-        raise argparse.ArgumentTypeError(f"there is no workload {name!r}: choose from {known}, or write 8x128+64")
-    requests, own, output = map(int, sizes.groups())
-    return Workload(name, requests, 0, own, output)
+        names = ", ".join(WORKLOADS)
+        raise argparse.ArgumentTypeError(f"there is no workload {name!r}: choose from {names}, or write 8x128+64")
+    requests, unique, output = map(int, sizes.groups())
+    return Workload(name, requests, 0, unique, output)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine must have room for: requests at once, tokens of one, tokens of all that run together."""
+    """The room that an engine needs: concurrent requests, tokens of the longest one, tokens of all together."""
 
     requests: int
     longest: int
@@ -100,15 +100,15 @@ class Limits:
 
 
 def limits(workloads: Sequence[Workload]) -> Limits:
-    """Room for the largest of some workloads, shared prefixes counted for everyone, and for the warm-up."""
-    every = [*workloads, WARM_UP]
-    longest = [workload.shared + workload.own + workload.output for workload in every]
-    tokens = [w.requests * (-(-long // BLOCK) + 1) * BLOCK for w, long in zip(every, longest, strict=True)]
-    return Limits(max(workload.requests for workload in every), max(longest), max(tokens))
+    """The room for the largest of some workloads and the warm-up; shared prefixes count for every request."""
+    workloads = [*workloads, WARM_UP]
+    lengths = [workload.shared + workload.unique + workload.output for workload in workloads]
+    tokens = [w.requests * (-(-length // BLOCK) + 1) * BLOCK for w, length in zip(workloads, lengths, strict=True)]
+    return Limits(max(workload.requests for workload in workloads), max(lengths), max(tokens))
 
 
 def shared_tokens(work: Work) -> int:
-    """How many first tokens all prompts have in common; 0 of a single one."""
+    """The length of the prompts' common prefix; 0 for a single prompt."""
     if len(work) < 2:
         return 0
     columns = zip(*(ids for ids, _ in work), strict=False)
@@ -116,13 +116,13 @@ def shared_tokens(work: Work) -> int:
 
 
 def vocabulary(folder: str | Path) -> int:
-    """Number of token ids that the model in a folder knows."""
+    """The vocabulary size of the model in a folder."""
     config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return int(config.get("text_config", config)["vocab_size"])
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The command line that every runner has."""
+    """The command line of every runner."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -137,25 +137,25 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
         default=list(WORKLOADS.values()),
         help=f"{', '.join(WORKLOADS)} (default: all), or sizes like 8x128+64",
     )
-    parser.add_argument("--repeats", type=int, metavar="N", default=3, help="medians are over these (default: 3)")
+    parser.add_argument("--repeats", type=int, metavar="N", default=3, help="repeats for the median (default: 3)")
     return parser
 
 
 def measure(load: Callable[[Limits], Run], args: argparse.Namespace, begin: float = BORN) -> None:
-    """Load an engine, warm it up, and print what it does on every workload as JSON lines."""
+    """Load an engine, warm it up, and print its results on every workload as JSON lines."""
     run = load(limits(args.workloads))
-    _say(kind="load", load_s=round(time.perf_counter() - begin, 2))
+    _print(kind="load", load_s=round(time.perf_counter() - begin, 2))
     vocab_size = vocabulary(args.model)
     run(WARM_UP.draw(0, vocab_size))
     for workload in args.workloads:
         works = [workload.draw(repeat, vocab_size) for repeat in range(args.repeats)]
-        _say(**rate(workload.name, works[0], [_seconds(run, work) for work in works]))
-    _say(kind="memory", peak_rss_bytes=peak_rss_bytes())
+        _print(**rate(workload.name, works[0], [_seconds(run, work) for work in works]))
+    _print(kind="memory", peak_rss_bytes=peak_rss_bytes())
 
 
 def rate(name: str, work: Work, seconds: Sequence[float]) -> dict[str, Any]:
     """The record of one workload."""
-    took, output = median(seconds), sum(count for _, count in work)
+    median_s, output = median(seconds), sum(count for _, count in work)
     prompt = sum(len(ids) for ids, _ in work)
     return {
         "kind": "rate",
@@ -163,30 +163,30 @@ def rate(name: str, work: Work, seconds: Sequence[float]) -> dict[str, Any]:
         "requests": len(work),
         "prompt_tokens": prompt,
         "output_tokens": output,
-        "repeats_s": [round(second, 4) for second in seconds],
-        "seconds": round(took, 4),
-        "output_tok_s": round(output / took, 2),
-        "total_tok_s": round((output + prompt) / took, 2),
+        "repeats_s": [round(repeat_s, 4) for repeat_s in seconds],
+        "seconds": round(median_s, 4),
+        "output_tok_s": round(output / median_s, 2),
+        "total_tok_s": round((output + prompt) / median_s, 2),
     }
 
 
 def peak_rss_bytes() -> int:
-    """Most memory that this process ever held."""
+    """The peak memory of this process."""
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _seconds(run: Run, work: Work) -> float:
     begin = time.perf_counter()
     outputs = run(work)
-    took = time.perf_counter() - begin
-    got, wanted = [len(ids) for ids in outputs], [count for _, count in work]
-    if got != wanted:
-        raise SystemExit(f"the engine made {got} tokens where {wanted} were asked for: this measurement means nothing")
-    return took
+    seconds = time.perf_counter() - begin
+    counts, expected = [len(ids) for ids in outputs], [count for _, count in work]
+    if counts != expected:
+        raise SystemExit(f"the engine generated {counts} tokens instead of {expected}: the measurement is invalid")
+    return seconds
 
 
-def _say(**record: Any) -> None:
+def _print(**record: Any) -> None:
     print(json.dumps(record), flush=True)

@@ -8,7 +8,7 @@ import pytest
 
 import headline
 import levels
-from harness.sections import kept, replaced
+from harness.sections import replaced, sections_of
 
 FIGURES = {"one_tok_s": 1.0, "many_tok_s": 2.0, "first_token_ms": 3.0}
 
@@ -59,6 +59,6 @@ def test_sections_are_replaced_and_kept() -> None:
     assert text == "# Report\n\n<!-- section: a -->\none\n\n<!-- section: b -->\ntwo\n"
     assert replaced(text, "a", "ten") == text.replace("one", "ten")
     assert replaced(text, "b", "ten") == text.replace("two", "ten")
-    assert "# New\n\n" + kept(text) == text.replace("Report", "New")
-    assert kept("# Report\n") == ""
+    assert "# New\n\n" + sections_of(text) == text.replace("Report", "New")
+    assert sections_of("# Report\n") == ""
     assert replaced("", "a", "one") == "<!-- section: a -->\none\n"

@@ -31,7 +31,7 @@ MACHINE = {
 }
 
 
-def rate(engine: str, workload: str, sitting: int, tok_s: float) -> dict[str, Any]:
+def rate(engine: str, workload: str, run: int, tok_s: float) -> dict[str, Any]:
     """A measurement of a known workload with so many tokens per second."""
     work = WORKLOADS[workload]
     return {
@@ -40,11 +40,11 @@ def rate(engine: str, workload: str, sitting: int, tok_s: float) -> dict[str, An
         "engine": engine,
         "precision": "int8" if engine.endswith("int8") else "bf16",
         "own": engine.startswith("penstock"),
-        "sitting": sitting,
-        "time": f"2026-01-0{sitting + 1}T00:00:00+00:00",
+        "run": run,
+        "time": f"2026-01-0{run + 1}T00:00:00+00:00",
         "workload": workload,
         "requests": work.requests,
-        "prompt_tokens": work.requests * work.own,
+        "prompt_tokens": work.requests * work.unique,
         "output_tokens": work.requests * work.output,
         "output_tok_s": tok_s if work.output > 1 else 1.0,
         "total_tok_s": tok_s,
@@ -55,12 +55,12 @@ def rate(engine: str, workload: str, sitting: int, tok_s: float) -> dict[str, An
 def summary(tmp_path: Path) -> dict[str, Any]:
     """Two engines; the second one was not measured on `prefill`."""
     results = Results(tmp_path / "r.jsonl")
-    results.merge([MACHINE | {"sitting": sitting} for sitting in range(3)])
+    results.merge([MACHINE | {"run": run} for run in range(3)])
     results.merge([{"model": "m", "kind": "footprint", "shape": vars_of(SHAPE)}])
-    for sitting, (mine, theirs) in enumerate([(10.0, 4.0), (12.0, 5.0), (11.0, 6.0)]):
-        results.merge([rate("penstock-bf16", "single", sitting, mine), rate("vllm", "single", sitting, theirs)])
-        results.merge([rate("penstock-bf16", "prefill", sitting, 513.0)])
-    results.merge([{"model": "m", "kind": "load", "engine": "vllm", "sitting": 0, "load_s": 60.0}])
+    for run, (mine, theirs) in enumerate([(10.0, 4.0), (12.0, 5.0), (11.0, 6.0)]):
+        results.merge([rate("penstock-bf16", "single", run, mine), rate("vllm", "single", run, theirs)])
+        results.merge([rate("penstock-bf16", "prefill", run, 513.0)])
+    results.merge([{"model": "m", "kind": "load", "engine": "vllm", "run": 0, "load_s": 60.0}])
     return summarize(results, "m", ("single", "prefill"))
 
 
@@ -77,7 +77,7 @@ def test_ratio_is_that_of_the_medians_where_both_were_measured(summary: dict[str
 
 def test_own_engines_come_first(summary: dict[str, Any]) -> None:
     assert list(summary["engines"]) == ["penstock-bf16", "vllm"]
-    assert (summary["sittings"], summary["days"]) == (3, ["2026-01-01", "2026-01-02", "2026-01-03"])
+    assert (summary["runs"], summary["days"]) == (3, ["2026-01-01", "2026-01-02", "2026-01-03"])
 
 
 def test_one_stream_is_held_against_bandwidth_and_a_prompt_against_arithmetic(summary: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_report_has_the_table_the_machine_and_the_roofline(summary: dict[str, An
     assert "| vllm (bf16) | 2.20 |  | 2.20 |\n" in text
     assert "- Some CPU, 2 cores, 8 GiB; avx2\n" in text
     assert "python compare.py" in text
-    assert "2026-01-01 to 2026-01-03; sittings: 3." in text
+    assert "2026-01-01 to 2026-01-03; runs: 3." in text
 
 
 def test_report_of_nothing_but_own_rates_is_still_a_report(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 from harness.results import Results
 
 
-def rate(workload: str, sitting: int = 0, seconds: float = 1.0) -> dict[str, Any]:
+def rate(workload: str, run: int = 0, seconds: float = 1.0) -> dict[str, Any]:
     return {
         "model": "m",
-        "sitting": sitting,
+        "run": run,
         "kind": "rate",
         "engine": "e",
         "workload": workload,
@@ -26,7 +26,7 @@ def test_what_was_appended_is_known_after_reopening(tmp_path: Path) -> None:
     again = Results(path)
     assert again.records == [rate("single")]
     assert again.has(rate("single", seconds=9.0))
-    assert not again.has(rate("single", sitting=1))
+    assert not again.has(rate("single", run=1))
     assert not again.has(rate("prefill"))
 
 

@@ -1,4 +1,4 @@
-"""Sittings with runners of a few lines: what is measured, what is resumed, who is left out."""
+"""Runs with runners of a few lines: what is measured, what is resumed, which engines are left out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.entrants import Entrant
+from harness.compared_engines import ComparedEngine
 from harness.processes import ProcessFailed, record, records_of
 from harness.results import Results
-from harness.sittings import Plan, hold
+from harness.runs import Plan, measure_runs
 
 RUNNER = """
 import json, sys
@@ -33,42 +33,42 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def results(folder: Path) -> Results:
-    """Two sittings in which the machine was looked at already."""
-    found = Results(folder / "results.jsonl")
-    for sitting in range(2):
-        found.append({"model": "m", "sitting": sitting, "kind": "machine"})
-    return found
+    """Two runs in which the machine was already measured."""
+    results = Results(folder / "results.jsonl")
+    for run in range(2):
+        results.append({"model": "m", "run": run, "kind": "machine"})
+    return results
 
 
-def plan(folder: Path, *workloads: str, sittings: int = 2) -> Plan:
-    return Plan(folder, "m", workloads, sittings, repeats=1, timeout_s=30)
+def plan(folder: Path, *workloads: str, runs: int = 2) -> Plan:
+    return Plan(folder, "m", workloads, runs, repeats=1, timeout_s=30)
 
 
-def entrant(folder: Path, name: str) -> Entrant:
-    return Entrant(name, sys.executable, str(folder / "runner.py"), "bf16")
+def engine(folder: Path, name: str) -> ComparedEngine:
+    return ComparedEngine(name, sys.executable, str(folder / "runner.py"), "bf16")
 
 
 def rates(results: Results) -> list[tuple[int, str, str]]:
-    return [(found["sitting"], found["engine"], found["workload"]) for found in results.of("m", "rate")]
+    return [(rate["run"], rate["engine"], rate["workload"]) for rate in results.of("m", "rate")]
 
 
-def test_every_engine_runs_in_every_sitting(folder: Path, results: Results) -> None:
-    hold(plan(folder, "single"), [entrant(folder, "a"), entrant(folder, "b")], results)
+def test_every_engine_is_measured_in_every_run(folder: Path, results: Results) -> None:
+    measure_runs(plan(folder, "single"), [engine(folder, "a"), engine(folder, "b")], results)
     assert rates(results) == [(0, "a", "single"), (0, "b", "single"), (1, "b", "single"), (1, "a", "single")]
 
 
-def test_cut_off_run_goes_on_where_it_stopped(folder: Path, results: Results) -> None:
-    hold(plan(folder, "single", sittings=1), [entrant(folder, "a")], results)
+def test_interrupted_run_resumes_where_it_stopped(folder: Path, results: Results) -> None:
+    measure_runs(plan(folder, "single", runs=1), [engine(folder, "a")], results)
     again = Results(results.path)
-    hold(plan(folder, "single", "prefill", sittings=1), [entrant(folder, "a")], again)
+    measure_runs(plan(folder, "single", "prefill", runs=1), [engine(folder, "a")], again)
     lines = [json.loads(line) for line in results.path.read_text().splitlines()]
     assert [line["workload"] for line in lines if line["kind"] == "rate"] == ["single", "prefill"]
 
 
-def test_failing_engine_keeps_what_it_did_and_is_left_out(
+def test_failing_engine_keeps_its_results_and_is_left_out(
     folder: Path, results: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hold(plan(folder, "single", "bad"), [entrant(folder, "a")], results)
+    measure_runs(plan(folder, "single", "bad"), [engine(folder, "a")], results)
     assert rates(results) == [(0, "a", "single")]
     assert "a failed and is left out from here on" in capsys.readouterr().err
 
@@ -76,12 +76,12 @@ def test_failing_engine_keeps_what_it_did_and_is_left_out(
 def test_absent_engine_is_skipped_with_a_line(
     folder: Path, results: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hold(plan(folder, "single"), [Entrant("a", "/nowhere/python", "x.py", "bf16")], results)
+    measure_runs(plan(folder, "single"), [ComparedEngine("a", "/nowhere/python", "x.py", "bf16")], results)
     assert rates(results) == []
     assert "skipping a: there is no /nowhere/python" in capsys.readouterr().err
 
 
-def test_failed_process_tells_the_end_of_its_errors() -> None:
+def test_failed_process_reports_the_end_of_its_stderr() -> None:
     command = [sys.executable, "-c", "import sys; print('{}'); sys.exit('out of luck')"]
     with pytest.raises(ProcessFailed, match="out of luck"):
         list(records_of(command, {}))

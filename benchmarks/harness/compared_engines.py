@@ -1,6 +1,6 @@
-"""Who takes part in a comparison: this engine in its precisions, and peers, each with the Python it lives in.
+"""The engines of a comparison: this one in its precisions, and peers, each with its own Python interpreter.
 
-Owns the table of known kinds and the reading of peers from the command line or a TOML file. Runs nothing.
+Owns the table of known kinds, and reads peers from the command line or a TOML file. Runs nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
 
 
 class BadPeer(Exception):
-    """A peer that cannot be understood; the message says what to write."""
+    """An invalid description of a peer; the message says what to write."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entrant:
-    """One engine: `python script model --workloads ...`; `model` in place of the common one where it needs its own."""
+class ComparedEngine:
+    """One engine: `python script model --workloads ...`; `model` replaces the common one if it needs its own."""
 
     name: str
     python: str
@@ -45,7 +45,7 @@ class Entrant:
     args: tuple[str, ...] = ()
     model: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
-    own: bool = False
+    is_ours: bool = False
 
     def command(self, model: str, workloads: list[str], repeats: int) -> list[str]:
         """The process that measures these workloads."""
@@ -54,11 +54,11 @@ class Entrant:
         return [self.python, script, self.model or model, *options, *self.args]
 
     def environment(self) -> dict[str, str]:
-        """What the process sees."""
-        return own_environment(self.env) if self.own else foreign_environment(self.env)
+        """The environment variables of the process."""
+        return own_environment(self.env) if self.is_ours else foreign_environment(self.env)
 
     def missing(self) -> str | None:
-        """What is not there, if anything."""
+        """What is not installed, if anything."""
         if shutil.which(self.python) is None:
             return f"there is no {self.python}"
         if self.model is not None and not Path(self.model).is_dir():
@@ -66,19 +66,19 @@ class Entrant:
         return None
 
 
-def own_entrants(names: list[str], settings: list[str]) -> list[Entrant]:
+def own_engines(names: list[str], settings: list[str]) -> list[ComparedEngine]:
     """This engine, once per name in `OWN`; `settings` are NAME=VALUE."""
     extra = [part for setting in settings for part in ("--set", setting)]
     return [
-        Entrant(name, sys.executable, "run_penstock.py", OWN[name][0], (*OWN[name][1], *extra), own=True)
+        ComparedEngine(name, sys.executable, "run_penstock.py", OWN[name][0], (*OWN[name][1], *extra), is_ours=True)
         for name in names
     ]
 
 
-def from_option(text: str) -> Entrant:
+def from_option(text: str) -> ComparedEngine:
     """A peer from `KIND=PYTHON` or `KIND=PYTHON,MODEL`. Raises `argparse.ArgumentTypeError`."""
-    kind, mark, rest = text.partition("=")
-    python, _, model = rest.partition(",")
+    kind, mark, value = text.partition("=")
+    python, _, model = value.partition(",")
     if not mark or not python:
         raise argparse.ArgumentTypeError(f"write KIND=PYTHON or KIND=PYTHON,MODEL, not {text!r}")
     try:
@@ -87,7 +87,7 @@ def from_option(text: str) -> Entrant:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def from_file(path: Path) -> list[Entrant]:
+def from_file(path: Path) -> list[ComparedEngine]:
     """The peers in a TOML file, one table each; its name is a kind, or the table has one. Raises `BadPeer`."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def from_file(path: Path) -> list[Entrant]:
     return [from_table(name, table) for name, table in tables.items()]
 
 
-def from_table(name: str, table: Mapping[str, Any]) -> Entrant:
+def from_table(name: str, table: Mapping[str, Any]) -> ComparedEngine:
     """One peer. Raises `BadPeer`."""
     kind = table.get("kind", name)
     if kind not in KINDS:
@@ -106,7 +106,7 @@ def from_table(name: str, table: Mapping[str, Any]) -> Entrant:
         raise BadPeer(f"peer {name}: it needs python, and may have kind, model, args and env")
     script, args, precision = KINDS[kind]
     model = table.get("model")
-    return Entrant(
+    return ComparedEngine(
         name=name,
         python=os.path.expanduser(table["python"]),
         script=script,

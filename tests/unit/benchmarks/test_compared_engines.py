@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.entrants import BadPeer, from_file, from_option, own_entrants
-from harness.sittings import rotated
+from harness.compared_engines import BadPeer, from_file, from_option, own_engines
+from harness.runs import rotated
 
 EXAMPLE = Path(__file__).parents[3] / "benchmarks" / "peers" / "peers.toml"
 
@@ -68,12 +68,12 @@ def test_absent_peers_are_told_from_present_ones(tmp_path: Path) -> None:
 
 
 def test_own_engine_runs_in_each_precision_with_the_same_settings() -> None:
-    plain, quantized = own_entrants(["penstock-bf16", "penstock-int8"], ["block_size=32"])
+    plain, quantized = own_engines(["penstock-bf16", "penstock-int8"], ["block_size=32"])
     assert plain.args == ("--set", "block_size=32")
     assert quantized.args == ("--quantization", "int8", "--set", "block_size=32")
 
 
-def test_somebody_else_begins_in_every_sitting() -> None:
+def test_each_run_starts_with_another_engine() -> None:
     a, b, c = (from_option(f"{kind}=python") for kind in ("vllm", "openvino", "llamacpp"))
-    assert [rotated([a, b, c], sitting)[0] for sitting in range(4)] == [a, b, c, a]
+    assert [rotated([a, b, c], run)[0] for run in range(4)] == [a, b, c, a]
     assert rotated([], 1) == []
