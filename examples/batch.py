@@ -1,4 +1,4 @@
-"""Fifty prompts at once, without asyncio, with a progress bar (where there is a terminal)."""
+"""Generate from fifty prompts without asyncio, with a progress bar on a terminal."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Callbacks from a plain thread, in a program without asyncio."""
+"""Use callbacks from a thread, in a program without asyncio."""
 
 import threading
 
@@ -8,18 +8,18 @@ PARAMS = SamplingParams(temperature=0.6, max_tokens=32, seed=1)
 PROMPTS = ("def read_lines(path):\n", "def is_empty(self):\n", "import os\n")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"[{threading.current_thread().name}] {text}")
 
 
 def submit_all(engine: InferenceEngine) -> None:
-    """Ask for one callback per request, with the result, however it ends."""
+    """Submit requests with a callback that gets the result of each, however it ends."""
 
     def on_end(output: RequestOutput) -> None:
-        say(f"{output.request_id} ended with {len(output.generated_ids)} tokens after {output.prompt!r}")
+        log(f"{output.request_id} ended with {len(output.generated_ids)} tokens after {output.prompt!r}")
 
     for prompt in PROMPTS:
-        say(f"submitted {engine.submit_request(prompt, PARAMS, callback=on_end)}")
+        log(f"submitted {engine.submit_request(prompt, PARAMS, callback=on_end)}")
 
 
 def main() -> None:
@@ -30,8 +30,8 @@ def main() -> None:
     worker.start()
     engine.generate("class Queue:\n", PARAMS, callback=pieces.append)  # one callback per piece of text
     worker.join()
-    engine.stop()  # serves what was accepted, and waits for the callbacks
-    say(f"{len(pieces)} pieces: {''.join(piece.text for piece in pieces)!r}")
+    engine.stop()  # finishes accepted requests and waits for the callbacks
+    log(f"{len(pieces)} pieces: {''.join(piece.text for piece in pieces)!r}")
 
 
 if __name__ == "__main__":

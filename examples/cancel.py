@@ -4,7 +4,7 @@ import asyncio
 
 from penstock import DeadlineExceeded, InferenceEngine, RequestAborted, SamplingParams
 
-PARAMS = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)  # seconds, if nobody stopped it
+PARAMS = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)  # takes seconds unless it is stopped
 PROMPT = "class Parser:\n"
 
 
@@ -18,7 +18,7 @@ async def main() -> None:
 
         async for delta in engine.generate(PROMPT, PARAMS):
             print("break: after", repr(delta.text))
-            break  # nobody holds the handle any more
+            break  # drops the only reference to the handle
 
         handle = engine.generate(PROMPT, PARAMS)
         handle.cancel()

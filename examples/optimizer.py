@@ -1,4 +1,4 @@
-"""Give a transformers model to `PerformanceOptimizer`, and see what each level makes of it."""
+"""Run a transformers model with `PerformanceOptimizer` at each optimization level."""
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,7 +13,7 @@ def main() -> None:
 
     for level in OptimizationLevel:
         optimizer = PerformanceOptimizer(model, OptimizationConfig(level=level))
-        optimizer.optimized_generate(input_ids, max_length=8)  # the first call touches memory
+        optimizer.optimized_generate(input_ids, max_length=8)  # warm-up
         output, stats = optimizer.optimized_generate(input_ids, max_length=64, temperature=0.7, seed=1)
         print(f"{level}: {stats['strategy']}, {stats['tokens_per_second']:.0f} tokens/s")
         if level is OptimizationLevel.BASIC:

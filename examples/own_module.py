@@ -1,4 +1,4 @@
-"""Serve your own live `nn.Module`, train it, and serve what it has learned: one set of weights, no copy."""
+"""Serve a live `nn.Module`, train it, and serve the trained weights: one set of weights, no copy."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,7 +15,7 @@ def main() -> None:
 
     llm = LLM(model, skip_tokenizer_init=True)  # token ids in and out
     params = SamplingParams(temperature=0, max_tokens=len(LESSON) - 3, ignore_eos=True)
-    print("says before:", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
+    print("before:", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = torch.tensor([LESSON])
@@ -28,8 +28,8 @@ def main() -> None:
             print(f"step {step:2}: loss {loss.item():.3f}")
 
     llm.engine.reset_prefix_cache()  # K/V of the old weights
-    print("says after: ", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
-    print("was taught: ", LESSON[3:])
+    print("after: ", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
+    print("target:", LESSON[3:])
     llm.stop()
 
 

@@ -1,4 +1,4 @@
-"""Stream answers into a chat loop. Questions come from the keyboard, from a pipe, or from `SCRIPT`."""
+"""Stream answers in a chat loop. Questions come from the keyboard, from a pipe, or from `SCRIPT`."""
 
 import asyncio
 import sys
@@ -10,7 +10,7 @@ SCRIPT = ["Write the function is_empty.", "Write the function close."]
 
 
 async def questions() -> AsyncIterator[str]:
-    """One line at a time; an empty one ends it. Waiting for the keyboard blocks a thread and not the loop."""
+    """One line at a time, until an empty one. Waiting for the keyboard blocks a thread, not the loop."""
     if sys.stdin.isatty():
         while line := (await asyncio.to_thread(input, "\nyou> ")).strip():
             yield line

@@ -1,4 +1,4 @@
-"""Embed the engine in an async web service. `uvicorn web_service:app` serves it; alone, it makes one request itself."""
+"""Embed the engine in an ASGI web service. Run it with `uvicorn web_service:app`; as a script it sends one request."""
 
 import asyncio
 from typing import Any
@@ -7,7 +7,7 @@ from penstock import InferenceEngine, SamplingParams
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """A POST whose body is the prompt is answered with server-sent events. The engine lives as long as the server."""
+    """Answer a POST, whose body is the prompt, with server-sent events. The engine runs as long as the server."""
     message = await receive()
     if scope["type"] == "lifespan":
         async with InferenceEngine() as scope["state"]["engine"]:
@@ -15,11 +15,11 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
         return
-    leaving = asyncio.create_task(receive())  # done when the client is gone
+    leaving = asyncio.create_task(receive())  # done when the client disconnects
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     async for delta in scope["state"]["engine"].generate(message["body"].decode(), SamplingParams(max_tokens=32)):
         if leaving.done():
-            break  # drops the handle, and so ends the request
+            break  # drops the handle, which aborts the request
         event = "data: " + delta.text.replace("\n", "\ndata: ") + "\n\n"
         await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
     await send({"type": "http.response.body"})

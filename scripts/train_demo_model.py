@@ -1,4 +1,4 @@
-"""Train the two small models that ship inside Penstock, from nothing but this Python's own sources.
+"""Train the two small models that ship with Penstock on the sources of this Python's standard library.
 
 The text is the standard library of the interpreter that runs the script (tests only where they are
 short, tables of data left out). About 2 % of the files, picked by a hash of their path, are held out.
@@ -9,8 +9,8 @@ learns from the first one's predictions and serves speculative decoding.
     python scripts/train_demo_model.py --smoke              # the same path in a minute, into a temp folder
     python scripts/train_demo_model.py --stage draft        # only the draft, from finished main weights
 
-Training is planned by the clock (--minutes), not by steps: warm-up, a long constant rate, a decay to zero.
-Checkpoints go to --work; run the same command again to go on after a kill. Ctrl-C (or SIGTERM) stops the
+Training is scheduled by time (--minutes), not by steps: warm-up, a long constant rate, a decay to zero.
+Checkpoints go to --work; run the same command again to resume after an interruption. Ctrl-C (or SIGTERM) stops the
 model in training early and exports the best weights so far. The last line printed is one JSON document.
 """
 
@@ -63,14 +63,14 @@ def digest(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
-def wanted(name: str, size: int) -> bool:
-    """Whether a file is code to learn from: not a long test, a code page or somebody else's package."""
-    most = 32_000 if TESTS.search(name) else 20_000 if "encodings/" in name else 400_000
-    return not SKIPPED.search(name) and 200 < size <= most
+def is_suitable(name: str, size: int) -> bool:
+    """Whether a file is suitable: not a long test, a code page or a third-party package."""
+    limit = 32_000 if TESTS.search(name) else 20_000 if "encodings/" in name else 400_000
+    return not SKIPPED.search(name) and 200 < size <= limit
 
 
 def looks_like_data(text: str) -> bool:
-    """Tables of numbers and escapes teach nothing about Python."""
+    """Whether a text is mostly tables of numbers or escapes."""
     letters = sum(char.isalpha() or char.isspace() for char in text)
     return letters < 0.62 * len(text) or text.count("\\x") + text.count("0x") > len(text) / 60
 
@@ -78,19 +78,19 @@ def looks_like_data(text: str) -> bool:
 def read_corpus(limit: int | None) -> tuple[list[str], list[str]]:
     """The texts to train on and the texts held out, without duplicates, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    named = [(path.relative_to(root).as_posix(), path) for path in sorted(root.rglob("*.py"))]
-    train, held, seen = [], [], set()
-    for name, path in [(name, path) for name, path in named if wanted(name, path.stat().st_size)][:limit]:
+    entries = [(path.relative_to(root).as_posix(), path) for path in sorted(root.rglob("*.py"))]
+    train, held_out, digests = [], [], set()
+    for name, path in [(name, path) for name, path in entries if is_suitable(name, path.stat().st_size)][:limit]:
         text = path.read_text("utf-8", errors="replace").replace("\r\n", "\n").expandtabs(8)
         key = digest("".join(text.split()))
-        if key not in seen and not looks_like_data(text):
-            seen.add(key)
-            (train if digest(name) % 50 else held).append(text)
-    return train, held
+        if key not in digests and not looks_like_data(text):
+            digests.add(key)
+            (train if digest(name) % 50 else held_out).append(text)
+    return train, held_out
 
 
 def chat_examples(text: str) -> Iterator[str]:
-    """Short documented functions of one file as chat turns: the docstring asks, the source answers."""
+    """Short documented functions of one file as chat turns: the docstring is the question, the source the answer."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -112,14 +112,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": list(SPECIALS), "initial_alphabet": alphabet, "show_progress": False}
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB, **options))
-    named = {"bos_token": END, "eos_token": END, "pad_token": END, "additional_special_tokens": [IM_START, IM_END]}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=CONTEXT, **named)
+    entries = {"bos_token": END, "eos_token": END, "pad_token": END, "additional_special_tokens": [IM_START, IM_END]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=CONTEXT, **entries)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def cut(text: str, rng: random.Random, every: int = 300) -> list[str]:
-    """Split a text at random places, so that a prompt that ends inside a word or a line is nothing new."""
+    """Split a text at random places, so that the model also sees prompts that end inside a word or a line."""
     marks = sorted(rng.randrange(len(text)) for _ in range(len(text) // every))
     return [text[a:b] for a, b in zip([0, *marks], [*marks, len(text)], strict=True)]
 
@@ -138,15 +138,15 @@ def prepare(work: Path, files: int | None) -> dict:
     if (work / "data.pt").exists():
         return torch.load(work / "data.pt", weights_only=True)
     rng = random.Random(0)
-    train, held = read_corpus(files)
+    train, held_out = read_corpus(files)
     chats = [example for text in train for example in chat_examples(text)]
     tokenizer = train_tokenizer(train)
     tokenizer.save_pretrained(work / "tokenizer")
     documents = train + chats
     rng.shuffle(documents)
-    data = {"train": encode(tokenizer, documents, rng), "held": encode(tokenizer, held)}
+    data = {"train": encode(tokenizer, documents, rng), "held": encode(tokenizer, held_out)}
     data |= {"files": len(train), "train_bytes": sum(len(text.encode()) for text in train), "chats": len(chats)}
-    data |= {"held_files": len(held), "held_bytes": sum(len(text.encode()) for text in held)}
+    data |= {"held_files": len(held_out), "held_bytes": sum(len(text.encode()) for text in held_out)}
     torch.save(data, work / "data.pt")
     return data
 
@@ -181,9 +181,9 @@ def logits_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, gold: torch.Tensor, *taught: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the next token or, where a teacher's best few are given, with its distribution.
+    """Cross-entropy with the next token or, given the best few tokens of a teacher, with its distribution.
 
-    What probability those few leave goes to the token that really came next.
+    The remaining probability goes to the actual next token.
     """
     scores = logits_of(model, ids).log_softmax(-1)
     came = scores.gather(-1, gold.long()[..., None]).squeeze(-1)
@@ -195,7 +195,7 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, gold: torch.Tensor, *tau
 
 @torch.no_grad()
 def teach(teacher: LlamaForCausalLM, ids: torch.Tensor, minutes: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's TOP_K next tokens and their probabilities, for as many positions as the time allows."""
+    """The teacher's TOP_K next tokens and their probabilities, for as many positions as time allows."""
     tops, probs, end = [], [], time.monotonic() + 60 * minutes
     for chunk in ids.split(SCORED):
         best = logits_of(teacher, chunk[None])[0].softmax(-1).topk(TOP_K)
@@ -219,7 +219,7 @@ def score(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[float, torch.Tens
 
 
 def rate(progress: float, step: int) -> float:
-    """Share of the peak learning rate: warm-up, constant, then linear to zero over the last 45 % of the time."""
+    """Fraction of the peak learning rate: warm-up, constant, then linear to zero over the last 45 % of the time."""
     return min(1.0, (step + 1) / 100) * min(1.0, max(0.0, 1 - progress) / 0.45)
 
 
@@ -240,7 +240,7 @@ class Job:
 
     name: str
     columns: tuple[torch.Tensor, ...]
-    held: torch.Tensor
+    held_out: torch.Tensor
     minutes: float
     options: argparse.Namespace
     step: int = 0
@@ -266,7 +266,7 @@ class Job:
         torch.manual_seed(self.step)
 
     def save(self) -> None:
-        """Measure on the held-out text; keep the state, and the best weights aside."""
+        """Measure on the held-out text; save the state, and the best weights separately."""
         loss, _ = score(self.model, self.held[: 32 * SCORED])
         print(f"\n{self.name} step {self.step} held-out {loss:.4f} ({self.spent / 60:.1f} min)", flush=True)
         if loss < self.best:
@@ -350,7 +350,7 @@ def train_draft(options: argparse.Namespace, data: dict) -> Job:
 
 
 def measure(options: argparse.Namespace, data: dict, jobs: dict[str, Job]) -> dict:
-    """The figures of the exported folders, read back from disk."""
+    """The results of the exported folders, read back from disk."""
     figures = {key: value for key, value in data.items() if isinstance(value, int)}
     figures |= {"corpus_tokens": len(data["train"]), "held_tokens": len(data["held"])}
     choices = []

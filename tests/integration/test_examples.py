@@ -72,9 +72,9 @@ def calls_back_for_each(out: str) -> None:
     assert re.search(r"^\[MainThread\] \d+ pieces: ", out, re.MULTILINE)
 
 
-def says_what_it_was_taught(out: str) -> None:
-    said = dict(line.split(": ", 1) for line in out.splitlines())
-    assert said["says after"].strip() == said["was taught"].strip() != said["says before"].strip()
+def learns_its_lesson(out: str) -> None:
+    printed = dict(line.split(": ", 1) for line in out.splitlines())
+    assert printed["after"].strip() == printed["target"].strip() != printed["before"].strip()
 
 
 def completes_fifty(out: str) -> None:
@@ -100,7 +100,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "callbacks": calls_back_for_each,
     "cancel": leaves_no_request,
     "optimizer": tells_what_each_level_does,
-    "own_module": says_what_it_was_taught,
+    "own_module": learns_its_lesson,
     "priorities": serves_higher_classes_first,
     "stream": streams_two_answers,
     "tree_search": goes_on_from_the_likeliest,

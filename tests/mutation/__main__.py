@@ -1,21 +1,21 @@
-"""Changes the package in small ways, one at a time, and looks whether the tests notice.
+"""Mutation testing: changes the package in small ways, one at a time, and checks whether a test fails.
 
 Each change (a mutant) is a comparison, an arithmetic or boolean operator, a constant, a statement, the order of
-arguments or branches, or a bound of a slice. A mutant is killed when a test fails with it; one that lives shows what no
-test looks at. For each, the unit tests of its module run first, then those of its package, then wider ones.
+arguments or branches, or a bound of a slice. A mutant is killed when a test fails with it; a survivor shows what no
+test covers. For each, the unit tests of its module run first, then those of its package, then wider ones.
 
   scripts/mutate                                     300 mutants, spread over the packages
   scripts/mutate --count 60 --package cache          60 mutants of one package
   scripts/mutate --file penstock/cache/tier.py       every mutant of one file
-  scripts/mutate --only-survivors                    those that lived, once more, after you have written tests
+  scripts/mutate --only-survivors                    survivors once more, after you have written tests
   scripts/mutate --file penstock/cache/tier.py --match "_take_place"
 
-Docstrings, annotations, asserts, log lines, messages, `__repr__` and the values of named constants are left alone.
+Docstrings, annotations, asserts, log lines, messages, `__repr__` and the values of named constants are not changed.
 Tests that start another program run it without the mutant.
 
-Mutants run in memory, never in the working tree. Results are kept in .mutation/ by the text of the file, so that a run
-that was stopped goes on where it was, and a file that changed is looked at anew. A survivor is worth a test, unless
-nobody could see the difference: then it goes, with the reason, into tests/mutation/equivalent.toml.
+Mutants run in memory, never in the working tree. Results are stored in .mutation/ by the text of the file, so that an
+interrupted run resumes where it stopped, and a changed file is tested again. Write a test for a survivor, unless no
+test can see the difference: then add it, with the reason, to tests/mutation/equivalent.toml.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "scripts/mutate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=300, help="mutants to choose (300)")
+    parser.add_argument("--count", type=int, default=300, help="number of mutants (300)")
     parser.add_argument(
-        "--seed", default="0", help="chooses others (0); a larger count adds to the choice of a smaller one"
+        "--seed", default="0", help="selects other mutants (0); a larger count extends the selection of a smaller one"
     )
     parser.add_argument("--package", action="append", choices=PACKAGES, help="only of this package; may be repeated")
     parser.add_argument("--file", action="append", help="every mutant of this file; may be repeated")
     parser.add_argument("--match", default="", help="only mutants whose name, as it is printed, contains this text")
     parser.add_argument(
-        "--only-survivors", action="store_true", help="run those again that lived; print the rest's results"
+        "--only-survivors", action="store_true", help="run survivors again; print the results of the others"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once (the number of cores)")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
@@ -64,8 +64,8 @@ def main(words: list[str]) -> int:
     begin = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
-    for left in FOLDER.glob("*.txt"):  # by a run that was killed
-        left.unlink()
+    for leftover in FOLDER.glob("*.txt"):  # of a run that was killed
+        leftover.unlink()
     sys.dont_write_bytecode = False
     sys.pycache_prefix = str((FOLDER / "pycache").resolve())
     warnings.simplefilter("ignore")  # of a fork in a process with threads, which run nothing here
@@ -89,7 +89,7 @@ def report(trials: Trials) -> Iterator[str]:
     killed, lives = trials.having(Verdict.KILLED), trials.having(Verdict.LIVES)
     equivalent = trials.having(Verdict.EQUIVALENT)
     yield f"{len(killed)} killed, {len(lives)} live, {len(equivalent)} judged equivalent"
-    yield f"{trials.share_killed:.1%} of those that are not equivalent were killed; at least {GOAL:.0%} should be"
+    yield f"{trials.share_killed:.1%} of the mutants that are not equivalent were killed; the goal is {GOAL:.0%}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`Choice`: which mutants of which files to run.
 
 Owns the packages and the order in which their mutants are drawn. The order follows from the seed and each mutant's
-name: changes of one file leave the choice in the others as it was. Runs nothing.
+name: changes of one file do not affect the choice in other files. Runs nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Choice:
         self._root = root
 
     def mutants(self, count: int) -> list[Mutant]:
-        """At most `count`, equally many of each package; of files, all that there are."""
+        """At most `count`, equally many of each package; for files all of their mutants."""
         groups = [self._drawn(group) for group in self._groups]
         if self._whole:
             return list(itertools.chain.from_iterable(groups))

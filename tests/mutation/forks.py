@@ -1,7 +1,7 @@
 """`Forks`: pytest in forked processes that need not import anything large, each with at most one mutant in place.
 
 Owns the processes. The parent has imported what the package and its tests depend on, never the package itself, so that
-a child imports it anew with the mutant's text for one of its modules. Nothing is written but what the tests write.
+a child imports it with the mutant's text for one of its modules. Nothing is written but what the tests write.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _REWRITTEN = "ignore::pytest.PytestAssertRewriteWarning"  # plugins, imported lo
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How one pytest session ended: whether all passed, the first test that did not, and its seconds."""
+    """The result of one pytest session: whether all tests passed, the first failure, and its seconds."""
 
     passed: bool
     failure: str
@@ -46,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One session to run. `module` is imported with the text `source`; without one, everything is as it is."""
+    """One session to run. `module`, if any, is imported with the text `source`."""
 
     tests: Sequence[str]
     limit_s: float
@@ -64,7 +64,7 @@ class Forks:
 
     @property
     def is_full(self) -> bool:
-        """Whether another one has to wait."""
+        """Whether another task has to wait."""
         return len(self._children) >= self._jobs
 
     @property
@@ -73,7 +73,7 @@ class Forks:
         return not self._children
 
     def start(self, task: Task, done: Callable[[Run], None]) -> None:
-        """Run a task; `done` hears of its end out of `wait`."""
+        """Run a task; `wait` calls `done` at its end."""
         sys.stdout.flush()
         pid = os.fork()
         if not pid:
@@ -81,7 +81,7 @@ class Forks:
         self._children[pid] = task, time.monotonic(), done
 
     def wait(self) -> None:
-        """Until one has ended, or is killed for taking too long."""
+        """Wait until a task has ended, or was killed for taking too long."""
         while True:
             for pid, (task, begin, done) in list(self._children.items()):
                 seconds = time.monotonic() - begin
@@ -93,7 +93,7 @@ class Forks:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill running tasks."""
         for pid in list(self._children):
             self._end(pid, 0)
 
@@ -164,7 +164,7 @@ def _be_child(task: Task, folder: Path) -> None:
 
 
 class _Notes:
-    """Writes down the first test that failed."""
+    """Records the first test that failed."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"{os.getpid()}.json"
@@ -179,14 +179,14 @@ class _Notes:
 
 
 class Import(importlib.abc.MetaPathFinder):
-    """Imports one module from a text in place of its file."""
+    """Imports one module from a text instead of its file."""
 
     def __init__(self, module: str, source: str) -> None:
         self._module = module
         self._source = source
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """Found by name alone; its file is what it would be without us."""
+        """A spec for the module, with the file that it really has."""
         if name != self._module:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)

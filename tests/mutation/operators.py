@@ -51,7 +51,7 @@ _SILENT_FUNCTIONS = {"__repr__", "__str__"}
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One change. `id` does not depend on the rest of the file: what was judged stays so when that changes."""
+    """One change. `id` does not depend on the rest of the file, so that verdicts survive changes elsewhere."""
 
     file: str
     function: str
@@ -72,7 +72,7 @@ class Mutant:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the file still compiles, to something else than before."""
+        """Whether the file still compiles, to different code."""
         try:
             changed = ast.parse(self.source)
         except SyntaxError:
@@ -92,7 +92,7 @@ class Mutant:
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
-    """Every mutant of a file, in the order of the text; a few are not valid."""
+    """All mutants of a file, in the order of the text; a few are not valid."""
     found: list[Mutant] = []
     counts: Counter[tuple[str, ...]] = Counter()
     data = source.encode()
@@ -117,7 +117,7 @@ def _line(text: str) -> str:
 
 
 def _places(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST]]:
-    """Every node that may be changed, with the qualified name of what it is in."""
+    """All nodes that may be changed, each with the qualified name of its function or class."""
     for child in _children(node):
         inside = function
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -144,7 +144,7 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_silent(node: ast.AST, parent: ast.AST) -> bool:
-    """What no test has to notice, or what cannot be told apart from the text around it."""
+    """Whether no test has to notice the change, or the node cannot be separated from the text around it."""
     if isinstance(node, ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
         return True
     if isinstance(parent, ast.Raise):  # the error's message; that it is raised at all is the statement's own change

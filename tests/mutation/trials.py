@@ -1,6 +1,6 @@
-"""`Trials`: mutants before their judges, which are the tests, nearest first; and what came of it.
+"""`Trials`: runs the tests against each mutant, nearest tests first, and records the verdicts.
 
-Owns the results, and the list of mutants that somebody judged equivalent. Asks `Forks` to run tests.
+Owns the results and the list of mutants known to be equivalent. Lets `Forks` run the tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.mutation.operators import Mutant
 
 FOLDER = Path(".mutation")
 EQUIVALENT = Path("tests/mutation/equivalent.toml")
-# What looks at a package from further away, in the order in which it is asked.
+# Tests outside a package's unit tests that cover it, in the order in which they run.
 WIDER: Mapping[str, Sequence[str]] = {
     "scheduling": (
         "tests/property/test_scheduler_machine.py",
@@ -57,7 +57,7 @@ WIDER: Mapping[str, Sequence[str]] = {
 
 
 class Verdict(StrEnum):
-    """What became of a mutant."""
+    """The outcome for a mutant."""
 
     KILLED = "killed"
     LIVES = "lives"
@@ -65,40 +65,40 @@ class Verdict(StrEnum):
 
 
 class Runner(Protocol):
-    """What `Forks` is to us."""
+    """What `Trials` needs of `Forks`."""
 
     @property
     def is_full(self) -> bool: ...
     @property
     def is_idle(self) -> bool: ...
-    def start(self, task: Task, done: Callable[[Run], None]) -> None: ...
+    def start(self, task: Task, on_end: Callable[[Run], None]) -> None: ...
     def wait(self) -> None: ...
 
 
 class Stage(NamedTuple):
-    """Tests to run together; `whole` are those of all modules of the package, whose time is measured once."""
+    """Tests to run together; `package` are those of the whole package, whose time is measured once."""
 
     tests: tuple[str, ...]
-    whole: tuple[str, ...]
+    package: tuple[str, ...]
 
 
 def stages(file: str, root: Path = Path()) -> list[Stage]:
     """The tests to run for a mutant of this file, nearest first: its module's, its package's, wider ones."""
     parts = Path(file).with_suffix("").parts[1:]
     module, folder = f"penstock.{'.'.join(parts)}", root / Path("tests/unit", *parts[:-1])
-    whole, nearest = list[str](), list[str]()
+    package, nearest = list[str](), list[str]()
     for path in sorted(folder.glob("test_*.py")):
-        whole.append(name := path.relative_to(root).as_posix())
+        package.append(name := path.relative_to(root).as_posix())
         if path.stem == f"test_{parts[-1]}" or f"from {module} import" in path.read_text():
             nearest.append(name)
-    others = tuple(name for name in whole if name not in nearest)
+    other_tests = tuple(name for name in package if name not in nearest)
     wider = tuple(WIDER.get(parts[0], ()))
-    found = [Stage(tuple(nearest), tuple(whole)), Stage(others, tuple(whole))]
-    return [*(stage for stage in found if stage.tests), Stage(wider, wider)]
+    near_stages = [Stage(tuple(nearest), tuple(package)), Stage(other_tests, tuple(package))]
+    return [*(stage for stage in near_stages if stage.tests), Stage(wider, wider)]
 
 
 class Trials:
-    """Of all `mutants`; with `again`, those that lived are run once more."""
+    """The trials of all `mutants`; with `again`, survivors are tried once more."""
 
     def __init__(
         self,
@@ -114,29 +114,29 @@ class Trials:
         self._results = Results(folder / "results.json")
         self._again = again
         self._unnoticed: list[Mutant] = []
-        self._limits_s: dict[tuple[str, ...], float] = {}  # by `Stage.whole`
+        self._limits_s: dict[tuple[str, ...], float] = {}  # by `Stage.package`
         self._equivalent = {entry["mutant"] for entry in tomllib.loads(equivalent.read_text())["equivalent"]}
 
     def having(self, verdict: Verdict) -> list[Mutant]:
-        """The mutants that this became of."""
+        """The mutants with this verdict."""
         return [mutant for mutant in self._mutants if self._verdict(mutant) is verdict]
 
     @property
     def share_killed(self) -> float:
-        """Of those that ran and are not equivalent."""
+        """The fraction of killed mutants among those that ran and are not equivalent."""
         killed, lives = len(self.having(Verdict.KILLED)), len(self.having(Verdict.LIVES))
         return killed / max(1, killed + lives)
 
     def run(self) -> None:
-        """Until each has a verdict. Wider tests take long: they come last, for those that unit tests did not notice."""
+        """Run until each mutant has a verdict. Slow wider tests run last, for mutants that unit tests missed."""
         self._run_each([(mutant, stages(mutant.file)) for mutant in self._mutants if self._is_open(mutant)])
         self._run_each([(mutant, stages(mutant.file)[-1:]) for mutant in self._unnoticed])
 
     def _run_each(self, trials: Sequence[tuple[Mutant, list[Stage]]]) -> None:
-        for mutant, left in trials:
+        for mutant, remaining in trials:
             while self._forks.is_full:
                 self._forks.wait()
-            self._try(mutant, left)
+            self._try(mutant, remaining)
         while not self._forks.is_idle:
             self._forks.wait()
 
@@ -147,37 +147,37 @@ class Trials:
         verdict = self._verdict(mutant)
         return verdict is None or (self._again and verdict is Verdict.LIVES)
 
-    def _try(self, mutant: Mutant, left: list[Stage], *, once_more: bool = False) -> None:
-        if not left:
+    def _try(self, mutant: Mutant, remaining: list[Stage], *, once_more: bool = False) -> None:
+        if not remaining:
             self._judge(mutant, Verdict.LIVES, "")
             return
-        tests, whole = left[0]
-        if whole in self._limits_s:
+        tests, package = remaining[0]
+        if package in self._limits_s:
             module = ".".join(Path(mutant.file).with_suffix("").parts)
-            task = Task(tests, self._limits_s[whole], module, mutant.source)
-            self._forks.start(task, partial(self._tried, mutant, left, once_more))
+            task = Task(tests, self._limits_s[package], module, mutant.source)
+            self._forks.start(task, partial(self._tried, mutant, remaining, once_more))
         else:
-            self._forks.start(Task(whole, 1200), partial(self._measured, mutant, left, once_more))
+            self._forks.start(Task(package, 1200), partial(self._measured, mutant, remaining, once_more))
 
-    def _measured(self, mutant: Mutant, left: list[Stage], once_more: bool, run: Run) -> None:
-        """How long tests take without a mutant. They must pass, at the second attempt at the latest."""
-        if run.passed:
-            self._limits_s[left[0].whole] = 20 + 4 * run.seconds
+    def _measured(self, mutant: Mutant, remaining: list[Stage], once_more: bool, session: Run) -> None:
+        """Record how long tests take without a mutant. They must pass, on the second attempt at the latest."""
+        if session.passed:
+            self._limits_s[remaining[0].package] = 20 + 4 * session.seconds
         elif once_more:
-            sys.exit(f"without a mutant, {run.failure} fails")
-        self._try(mutant, left, once_more=not run.passed)
+            sys.exit(f"without a mutant, {session.failure} fails")
+        self._try(mutant, remaining, once_more=not session.passed)
 
-    def _tried(self, mutant: Mutant, left: list[Stage], once_more: bool, run: Run) -> None:
-        """Wider tests depend on time, some of them: what fails there has to fail twice."""
-        if run.passed and len(left) == 2:
+    def _tried(self, mutant: Mutant, remaining: list[Stage], once_more: bool, session: Run) -> None:
+        """Some wider tests depend on timing: a failure there has to occur twice."""
+        if session.passed and len(remaining) == 2:
             self._unnoticed.append(mutant)
             print(f"unnoticed by unit tests: {mutant.file}:{mutant.line} {mutant.id.partition(':')[2]}", flush=True)
-        elif run.passed:
-            self._try(mutant, left[1:])
-        elif once_more or len(left) > 1:
-            self._judge(mutant, Verdict.KILLED, run.failure)
+        elif session.passed:
+            self._try(mutant, remaining[1:])
+        elif once_more or len(remaining) > 1:
+            self._judge(mutant, Verdict.KILLED, session.failure)
         else:
-            self._try(mutant, left, once_more=True)
+            self._try(mutant, remaining, once_more=True)
 
     def _judge(self, mutant: Mutant, verdict: Verdict, failure: str) -> None:
         self._results.put(mutant, verdict, failure)
@@ -189,18 +189,18 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known = self._read()
+        self._verdicts = self._read()
 
     def of(self, mutant: Mutant) -> Verdict | None:
-        """What is known of a mutant; None while its file, or the mutant, is new."""
-        found = self._known.get(_key(mutant))
-        return Verdict(found[0]) if found else None
+        """The verdict on a mutant; None if its file, or the mutant, is new."""
+        entry = self._verdicts.get(_key(mutant))
+        return Verdict(entry[0]) if entry else None
 
     def put(self, mutant: Mutant, verdict: Verdict, failure: str) -> None:
-        """Keep a verdict, and the test that failed."""
-        self._known = self._read() | {_key(mutant): [verdict, failure]}  # another run may have written meanwhile
+        """Store a verdict and the test that failed."""
+        self._verdicts = self._read() | {_key(mutant): [verdict, failure]}  # another run may have written in between
         partial_path = self._path.with_suffix(".new")
-        partial_path.write_text(json.dumps(self._known, indent=0))
+        partial_path.write_text(json.dumps(self._verdicts, indent=0))
         partial_path.replace(self._path)
 
     def _read(self) -> dict[str, list[str]]:
