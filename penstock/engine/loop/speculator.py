@@ -13,7 +13,7 @@ from penstock.config import EngineConfig
 from penstock.engine.loop.worker import Job
 from penstock.errors import text_of
 from penstock.optimizers.speculation.controller import SpeculationController
-from penstock.optimizers.speculation.drafter import Ask, Draft, Drafter
+from penstock.optimizers.speculation.drafter import Draft, Drafter, DraftRequest
 from penstock.scheduling.scheduler import Scheduler
 from penstock.step import StepPlan, StepResult
 
@@ -49,16 +49,16 @@ class Speculator:
         self._drafting_s = 0.0
         max_length = self._scheduler.limits.resolve().draft_length if self._is_on else 0
         seqs = self._scheduler.decoding() if max_length else []
-        asks = self._controller.asks(seqs, max_length)
-        if not asks:
+        requests = self._controller.requests(seqs, max_length)
+        if not requests:
             return
         begin = self._clock()
-        job = await self._begun(asks) if self._drafter.runs_model else None
+        job = await self._begun(requests) if self._drafter.runs_model else None
         if job is not None:
             meanwhile()
         try:
-            drafts = self._drafter.propose(asks) if job is None else await job.done
-            chosen = self._controller.choose(asks, drafts, len(seqs))
+            drafts = self._drafter.propose(requests) if job is None else await job.done
+            chosen = self._controller.choose(requests, drafts, len(seqs))
         except Exception as error:
             self._give_up(error)
             return
@@ -72,7 +72,7 @@ class Speculator:
         """A step was committed, `seconds` after the one before it."""
         if self._is_on:
             self._controller.record_step(plan, result, seconds - self._drafting_s)
-        if self._controller.num_known > self._scheduler.num_running + _PRUNE_AT:
+        if self._controller.num_sequences > self._scheduler.num_running + _PRUNE_AT:
             self.forget_ended()
 
     def forget_ended(self) -> None:
@@ -84,8 +84,8 @@ class Speculator:
     def _is_on(self) -> bool:
         return self._config.enable_speculative_decoding and not self._broken
 
-    async def _begun(self, asks: list[Ask]) -> Job[list[Draft]]:
-        job = self._run(self._drafter.propose, asks)
+    async def _begun(self, requests: list[DraftRequest]) -> Job[list[Draft]]:
+        job = self._run(self._drafter.propose, requests)
         await job.begun
         return job
 

@@ -11,8 +11,8 @@ from collections import deque
 from penstock.api.log import Logger
 from penstock.api.stats import TunerChange, TunerStats
 from penstock.config import EngineConfig
-from penstock.optimizers.tuning.tuner import Tuned, first, limits_of, tune
-from penstock.optimizers.tuning.window import Window
+from penstock.optimizers.tuning.tuner import TunedLimits, initial_limits, limits_of, tune
+from penstock.optimizers.tuning.window import StepWindow
 from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
 
@@ -30,7 +30,7 @@ class Tuning:
         self._limits = limits
         self._log = log
         self._target: str | None = None
-        self._window = Window()
+        self._window = StepWindow()
         self._changes: deque[TunerChange] = deque(maxlen=KEPT_CHANGES)
         self._begin()
 
@@ -63,8 +63,8 @@ class Tuning:
     def _begin(self) -> None:
         """A new goal: what was measured toward another one is forgotten."""
         self._target = self._config.target
-        self._window = Window()
-        self._limits.tuned = None if self._target is None else first(self._config)
+        self._window = StepWindow()
+        self._limits.tuned = None if self._target is None else initial_limits(self._config)
 
     def _is_late(self, record: StepRecord) -> bool:
         """Whether a stream waited too long: the next look comes at once."""
@@ -72,9 +72,9 @@ class Tuning:
         return bool(late) and self._target == "latency"
 
     def _wants_probe(self) -> bool:
-        return self._window.since_plain >= PROBE_EVERY
+        return self._window.steps_since_plain >= PROBE_EVERY
 
-    def _noted(self, before: Tuned, after: Tuned) -> Tuned:
+    def _noted(self, before: TunedLimits, after: TunedLimits) -> TunedLimits:
         """`after`, with a line in the log for every limit that changed."""
         old_limits = limits_of(before)
         for name, value in limits_of(after).items():
