@@ -35,8 +35,8 @@ class Preset:
     """A level: settings of `EngineConfig`, and defaults for flags of `OptimizationConfig`."""
 
     purpose: str
-    engine: Mapping[str, Any]
-    flags: Mapping[str, Any]
+    engine: Mapping[str, object]
+    flags: Mapping[str, object]
 
 
 PRESETS = {
@@ -123,7 +123,7 @@ class OptimizationConfig(BaseModel):
             super().__init__(**{**(preset.flags if preset else {}), **_accepted(values)})
         self.model_fields_set.intersection_update(values)  # without those of the level
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         with explained(OptimizationConfig.model_fields):
             for accepted in _accepted({name: value}):
                 super().__setattr__(accepted, value)
@@ -139,7 +139,7 @@ class OptimizationConfig(BaseModel):
 
     @field_validator("sample_aggregation")
     @classmethod
-    def _check_aggregation(cls, value: Any) -> Any:
+    def _check_aggregation(cls, value: object) -> object:
         if callable(value) or value in AGGREGATIONS:
             return value
         choice = f"choose from {', '.join(map(repr, AGGREGATIONS))}, or a function of a completion"
@@ -188,7 +188,7 @@ class OptimizationConfig(BaseModel):
         return () if self.enable_kernel_fusion else ("fused_layers",)
 
 
-def _accepted(values: Mapping[str, Any]) -> dict[str, Any]:
+def _accepted(values: Mapping[str, object]) -> dict[str, object]:
     """The values without the `REFUSED` flags that are off. Raises `ConfigurationError` for one that is on."""
     for name in REFUSED.keys() & values.keys():
         if values[name]:
