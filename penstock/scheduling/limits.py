@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from penstock.config import EngineConfig
-from penstock.optimizers.tuning.tuner import Tuned, ceilings, first
+from penstock.optimizers.tuning.tuner import TunedLimits, ceilings, initial_limits
 
 
 class StepLimits(NamedTuple):
@@ -27,7 +27,7 @@ class StepLimits(NamedTuple):
     draft_length: int
     batch_timeout_s: float
     target: str | None = None
-    tuned: Tuned | None = None
+    tuned: TunedLimits | None = None
 
     def token_budget(self, stream_tokens: int, depth: int) -> int:
         """Maximum tokens of a step with `stream_tokens` decode and draft tokens and its first prompt at `depth`.
@@ -44,19 +44,19 @@ class Limits:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._tuned: Tuned | None = None
+        self._tuned: TunedLimits | None = None
         self._tuned_target: str | None = None
 
     @property
-    def tuned(self) -> Tuned | None:
+    def tuned(self) -> TunedLimits | None:
         """The tuner's latest limits for the current target, or its starting point. None without a target."""
         target = self._config.target
         if target == self._tuned_target:
             return self._tuned
-        return None if target is None else first(self._config)
+        return None if target is None else initial_limits(self._config)
 
     @tuned.setter
-    def tuned(self, tuned: Tuned | None) -> None:
+    def tuned(self, tuned: TunedLimits | None) -> None:
         self._tuned, self._tuned_target = tuned, self._config.target
 
     def resolve(self) -> StepLimits:

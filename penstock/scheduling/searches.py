@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from penstock.cache.manager import CacheManager
-from penstock.optimizers.beams import BeamSearch, Move
+from penstock.optimizers.beam_search import BeamSearch, Move
 from penstock.scheduling.events import EventBuilder
 from penstock.scheduling.live import LiveSequences
 from penstock.sequence import FinishReason, Sequence, Status

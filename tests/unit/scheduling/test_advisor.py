@@ -9,7 +9,7 @@ import pytest
 from penstock import BatchingConfig, BatchingOptimizer, DynamicBatcher
 from penstock.config import EngineConfig
 from penstock.errors import RequestError
-from penstock.optimizers.tuning.tuner import first
+from penstock.optimizers.tuning.tuner import initial_limits
 from penstock.scheduling.advisor import WINDOW, Batch, full
 from penstock.scheduling.limits import Limits, StepLimits
 from penstock.step import StepRecord
@@ -26,7 +26,7 @@ def limits(max_batch_size: int = 32, target: str | None = None, tuned: int = 32)
     """Limits in in_force: of the settings, or what a tuner made of them."""
     current = Limits(EngineConfig(max_batch_size=max_batch_size, target=target))
     if target:
-        current.tuned = first(EngineConfig(target=target))._replace(max_batch_size=tuned)
+        current.tuned = initial_limits(EngineConfig(target=target))._replace(max_batch_size=tuned)
     return current.resolve()
 
 

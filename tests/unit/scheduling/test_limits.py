@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penstock.config import EngineConfig
-from penstock.optimizers.tuner import FIRST_CHUNK, FIRST_ROWS, first
+from penstock.optimizers.tuning.tuner import FIRST_CHUNK, FIRST_ROWS, initial_limits
 from penstock.scheduling.limits import Limits, StepLimits
 from tests.unit.scheduling.world import World
 
@@ -28,7 +28,9 @@ def test_limits_that_were_resolved_stay_as_they_are() -> None:
 def test_the_tuner_narrows_starts_and_prompts_but_nothing_that_runs() -> None:
     config = EngineConfig(target="latency")
     limits = Limits(config)
-    limits.tuned = first(config)._replace(chunk_tokens=20, max_batch_size=3, draft_length=1, batch_timeout_ms=2)
+    limits.tuned = initial_limits(config)._replace(
+        chunk_tokens=20, max_batch_size=3, draft_length=1, batch_timeout_ms=2
+    )
     resolved = limits.resolve()
     assert (resolved.max_batch_size, resolved.max_running, resolved.draft_length) == (32, 3, 1)
     assert (resolved.token_budget(10, 0), resolved.token_budget(0, 0), resolved.batch_timeout_s) == (30, 512, 0.002)
@@ -37,7 +39,7 @@ def test_the_tuner_narrows_starts_and_prompts_but_nothing_that_runs() -> None:
 def test_a_setting_that_is_assigned_counts_at_once_also_while_tuned() -> None:
     config = EngineConfig(target="throughput")
     limits = Limits(config)
-    limits.tuned = first(config)._replace(chunk_tokens=2048, alone_tokens=2048, max_batch_size=128)
+    limits.tuned = initial_limits(config)._replace(chunk_tokens=2048, alone_tokens=2048, max_batch_size=128)
     assert (limits.resolve().max_running, limits.resolve().token_budget(8, 0)) == (128, 2048)
     config.max_batch_size = 6
     config.max_num_batched_tokens = 64
@@ -50,7 +52,7 @@ def test_a_setting_that_is_assigned_counts_at_once_also_while_tuned() -> None:
 
 def test_a_step_toward_throughput_has_so_many_tokens_in_all() -> None:
     """With the streams on top, no full step was of the size that was to be judged."""
-    tuned = first(EngineConfig(target="throughput"))._replace(chunk_tokens=512, alone_tokens=512)
+    tuned = initial_limits(EngineConfig(target="throughput"))._replace(chunk_tokens=512, alone_tokens=512)
     assert [tuned.step_tokens(streams, 0) for streams in (0, 1, 32, 510, 600)] == [512, 512, 512, 514, 604]
 
 
@@ -59,7 +61,7 @@ def test_a_target_is_in_force_before_the_tuner_has_seen_a_step() -> None:
     limits = Limits(config)
     config.target = "latency"
     assert (limits.resolve().max_running, limits.resolve().token_budget(4, 0)) == (FIRST_ROWS, 4 + FIRST_CHUNK)
-    limits.tuned = first(config)._replace(max_batch_size=9)
+    limits.tuned = initial_limits(config)._replace(max_batch_size=9)
     assert limits.resolve().max_running == 9
     config.target = "throughput"
     assert (limits.resolve().max_running, limits.resolve().token_budget(4, 0)) == (32, 512)
@@ -69,18 +71,18 @@ def test_a_target_is_in_force_before_the_tuner_has_seen_a_step() -> None:
 
 def test_a_lower_tuned_batch_lets_those_that_run_go_on() -> None:
     world = World(target="latency")
-    world.scheduler.limits.tuned = first(world.config)._replace(max_batch_size=3)
+    world.scheduler.limits.tuned = initial_limits(world.config)._replace(max_batch_size=3)
     for number in (1, 2, 3, 4):
         world.add(number, 3, new=4)
     assert list(world.step()) == [1, 2, 3]
-    world.scheduler.limits.tuned = first(world.config)._replace(max_batch_size=1)
+    world.scheduler.limits.tuned = initial_limits(world.config)._replace(max_batch_size=1)
     assert list(world.step()) == [1, 2, 3]
     assert world.drain()[-1] == [4]
 
 
 def test_chunks_follow_the_depth_of_the_prompt() -> None:
     world = World(num_blocks=100, target="latency")
-    tuned = first(world.config)._replace(chunk_tokens=20, spare_s=0.010, token_s=0.0005, depth_s=0.0005 / 100)
+    tuned = initial_limits(world.config)._replace(chunk_tokens=20, spare_s=0.010, token_s=0.0005, depth_s=0.0005 / 100)
     world.scheduler.limits.tuned = tuned
     world.add(1, 4, new=90)
     world.step()
@@ -92,7 +94,7 @@ def test_chunks_follow_the_depth_of_the_prompt() -> None:
 
 def test_drafts_take_nothing_from_prompts() -> None:
     world = World(num_blocks=100, target="latency")
-    world.scheduler.limits.tuned = first(world.config)._replace(chunk_tokens=20)
+    world.scheduler.limits.tuned = initial_limits(world.config)._replace(chunk_tokens=20)
     world.add(1, 4, new=90)
     world.step()
     world.add(2, 300, new=1)
