@@ -97,7 +97,7 @@ def _version(name: str) -> str | None:
 
 
 def _hardware() -> JsonObject:
-    from penstock.models.facts import hardware
+    from penstock.models.hardware import hardware
 
     return {
         "cpu": _cpu_name(),
@@ -146,7 +146,7 @@ def _cache(config: EngineConfig, runner: ModelRunner) -> JsonObject:
 
 
 def _rates(spec: ModelSpec) -> JsonObject:
-    from penstock.models.facts import copy_bandwidth, matmul_rate
+    from penstock.models.hardware import copy_bandwidth, matmul_rate
 
     return {
         "memory_gb_per_s": copy_bandwidth(spec.device, MEASURE_S) / 1e9,

@@ -18,7 +18,7 @@ from penstock.errors import RequestError
 from penstock.models import rules
 from penstock.models.sampler import BYTES_PER_LOGIT
 from penstock.models.vocabulary import LogitSummarizer, Top, Vocabulary
-from penstock.optimizers.beams import num_candidates
+from penstock.optimizers.beam_search import num_candidates
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are complete

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from penstock.kernels.program import Paged
 from penstock.models.attention import StepAttention
 from penstock.models.executor import Executor
 from penstock.models.layout import StepLayout
-from penstock.optimizers.fused import FusedLayer
+from penstock.optimizers.rewrites.fused_layer import FusedLayer
 from penstock.sampling import SamplingParams
 from penstock.step import Row, StepPlan
 
@@ -112,8 +113,9 @@ def lean_forward(module: nn.Module, max_length: int) -> Forward | None:
     def forward(layout: StepLayout, attention: StepAttention) -> Tensor:
         hidden = embedding(layout.input_ids[None], weight)
         angles = cos[:, layout.positions], sin[:, layout.positions]
+        paged = cast(Paged, attention)  # fused layers run on panels
         for layer in layers:
-            hidden = layer.forward(hidden, paged=attention, position_embeddings=angles)
+            hidden = layer.forward(hidden, paged=paged, position_embeddings=angles)
         if len(layout.logit_indices) < len(layout.input_ids):
             hidden = hidden[:, layout.logit_indices]
         logits: Tensor = head.forward(norm.forward(hidden))[0]

@@ -21,9 +21,9 @@ from penstock.models.memory import release_file_pages
 from penstock.models.panels import PanelBackend, supports
 from penstock.models.storage import LayerShape
 from penstock.models.torch_attention import TorchBackend
-from penstock.optimizers.fused import FusedLayer
-from penstock.optimizers.memory_pool import MemoryPool
-from penstock.optimizers.rewriting import rewrite
+from penstock.optimizers.rewrites.fused_layer import FusedLayer
+from penstock.optimizers.rewrites.memory_pool import MemoryPool
+from penstock.optimizers.rewrites.passes import rewrite
 
 log = logging.getLogger("penstock")
 
@@ -121,7 +121,7 @@ def _rewrite(
         kernels,
         lambda: trial_pass(module, probed, backend, workspaces.device),
         quantize=config.quantization == "int8",
-        without=config.disabled_rewrites,
+        disabled=config.disabled_rewrites,
         workspaces=workspaces,
     )
     release_file_pages((*module.parameters(), *module.buffers()))

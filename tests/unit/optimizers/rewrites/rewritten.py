@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
-from penstock.models.checks import Probed, compare, probe, trial_pass
-from penstock.models.paging import PanelPaging
+from penstock.models.checks import ProbeResult, compare, probe, trial_pass
+from penstock.models.panels import PanelBackend
 from penstock.optimizers.rewrites.passes import PassReport, rewrite
 
 CPU = torch.device("cpu")
@@ -23,14 +23,14 @@ class Rewritten:
 
     module: nn.Module
     reports: dict[str, PassReport]
-    probed: Probed
-    paging: PanelPaging
+    probed: ProbeResult
+    paging: PanelBackend
 
     @property
     def own_logits(self) -> Tensor:
         """What the module computed before."""
-        assert self.probed.own is not None
-        return self.probed.own
+        assert self.probed.reference is not None
+        return self.probed.reference
 
     def compare(self, tolerance: float) -> None:
         """Raises `ConfigurationError` where logits are off by more than this share of the largest."""
@@ -44,7 +44,7 @@ class Rewritten:
 def rewritten(module: Any, kernels: Kernels, *, quantize: bool = False, disabled: Collection[str] = ()) -> Rewritten:
     """Rewrite `module`, as a load would."""
     with torch.inference_mode():
-        probed, paging = probe(module, CPU, verify=True), PanelPaging(kernels, False)
+        probed, paging = probe(module, CPU, verify=True), PanelBackend(kernels, False)
         reports = rewrite(
             module,
             probed,

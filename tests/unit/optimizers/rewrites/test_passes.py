@@ -205,7 +205,7 @@ def test_a_borrowed_module_keeps_its_layers() -> None:
 def test_a_refusal_for_quantization_says_that_it_is_about_quantization(kernels: Kernels) -> None:
     """It said that the model could not run in the paged engine and was to be served with another backend."""
     rewrite = rewritten(build("llama"), kernels, quantize=True)
-    far = replace(rewrite.probed, own=-rewrite.own_logits)
+    far = replace(rewrite.probed, reference=-rewrite.own_logits)
     with pytest.raises(
         ConfigurationError, match=r"loses too much to quantization='int8'.* leave out quantization='int8'"
     ):
