@@ -22,32 +22,32 @@ from collections.abc import Callable
 
 from penstock.outputs import RequestOutput
 
-_LONGEST = 2000  # characters of a caller's value in a message
+_MAX_CHARACTERS = 2000  # characters of a caller's value in a message
 
 
 def shown(value: object) -> str:
     """`repr(value)`, cut to what a message has room for. A value whose `__repr__` fails is named by its type."""
-    return _worded(repr, value) or f"<{type(value).__name__}>"
+    return _safe_text(repr, value) or f"<{type(value).__name__}>"
 
 
 def text_of(error: BaseException) -> str:
     """`str(error)`, cut; the name of its type where that is empty or fails."""
-    return _worded(str, error) or type(error).__name__
+    return _safe_text(str, error) or type(error).__name__
 
 
 def described(error: BaseException) -> str:
     """`ValueError: what it says`, cut; the name alone where it says nothing or its `__str__` fails."""
-    says = _worded(str, error)
-    return f"{type(error).__name__}: {says}" if says else type(error).__name__
+    message = _safe_text(str, error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _worded(word: Callable[[object], str], thing: object) -> str:
+def _safe_text(render: Callable[[object], str], thing: object) -> str:
     """What `word` says of a thing; nothing where it fails, be it with a `SystemExit` or for too many digits."""
     try:
-        text = str.__str__(word(thing))
+        text = str.__str__(render(thing))
     except BaseException:
         return ""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."
 
 
 class PenstockError(Exception):

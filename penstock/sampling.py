@@ -128,16 +128,16 @@ class SamplingParams(processors.ProcessorParams):
 
     def __post_init__(self) -> None:
         for name, value in processors.normalized(self).items():
-            _put(self, name, value)
+            _set(self, name, value)
         _check_numbers(self)
         _check_counts(self)
         _check_flags(self)
         _check_tokens(self)
         _check_stops(self)
         _check_ranking(self)
-        _put(self, "is_ruled", _is_ruled(self))
-        _put(self, "num_held", max(self.min_tokens, self.min_new_tokens))
-        _put(self, "is_cut", processors.restricts_draws(self))
+        _set(self, "is_ruled", _is_ruled(self))
+        _set(self, "num_held", max(self.min_tokens, self.min_new_tokens))
+        _set(self, "is_cut", processors.restricts_draws(self))
 
     @property
     def greedy(self) -> bool:
@@ -176,13 +176,13 @@ def resolved(params: SamplingParams, max_tokens: int, bad_words: Sequence[Sequen
 
     The rest was checked when they were made. Raises `RequestError` where `min_tokens` is more than `max_tokens`.
     """
-    _need(params.min_tokens <= max_tokens, "min_tokens", params.min_tokens, f"at most max_tokens ({max_tokens})")
+    _require(params.min_tokens <= max_tokens, "min_tokens", params.min_tokens, f"at most max_tokens ({max_tokens})")
     if max_tokens == params.max_tokens and not bad_words:
         return params
     params = copy(params)
-    _put(params, "max_tokens", max_tokens)
+    _set(params, "max_tokens", max_tokens)
     if bad_words:
-        _put(params, "bad_words", tuple(map(tuple, bad_words)))
+        _set(params, "bad_words", tuple(map(tuple, bad_words)))
     return params
 
 
@@ -191,7 +191,7 @@ def without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
     if params.prompt_logprobs is None:
         return params
     params = copy(params)
-    _put(params, "prompt_logprobs", None)
+    _set(params, "prompt_logprobs", None)
     return params
 
 
@@ -208,29 +208,29 @@ def _is_ruled(p: SamplingParams) -> bool:
     )
 
 
-def _put(p: SamplingParams, name: str, value: object) -> None:
+def _set(p: SamplingParams, name: str, value: object) -> None:
     """Replace what a caller gave by what it stands for."""
     object.__setattr__(p, name, value)
 
 
-def _need(ok: bool, name: str, value: object, rule: str) -> None:
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise refused(name, value, rule)
 
 
 def _check_numbers(p: SamplingParams) -> None:
     """Every number becomes a float within its range."""
-    _put(p, "top_p", 1.0 if p.top_p is None else p.top_p)
+    _set(p, "top_p", 1.0 if p.top_p is None else p.top_p)
     for name, low, high, rule in _NUMBERS:
-        _put(p, name, real(name, getattr(p, name), low, high, rule))
-    _need(p.top_p > 0, "top_p", p.top_p, "above 0 and at most 1")
+        _set(p, name, real(name, getattr(p, name), low, high, rule))
+    _require(p.top_p > 0, "top_p", p.top_p, "above 0 and at most 1")
 
 
 def _check_counts(p: SamplingParams) -> None:
     """Every count becomes an int within its range."""
-    _put(p, "n", integer("n", p.n, 1, rule="an integer >= 1"))
-    _put(p, "top_k", _top_k(p.top_k))
-    _put(p, "min_tokens", integer("min_tokens", p.min_tokens, 0, LARGEST_LENGTH, "an integer >= 0"))
+    _set(p, "n", integer("n", p.n, 1, rule="an integer >= 1"))
+    _set(p, "top_k", _top_k(p.top_k))
+    _set(p, "min_tokens", integer("min_tokens", p.min_tokens, 0, LARGEST_LENGTH, "an integer >= 0"))
     for name, low, high, rule in (
         ("best_of", p.n, LARGEST_COUNT, f"an integer >= n ({p.n})"),
         ("max_tokens", 1, LARGEST_LENGTH, "an integer >= 1, or None for no limit"),
@@ -242,9 +242,9 @@ def _check_counts(p: SamplingParams) -> None:
         value = getattr(p, name)
         if name.endswith("logprobs") and isinstance(value, bool):
             value = 0 if value else None  # `logprobs=True` is how the OpenAI API says "just the chosen token"
-        _put(p, name, None if value is None else integer(name, value, low, high, rule))
+        _set(p, name, None if value is None else integer(name, value, low, high, rule))
     if p.max_tokens is not None:
-        _need(p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens, f"at most max_tokens ({p.max_tokens})")
+        _require(p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens, f"at most max_tokens ({p.max_tokens})")
 
 
 def _top_k(value: object) -> int:
@@ -259,28 +259,28 @@ def _top_k(value: object) -> int:
 
 def _check_flags(p: SamplingParams) -> None:
     for name in _FLAGS:
-        _put(p, name, flag(name, getattr(p, name)))
+        _set(p, name, flag(name, getattr(p, name)))
     kind = bare(p.output_kind)
     is_known = isinstance(kind, OutputKind) or (isinstance(kind, str) and kind in _KINDS)
-    _need(is_known, "output_kind", kind, f"an OutputKind or one of {', '.join(map(repr, _KINDS))}")
-    _put(p, "output_kind", OutputKind(kind))
+    _require(is_known, "output_kind", kind, f"an OutputKind or one of {', '.join(map(repr, _KINDS))}")
+    _set(p, "output_kind", OutputKind(kind))
 
 
 def _check_tokens(p: SamplingParams) -> None:
     """What names tokens becomes tuples and a dict of ints; user functions are checked for being some."""
     if p.allowed_token_ids is not None:
-        _put(p, "allowed_token_ids", token_ids("allowed_token_ids", p.allowed_token_ids))
-        _need(len(p.allowed_token_ids) > 0, "allowed_token_ids", (), "a non-empty list of token ids, or None")
+        _set(p, "allowed_token_ids", token_ids("allowed_token_ids", p.allowed_token_ids))
+        _require(len(p.allowed_token_ids) > 0, "allowed_token_ids", (), "a non-empty list of token ids, or None")
     if p.logit_bias is not None:
-        _need(isinstance(p.logit_bias, Mapping), "logit_bias", p.logit_bias, "a mapping of token ids")
-        _put(p, "logit_bias", dict(_bias(*pair) for pair in items("logit_bias", p.logit_bias.items())))
+        _require(isinstance(p.logit_bias, Mapping), "logit_bias", p.logit_bias, "a mapping of token ids")
+        _set(p, "logit_bias", dict(_bias_entry(*pair) for pair in items("logit_bias", p.logit_bias.items())))
     words = items("bad_words", p.bad_words)
-    _put(p, "bad_words", tuple(_word(word) for word in words))
-    _put(p, "logits_processors", items("logits_processors", p.logits_processors))
-    _need(all(map(callable, p.logits_processors)), "logits_processors", p.logits_processors, "callables")
+    _set(p, "bad_words", tuple(_word(word) for word in words))
+    _set(p, "logits_processors", items("logits_processors", p.logits_processors))
+    _require(all(map(callable, p.logits_processors)), "logits_processors", p.logits_processors, "callables")
 
 
-def _bias(token: object, bias: object) -> tuple[int, float]:
+def _bias_entry(token: object, bias: object) -> tuple[int, float]:
     rule = "token ids with finite numbers"
     return (
         integer("each key of logit_bias", token, 0, LARGEST_ID, rule),
@@ -290,28 +290,28 @@ def _bias(token: object, bias: object) -> tuple[int, float]:
 
 def _word(word: object) -> str | tuple[int, ...]:
     plain_word = text("bad_words", word) if isinstance(word, str) else token_ids("bad_words", word)
-    _need(len(plain_word) > 0, "bad_words", word, "non-empty strings or token id lists")
+    _require(len(plain_word) > 0, "bad_words", word, "non-empty strings or token id lists")
     return plain_word
 
 
 def _check_stops(p: SamplingParams) -> None:
     stops = tuple(map(bare, (p.stop,) if isinstance(p.stop, str) else items("stop", p.stop)))
-    _need(all(isinstance(stop, str) and len(stop) > 0 for stop in stops), "stop", p.stop, "non-empty strings")
-    _put(p, "stop", stops)
-    _put(p, "stop_token_ids", token_ids("stop_token_ids", p.stop_token_ids))
-    _need(p.detokenize or not stops, "stop", p.stop, "empty when detokenize=False: stop strings need text")
+    _require(all(isinstance(stop, str) and len(stop) > 0 for stop in stops), "stop", p.stop, "non-empty strings")
+    _set(p, "stop", stops)
+    _set(p, "stop_token_ids", token_ids("stop_token_ids", p.stop_token_ids))
+    _require(p.detokenize or not stops, "stop", p.stop, "empty when detokenize=False: stop strings need text")
 
 
 def _check_ranking(p: SamplingParams) -> None:
-    _put(p, "rank_by", bare(p.rank_by))
+    _set(p, "rank_by", bare(p.rank_by))
     is_named = isinstance(p.rank_by, str) and p.rank_by in RANKINGS
     is_known = p.rank_by is None or is_named or callable(p.rank_by)
-    _need(is_known, "rank_by", p.rank_by, f"a function of a completion, or one of {', '.join(map(repr, RANKINGS))}")
+    _require(is_known, "rank_by", p.rank_by, f"a function of a completion, or one of {', '.join(map(repr, RANKINGS))}")
     stopping = plain(bare(p.early_stopping))
     is_known = isinstance(stopping, bool) or (isinstance(stopping, str) and stopping == "never")
-    _need(is_known, "early_stopping", p.early_stopping, 'True, False or "never"')
-    _put(p, "early_stopping", stopping)
+    _require(is_known, "early_stopping", p.early_stopping, 'True, False or "never"')
+    _set(p, "early_stopping", stopping)
     if p.use_beam_search:
-        _need(p.num_samples > 1, "best_of", p.best_of, "the width of the beam search, at least 2")
-        _need(p.temperature == 0, "temperature", p.temperature, "0 with use_beam_search, which draws nothing")
-        _need(p.rank_by is None, "rank_by", p.rank_by, "None with use_beam_search, which ranks by its own scores")
+        _require(p.num_samples > 1, "best_of", p.best_of, "the width of the beam search, at least 2")
+        _require(p.temperature == 0, "temperature", p.temperature, "0 with use_beam_search, which draws nothing")
+        _require(p.rank_by is None, "rank_by", p.rank_by, "None with use_beam_search, which ranks by its own scores")

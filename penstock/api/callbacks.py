@@ -36,7 +36,7 @@ class Callbacks:
     def __init__(self, fail: Fail) -> None:
         self._fail = fail
         self._tasks: set[asyncio.Task[None]] = set()
-        self._own: LoopThread | None = None
+        self._loop_thread: LoopThread | None = None
         self._lock = threading.Lock()
 
     def stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
@@ -47,10 +47,12 @@ class Callbacks:
         """Call `callback(output)` once, at the end, however the request ends."""
         self._start(self._finish(handle, callback))
 
-    def current(self) -> str | None:
+    def current_request(self) -> str | None:
         """The request in whose callback the caller runs, if it does: it must not wait for that one."""
-        inside = _INSIDE.get()
-        return inside.request_id if inside is not None and inside.is_running and inside.callbacks() is self else None
+        context = _CURRENT.get()
+        return (
+            context.request_id if context is not None and context.is_running and context.callbacks() is self else None
+        )
 
     def close(self) -> None:
         """End the thread for callers without a loop once its callbacks are done.
@@ -58,70 +60,70 @@ class Callbacks:
         Waits a few seconds for that, but not in a callback, which would be among those that it waits for.
         """
         with self._lock:
-            loop_thread, self._own = self._own, None
+            loop_thread, self._loop_thread = self._loop_thread, None
         if loop_thread is not None:
-            loop_thread.close(wait=self.current() is None)
+            loop_thread.close(wait=self.current_request() is None)
 
-    def rest(self, until: float) -> None:
+    def halt(self, until: float) -> None:
         """The process exits: call nobody any more; a callback that runs may come to its end until then."""
-        if self._own is not None:
-            self._own.rest(until)
+        if self._loop_thread is not None:
+            self._loop_thread.halt(until)
 
     def _start(self, pump: Coroutine[Any, Any, None]) -> None:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            asyncio.run_coroutine_threadsafe(pump, self._own_loop())
+            asyncio.run_coroutine_threadsafe(pump, self._fallback_loop())
             return
         task = loop.create_task(pump)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _own_loop(self) -> asyncio.AbstractEventLoop:
+    def _fallback_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if self._own is None:
-                self._own = LoopThread("penstock-callbacks")
-            return self._own.loop
+            if self._loop_thread is None:
+                self._loop_thread = LoopThread("penstock-callbacks")
+            return self._loop_thread.loop
 
     async def _stream(self, handle: RequestHandle, callback: Callable[[Delta], Awaitable[None] | None]) -> None:
-        inside = self._enter(handle)
+        context = self._enter(handle)
         while (delta := await _next(handle)) is not None:
             try:
-                await inside.call(callback, delta)
+                await context.call(callback, delta)
             except BaseException as error:
-                self._raised(handle, inside, error)
+                self._handle_error(handle, context, error)
                 return
 
     async def _finish(self, handle: RequestHandle, callback: Callable[[RequestOutput], Awaitable[None] | None]) -> None:
-        inside = self._enter(handle)
+        context = self._enter(handle)
         output = await _outcome(handle)
         try:
-            await inside.call(callback, output)
+            await context.call(callback, output)
         except BaseException as error:
-            self._raised(handle, inside, error)
+            self._handle_error(handle, context, error)
 
-    def _enter(self, handle: RequestHandle) -> _Inside:
-        inside = _Inside(weakref.ref(self), handle.request_id, asyncio.current_task())
-        _INSIDE.set(inside)
-        return inside
+    def _enter(self, handle: RequestHandle) -> _CallbackContext:
+        context = _CallbackContext(weakref.ref(self), handle.request_id, asyncio.current_task())
+        _CURRENT.set(context)
+        return context
 
-    def _raised(self, handle: RequestHandle, inside: _Inside, error: BaseException) -> None:
+    def _handle_error(self, handle: RequestHandle, context: _CallbackContext, error: BaseException) -> None:
         """Raises the error again where it means the pump, or the loop that a caller runs, rather than the request."""
-        if inside.ends_pump(error):
+        if context.ends_pump(error):
             raise error
-        loop, is_late = asyncio.get_running_loop(), handle.done()
-        if not is_late:
+        loop, has_ended = asyncio.get_running_loop(), handle.done()
+        if not has_ended:
             self._fail(handle.request_id, error)
         if isinstance(error, SystemExit | KeyboardInterrupt) and not isinstance(threading.current_thread(), LoopThread):
             raise error  # which ends the caller's loop, as from any of its tasks
-        if is_late or not isinstance(error, Exception):
-            late = "raised after the request had ended" if is_late else "raised what ends programs"
+        if has_ended or not isinstance(error, Exception):
+            late = "raised after the request had ended" if has_ended else "raised what ends programs"
             message = f"the callback of request {handle.request_id} {late}"
             loop.call_exception_handler({"message": message, "exception": error})
 
 
 @dataclass(slots=True)
-class _Inside:
+class _CallbackContext:
     """Where code is that a pump calls, and whatever that calls on other threads or tasks while it waits for it."""
 
     callbacks: weakref.ref[Callbacks]
@@ -149,7 +151,7 @@ class _Inside:
 
 
 # The callback that the code which runs now was called by.
-_INSIDE: ContextVar[_Inside | None] = ContextVar("penstock_callback", default=None)
+_CURRENT: ContextVar[_CallbackContext | None] = ContextVar("penstock_callback", default=None)
 
 
 async def _next(handle: RequestHandle) -> Delta | None:

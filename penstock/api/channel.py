@@ -86,7 +86,7 @@ class Channel:
             with self._lock:
                 if self._unread:
                     self._unread.pop(transcript := next(iter(self._unread)))
-                    return transcript.cut()
+                    return transcript.take()
                 if self.ended:
                     break
                 reader = _join(self._readers)

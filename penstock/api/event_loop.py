@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from penstock.api.exiting import park
-from penstock.api.waiting import hop
+from penstock.api.exiting import block_loop_thread
+from penstock.api.waiting import call_on_loop
 
 # How long closing waits for tasks that are still running, in seconds.
 GRACE_S = 5.0
@@ -32,13 +32,13 @@ class LoopThread(threading.Thread):
 
     def close(self, wait: bool) -> None:
         """End the thread once its tasks are done, after `GRACE_S` seconds at most; with `wait`, return after that."""
-        hop(self.loop, self._closing.set)
+        call_on_loop(self.loop, self._closing.set)
         if wait and threading.current_thread() is not self:
             self.join(2 * GRACE_S)
 
-    def rest(self, until: float) -> None:
+    def halt(self, until: float) -> None:
         """The process exits: let the thread wait for ever."""
-        park(self.loop, self, until)
+        block_loop_thread(self.loop, self, until)
 
     def run(self) -> None:
         """Of the thread itself."""

@@ -18,41 +18,41 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 EXIT_S = 1.0  # for all engines of a process together
-_GLANCE_S = 0.02
+_POLL_S = 0.02
 
 
-class Restful(Protocol):
+class Haltable(Protocol):
     """Has threads."""
 
-    def rest(self, until: float) -> None:
+    def halt(self, until: float) -> None:
         """Begin nothing new, and have the threads end or wait for ever; return at `until` (monotonic) at the latest."""
         ...
 
 
-def rest_at_exit(*parts: Restful) -> Callable[[], None]:
+def halt_at_exit(*parts: Haltable) -> Callable[[], None]:
     """Have these rest when the interpreter exits; returns a function that takes that back."""
     pid = os.getpid()
 
-    def rest() -> None:
+    def halt() -> None:
         if os.getpid() == pid:  # a forked child has none of the threads
             for part in parts:
-                part.rest(_until())
+                part.halt(_until())
 
-    atexit.register(rest)
-    return functools.partial(atexit.unregister, rest)
+    atexit.register(halt)
+    return functools.partial(atexit.unregister, halt)
 
 
-def park(loop: asyncio.AbstractEventLoop, thread: threading.Thread, until: float) -> None:
+def block_loop_thread(loop: asyncio.AbstractEventLoop, thread: threading.Thread, until: float) -> None:
     """Have a loop's thread wait for ever instead of taking its next turn."""
-    parked = threading.Event()
+    blocked = threading.Event()
 
     def wait_for_ever() -> None:
-        parked.set()
+        blocked.set()
         threading.Event().wait()
 
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(wait_for_ever)
-        while thread.is_alive() and not parked.wait(_GLANCE_S) and time.monotonic() < until:
+        while thread.is_alive() and not blocked.wait(_POLL_S) and time.monotonic() < until:
             pass
 
 
@@ -65,10 +65,10 @@ def interrupt(thread: threading.Thread, until: float) -> None:
 
     while thread.is_alive() and time.monotonic() < until:
         pythonapi.PyThreadState_SetAsyncExc(c_ulong(thread.ident or 0), py_object(SystemExit))
-        thread.join(_GLANCE_S)
+        thread.join(_POLL_S)
 
 
-def join(threads: Sequence[threading.Thread], until: float) -> None:
+def join_threads(threads: Sequence[threading.Thread], until: float) -> None:
     """Wait for threads that are about to end."""
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))

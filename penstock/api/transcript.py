@@ -18,8 +18,8 @@ class Transcript:
     """`texts` joined are the text. `logprobs`, one mapping per token, is None unless the request asked for them."""
 
     __slots__ = (
-        "_given",
         "_shown",
+        "_taken",
         "finish_reason",
         "index",
         "logprobs",
@@ -49,7 +49,7 @@ class Transcript:
         self.stop_reason: str | int | None = None
         self.score: float | None = None  # what completions are ranked by, once they are
         self._shown: _Mark = (0, 0, None, None)
-        self._given = (0, 0)
+        self._taken = (0, 0)
 
     def add(
         self,
@@ -67,7 +67,7 @@ class Transcript:
         self.token_logprobs += logprobs
         self.sampled_logprobs += sampled_logprobs
 
-    def note_draft(self, drafted: int, accepted: int) -> None:
+    def count_draft(self, drafted: int, accepted: int) -> None:
         """Of `drafted` draft tokens, `accepted` were right and are among the tokens."""
         self.num_drafted_tokens += drafted
         self.num_accepted_tokens += accepted
@@ -81,10 +81,10 @@ class Transcript:
         """Let readers have all that was written so far."""
         self._shown = (len(self.token_ids), len(self.texts), self.finish_reason, self.stop_reason)
 
-    def cut(self) -> Delta:
+    def take(self) -> Delta:
         """What was shown since the last cut."""
-        (ids, texts), (ids_end, texts_end, finish_reason, stop_reason) = self._given, self._shown
-        self._given = (ids_end, texts_end)
+        (ids, texts), (ids_end, texts_end, finish_reason, stop_reason) = self._taken, self._shown
+        self._taken = (ids_end, texts_end)
         return Delta(
             self.request_id,
             self.index,

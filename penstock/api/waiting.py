@@ -47,7 +47,7 @@ def new_waiter() -> Waiter:
         return _TrioWaiter()
 
 
-def hop(loop: Loop, function: Callable[..., object], *args: object) -> None:
+def call_on_loop(loop: Loop, function: Callable[..., object], *args: object) -> None:
     """Call a function on another thread's loop. A closed loop has nobody left who would want it."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
@@ -67,7 +67,7 @@ class Wakeups:
     def send(self) -> None:
         """Wake all of them: one hop per loop."""
         for loop, waiters in self._by_loop.items():
-            hop(loop, _complete, waiters)
+            call_on_loop(loop, _complete, waiters)
         self._by_loop.clear()
 
 

@@ -75,7 +75,7 @@ class Parts:
         self.runner.close()
 
 
-def check_early(model: object) -> None:
+def check_model(model: object) -> None:
     """Refuse a model source that cannot work before anything heavy is imported. Raises `ConfigurationError`."""
     if isinstance(model, str | Path):
         check_source(str(model))
@@ -95,7 +95,7 @@ def assemble(model: object, tokenizer: object, config: EngineConfig, admission: 
     draft: GuessingRunner | None = None
     try:
         draft = load_draft_model(model, runner.spec, config)
-        return _around(runner, draft, loaded_tokenizer, config, admission, log)
+        return _build_parts(runner, draft, loaded_tokenizer, config, admission, log)
     except BaseException:
         for loaded in (draft, runner):
             if loaded is not None:
@@ -103,7 +103,7 @@ def assemble(model: object, tokenizer: object, config: EngineConfig, admission: 
         raise
 
 
-def _around(
+def _build_parts(
     runner: ModelRunner,
     draft: GuessingRunner | None,
     tokenizer: Tokenizer | None,
@@ -113,7 +113,7 @@ def _around(
 ) -> Parts:
     """Builds cache, scheduler, tokenizers and drafter for a loaded model."""
     longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
-    cache, wanted_blocks = _cache(runner, draft, longest, config, log)
+    cache, wanted_blocks = _make_cache(runner, draft, longest, config, log)
     if cache.capacity < longest and "max_sequence_length" in config.model_fields_set:
         log.warning(f"the K/V cache holds {cache.capacity} tokens: no sequence reaches max_sequence_length={longest}")
     max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
@@ -137,7 +137,7 @@ def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
     return f"; {spec.max_length_reason}" if spec.max_length_reason else ", or raise max_sequence_length"
 
 
-def _cache(
+def _make_cache(
     runner: ModelRunner, draft: GuessingRunner | None, longest: int, config: EngineConfig, log: Logger
 ) -> tuple[CacheManager, dict[str, int]]:
     """A cache of the configured size, and the memory behind it; a draft model's holds as many tokens, beside it.
@@ -179,7 +179,7 @@ def _load(model: object, tokenizer: object, config: EngineConfig) -> tuple[Model
         return model, cast(Tokenizer | None, tokenizer)
     from penstock.models.loading import load
 
-    loaded = load(model, tokenizer, config)  # type: ignore[arg-type]  # what passed `check_early`
+    loaded = load(model, tokenizer, config)  # type: ignore[arg-type]  # what passed `check_model`
     return loaded.runner, loaded.tokenizer
 
 
@@ -236,10 +236,10 @@ class Assembly:
         if parts is not None:
             parts.close()
 
-    def rest(self, until: float) -> None:
+    def halt(self, until: float) -> None:
         """The process exits: the tokenizer's threads end."""
         if self.parts is not None:
-            self.parts.pool.rest(until)
+            self.parts.pool.halt(until)
 
 
 def shut_down(host: Host, callbacks: Callbacks, assembly: Assembly, unregister: Callable[[], None]) -> None:

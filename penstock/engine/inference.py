@@ -20,14 +20,14 @@ from typing import Any, Self, Unpack
 from penstock.api.arguments import check_callback, check_id, read_arguments
 from penstock.api.callbacks import Callbacks
 from penstock.api.channel import Channel, RequestStatus
-from penstock.api.exiting import rest_at_exit
+from penstock.api.exiting import halt_at_exit
 from penstock.api.handle import RequestHandle
 from penstock.api.log import make_logger
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Callback, FinalCallback
 from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig, EngineSettings, with_settings
-from penstock.engine.assembly import Assembly, Parts, check_early, shut_down
+from penstock.engine.assembly import Assembly, Parts, check_model, shut_down
 from penstock.engine.loop.host import Host
 from penstock.engine.observe.figures import figures
 from penstock.engine.observe.metrics import Metrics
@@ -44,7 +44,7 @@ from penstock.values import real, token_ids
 
 # How many ended requests of `submit_request` can still be asked about.
 KEPT_REQUESTS = 1024
-OWN_DRAIN_S = 0.5  # of a request in whose callback the engine is stopped
+CALLBACK_DRAIN_S = 0.5  # of a request in whose callback the engine is stopped
 
 
 class InferenceEngine:
@@ -63,7 +63,7 @@ class InferenceEngine:
         **settings: Unpack[EngineSettings],
     ) -> None:
         self.config = with_settings(config, settings)
-        check_early(model)
+        check_model(model)
         self._log = make_logger(self.config.log_level)
         self._metrics = Metrics(self.config.enable_metrics)
         self._admission = Admission(self.config)
@@ -76,9 +76,9 @@ class InferenceEngine:
             *(model, tokenizer, self.config, self._admission, self._metrics, self._advisor, self._log)
         )
         self._host = Host(self._assembly.boot)
-        self._callbacks = Callbacks(_failer(self._host))
+        self._callbacks = Callbacks(_failing_through(self._host))
         host, callbacks, assembly = self._host, self._callbacks, self._assembly
-        unregister = rest_at_exit(host, callbacks, assembly)
+        unregister = halt_at_exit(host, callbacks, assembly)
         self._finalizer = weakref.finalize(self, shut_down, host, callbacks, assembly, unregister)
         self._finalizer.atexit = False  # it waits for the step that is running
 
@@ -113,7 +113,7 @@ class InferenceEngine:
             namespace=namespace,
             callback=callback,
         )
-        request = new_request(self._free_id(request_id), arguments, self._random.getrandbits(62))
+        request = new_request(self._unused_id(request_id), arguments, self._random.getrandbits(62))
         self._submit([request])
         handle = RequestHandle(request.channel, self)
         if callback is not None:
@@ -183,7 +183,7 @@ class InferenceEngine:
         n = check_num_forks(n, self.config.max_queue_size)
         fork = Fork(request_id, index=index, at=at, append=append)
         origin = forkable(self._channels.get(request_id), request_id)
-        requests = fork.new_requests([self._free_id(None) for _ in range(n)], origin, params)
+        requests = fork.new_requests([self._unused_id(None) for _ in range(n)], origin, params)
         self._submit(requests, fork)
         return [RequestHandle(request.channel, self) for request in requests]
 
@@ -217,8 +217,8 @@ class InferenceEngine:
         waits for no callback, and half a second at most for that callback's own request, which nobody hears meanwhile.
         """
         drain = real("drain", drain, 0.0, math.inf, "seconds, a number >= 0")
-        if (own_request := self._callbacks.current()) is not None:
-            self._host.try_post(lambda core: core.abort_after(min(drain, OWN_DRAIN_S), own_request))
+        if (calling_request := self._callbacks.current_request()) is not None:
+            self._host.try_post(lambda core: core.abort_after(min(drain, CALLBACK_DRAIN_S), calling_request))
         self._host.stop(drain)
         self._finalizer()
 
@@ -234,7 +234,7 @@ class InferenceEngine:
 
     async def __aenter__(self) -> Self:
         self._boot()
-        await self._host.settled()
+        await self._host.wait_boot_ended()
         self._host.wait_ready()
         return self
 
@@ -292,7 +292,7 @@ class InferenceEngine:
             self._host.post(lambda core: core.housekeeper.clean(freed))
         except EngineClosed:
             freed.set_result(0)
-        freed_bytes = 0 if self._host.on_own_thread else freed.result()
+        freed_bytes = 0 if self._host.on_engine_thread else freed.result()
         return {"before": before, "after": runner.memory_usage(), "freed_bytes": freed_bytes}
 
     @property
@@ -306,7 +306,7 @@ class InferenceEngine:
             raise EngineClosed("this engine was made before os.fork(): make a new one in the child process")
         self._host.start()
 
-    def _free_id(self, request_id: str | None) -> str:
+    def _unused_id(self, request_id: str | None) -> str:
         """The id, or a fresh one. Raises `RequestError` while it is in use."""
         request_id = check_id(request_id)
         channel = self._channels.get(request_id)
@@ -333,7 +333,7 @@ class InferenceEngine:
             self._kept.popitem(last=False)
 
 
-def _failer(host: Host) -> Callable[[str, BaseException], None]:
+def _failing_through(host: Host) -> Callable[[str, BaseException], None]:
     def fail(request_id: str, error: BaseException) -> None:
         wrapped = RequestError(f"the callback raised {described(error)}")
         host.try_post(lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))

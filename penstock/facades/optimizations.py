@@ -16,7 +16,7 @@ from penstock.optimizers.levels import ALWAYS, MIB, NO_CHECKPOINTS, Optimization
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
 
-LABEL = 30  # characters before what is said
+LABEL_WIDTH = 30  # characters before what is said
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def features(config: OptimizationConfig, stats: EngineStats) -> dict[str, str]:
     return {
         "enable_speculative_decoding": _switch(
             settings["enable_speculative_decoding"],
-            f"drafts of up to {settings['speculation_length']} tokens, made {_drafts_from(settings)}; same output",
+            f"drafts of up to {settings['speculation_length']} tokens, made {_draft_source(settings)}; same output",
         ),
         "enable_parallel_sampling": _switch(
             config.enable_parallel_sampling, f"best of {config.num_parallel_samples} by {rank}; greedy: one"
@@ -106,7 +106,7 @@ def features(config: OptimizationConfig, stats: EngineStats) -> dict[str, str]:
     }
 
 
-def _drafts_from(settings: Mapping[str, Value]) -> str:
+def _draft_source(settings: Mapping[str, Value]) -> str:
     drafter, model = settings["drafter"], settings["draft_model"]
     if model is not None and drafter in ("auto", "draft_model"):
         return f"by {model}"
@@ -124,9 +124,9 @@ def compiled(settings: Mapping[str, Value], stats: EngineStats) -> str:
 def describe(stats: Mapping[str, Any]) -> str:
     """`get_optimization_stats()` as lines of text."""
     lines = [f"level {stats['level']}: {stats['purpose']}"]
-    lines += [f"  {name:<{LABEL}} {text}" for name, text in stats["features"].items()]
+    lines += [f"  {name:<{LABEL_WIDTH}} {text}" for name, text in stats["features"].items()]
     lines += ["settings of the engine"]
-    lines += [f"  {name:<{LABEL}} {value}" for name, value in stats["settings"].items()]
+    lines += [f"  {name:<{LABEL_WIDTH}} {value}" for name, value in stats["settings"].items()]
     return "\n".join([*lines, f"measured: {_measurements(stats)}"])
 
 

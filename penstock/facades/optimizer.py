@@ -63,7 +63,7 @@ class PerformanceOptimizer:
         self._live = LIVE - {"enable_speculative_decoding"} if lacks_draft_model else LIVE
         self.engine = InferenceEngine(model, None, engine_config)
         self.engine.start()
-        self._announce()
+        self._log_setup()
 
     def optimized_generate(
         self,
@@ -96,7 +96,7 @@ class PerformanceOptimizer:
         generation = Generation.of(outputs, params, time.perf_counter() - begin)
         self._generations.append(generation)
         rows = [row for output in outputs for row in output.output_ids]
-        return _like(input_ids, rows, pad_token_id), self._stats(generation)
+        return _in_type_of(input_ids, rows, pad_token_id), self._stats(generation)
 
     def get_optimization_stats(self) -> dict[str, Any]:
         """What is on and why, the settings in force, and figures over the last thousand generations."""
@@ -165,7 +165,7 @@ class PerformanceOptimizer:
         profile = {"profile": stats["performance_metrics"]} if self.config.profile_performance else {}
         return figures | {"adaptive_params": _tuned_limits(stats), **profile}
 
-    def _announce(self) -> None:
+    def _log_setup(self) -> None:
         log = make_logger(self.engine.config.log_level)
         if self.config.enable_gradient_checkpointing:
             log.warning(f"enable_gradient_checkpointing has {NO_CHECKPOINTS}")
@@ -201,7 +201,7 @@ def _as_lists(values: Any) -> list[list[int]]:
     return [list(row) for row in rows]
 
 
-def _like(input_ids: Any, rows: list[list[int]], pad: int) -> Any:
+def _in_type_of(input_ids: Any, rows: list[list[int]], pad: int) -> Any:
     """`rows` in the type of `input_ids`."""
     if isinstance(input_ids, Sequence):
         return rows

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from penstock.api.log import Logger
-from penstock.api.waiting import hop
+from penstock.api.waiting import call_on_loop
 from penstock.engine.loop.deadlines import DeadlineTimers
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
@@ -72,7 +72,7 @@ class EngineCore:
         self.scheduler = parts.scheduler
         self.housekeeper = parts.housekeeper
         self._admission, self._inputs, self._log = parts.admission, parts.inputs, parts.log
-        self._tell_observers = parts.observe
+        self._observe_step = parts.observe
         self._speculator = parts.speculator
         self._execute = execute
         self._clock = clock
@@ -99,9 +99,9 @@ class EngineCore:
         meanwhile.
         """
         for place in displaced:
-            loser = self._outputs.requests.get(place.request_id)
-            if loser is not None and loser.place is place and loser.started is None:
-                self.abort(loser.id, FinishReason.ERROR, self._admission.displaced())
+            displaced_request = self._outputs.requests.get(place.request_id)
+            if displaced_request is not None and displaced_request.place is place and displaced_request.started is None:
+                self.abort(displaced_request.id, FinishReason.ERROR, self._admission.displaced())
         for request in requests:
             self._submit(request, fork)
 
@@ -126,13 +126,13 @@ class EngineCore:
             if isinstance(encoded, Future):
                 self._encoding[request.id] = encoded
                 loop = asyncio.get_running_loop()
-                encoded.add_done_callback(lambda future: hop(loop, self._encoded, request, future))
+                encoded.add_done_callback(lambda future: call_on_loop(loop, self._on_encoded, request, future))
             else:
                 self._admit(request, encoded)
         except BaseException as error:
             self._reject(request, error)
 
-    def _encoded(self, request: Request, encoded: Future[Encoded]) -> None:
+    def _on_encoded(self, request: Request, encoded: Future[Encoded]) -> None:
         if request.channel.ended:
             return
         del self._encoding[request.id]
@@ -221,10 +221,10 @@ class EngineCore:
         if expired := self.scheduler.expire(self._clock()):
             outputs.add_events(expired)
         if self._speculator is not None:
-            await self._speculator.draft(meanwhile=outputs.publish)
+            await self._speculator.draft(on_begun=outputs.publish)
         plan = self.scheduler.plan(self._clock())
         if started := self.scheduler.take_started():
-            outputs.note_started(started)
+            outputs.mark_started(started)
         if not plan.rows:
             outputs.publish()
             return False
@@ -237,7 +237,7 @@ class EngineCore:
         except ModelChanged:
             self._restart(plan)
         except Exception as error:
-            outputs.add_events(self._failed(plan, error))
+            outputs.add_events(self._fail_step(plan, error))
         else:
             events = self.scheduler.commit(plan, result)
             outputs.add_events(events)
@@ -256,9 +256,9 @@ class EngineCore:
             self._outputs.publish()
             self._wake.clear()
             await self._wake.wait()
-            await self._coalesce()
+            await self._await_burst()
 
-    async def _coalesce(self) -> None:
+    async def _await_burst(self) -> None:
         limits = self.scheduler.limits.resolve()
         until = self._clock() + limits.batch_timeout_s
         while self._clock() < until and self.scheduler.num_waiting < limits.max_running:
@@ -272,7 +272,7 @@ class EngineCore:
         self._log.info("the borrowed module was changed: all K/V are computed anew", rows=len(plan.rows))
         self._outputs.add_events(self.scheduler.restart(plan))
 
-    def _failed(self, plan: StepPlan, error: Exception) -> list[Event]:
+    def _fail_step(self, plan: StepPlan, error: Exception) -> list[Event]:
         if not isinstance(error, PenstockError):
             error = ExecutionError(f"the step failed: {described(error)}")
         self._busy_since = None
@@ -287,4 +287,4 @@ class EngineCore:
         record = record_of(plan, result, events, seconds, self.scheduler.num_waiting)
         if self._speculator is not None:
             self._speculator.record(plan, result, seconds)
-        self._tell_observers(record)
+        self._observe_step(record)

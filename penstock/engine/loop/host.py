@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from penstock.api.channel import RequestStatus
 from penstock.api.event_loop import new_event_loop
-from penstock.api.exiting import EXIT_S, park
+from penstock.api.exiting import EXIT_S, block_loop_thread
 from penstock.api.waiting import Waiter, Wakeups, new_waiter
 from penstock.engine.loop.core import EngineCore
 from penstock.engine.loop.worker import Worker
@@ -40,9 +40,9 @@ class Host:
         self._stopping = False
         self._closed = False
         self._core: EngineCore | None = None
-        self._early: list[tuple[Action, Sequence[Request]]] = []
-        self._settled = threading.Event()
-        self._waiters: list[Waiter] = []  # for that, on any loops
+        self._early_posts: list[tuple[Action, Sequence[Request]]] = []
+        self._boot_ended = threading.Event()
+        self._boot_waiters: list[Waiter] = []  # for that, on any loops
         self.error: BaseException | None = None
 
     def start(self) -> None:
@@ -55,7 +55,7 @@ class Host:
     def wait_ready(self) -> None:
         """Block until the model is loaded. Raises what went wrong, or `EngineClosed`."""
         if self.started:
-            self._settled.wait()
+            self._boot_ended.wait()
         if self.error is not None:
             raise self.error
         if not self.ready:
@@ -69,7 +69,7 @@ class Host:
     @property
     def loading(self) -> bool:
         """Whether the model is being loaded now."""
-        return self.started and not self._settled.is_set()
+        return self.started and not self._boot_ended.is_set()
 
     @property
     def ready(self) -> bool:
@@ -87,7 +87,7 @@ class Host:
         return self._closed
 
     @property
-    def on_own_thread(self) -> bool:
+    def on_engine_thread(self) -> bool:
         """Whether the caller runs on a thread of the engine's own, which must not wait for the engine."""
         return threading.get_ident() in (self._thread.ident, self._worker.ident)
 
@@ -101,7 +101,7 @@ class Host:
             if self._loop is None or self._closed or (self._stopping and requests):
                 reason = "the engine was stopped" if self.error is None else f"the engine failed: {text_of(self.error)}"
                 raise EngineClosed(f"{reason}; create a new one") from self.error
-            self._loop.call_soon_threadsafe(self._act, action, requests)
+            self._loop.call_soon_threadsafe(self._run_action, action, requests)
 
     def try_post(self, action: Action) -> None:
         """`post`, without effect once the engine has ended."""
@@ -122,48 +122,48 @@ class Host:
                 self._closed = True
                 return
         self.try_post(lambda core: core.stop())
-        may_wait = not self.on_own_thread
+        may_wait = not self.on_engine_thread
         if may_wait:
-            self._settled.wait()  # a drain is time to serve, not to load
+            self._boot_ended.wait()  # a drain is time to serve, not to load
             self._thread.join(min(drain_s, threading.TIMEOUT_MAX))
         if self._thread.is_alive():
             self.try_post(lambda core: core.abort_all())
         if may_wait:
             self._thread.join()
 
-    async def settled(self) -> None:
+    async def wait_boot_ended(self) -> None:
         """Return once the model is loaded, or will not be. No thread waits, so cancelling this takes no time."""
         waiter = new_waiter()
         with self._lock:
             if not self.loading:
                 return
-            self._waiters.append(waiter)
+            self._boot_waiters.append(waiter)
         try:
             await waiter
         finally:  # a cancelled future keeps the frames that awaited it, and with them the engine
             with self._lock:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
+                if waiter in self._boot_waiters:
+                    self._boot_waiters.remove(waiter)
 
-    def rest(self, until: float) -> None:
+    def halt(self, until: float) -> None:
         """The process exits: nobody is told anything any more, and both threads stop where they are."""
         if self._loop is not None:
-            park(self._loop, self._thread, until)
-            self._worker.rest(until)
+            block_loop_thread(self._loop, self._thread, until)
+            self._worker.halt(until)
 
-    def _settle(self) -> None:
+    def _end_boot(self) -> None:
         with self._lock:
-            self._settled.set()
-            waiters, self._waiters = self._waiters, []
+            self._boot_ended.set()
+            waiters, self._boot_waiters = self._boot_waiters, []
         wakeups = Wakeups()
         wakeups.add(waiters)
         wakeups.send()
 
-    def _act(self, action: Action, requests: Sequence[Request]) -> None:
+    def _run_action(self, action: Action, requests: Sequence[Request]) -> None:
         """A fault ends the requests that the action was about. One without any is a bug, which the loop reports."""
         core = self._core
         if core is None:
-            self._early.append((action, requests))
+            self._early_posts.append((action, requests))
             return
         try:
             action(core)
@@ -194,10 +194,10 @@ class Host:
             await self._close(None)
             return
         self._core = core
-        self._settle()
-        early, self._early = self._early, []
-        for action, requests in early:
-            self._act(action, requests)
+        self._end_boot()
+        early_posts, self._early_posts = self._early_posts, []
+        for action, requests in early_posts:
+            self._run_action(action, requests)
         try:
             await core.run()
         except Exception as error:
@@ -213,11 +213,11 @@ class Host:
         await asyncio.sleep(0)
         if core is not None:
             core.close(self.error)
-        for _, requests in self._early:
+        for _, requests in self._early_posts:
             for request in requests:
                 _fail(request, self.error or EngineClosed("the engine was stopped"))
-        self._early.clear()
-        self._settle()
+        self._early_posts.clear()
+        self._end_boot()
 
 
 def _fail(request: Request, error: BaseException) -> None:

@@ -42,9 +42,9 @@ class Speculator:
         self._log = log
         self._controller = SpeculationController(drafter.runs_model)
         self._drafting_s = 0.0
-        self._broken = False
+        self._has_failed = False
 
-    async def draft(self, meanwhile: Callable[[], None]) -> None:
+    async def draft(self, on_begun: Callable[[], None]) -> None:
         """Have drafts offered for the next step. Where a model makes them, `meanwhile` is called once it has begun."""
         self._drafting_s = 0.0
         max_length = self._scheduler.limits.resolve().draft_length if self._is_on else 0
@@ -53,9 +53,9 @@ class Speculator:
         if not requests:
             return
         begin = self._clock()
-        job = await self._begun(requests) if self._drafter.runs_model else None
+        job = await self._start_drafting(requests) if self._drafter.runs_model else None
         if job is not None:
-            meanwhile()
+            on_begun()
         try:
             drafts = self._drafter.propose(requests) if job is None else await job.done
             chosen = self._controller.choose(requests, drafts, len(seqs))
@@ -82,15 +82,15 @@ class Speculator:
 
     @property
     def _is_on(self) -> bool:
-        return self._config.enable_speculative_decoding and not self._broken
+        return self._config.enable_speculative_decoding and not self._has_failed
 
-    async def _begun(self, requests: list[DraftRequest]) -> Job[list[Draft]]:
+    async def _start_drafting(self, requests: list[DraftRequest]) -> Job[list[Draft]]:
         job = self._run(self._drafter.propose, requests)
         await job.begun
         return job
 
     def _give_up(self, error: Exception) -> None:
-        self._broken = True
+        self._has_failed = True
         self._log.error(
             "the drafter failed; going on without speculation", drafter=self._drafter.name, error=text_of(error)
         )

@@ -16,10 +16,10 @@ from penstock.optimizers.tuning.window import StepWindow
 from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
 
-EVERY = 8  # steps between two looks at the window
+TUNE_EVERY = 8  # steps between two looks at the window
 # While prompts keep coming, one step in so many has none: what streams alone take is not known otherwise.
 PROBE_EVERY = 12
-KEPT_CHANGES = 32
+MAX_CHANGES = 32
 
 
 class Tuning:
@@ -31,7 +31,7 @@ class Tuning:
         self._log = log
         self._target: str | None = None
         self._window = StepWindow()
-        self._changes: deque[TunerChange] = deque(maxlen=KEPT_CHANGES)
+        self._changes: deque[TunerChange] = deque(maxlen=MAX_CHANGES)
         self._begin()
 
     def observe(self, record: StepRecord) -> None:
@@ -43,9 +43,9 @@ class Tuning:
             return
         window = self._window
         window.add(record)
-        if window.num_steps % EVERY == 0 or self._is_late(record):
-            tuned = self._noted(tuned, tune(window.records(), tuned, self._config, window.scatter))
-        self._limits.tuned = tuned._replace(probe=self._wants_probe())
+        if window.num_steps % TUNE_EVERY == 0 or self._is_late(record):
+            tuned = self._log_changes(tuned, tune(window.records(), tuned, self._config, window.scatter))
+        self._limits.tuned = tuned._replace(probe=self._needs_probe())
 
     def stats(self) -> TunerStats:
         """The goal, the limits in force, what they rest on, and the latest changes; empty without a goal."""
@@ -71,10 +71,10 @@ class Tuning:
         late = record.streams and record.seconds > self._config.max_inter_token_ms / 1000
         return bool(late) and self._target == "latency"
 
-    def _wants_probe(self) -> bool:
+    def _needs_probe(self) -> bool:
         return self._window.steps_since_plain >= PROBE_EVERY
 
-    def _noted(self, before: TunedLimits, after: TunedLimits) -> TunedLimits:
+    def _log_changes(self, before: TunedLimits, after: TunedLimits) -> TunedLimits:
         """`after`, with a line in the log for every limit that changed."""
         old_limits = limits_of(before)
         for name, value in limits_of(after).items():

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeVar, TypeVarTuple
 
 from penstock.api.exiting import interrupt
-from penstock.api.waiting import hop
+from penstock.api.waiting import call_on_loop
 from penstock.errors import ExecutionError, described
 
 T = TypeVar("T")
@@ -33,8 +33,8 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._resting = threading.Event()
-        args = (self._jobs, self._resting)
+        self._halting = threading.Event()
+        args = (self._jobs, self._halting)
         self._thread = threading.Thread(target=_work, args=args, name=name, daemon=True)
         self._started = False
         self._ended = False
@@ -66,16 +66,16 @@ class Worker:
         if self._started:
             self._thread.join()
 
-    def rest(self, until: float) -> None:
+    def halt(self, until: float) -> None:
         """The process exits: interrupt the job that runs, begin none that waits, and see the thread end until then."""
-        self._resting.set()
+        self._halting.set()
         self._jobs.put(None)
         if self._started:
             interrupt(self._thread, until)
 
 
-def _work(jobs: SimpleQueue[Callable[[], None] | None], resting: threading.Event) -> None:
-    while (job := jobs.get()) is not None and not resting.is_set():
+def _work(jobs: SimpleQueue[Callable[[], None] | None], halting: threading.Event) -> None:
+    while (job := jobs.get()) is not None and not halting.is_set():
         job()
         del job  # an idle worker keeps nothing alive
 
@@ -83,17 +83,17 @@ def _work(jobs: SimpleQueue[Callable[[], None] | None], resting: threading.Event
 def _do(loop: asyncio.AbstractEventLoop, job: Job[T], fn: Callable[[], T]) -> None:
     if job.done.cancelled():
         return
-    hop(loop, settle, job.begun, None, None)
+    call_on_loop(loop, complete_future, job.begun, None, None)
     try:
         result = fn()
     except BaseException as error:
-        hop(loop, settle, job.done, None, _portable(error))
+        call_on_loop(loop, complete_future, job.done, None, _loop_safe(error))
         del job  # else the error's traceback and the future keep each other alive
     else:
-        hop(loop, settle, job.done, result, None)
+        call_on_loop(loop, complete_future, job.done, result, None)
 
 
-def settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+def complete_future(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
     """Complete a future unless it is; on its own loop."""
     if future.done():
         return
@@ -103,11 +103,11 @@ def settle(future: asyncio.Future[T], result: T, error: BaseException | None) ->
         future.set_exception(error)
 
 
-def _portable(error: BaseException) -> BaseException:
+def _loop_safe(error: BaseException) -> BaseException:
     """The error as an event loop can carry it: a `StopIteration` would never arrive at whoever awaits (Python 3.11),
     a `CancelledError` or `SystemExit` would end the loop's own task."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    portable = ExecutionError(f"the model raised {described(error)}")
-    portable.__cause__ = error
-    return portable
+    loop_safe_error = ExecutionError(f"the model raised {described(error)}")
+    loop_safe_error.__cause__ = error
+    return loop_safe_error

@@ -68,7 +68,7 @@ class Collector:
         """Take in one event; returns what it was added to, which a stop string in the text may have ended."""
         text, transcripts = self._completions[index]
         if index == 0 and (event.num_cached_tokens or event.prompt_logprobs):
-            self._note_prompt(event)
+            self._record_prompt(event)
         new_text, stop, count = text.push(event.tokens if event.stop_token is None else self._visible(event))
         tokens, entries = event.tokens, event.logprobs
         if stop is not None:
@@ -80,7 +80,7 @@ class Collector:
         for transcript in transcripts:
             transcript.add(new_text, tokens, map(_LOGPROB, entries), map(_SAMPLED, entries), event.weight_version)
             if event.num_drafted_tokens:
-                transcript.note_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
+                transcript.count_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
             if transcript.logprobs is not None:
                 transcript.logprobs += map(self._by_token, entries)
             if stop is not None:
@@ -133,7 +133,7 @@ class Collector:
         closed: list[Transcript] = []
         for text, transcripts in self._completions:
             if transcripts[0].finish_reason is None:
-                last_text, stop, _ = _last_of(text)
+                last_text, stop, _ = _finish_text(text)
                 ending = reason if stop is None else FinishReason.STOP
                 for transcript in transcripts:
                     transcript.end(last_text, ending.value, stop)
@@ -143,7 +143,7 @@ class Collector:
     def _transcript(self, index: int) -> Transcript:
         return Transcript(self._request_id, index, None if self._params.logprobs is None else [])
 
-    def _note_prompt(self, event: Event) -> None:
+    def _record_prompt(self, event: Event) -> None:
         self._num_cached_tokens += event.num_cached_tokens
         if event.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs += map(self._by_token, event.prompt_logprobs)
@@ -170,7 +170,7 @@ class Collector:
         return logprobs
 
 
-def _last_of(text: Text) -> TextDelta:
+def _finish_text(text: Text) -> TextDelta:
     try:
         return text.finish()
     except BaseException:  # the very fault, perhaps, that ends the request

@@ -25,12 +25,12 @@ from penstock.scheduling.admission import Place
 from penstock.sequence import Sequence, Status
 from penstock.values import integer, token_ids
 
-_LONG_S = 60.0  # advice where waiting does not help
+_RETRY_AFTER_S = 60.0  # advice where waiting does not help
 _ENDED = "request {} has ended: fork it while it runs, or generate() from its output_ids"
 _NOT_BEGUN = "request {} has no tokens yet: fork it after its first delta"
 
 
-class Point(NamedTuple):
+class BranchPoint(NamedTuple):
     """Where forks branch off: prompt and text of each, and what its sequence would do from there on."""
 
     origin: Request
@@ -51,7 +51,7 @@ class Fork:
         self._index = integer("index", index, 0, rule="the number of a completion, an integer >= 0")
         self._at = None if at is None else integer("at", at, 0, rule="a number of tokens, an integer >= 0, or None")
         self._append = list(token_ids("append", append))
-        self._point: Point | None = None
+        self._point: BranchPoint | None = None
 
     def new_requests(self, request_ids: Iterable[str], origin: Channel, params: Params) -> list[Request]:
         """Requests for `branch`, with the class and the deadline of their origin. Raises `RequestError`."""
@@ -71,7 +71,7 @@ class Fork:
     def branch(self, request: Request, origin: Request | None, inputs: InputProcessor) -> Request:
         """The request as one of the branches. Raises `RequestError` where there is nothing to branch off from."""
         if self._point is None:
-            self._point = self._find(origin, inputs)
+            self._point = self._find_point(origin, inputs)
         point = self._point
         params = point.params if request.params is None else request.params
         if params is None:
@@ -91,7 +91,7 @@ class Fork:
             deadline=point.origin.deadline,
         )
 
-    def _find(self, origin: Request | None, inputs: InputProcessor) -> Point:
+    def _find_point(self, origin: Request | None, inputs: InputProcessor) -> BranchPoint:
         if origin is None:
             raise RequestError(_ENDED.format(self.origin_id))
         if origin.search is not None:
@@ -104,7 +104,7 @@ class Fork:
             text = inputs.text_after(origin.channel.prompt, new_tokens, seq.params)
         except BaseException as error:  # a tokenizer's panic is no `Exception`
             raise RequestError(f"the tokens of the fork could not be turned into text: {described(error)}") from error
-        return Point(origin, seq, text, tokens, _inherited(seq, at, len(tokens)))
+        return BranchPoint(origin, seq, text, tokens, _remaining_params(seq, at, len(tokens)))
 
     def _completion(self, origin: Request) -> Sequence:
         """The sequence to branch off from, which has at least `at` tokens."""
@@ -122,14 +122,14 @@ class Fork:
         return seq
 
 
-def _inherited(seq: Sequence, at: int, length: int) -> SamplingParams | None:
+def _remaining_params(seq: Sequence, at: int, length: int) -> SamplingParams | None:
     """The parameters of a sequence for what is left of it; None when that is nothing."""
-    room = seq.max_len - length
-    if room < 1:
+    tokens_left = seq.max_len - length
+    if tokens_left < 1:
         return None
-    min_tokens = min(room, max(0, seq.params.min_tokens - at))
+    min_tokens = min(tokens_left, max(0, seq.params.min_tokens - at))
     single = dataclasses.replace(seq.params, n=1, best_of=None, rank_by=None, prompt_logprobs=None)
-    return dataclasses.replace(params_after(single, length - seq.prompt_len), min_tokens=min_tokens, max_tokens=room)
+    return dataclasses.replace(params_after(single, length - seq.prompt_len), min_tokens=min_tokens, max_tokens=tokens_left)
 
 
 def check_num_forks(n: int, max_queue_size: int) -> int:
@@ -139,7 +139,7 @@ def check_num_forks(n: int, max_queue_size: int) -> int:
         raise EngineOverloaded(
             f"Request queue is full: {n} forks are more than may wait (max_queue_size={max_queue_size}). "
             "Ask for fewer, or raise the limit.",
-            _LONG_S,
+            _RETRY_AFTER_S,
         )
     return n
 

@@ -14,7 +14,7 @@ from penstock.errors import RequestError
 from penstock.models.protocol import ModelSpec
 from penstock.sampling import SamplingParams
 
-_MANY = 100
+_MAX_ENTRIES = 100
 _STOPS_AND_BANS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _OUTSIDE = "is outside the model's vocabulary"
 _REMEDY = "pass ids of this model's tokenizer"
@@ -23,14 +23,14 @@ _REMEDY = "pass ids of this model's tokenizer"
 def check_ids(params: SamplingParams, vocab_size: int) -> None:
     """Refuse token ids that the model does not have where they are asked for. Raises `RequestError`."""
     bos, eos = params.forced_bos_token_id, params.forced_eos_token_id
-    wishes: tuple[tuple[str, Collection[int]], ...] = (
+    restrictions: tuple[tuple[str, Collection[int]], ...] = (
         ("logit_bias", params.logit_bias or ()),
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("sequence_bias", list(chain.from_iterable(params.sequence_bias or ()))),
         ("forced_bos_token_id", () if bos is None else (bos,)),
         ("forced_eos_token_id", (eos,) if isinstance(eos, int) else eos or ()),
     )
-    for name, ids in wishes:
+    for name, ids in restrictions:
         if ids and (token := _outside(ids, vocab_size)) is not None:
             raise RequestError(f"token id {token} in {name} {_OUTSIDE} of {vocab_size}: {_REMEDY}")
 
@@ -96,7 +96,7 @@ class SpecialTokens:
         """Those whose texts are parts of a stop string, which cannot be in the text, then."""
         parts = self._inside.get(stop)
         if parts is None:
-            if len(self._inside) >= _MANY:
+            if len(self._inside) >= _MAX_ENTRIES:
                 self._inside.clear()
             parts = [text for text in self._ids if text in stop and self._is_left_out(text)]
             self._inside[stop] = parts = [] if stop in parts else parts
@@ -106,12 +106,12 @@ class SpecialTokens:
         return text in self._ids and self._decoder.kind(self._ids[text]) is Kind.INVISIBLE
 
 
-def once(warn: Callable[[str], None]) -> Callable[[str], None]:
+def warn_once_each(warn: Callable[[str], None]) -> Callable[[str], None]:
     """Warn of the same thing only once; of endlessly many things, only of the first ones."""
     warnings: set[str] = set()
 
     def warn_once(sentence: str) -> None:
-        if sentence not in warnings and len(warnings) < _MANY:
+        if sentence not in warnings and len(warnings) < _MAX_ENTRIES:
             warnings.add(sentence)
             warn(sentence)
 

@@ -15,7 +15,7 @@ from penstock.api.log import Logger, make_logger
 from penstock.api.prompt import PromptInput
 from penstock.config import EngineConfig
 from penstock.engine.requests.collector import Collector
-from penstock.engine.requests.ineffective import SpecialTokens, check_ids, ineffective, once
+from penstock.engine.requests.ineffective import SpecialTokens, check_ids, ineffective, warn_once_each
 from penstock.engine.requests.request import Request
 from penstock.engine.text.decoding import TokenDecoder
 from penstock.engine.text.detokenizer import Detokenizer
@@ -69,7 +69,7 @@ class InputProcessor:
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, skip_special_tokens=False)
         self._special = None if tokenizer is None else SpecialTokens(tokenizer)
         self._token_texts: dict[int, str] = {}
-        self._warn = once((log or make_logger("warning")).warning)
+        self._warn = warn_once_each((log or make_logger("warning")).warning)
 
     def encode(self, request: Request) -> Future[Encoded] | Encoded:
         """Prompt text, prompt ids and bad words as ids; a future where that takes a thread of the pool.

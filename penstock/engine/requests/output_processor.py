@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from penstock.api.channel import RequestStatus
 from penstock.api.log import Logger
-from penstock.api.waiting import Wakeups, hop
+from penstock.api.waiting import Wakeups, call_on_loop
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.collector import Collector
 from penstock.engine.requests.endings import (
@@ -93,7 +93,7 @@ class OutputProcessor:
         """Keep events for the next `publish`."""
         self._unpublished += events
 
-    def note_started(self, sequences: Iterable[Sequence]) -> None:
+    def mark_started(self, sequences: Iterable[Sequence]) -> None:
         """The first of a request's sequences to be planned takes it out of the queue."""
         now = self._clock()
         for sequence in sequences:
@@ -179,9 +179,9 @@ class OutputProcessor:
             self._complete(request, collector, wakeups)
         else:
             loop = asyncio.get_running_loop()
-            scores.add_done_callback(lambda future: hop(loop, self._ranked, request, collector, future))
+            scores.add_done_callback(lambda future: call_on_loop(loop, self._on_ranked, request, collector, future))
 
-    def _ranked(self, request: Request, collector: Collector, scores: Future[list[float]]) -> None:
+    def _on_ranked(self, request: Request, collector: Collector, scores: Future[list[float]]) -> None:
         if request.channel.ended:
             return
         wakeups = Wakeups()

@@ -41,20 +41,20 @@ class Detokenizer:
         self._texts = self._facts.texts
         self._window: list[int] = []  # visible ids: an anchor whose text was sent, then those that are not settled
         self._num_sent = 0  # characters of the window's text that were returned
-        self._settled = False  # the window is only an anchor, ends a character, and the stream has text
+        self._at_boundary = False  # the window is only an anchor, ends a character, and the stream has text
         self._bytes: list[int] = []  # byte tokens of a character that is not complete, behind the window
-        self._was_settled = False  # before those
-        self._spoiled = False  # the window is a byte that is no character, in a run that may go on
+        self._was_at_boundary = False  # before those
+        self._in_invalid_run = False  # the window is a byte that is no character, in a run that may go on
 
     def copy(self) -> Detokenizer:
         """Another one that goes on from here by itself."""
-        twin = copy(self)
-        twin._window, twin._bytes = list(self._window), list(self._bytes)
-        return twin
+        clone = copy(self)
+        clone._window, clone._bytes = list(self._window), list(self._bytes)
+        return clone
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; often "" in the middle of a character."""
-        if self._settled:
+        if self._at_boundary:
             text = self._texts.get(token_id)
             if text is not None:
                 return text
@@ -62,8 +62,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text held back so far, now that no token follows. Afterwards the detokenizer is as new."""
-        text = self._spoil() if self._bytes else self._held()
-        self._window, self._num_sent, self._settled, self._spoiled = [], 0, False, False
+        text = self._flush_invalid() if self._bytes else self._held()
+        self._window, self._num_sent, self._at_boundary, self._in_invalid_run = [], 0, False, False
         return text
 
     def _push_unknown(self, token_id: int) -> str:
@@ -72,11 +72,11 @@ class Detokenizer:
             return ""
         if kind is Kind.BYTE:
             return self._push_byte(token_id)
-        before = self._spoil() if self._bytes else ""
-        was_settled, self._settled, self._spoiled = self._settled, False, False
+        before = self._flush_invalid() if self._bytes else ""
+        was_at_boundary, self._at_boundary, self._in_invalid_run = self._at_boundary, False, False
         self._window.append(token_id)
         text = self._advance()
-        if was_settled and self._settled and self._facts.context_free:
+        if was_at_boundary and self._at_boundary and self._facts.context_free:
             self._texts[token_id] = text
         return before + text
 
@@ -86,8 +86,8 @@ class Detokenizer:
         is_held = text.endswith(REPLACEMENT)
         new_text = text[self._num_sent : len(text) - is_held]
         self._num_sent += len(new_text)
-        self._settled = bool(text) and not is_held
-        if self._settled:
+        self._at_boundary = bool(text) and not is_held
+        if self._at_boundary:
             self._reanchor(1, is_held, is_held)
         elif len(self._window) > 2 * _RESYNC:
             self._reanchor(_RESYNC, is_held, is_held)
@@ -105,11 +105,11 @@ class Detokenizer:
 
     def _held(self) -> str:
         """The window's text that was not returned."""
-        return "" if self._settled or not self._window else self._decoder.decode(self._window)[self._num_sent :]
+        return "" if self._at_boundary or not self._window else self._decoder.decode(self._window)[self._num_sent :]
 
     def _push_byte(self, token_id: int) -> str:
         if not self._bytes:
-            self._was_settled, self._settled = self._settled, False
+            self._was_at_boundary, self._at_boundary = self._at_boundary, False
         self._bytes.append(token_id)
         try:
             character = bytes(self._facts.bytes[token] for token in self._bytes).decode()
@@ -122,33 +122,33 @@ class Detokenizer:
     def _push_invalid(self, token_id: int) -> str:
         """The newest byte does not go on with the character begun: that one is none, and this may begin another."""
         if len(self._bytes) == 1:
-            return self._spoil()
+            return self._flush_invalid()
         self._bytes.pop()
-        return self._spoil() + self._push_byte(token_id)
+        return self._flush_invalid() + self._push_byte(token_id)
 
-    def _spoil(self) -> str:
+    def _flush_invalid(self) -> str:
         """What was held, and U+FFFD for each byte of a character that will not be completed."""
-        text = "" if self._was_settled else self._held()
+        text = "" if self._was_at_boundary else self._held()
         text += REPLACEMENT * len(self._bytes)
         self._window = self._bytes[-1:]
         self._num_sent = len(self._decoder.decode(self._window))
-        self._bytes, self._settled, self._spoiled = [], True, True
+        self._bytes, self._at_boundary, self._in_invalid_run = [], True, True
         return text
 
     def _complete(self, character: str) -> str:
         """A character that byte tokens spelled: certain whatever follows."""
         token_ids, self._bytes = self._bytes, []
         characters = self._facts.characters
-        if self._spoiled or (self._was_settled and character in characters):
-            self._settled = True
-            if not self._spoiled:
+        if self._in_invalid_run or (self._was_at_boundary and character in characters):
+            self._at_boundary = True
+            if not self._in_invalid_run:
                 self._window, self._num_sent = token_ids, len(characters[character])
             return characters.get(character, character)
         self._window += token_ids
         text = self._decoder.decode(self._window)
         new_text, self._num_sent = text[self._num_sent :], len(text)
-        self._settled = bool(text)
+        self._at_boundary = bool(text)
         self._reanchor(len(token_ids), character == REPLACEMENT, 0)
-        if self._was_settled and self._facts.context_free:
+        if self._was_at_boundary and self._facts.context_free:
             characters[character] = new_text
         return new_text

@@ -80,9 +80,9 @@ class TextStream:
 
     def copy(self) -> TextStream:
         """Another one that goes on from here by itself."""
-        twin = copy(self)
-        twin._detokenizer, twin._stops = self._detokenizer.copy(), copy(self._stops)
-        return twin
+        clone = copy(self)
+        clone._detokenizer, clone._stops = self._detokenizer.copy(), copy(self._stops)
+        return clone
 
     def finish(self) -> TextDelta:
         """The text still held back, now that no token follows; cut as ever if it completes a stop string."""

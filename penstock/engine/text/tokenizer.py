@@ -35,8 +35,8 @@ class Tokenizer(Protocol):
 def copy_tokenizer(tokenizer: T) -> T:
     """A deep copy, which no change of the original reaches. None gives None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    twin = _copy_backend(backend)
-    return copy.deepcopy(tokenizer, {} if twin is None else {id(backend): twin})
+    clone = _copy_backend(backend)
+    return copy.deepcopy(tokenizer, {} if clone is None else {id(backend): clone})
 
 
 def _copy_backend(backend: object) -> object:
@@ -45,16 +45,16 @@ def _copy_backend(backend: object) -> object:
 
     if type(backend) is not Tokenizer:
         return None
-    twin = Tokenizer(backend.model)
+    clone = Tokenizer(backend.model)
     for part in _PARTS:
         if (value := getattr(backend, part)) is not None:
-            setattr(twin, part, copy.deepcopy(value))
+            setattr(clone, part, copy.deepcopy(value))
     added = backend.get_added_tokens_decoder()
     for special, tokens in groupby((added[token_id] for token_id in sorted(added)), key=lambda token: token.special):
-        (twin.add_special_tokens if special else twin.add_tokens)(list(tokens))
+        (clone.add_special_tokens if special else clone.add_tokens)(list(tokens))
     if backend.truncation is not None:
-        twin.enable_truncation(**backend.truncation)
+        clone.enable_truncation(**backend.truncation)
     if backend.padding is not None:
-        twin.enable_padding(**backend.padding)
-    twin.encode_special_tokens = backend.encode_special_tokens
-    return twin if twin.get_added_tokens_decoder() == added else None
+        clone.enable_padding(**backend.padding)
+    clone.encode_special_tokens = backend.encode_special_tokens
+    return clone if clone.get_added_tokens_decoder() == added else None

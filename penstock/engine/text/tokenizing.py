@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from penstock.api.exiting import join
+from penstock.api.exiting import join_threads
 from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
 from penstock.engine.text.decoding import redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
@@ -38,10 +38,10 @@ class TokenizerPool:
     def __init__(self, tokenizer: Tokenizer | None, num_workers: int = 2) -> None:
         self._jobs: _Jobs = SimpleQueue()
         self._lock = threading.Lock()  # nothing may enter the queue behind the end mark
-        self._resting = threading.Event()
+        self._halting = threading.Event()
         self._threads = []
         for number in range(num_workers):
-            args = (self._jobs, copy_tokenizer(tokenizer), self._resting)
+            args = (self._jobs, copy_tokenizer(tokenizer), self._halting)
             thread = threading.Thread(target=_work, args=args, name=f"penstock-tokenizer-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -61,15 +61,15 @@ class TokenizerPool:
         with self._lock:
             self._end()
 
-    def rest(self, until: float) -> None:
+    def halt(self, until: float) -> None:
         """The process exits: begin no work that waits, and see the workers end until then."""
-        self._resting.set()
+        self._halting.set()
         self._jobs.put(None)
-        join(self._threads, until)
+        join_threads(self._threads, until)
 
 
-def _work(jobs: _Jobs, tokenizer: Tokenizer | None, resting: threading.Event) -> None:
-    while (job := jobs.get()) is not None and not resting.is_set():
+def _work(jobs: _Jobs, tokenizer: Tokenizer | None, halting: threading.Event) -> None:
+    while (job := jobs.get()) is not None and not halting.is_set():
         job(tokenizer)
         del job  # an idle worker keeps no prompt alive
     jobs.put(None)  # for the next worker

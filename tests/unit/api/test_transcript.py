@@ -19,7 +19,7 @@ def write(transcript: Transcript, text: str, *tokens: int, version: int = 0) -> 
 def cut(transcript: Transcript) -> Delta:
     """What there is up to now."""
     transcript.show()
-    return transcript.cut()
+    return transcript.take()
 
 
 def test_cut_gives_what_was_shown_since_the_last_one() -> None:
@@ -38,7 +38,7 @@ def test_cut_leaves_what_was_not_shown() -> None:
     transcript.show()
     write(transcript, "b", 2)
     transcript.end("c", "stop", "d")
-    assert transcript.cut() == Delta("r", 0, "a", (1,), (), (-1.0,))
+    assert transcript.take() == Delta("r", 0, "a", (1,), (), (-1.0,))
     assert cut(transcript) == Delta("r", 0, "bc", (2,), (), (-2.0,), "stop", "d")
 
 
@@ -71,8 +71,8 @@ def test_completion_is_all_of_it_whatever_was_cut() -> None:
 
 def test_guesses_are_added_up() -> None:
     transcript = Transcript("r")
-    transcript.note_draft(4, 2)
-    transcript.note_draft(3, 0)
+    transcript.count_draft(4, 2)
+    transcript.count_draft(3, 0)
     completion = transcript.completion()
     assert (completion.num_drafted_tokens, completion.num_accepted_tokens) == (7, 2)
 
@@ -95,7 +95,7 @@ def test_joined_deltas_are_the_completion(moves: list[str | tuple[str, list[int]
         if move == "show":
             transcript.show()
         elif move == "cut":
-            deltas.append(transcript.cut())
+            deltas.append(transcript.take())
         else:
             write(transcript, move[0], *map(int, move[1]))
     transcript.end("!", "stop")

@@ -11,7 +11,7 @@ from penstock.api.event_loop import LoopThread
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
 from penstock.api.transcript import Transcript
-from penstock.api.waiting import Wakeups, hop
+from penstock.api.waiting import Wakeups, call_on_loop
 from penstock.errors import DeadlineExceeded, EngineClosed, RequestAborted, RequestError
 from penstock.generation import Params
 from penstock.outputs import RequestOutput
@@ -58,7 +58,7 @@ class EchoEngine:
         self._end(request_id, None)
 
     def _post(self, request_id: str, error: Exception) -> None:
-        hop(self._thread.loop, self._end, request_id, error)
+        call_on_loop(self._thread.loop, self._end, request_id, error)
 
     def _end(self, request_id: str, error: Any) -> None:
         if request_id in self._running:

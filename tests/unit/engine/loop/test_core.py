@@ -715,7 +715,7 @@ class TracedSpeculator:
         self.trace: list[Any] = []
         self.rested = asyncio.Event()
 
-    async def draft(self, meanwhile: Callable[[], None]) -> None:
+    async def draft(self, on_begun: Callable[[], None]) -> None:
         self.trace.append("draft")
 
     def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:

@@ -103,7 +103,7 @@ class Loop:
         return seq
 
     async def step(self) -> None:
-        await self.speculator.draft(meanwhile=lambda: self.trace.append("meanwhile"))
+        await self.speculator.draft(on_begun=lambda: self.trace.append("meanwhile"))
         plan = self.scheduler.plan(self.now)
         result = self.model.execute(plan)
         self.scheduler.commit(plan, result)
@@ -208,7 +208,7 @@ async def test_what_fails_meanwhile_is_not_the_drafters_fault() -> None:
     for _ in range(2):
         await loop.step()
     with pytest.raises(RuntimeError, match="nobody reads"):
-        await loop.speculator.draft(meanwhile=publish)
+        await loop.speculator.draft(on_begun=publish)
     assert not loop.log.errors
 
 
@@ -225,7 +225,7 @@ async def test_a_sequence_that_ends_while_a_model_drafts_is_no_matter() -> None:
     seqs = [loop.add(0), loop.add(1)]
     for _ in range(2):
         await loop.step()
-    await loop.speculator.draft(meanwhile=lambda: loop.scheduler.finish(0) and None)
+    await loop.speculator.draft(on_begun=lambda: loop.scheduler.finish(0) and None)
     await loop.finish()
     assert seqs[0].length == 5
     assert seqs[1].tokens == said(seqs[1])

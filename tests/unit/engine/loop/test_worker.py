@@ -56,7 +56,7 @@ async def test_begun_is_told_before_the_job_is_done(worker: Worker) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # raised anywhere in the thread
 async def test_a_worker_that_rests_interrupts_its_job_and_begins_no_other() -> None:
-    worker, seen = Worker("resting"), list[int]()
+    worker, seen = Worker("halting"), list[int]()
 
     def spin() -> None:
         while True:
@@ -65,8 +65,8 @@ async def test_a_worker_that_rests_interrupts_its_job_and_begins_no_other() -> N
     first = worker.run(spin)
     second = worker.run(seen.append, 1)
     await first.begun
-    (thread,) = (each for each in threading.enumerate() if each.name == "resting")
-    worker.rest(time.monotonic() + 30)
+    (thread,) = (each for each in threading.enumerate() if each.name == "halting")
+    worker.halt(time.monotonic() + 30)
     assert not thread.is_alive()
     assert 1 not in seen
     assert not second.begun.done()

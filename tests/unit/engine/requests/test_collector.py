@@ -50,7 +50,7 @@ def push(collector: Collector, index: int, event: Event) -> Delta:
 def cut(transcript: Transcript) -> Delta:
     """What a reader gets."""
     transcript.show()
-    return transcript.cut()
+    return transcript.take()
 
 
 def test_tokens_become_text_and_sums() -> None:

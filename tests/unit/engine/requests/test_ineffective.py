@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from penstock import InferenceEngine, ScriptedModel
-from penstock.engine.requests.ineffective import SpecialTokens, once
+from penstock.engine.requests.ineffective import SpecialTokens, warn_once_each
 from penstock.errors import RequestError
 from penstock.generation import GenerationConfig
 from penstock.outputs import CompletionOutput
@@ -120,7 +120,7 @@ def test_stop_strings_without_a_tokenizer_are_refused() -> None:
 
 def test_endlessly_many_things_are_not_remembered() -> None:
     told: list[str] = []
-    tell = once(told.append)
+    tell = warn_once_each(told.append)
     for number in range(1000):
         tell(str(number % 500))
     assert told == [str(number) for number in range(100)]
