@@ -3,17 +3,17 @@
     PenstockError
     ├── ConfigurationError (ValueError)     bad engine configuration, unknown key, unusable model
     ├── RequestError (ValueError)           bad parameters, empty prompt, unknown adapter
-    │   ├── RequestTooLarge                 can never fit: says prompt, max_tokens, limit
-    │   └── GrammarError                    schema or regular expression refused, with the reason
-    ├── EngineOverloaded (RuntimeError)     the request queue is full; carries retry_after_s
-    ├── DeadlineExceeded (TimeoutError)     carries the partial output
-    ├── RequestAborted                      carries the partial output
+    │   ├── RequestTooLarge                 can never fit; names prompt, max_tokens and limit
+    │   └── GrammarError                    schema or regular expression refused (reserved)
+    ├── EngineOverloaded (RuntimeError)     the request queue is full; has retry_after_s
+    ├── DeadlineExceeded (TimeoutError)     has the partial output
+    ├── RequestAborted                      has the partial output
     ├── EngineClosed (RuntimeError)         the engine was stopped
     └── ExecutionError (RuntimeError)       the forward pass failed
-        └── OutOfMemory                     says "CUDA out of memory" or "out of memory", and what to change
+        └── OutOfMemory                     "CUDA out of memory" or "out of memory", and what to change
 
-Errors say what was wrong and what to change. `assert` is only for bugs of our own. What callers' values and errors say
-of themselves enters a message through `shown`, `text_of` and `described`, which never fail.
+An error message states what is wrong and what to change. `assert` is only for bugs in this package. Callers' values and
+exceptions enter a message through `shown`, `text_of` and `described`, which never fail.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from collections.abc import Callable
 
 from penstock.outputs import RequestOutput
 
-_MAX_CHARACTERS = 2000  # characters of a caller's value in a message
+_MAX_CHARACTERS = 2000  # of a caller's value in a message
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, cut to what a message has room for. A value whose `__repr__` fails is named by its type."""
+    """`repr(value)`, truncated. If `__repr__` fails, the type's name in angle brackets."""
     return _safe_text(repr, value) or f"<{type(value).__name__}>"
 
 
 def text_of(error: BaseException) -> str:
-    """`str(error)`, cut; the name of its type where that is empty or fails."""
+    """`str(error)`, truncated; the name of its type if that is empty or fails."""
     return _safe_text(str, error) or type(error).__name__
 
 
 def described(error: BaseException) -> str:
-    """`ValueError: what it says`, cut; the name alone where it says nothing or its `__str__` fails."""
+    """`ValueError: message`, truncated; the type's name alone if the message is empty or `__str__` fails."""
     message = _safe_text(str, error)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _safe_text(render: Callable[[object], str], thing: object) -> str:
-    """What `word` says of a thing; nothing where it fails, be it with a `SystemExit` or for too many digits."""
+    """The result of `render`, truncated; "" if it fails, even with `SystemExit` or on too many digits."""
     try:
         text = str.__str__(render(thing))
     except BaseException:
@@ -55,19 +55,19 @@ class PenstockError(Exception):
 
 
 class ConfigurationError(PenstockError, ValueError):
-    """The engine cannot be built as asked."""
+    """The engine cannot be built with this configuration."""
 
 
 class RequestError(PenstockError, ValueError):
-    """One request is wrong; nothing else is affected."""
+    """One request is invalid; no other is affected."""
 
 
 class RequestTooLarge(RequestError):
-    """The request could never fit, however long it waited."""
+    """The request can never fit, however long it waits."""
 
 
 class GrammarError(RequestError):
-    """A schema, grammar or regular expression was refused."""
+    """A schema, grammar or regular expression was refused. Reserved for structured output; not raised yet."""
 
 
 class EngineOverloaded(PenstockError, RuntimeError):
@@ -79,7 +79,7 @@ class EngineOverloaded(PenstockError, RuntimeError):
 
 
 class _Partial(PenstockError):
-    """An ending that still has something to give: `output` is the `RequestOutput` so far, or None."""
+    """An early end with a partial result: `output` is the `RequestOutput` so far, or None."""
 
     def __init__(self, message: str, output: RequestOutput | None = None) -> None:
         super().__init__(message)
@@ -87,20 +87,20 @@ class _Partial(PenstockError):
 
 
 class DeadlineExceeded(_Partial, TimeoutError):
-    """A deadline passed; `output` carries what was generated until then."""
+    """A deadline passed; `output` holds what was generated until then."""
 
 
 class RequestAborted(_Partial):
-    """The request was cancelled; `output` carries what was generated until then."""
+    """The request was cancelled; `output` holds what was generated until then."""
 
 
 class EngineClosed(PenstockError, RuntimeError):
-    """The engine was stopped, or its thread died."""
+    """The engine was stopped, or its thread failed."""
 
 
 class ExecutionError(PenstockError, RuntimeError):
-    """The model's forward pass failed; the engine goes on serving."""
+    """The model's forward pass failed; the engine continues to serve."""
 
 
 class OutOfMemory(ExecutionError):
-    """Memory ran out during a step; the message says what to change."""
+    """Memory ran out during a step; the message names the setting to change."""

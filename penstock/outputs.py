@@ -1,6 +1,6 @@
-"""What a caller gets back: `Delta` while a request runs, `RequestOutput` when it is done.
+"""What a caller receives: a `Delta` while the request runs, a `RequestOutput` when it has ended.
 
-Plain records without behaviour beyond views of themselves; no tensors, no references into the engine.
+Plain records without behaviour except views of themselves; no tensors, no references to the engine. Built by engines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's log probability under the model, its 1-based rank, and its text."""
+    """The log probability of a token under the model, its rank from 1, and its text."""
 
     logprob: float
     rank: int
@@ -21,10 +21,10 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What became known since the last delta: new text, new tokens, and, on the last one, why it ended.
+    """What is new since the last delta: text, tokens and, in the last one, the finish reason.
 
-    `index` tells the n > 1 completions apart. Text is held back while it could become part of a stop string or half
-    a character, so `text` may be shorter than what `token_ids` decode to; joined, the texts are exact.
+    `index` is the number of the completion (n > 1). Text is held back while it could become part of a stop string or is
+    an incomplete character, so `text` may be shorter than the decoded `token_ids`; the joined texts are exact.
     """
 
     request_id: str
@@ -38,7 +38,7 @@ class Delta:
 
     @property
     def finished(self) -> bool:
-        """Whether this is the completion's last delta."""
+        """Whether this is the last delta of the completion."""
         return self.finish_reason is not None
 
 
@@ -46,10 +46,10 @@ class Delta:
 class CompletionOutput:
     """One completion. `logprobs[i]` maps token id to `Logprob` at output position i.
 
-    `token_logprobs` are the chosen tokens' log probabilities under the model, `sampled_logprobs` those under the
-    distribution really sampled; both always there, one per token. `cumulative_logprob` sums the first. `score` is what
-    completions were ranked by, if they were (`best_of`, `rank_by`, beam search): the higher, the better. With
-    speculation, `num_drafted_tokens` were guessed for it and `num_accepted_tokens` of them were right.
+    `token_logprobs` are the log probabilities of the chosen tokens under the model, `sampled_logprobs` those under the
+    distribution actually sampled; both are always present, one per token. `cumulative_logprob` is the sum of the first.
+    `score` is the value by which completions were ranked, if they were (`best_of`, `rank_by`, beam search); higher is
+    better. With speculation, `num_drafted_tokens` counts draft tokens and `num_accepted_tokens` those accepted.
     """
 
     index: int = 0
@@ -69,7 +69,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """When things happened to a request, in seconds; None where it did not come to that."""
+    """Times of a request's events in seconds after its arrival; None for events that did not happen."""
 
     queued_s: float | None = None
     first_token_s: float | None = None
@@ -78,7 +78,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's result so far; `finished` says whether it is complete, `error` what ended it early, if anything."""
+    """The result of a request so far. `finished`: whether it is complete. `error`: what ended it early, if anything."""
 
     request_id: str
     prompt: str | None
@@ -92,15 +92,15 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
-        """Text of the first completion."""
+        """The text of the first completion."""
         return self.outputs[0].text
 
     @property
     def generated_ids(self) -> list[int]:
-        """Token ids of the first completion."""
+        """The token ids of the first completion."""
         return self.outputs[0].token_ids
 
     @property
     def output_ids(self) -> list[list[int]]:
-        """One row per completion: prompt and generated ids."""
+        """One row per completion: the prompt's ids and the generated ids."""
         return [self.prompt_token_ids + out.token_ids for out in self.outputs]

@@ -1,6 +1,7 @@
-"""What a caller may ask of the sampler: `SamplingParams`, validated where it is made, then frozen.
+"""The parameters of a request: `SamplingParams`, validated when constructed, then frozen.
 
-Owns parameter names, ranges and defaults. Never looks at tokens or tensors. Built by callers, read by everyone below.
+Owns the names, ranges and defaults of parameters. Never handles tokens or tensors. Constructed by callers, read by
+every layer below.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from penstock.outputs import CompletionOutput
 from penstock.values import LARGEST_COUNT, LARGEST_ID, bare, flag, integer, items, plain, real, refused, text, token_ids
 
 # A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
-# Tensors, but PyTorch is not imported here.
+# These are tensors, but this module does not import PyTorch.
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
-# A user's score of a finished completion: the higher, the better.
+# A user's score of a finished completion; higher is better.
 Scorer = Callable[[CompletionOutput], float]
 
 RANKINGS = ("cumulative_logprob", "normalized_logprob")
-LARGEST_LENGTH = 2**63 - 1  # of tokens; what fits is known when the request is admitted
+LARGEST_LENGTH = 2**63 - 1  # in tokens; the real limit is known when the request is admitted
 FLOAT_MAX = sys.float_info.max
-# Name, least and greatest value, and both in words.
+# Name, minimum, maximum, and the range in words.
 _NUMBERS = (
     ("temperature", 0.0, FLOAT_MAX, "a finite number >= 0"),
     ("top_p", 0.0, 1.0, "above 0 and at most 1"),
@@ -42,7 +43,7 @@ _FLAGS = (
 
 
 class RequestPriority(IntEnum):
-    """Higher is served first; a class never changes, waiting only moves a request forward in the queue."""
+    """Higher is served first. A request never changes its class; waiting only moves it forward in the queue."""
 
     LOW = 1
     NORMAL = 2
@@ -51,7 +52,7 @@ class RequestPriority(IntEnum):
 
 
 class OutputKind(Enum):
-    """What a streamed `RequestOutput` holds: all text so far, only the new text, or only the final result."""
+    """The content of a streamed `RequestOutput`: all text so far, only the new text, or only the final result."""
 
     CUMULATIVE = "cumulative"
     DELTA = "delta"
@@ -65,30 +66,30 @@ _KINDS = tuple(kind.value for kind in OutputKind)
 class SamplingParams(processors.ProcessorParams):
     """How to choose the tokens of one request.
 
-    `temperature=0` is greedy; `top_k` of 0 or -1, `top_p=1` and `min_p=0` are off. `max_tokens` counts new tokens;
-    None means "until the model's limit". Presence and frequency penalties look at the output only, repetition
-    penalty at prompt and output. `min_tokens` suppresses EOS, stop ids and stop strings until reached. `logprobs=k`
-    returns the k most likely tokens and the chosen one; -1 the whole vocabulary. The same `seed` gives
-    the same random numbers whatever else runs. `speculation_length` is the most tokens to guess at once where the
-    engine speculates, never more than it is set to (0: none; None: that many); it never changes the output, as long as
-    `logits_processors` look at their arguments only. A processor gets a copy of its row, on the thread that runs the
-    model: what it raises, a `SystemExit` too, or returns in vain ends its request, but the time it takes, every request
-    of the step takes.
+    `temperature=0` is greedy; `top_k` of 0 or -1, `top_p=1` and `min_p=0` are off. `max_tokens` counts new tokens; None
+    means up to the model's limit. Presence and frequency penalties consider the output only, the repetition penalty
+    prompt and output. `min_tokens` suppresses EOS, stop ids and stop strings until it is reached. `logprobs=k` returns
+    the k most likely tokens and the chosen one; -1 returns the whole vocabulary. The same `seed` gives the same random
+    numbers whatever else runs. `speculation_length` is the maximum number of draft tokens per step, limited by the
+    engine's own setting (0: none; None: the engine's setting). It never changes the output, provided that
+    `logits_processors` depend on their arguments only. A processor receives a copy of its row, on the thread that runs
+    the model. An exception in it (`SystemExit` too) or an invalid return value ends its request; the time it takes
+    delays every request in the step.
 
-    Every number may be a Python int or float, or a numpy or torch scalar of the same kind, and is kept as an int or
-    float; bools, `Decimal`s, NaN, infinity and what no float holds are refused. `repetition_penalty` goes from 0.001 to
-    1000, `length_penalty` from -32 to 32; a `top_k` beyond the vocabulary keeps all of it. Lists and mappings are
-    copied. Raises `RequestError` saying which value is wrong.
+    Every number may be a Python int or float, or a numpy or torch scalar of the same kind, and is stored as an int or
+    float; bools, `Decimal`s, NaN, infinity and numbers that no float can hold are refused. `repetition_penalty` ranges
+    from 0.001 to 1000, `length_penalty` from -32 to 32; a `top_k` beyond the vocabulary keeps all of it. Lists and
+    mappings are copied. Raises `RequestError` naming the invalid value.
 
     `n` completions share the K/V of their prompt, which is computed once. `best_of` (at least n) runs that many and
-    returns the best n, best first, by `rank_by`: "cumulative_logprob" (the default), "normalized_logprob" (that,
-    divided by the number of tokens to the power of `length_penalty`), or a function of a `CompletionOutput`; with
-    `rank_by` and no `best_of`, n completions are sorted. `use_beam_search` keeps the `best_of` (or n) likeliest
-    beginnings at every position instead, as `transformers` does with `num_beams`: `length_penalty` and
-    `early_stopping` (True, False or "never") mean what they mean there. What is ranked is delivered at the end.
+    returns the best n, best first, ranked by `rank_by`: "cumulative_logprob" (the default), "normalized_logprob"
+    (divided by the number of tokens to the power of `length_penalty`), or a function of a `CompletionOutput`. With
+    `rank_by` and no `best_of`, the n completions are sorted. `use_beam_search` instead keeps the `best_of` (or n) most
+    likely beams at every position, as `transformers` does with `num_beams`; `length_penalty` and `early_stopping`
+    (True, False or "never") have the same meaning there. Ranked completions are delivered at the end.
 
-    `is_ruled`, `num_held` and `is_cut` say what follows from the parameters: whether rules change the logits of every
-    token, how many first tokens cannot be EOS, and whether draws are restricted by more than top-k, top-p and min-p.
+    `is_ruled`, `num_held` and `is_cut` are derived: whether rules change the logits of every token, how many first
+    tokens cannot be EOS, and whether sampling is restricted by more than top-k, top-p and min-p.
     """
 
     n: int = 1
@@ -141,40 +142,40 @@ class SamplingParams(processors.ProcessorParams):
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0.0 or self.top_k == 1
 
     @property
     def num_samples(self) -> int:
-        """How many candidates this request has: `best_of`, or `n`."""
+        """The number of candidates: `best_of`, or `n`."""
         return self.best_of or self.n
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences run for them: where nothing is drawn, all would be alike, and one is enough."""
-        alike = self.greedy and not self.logits_processors and not self.use_beam_search
-        return 1 if alike else self.num_samples
+        """The number of sequences that run: one if all candidates would be identical."""
+        are_identical = self.greedy and not self.logits_processors and not self.use_beam_search
+        return 1 if are_identical else self.num_samples
 
     @property
     def num_texts(self) -> int:
-        """How many texts are collected: of a beam search, only those that are returned."""
+        """The number of texts collected; for a beam search, only those that are returned."""
         return self.n if self.use_beam_search else self.num_sequences
 
     @property
     def num_beams(self) -> int:
-        """Width of the beam search; 0 when there is none."""
+        """The width of the beam search, or 0."""
         return self.num_samples if self.use_beam_search else 0
 
     @property
     def is_ranked(self) -> bool:
-        """Whether completions are delivered best first, and so at the end only."""
+        """Whether completions are delivered best first, and therefore only at the end."""
         return self.num_samples > self.n or self.rank_by is not None or self.use_beam_search
 
 
 def resolved(params: SamplingParams, max_tokens: int, bad_words: Sequence[Sequence[int]]) -> SamplingParams:
-    """Parameters with a definite `max_tokens`, and with `bad_words` as token ids, if there are any.
+    """Parameters with a definite `max_tokens`, and with `bad_words` as token ids if there are any.
 
-    The rest was checked when they were made. Raises `RequestError` where `min_tokens` is more than `max_tokens`.
+    All else was validated at construction. Raises `RequestError` if `min_tokens` exceeds `max_tokens`.
     """
     _require(params.min_tokens <= max_tokens, "min_tokens", params.min_tokens, f"at most max_tokens ({max_tokens})")
     if max_tokens == params.max_tokens and not bad_words:
@@ -187,7 +188,7 @@ def resolved(params: SamplingParams, max_tokens: int, bad_words: Sequence[Sequen
 
 
 def without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
-    """Parameters for a sibling of a sequence that scores the prompt."""
+    """The parameters for a sibling of the sequence that scores the prompt."""
     if params.prompt_logprobs is None:
         return params
     params = copy(params)
@@ -209,7 +210,7 @@ def _is_ruled(p: SamplingParams) -> bool:
 
 
 def _set(p: SamplingParams, name: str, value: object) -> None:
-    """Replace what a caller gave by what it stands for."""
+    """Replace a caller's value with its normalized form."""
     object.__setattr__(p, name, value)
 
 
@@ -219,7 +220,7 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
 
 
 def _check_numbers(p: SamplingParams) -> None:
-    """Every number becomes a float within its range."""
+    """Convert every number to a float within its range."""
     _set(p, "top_p", 1.0 if p.top_p is None else p.top_p)
     for name, low, high, rule in _NUMBERS:
         _set(p, name, real(name, getattr(p, name), low, high, rule))
@@ -227,7 +228,7 @@ def _check_numbers(p: SamplingParams) -> None:
 
 
 def _check_counts(p: SamplingParams) -> None:
-    """Every count becomes an int within its range."""
+    """Convert every count to an int within its range."""
     _set(p, "n", integer("n", p.n, 1, rule="an integer >= 1"))
     _set(p, "top_k", _top_k(p.top_k))
     _set(p, "min_tokens", integer("min_tokens", p.min_tokens, 0, LARGEST_LENGTH, "an integer >= 0"))
@@ -241,14 +242,14 @@ def _check_counts(p: SamplingParams) -> None:
     ):
         value = getattr(p, name)
         if name.endswith("logprobs") and isinstance(value, bool):
-            value = 0 if value else None  # `logprobs=True` is how the OpenAI API says "just the chosen token"
+            value = 0 if value else None  # `logprobs=True` is the OpenAI API's form of "only the chosen token"
         _set(p, name, None if value is None else integer(name, value, low, high, rule))
     if p.max_tokens is not None:
         _require(p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens, f"at most max_tokens ({p.max_tokens})")
 
 
 def _top_k(value: object) -> int:
-    """0 for off; more than any vocabulary has keeps all of it, as `sys.maxsize` does elsewhere."""
+    """0 is off; a number beyond any vocabulary keeps all of it, as `sys.maxsize` does elsewhere."""
     if value is None:
         return 0
     value = plain(value)
@@ -267,7 +268,7 @@ def _check_flags(p: SamplingParams) -> None:
 
 
 def _check_tokens(p: SamplingParams) -> None:
-    """What names tokens becomes tuples and a dict of ints; user functions are checked for being some."""
+    """Convert token ids to tuples and a dict of ints; check that processors are callable."""
     if p.allowed_token_ids is not None:
         _set(p, "allowed_token_ids", token_ids("allowed_token_ids", p.allowed_token_ids))
         _require(len(p.allowed_token_ids) > 0, "allowed_token_ids", (), "a non-empty list of token ids, or None")

@@ -1,5 +1,5 @@
-"""What every engine shares: protocols, prompts, handles, channels, transcripts and callbacks.
+"""The parts that every engine shares: protocols, prompts, handles, channels, transcripts and callbacks.
 
-An engine of any kind gives its callers the same experience by filling these. Imports no engine; consumers of an engine
-(facades, server, command line) are written against the protocols here.
+Never imports an engine. Engines of any kind use these parts to give callers the same behaviour; facades, server and
+command line are written against the protocols here.
 """

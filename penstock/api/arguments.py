@@ -1,6 +1,7 @@
-"""The arguments of `Engine.generate`, checked once, on the caller's thread.
+"""Checks the arguments of `Engine.generate` once, on the caller's thread.
 
-Every function raises `RequestError` and returns plain values, of which no method of a caller's class runs later.
+Every function raises `RequestError` and returns plain values, so no method of a caller's class runs later on an
+engine's thread. Called by every implementation of `Engine.generate`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PRIORITY_RULE = f"a RequestPriority ({', '.join(member.name for member in Reque
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What a caller passed, checked; `arrival` and the deadlines are seconds on the monotonic clock."""
+    """The checked arguments of one call. `arrival` and the deadlines are seconds on the monotonic clock."""
 
     prompt: PromptInput
     params: Params
@@ -44,7 +45,7 @@ def read_arguments(
     namespace: str = "",
     callback: object = None,
 ) -> Arguments:
-    """The arguments of `Engine.generate` as they are now; deadlines are given in seconds from now."""
+    """Check and copy the arguments of `Engine.generate`. The deadlines are given in seconds from now."""
     if callback is not None:
         check_callback(callback)
     now = time.monotonic()
@@ -60,7 +61,7 @@ def read_arguments(
 
 
 def check_params(params: Params) -> Params:
-    """The parameters as they are now: a `GenerationConfig` can be assigned to, so it is copied and checked again."""
+    """Check the type of the parameters; copy a `GenerationConfig`, which is mutable, and so validate it again."""
     if isinstance(params, GenerationConfig):
         return dataclasses.replace(params)
     if params is not None and not isinstance(params, SamplingParams):
@@ -69,22 +70,22 @@ def check_params(params: Params) -> Params:
 
 
 def check_priority(priority: RequestPriority) -> RequestPriority:
-    """The class of that number."""
+    """Return the priority class with that number."""
     number = integer("priority", priority, _LOWEST, _HIGHEST, _PRIORITY_RULE)
     return RequestPriority(number)
 
 
 def _seconds(name: str, value: float) -> float:
-    """The number. A time that has passed already is a missed deadline, not a mistake."""
+    """Return the number. A deadline that has already passed is valid: the request then misses it."""
     return real(name, value, -math.inf, math.inf, "seconds from now, a number that a float can hold")
 
 
 def check_id(request_id: str | None) -> str:
-    """The id of a request; a fresh one for None or ""."""
+    """Return the request id, or a fresh one for None or ""."""
     return text("request_id", "" if request_id is None else request_id) or f"req-{uuid.uuid4().hex[:16]}"
 
 
 def check_callback(callback: object) -> None:
-    """Refuses what cannot be called; None is no callback."""
+    """Raise `RequestError` for a callback that is not callable; None means no callback."""
     if callback is not None and not callable(callback):
         raise RequestError(f"callback must be a function, got {shown(callback)}")

@@ -1,8 +1,8 @@
-"""Callbacks instead of iteration: a pump per request that feeds its deltas, or its result, to a function.
+"""Callbacks instead of iteration: one task per request passes its deltas, or its result, to a function.
 
-Runs on the loop that submitted the request, or, for callers without a loop, on a thread of its own; never on the
-engine's thread and never under a lock, so a callback may call back into the engine, and stop it. A raising callback,
-be it by `sys.exit()`, ends its request alone.
+The task runs on the event loop that submitted the request, or on a thread of its own for callers without a loop. It
+never runs on the engine's thread and never holds a lock, so a callback may call the engine and even stop it. An
+exception in a callback, `SystemExit` included, ends that request only.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 
 class Callbacks:
-    """Starts pumps and keeps them alive. `fail(request_id, error)` ends a request whose callback raised.
+    """Starts the callback tasks and keeps them alive. `fail(request_id, error)` ends a request whose callback raised.
 
-    What a callback raises after its request has ended goes to the loop's exception handler, which logs it. On a loop
-    of the caller's, a `SystemExit` or `KeyboardInterrupt` also does what it does in any task there.
+    An exception that a callback raises after its request has ended goes to the loop's exception handler, which logs it.
+    On a caller's own loop, `SystemExit` and `KeyboardInterrupt` also propagate, as they do from any task.
     """
 
     def __init__(self, fail: Fail) -> None:
@@ -44,20 +44,20 @@ class Callbacks:
         self._start(self._stream(handle, callback))
 
     def finish(self, handle: RequestHandle, callback: Callable[[RequestOutput], Awaitable[None] | None]) -> None:
-        """Call `callback(output)` once, at the end, however the request ends."""
+        """Call `callback(output)` once, when the request ends for any reason."""
         self._start(self._finish(handle, callback))
 
     def current_request(self) -> str | None:
-        """The request in whose callback the caller runs, if it does: it must not wait for that one."""
+        """The id of the request whose callback is calling, or None. The caller must not wait for that request."""
         context = _CURRENT.get()
         return (
             context.request_id if context is not None and context.is_running and context.callbacks() is self else None
         )
 
     def close(self) -> None:
-        """End the thread for callers without a loop once its callbacks are done.
+        """End the fallback thread once its callbacks are done.
 
-        Waits a few seconds for that, but not in a callback, which would be among those that it waits for.
+        Waits for that for a few seconds, except when called from a callback, which would wait for itself.
         """
         with self._lock:
             loop_thread, self._loop_thread = self._loop_thread, None
@@ -65,17 +65,17 @@ class Callbacks:
             loop_thread.close(wait=self.current_request() is None)
 
     def halt(self, until: float) -> None:
-        """The process exits: call nobody any more; a callback that runs may come to its end until then."""
+        """Start no further callbacks, because the process exits; a running callback may finish before `until`."""
         if self._loop_thread is not None:
             self._loop_thread.halt(until)
 
-    def _start(self, pump: Coroutine[Any, Any, None]) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            asyncio.run_coroutine_threadsafe(pump, self._fallback_loop())
+            asyncio.run_coroutine_threadsafe(coroutine, self._fallback_loop())
             return
-        task = loop.create_task(pump)
+        task = loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -108,31 +108,31 @@ class Callbacks:
         return context
 
     def _handle_error(self, handle: RequestHandle, context: _CallbackContext, error: BaseException) -> None:
-        """Raises the error again where it means the pump, or the loop that a caller runs, rather than the request."""
-        if context.ends_pump(error):
+        """Fail the request. Re-raise an error that concerns the task itself or the caller's loop."""
+        if context.ends_task(error):
             raise error
         loop, has_ended = asyncio.get_running_loop(), handle.done()
         if not has_ended:
             self._fail(handle.request_id, error)
         if isinstance(error, SystemExit | KeyboardInterrupt) and not isinstance(threading.current_thread(), LoopThread):
-            raise error  # which ends the caller's loop, as from any of its tasks
+            raise error  # ends the caller's loop, as it would from any other task
         if has_ended or not isinstance(error, Exception):
-            late = "raised after the request had ended" if has_ended else "raised what ends programs"
-            message = f"the callback of request {handle.request_id} {late}"
+            event = "raised an exception after the request had ended" if has_ended else "raised an exit exception"
+            message = f"the callback of request {handle.request_id} {event}"
             loop.call_exception_handler({"message": message, "exception": error})
 
 
 @dataclass(slots=True)
 class _CallbackContext:
-    """Where code is that a pump calls, and whatever that calls on other threads or tasks while it waits for it."""
+    """Marks code that runs inside a callback, also on other threads and tasks that the callback waits for."""
 
     callbacks: weakref.ref[Callbacks]
     request_id: str
-    pump: asyncio.Task[Any] | None
+    task: asyncio.Task[Any] | None
     is_running: bool = False
 
     async def call(self, callback: Callable[[T], Awaitable[None] | None], item: T) -> None:
-        """Call back, and wait for what that returns."""
+        """Call the callback, and await the result if it is awaitable."""
         self.is_running = True
         try:
             returned = callback(item)
@@ -141,21 +141,21 @@ class _CallbackContext:
         finally:
             self.is_running = False
 
-    def ends_pump(self, error: BaseException) -> bool:
-        """Whether the pump itself was cancelled, or closed by somebody else; a callback may raise such errors too."""
+    def ends_task(self, error: BaseException) -> bool:
+        """Whether the task itself was cancelled or closed. A callback may raise the same exception types."""
         if isinstance(error, asyncio.CancelledError):
-            return self.pump is not None and self.pump.cancelling() > 0
-        with contextlib.suppress(RuntimeError):  # no loop runs here
-            return isinstance(error, GeneratorExit) and asyncio.current_task() is not self.pump
+            return self.task is not None and self.task.cancelling() > 0
+        with contextlib.suppress(RuntimeError):  # no running loop
+            return isinstance(error, GeneratorExit) and asyncio.current_task() is not self.task
         return True
 
 
-# The callback that the code which runs now was called by.
+# The callback that the current code runs in, if any.
 _CURRENT: ContextVar[_CallbackContext | None] = ContextVar("penstock_callback", default=None)
 
 
 async def _next(handle: RequestHandle) -> Delta | None:
-    """The next delta; None at the end, whatever it was: the last delta has told it."""
+    """The next delta, or None after the last one, which already carries the reason of the end."""
     try:
         return await anext(handle)
     except Exception:
@@ -170,7 +170,7 @@ async def _outcome(handle: RequestHandle) -> RequestOutput:
 
 
 def _empty(handle: RequestHandle, error: Exception) -> RequestOutput:
-    """What a callback gets of a request that failed before it produced anything."""
+    """The output passed to the callback of a request that failed before it produced any."""
     reasons = ((RequestAborted, "abort"), (DeadlineExceeded, "deadline"), (Exception, "error"))
     empty = CompletionOutput(finish_reason=next(name for kind, name in reasons if isinstance(error, kind)))
     return RequestOutput(handle.request_id, handle.prompt, handle.prompt_token_ids, [empty], True, error=text_of(error))

@@ -1,7 +1,7 @@
-"""`Channel`: passes one request's deltas and its end from the engine's thread to its readers.
+"""`Channel`: passes one request's deltas and its result from the engine's thread to its readers.
 
-A mailbox of the transcripts that have something new. A delta is cut when a reader takes it, with all that came until
-then, so a slow reader costs nothing. Written by the engine's thread, read from any thread or loop; knows no engine.
+Holds the transcripts with unread text. A delta is built when a reader takes it and covers everything new, so a slow
+reader costs nothing. Written by the engine's thread, read from any thread or event loop; never refers to an engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from penstock.sampling import RequestPriority
 
 
 class RequestStatus(Enum):
-    """How far a request has come."""
+    """The state of a request."""
 
     QUEUED = "queued"
     PROCESSING = "processing"
@@ -27,12 +27,12 @@ class RequestStatus(Enum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the request has ended, for any reason."""
         return self not in (RequestStatus.QUEUED, RequestStatus.PROCESSING)
 
 
 class Channel:
-    """One request's mailbox. The lock is held for a few assignments and never while anything else runs."""
+    """One request's channel. Its lock is held for a few assignments only."""
 
     def __init__(
         self, request_id: str, priority: RequestPriority = RequestPriority.NORMAL, deadline: float = math.inf
@@ -44,17 +44,17 @@ class Channel:
         self.prompt: str | None = None
         self.prompt_token_ids: list[int] = []
         self._lock = threading.Lock()
-        self._unread: dict[Transcript, None] = {}  # a set in the order of arrival
+        self._unread: dict[Transcript, None] = {}  # an ordered set
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
-        self._readers: list[Waiter] = []  # of the next delta
-        self._waiters: list[Waiter] = []  # of the end: a step's deltas do not wake them
+        self._readers: list[Waiter] = []  # waiting for the next delta
+        self._waiters: list[Waiter] = []  # waiting for the end; deltas do not wake them
         self._ended = threading.Event()
 
-    # Engine's side.
+    # Called by the engine.
 
     def put(self, transcript: Transcript, wakeups: Wakeups) -> None:
-        """Show what was written to a transcript since it was last put here."""
+        """Publish what was added to a transcript since the last `put`, and wake readers."""
         with self._lock:
             transcript.show()
             self._unread[transcript] = None
@@ -65,15 +65,15 @@ class Channel:
     def end(
         self, status: RequestStatus, output: RequestOutput | None, error: BaseException | None, wakeups: Wakeups
     ) -> None:
-        """The one terminal event: a result, or the error that awaiting raises."""
+        """Record the one terminal event: a result, or the error that awaiting raises."""
         with self._lock:
             assert not self.status.ended, f"request {self.request_id} ended twice"
             self.status, self._output, self._error = status, output, error
             waiting, self._readers, self._waiters = self._readers + self._waiters, [], []
-            self._ended.set()  # with the lock held, or a waiter could register in between and sleep for good
+            self._ended.set()  # under the lock: a waiter registered after this would never wake
         wakeups.add(waiting)
 
-    # Reader's side.
+    # Called by readers.
 
     @property
     def ended(self) -> bool:
@@ -81,7 +81,7 @@ class Channel:
         return self._ended.is_set()
 
     async def take(self) -> Delta | None:
-        """The next delta, or None at the regular end; raises the request's error after its last delta."""
+        """The next delta, or None at the regular end. Raises the request's error after its last delta."""
         while True:
             with self._lock:
                 if self._unread:
@@ -95,7 +95,7 @@ class Channel:
         return None
 
     async def wait(self) -> RequestOutput:
-        """The final result; raises the request's error."""
+        """Wait for the final result. Raises the request's error."""
         while True:
             with self._lock:
                 if self.ended:
@@ -105,25 +105,25 @@ class Channel:
         return self.outcome()
 
     def wait_blocking(self, timeout_s: float | None) -> RequestOutput:
-        """`wait` for threads without a loop. Raises `TimeoutError`."""
+        """`wait` for threads without an event loop. Raises `TimeoutError` after `timeout_s` seconds."""
         if not self._ended.wait(timeout_s):
             raise TimeoutError(f"request {self.request_id} did not end within {timeout_s} s")
         return self.outcome()
 
     def outcome(self) -> RequestOutput:
-        """The result of an ended request, or its error raised."""
+        """Return the result of an ended request, or raise its error."""
         self._raise()
         assert self._output is not None
         return self._output
 
     def _raise(self) -> None:
-        """Raise the error, if there is one; without the traceback of those who were told before."""
+        """Raise the error, if any, without the traceback of earlier raises."""
         if self._error is not None:
             raise self._error.with_traceback(None)
 
 
 def _join(waiters: list[Waiter]) -> Waiter:
-    """A new waiter of the running loop, among those that still wait."""
+    """Add a waiter of the running loop to the list, and drop completed ones."""
     if waiters:
         waiters[:] = [waiter for waiter in waiters if not waiter.done()]
     waiters.append(waiter := new_waiter())

@@ -1,4 +1,7 @@
-"""Event loops on threads of our own: `new_event_loop` and `LoopThread`."""
+"""Event loops on the engine's own threads: `new_event_loop` and `LoopThread`.
+
+Never sets an event loop policy. Called by the native engine's host and by `Callbacks`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ import threading
 from penstock.api.exiting import block_loop_thread
 from penstock.api.waiting import call_on_loop
 
-# How long closing waits for tasks that are still running, in seconds.
+# How long `close` waits for tasks that are still running, in seconds.
 GRACE_S = 5.0
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop loop where uvloop is installed, else the standard one."""
+    """A uvloop event loop where uvloop is installed, otherwise a standard one."""
     try:
         import uvloop
     except ImportError:
@@ -31,17 +34,17 @@ class LoopThread(threading.Thread):
         self.start()
 
     def close(self, wait: bool) -> None:
-        """End the thread once its tasks are done, after `GRACE_S` seconds at most; with `wait`, return after that."""
+        """End the thread once its tasks are done, after at most `GRACE_S` seconds; with `wait`, join it."""
         call_on_loop(self.loop, self._closing.set)
         if wait and threading.current_thread() is not self:
             self.join(2 * GRACE_S)
 
     def halt(self, until: float) -> None:
-        """The process exits: let the thread wait for ever."""
+        """Block the thread forever, because the process exits."""
         block_loop_thread(self.loop, self, until)
 
     def run(self) -> None:
-        """Of the thread itself."""
+        """Run the event loop. Called by `threading`."""
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
             runner.run(self._serve())
 

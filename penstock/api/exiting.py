@@ -1,8 +1,8 @@
-"""How an engine's threads come to rest when the interpreter exits while they work, and when an engine is garbage.
+"""Stops an engine's threads when the interpreter exits while they work.
 
-At exit nothing is served, told or freed any more: whoever waits for a request is a daemon thread, and ends with the
-process. But a thread that is inside an extension module while the interpreter is torn down can crash the process, so
-each is stopped first, for `EXIT_S` seconds at most. Called by `atexit` and by the engine's finalizer.
+A thread that returns from an extension module during interpreter shutdown can crash the process, so every thread is
+stopped first, for at most `EXIT_S` seconds. Requests are not failed: whatever still waits for one is a daemon thread
+and ends with the process. Called by `atexit`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _POLL_S = 0.02
 
 
 class Haltable(Protocol):
-    """Has threads."""
+    """An object that owns threads."""
 
     def halt(self, until: float) -> None:
-        """Begin nothing new, and have the threads end or wait for ever; return at `until` (monotonic) at the latest."""
+        """Start nothing new; end the threads or block them forever. Return by `until` (monotonic seconds)."""
         ...
 
 
 def halt_at_exit(*parts: Haltable) -> Callable[[], None]:
-    """Have these rest when the interpreter exits; returns a function that takes that back."""
+    """Halt these parts when the interpreter exits. Returns a function that cancels this."""
     pid = os.getpid()
 
     def halt() -> None:
@@ -43,7 +43,7 @@ def halt_at_exit(*parts: Haltable) -> Callable[[], None]:
 
 
 def block_loop_thread(loop: asyncio.AbstractEventLoop, thread: threading.Thread, until: float) -> None:
-    """Have a loop's thread wait for ever instead of taking its next turn."""
+    """Make the thread of an event loop block forever instead of running its next callback."""
     blocked = threading.Event()
 
     def wait_for_ever() -> None:
@@ -57,9 +57,9 @@ def block_loop_thread(loop: asyncio.AbstractEventLoop, thread: threading.Thread,
 
 
 def interrupt(thread: threading.Thread, until: float) -> None:
-    """End a thread's Python code wherever it is, by `SystemExit`; a call of an extension is not cut short.
+    """End a thread's Python code by raising `SystemExit` in it; a call into an extension module runs to its end.
 
-    What was half done stays so, an import for instance: only for a process that ends.
+    Whatever the thread was doing stays unfinished, for instance an import: only for a process that exits.
     """
     from ctypes import c_ulong, py_object, pythonapi
 
@@ -76,5 +76,5 @@ def join_threads(threads: Sequence[threading.Thread], until: float) -> None:
 
 @functools.cache
 def _until() -> float:
-    """The process exits once."""
+    """The common time limit of all engines; cached, because a process exits once."""
     return time.monotonic() + EXIT_S

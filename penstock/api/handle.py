@@ -1,8 +1,8 @@
-"""`RequestHandle`: a running request in the caller's hand. Await it for the result, iterate it for the deltas.
+"""`RequestHandle`: a running request. Await it for the result, iterate over it for the deltas.
 
-Owns the request's life: cancelling an await, closing it, or dropping the last reference aborts the request, unless it
-was detached. Works from any thread and any event loop, asyncio's or trio's; waits on the request's `Channel` and never
-blocks the engine.
+Owns the lifetime of the request: cancelling an await, closing the handle, or dropping the last reference aborts the
+request, unless it was detached. Works on any thread and any event loop of asyncio or trio. Waits on the request's
+`Channel` and never blocks the engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from penstock.outputs import Delta, RequestOutput
 
 
 class Owner(Protocol):
-    """The engine that runs a request, and knows it by its id."""
+    """The engine that runs the request and finds it by id."""
 
     def abort(self, request_id: str) -> None:
         """End the request; unknown and ended ids are ignored."""
@@ -33,20 +33,17 @@ class Forking(Protocol):
     def fork(
         self, request_id: str, n: int, params: Params, *, append: Sequence[int], at: int | None, index: int
     ) -> list[RequestHandle]:
-        """Begin requests that continue from where this one is."""
+        """Start `n` requests that continue from the current state of this one."""
         ...
 
 
 class RequestHandle(Coroutine[object, None, RequestOutput]):
     """One request.
 
-    `await handle` gives the final `RequestOutput`; `async for delta in handle` gives `Delta`s as they come, merged
-    when the reader is slow. Both raise `RequestAborted`, `DeadlineExceeded` (with the partial output) or the
-    request's own error; an iteration does so after a last delta whose `finish_reason` says the same. Leaving an
-    iteration with `break` aborts the request once the handle itself is dropped or closed.
-
-    It is a coroutine too, so that `create_task(handle)`, `TaskGroup.create_task(handle)` and anyio's or trio's
-    `start_soon(engine.generate, prompt)` await it in a task of its own.
+    `await handle` returns the final `RequestOutput`. `async for delta in handle` yields `Delta`s as they arrive, merged
+    when the reader is slow. Both raise `RequestAborted`, `DeadlineExceeded` (with the partial output) or the request's
+    own error; an iteration first yields a last delta with the corresponding `finish_reason`. After `break`, the request
+    is aborted when the handle is dropped or closed.
     """
 
     def __init__(self, channel: Channel, engine: Owner) -> None:
@@ -57,48 +54,48 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
 
     @property
     def request_id(self) -> str:
-        """The request's id, given or drawn."""
+        """The id of the request, as given or generated."""
         return self._channel.request_id
 
     @property
     def status(self) -> RequestStatus:
-        """How far the request has come."""
+        """The current state of the request."""
         return self._channel.status
 
     @property
     def prompt(self) -> str | None:
-        """The prompt's text, once known; None for token ids."""
+        """The prompt text, once known; None for token ids."""
         return self._channel.prompt
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        """The prompt's token ids, once known."""
+        """The token ids of the prompt, once known."""
         return self._channel.prompt_token_ids
 
     def cancel(self) -> None:
-        """Abort the request; awaiting it then raises `RequestAborted`. Harmless when it has ended."""
+        """Abort the request; awaiting it then raises `RequestAborted`. Does nothing once it has ended."""
         if not self._channel.ended:
             self._engine.abort(self.request_id)
 
     def fork(
         self, n: int = 1, params: Params = None, *, append: Sequence[int] = (), at: int | None = None, index: int = 0
     ) -> list[RequestHandle]:
-        """Begin `n` requests at once, from any thread or loop, that go on from what this one has generated so far.
+        """Start `n` requests, from any thread or event loop, that continue from what this one has generated.
 
-        Each shares the K/V until then, copied on write, and draws by itself from there on; this request goes on too.
-        What was generated counts as prompt of a fork, followed by the token ids of `append`, so that its outputs are
-        what is new. `at` branches off after that many tokens of completion `index` instead of after its newest.
-        Without `params` a fork has this request's, and what is left of its `max_tokens`. Namespace, priority and
-        deadline are inherited. Raises `RequestError` if this request has ended or has no tokens yet, `EngineOverloaded`
-        and `EngineClosed`; what the engine finds only later (a beam search cannot be forked, it has ended meanwhile),
-        the forks raise.
+        The forks share its K/V up to that point, copied on write, and sample independently; this request continues too.
+        The generated tokens, followed by the token ids in `append`, count as the prompt of a fork, so its outputs hold
+        only what is new. `at` branches after that many tokens of completion `index` instead of after the newest.
+        Without `params`, a fork uses this request's parameters with the remainder of its `max_tokens`. Namespace,
+        priority and deadline are inherited. Raises `RequestError` if this request has ended or has no tokens yet,
+        `EngineOverloaded` and `EngineClosed`. Errors that the engine finds later are raised by the forks: a beam search
+        cannot be forked, or the request has ended in the meantime.
         """
         if not isinstance(self._engine, Forking):
-            raise RequestError("this engine cannot fork requests: submit the prompt and its output as a new one")
+            raise RequestError("this engine cannot fork requests: submit the prompt and its output as a new request")
         return self._engine.fork(self.request_id, n, params, append=append, at=at, index=index)
 
     def detach(self) -> RequestHandle:
-        """Let the request live on when this handle is dropped."""
+        """Keep the request running when this handle is dropped."""
         self._detached = True
         return self
 
@@ -107,9 +104,9 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
         return self._channel.ended
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Block this thread for the final output; in a coroutine, await the handle instead.
+        """Block this thread until the final output; in a coroutine, await the handle instead.
 
-        Raises `TimeoutError` after `timeout` seconds, and what awaiting would raise.
+        Raises `TimeoutError` after `timeout` seconds, and whatever awaiting would raise.
         """
         return self._channel.wait_blocking(timeout)
 
@@ -119,7 +116,7 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
     async def _wait(self) -> RequestOutput:
         try:
             return await self._channel.wait()
-        except BaseException:  # the request's own error, or a cancellation, by whichever event loop
+        except BaseException:  # the request's own error, or a cancellation by asyncio or trio
             self.cancel()
             raise
 
@@ -165,7 +162,7 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
         return delta
 
     async def aclose(self) -> None:
-        """Abort the request if it still runs, as closing an async generator would."""
+        """Abort the request if it still runs, like closing an async generator."""
         self.cancel()
 
     async def __aenter__(self) -> RequestHandle:

@@ -1,6 +1,6 @@
-"""Structured log events of one engine, through the standard `logging` logger "penstock".
+"""Structured log events of one engine, written to the standard `logging` logger "penstock".
 
-Configures nothing global: what is shown, and where, is the program's own choice (`logging.basicConfig(level=...)`).
+Never configures logging: the program decides what is shown and where (`logging.basicConfig(level=...)`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ Logger = Any
 
 
 def make_logger(level: str) -> Logger:
-    """A structlog logger whose events below `level` cost next to nothing."""
-    import structlog  # here, because it imports rich: a sixth of the time that importing the package takes
+    """A structlog logger. Events below `level` cost almost nothing."""
+    import structlog  # imported here because it imports rich, a sixth of the package's import time
 
     return structlog.wrap_logger(
         _Unfailing(logging.getLogger("penstock")),
@@ -26,7 +26,7 @@ def make_logger(level: str) -> Logger:
 
 
 class _Unfailing:
-    """A standard logger, whose filters and handlers are the program's own: what they raise stays with them."""
+    """A standard logger that suppresses exceptions of the program's own filters and handlers."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

@@ -1,7 +1,7 @@
-"""Prompts: what a caller may pass, and the plain form in which engines keep it.
+"""Prompts: what a caller may pass, and the plain form that engines keep.
 
-A prompt is read once, on the caller's thread, so that no code of the caller's runs on an engine's thread and later
-changes of the caller's objects have no effect. Encoding text is an engine's own business.
+A prompt is read once, on the caller's thread: none of the caller's code runs on an engine's thread, and later changes
+to the caller's objects have no effect. Encoding text is left to each engine.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:
-    """A prompt in plain Python. Either `token_ids` are known, or `text` or `chat` is to be encoded.
+    """A prompt in plain Python. Either `token_ids` are known, or `text` or `messages` must be encoded.
 
-    `text` beside `token_ids` is what the caller says they spell; it is reported and never encoded.
+    `text` next to `token_ids` is the caller's text for these ids; it is reported and never encoded.
     """
 
     text: str | None = None
@@ -64,11 +64,11 @@ class PromptInput:
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether there is anything to encode."""
+        """Whether the prompt must be encoded."""
         return self.token_ids is None
 
     def estimate_tokens(self) -> int:
-        """About how many tokens it has: exact for ids, a quarter of the characters for text."""
+        """The approximate number of tokens: exact for ids, a quarter of the characters for text."""
         if self.token_ids is not None:
             return len(self.token_ids)
         if self.chat is not None:
@@ -77,12 +77,12 @@ class PromptInput:
 
 
 def read_prompt(prompt: Prompt) -> PromptInput:
-    """The prompt as it is now. Raises `RequestError` for what cannot be one."""
+    """Copy the prompt into plain Python. Raises `RequestError` if it is not a valid prompt."""
     try:
         return _read(prompt)
     except RequestError:
         raise
-    except Exception as error:  # of an object that only looks like a prompt
+    except Exception as error:  # raised by an object that only looks like a prompt
         raise RequestError(f"the prompt cannot be read: {described(error)}") from error
 
 
@@ -186,5 +186,5 @@ def read_ids(prompt: object) -> list[int]:
 def _num_characters(message: object) -> int:
     try:
         return len(str(message))
-    except Exception:  # its content is the chat template's business, on the tokenizer's thread
+    except Exception:  # the chat template reports invalid content later, on the tokenizer's thread
         return 0

@@ -1,6 +1,7 @@
-"""The capabilities of an engine, one protocol each. Consumers (facades, server, command line) are written against them.
+"""The capabilities of an engine, one protocol each. Facades, server and command line are written against them.
 
-An engine that lacks a capability does not carry stubs for it. `penstock.testing.contract` tests an engine's `Engine`.
+An engine that lacks a capability carries no stubs for it. `penstock.testing.contract` tests any implementation of
+`Engine`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Engine(Protocol):
         namespace: str = "",
         callback: Callback | None = None,
     ) -> RequestHandle:
-        """Submit at once, from any thread or event loop; await or iterate the handle.
+        """Submit a request at once, from any thread or event loop; await the handle, or iterate over it.
 
         Raises `RequestError`, `EngineOverloaded`, `EngineClosed`.
         """
@@ -45,15 +46,15 @@ class Engine(Protocol):
         ...
 
     def start(self) -> None:
-        """Begin to serve; blocks until ready."""
+        """Start serving; blocks until ready."""
         ...
 
     def stop(self, drain: float = 30.0) -> None:
-        """Serve accepted requests for at most `drain` seconds, abort the others, free everything."""
+        """Serve accepted requests for at most `drain` seconds, abort the others, free all resources."""
         ...
 
     def get_stats(self) -> Mapping[str, object]:
-        """Figures of the engine so far."""
+        """Statistics of the engine so far."""
         ...
 
     async def __aenter__(self) -> Self: ...
@@ -64,7 +65,7 @@ class Engine(Protocol):
 
 
 class Scorer(Protocol):
-    """Says how likely given tokens are."""
+    """Returns the log probabilities of given tokens."""
 
     async def score(
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""

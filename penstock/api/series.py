@@ -1,4 +1,7 @@
-"""Statistics of figures over a sliding window, written by one thread and read from any."""
+"""Statistics over a sliding window, written by one thread and readable from any.
+
+Keeps the values only, never their names. Called by the engine's metrics and the facades.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ WINDOW = 2048
 
 
 class Series:
-    """The last `WINDOW` values of one figure, and how many there ever were."""
+    """The last `WINDOW` values of one metric, and the number of values ever recorded."""
 
     __slots__ = ("_values", "count")
 
@@ -23,12 +26,12 @@ class Series:
         self.count += len(values)
 
     def summary(self) -> dict[str, float]:
-        """See `statistics`."""
-        return statistics(list(self._values), self.count)  # one copy: the other thread records meanwhile
+        """The `statistics` of the recorded values."""
+        return statistics(list(self._values), self.count)  # copied once, because the other thread keeps recording
 
 
 def statistics(values: Sequence[float], count: int) -> dict[str, float]:
-    """count, mean, min, max, latest and percentiles of the last of `count` values; empty where there are none."""
+    """count, mean, min, max, latest and percentiles of the last of `count` values; empty if there are none."""
     if not values:
         return {}
     ordered = sorted(values)

@@ -1,4 +1,4 @@
-"""The shape of `get_stats()`."""
+"""The types of what `get_stats()` returns. Filled by the native engine; read by facades and callers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from penstock.config import Value
 
 
 class TunerChange(TypedDict):
-    """A limit that the tuner moved after so many steps, and why."""
+    """A limit that the tuner changed at a step, and the reason."""
 
     step: int
     setting: str
@@ -19,7 +19,7 @@ class TunerChange(TypedDict):
 
 
 class TunerStats(TypedDict, total=False):
-    """The goal, the limits in force, what they rest on, and the latest changes; empty without a goal."""
+    """The target, the limits in force, the reason for them, and the latest changes; empty without a target."""
 
     target: str | None
     limits: dict[str, float]
@@ -29,13 +29,14 @@ class TunerStats(TypedDict, total=False):
 
 
 class EngineStats(TypedDict):
-    """Figures of an engine so far. What only a loaded model knows is empty, 0 or None until then.
+    """Statistics of an engine so far. Values that need a loaded model are empty, 0 or None until it is loaded.
 
-    `queue` counts sequences as the scheduler does (num_waiting, num_running, num_preemptions, num_finished_<reason>),
-    requests that have not ended (num_requests), and what admission counts (num_queued_requests, num_queued_tokens).
-    `cache_info` counts blocks (num_*, swapped_*, evictions) and tokens (*_tokens, total_size), with usage and hit_rate
-    from 0 to 1. `performance_metrics` holds, by name, count, mean, min, max, latest, p50, p90, p95 and p99 of latencies
-    in seconds, batch sizes and rates per second. `memory_usage` is a fraction from 0 to 1.
+    `queue` holds the scheduler's counts of sequences (num_waiting, num_running, num_preemptions,
+    num_finished_<reason>), the number of open requests (num_requests), and the counts of admission
+    (num_queued_requests, num_queued_tokens). `cache_info` counts blocks (num_*, swapped_*, evictions) and tokens
+    (*_tokens, total_size); usage and hit_rate range from 0 to 1. `performance_metrics` maps each name to count, mean,
+    min, max, latest, p50, p90, p95 and p99 of latencies in seconds, batch sizes and rates per second. `memory_usage` is
+    a fraction from 0 to 1.
     """
 
     engine_status: Literal["stopped", "loading", "running", "failed"]

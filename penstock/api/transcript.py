@@ -1,7 +1,7 @@
-"""`Transcript`: one completion as it grows, and how much of it its reader has taken.
+"""`Transcript`: the growing record of one completion, and how much of it the reader has taken.
 
-Append-only; written on the engine's thread. A delta is cut when a reader takes it, so deltas that nobody took in time
-merge at no cost. `show` and `cut` belong to the channel, which calls them under its lock.
+Append-only; written on the engine's thread. A delta is built when a reader takes it, so untaken deltas merge at no
+cost. Only the channel calls `show` and `take`, under its lock.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from penstock.outputs import CompletionOutput, Delta, Logprob
 
-# Tokens and texts that may be shown, and the ending that goes with them, if any.
+# Number of visible tokens and texts, and the visible finish and stop reason, if any.
 _Mark = tuple[int, int, str | None, str | int | None]
 
 
 class Transcript:
-    """`texts` joined are the text. `logprobs`, one mapping per token, is None unless the request asked for them."""
+    """The text is `texts` joined. `logprobs`, one mapping per token, is None unless the request asked for them."""
 
     __slots__ = (
         "_shown",
@@ -47,7 +47,7 @@ class Transcript:
         self.logprobs = logprobs
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
-        self.score: float | None = None  # what completions are ranked by, once they are
+        self.score: float | None = None  # set when the completions are ranked
         self._shown: _Mark = (0, 0, None, None)
         self._taken = (0, 0)
 
@@ -59,7 +59,7 @@ class Transcript:
         sampled_logprobs: Iterable[float] = (),
         weight_version: int = 0,
     ) -> None:
-        """Text that became certain, accepted tokens, and their log probabilities: the model's, and as sampled."""
+        """Append final text, accepted tokens, and their log probabilities: under the model, and as sampled."""
         if text:
             self.texts.append(text)
         self.token_ids += tokens
@@ -68,21 +68,21 @@ class Transcript:
         self.sampled_logprobs += sampled_logprobs
 
     def count_draft(self, drafted: int, accepted: int) -> None:
-        """Of `drafted` draft tokens, `accepted` were right and are among the tokens."""
+        """Count `drafted` draft tokens, of which `accepted` are among the tokens."""
         self.num_drafted_tokens += drafted
         self.num_accepted_tokens += accepted
 
     def end(self, text: str, reason: str, stop_reason: str | int | None = None) -> None:
-        """The last text, and why nothing follows."""
+        """Append the last text, and record why the completion ended."""
         self.texts.append(text)
         self.finish_reason, self.stop_reason = reason, stop_reason
 
     def show(self) -> None:
-        """Let readers have all that was written so far."""
+        """Make everything written so far visible to readers."""
         self._shown = (len(self.token_ids), len(self.texts), self.finish_reason, self.stop_reason)
 
     def take(self) -> Delta:
-        """What was shown since the last cut."""
+        """Everything made visible since the last call."""
         (ids, texts), (ids_end, texts_end, finish_reason, stop_reason) = self._taken, self._shown
         self._taken = (ids_end, texts_end)
         return Delta(
@@ -97,7 +97,7 @@ class Transcript:
         )
 
     def completion(self) -> CompletionOutput:
-        """All of it; the lists are the caller's."""
+        """The whole completion; the lists are copies."""
         return CompletionOutput(
             index=self.index,
             text="".join(self.texts),

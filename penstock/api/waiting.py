@@ -1,6 +1,7 @@
-"""Waiting in a coroutine for another thread, on an event loop of asyncio or of trio.
+"""Lets a coroutine of asyncio or trio wait for another thread.
 
-A `Waiter` belongs to the loop that it was made on; another thread completes it by one `hop` to that loop.
+A `Waiter` belongs to the loop on which it was created; another thread completes it through one `call_on_loop`. Called
+by channels, the engine's host and its output processor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 
 
 class Loop(Hashable, Protocol):
-    """An event loop, as other threads see it."""
+    """An event loop as seen from other threads."""
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> object:
         """Call a function on the loop's thread. Raises `RuntimeError` once the loop is closed."""
@@ -22,12 +23,12 @@ class Loop(Hashable, Protocol):
 
 
 class Waiter(Protocol):
-    """What a coroutine awaits until `set_result` is called on its loop; an `asyncio.Future` is one."""
+    """An awaitable that completes when `set_result` is called on its loop; an `asyncio.Future` is one."""
 
     def __await__(self) -> Generator[object, None, None]: ...
 
     def done(self) -> bool:
-        """Whether it was completed, or its coroutine cancelled."""
+        """Whether it was completed, or its coroutine was cancelled."""
         ...
 
     def set_result(self, result: None, /) -> None:
@@ -40,7 +41,7 @@ class Waiter(Protocol):
 
 
 def new_waiter() -> Waiter:
-    """A waiter of the running event loop, which is asyncio's or trio's."""
+    """A waiter of the running event loop, asyncio's or trio's."""
     try:
         return asyncio.get_running_loop().create_future()
     except RuntimeError:
@@ -48,24 +49,24 @@ def new_waiter() -> Waiter:
 
 
 def call_on_loop(loop: Loop, function: Callable[..., object], *args: object) -> None:
-    """Call a function on another thread's loop. A closed loop has nobody left who would want it."""
+    """Call a function on another thread's event loop. Does nothing if the loop is closed: nothing waits on it."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
 
 
 class Wakeups:
-    """Waiters to complete, grouped so that each consumer loop is entered once per step."""
+    """Waiters to complete, grouped so that each loop is called once per step."""
 
     def __init__(self) -> None:
         self._by_loop: defaultdict[Loop, list[Waiter]] = defaultdict(list)
 
     def add(self, waiters: list[Waiter]) -> None:
-        """Remember waiters to wake."""
+        """Add waiters to wake."""
         for waiter in waiters:
             self._by_loop[waiter.get_loop()].append(waiter)
 
     def send(self) -> None:
-        """Wake all of them: one hop per loop."""
+        """Wake all of them, with one call per loop."""
         for loop, waiters in self._by_loop.items():
             call_on_loop(loop, _complete, waiters)
         self._by_loop.clear()
@@ -82,11 +83,11 @@ class _TrioLoop:
     run_sync_soon: Callable[..., None]
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> None:
-        self.run_sync_soon(callback, *args)  # raises trio's `RunFinishedError`, which is a `RuntimeError`
+        self.run_sync_soon(callback, *args)  # raises trio's `RunFinishedError`, a `RuntimeError`
 
 
 class _TrioWaiter:
-    """Raises `RuntimeError` where no event loop runs."""
+    """A waiter on trio. Raises `RuntimeError` where no event loop runs."""
 
     def __init__(self) -> None:
         try:

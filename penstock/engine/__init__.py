@@ -1,4 +1,4 @@
-"""The native engine: the loop that steps it, requests in and out, their text, and what is measured of it.
+"""The native engine: the loop that runs its steps, requests in and out, text, and measurements.
 
-Importing it is light: torch and transformers are imported when a model is loaded.
+Importing it is cheap: torch and transformers are imported when a model is loaded.
 """

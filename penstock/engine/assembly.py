@@ -1,6 +1,7 @@
-"""`Assembly`: puts an engine together (model, a cache sized for it, scheduler, tokenizers) and takes it apart.
+"""`Assembly`: builds an engine (model, cache, scheduler, tokenizers) and releases it again.
 
-Assembling runs once, on the model's thread; the only place where `models.loading` (and with it torch) is imported.
+Building happens once, on the model's thread. Only here, and for a draft model in `drafting`, is `models.loading`
+imported, and torch with it. Called by `InferenceEngine` and by `Host` at boot.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from penstock.scheduling.limits import Limits
 from penstock.scheduling.packing import engine_packing
 from penstock.scheduling.scheduler import Scheduler
 
-# A host's free memory belongs to the rest of the program too: gpu_memory_utilization is a fraction of this part.
+# The rest of the program needs host memory too: gpu_memory_utilization is a fraction of this share of the free memory.
 HOST_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an assembled engine is made of."""
+    """The parts of an assembled engine."""
 
     runner: ModelRunner
     tokenizer: Tokenizer | None
@@ -62,13 +63,13 @@ class Parts:
     draft: GuessingRunner | None
 
     def trim_draft(self) -> int:
-        """Give back what a draft model holds without need; how many bytes. On the model's thread."""
+        """Release memory that the draft model does not need; returns the bytes. On the model's thread."""
         if self.draft is None or not isinstance(self.drafter, ModelDrafter):
             return 0
         return self.draft.trim_memory(self.drafter.unused_blocks())
 
     def close(self) -> None:
-        """Let go of the models, their memory and the tokenizer threads."""
+        """Release the models, their memory and the tokenizer threads."""
         self.pool.close()
         if self.draft is not None:
             self.draft.close()
@@ -76,7 +77,7 @@ class Parts:
 
 
 def check_model(model: object) -> None:
-    """Refuse a model source that cannot work before anything heavy is imported. Raises `ConfigurationError`."""
+    """Refuse an unusable model argument before anything heavy is imported. Raises `ConfigurationError`."""
     if isinstance(model, str | Path):
         check_source(str(model))
     elif not (model is None or _is_runner(model) or hasattr(model, "parameters")):
@@ -111,11 +112,11 @@ def _build_parts(
     admission: Admission,
     log: Logger,
 ) -> Parts:
-    """Builds cache, scheduler, tokenizers and drafter for a loaded model."""
+    """Build cache, scheduler, tokenizers and drafter for a loaded model."""
     longest = min(runner.spec.max_length, config.max_sequence_length or runner.spec.max_length)
     cache, wanted_blocks = _make_cache(runner, draft, longest, config, log)
     if cache.capacity < longest and "max_sequence_length" in config.model_fields_set:
-        log.warning(f"the K/V cache holds {cache.capacity} tokens: no sequence reaches max_sequence_length={longest}")
+        log.warning(f"the K/V cache holds {cache.capacity} tokens: no sequence can reach max_sequence_length={longest}")
     max_logit_rows = max(1, config.logits_chunk_bytes // (4 * runner.spec.vocab_size))
     limits = Limits(config)
     packing = engine_packing(config, limits, cache.capacity, runner.spec.kv_bytes_per_token, runner.spec.weight_bytes)
@@ -131,7 +132,7 @@ def _build_parts(
 
 
 def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
-    """What makes longer sequences possible, as the end of a sentence that says what else to do."""
+    """How to allow longer sequences, as the end of an error message."""
     if capacity < longest:
         return ", or raise memory_pool_size or kv_cache_tokens"
     return f"; {spec.max_length_reason}" if spec.max_length_reason else ", or raise max_sequence_length"
@@ -140,9 +141,9 @@ def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
 def _make_cache(
     runner: ModelRunner, draft: GuessingRunner | None, longest: int, config: EngineConfig, log: Logger
 ) -> tuple[CacheManager, dict[str, int]]:
-    """A cache of the configured size, and the memory behind it; a draft model's holds as many tokens, beside it.
+    """A cache of the configured size and its memory; a draft model gets as many tokens of its own.
 
-    With it come the sizes that the settings ask for, which may be more than there is memory.
+    Also returns the sizes that the settings asked for, which may exceed the available memory.
     """
     on_gpu = "cuda" in runner.spec.device
     share = 1.0 if on_gpu else HOST_SHARE
@@ -179,15 +180,15 @@ def _load(model: object, tokenizer: object, config: EngineConfig) -> tuple[Model
         return model, cast(Tokenizer | None, tokenizer)
     from penstock.models.loading import load
 
-    loaded = load(model, tokenizer, config)  # type: ignore[arg-type]  # what passed `check_model`
+    loaded = load(model, tokenizer, config)  # type: ignore[arg-type]  # checked by `check_model`
     return loaded.runner, loaded.tokenizer
 
 
 class Assembly:
-    """Assembles one engine, on the model's thread; `parts` are there once the model is loaded, until `close`.
+    """Assembles one engine, on the model's thread; `parts` are set once the model is loaded, until `close`.
 
-    `model` and `tokenizer` are let go of when that begins. Holds no reference to the engine object, so that dropping
-    that one stops everything.
+    It releases `model` and `tokenizer` when assembly begins. It holds no reference to the `InferenceEngine`, so that
+    dropping the engine stops everything.
     """
 
     def __init__(
@@ -231,22 +232,22 @@ class Assembly:
         return EngineCore(core_parts, execute, time.monotonic)
 
     def close(self) -> None:
-        """Let go of what was assembled."""
+        """Release all parts."""
         parts, self.parts = self.parts, None
         if parts is not None:
             parts.close()
 
     def halt(self, until: float) -> None:
-        """The process exits: the tokenizer's threads end."""
+        """End the tokenizer threads, because the process exits."""
         if self.parts is not None:
             self.parts.pool.halt(until)
 
 
 def shut_down(host: Host, callbacks: Callbacks, assembly: Assembly, unregister: Callable[[], None]) -> None:
-    """Stop at once and let go of whatever was assembled; `unregister` takes back what happens at exit.
+    """Stop at once and release all parts; `unregister` removes the exit handler.
 
-    While the model loads that takes as long, which a caller who only dropped an engine should not wait for: then it is
-    left to a thread of its own.
+    While the model loads, stopping takes as long as loading. A caller who merely dropped an engine should not wait for
+    that, so a separate thread does it.
     """
     args = (host, callbacks, assembly, unregister)
     if host.loading:

@@ -1,6 +1,6 @@
-"""Who drafts for an engine: reads the settings, loads the draft model, makes the drafter.
+"""Chooses an engine's drafter: reads the settings, loads the draft model, constructs the drafter.
 
-Called once by `boot`, on the model's thread; imports torch only where a draft model is to be loaded.
+Called once by `assemble`, on the model's thread; imports torch only if a draft model must be loaded.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from penstock.optimizers.speculation.suffix import SuffixDrafter
 
 
 def load_draft_model(model: object, target: ModelSpec, config: EngineConfig) -> GuessingRunner | None:
-    """The draft model of `target`, which was loaded from `model`; None where none is wanted.
+    """The draft model for `target`, which was loaded from `model`; None if the settings need none.
 
-    Raises `ConfigurationError` for one that is not named, cannot be loaded, or has another vocabulary.
+    Raises `ConfigurationError` if it is not named, cannot be loaded, or has another vocabulary.
     """
     if not (config.enable_speculative_decoding and uses_draft_model(config)):
         return None
@@ -32,7 +32,7 @@ def load_draft_model(model: object, target: ModelSpec, config: EngineConfig) -> 
 
 
 def make_drafter(config: EngineConfig, draft: GuessingRunner | None, cache: CacheManager) -> Drafter:
-    """The drafter of the settings; "ngram" where a draft model is named and was not loaded."""
+    """The configured drafter; "ngram" if a draft model is configured but was not loaded."""
     if draft is not None:
         return ModelDrafter(
             draft.guess,

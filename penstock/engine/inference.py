@@ -1,7 +1,7 @@
-"""`InferenceEngine`: the engine inside your program.
+"""`InferenceEngine`: the native engine, used from within a program.
 
-Owns the lifetime of everything below it: configuration, the host's threads, the door, the callbacks. Every method may
-be called from any thread or loop; importing or constructing it changes no global state.
+Owns the lifetime of everything below it: configuration, the host's threads, admission, callbacks. Every method may be
+called from any thread or event loop. Importing or constructing it changes no global state.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.sequence import FinishReason
 from penstock.values import real, token_ids
 
-# How many ended requests of `submit_request` can still be asked about.
+# Number of ended requests from `submit_request` that can still be queried.
 KEPT_REQUESTS = 1024
-CALLBACK_DRAIN_S = 0.5  # of a request in whose callback the engine is stopped
+CALLBACK_DRAIN_S = 0.5  # for a request whose callback stops the engine
 
 
 class InferenceEngine:
     """Serves one model to many callers at once.
 
-    `model` is a hub id, a folder, a live `nn.Module` (borrowed: it stays untouched and trainable), a `ScriptedModel`,
-    or None for the small model that ships with the package. Settings come as an `EngineConfig` or as keywords. The
-    model is loaded by `start()`, by entering `async with`, or on first use. Raises `ConfigurationError`.
+    `model` is a hub id, a folder, a live `nn.Module` (borrowed: it is not modified and stays trainable), a
+    `ScriptedModel`, or None for the small model that ships with the package. Settings are passed as an `EngineConfig`
+    or as keywords. `start()`, `async with` or the first request loads the model. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class InferenceEngine:
         host, callbacks, assembly = self._host, self._callbacks, self._assembly
         unregister = halt_at_exit(host, callbacks, assembly)
         self._finalizer = weakref.finalize(self, shut_down, host, callbacks, assembly, unregister)
-        self._finalizer.atexit = False  # it waits for the step that is running
+        self._finalizer.atexit = False  # it would wait for the running step
 
     # Generation.
 
@@ -96,14 +96,14 @@ class InferenceEngine:
         namespace: str = "",
         callback: Callback | None = None,
     ) -> RequestHandle:
-        """Submit a request at once, from any thread or loop; await the handle, or iterate it.
+        """Submit a request at once, from any thread or event loop; await the handle, or iterate over it.
 
         `prompt` is a string, token ids, chat messages, `{"prompt": text}` or `{"prompt_token_ids": ids}`. Without
-        `params` the model's own generation defaults hold. `deadline` and `ttft_deadline` (first token) are seconds
-        from now, noticed once the model is loaded. Requests share cached prefixes within a `namespace` only.
-        `callback(delta)`, sync or async, gets every delta instead of an iteration. Raises `RequestError`,
-        `EngineOverloaded`, `EngineClosed`; what shows only later (`RequestTooLarge`, `DeadlineExceeded`,
-        `ExecutionError`) is raised by the handle.
+        `params`, the model's own generation defaults apply. `deadline` and `ttft_deadline` (first token) are seconds
+        from now; they take effect once the model is loaded. Requests share cached prefixes only within a `namespace`.
+        `callback(delta)`, sync or async, receives every delta in place of an iteration. Raises `RequestError`,
+        `EngineOverloaded`, `EngineClosed`; the handle raises errors found later (`RequestTooLarge`, `DeadlineExceeded`,
+        `ExecutionError`).
         """
         arguments = read_arguments(
             *(prompt, params),
@@ -129,10 +129,10 @@ class InferenceEngine:
         *,
         config: Params = None,
     ) -> str:
-        """Submit and return the request's id; `callback(output)` is called once, when it has ended.
+        """Submit a request and return its id; `callback(output)` is called once, when it has ended.
 
-        `get_request_status(id)` and `get_request(id)` answer for the last thousand of them. `config` is another
-        name of `generation_config`.
+        `get_request_status(id)` and `get_request(id)` know the last thousand of these requests. `config` is an alias of
+        `generation_config`.
         """
         check_callback(callback)
         params = config if generation_config is None else generation_config
@@ -150,15 +150,15 @@ class InferenceEngine:
         *,
         config: Params = None,
     ) -> RequestOutput:
-        """Submit and wait for the result; `result.output_ids[0]` is prompt and output."""
+        """Submit a request and wait for the result; `result.output_ids[0]` is prompt and output."""
         return await self.generate(text, config if generation_config is None else generation_config, priority=priority)
 
     async def score(
         self, prompt_ids: SequenceOf[int], completion_ids: SequenceOf[int], *, namespace: str = ""
     ) -> list[float]:
-        """The model's log probability of each completion token after the prompt, batched with whatever else runs.
+        """The model's log probability of each completion token after the prompt, batched with other requests.
 
-        Both are token ids, at least one each. Raises `RequestError`, and what awaiting a request raises.
+        Both arguments are token ids, at least one each. Raises `RequestError`, and whatever awaiting a request raises.
         """
         prompt_ids, completion_ids = token_ids("prompt_ids", prompt_ids), token_ids("completion_ids", completion_ids)
         if not prompt_ids or not completion_ids:
@@ -178,7 +178,7 @@ class InferenceEngine:
         at: int | None = None,
         index: int = 0,
     ) -> list[RequestHandle]:
-        """`RequestHandle.fork` of a request that is known by its id."""
+        """`RequestHandle.fork` for a request given by its id."""
         request_id = check_id(request_id)
         n = check_num_forks(n, self.config.max_queue_size)
         fork = Fork(request_id, index=index, at=at, append=append)
@@ -188,33 +188,34 @@ class InferenceEngine:
         return [RequestHandle(request.channel, self) for request in requests]
 
     def abort(self, request_id: str) -> None:
-        """End a request with what it has so far; unknown and ended ids are ignored. Raises `RequestError`."""
+        """End a request with its output so far; unknown and ended ids are ignored. Raises `RequestError`."""
         request_id = check_id(request_id)
         self._host.try_post(lambda core: core.abort(request_id))
 
     def get_request_status(self, request_id: str) -> RequestStatus | None:
-        """How far a request has come; None for an unknown id. Raises `RequestError`."""
+        """The state of a request; None for an unknown id. Raises `RequestError`."""
         channel = self._channels.get(check_id(request_id))
         return None if channel is None else channel.status
 
     def get_request(self, request_id: str) -> RequestHandle | None:
-        """Another handle of a known request; dropping it aborts nothing. Raises `RequestError`."""
+        """Another handle of a known request; dropping it does not abort. Raises `RequestError`."""
         channel = self._channels.get(check_id(request_id))
         return None if channel is None else RequestHandle(channel, self).detach()
 
-    # Life.
+    # Lifetime.
 
     def start(self) -> None:
-        """Load the model and begin to serve; blocks until ready. Raises `ConfigurationError`, `OutOfMemory`."""
+        """Load the model and start serving; blocks until ready. Raises `ConfigurationError`, `OutOfMemory`."""
         self._boot()
         self._host.wait_ready()
 
     def stop(self, drain: float = 30.0) -> None:
-        """Serve what was accepted for at most `drain` seconds, abort the rest, free everything. Harmless twice.
+        """Serve accepted requests for at most `drain` seconds, abort the rest, free all resources. Idempotent.
 
-        Waits for a step that is running, and for a model that is loading. It blocks the thread: in a coroutine, use
-        `await engine.aclose()`, or `async with`, whose end drains too unless an exception leaves it. In a callback it
-        waits for no callback, and half a second at most for that callback's own request, which nobody hears meanwhile.
+        Waits for a running step and for a loading model. It blocks the thread: in a coroutine, use `await
+        engine.aclose()`, or `async with`, which drains as well unless an exception leaves it. Called from a callback,
+        it waits for no callback, and for at most half a second for that callback's own request, which receives no
+        deltas in that time.
         """
         drain = real("drain", drain, 0.0, math.inf, "seconds, a number >= 0")
         if (calling_request := self._callbacks.current_request()) is not None:
@@ -223,12 +224,12 @@ class InferenceEngine:
         self._finalizer()
 
     async def aclose(self, drain: float = 30.0) -> None:
-        """`stop` without blocking the loop. Cancelling it ends the drain: the rest is aborted at once."""
-        from anyio import to_thread  # here, because few programs close an engine before they end
+        """`stop` without blocking the event loop. Cancelling it ends the drain and aborts all requests at once."""
+        from anyio import to_thread  # imported here, because few programs close an engine before they exit
 
         try:
             await to_thread.run_sync(self.stop, drain, abandon_on_cancel=True)
-        except BaseException:  # cancelled, by whichever event loop
+        except BaseException:  # cancelled by asyncio or trio
             self._host.try_post(lambda core: core.abort_all())
             raise
 
@@ -245,44 +246,44 @@ class InferenceEngine:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer (not to be used from two threads at once); None before loading, or when skipped."""
+        """The model's tokenizer, which two threads must not use at once; None before loading, or if skipped."""
         return None if self._assembly.parts is None else self._assembly.parts.tokenizer
 
     def default_params(self, max_tokens: int | None = None) -> SamplingParams:
-        """What a request without parameters runs with: the model's own generation defaults. Loads the model.
+        """The parameters of a request without any: the model's own generation defaults. Loads the model.
 
-        A `max_length` or `min_length` of these depends on the prompt, and is left out. `max_tokens` holds where they
-        have no `max_new_tokens`; None is the configured `default_max_tokens`.
+        Their `max_length` and `min_length` depend on the prompt and are omitted. `max_tokens` applies if they have no
+        `max_new_tokens`; None is the configured `default_max_tokens`.
         """
         self.start()
         return default_params(self._loaded.runner.spec.defaults, max_tokens or self.config.default_max_tokens)
 
-    # Figures.
+    # Statistics and memory.
 
     def get_stats(self) -> EngineStats:
-        """Status, queue, cache, latency percentiles and rates, memory, configuration, facts of the loaded model."""
+        """Status, queue, cache, latency percentiles and rates, memory, configuration, loaded model."""
         parts = None if self._host.closed else self._assembly.parts
         return figures(self.config, self._host, self._admission, self._metrics, parts)
 
     @property
     def batching_optimizer(self) -> BatchingOptimizer:
-        """What every step has been told to, for `get_recommendations()`; empty with enable_metrics=False."""
+        """The advisor that records every step, for `get_recommendations()`; empty with enable_metrics=False."""
         return self._advisor
 
     def reset_prefix_cache(self) -> None:
-        """Reuse no K/V computed until now, as after changing the weights of a borrowed module.
+        """Reuse no K/V computed so far, for instance after changing the weights of a borrowed module.
 
-        Running requests keep what they hold; what they add from here on is not shared with new ones.
+        Running requests keep their K/V; whatever they add from now on is not shared with new requests.
         """
         self._host.try_post(lambda core: core.housekeeper.reset_cache())
 
     def optimize_memory(self) -> dict[str, float]:
-        """Give back all memory that no running request needs: `freed_bytes`, and use `before` and `after`, 0 to 1.
+        """Release all memory that no running request needs.
 
-        That is garbage, kept workspaces, what allocators hold for later, cached prefixes here and in `swap_space`, and
-        on a CPU the memory behind every block that is empty then, a draft model's too. Waits for the step that is
-        running; in a coroutine, use `await asyncio.to_thread(engine.optimize_memory)`. An engine that is not loaded
-        has nothing to give.
+        Returns `freed_bytes`, and the memory use `before` and `after`, from 0 to 1. Releases garbage, kept workspaces,
+        memory held by allocators, cached prefixes (also in `swap_space`) and, on a CPU, the memory of every block that
+        is then empty, including a draft model's. Waits for the running step; in a coroutine, use `await
+        asyncio.to_thread(engine.optimize_memory)`. Does nothing if the engine is not loaded.
         """
         if not self._host.ready:
             return {"before": 0.0, "after": 0.0, "freed_bytes": 0}
@@ -303,7 +304,7 @@ class InferenceEngine:
 
     def _boot(self) -> None:
         if self._pid != os.getpid():
-            raise EngineClosed("this engine was made before os.fork(): make a new one in the child process")
+            raise EngineClosed("this engine was created before os.fork(): create a new one in the child process")
         self._host.start()
 
     def _unused_id(self, request_id: str | None) -> str:
@@ -315,7 +316,7 @@ class InferenceEngine:
         return request_id
 
     def _submit(self, requests: SequenceOf[Request], fork: Fork | None = None) -> None:
-        """Hand all of them to the engine's thread, or none."""
+        """Pass all requests to the engine's thread, or none."""
         self._boot()
         places = [request.place for request in requests]
         displaced = self._admission.reserve(places)

@@ -1,4 +1,4 @@
-"""The engine in other vocabularies: `LLM` for scripts, vLLM's `AsyncLLMEngine`, and `PerformanceOptimizer`.
+"""Other interfaces to the engine: `LLM` for scripts, vLLM's `AsyncLLMEngine`, and `PerformanceOptimizer`.
 
-Thin: no facade schedules, samples or caches. Each makes the native engine and is otherwise written against `api`.
+No facade schedules, samples or caches. Each creates the native engine and otherwise uses only `api`.
 """

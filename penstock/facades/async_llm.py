@@ -1,6 +1,6 @@
 """`AsyncLLMEngine`: the engine under the names of vLLM's lessons; streams `RequestOutput`s instead of deltas.
 
-A thin facade of `InferenceEngine`; it owns nothing but the accumulation of deltas into outputs.
+A thin facade of `InferenceEngine` that only accumulates deltas into outputs. Called by programs written for vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from penstock.values import LARGEST_COUNT, integer, items
 
 
 class AsyncEngineArgs:
-    """Arguments of an `AsyncLLMEngine`: `model`, `tokenizer`, and those of `LLM` and `EngineConfig`."""
+    """The arguments of an `AsyncLLMEngine`: `model`, `tokenizer`, and those of `LLM` and `EngineConfig`."""
 
     def __init__(self, model: object = None, tokenizer: object = None, **settings: Unpack[EngineArguments]) -> None:
         self.model = model
@@ -29,10 +29,10 @@ class AsyncEngineArgs:
 
 
 class OutputStream:
-    """One request: awaitable for the final `RequestOutput`, iterable for one after every step.
+    """One request: await it for the final `RequestOutput`, or iterate over it for one output per step.
 
-    What each holds follows `SamplingParams.output_kind`: everything so far (the default), only what is new, or only
-    the final result. Cancelling, closing or dropping it aborts the request.
+    `SamplingParams.output_kind` determines their content: everything so far (the default), only what is new, or only
+    the final result. Cancelling, closing or dropping the stream aborts the request.
     """
 
     def __init__(self, handle: RequestHandle, kind: OutputKind, n: int) -> None:
@@ -64,7 +64,7 @@ class OutputStream:
         if self._kind is OutputKind.DELTA:
             return self._output([_from_delta(delta)])
         if self._complete and delta.finish_reason in ("stop", "length"):
-            return await self._handle  # what deltas do not carry is in the result: metrics, prompt logprobs
+            return await self._handle  # the result has what deltas lack: metrics, prompt logprobs
         return self._output([self._completions[index] for index in sorted(self._completions)])
 
     async def aclose(self) -> None:
@@ -73,7 +73,7 @@ class OutputStream:
 
     @property
     def _complete(self) -> bool:
-        """Whether every completion has had its last delta; one that is still to come may not have had its first."""
+        """Whether every completion has had its last delta; a later one may not have had its first yet."""
         return len(self._completions) == self._n and all(out.finish_reason for out in self._completions.values())
 
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
@@ -95,7 +95,7 @@ def _from_delta(delta: Delta) -> CompletionOutput:
 
 
 def _extended(previous: CompletionOutput | None, delta: Delta) -> CompletionOutput:
-    """A new record, so that those returned earlier stay as they are."""
+    """A new record, so that records returned earlier do not change."""
     completion = _from_delta(delta)
     if previous is None:
         return completion
@@ -109,20 +109,20 @@ def _extended(previous: CompletionOutput | None, delta: Delta) -> CompletionOutp
 
 
 class AsyncLLMEngine:
-    """Online generation for servers. Make it with `from_engine_args`; it loads its model on first use."""
+    """Online generation for servers. Create it with `from_engine_args`; the first request loads the model."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
 
     @classmethod
     def from_engine_args(cls, engine_args: AsyncEngineArgs) -> Self:
-        """An engine for the arguments. Raises `ConfigurationError`."""
+        """An engine with these arguments. Raises `ConfigurationError`."""
         return cls(InferenceEngine(engine_args.model, engine_args.tokenizer, engine_args.config))
 
     def generate(
         self, prompt: Prompt, sampling_params: Params = None, request_id: str | None = None, *, priority: int = 0
     ) -> OutputStream:
-        """Submit at once; `await` or iterate the result. `priority` is vLLM's: lower is served first, 0 is normal."""
+        """Submit at once; await or iterate over the result. `priority` is vLLM's: lower first, 0 is normal."""
         kind, n = OutputKind.CUMULATIVE, 1
         if isinstance(sampling_params, SamplingParams):
             kind, n = sampling_params.output_kind, sampling_params.n
@@ -135,20 +135,20 @@ class AsyncLLMEngine:
             self.engine.abort(each_id)
 
     async def get_tokenizer(self) -> Any:
-        """The model's tokenizer; loads the model if that has not happened."""
+        """The model's tokenizer; loads the model if necessary."""
         await self.engine.__aenter__()
         return self.engine.tokenizer
 
     def get_stats(self) -> EngineStats:
-        """The engine's figures."""
+        """The engine's statistics."""
         return self.engine.get_stats()
 
     def shutdown(self) -> None:
-        """Stop at once and free everything."""
+        """Stop at once and free all resources."""
         self.engine.stop(0.0)
 
 
 def _class_of(priority: int) -> RequestPriority:
-    """vLLM's number, lower first, as a class: -1 is HIGH, -2 and below CRITICAL, 1 and above LOW."""
+    """The priority class for vLLM's number: -1 is HIGH, -2 and below CRITICAL, 1 and above LOW."""
     number = integer("priority", priority, -LARGEST_COUNT, rule="an integer, lower first")
     return RequestPriority(min(4, max(1, RequestPriority.NORMAL - number)))

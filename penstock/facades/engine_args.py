@@ -1,7 +1,7 @@
-"""The constructor arguments of `LLM` and `AsyncEngineArgs`, translated into an `EngineConfig`.
+"""Translates the constructor arguments of `LLM` and `AsyncEngineArgs` into an `EngineConfig`.
 
-Accepts the vocabulary of vLLM's lessons: what has a meaning here takes effect, what has none for one process is
-accepted at its harmless value and refused, with the remedy, at any other.
+Accepts the names of vLLM's lessons. An argument with a meaning in this engine takes effect; one that has none in a
+single process is accepted at its neutral value and refused, with the remedy, at any other.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class EngineArguments(EngineSettings, total=False):
 
 
 def engine_config(arguments: EngineArguments, defaults: EngineSettings) -> EngineConfig:
-    """An `EngineConfig` from the arguments and, for what they leave open, a caller's own `defaults`.
+    """An `EngineConfig` from the arguments; `defaults` apply to whatever they omit.
 
-    Raises `ConfigurationError` for unknown or impossible arguments.
+    Raises `ConfigurationError` for unknown or invalid arguments.
     """
     explicit = canonical({name: value for name, value in arguments.items() if name not in _IGNORED})
     settings: dict[str, Any] = {**defaults, **explicit}
     if "memory_pool_size" in explicit and "gpu_memory_utilization" not in explicit:
-        settings["gpu_memory_utilization"] = None  # explicit bytes go before a default fraction
+        settings["gpu_memory_utilization"] = None  # explicit bytes take precedence over a default fraction
     _refuse_parallel(settings)
     if settings.get("max_num_batched_tokens", 0) is None:
         del settings["max_num_batched_tokens"]  # None leaves the choice to the engine

@@ -1,6 +1,6 @@
-"""`LLM`: the engine for scripts and notebooks. Blocks, returns everything at once, shows a progress bar.
+"""`LLM`: the engine for scripts and notebooks. Blocks, returns all results at once, shows a progress bar.
 
-A thin facade of `InferenceEngine`: it owns no scheduling, sampling or caching.
+A thin facade of `InferenceEngine`: it never schedules, samples or caches.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _DEFAULTS: EngineSettings = {
 
 
 class LLM:
-    """Offline generation with one model; loads it at once.
+    """Offline generation with one model, loaded by the constructor.
 
-    Takes the keyword arguments of `EngineConfig`, and vLLM's names for them. Its own defaults suit batches: seed 0, 256
-    sequences at once, the model's full length, 0.9 of the memory that is there, a queue without practical limit.
-    Raises `ConfigurationError` (a ValueError) for a bad model or setting, `OutOfMemory` (a RuntimeError).
+    Takes the keyword arguments of `EngineConfig`, and vLLM's names for them. Its defaults suit batches: seed 0, at most
+    256 running sequences, the model's full length, 0.9 of the available memory, a practically unlimited queue. Raises
+    `ConfigurationError` (a ValueError) for an invalid model or setting, `OutOfMemory` (a RuntimeError).
     """
 
     def __init__(self, model: object = None, tokenizer: object = None, **settings: Unpack[EngineArguments]) -> None:
@@ -49,10 +49,10 @@ class LLM:
         sampling_params: Params | Sequence[Params] = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Generate for one prompt or a list of them; results in the order of the prompts.
+        """Generate for one prompt or a list of prompts; results are in the order of the prompts.
 
-        `sampling_params` is one for all, or a list with one for each. Raises the first request's error after
-        cancelling the rest.
+        `sampling_params` is one object for all prompts, or a list with one for each. Cancels the remaining requests and
+        raises the first failed request's error.
         """
         batch = _as_batch(prompts)
         params = _as_params(sampling_params, len(batch))
@@ -60,7 +60,7 @@ class LLM:
         try:
             return [handle.result() for handle in _progress(handles, use_tqdm)]
         finally:
-            for handle in handles:  # whoever keeps the exception keeps this frame, and with it the handles
+            for handle in handles:  # a kept exception would keep this frame, and with it the handles
                 handle.cancel()
 
     def chat(
@@ -75,11 +75,7 @@ class LLM:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Generate the reply to a conversation (a list of messages), or to each of several.
-
-        The keywords reach the chat template; `chat_template_kwargs` are further variables of it (`enable_thinking`).
-        A last message of the assistant's is continued, unless `continue_final_message=False`.
-        """
+        """Generate the reply to one conversation (a list of messages), or to each of several."""
         several = isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], list)
         optional = {
             "tools": tools,
@@ -98,11 +94,11 @@ class LLM:
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's own generation config recommends."""
+        """The parameters recommended by the model's own generation config."""
         return self.engine.default_params()
 
     def get_stats(self) -> EngineStats:
-        """The engine's figures."""
+        """The engine's statistics."""
         return self.engine.get_stats()
 
     def stop(self) -> None:
@@ -111,7 +107,7 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many: a string, a mapping, token ids or one conversation is a single prompt."""
+    """The prompts as a list: a string, a mapping, token ids or one conversation is a single prompt."""
     try:
         return [cast(Prompt, prompts)] if _is_single(prompts) else list(cast(Sequence[Prompt], prompts))
     except Exception as error:
@@ -135,7 +131,7 @@ def _as_params(params: Params | Sequence[Params], count: int) -> list[Params]:
 
 
 def _progress(handles: list[RequestHandle], show: bool) -> Iterable[RequestHandle]:
-    """A bar on a terminal only: making one sets the start method of `multiprocessing` for the whole program."""
+    """A progress bar, on a terminal only: creating one sets the start method of `multiprocessing` globally."""
     if not show or sys.stderr is None or not sys.stderr.isatty():
         return handles
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""What optimizations achieved: the figures of a generation, their totals, and each feature in a sentence.
+"""The effects of optimizations: figures of one generation, their totals, and a sentence per feature.
 
 Pure functions of outputs, settings and the engine's statistics. Called by `PerformanceOptimizer`.
 """
@@ -16,7 +16,7 @@ from penstock.optimizers.levels import ALWAYS, MIB, NO_CHECKPOINTS, Optimization
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
 
-LABEL_WIDTH = 30  # characters before what is said
+LABEL_WIDTH = 30  # in characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Generation:
 
     @classmethod
     def of(cls, outputs: Sequence[RequestOutput], params: SamplingParams, seconds: float) -> Generation:
-        """The figures of what was returned."""
+        """The figures of a call that returned these outputs."""
         completions = [completion for output in outputs for completion in output.outputs]
         drafted = sum(completion.num_drafted_tokens for completion in completions)
         candidates = params.num_sequences
@@ -50,12 +50,12 @@ class Generation:
         )
 
     def rates(self) -> dict[str, float | None]:
-        """What follows from the figures."""
+        """The rates derived from the figures."""
         return rates(self.tokens_generated, self.generation_time, self.drafted_tokens, self.accepted_tokens)
 
 
 def rates(tokens: int, seconds: float, drafted: int, accepted: int) -> dict[str, float | None]:
-    """Returned tokens per second, and the fraction of drafted tokens that were right (None where there were none)."""
+    """Returned tokens per second, and the fraction of draft tokens accepted (None if there were none)."""
     return {
         "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         "acceptance_rate": accepted / drafted if drafted else None,
@@ -81,7 +81,7 @@ def totals(generations: Sequence[Generation]) -> dict[str, Any]:
 
 
 def features(config: OptimizationConfig, stats: EngineStats) -> dict[str, str]:
-    """Each feature by its flag: whether it is on, and what that means for the model that was loaded."""
+    """For each flag, whether its feature is on, and what that means for the loaded model."""
     settings, aggregation = stats["config"], config.sample_aggregation
     rank = aggregation if isinstance(aggregation, str) else "your function"
     chunk_bytes = settings["logits_chunk_bytes"]
@@ -114,10 +114,10 @@ def _draft_source(settings: Mapping[str, Value]) -> str:
 
 
 def compiled(settings: Mapping[str, Value], stats: EngineStats) -> str:
-    """What runs on compiled kernels, and which."""
+    """Whether the model runs on compiled kernels, and on which."""
     passes = ", ".join(stats["rewrites"])
     if not settings["compile_model"]:
-        return f"off: layers run as they were written; kernels: {stats['kernels']}"
+        return f"off: layers run unchanged; kernels: {stats['kernels']}"
     return f"on: {passes} ({stats['kernels']})" if passes else f"nothing was compiled: {stats['kernels']}"
 
 
@@ -134,7 +134,7 @@ def _measurements(stats: Mapping[str, Any]) -> str:
     if not stats["generations"]:
         return "nothing yet"
     accepted = stats["acceptance_rate"]
-    drafts = "no drafts" if accepted is None else f"{accepted:.0%} of {stats['drafted_tokens']} drafted tokens right"
+    drafts = "no drafts" if accepted is None else f"{accepted:.0%} of {stats['drafted_tokens']} draft tokens accepted"
     return (
         f"{stats['generations']} generations, {stats['tokens_generated']} tokens, "
         f"{stats['tokens_per_second']:.1f} tokens/s, first token after "

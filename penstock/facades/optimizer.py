@@ -1,7 +1,7 @@
 """`PerformanceOptimizer`: one call that generates, optimized by level and flags, and reports the result.
 
-A thin synchronous facade of `InferenceEngine`: it owns no scheduling, sampling or caching, and never changes how tokens
-are drawn. Use its `engine` for everything else: streaming, asyncio, priorities.
+A thin synchronous facade of `InferenceEngine`: it never schedules, samples or caches, and never changes how tokens are
+sampled. Its `engine` offers everything else: streaming, asyncio, priorities.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ LIVE = frozenset(
         "enable_gradient_checkpointing",
     }
 )
-# Whoever passes the number of candidates also says how they are ranked.
+# A caller who passes one of these replaces all of the level's values for them.
 COUNTS = frozenset({"n", "best_of", "rank_by", "use_beam_search"})
 
 
 class PerformanceOptimizer:
-    """Generates with one model as `config` says; loads it at once.
+    """Generates with one model as `config` says; the constructor loads it.
 
-    `model` is what `InferenceEngine` takes: a live module, a folder, a hub id, or None for the demo model. `settings`
-    are keywords of `EngineConfig`, and go before what the level says. Raises `ConfigurationError`, `OutOfMemory`.
+    `model` is what `InferenceEngine` accepts: a live module, a folder, a hub id, or None for the demo model. `settings`
+    are keywords of `EngineConfig` and override the level. Raises `ConfigurationError`, `OutOfMemory`.
     """
 
     def __init__(
@@ -77,16 +77,17 @@ class PerformanceOptimizer:
     ) -> tuple[Any, dict[str, Any]]:
         """Generate up to `max_length` new tokens after each prompt: (output, statistics).
 
-        `input_ids` is a tensor or array [prompts, tokens], or lists of token ids, with an `attention_mask` of its shape
-        where rows are padded. The output holds prompt and new tokens, without padding before or between, in the type
-        of `input_ids`: an integer tensor [prompts, longest] that ends in `pad_token_id` where a row is shorter, or
-        lists. Rows are as many as completions if `sampling`, more keywords of `SamplingParams`, asks for n of each.
+        `input_ids` is a tensor or array [prompts, tokens], or lists of token ids, with an `attention_mask` of the same
+        shape if rows are padded. The output holds prompt and new tokens, without padding before or between them, in the
+        type of `input_ids`: an integer tensor [prompts, longest] in which shorter rows end with `pad_token_id`, or
+        lists. `sampling` takes further keywords of `SamplingParams`; with `n`, the output has n rows for each prompt.
 
-        Statistics, of this call: strategy ("parallel" if the best of several candidates was taken, else "speculative"
-        or "standard"), generation_time and first_token_time in seconds, tokens_generated (those returned) and
-        tokens_per_second, num_candidates, drafted_tokens, accepted_tokens and acceptance_rate (None without drafts),
-        cached_prompt_tokens, adaptive_params (the limits that follow measured step times), level. Raises `RequestError`
-        and what awaiting a request raises; `ConfigurationError` for a changed setting that is read at load.
+        The statistics of this call are strategy ("parallel" if the best of several candidates was chosen, otherwise
+        "speculative" or "standard"), generation_time and first_token_time in seconds, tokens_generated (returned
+        tokens) and tokens_per_second, num_candidates, drafted_tokens, accepted_tokens and acceptance_rate (None without
+        drafts), cached_prompt_tokens, adaptive_params (the limits derived from measured step times), level. Raises
+        `RequestError` and whatever awaiting a request raises; `ConfigurationError` for a changed setting that is only
+        read at load.
         """
         self._apply()
         prompts = _rows(input_ids, attention_mask)
@@ -99,7 +100,7 @@ class PerformanceOptimizer:
         return _in_type_of(input_ids, rows, pad_token_id), self._stats(generation)
 
     def get_optimization_stats(self) -> dict[str, Any]:
-        """What is on and why, the settings in force, and figures over the last thousand generations."""
+        """The features with reasons, the settings in force, and figures over the last thousand generations."""
         stats = self.engine.get_stats()
         return {
             "level": self.config.level.value,
@@ -112,11 +113,11 @@ class PerformanceOptimizer:
         }
 
     def describe(self) -> str:
-        """The same for people."""
+        """`get_optimization_stats()` as readable text."""
         return describe(self.get_optimization_stats())
 
     def optimize_memory(self) -> dict[str, float]:
-        """Give back all memory that no running request needs; see `InferenceEngine.optimize_memory`."""
+        """Release all memory that no running request needs; see `InferenceEngine.optimize_memory`."""
         return self.engine.optimize_memory()
 
     def stop(self) -> None:
@@ -124,7 +125,7 @@ class PerformanceOptimizer:
         self.engine.stop(0.0)
 
     def _apply(self) -> None:
-        """Pass on what was assigned since the last generation. Raises `ConfigurationError`."""
+        """Apply flags assigned since the last generation to the engine. Raises `ConfigurationError`."""
         settings = self.config.engine_settings()
         changes = {name: value for name, value in settings.items() if value != self._applied.get(name)}
         changes |= {name: None for name in self._applied if name not in settings}
@@ -132,7 +133,7 @@ class PerformanceOptimizer:
         if fixed_names:
             raise ConfigurationError(
                 f"the assigned flags change {', '.join(fixed_names)}, which the engine reads when it loads its model: "
-                "make a new PerformanceOptimizer"
+                "create a new PerformanceOptimizer"
             )
         for name, value in changes.items():
             if name not in self._explicit:
@@ -154,7 +155,7 @@ class PerformanceOptimizer:
         try:
             return [handle.result() for handle in handles]
         finally:
-            for handle in handles:  # the rest, where one failed
+            for handle in handles:  # the remaining ones, if one failed
                 handle.cancel()
 
     def _stats(self, generation: Generation) -> dict[str, Any]:
@@ -178,10 +179,10 @@ def _tuned_limits(stats: EngineStats) -> dict[str, float]:
 
 
 def _rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:
-    """Token ids by prompt, without padding. Raises `RequestError`."""
+    """Token ids of each prompt, without padding. Raises `RequestError`."""
     ids, mask = _as_lists(input_ids), None if attention_mask is None else _as_lists(attention_mask)
     if not ids:
-        raise RequestError("input_ids holds no prompt")
+        raise RequestError("input_ids contains no prompt")
     if mask is None:
         return ids
     if [len(row) for row in mask] != [len(row) for row in ids]:
@@ -194,7 +195,7 @@ def _rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:
 
 def _as_lists(values: Any) -> list[list[int]]:
     rows = values.tolist() if hasattr(values, "tolist") else list(values)
-    if rows and isinstance(rows[0], Integral):  # as those of numpy are
+    if rows and isinstance(rows[0], Integral):  # numpy integers too
         return [rows]
     if not all(isinstance(row, list | tuple) for row in rows):
         raise RequestError("token ids must be a tensor or array [prompts, tokens], or lists of integers")
@@ -209,6 +210,6 @@ def _in_type_of(input_ids: Any, rows: list[list[int]], pad: int) -> Any:
     padded = [row + [pad] * (longest - len(row)) for row in rows]
     if hasattr(input_ids, "new_tensor"):
         return input_ids.new_tensor(padded)
-    import numpy as np  # a caller who passes an array has it loaded
+    import numpy as np  # already loaded by a caller who passes an array
 
     return np.asarray(padded, dtype=input_ids.dtype)

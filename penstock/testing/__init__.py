@@ -1,1 +1,1 @@
-"""What users of Penstock test with: the contract that every engine keeps."""
+"""Test tools for users of Penstock: the contract that every engine fulfils."""

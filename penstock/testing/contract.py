@@ -1,10 +1,10 @@
-"""`EngineContract`: what a caller may rely on, whichever engine serves. Subclass it in a test module; pytest runs it.
+"""`EngineContract`: what callers may rely on with any engine. Subclass it in a test module; pytest runs it.
 
     class TestMyEngine(EngineContract):
         def make_engine(self) -> Engine:
             return MyEngine()
 
-Needs no pytest plugin: every test runs its own event loop. Nothing is assumed of what the engine generates.
+Needs no pytest plugin: every test runs its own event loop. Makes no assumption about the generated tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PATIENCE_S = 30.0
 
 
 class EngineContract:
-    """`make_engine` makes a fresh engine; `prompt` is served by `LENGTH` tokens at least, within a few seconds.
+    """`make_engine` creates a fresh engine, which generates at least `LENGTH` tokens for `prompt` within a few seconds.
 
     A request for `LENGTH` tokens should take at least 0.2 s, so that it can be ended while it runs.
     """
@@ -35,7 +35,7 @@ class EngineContract:
     prompt: ClassVar[list[int]] = [1 + token % 20 for token in range(400)]
 
     def make_engine(self) -> Engine:
-        """An engine that nobody else uses."""
+        """A new engine for one test."""
         raise NotImplementedError
 
     # Streaming and awaiting.
@@ -125,7 +125,7 @@ class EngineContract:
 
         self._run(main)
 
-    # Ends from outside.
+    # Ending a request early.
 
     def test_cancelling_aborts_with_the_partial_output(self) -> None:
         async def main(engine: Engine) -> None:
@@ -182,7 +182,7 @@ class EngineContract:
             async for _ in engine.generate(self.prompt, self._params(self.LENGTH), request_id="dropped"):
                 break
             gc.collect()
-            # The id is free again as soon as the request has ended, long before it would have by itself.
+            # The id can be used again once the request has ended, long before it would complete.
             await asyncio.sleep(0.05)
             assert len((await engine.generate(self.prompt, self._params(9), request_id="dropped")).generated_ids) == 9
 
@@ -210,7 +210,7 @@ class EngineContract:
 
         self._run(main)
 
-    # Bad input.
+    # Invalid arguments.
 
     def test_bad_arguments_are_refused_at_once_and_lose_nothing(self) -> None:
         async def main(engine: Engine) -> None:
@@ -237,7 +237,7 @@ class EngineContract:
 
         self._run(main)
 
-    # Threads, loops and the engine's own end.
+    # Threads, loops and stopping.
 
     def test_requests_come_from_several_threads_and_loops(self) -> None:
         async def main(engine: Engine) -> None:

@@ -519,7 +519,7 @@ def test_a_raising_final_callback_hurts_nobody(tiny: InferenceEngine, caplog: py
 
 def test_a_failing_tokenizer_fails_its_request_alone(scripted: Make) -> None:
     engine, _ = scripted(byte_level(), skip_tokenizer_init=False)
-    failure(RequestError, ValueError, "half a surrogate pair", lambda: engine.generate("\ud800").result(PATIENCE_S))
+    failure(RequestError, ValueError, "an unpaired surrogate", lambda: engine.generate("\ud800").result(PATIENCE_S))
     failure(
         RequestError, ValueError, "no key 'prompt_ids'", lambda: engine.generate({"prompt_ids": [1]}).result(PATIENCE_S)
     )

@@ -1,8 +1,8 @@
-"""`EngineCore`: everything that happens on the engine's own event loop: requests in, steps, deltas out.
+"""`EngineCore`: everything on the engine's event loop: requests in, steps, deltas out.
 
-The only thread that touches scheduler and cache, so nothing here needs a lock. A step is plan, execute, commit; while
-the model runs, arrivals and aborts are taken in and the last step's events are published. Tests drive the same
-coroutine on their own loop with a scripted model and a virtual clock.
+Only its thread accesses scheduler and cache, so nothing here needs a lock. A step is plan, execute, commit; while the
+model runs, arrivals and aborts are processed and the previous step's events are published. Run by `Host`; tests run the
+same coroutine on their own loop, with a scripted model and a virtual clock.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from penstock.step import Event, StepPlan, StepRecord, StepResult, record_of
 
 # How long an idle engine waits for the next arrival of a burst before it starts a step, in seconds.
 BURST_PAUSE_S = 0.001
-# Longest wait before a step that could run nothing is planned again, in seconds.
+# Maximum wait before planning again after a step that could run nothing, in seconds.
 RETRY_S = 0.05
 Execute = Callable[[StepPlan], Job[StepResult]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreParts:
-    """What an `EngineCore` works with. `observe` is called after every step."""
+    """The collaborators of an `EngineCore`. `observe` is called after every step."""
 
     runner: ModelRunner
     scheduler: Scheduler
@@ -57,9 +57,9 @@ class CoreParts:
 
 
 class EngineCore:
-    """Serves requests with one model. Every method belongs to the loop that runs `run()`.
+    """Serves requests with one model. Every method must be called on the loop that runs `run()`.
 
-    `execute` starts a step on the model's thread. `clock` and `sleep` are replaced in tests.
+    `execute` starts a step on the model's thread. Tests replace `clock` and `sleep`.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class EngineCore:
         self._busy_since: float | None = None
         self._seq_ids = itertools.count()
 
-    # Requests in.
+    # Incoming requests.
 
     def submit(self, requests: Iterable[Request], displaced: Iterable[Place] = (), fork: Fork | None = None) -> None:
-        """Take over requests; with `fork`, as its branches. Their prompts may be encoded off this loop.
+        """Accept requests; with `fork`, as branches of its origin. Prompts may be encoded off this loop.
 
-        Those that had the places of `displaced` end first, so that never more wait than may, unless they have started
-        meanwhile.
+        Requests whose `displaced` places were taken by these end first, unless they have started, so that the queue
+        never exceeds its limit.
         """
         for place in displaced:
             displaced_request = self._outputs.requests.get(place.request_id)
@@ -138,7 +138,7 @@ class EngineCore:
         del self._encoding[request.id]
         try:
             self._admit(request, encoded.result())
-        except BaseException as error:  # a tokenizer's panic is no `Exception`
+        except BaseException as error:  # a panic in the tokenizer library is not an `Exception`
             self._reject(request, error)
 
     def _admit(self, request: Request, encoded: Encoded) -> None:
@@ -159,7 +159,7 @@ class EngineCore:
         self.abort(request.id, reason, error)
 
     def refuse(self, request: Request, error: BaseException) -> None:
-        """Taking over a request failed: it ends with the error, unless it has ended."""
+        """End a request that could not be accepted with this error, unless it has ended."""
         if not request.channel.ended and (request.id in self._outputs.requests or self._outputs.register(request)):
             self._reject(request, error)
 
@@ -173,30 +173,30 @@ class EngineCore:
         self._wake.set()
 
     def abort_after(self, seconds: float, request_id: str) -> None:
-        """`abort` a request that has not ended by then."""
+        """`abort` a request after so many seconds, unless it has ended."""
         asyncio.get_running_loop().call_later(seconds, self.abort, request_id)
 
     def abort_all(self) -> None:
-        """End everything."""
+        """End all requests."""
         for request_id in list(self._outputs.requests):
             self.abort(request_id)
 
     def stop(self) -> None:
-        """Let `run()` return once nothing is left to do."""
+        """Make `run()` return once no request is open."""
         self._stopping = True
         self._wake.set()
 
     def close(self, error: BaseException | None) -> None:
-        """End every open request because the engine ends. Asks nothing of the scheduler, which may have failed."""
+        """End every open request because the engine ends. Never calls the scheduler, which may have failed."""
         self._outputs.close(error)
 
     @property
     def num_requests(self) -> int:
-        """Requests that have not ended."""
+        """The number of requests that have not ended."""
         return len(self._outputs.requests)
 
     def _forget(self, request_id: str) -> None:
-        """A request ended: its timer and its encoding, if that still runs, have no use any more."""
+        """Cancel the timer and the pending encoding of a request that ended."""
         self._timers.clear(request_id)
         self._wake.set()
         if (encoded := self._encoding.pop(request_id, None)) is not None:
@@ -210,13 +210,13 @@ class EngineCore:
             if not self.scheduler.has_work:
                 await self._idle()
             if not await self.step() and self.scheduler.has_work:
-                # Nothing could run although there is work: wait for news, at most a moment.
+                # There is work, but nothing could run: wait for an event, or for RETRY_S.
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), RETRY_S)
 
     async def step(self) -> bool:
-        """Plan, execute, commit; False when there was nothing to run."""
+        """Plan, execute, commit; returns False when there was nothing to run."""
         outputs = self._outputs
         if expired := self.scheduler.expire(self._clock()):
             outputs.add_events(expired)
@@ -230,7 +230,7 @@ class EngineCore:
             return False
         begin = self._clock()
         job = self._execute(plan)
-        await job.begun  # publishing at once would hold the interpreter's lock, which the model needs to begin
+        await job.begun  # publishing earlier would hold the interpreter lock, which the model needs to begin
         outputs.publish()
         try:
             result = await job.done
@@ -247,7 +247,7 @@ class EngineCore:
         return True
 
     async def _idle(self) -> None:
-        """Wait without using the CPU until a request arrives, then until the burst it belongs to pauses."""
+        """Wait without using the CPU until a request arrives, then until its burst pauses."""
         self._busy_since = None
         if self._speculator is not None:
             self._speculator.forget_ended()
@@ -269,7 +269,7 @@ class EngineCore:
 
     def _restart(self, plan: StepPlan) -> None:
         self._busy_since = None
-        self._log.info("the borrowed module was changed: all K/V are computed anew", rows=len(plan.rows))
+        self._log.info("the borrowed module was changed: recomputing all K/V", rows=len(plan.rows))
         self._outputs.add_events(self.scheduler.restart(plan))
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[Event]:
@@ -280,7 +280,7 @@ class EngineCore:
         return self.scheduler.fail(plan, error)
 
     def _observe(self, plan: StepPlan, begin: float, result: StepResult, events: list[Event]) -> None:
-        """Back to back, a step's time includes the host work since the last one ended; idle time belongs to none."""
+        """Record a step. Its time includes host work since a step that ended just before; idle time is not counted."""
         now = self._clock()
         seconds = now - (begin if self._busy_since is None else self._busy_since)
         self._busy_since = now

@@ -1,7 +1,7 @@
-"""`DeadlineTimers`: one timer per request with a deadline, so that it ends in time whatever step is running.
+"""`DeadlineTimers`: one timer per request with a deadline, so that it ends in time during any step.
 
-A request may pass its deadline while its prompt is encoded, in the queue, or in the middle of a long step. Owns the
-timers and nothing else; belongs to the engine's loop. Called by `EngineCore`.
+A deadline may pass while the prompt is encoded, in the queue, or in the middle of a long step. Owns only the timers;
+belongs to the engine's event loop. Called by `EngineCore`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class DeadlineTimers:
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def set(self, request: Request) -> None:
-        """Watch a request; free for one without a deadline."""
+        """Start a timer for a request; does nothing if it has no deadline."""
         deadline = _next_deadline(request)
         if deadline < math.inf:
             delay = max(0.0, deadline - self._clock())
             self._timers[request.id] = asyncio.get_running_loop().call_later(delay, self._check, request)
 
     def clear(self, request_id: str) -> None:
-        """Stop watching."""
+        """Cancel the timer of a request."""
         if (timer := self._timers.pop(request_id, None)) is not None:
             timer.cancel()
 
     def _check(self, request: Request) -> None:
-        """Loops round times, so a timer may fire early; after the first token, the other deadline counts."""
+        """Expire the request, or wait again: loops round times, and the first token changes the deadline."""
         if self._clock() < _next_deadline(request):
             self.set(request)
         else:

@@ -1,7 +1,8 @@
-"""`Host`: the engine's own threads: one runs its event loop, one runs the model.
+"""`Host`: the engine's two threads, one for its event loop and one for the model.
 
-Owns starting, stopping and the only way in from other threads (`post`). Changes nothing global: the loop is uvloop's
-where that is installed, but no policy is set and no signal handled. Knows nothing of requests but how to fail them.
+Owns start, stop and `post`, the only entry from other threads. Changes nothing global: it uses uvloop where installed,
+but sets no event loop policy and handles no signals. Knows nothing about requests except how to fail them. Called by
+`InferenceEngine`.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Boot = Callable[[Worker], Awaitable[EngineCore]]
 
 
 class Host:
-    """Runs one `EngineCore`, made by `boot` on the model's worker thread."""
+    """Runs one `EngineCore`, which `boot` creates on the model's thread."""
 
     def __init__(self, boot: Boot) -> None:
         self._boot: Boot | None = boot
         self._pid = os.getpid()
         self._worker = Worker("penstock-model")
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
-        # Guards the flags against a post that would never run. Reentrant, because what is allocated under it may set
-        # off the garbage collector, whose finalizers abort requests, which posts.
+        # Guards the flags, so that every accepted post runs. Reentrant, because an allocation under the lock may start
+        # the garbage collector, whose finalizers abort requests and so call `post`.
         self._lock = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -42,18 +43,18 @@ class Host:
         self._core: EngineCore | None = None
         self._early_posts: list[tuple[Action, Sequence[Request]]] = []
         self._boot_ended = threading.Event()
-        self._boot_waiters: list[Waiter] = []  # for that, on any loops
+        self._boot_waiters: list[Waiter] = []  # for the end of boot, on any loops
         self.error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin to boot; returns at once. From any thread, any number of times; after `stop` it does nothing."""
+        """Begin to boot; returns at once. From any thread, any number of times; does nothing after `stop`."""
         with self._lock:
             if self._loop is None and not self._closed:
                 self._loop = new_event_loop()
                 self._thread.start()
 
     def wait_ready(self) -> None:
-        """Block until the model is loaded. Raises what went wrong, or `EngineClosed`."""
+        """Block until the model is loaded. Raises the error of a failed boot, or `EngineClosed`."""
         if self.started:
             self._boot_ended.wait()
         if self.error is not None:
@@ -78,24 +79,24 @@ class Host:
 
     @property
     def num_requests(self) -> int:
-        """Requests that the engine's thread has taken over and that have not ended."""
+        """The number of requests on the engine's thread that have not ended."""
         return 0 if self._core is None else self._core.num_requests
 
     @property
     def closed(self) -> bool:
-        """Whether the engine has ended, by itself or when told to."""
+        """Whether the engine has ended, by itself or through `stop`."""
         return self._closed
 
     @property
     def on_engine_thread(self) -> bool:
-        """Whether the caller runs on a thread of the engine's own, which must not wait for the engine."""
+        """Whether the caller runs on one of the engine's threads, which must not wait for the engine."""
         return threading.get_ident() in (self._thread.ident, self._worker.ident)
 
     def post(self, action: Action, requests: Sequence[Request] = ()) -> None:
         """Run `action` on the engine's thread, after booting. Raises `EngineClosed`.
 
-        `requests` are what the action brings in: they are refused once the engine stops, and ended with the error
-        should booting or the action fail.
+        `requests` are the requests that the action submits: they are refused once the engine stops, and fail with the
+        error if booting or the action fails.
         """
         with self._lock:
             if self._loop is None or self._closed or (self._stopping and requests):
@@ -104,14 +105,14 @@ class Host:
             self._loop.call_soon_threadsafe(self._run_action, action, requests)
 
     def try_post(self, action: Action) -> None:
-        """`post`, without effect once the engine has ended."""
+        """`post`, but does nothing once the engine has ended."""
         with contextlib.suppress(EngineClosed):
             self.post(action)
 
     def stop(self, drain_s: float) -> None:
-        """Serve what was accepted for at most `drain_s` seconds, end the rest, join the threads.
+        """Serve accepted requests for at most `drain_s` seconds, end the rest, join the threads.
 
-        On a thread of the engine's own (an engine may be collected as garbage on any) it waits for nothing: the loop
+        Called on one of the engine's own threads, where an engine may be garbage collected, it does not wait: the loop
         ends by itself after the step.
         """
         if os.getpid() != self._pid:
@@ -124,7 +125,7 @@ class Host:
         self.try_post(lambda core: core.stop())
         may_wait = not self.on_engine_thread
         if may_wait:
-            self._boot_ended.wait()  # a drain is time to serve, not to load
+            self._boot_ended.wait()  # `drain_s` excludes the time to load
             self._thread.join(min(drain_s, threading.TIMEOUT_MAX))
         if self._thread.is_alive():
             self.try_post(lambda core: core.abort_all())
@@ -132,7 +133,7 @@ class Host:
             self._thread.join()
 
     async def wait_boot_ended(self) -> None:
-        """Return once the model is loaded, or will not be. No thread waits, so cancelling this takes no time."""
+        """Wait until the model is loaded or loading has failed. No thread waits, so this can be cancelled at once."""
         waiter = new_waiter()
         with self._lock:
             if not self.loading:
@@ -140,13 +141,13 @@ class Host:
             self._boot_waiters.append(waiter)
         try:
             await waiter
-        finally:  # a cancelled future keeps the frames that awaited it, and with them the engine
+        finally:  # a cancelled future would keep the awaiting frames alive, and with them the engine
             with self._lock:
                 if waiter in self._boot_waiters:
                     self._boot_waiters.remove(waiter)
 
     def halt(self, until: float) -> None:
-        """The process exits: nobody is told anything any more, and both threads stop where they are."""
+        """Stop both threads where they are, because the process exits. Requests are not ended."""
         if self._loop is not None:
             block_loop_thread(self._loop, self._thread, until)
             self._worker.halt(until)
@@ -160,7 +161,7 @@ class Host:
         wakeups.send()
 
     def _run_action(self, action: Action, requests: Sequence[Request]) -> None:
-        """A fault ends the requests that the action was about. One without any is a bug, which the loop reports."""
+        """Run an action. An error ends the action's requests; without any it is a bug, which the loop reports."""
         core = self._core
         if core is None:
             self._early_posts.append((action, requests))
@@ -184,13 +185,13 @@ class Host:
 
     async def _serve(self) -> None:
         try:
-            boot, self._boot = self._boot, None  # it holds a borrowed module, which stop() lets go of
+            boot, self._boot = self._boot, None  # it refers to a borrowed module, which stop() must release
             assert boot is not None
             core = await boot(self._worker)
         except Exception as error:
             self.error = error
             if not threading.main_thread().is_alive():
-                await asyncio.sleep(EXIT_S)  # it failed because the process exits, perhaps; that would be told nobody
+                await asyncio.sleep(EXIT_S)  # perhaps loading failed because the process exits: do not report that
             await self._close(None)
             return
         self._core = core
@@ -207,7 +208,7 @@ class Host:
             await self._close(core)
 
     async def _close(self, core: EngineCore | None) -> None:
-        """Nobody is left waiting: what slipped in until now is ended too."""
+        """End every open request, including those posted until now."""
         with self._lock:
             self._closed = True
         await asyncio.sleep(0)

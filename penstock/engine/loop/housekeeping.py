@@ -1,7 +1,7 @@
-"""`Housekeeper`: returns unused memory, on request and when an idle engine uses too much of it.
+"""`Housekeeper`: releases unused memory, on request and when an idle engine uses too much.
 
-Owns when that happens, and which blocks of the cache hold nothing. Never runs beside a step: the work is queued behind
-it on the model's thread. Called on the engine's thread, by `EngineCore` and for `InferenceEngine.optimize_memory`.
+Decides when to release, and finds the blocks of the cache that hold nothing. Never runs during a step: the work is
+queued on the model's thread. Called on the engine's thread, by `EngineCore` and for `InferenceEngine.optimize_memory`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from penstock.config import EngineConfig
 from penstock.engine.loop.worker import Job
 from penstock.models.protocol import ModelRunner
 
-# Least time between two tidyings of an idle engine, in seconds: collecting garbage holds the interpreter lock, 0.1 s
-# with torch loaded.
+# Minimum time between two calls of `tidy` that release memory, in seconds: garbage collection holds the interpreter
+# lock for 0.1 s with torch loaded.
 TIDY_PAUSE_S = 60.0
 Run = Callable[..., Job[int]]
 
@@ -24,7 +24,7 @@ Run = Callable[..., Job[int]]
 class Housekeeper:
     """`run(function, *arguments)` queues a job on the model's thread.
 
-    There, `trim_draft` returns a draft model's unused memory; how many bytes.
+    `trim_draft` runs there too; it releases a draft model's unused memory and returns the number of bytes.
     """
 
     def __init__(
@@ -45,16 +45,17 @@ class Housekeeper:
         self._next_tidy = -math.inf
 
     async def tidy(self) -> None:
-        """The engine is idle: if more than `gc_threshold` of the memory is in use, give back what nobody can miss."""
+        """Release unneeded memory of an idle engine if more than `gc_threshold` of the memory is in use."""
         now = self._clock()
         if now >= self._next_tidy and self._runner.memory_usage() > self._config.gc_threshold:
             self._next_tidy = now + TIDY_PAUSE_S
             await self._run(self._trim, *self._cache.unused()).done
 
     def clean(self, freed: Future[int]) -> None:
-        """Give back what no running sequence needs, cached prefixes included; `freed` gets the bytes, or the error.
+        """Release all memory that no running sequence needs, cached prefixes included.
 
-        It gets them on the model's thread, which does its last jobs even when the engine's loop is gone.
+        Sets `freed` to the number of bytes, or to the error, on the model's thread, which completes its queued jobs
+        even after the engine's loop has ended.
         """
         self._cache.drop_unused()
         try:
@@ -63,11 +64,11 @@ class Housekeeper:
             freed.set_result(0)
 
     def reset_cache(self) -> None:
-        """Reuse no K/V computed until now."""
+        """Reuse no K/V computed so far."""
         self._cache.reset()
 
     def _trim(self, blocks: list[int], places: list[int]) -> int:
-        """On the model's thread. Blocks that held nothing when this was asked for are not used before the next step."""
+        """Runs on the model's thread. Blocks that were empty when this was queued stay unused until the next step."""
         return self._runner.trim_memory(blocks, places) + self._trim_draft()
 
     def _trim_for(self, freed: Future[int], blocks: list[int], places: list[int]) -> int:

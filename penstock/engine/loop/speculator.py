@@ -1,7 +1,7 @@
-"""`Speculator`: has drafts made before a step is planned, and tells what became of them after its commit.
+"""`Speculator`: obtains draft tokens before a step is planned, and records their acceptance after the commit.
 
-Owns the one drafter of an engine and its controller. Never changes what is generated; a drafter that fails is left
-out from then on. Runs on the engine's loop, called by `EngineCore`; a draft model runs on the model's thread.
+Owns the engine's drafter and its controller. Never changes the output; a drafter that fails is disabled. Runs on the
+engine's loop, called by `EngineCore`; a draft model runs on the model's thread.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from penstock.step import StepPlan, StepResult
 
 # Runs a function on the model's thread.
 Run = Callable[..., Job[list[Draft]]]
-_PRUNE_AT = 8  # sequences remembered beyond those that run
+_PRUNE_AT = 8  # remembered sequences beyond those that run
 
 
 class Speculator:
-    """`clock` gives seconds."""
+    """Drafts for the sequences of one scheduler. `clock` returns seconds."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Speculator:
         self._has_failed = False
 
     async def draft(self, on_begun: Callable[[], None]) -> None:
-        """Have drafts offered for the next step. Where a model makes them, `meanwhile` is called once it has begun."""
+        """Offer drafts for the next step to the scheduler. Calls `on_begun` once a draft model has begun."""
         self._drafting_s = 0.0
         max_length = self._scheduler.limits.resolve().draft_length if self._is_on else 0
         seqs = self._scheduler.decoding() if max_length else []
@@ -69,14 +69,14 @@ class Speculator:
         self._controller.record_drafting(len(seqs), depth, self._drafting_s)
 
     def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        """A step was committed, `seconds` after the one before it."""
+        """Record a committed step, which took `seconds` since the previous one."""
         if self._is_on:
             self._controller.record_step(plan, result, seconds - self._drafting_s)
         if self._controller.num_sequences > self._scheduler.num_running + _PRUNE_AT:
             self.forget_ended()
 
     def forget_ended(self) -> None:
-        """Let go of what is remembered of sequences that ended."""
+        """Drop the state of sequences that have ended."""
         for seq_id in self._controller.forget_all_but(seq.id for seq in self._scheduler.sequences()):
             self._drafter.forget(seq_id)
 
@@ -92,5 +92,5 @@ class Speculator:
     def _give_up(self, error: Exception) -> None:
         self._has_failed = True
         self._log.error(
-            "the drafter failed; going on without speculation", drafter=self._drafter.name, error=text_of(error)
+            "the drafter failed; continuing without speculation", drafter=self._drafter.name, error=text_of(error)
         )

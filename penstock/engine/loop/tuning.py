@@ -1,7 +1,7 @@
-"""`Tuning`: passes step records to the tuner every few steps, and applies its answer to the limits.
+"""`Tuning`: passes step records to the tuner every few steps, and applies its result to the limits.
 
-Owns the window of records and the list of changes. Never decides a limit and reads no clock. Called after every step,
-on the engine's thread; its figures are read from any.
+Owns the window of records and the list of changes. Never computes a limit and reads no clock. Called after every step,
+on the engine's thread; any thread may read its statistics.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from penstock.optimizers.tuning.window import StepWindow
 from penstock.scheduling.limits import Limits
 from penstock.step import StepRecord
 
-TUNE_EVERY = 8  # steps between two looks at the window
-# While prompts keep coming, one step in so many has none: what streams alone take is not known otherwise.
+TUNE_EVERY = 8  # steps between two runs of the tuner
+# While prompts keep arriving, one step in so many excludes them, to measure the time of the streams alone.
 PROBE_EVERY = 12
 MAX_CHANGES = 32
 
 
 class Tuning:
-    """Does nothing while `config.target` is None, which may change at any time."""
+    """Does nothing while `config.target` is None; the target may change at any time."""
 
     def __init__(self, config: EngineConfig, limits: Limits, log: Logger) -> None:
         self._config = config
@@ -35,7 +35,7 @@ class Tuning:
         self._begin()
 
     def observe(self, record: StepRecord) -> None:
-        """Take in one step."""
+        """Record one step."""
         if self._config.target != self._target:
             self._begin()
         tuned = self._limits.tuned
@@ -48,7 +48,7 @@ class Tuning:
         self._limits.tuned = tuned._replace(probe=self._needs_probe())
 
     def stats(self) -> TunerStats:
-        """The goal, the limits in force, what they rest on, and the latest changes; empty without a goal."""
+        """The target, the limits in force, the reason for them, and the latest changes; empty without a target."""
         tuned = self._limits.tuned
         if tuned is None:
             return {}
@@ -61,13 +61,13 @@ class Tuning:
         }
 
     def _begin(self) -> None:
-        """A new goal: what was measured toward another one is forgotten."""
+        """Start with a new target: records made under another one are dropped."""
         self._target = self._config.target
         self._window = StepWindow()
         self._limits.tuned = None if self._target is None else initial_limits(self._config)
 
     def _is_late(self, record: StepRecord) -> bool:
-        """Whether a stream waited too long: the next look comes at once."""
+        """Whether a stream waited too long, so that the tuner must run now."""
         late = record.streams and record.seconds > self._config.max_inter_token_ms / 1000
         return bool(late) and self._target == "latency"
 
@@ -75,7 +75,7 @@ class Tuning:
         return self._window.steps_since_plain >= PROBE_EVERY
 
     def _log_changes(self, before: TunedLimits, after: TunedLimits) -> TunedLimits:
-        """`after`, with a line in the log for every limit that changed."""
+        """Log every limit that changed, and return `after`."""
         old_limits = limits_of(before)
         for name, value in limits_of(after).items():
             old = old_limits[name]

@@ -1,7 +1,7 @@
 """`Worker`: the one thread on which a model is loaded and run.
 
-Not joined when the interpreter exits, so that the engine can still end in order; nothing that a model raises can
-confuse an event loop. Knows nothing of models. Made by `Host`, used from the coroutines on its loop.
+A daemon thread, so that the interpreter's exit does not wait for it. Converts exceptions that would disturb an event
+loop. Knows nothing about models. Created by `Host`, used by coroutines on its loop.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Ts = TypeVarTuple("Ts")
 
 
 class Job(NamedTuple, Generic[T]):
-    """Futures of the loop that asked: when the thread has begun the job, and its result."""
+    """Two futures of the calling loop: `begun` completes when the thread starts the job, `done` with its result."""
 
     begun: asyncio.Future[None]
     done: asyncio.Future[T]
 
 
 class Worker:
-    """Runs jobs one after the other. The thread starts with the first one."""
+    """Runs jobs one after another. The first job starts the thread."""
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -41,11 +41,11 @@ class Worker:
 
     @property
     def ident(self) -> int | None:
-        """The thread's identifier; None before it started."""
+        """The thread's identifier; None before it has started."""
         return self._thread.ident
 
     def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> Job[T]:
-        """Run `fn` on the thread, unless `done` is cancelled before its turn; from coroutines of one loop.
+        """Run `fn` on the thread, unless `done` is cancelled before its turn. Call it from coroutines of one loop.
 
         Raises `RuntimeError` after `shutdown`.
         """
@@ -60,14 +60,14 @@ class Worker:
         return job
 
     def shutdown(self) -> None:
-        """Finish what was given, take no more, and wait for the thread."""
+        """Finish the queued jobs, accept no more, and wait for the thread."""
         self._ended = True
         self._jobs.put(None)
         if self._started:
             self._thread.join()
 
     def halt(self, until: float) -> None:
-        """The process exits: interrupt the job that runs, begin none that waits, and see the thread end until then."""
+        """Interrupt the running job, start no other, and wait for the thread until then, because the process exits."""
         self._halting.set()
         self._jobs.put(None)
         if self._started:
@@ -77,7 +77,7 @@ class Worker:
 def _work(jobs: SimpleQueue[Callable[[], None] | None], halting: threading.Event) -> None:
     while (job := jobs.get()) is not None and not halting.is_set():
         job()
-        del job  # an idle worker keeps nothing alive
+        del job  # so that an idle worker keeps nothing alive
 
 
 def _do(loop: asyncio.AbstractEventLoop, job: Job[T], fn: Callable[[], T]) -> None:
@@ -88,13 +88,13 @@ def _do(loop: asyncio.AbstractEventLoop, job: Job[T], fn: Callable[[], T]) -> No
         result = fn()
     except BaseException as error:
         call_on_loop(loop, complete_future, job.done, None, _loop_safe(error))
-        del job  # else the error's traceback and the future keep each other alive
+        del job  # otherwise the error's traceback and the future keep each other alive
     else:
         call_on_loop(loop, complete_future, job.done, result, None)
 
 
 def complete_future(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
-    """Complete a future unless it is; on its own loop."""
+    """Complete a future unless it is done; must be called on its own loop."""
     if future.done():
         return
     if error is None:
@@ -104,8 +104,11 @@ def complete_future(future: asyncio.Future[T], result: T, error: BaseException |
 
 
 def _loop_safe(error: BaseException) -> BaseException:
-    """The error as an event loop can carry it: a `StopIteration` would never arrive at whoever awaits (Python 3.11),
-    a `CancelledError` or `SystemExit` would end the loop's own task."""
+    """The error in a form that an event loop can deliver.
+
+    A `StopIteration` would never reach the awaiting coroutine (Python 3.11); a `CancelledError` or `SystemExit` would
+    end the loop's own task.
+    """
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     loop_safe_error = ExecutionError(f"the model raised {described(error)}")

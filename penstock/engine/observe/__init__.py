@@ -1,1 +1,1 @@
-"""What an engine reports of itself: metrics, log events, statistics."""
+"""Measurements of an engine: metrics, log events, statistics."""

@@ -1,6 +1,6 @@
-"""Builds the result of `get_stats()` from the objects that keep each figure.
+"""Builds the result of `get_stats()` from the objects that hold the values.
 
-Changes nothing and keeps nothing. Called by `InferenceEngine`, from any thread.
+Changes nothing and stores nothing. Called by `InferenceEngine`, from any thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from penstock.scheduling.admission import Admission
 def figures(
     config: EngineConfig, host: Host, admission: Admission, metrics: Metrics, parts: Parts | None
 ) -> EngineStats:
-    """Everything; what only a loaded model knows is empty without `parts`."""
+    """All statistics. Values that need a loaded model are empty, 0 or None without `parts`."""
     spec = parts.runner.spec if parts else None
     return {
         "engine_status": _status(host),
@@ -38,7 +38,7 @@ def figures(
 
 
 def _queue(host: Host, admission: Admission, parts: Parts | None) -> dict[str, int]:
-    """Sequences as the scheduler counts them, requests that have not ended, and what admission counts."""
+    """The scheduler's counts of sequences, the number of open requests, and the counts of admission."""
     return {
         **(parts.scheduler.stats() if parts else {"num_waiting": 0, "num_running": 0}),
         "num_requests": host.num_requests,

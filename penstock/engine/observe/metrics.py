@@ -1,4 +1,4 @@
-"""Latency and throughput figures over a sliding window, with the right denominators.
+"""Latency and throughput statistics over a sliding window.
 
 Written by the engine's thread at every step; read from any thread. Times are seconds.
 """
@@ -15,7 +15,7 @@ _LATENCIES = ("queue_time", "first_token_latency", "inter_token_latency", "end_t
 
 
 class Metrics:
-    """What the engine measures about itself. `enabled=False` records nothing."""
+    """The engine's measurements. `enabled=False` records nothing."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -27,7 +27,7 @@ class Metrics:
         self.totals |= {"drafted_tokens": 0, "accepted_tokens": 0}
 
     def record(self, name: str, *values: float) -> None:
-        """Add latencies."""
+        """Record latencies."""
         if self.enabled:
             self._latencies[name].record(*values)
 
@@ -37,7 +37,7 @@ class Metrics:
             self.totals[name] += amount
 
     def step(self, record: StepRecord) -> None:
-        """Account for one step."""
+        """Record one step."""
         if not self.enabled:
             return
         totals = self.totals
@@ -51,7 +51,7 @@ class Metrics:
             self._num_prompt_steps += 1
 
     def summaries(self) -> dict[str, dict[str, float]]:
-        """Statistics of every figure that has values, by name."""
+        """Statistics of every metric that has values, by name."""
         steps, count = list(self._steps), self.totals["steps"]
         prompt_steps = list(self._prompt_steps)
         seconds = [step.seconds for step in steps]

@@ -1,6 +1,6 @@
-"""`StepObserver`: shows the record of every step to whoever learns from it.
+"""`StepObserver`: passes the record of every step to all that use it.
 
-Owns none of the figures. Called by `EngineCore` after every step, on the engine's thread.
+Owns no statistics itself. Called by `EngineCore` after every step, on the engine's thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from penstock.step import StepRecord
 
 
 class StepObserver:
-    """Metrics, tuner, forecast of waits, advisor, and a log event per step where `profile_performance` asks for it."""
+    """Updates metrics, tuner, wait forecast and advisor, and logs each step if `profile_performance` is set."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class StepObserver:
         self.forecast = Forecast(scheduler, time.monotonic, static=self._strategy is BatchingStrategy.NAIVE)
 
     def observe(self, record: StepRecord) -> None:
-        """Take in one step."""
+        """Record one step."""
         self._metrics.step(record)
         self._tuning.observe(record)
         self.forecast.record(record)

@@ -1,6 +1,7 @@
-"""`Collector`: turns the scheduler's events of one request into transcripts and, at the end, its `RequestOutput`.
+"""`Collector`: turns the scheduler's events for one request into transcripts and a final `RequestOutput`.
 
-Owns the text state of every completion. Runs on the engine's thread; a fault here is the request's own.
+Owns the text state of every completion. Runs on the engine's thread, called by `OutputProcessor`; an exception here
+ends only this request.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ DecodeToken = Callable[[int], str | None]
 
 
 class Collector:
-    """Completions of one request. `texts` holds one fresh stream of text for each that is generated.
+    """The completions of one request. `texts` holds a fresh text stream for each generated completion.
 
-    There are `SamplingParams.num_texts` of them; where that is one, it is the text of all `n` completions. `streams`
-    says whether transcripts may be shown as they grow: not while candidates still compete. `stops` are stop strings
-    that the texts never show, by the token ids that end the sequence in their place.
+    There are `SamplingParams.num_texts` of them; a single one serves all `n` completions. `streams` states whether
+    deltas may be delivered before the end: not while candidates still compete. `stops` maps token ids that end a
+    sequence to stop strings that the text never shows.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Collector:
 
     @property
     def num_texts(self) -> int:
-        """How many texts it collects; sequences beyond that are of no interest."""
+        """The number of texts collected; events of further sequences are ignored."""
         return len(self._completions)
 
     @property
@@ -65,7 +66,7 @@ class Collector:
         return all(transcripts[0].finish_reason is not None for _, transcripts in self._completions)
 
     def push(self, index: int, event: Event) -> SequenceOf[Transcript]:
-        """Take in one event; returns what it was added to, which a stop string in the text may have ended."""
+        """Process one event. Returns the transcripts it extended; a stop string in the text may have ended them."""
         text, transcripts = self._completions[index]
         if index == 0 and (event.num_cached_tokens or event.prompt_logprobs):
             self._record_prompt(event)
@@ -90,20 +91,20 @@ class Collector:
         return transcripts
 
     def call_scorer(self) -> Future[list[float]] | None:
-        """The scores that the caller's own function gives the candidates; None without one."""
+        """The scores of the candidates from the caller's own function; None if there is none."""
         scorer = self._params.rank_by
         if not callable(scorer):
             return None
         return scores_of(scorer, [transcripts[0].completion() for _, transcripts in self._completions])
 
     def rank(self, scores: Iterable[float]) -> None:
-        """Let these scores decide instead of likelihood."""
+        """Use these scores instead of likelihoods."""
         for (_, transcripts), score in zip(self._completions, scores, strict=True):
             for transcript in transcripts:
                 transcript.score = score
 
     def chosen(self) -> list[Transcript]:
-        """The completions that count: the best `n` candidates, best first, where they are ranked."""
+        """The completions to deliver: all, or the best `n` candidates, best first, if they are ranked."""
         every = [transcript for _, transcripts in self._completions for transcript in transcripts]
         if self.streams:
             return every
@@ -129,7 +130,7 @@ class Collector:
         )
 
     def close(self, reason: FinishReason) -> list[Transcript]:
-        """End what still runs from outside, with the text that was held back; returns what there is to show."""
+        """End the remaining completions from outside, with the text held back; returns the transcripts to deliver."""
         closed: list[Transcript] = []
         for text, transcripts in self._completions:
             if transcripts[0].finish_reason is None:
@@ -149,11 +150,11 @@ class Collector:
             self._prompt_logprobs += map(self._by_token, event.prompt_logprobs)
 
     def _visible(self, event: Event) -> tuple[int, ...]:
-        """The tokens whose text shows: the stopping one's does only if asked for."""
+        """The tokens whose text is shown: the stop token is included only on request."""
         return event.tokens if self._params.include_stop_str_in_output else event.tokens[:-1]
 
     def _stop_text(self, event: Event) -> str:
-        """The stop string that the stopping token is, where it shows."""
+        """The stop string for which the stop token stands, if it is to be shown."""
         if event.stop_token is None or not self._params.include_stop_str_in_output:
             return ""
         return self._stops.get(event.stop_token, "")
@@ -173,5 +174,5 @@ class Collector:
 def _finish_text(text: Text) -> TextDelta:
     try:
         return text.finish()
-    except BaseException:  # the very fault, perhaps, that ends the request
+    except BaseException:  # perhaps the same error that ends the request
         return TextDelta("", None, 0)

@@ -1,6 +1,6 @@
-"""What a request's reader gets at its end: the last delta, latencies, and the error that awaiting raises.
+"""The end of a request as its reader sees it: last delta, latencies, and the error that awaiting raises.
 
-Pure functions of a `Request`; they end nothing themselves. Called by `OutputProcessor`.
+Pure functions of a `Request`; none of them ends it. Called by `OutputProcessor`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from penstock.sequence import FinishReason
 
 
 def final_transcript(request: Request, reason: FinishReason) -> Transcript:
-    """For the last delta of a request without completions."""
+    """The last delta of a request without completions."""
     transcript = Transcript(request.id)
     transcript.end("", reason.value)
     return transcript
 
 
 def metrics_of(request: Request, now: float) -> RequestMetrics:
-    """Latencies of a request, in seconds since the request's arrival."""
+    """Latencies of a request, in seconds since its arrival."""
 
     def since(moment: float | None) -> float | None:
         return None if moment is None else moment - request.arrival
@@ -37,23 +37,23 @@ def metrics_of(request: Request, now: float) -> RequestMetrics:
 
 
 def delivery_fault(error: BaseException) -> PenstockError:
-    """What was generated could not be handed over."""
+    """The error of a request whose output could not be delivered."""
     return error if isinstance(error, PenstockError) else RequestError(f"the output failed: {described(error)}")
 
 
 def bare_output(request: Request, reason: FinishReason, metrics: RequestMetrics) -> RequestOutput:
-    """For a request whose own completions cannot be put together."""
+    """The output of a request whose completions cannot be assembled."""
     prompt, ids = request.channel.prompt, request.channel.prompt_token_ids
     return RequestOutput(request.id, prompt, ids, [CompletionOutput(finish_reason=reason.value)], metrics=metrics)
 
 
 def ending_error(request: Request, reason: FinishReason, output: RequestOutput | None) -> PenstockError:
-    """The request ended early without a fault."""
+    """The error of a request that ended early without an exception."""
     if reason is FinishReason.DEADLINE:
         return DeadlineExceeded(f"request {request.id} passed its deadline", output)
     return RequestAborted(f"request {request.id} was aborted", output)
 
 
 def closing_error(error: BaseException | None) -> EngineClosed:
-    """The engine ended under the request: when told to, or because of `error`."""
+    """The error of a request whose engine was stopped, or failed with `error`."""
     return EngineClosed("the engine was stopped" if error is None else f"the engine failed: {text_of(error)}")

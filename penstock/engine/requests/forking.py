@@ -1,7 +1,7 @@
-"""`Fork`: requests that continue what another one has generated, sharing its K/V.
+"""`Fork`: requests that continue what another request has generated, sharing its K/V.
 
-Owns where they branch off, which is the same for all of them, and what they inherit. Made on the caller's thread; the
-engine's thread finds the point, once, for all of them. Called by `InferenceEngine` and `EngineCore`.
+Owns the branch point, common to all branches, and the inherited parameters. Created on the caller's thread; the
+engine's thread finds the branch point once. Called by `InferenceEngine` and `EngineCore`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from penstock.scheduling.admission import Place
 from penstock.sequence import Sequence, Status
 from penstock.values import integer, token_ids
 
-_RETRY_AFTER_S = 60.0  # advice where waiting does not help
+_RETRY_AFTER_S = 60.0  # reported where waiting does not help
 _ENDED = "request {} has ended: fork it while it runs, or generate() from its output_ids"
 _NOT_BEGUN = "request {} has no tokens yet: fork it after its first delta"
 
 
 class BranchPoint(NamedTuple):
-    """Where forks branch off: prompt and text of each, and what its sequence would do from there on."""
+    """Where forks branch off: prompt and text of every fork, and the remaining parameters of its origin."""
 
     origin: Request
     sequence: Sequence
@@ -41,9 +41,9 @@ class BranchPoint(NamedTuple):
 
 
 class Fork:
-    """Branches of completion `index` of a request, after its first `at` tokens (None: all that it has by then).
+    """Branches of completion `index` of a request, after its first `at` tokens (None: after all so far).
 
-    The token ids of `append` follow there. Raises `RequestError` for impossible arguments.
+    The token ids of `append` are added there. Raises `RequestError` for invalid arguments.
     """
 
     def __init__(self, origin_id: str, *, index: int, at: int | None, append: SequenceOf[int]) -> None:
@@ -54,7 +54,7 @@ class Fork:
         self._point: BranchPoint | None = None
 
     def new_requests(self, request_ids: Iterable[str], origin: Channel, params: Params) -> list[Request]:
-        """Requests for `branch`, with the class and the deadline of their origin. Raises `RequestError`."""
+        """Requests for `branch`, with the priority and deadline of their origin. Raises `RequestError`."""
         params, now, ids = check_params(params), time.monotonic(), origin.prompt_token_ids
         return [
             Request(
@@ -69,7 +69,7 @@ class Fork:
         ]
 
     def branch(self, request: Request, origin: Request | None, inputs: InputProcessor) -> Request:
-        """The request as one of the branches. Raises `RequestError` where there is nothing to branch off from."""
+        """Complete a request as one of the branches. Raises `RequestError` if it cannot branch off."""
         if self._point is None:
             self._point = self._find_point(origin, inputs)
         point = self._point
@@ -77,7 +77,7 @@ class Fork:
         if params is None:
             raise RequestError(
                 f"nothing is left of request {self.origin_id}'s max_tokens after {len(point.tokens)} tokens: "
-                "give the fork params of its own"
+                "pass params for the fork"
             )
         return dataclasses.replace(
             request,
@@ -102,7 +102,7 @@ class Fork:
         tokens = [*seq.tokens[: seq.prompt_len], *new_tokens]
         try:
             text = inputs.text_after(origin.channel.prompt, new_tokens, seq.params)
-        except BaseException as error:  # a tokenizer's panic is no `Exception`
+        except BaseException as error:  # a panic in the tokenizer library is not an `Exception`
             raise RequestError(f"the tokens of the fork could not be turned into text: {described(error)}") from error
         return BranchPoint(origin, seq, text, tokens, _remaining_params(seq, at, len(tokens)))
 
@@ -111,10 +111,10 @@ class Fork:
         assert origin.collector is not None or not origin.sequences
         if not origin.sequences or not origin.sequences[0].num_generated:
             raise RequestError(_NOT_BEGUN.format(self.origin_id))
-        alike = len(origin.sequences) == 1  # greedy completions are computed once
-        if not 0 <= self._index < (origin.sequences[0].params.n if alike else len(origin.sequences)):
+        is_shared = len(origin.sequences) == 1  # identical greedy completions are computed once
+        if not 0 <= self._index < (origin.sequences[0].params.n if is_shared else len(origin.sequences)):
             raise RequestError(f"request {self.origin_id} has no completion {self._index}")
-        seq = origin.sequences[0 if alike else self._index]
+        seq = origin.sequences[0 if is_shared else self._index]
         if seq.status is Status.FINISHED:
             raise RequestError(f"completion {self._index} of request {self.origin_id} has ended: fork one that runs")
         if self._at is not None and not 0 <= self._at <= seq.num_generated:
@@ -123,7 +123,7 @@ class Fork:
 
 
 def _remaining_params(seq: Sequence, at: int, length: int) -> SamplingParams | None:
-    """The parameters of a sequence for what is left of it; None when that is nothing."""
+    """The parameters of a sequence with its remaining length; None if nothing remains."""
     tokens_left = seq.max_len - length
     if tokens_left < 1:
         return None
@@ -133,11 +133,11 @@ def _remaining_params(seq: Sequence, at: int, length: int) -> SamplingParams | N
 
 
 def check_num_forks(n: int, max_queue_size: int) -> int:
-    """The number. Raises `RequestError`, for more than may ever wait `EngineOverloaded`."""
+    """Return the number. Raises `RequestError`, or `EngineOverloaded` above the queue's limit."""
     n = integer("n", n, 1, rule="an integer >= 1")
     if n > max_queue_size:
         raise EngineOverloaded(
-            f"Request queue is full: {n} forks are more than may wait (max_queue_size={max_queue_size}). "
+            f"Request queue is full: {n} forks exceed max_queue_size={max_queue_size}. "
             "Ask for fewer, or raise the limit.",
             _RETRY_AFTER_S,
         )
@@ -145,7 +145,7 @@ def check_num_forks(n: int, max_queue_size: int) -> int:
 
 
 def forkable(channel: Channel | None, request_id: str) -> Channel:
-    """The channel of a request that can be forked as far as its caller's thread knows. Raises `RequestError`."""
+    """The channel of a request that, as far as the caller's thread knows, can be forked. Raises `RequestError`."""
     if channel is None or channel.ended:
         raise RequestError(_ENDED.format(request_id))
     if channel.status is RequestStatus.QUEUED:

@@ -1,4 +1,4 @@
-"""Parameters that can never act: a certain mistake is refused, a probable one is a warning.
+"""Finds parameters that have no effect: a certain mistake is refused, a probable one is a warning.
 
 Pure functions of a request's parameters, the model and the tokenizer. Called by `InputProcessor`, once per request.
 """
@@ -21,7 +21,7 @@ _REMEDY = "pass ids of this model's tokenizer"
 
 
 def check_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse token ids that the model does not have where they are asked for. Raises `RequestError`."""
+    """Refuse parameters that require tokens outside the vocabulary. Raises `RequestError`."""
     bos, eos = params.forced_bos_token_id, params.forced_eos_token_id
     restrictions: tuple[tuple[str, Collection[int]], ...] = (
         ("logit_bias", params.logit_bias or ()),
@@ -36,13 +36,13 @@ def check_ids(params: SamplingParams, vocab_size: int) -> None:
 
 
 def _outside(ids: Collection[int], vocab_size: int) -> int | None:
-    """An id that the model does not have."""
+    """An id outside the vocabulary, or None."""
     highest, lowest = max(ids), min(ids)
     return highest if highest >= vocab_size else lowest if lowest < 0 else None
 
 
 def ineffective(params: SamplingParams, spec: ModelSpec, special: SpecialTokens | None) -> list[str]:
-    """What the caller should know of parameters without effect, in sentences."""
+    """Warnings about parameters without effect, one sentence each."""
     sentences = []
     words = chain.from_iterable(word for word in params.bad_words if not isinstance(word, str))
     bans: list[tuple[str, Collection[int]]] = [("bad_words", list(words) if params.bad_words else ())]
@@ -76,7 +76,7 @@ def _unmatchable(stop: str, hidden: list[str]) -> str:
 
 
 class SpecialTokens:
-    """The added tokens that decoding leaves out, by their texts. `tokenizer` is the engine thread's own."""
+    """The added tokens that decoding omits, by text. `tokenizer` is the engine thread's own."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         added: Mapping[int, object] = getattr(tokenizer, "added_tokens_decoder", {})
@@ -85,7 +85,7 @@ class SpecialTokens:
         self._inside: dict[str, list[str]] = {}
 
     def ids_of(self, stops: Collection[str]) -> dict[int, str]:
-        """The stop strings that are such tokens: text never shows them, so that their ids end it."""
+        """The stop strings that are such tokens, by id. Text never shows them, so their ids end the sequence."""
         return {self._ids[stop]: stop for stop in stops if self._is_left_out(stop)}
 
     def any_in(self, text: str) -> bool:
@@ -93,7 +93,7 @@ class SpecialTokens:
         return any(token in text for token in self._ids)
 
     def inside(self, stop: str) -> list[str]:
-        """Those whose texts are parts of a stop string, which cannot be in the text, then."""
+        """Such tokens whose texts are part of a stop string, which therefore cannot occur in the text."""
         parts = self._inside.get(stop)
         if parts is None:
             if len(self._inside) >= _MAX_ENTRIES:
@@ -107,7 +107,7 @@ class SpecialTokens:
 
 
 def warn_once_each(warn: Callable[[str], None]) -> Callable[[str], None]:
-    """Warn of the same thing only once; of endlessly many things, only of the first ones."""
+    """A function that passes each distinct sentence to `warn` once, and only a limited number of them."""
     warnings: set[str] = set()
 
     def warn_once(sentence: str) -> None:

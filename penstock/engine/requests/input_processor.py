@@ -1,7 +1,7 @@
-"""`InputProcessor`: from a submitted request to sequences that the scheduler can run: encode, validate, resolve.
+"""`InputProcessor`: turns a submitted request into sequences for the scheduler: encode, validate, resolve.
 
-Long texts and chats are encoded on the tokenizer pool's threads, everything else happens on the engine's thread.
-Refusals are typed and say what to change; nothing is queued before its size is known to fit.
+Long texts and chats are encoded on the tokenizer pool's threads, everything else on the engine's thread. Nothing is
+queued before it is known to fit; refusals are typed and say what to change. Called by `EngineCore` and `Fork`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from penstock.sampling import SamplingParams, resolved, without_prompt_logprobs
 from penstock.scheduling.admission import Admission
 from penstock.sequence import Sequence
 
-# Tokens before a fork whose text may still depend on what follows: more than any character has.
+# Number of tokens before a fork whose text may depend on later tokens: more than any character has.
 CONTEXT = 8
 Encoded = tuple[str | None, list[int], list[list[int]]]
 
 
 class InputProcessor:
-    """Admits requests to one model.
+    """Admits requests for one model.
 
-    `limit` is the maximum length of a sequence in tokens, `remedy` says how to raise it, as the end of a sentence.
-    `tokenizer` is the engine thread's own copy; None serves token ids only. Parameters without effect are logged as
-    warnings, each kind once.
+    `limit` is the maximum length of a sequence in tokens; `remedy` says how to raise it, as the end of a sentence.
+    `tokenizer` is the engine thread's own copy; None accepts token ids only. Parameters without effect are logged as
+    warnings, each of them once.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class InputProcessor:
         self._warn = warn_once_each((log or make_logger("warning")).warning)
 
     def encode(self, request: Request) -> Future[Encoded] | Encoded:
-        """Prompt text, prompt ids and bad words as ids; a future where that takes a thread of the pool.
+        """The prompt's text and ids, and bad words as ids; a future if a pool thread does the work.
 
         Raises `RequestError`.
         """
@@ -84,7 +84,7 @@ class InputProcessor:
         return self._pool.submit(_encode, prompt, words)
 
     def admit(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
-        """Give the request its collector and sequences. Raises `RequestError`, `DeadlineExceeded`."""
+        """Set the request's collector and sequences. Raises `RequestError`, `DeadlineExceeded`."""
         text, ids, bad_words = encoded
         if now >= min(request.deadline, request.ttft_deadline):
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
@@ -92,7 +92,7 @@ class InputProcessor:
         stops = self._special_stops(params)
         if request.prompt.text is not None and request.prompt.token_ids is None:
             self._check_text(request.prompt, ids)
-        # After the length: looking at a million ids holds the interpreter lock.
+        # After the length check, because scanning a million ids holds the interpreter lock.
         self._check_vocabulary(ids)
         self._admission.adjust(request.place, len(ids))
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
@@ -104,7 +104,7 @@ class InputProcessor:
             request.search = self._search(request.sequences[0], params)
 
     def text_after(self, text: str | None, tokens: SequenceOf[int], params: SamplingParams) -> str | None:
-        """A text and that of the tokens after it; None where texts are not known."""
+        """The text followed by the text of the tokens; None where texts are unknown."""
         if text is None or self._tokenizer is None:
             return None
         return text + TokenDecoder(self._tokenizer, params.skip_special_tokens).text(tokens)
@@ -131,7 +131,7 @@ class InputProcessor:
             )
 
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
-        """Parameters with a definite `max_tokens` that fits."""
+        """The parameters with a definite `max_tokens` that fits."""
         room = self._limit - prompt_len
         if room < 1:
             raise RequestTooLarge(
@@ -155,15 +155,15 @@ class InputProcessor:
         return resolved(params, max_tokens, bad_words)
 
     def _check_numbers(self, params: SamplingParams) -> None:
-        """Refuse more samples, beams or logprobs than this engine gives."""
+        """Refuse more samples, beams or logprobs than this engine allows."""
         if params.num_samples > self._config.max_queue_size:
             raise RequestTooLarge(
-                f"{params.num_samples} completions of one prompt are more than may wait "
+                f"{params.num_samples} completions of one prompt exceed the queue's limit "
                 f"({self._config.max_queue_size}): ask for fewer, or raise max_queue_size"
             )
         if params.num_beams and params.num_beams > (max_rows := ceilings(self._config).max_batch_size):
             raise RequestTooLarge(
-                f"{params.num_beams} beams are more than run in one step ({max_rows}): "
+                f"{params.num_beams} beams exceed the maximum per step ({max_rows}): "
                 "search with fewer, or raise max_batch_size"
             )
         max_logprobs = self._config.max_logprobs
@@ -171,11 +171,11 @@ class InputProcessor:
             value = getattr(params, name) or 0
             if max_logprobs >= 0 and not 0 <= value <= max_logprobs:
                 raise RequestError(
-                    f"{name}={value} is more than this engine gives ({max_logprobs}): raise max_logprobs"
+                    f"{name}={value} is more than this engine allows ({max_logprobs}): raise max_logprobs"
                 )
 
     def _check_effects(self, params: SamplingParams) -> None:
-        """Refuse what certainly never acts, and warn of what probably does not."""
+        """Refuse parameters that certainly have no effect, and warn about those that probably have none."""
         check_ids(params, self._spec.vocab_size)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need text, and this engine serves token ids only: pass stop_token_ids")
@@ -183,7 +183,7 @@ class InputProcessor:
             self._warn(sentence)
 
     def _special_stops(self, params: SamplingParams) -> dict[int, str]:
-        """Stop strings that are special tokens which the text leaves out, by id."""
+        """The stop strings that are special tokens omitted from the text, by id."""
         if not params.stop or not params.skip_special_tokens or self._special is None:
             return {}
         return self._special.ids_of(params.stop)
@@ -199,7 +199,9 @@ class InputProcessor:
             sequence = Sequence(
                 id=next(seq_ids),
                 request_id=request.id,
-                params=params if first_sequence is None else without_prompt_logprobs(params),  # scored once is enough
+                params=params
+                if first_sequence is None
+                else without_prompt_logprobs(params),  # the prompt is scored once
                 tokens=list(ids),
                 max_len=len(ids) + params.max_tokens,
                 stop_ids=eos | stops | frozenset(params.stop_token_ids or ()),
@@ -208,7 +210,7 @@ class InputProcessor:
                 priority=request.priority,
                 arrival=request.arrival,
                 deadline=request.deadline,
-                # The first token may be that of any completion.
+                # The first token of any completion counts.
                 ttft_deadline=request.ttft_deadline if first_sequence is None else math.inf,
                 namespace=request.namespace,
                 parent=first_sequence or request.origin,
@@ -222,7 +224,7 @@ class InputProcessor:
         return BeamSearch(params, root.max_len - root.prompt_len, root.stop_ids, watch)
 
     def _text(self, params: SamplingParams, context: SequenceOf[int] = ()) -> Text:
-        """A fresh stream of text; the tokens of `context` precede it and are not shown again."""
+        """A fresh text stream. The tokens of `context` precede it; their text is not emitted again."""
         if self._tokenizer is None or not params.detokenize:
             return NoText()
         detokenizer = Detokenizer(

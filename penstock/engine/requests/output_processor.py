@@ -1,7 +1,8 @@
-"""`OutputProcessor`: from the scheduler's events to what the readers of open requests get.
+"""`OutputProcessor`: turns the scheduler's events into deltas and results for the readers of open requests.
 
-Owns which sequence belongs to which request, the events not yet published, and every ending: exactly one each. A fault
-in one request's delivery ends that request. Runs on the engine's loop, called by `EngineCore`; knows nothing of steps.
+Owns the map from sequences to requests, the unpublished events, and every terminal event: exactly one per request. An
+exception in one request's delivery ends that request. Called by `EngineCore` on the engine's loop; knows nothing of
+steps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _REGULAR = (FinishReason.STOP, FinishReason.LENGTH)
 
 @dataclass(slots=True)
 class _Delivery:
-    """What accumulates while one step's events are delivered."""
+    """The state shared by the delivery of one step's events."""
 
     now: float
     wakeups: Wakeups = field(default_factory=Wakeups)
@@ -46,7 +47,7 @@ class _Delivery:
 
 
 class OutputProcessor:
-    """`forget(seq_id)` and `on_end(request_id)` are called once for every sequence and every request that ends."""
+    """`forget(seq_id)` and `on_end(request_id)` are called once for every sequence and request that ends."""
 
     def __init__(
         self,
@@ -67,11 +68,11 @@ class OutputProcessor:
         self._log = log
         self._forget = forget
         self._on_end = on_end
-        self._owners: dict[int, tuple[Request, int]] = {}  # by sequence id; with the index of its completion
+        self._owners: dict[int, tuple[Request, int]] = {}  # by sequence id, with the index of the completion
         self._unpublished: list[Event] = []
 
     def register(self, request: Request) -> bool:
-        """Take responsibility for a request; False, with its end, when its id is in use."""
+        """Track an open request. If its id is in use, end it and return False."""
         if request.id not in self.requests:
             self.requests[request.id] = request
             return True
@@ -83,7 +84,7 @@ class OutputProcessor:
         return False
 
     def attach(self, request: Request) -> None:
-        """From now on the events of its sequences reach the request."""
+        """Route the events of the request's sequences to the request."""
         assert request.collector is not None
         for index, seq in enumerate(request.sequences[: request.collector.num_texts]):
             self._owners[seq.id] = request, index
@@ -94,7 +95,7 @@ class OutputProcessor:
         self._unpublished += events
 
     def mark_started(self, sequences: Iterable[Sequence]) -> None:
-        """The first of a request's sequences to be planned takes it out of the queue."""
+        """Mark requests as started when the first of their sequences is planned; that frees their queue places."""
         now = self._clock()
         for sequence in sequences:
             owner = self._owners.get(sequence.id)
@@ -107,7 +108,7 @@ class OutputProcessor:
             self._metrics.record("queue_time", now - request.arrival)
 
     def publish(self) -> None:
-        """Hand every event to its reader: one hop per consumer loop."""
+        """Deliver every event to its reader, with one call per reader's loop."""
         events, self._unpublished = self._unpublished, []
         if not events:
             return
@@ -127,15 +128,15 @@ class OutputProcessor:
         delivery.wakeups.send()
 
     def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
-        """End a request that did not complete, with what it has so far, and tell its reader at once."""
-        self.publish()  # what was committed counts, and may have ended it
+        """End a request that did not complete, with its output so far, and wake its reader at once."""
+        self.publish()  # committed tokens count, and may have ended the request
         if not request.channel.ended:
             wakeups = Wakeups()
             self._end(request, reason, error, wakeups)
             wakeups.send()
 
     def close(self, error: BaseException | None) -> None:
-        """End every open request because the engine ends. Asks nothing of the scheduler, which may have failed."""
+        """End every open request because the engine ends. Never calls the scheduler, which may have failed."""
         wakeups = Wakeups()
         for request in list(self.requests.values()):
             self._put_final(request, FinishReason.ABORT, wakeups)
@@ -151,7 +152,7 @@ class OutputProcessor:
             return
         try:
             transcripts = collector.push(index, event)
-        except BaseException as error:  # a tokenizer's panic is no `Exception`
+        except BaseException as error:  # a panic in the tokenizer library is not an `Exception`
             self._end(request, FinishReason.ERROR, text_fault(error), wakeups)
             return
         if event.tokens:
@@ -173,7 +174,7 @@ class OutputProcessor:
             delivery.latencies_s.append((delivery.now - previous) / count)
 
     def _rank(self, request: Request, collector: Collector, wakeups: Wakeups) -> None:
-        """All candidates have ended: complete the request, after ranking by a function of its caller's, if any."""
+        """Complete a request whose candidates have all ended, after the caller's function has ranked them, if any."""
         scores = collector.call_scorer()
         if scores is None:
             self._complete(request, collector, wakeups)
@@ -201,12 +202,12 @@ class OutputProcessor:
         self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
 
     def _fail(self, request: Request, error: BaseException, wakeups: Wakeups) -> None:
-        """A fault in the delivery of a request ends it, and nothing else."""
+        """End a request after an exception in its delivery."""
         if not request.channel.ended:
             self._end(request, FinishReason.ERROR, delivery_fault(error), wakeups)
 
     def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
-        """End a request that did not complete, with what it has so far."""
+        """End a request that did not complete, with its output so far."""
         for sequence in request.sequences:
             self._retire(sequence.id, reason)
         self._put_final(request, reason, wakeups)
@@ -218,21 +219,21 @@ class OutputProcessor:
         self._close(request, status, output, error, wakeups)
 
     def _retire(self, seq_id: int, reason: FinishReason) -> None:
-        """Deliver nothing of a sequence any more; one that still runs leaves the scheduler."""
+        """Deliver no more of a sequence; remove it from the scheduler if it still runs."""
         self._owners.pop(seq_id, None)
         self._unpublished += self._scheduler.finish(seq_id, reason)
 
     def _put_final(self, request: Request, reason: FinishReason, wakeups: Wakeups) -> None:
-        """The last deltas of a request that did not complete. Never fails: without its own text, if need be."""
+        """Publish the last deltas of a request that did not complete; without its text if that fails."""
         try:
             transcripts = request.collector.close(reason) if request.collector else [final_transcript(request, reason)]
-        except BaseException:  # the very fault, perhaps, that ends the request
+        except BaseException:  # perhaps the same error that ends the request
             transcripts = [final_transcript(request, reason)]
         for transcript in transcripts:
             request.channel.put(transcript, wakeups)
 
     def _output(self, request: Request, reason: FinishReason) -> RequestOutput | None:
-        """The partial output of a request; the bare facts where that cannot be put together."""
+        """The partial output of a request; without its completions if they cannot be assembled."""
         if request.collector is None:
             return None
         metrics = metrics_of(request, self._clock())

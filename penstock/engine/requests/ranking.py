@@ -1,7 +1,7 @@
-"""Scores of completions: their likelihood, or what a caller's own function returns.
+"""Scores of completions: their likelihood, or the result of a caller's function.
 
-A caller's function runs on a thread of its own: it may take its time, and an error in it is its request's alone.
-Called by `Collector`.
+A caller's function runs on a thread of its own: it may be slow, and an exception in it ends only its request. Called by
+`Collector`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from penstock.sampling import SamplingParams, Scorer
 
 
 def likelihood(params: SamplingParams, output: CompletionOutput) -> float:
-    """The score of a completion without a caller's function; minus infinity for one without tokens."""
+    """The score of a completion without a caller's function; minus infinity if it has no tokens."""
     if not output.token_ids:
         return -math.inf
     total = sum(output.sampled_logprobs) if params.use_beam_search else output.cumulative_logprob
@@ -27,7 +27,7 @@ def likelihood(params: SamplingParams, output: CompletionOutput) -> float:
 
 
 def scores_of(scorer: Scorer, outputs: Iterable[CompletionOutput]) -> Future[list[float]]:
-    """The scores that `scorer` gives, or its error as a `RequestError`."""
+    """The scores that `scorer` returns, or its exception as a `RequestError`."""
     future: Future[list[float]] = Future()
 
     def run() -> None:

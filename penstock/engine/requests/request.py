@@ -1,7 +1,7 @@
 """`Request`: the engine's record of one call to `generate`, from submission to its terminal event.
 
-Made on the caller's thread, handed over once, then touched by the engine's thread alone. Each field has one writer,
-named beside it; the others are fixed when the request is made.
+Created on the caller's thread and handed over once; from then on only the engine's thread touches it. Each mutable
+field has one writer, named beside it; all others are fixed at construction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from penstock.sequence import Sequence
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """Times are seconds on the engine's clock; `place` is its place in the waiting queue until it starts."""
+    """Times are seconds on the engine's clock; `place` is the place in the waiting queue until the request starts."""
 
     id: str
     prompt: PromptInput
@@ -36,8 +36,8 @@ class Request:
     ttft_deadline: float = math.inf
     namespace: str = ""
     place: Place
-    seed: int = 0  # for parameters that bring none
-    origin: Sequence | None = None  # whose K/V the first sequence may continue from (a fork)
+    seed: int = 0  # for parameters without a seed
+    origin: Sequence | None = None  # of a fork: the sequence whose K/V it continues from
     sample_indices: Iterator[int] = field(default_factory=itertools.count)  # shared with forks
     # Written by `InputProcessor.admit`:
     collector: Collector | None = None

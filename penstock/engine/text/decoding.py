@@ -1,7 +1,7 @@
-"""`TokenDecoder`: from token ids to text, the one guarded way: what an id is to a tokenizer, and what ids say.
+"""`TokenDecoder`: decodes token ids with a tokenizer, safely for any id.
 
-Owns what was learned of a tokenizer's ids, one by one. Never raises for an id that the tokenizer does not know, such
-as the padding of a model's vocabulary: it has no text. Runs on the engine's thread.
+Owns the facts learned about a tokenizer's ids. Never raises for an id that the tokenizer does not know, such as the
+padding of a model's vocabulary: it decodes to no text. Called by detokenizers on the engine's thread.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Kind(Enum):
-    """What an id is to the decoder."""
+    """How the decoder treats an id."""
 
-    INVISIBLE = "invisible"  # left out: a skipped special token, an id outside the vocabulary
-    BYTE = "byte"  # <0x41>: joined with its neighbours to characters
+    INVISIBLE = "invisible"  # omitted: a skipped special token, an id outside the vocabulary
+    BYTE = "byte"  # <0x41>: combined with its neighbours to characters
     TEXT = "text"
 
 
 @dataclass(slots=True)
 class Facts:
-    """What is known of a vocabulary, learned id by id; shared by all decoders of one tokenizer.
+    """Facts about a vocabulary, learned id by id; shared by all decoders of one tokenizer.
 
-    `context_free`: the text of a token, or of a character written in byte tokens, never depends on what came before,
-    once a complete character has. Then `texts` and `characters` have their texts there. `num_ids`: of a tokenizer
-    written in Python, what no id may reach.
+    `context_free`: after a complete character, the text of a token, or of a character written in byte tokens, never
+    depends on earlier tokens. If so, `texts` and `characters` hold these texts. `num_ids`: for a tokenizer written in
+    Python, the exclusive upper bound of its ids.
     """
 
     context_free: bool
@@ -57,17 +57,17 @@ class TokenDecoder:
         self._skip_special_tokens = skip_special_tokens
 
     def decode(self, visible: list[int]) -> str:
-        """What ids say, none of which is invisible. Raises what the tokenizer raises."""
+        """The text of ids, none of which is invisible. Raises whatever the tokenizer raises."""
         options = {"skip_special_tokens": self._skip_special_tokens, "clean_up_tokenization_spaces": False}
         return str(self._tokenizer.decode(visible, **options))
 
     def text(self, token_ids: Iterable[int]) -> str:
-        """What any ids say."""
+        """The text of any ids."""
         visible = [token_id for token_id in token_ids if self.kind(token_id) is not Kind.INVISIBLE]
         return self.decode(visible) if visible else ""
 
     def kind(self, token_id: int) -> Kind:
-        """What an id is."""
+        """How the decoder treats an id."""
         kind = self.facts.kinds.get(token_id)
         if kind is None:
             kind = self.facts.kinds[token_id] = self._classify(token_id)
@@ -80,17 +80,17 @@ class TokenDecoder:
         if token is None:
             return Kind.INVISIBLE
         match = _BYTE.fullmatch(token) if isinstance(token, str) else None
-        if match and match[0] not in self.decode([token_id]):  # else the decoder takes it literally
+        if match and match[0] not in self.decode([token_id]):  # otherwise the decoder treats it as literal text
             self.facts.bytes[token_id] = int(match[1], 16)
             return Kind.BYTE
         return Kind.TEXT
 
     def _token(self, token_id: int) -> str | bytes | None:
-        """The vocabulary's entry, or None if decoding leaves it out; some tokenizers written in Python have bytes."""
+        """The vocabulary's entry, or None if decoding omits it; some tokenizers written in Python have bytes."""
         tokenizer = self._tokenizer
         if hasattr(tokenizer, "backend_tokenizer"):
-            # It skips other tokens than the ones transformers lists as special. What it decodes shows at least as
-            # U+FFFD, but for spaces at the start of a text, so a token that is empty eight times in a row is left out.
+            # Its special tokens differ from those that transformers lists. A decoded token yields at least U+FFFD,
+            # except for spaces at the start of a text, so a token that is empty even eight times in a row is omitted.
             (token,) = tokenizer.convert_ids_to_tokens([token_id])
             return None if token is None or not self.decode([token_id] * 8) else token
         if token_id >= self.facts.num_ids:
@@ -111,16 +111,16 @@ def _facts_of(tokenizer: Tokenizer, skip_special_tokens: bool) -> Facts:
 
 
 def _num_ids(tokenizer: Tokenizer) -> int:
-    """One more than the highest id; a vocabulary with gaps has fewer tokens."""
+    """The highest id plus one; a vocabulary with gaps has fewer tokens."""
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
     length = len(tokenizer) if isinstance(tokenizer, Sized) else sys.maxsize
     return max(length, max(vocabulary.values(), default=-1) + 1)
 
 
 def _is_context_free(tokenizer: Tokenizer) -> bool:
-    """Known of the two decoders that nearly all models have: byte-level, and Replace, ByteFallback, Fuse, Strip.
+    """True for the two decoders that almost all models use: byte-level, and Replace, ByteFallback, Fuse, Strip.
 
-    Others are decoded in context each time.
+    Tokens of other decoders are always decoded in context.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None or redefines(tokenizer, "decode", "_decode"):
@@ -140,7 +140,7 @@ def _works_by_character(decoder: dict[str, object]) -> bool:
 
 
 def redefines(tokenizer: Tokenizer, *names: str) -> bool:
-    """Whether a model's own tokenizer class changes one of these methods of the common base classes."""
+    """Whether a model's own tokenizer class overrides one of these methods of the common base classes."""
     return _class_redefines(type(tokenizer), names)
 
 

@@ -1,7 +1,7 @@
-"""`Detokenizer`: token ids in, text out, one request at a time, as decoding all ids at once would give it.
+"""`Detokenizer`: token ids in, text out, exactly as decoding all ids at once would give it.
 
-Owns the few ids whose text may still change. Never emits half a character, never decodes the whole output again, never
-changes the tokenizer. Called by `TextStream` on the engine's thread, with a tokenizer that no other thread uses.
+Owns the few ids whose text may still change. Never emits an incomplete character, never decodes the whole output again,
+never changes the tokenizer. Called by `TextStream` on the engine's thread, with a tokenizer that no other thread uses.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from copy import copy
 from penstock.engine.text.decoding import Kind, TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
+REPLACEMENT = "\ufffd"  # the decoders' text for bytes that are no complete character
 
-# UTF-8 resynchronises after three bytes and a visible token holds at least one, so the last four ids always know
+# UTF-8 resynchronises after three bytes and a visible token holds at least one, so the last four ids always determine
 # whether the stream is inside a character.
 _RESYNC = 4
 
 
 class Detokenizer:
-    """Turns a stream of token ids into a stream of text.
+    """Converts a stream of token ids to a stream of text.
 
     The joined results of `push` and the final `flush` equal `tokenizer.decode(ids, skip_special_tokens=...,
     clean_up_tokenization_spaces=False)`, with one exception. A run of byte tokens (<0xE6>) that is not valid UTF-8 as a
-    whole decodes to one U+FFFD for each of its bytes, which only its end can tell. Here characters show as soon as they
-    are complete, in such runs too, and only the bytes that belong to no character are one U+FFFD each.
-    Ids outside the vocabulary have no text. A push costs O(1) amortised. `tokenizer` is a transformers tokenizer whose
-    vocabulary no longer changes. `spaces_between_special_tokens` is accepted because callers carry it: transformers 5
-    decodes the same either way.
+    whole decodes to one U+FFFD for each of its bytes, which is known only at its end. Here characters are emitted as
+    soon as they are complete, in such runs too, and only bytes that belong to no character become one U+FFFD each.
 
-    `tokenizers.DecodeStream` is not used: it loses what it holds back at the end, raises on a run of byte tokens that
+    Ids outside the vocabulary have no text. A push costs O(1) amortised. `tokenizer` is a transformers tokenizer whose
+    vocabulary no longer changes. `spaces_between_special_tokens` has no effect: it is accepted because callers pass it,
+    and transformers 5 decodes the same either way.
+
+    `tokenizers.DecodeStream` is not used: it loses the held-back text at the end, raises on a run of byte tokens that
     turns out invalid, and is quadratic while bytes stay invalid.
     """
 
@@ -39,21 +40,21 @@ class Detokenizer:
         self._decoder = TokenDecoder(tokenizer, skip_special_tokens)
         self._facts = self._decoder.facts
         self._texts = self._facts.texts
-        self._window: list[int] = []  # visible ids: an anchor whose text was sent, then those that are not settled
-        self._num_sent = 0  # characters of the window's text that were returned
-        self._at_boundary = False  # the window is only an anchor, ends a character, and the stream has text
-        self._bytes: list[int] = []  # byte tokens of a character that is not complete, behind the window
-        self._was_at_boundary = False  # before those
-        self._in_invalid_run = False  # the window is a byte that is no character, in a run that may go on
+        self._window: list[int] = []  # visible ids: an anchor whose text was returned, then ids without final text
+        self._num_sent = 0  # returned characters of the window's text
+        self._at_boundary = False  # the window is only an anchor and ends a character
+        self._bytes: list[int] = []  # byte tokens of an incomplete character, after the window
+        self._was_at_boundary = False  # the state before those
+        self._in_invalid_run = False  # the window is an invalid byte, in a run that may continue
 
     def copy(self) -> Detokenizer:
-        """Another one that goes on from here by itself."""
+        """An independent detokenizer in the same state."""
         clone = copy(self)
         clone._window, clone._bytes = list(self._window), list(self._bytes)
         return clone
 
     def push(self, token_id: int) -> str:
-        """Text that became certain with this token; often "" in the middle of a character."""
+        """The text that became final with this token; often "" in the middle of a character."""
         if self._at_boundary:
             text = self._texts.get(token_id)
             if text is not None:
@@ -61,7 +62,7 @@ class Detokenizer:
         return self._push_unknown(token_id)
 
     def flush(self) -> str:
-        """The text held back so far, now that no token follows. Afterwards the detokenizer is as new."""
+        """The text held back so far, when no token follows. Resets the detokenizer."""
         text = self._flush_invalid() if self._bytes else self._held()
         self._window, self._num_sent, self._at_boundary, self._in_invalid_run = [], 0, False, False
         return text
@@ -81,7 +82,7 @@ class Detokenizer:
         return before + text
 
     def _advance(self) -> str:
-        """Return the window's new text, but for a last U+FFFD: only that one can still turn into a character."""
+        """Return the window's new text, except a trailing U+FFFD, the only character that may still change."""
         text = self._decoder.decode(self._window)
         is_held = text.endswith(REPLACEMENT)
         new_text = text[self._num_sent : len(text) - is_held]
@@ -94,7 +95,7 @@ class Detokenizer:
         return new_text
 
     def _reanchor(self, count: int, is_replaced: bool, num_held: int) -> None:
-        """Keep only the last `count` ids, or as many more as it takes to end like the whole window does."""
+        """Keep only the last `count` ids, or as many more as are needed to end like the whole window."""
         while count < len(self._window):
             text = self._decoder.decode(self._window[-count:])
             if text and text.endswith(REPLACEMENT) == is_replaced:
@@ -104,7 +105,7 @@ class Detokenizer:
             count *= 2
 
     def _held(self) -> str:
-        """The window's text that was not returned."""
+        """The text of the window that was not yet returned."""
         return "" if self._at_boundary or not self._window else self._decoder.decode(self._window)[self._num_sent :]
 
     def _push_byte(self, token_id: int) -> str:
@@ -120,14 +121,14 @@ class Detokenizer:
         return self._complete(character)
 
     def _push_invalid(self, token_id: int) -> str:
-        """The newest byte does not go on with the character begun: that one is none, and this may begin another."""
+        """The newest byte does not continue the current character: flush that, and start another one."""
         if len(self._bytes) == 1:
             return self._flush_invalid()
         self._bytes.pop()
         return self._flush_invalid() + self._push_byte(token_id)
 
     def _flush_invalid(self) -> str:
-        """What was held, and U+FFFD for each byte of a character that will not be completed."""
+        """Return the held text, and U+FFFD for each byte of a character that will not be completed."""
         text = "" if self._was_at_boundary else self._held()
         text += REPLACEMENT * len(self._bytes)
         self._window = self._bytes[-1:]
@@ -136,7 +137,7 @@ class Detokenizer:
         return text
 
     def _complete(self, character: str) -> str:
-        """A character that byte tokens spelled: certain whatever follows."""
+        """Return a character that byte tokens spell; no later token can change it."""
         token_ids, self._bytes = self._bytes, []
         characters = self._facts.characters
         if self._in_invalid_run or (self._was_at_boundary and character in characters):

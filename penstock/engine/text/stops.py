@@ -1,6 +1,6 @@
-"""`StopStrings`: finds stop strings in streamed text and holds back what could become one.
+"""`StopStrings`: finds stop strings in streamed text and holds back a possible start of one.
 
-Owns its place in the text. Never looks at tokens, never reads a character twice. Called by `TextStream`.
+Owns its position in the text. Never handles tokens, never reads a character twice. Called by `TextStream`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from functools import lru_cache
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A prefix of some stop: the first `depth` characters of `word`."""
+    """A prefix of a stop string: the first `depth` characters of `word`."""
 
     word: str
     depth: int
     children: dict[str, _Node] = field(default_factory=dict)
-    fallback: _Node | None = None  # longest proper suffix that is a prefix of some stop; None at the root
-    stop: str | None = None  # longest stop that ends here
+    fallback: _Node | None = None  # longest proper suffix that is a prefix of a stop string; None at the root
+    stop: str | None = None  # longest stop string that ends here
 
 
 class StopStrings:
-    """Cuts a stream of text at the first stop string, however the text is split.
+    """Ends a stream of text at the first stop string, however the text is split.
 
-    A stop ends the text with the character that completes it: of several stops the one completed first wins, and of
-    those completed by the same character the one that starts earliest. All text is let through at once, except the
-    longest suffix that is a proper prefix of some stop. With `include` the text ends after the stop, else before it.
-    Linear in the length of text and stops (Aho and Corasick 1975).
+    A stop string ends the text with the character that completes it: of several, the one completed first wins; of those
+    completed by the same character, the one that starts earliest. All text is returned at once, except the longest
+    suffix that is a proper prefix of a stop string. With `include` the text ends after the stop string, otherwise
+    before it. Linear in the length of text and stop strings (Aho and Corasick 1975).
     """
 
     def __init__(self, stops: tuple[str, ...], include: bool = False) -> None:
@@ -36,7 +36,7 @@ class StopStrings:
         self._matched: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Return (text that is safe to show, the stop it ran into or None). After a stop, all text is dropped."""
+        """Return (text that can be shown, the stop string found or None). After a stop, all text is dropped."""
         if self._matched is not None:
             return "", self._matched
         if not self._root.children:
@@ -52,7 +52,7 @@ class StopStrings:
         return _first(before, text, before.depth + len(text) - node.depth), None
 
     def flush(self) -> str:
-        """The text held back, now that none follows; "" after a stop."""
+        """The text held back, when none follows; "" after a stop string."""
         if self._matched is not None:
             return ""
         pending, self._node = self._node, self._root
@@ -65,7 +65,7 @@ def _first(pending: _Node, text: str, count: int) -> str:
 
 
 def _next(node: _Node, character: str) -> _Node:
-    """The longest prefix of a stop that the text ends with, one character on."""
+    """The longest prefix of a stop string at the end of the text, after one more character."""
     while (child := node.children.get(character)) is None:
         if node.fallback is None:
             return node

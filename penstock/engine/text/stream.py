@@ -1,7 +1,7 @@
-"""`TextStream`: one completion's tokens in, the text that may be shown out, and the stop string that ends it.
+"""`TextStream`: tokens of one completion in, text to show out, with the stop string that ends it.
 
-Owns the order of things: detokenize, then look for stops. Never decides that a request ends, it only says so. Called
-by the collector on the engine's thread.
+Detokenizes first, then looks for stop strings. Never ends a request, only reports the stop. Called by the collector on
+the engine's thread.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from penstock.errors import RequestError, described
 
 
 class TextDelta(NamedTuple):
-    """New text; the stop string that was completed, or None; and how many of the pushed tokens count.
+    """New text, the completed stop string or None, and the number of pushed tokens that count.
 
-    `num_tokens` is all of them, or, at a stop, those up to and including the one that completed it.
+    `num_tokens` is all of them or, at a stop string, those up to and including the token that completed it.
     """
 
     text: str
@@ -27,19 +27,19 @@ class TextDelta(NamedTuple):
 
 
 class Text(Protocol):
-    """What the collector asks."""
+    """The interface that the collector uses."""
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """Take accepted tokens."""
+        """Add accepted tokens."""
         ...
 
     def finish(self) -> TextDelta:
-        """The text still held back, now that no token follows, and the stop string that it completes, if any."""
+        """The text still held back, when no token follows, and the stop string that it completes, if any."""
         ...
 
 
 class NoText:
-    """The text of a completion without detokenizing."""
+    """A completion without detokenizing."""
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """No text; all tokens count."""
@@ -53,9 +53,9 @@ class NoText:
 class TextStream:
     """The text of one completion.
 
-    Stop strings are looked for in the text that appears with token `min_tokens` + 1 and later ones: no part of a stop
-    may lie in text that the first `min_tokens` tokens made certain. A special token has the text that the detokenizer
-    gives it; a stop token whose text must not show is simply not pushed.
+    Stop strings are searched for in the text of token `min_tokens` + 1 and later tokens: no part of one may lie in text
+    that became final with the first `min_tokens` tokens. A special token has the text that the detokenizer gives it; a
+    stop token whose text must not be shown is not pushed.
     """
 
     def __init__(self, detokenizer: Detokenizer, stops: StopStrings | None = None, min_tokens: int = 0) -> None:
@@ -66,7 +66,7 @@ class TextStream:
         self._stop: str | None = None
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """Take tokens one by one, up to the one that completes a stop string; later tokens are dropped."""
+        """Add tokens one by one, up to the one that completes a stop string; later tokens are dropped."""
         if self._stops is None:
             return TextDelta("".join(map(self._detokenizer.push, token_ids)), None, len(token_ids))
         texts: list[str] = []
@@ -79,13 +79,13 @@ class TextStream:
         return TextDelta("".join(texts), self._stop, self._num_tokens - num_before)
 
     def copy(self) -> TextStream:
-        """Another one that goes on from here by itself."""
+        """An independent stream in the same state."""
         clone = copy(self)
         clone._detokenizer, clone._stops = self._detokenizer.copy(), copy(self._stops)
         return clone
 
     def finish(self) -> TextDelta:
-        """The text still held back, now that no token follows; cut as ever if it completes a stop string."""
+        """The text still held back, when no token follows; it may complete a stop string, as in `push`."""
         text = self._detokenizer.flush()
         if self._stops is None:
             return TextDelta(text, None, 0)
@@ -99,7 +99,7 @@ class TextStream:
 
 
 class TextWatch:
-    """Finds stop strings in the text of a beam, for its search.
+    """Finds stop strings in the text of a beam, for the beam search.
 
     The stream is never advanced: each further token is tried on a copy.
     """
@@ -108,11 +108,11 @@ class TextWatch:
         self._stream = stream
 
     def after(self, token: int) -> TextWatch | None:
-        """The text with one more token; None when that completes a stop string. Raises `RequestError`."""
+        """The text with one more token; None if that completes a stop string. Raises `RequestError`."""
         stream = self._stream.copy()
         try:
             stop = stream.push([token]).stop
-        except BaseException as error:  # a tokenizer's panic is no `Exception`
+        except BaseException as error:  # a panic in the tokenizer library is not an `Exception`
             raise text_fault(error) from error
         return TextWatch(stream) if stop is None else None
 

@@ -1,8 +1,8 @@
-"""`Tokenizer`, what the engine needs of one, and copies for threads of our own: `copy_tokenizer`.
+"""The `Tokenizer` protocol, and `copy_tokenizer`, which makes copies for the engine's threads.
 
-The copies share what nothing changes, the vocabulary and merges: copying those would hold the interpreter lock, and so
-every event loop of the program, for a tenth of a second per 30,000 entries. Knows tokenizers of the Rust library by
-their attributes, and any other as a Python object. Called while an engine starts.
+The copies share vocabulary and merges, which never change: copying these would hold the interpreter lock, and so block
+every event loop of the program, for a tenth of a second per 30,000 entries. Tokenizers of the Rust library are
+recognised by their attributes; any other is copied as a Python object. Called while an engine starts.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 class Tokenizer(Protocol):
-    """A tokenizer of `transformers`, or an object like one. Further attributes are used where they are there."""
+    """A tokenizer of `transformers`, or a similar object. Further attributes are used if present."""
 
     def encode(self, text: str, **options: bool) -> Sequence[int]:
-        """Token ids of a text."""
+        """The token ids of a text."""
         ...
 
     def decode(self, token_ids: list[int], **options: bool) -> str:
@@ -33,14 +33,14 @@ class Tokenizer(Protocol):
 
 
 def copy_tokenizer(tokenizer: T) -> T:
-    """A deep copy, which no change of the original reaches. None gives None."""
+    """A deep copy, unaffected by any change of the original. None gives None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     clone = _copy_backend(backend)
     return copy.deepcopy(tokenizer, {} if clone is None else {id(backend): clone})
 
 
 def _copy_backend(backend: object) -> object:
-    """A tokenizer of the Rust library on the same model; None for any other object, or when the copy would differ."""
+    """A Rust tokenizer over the same model; None for any other object, or if the copy would differ."""
     from tokenizers import Tokenizer
 
     if type(backend) is not Tokenizer:

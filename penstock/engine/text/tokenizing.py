@@ -1,7 +1,7 @@
-"""Prompts to token ids, and the worker threads on which that happens.
+"""Encodes prompts to token ids, on worker threads if they are long.
 
-Owns private copies of the tokenizer, one per worker. Never touches the caller's tokenizer after the constructor, never
-runs on an event loop. Called by the engine for every prompt that is not token ids already.
+Owns private copies of the tokenizer, one per worker. Never touches the caller's tokenizer after the constructor. Called
+by `InputProcessor` for every prompt that is not token ids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from penstock.engine.text.decoding import redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.errors import EngineClosed, RequestError, text_of
 
-# Characters that a Rust tokenizer encodes in less time than two changes of thread take.
+# Number of characters that a Rust tokenizer encodes in less time than two thread switches take.
 SHORT_TEXT = 256
 
 T = TypeVar("T")
@@ -30,14 +30,14 @@ _Jobs = SimpleQueue[_Job | None]
 class TokenizerPool:
     """Worker threads that run functions on tokenizers that no two threads share.
 
-    Tokenizers are not thread-safe ("Already borrowed"), so each worker has a copy. The copies are made here, not at
-    first use: copying must not meet the caller changing the tokenizer. Workers are daemons, sleep while idle, and end
-    with `close` or with the pool.
+    Tokenizers are not thread-safe ("Already borrowed"), so each worker has a copy. The copies are made in the
+    constructor, not at first use, because the caller might change the tokenizer by then. Workers are daemon threads,
+    sleep while idle, and end with `close` or when the pool is collected.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, num_workers: int = 2) -> None:
         self._jobs: _Jobs = SimpleQueue()
-        self._lock = threading.Lock()  # nothing may enter the queue behind the end mark
+        self._lock = threading.Lock()  # so that nothing is queued after the end mark
         self._halting = threading.Event()
         self._threads = []
         for number in range(num_workers):
@@ -57,12 +57,12 @@ class TokenizerPool:
         return future
 
     def close(self) -> None:
-        """Take no more work. What was submitted before still runs; returns without waiting for it."""
+        """Accept no more work. Work submitted earlier still runs; returns without waiting for it."""
         with self._lock:
             self._end()
 
     def halt(self, until: float) -> None:
-        """The process exits: begin no work that waits, and see the workers end until then."""
+        """Start no further work and wait for the workers until then, because the process exits."""
         self._halting.set()
         self._jobs.put(None)
         join_threads(self._threads, until)
@@ -71,7 +71,7 @@ class TokenizerPool:
 def _work(jobs: _Jobs, tokenizer: Tokenizer | None, halting: threading.Event) -> None:
     while (job := jobs.get()) is not None and not halting.is_set():
         job(tokenizer)
-        del job  # an idle worker keeps no prompt alive
+        del job  # so that an idle worker keeps no prompt alive
     jobs.put(None)  # for the next worker
 
 
@@ -82,7 +82,7 @@ def _resolve(future: Future[T], fn: Callable[..., T], tokenizer: Tokenizer | Non
         result = fn(tokenizer, *args)
     except BaseException as error:
         future.set_exception(error)
-        del future  # else its traceback and it keep each other alive
+        del future  # otherwise the error's traceback and the future keep each other alive
     else:
         future.set_result(result)
 
@@ -90,10 +90,10 @@ def _resolve(future: Future[T], fn: Callable[..., T], tokenizer: Tokenizer | Non
 def encode_prompt(
     tokenizer: Tokenizer | None, prompt: PromptInput, *, add_special_tokens: bool = True
 ) -> tuple[str | None, list[int]]:
-    """Return (the prompt's text, its token ids); the text is None where only ids were given.
+    """Return (the prompt's text, its token ids); the text is None if only ids were given.
 
-    Chat messages go through the tokenizer's template, which writes the special tokens itself. `tokenizer` may be None
-    for token ids. Raises `RequestError` for what cannot be encoded.
+    Chat messages are rendered by the tokenizer's template, which writes the special tokens itself. `tokenizer` may be
+    None for token ids. Raises `RequestError` for a prompt that cannot be encoded.
     """
     if prompt.token_ids is not None:
         return prompt.text, prompt.token_ids
@@ -104,9 +104,9 @@ def encode_prompt(
 
 
 def encode_words(tokenizer: Tokenizer | None, words: Iterable[str | Sequence[int]]) -> list[list[int]]:
-    """Token ids of `bad_words`: each string as at the start of a text and as after a space; ids as they are.
+    """Token ids of `bad_words`: each string as at the start of a text and as after a space; ids unchanged.
 
-    Raises `RequestError` for what is neither, and for strings when `tokenizer` is None.
+    Raises `RequestError` for other types, and for strings when `tokenizer` is None.
     """
     encoded: list[list[int]] = []
     for word in words:
@@ -132,7 +132,7 @@ def _encode_text(tokenizer: Tokenizer | None, text: str, add_special_tokens: boo
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{text[:40]!r} has half a surrogate pair at character {error.start}: remove it") from None
+        raise RequestError(f"{text[:40]!r} has an unpaired surrogate at character {error.start}: remove it") from None
     ids = _encode_valid(tokenizer, text, add_special_tokens)
     if not ids:
         raise RequestError(f"{text[:40]!r} has no tokens: pass other text, or token ids")
@@ -140,10 +140,10 @@ def _encode_text(tokenizer: Tokenizer | None, text: str, add_special_tokens: boo
 
 
 def _encode_valid(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    """What `tokenizer.encode` returns, by its backend alone where there is one.
+    """The result of `tokenizer.encode`, computed by the backend alone where possible.
 
-    transformers' own call computes offsets and masks as well. For a long text, `encode_batch_fast` releases the
-    interpreter lock, which `backend.encode` holds; for a short one, getting the lock back takes longer than encoding.
+    transformers' own call also computes offsets and masks. For a long text, `encode_batch_fast` releases the
+    interpreter lock, which `backend.encode` holds; for a short one, reacquiring the lock takes longer than encoding.
     """
     if not is_plain(tokenizer):
         return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
@@ -154,7 +154,7 @@ def _encode_valid(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> 
 
 
 def is_plain(tokenizer: Tokenizer | None) -> bool:
-    """Whether `tokenizer.encode` is what its backend does, with no state or method of its own in between."""
+    """Whether `tokenizer.encode` does the same as its backend, without state or methods of its own."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return (
         tokenizer is not None
@@ -167,7 +167,7 @@ def is_plain(tokenizer: Tokenizer | None) -> bool:
 
 
 def _render(tokenizer: Tokenizer | None, chat: Chat) -> str:
-    """The conversation as one text, as the tokenizer's chat template writes it."""
+    """The messages as one text, rendered by the tokenizer's chat template."""
     _need_tokenizer(tokenizer, 'pass {"prompt_token_ids": [...]}')
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
@@ -176,7 +176,7 @@ def _render(tokenizer: Tokenizer | None, chat: Chat) -> str:
     options = {**{name: value for name, value in optional.items() if value}, **chat.arguments}
     try:
         text = render(chat.messages, add_generation_prompt=chat.add_generation_prompt, tokenize=False, **options)
-    except BaseException as error:  # templates raise what they like about roles and orders that they do not know
+    except BaseException as error:  # templates raise arbitrary errors for unknown roles and orders
         raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
     return str(text)
 

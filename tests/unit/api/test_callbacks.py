@@ -272,7 +272,7 @@ def test_what_exits_programs_is_reported(engine: InferenceEngine, caplog: pytest
 
     handle = engine.generate([1], tokens(1500), callback=leave)
     engine.stop()
-    assert f"the callback of request {handle.request_id} raised what ends programs" in caplog.text
+    assert f"the callback of request {handle.request_id} raised an exit exception" in caplog.text
 
 
 def test_an_error_that_cannot_be_printed_fails_its_request_alone(engine: InferenceEngine) -> None:

@@ -96,6 +96,6 @@ def test_the_description_has_level_features_settings_and_figures() -> None:
     assert [line.split() for line in lines[1:4]] == [["a", "on"], ["settings", "of", "the", "engine"], ["b", "1"]]
     assert lines[4] == (
         "measured: 1 generations, 8 tokens, 4.0 tokens/s, first token after 100.0 ms (median), "
-        "50% of 4 drafted tokens right, memory 50% used"
+        "50% of 4 draft tokens accepted, memory 50% used"
     )
     assert describe({**found, **totals([])}).endswith("measured: nothing yet")

@@ -183,7 +183,7 @@ async def test_a_drafter_that_fails_is_left_out_from_then_on(runs_model: bool) -
     assert seq.tokens == said(seq)
     assert len(loop.drafter.asked) == 1
     [(event, fields)] = loop.log.errors
-    assert "going on without speculation" in event
+    assert "continuing without speculation" in event
     assert (fields["drafter"], fields["error"]) == ("knowing", "out of ideas")
 
 

@@ -210,7 +210,7 @@ def test_a_beam_search_has_a_sequence_for_every_beam() -> None:
 
 def test_more_beams_than_run_in_a_step_are_refused() -> None:
     params = SamplingParams(use_beam_search=True, best_of=9, temperature=0.0, max_tokens=2)
-    with pytest.raises(RequestTooLarge, match=r"9 beams are more than run in one step \(8\)"):
+    with pytest.raises(RequestTooLarge, match=r"9 beams exceed the maximum per step \(8\)"):
         Rig(max_batch_size=8).admit([3], params)
 
 

@@ -128,7 +128,7 @@ def test_what_holds_text_needs_a_tokenizer(prompt: Any) -> None:
         ([{"content": "hi"}], 'chat message 0 must be a dict with "role"'),
         ([CHAT[0], "hi"], 'chat message 1 must be a dict with "role"'),
         ([{"role": "robot", "content": "hi"}], "template refused these messages: no robots"),
-        ("a\ud800", "half a surrogate pair at character 1"),
+        ("a\ud800", "an unpaired surrogate at character 1"),
     ],
     ids=repr,
 )
