@@ -44,13 +44,16 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
     when the reader is slow. Both raise `RequestAborted`, `DeadlineExceeded` (with the partial output) or the request's
     own error; an iteration first yields a last delta with the corresponding `finish_reason`. After `break`, the request
     is aborted when the handle is dropped or closed.
+
+    A handle is also a coroutine: `create_task(handle)`, `TaskGroup.create_task(handle)` and anyio's or trio's
+    `start_soon(engine.generate, prompt)` await it in a task of their own.
     """
 
     def __init__(self, channel: Channel, engine: Owner) -> None:
         self._channel = channel
         self._engine = engine
         self._detached = False
-        self._awaits: dict[object, Coroutine[object, None, RequestOutput]] = {}  # by the task that drives it
+        self._awaits: dict[object, Coroutine[object, None, RequestOutput]] = {}  # by the task that runs it
 
     @property
     def request_id(self) -> str:
@@ -121,16 +124,16 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
             raise
 
     def send(self, value: None, /) -> object:
-        """Drive the handle as a coroutine; for event loops."""
+        """Run the handle as a coroutine; called by event loops."""
         task = _current_task()
         if task not in self._awaits:
             self._awaits[task] = self._wait()
         return self._step(task, lambda coroutine: coroutine.send(value))
 
-    def throw(  # type: ignore[override]  # the one-argument form is enough for every event loop
+    def throw(  # type: ignore[override]  # event loops use the one-argument form
         self, error: BaseException, /
     ) -> object:
-        """Raise an error where the driving task awaits; for event loops."""
+        """Raise an error at the point where the current task awaits the handle; called by event loops."""
         task = _current_task()
         if task not in self._awaits:
             self.cancel()
@@ -144,7 +147,7 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
     def _step(self, task: object, step: Callable[[Coroutine[object, None, RequestOutput]], object]) -> object:
         try:
             return step(self._awaits[task])
-        except BaseException:  # its end, of which a `StopIteration` is the regular one
+        except BaseException:  # the coroutine has ended, normally with `StopIteration`
             del self._awaits[task]
             raise
 
@@ -182,7 +185,7 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
 
 
 def _current_task() -> object:
-    """The asyncio task that runs now; None for any other event loop, which drives a coroutine from one task only."""
+    """The running asyncio task; None on other event loops, which run a coroutine in one task only."""
     try:
         return asyncio.current_task()
     except RuntimeError:

@@ -17,8 +17,8 @@ from penstock.values import flag, items
 from penstock.values import text as checked_text
 
 Message = Mapping[str, object]
-# A string, token ids, chat messages, {"prompt": str}, {"prompt_token_ids": ids} with or without its text as "prompt",
-# or {"messages": [...]} with further keys of `Chat`.
+# A string, token ids, chat messages, {"prompt": str}, {"prompt_token_ids": ids} (optionally with its text as "prompt"),
+# or {"messages": [...]} (optionally with further keys of `Chat`).
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, object]
 
 KINDS = 'a string, token ids, chat messages, {"prompt": str}, {"prompt_token_ids": [...]} or {"messages": [...]}'
@@ -35,11 +35,11 @@ _RESERVED_ARGUMENTS = _CHAT_KEYS | {
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, and what its template is rendered with.
+    """A conversation, and the arguments for rendering its template.
 
-    With `continue_final_message` the model continues the last message instead of answering it; that is the default
-    where the last message is the assistant's. Otherwise `add_generation_prompt` opens the assistant's turn.
-    `arguments` are further variables of the template (`enable_thinking`).
+    With `continue_final_message` the model continues the last message instead of answering it; this is the default if
+    the last message is the assistant's. Otherwise `add_generation_prompt` starts the assistant's turn. `arguments` are
+    further variables of the template (`enable_thinking`).
     """
 
     messages: list[dict[str, object]]
@@ -52,7 +52,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:
-    """A prompt in plain Python. Either `token_ids` are known, or `text` or `messages` must be encoded.
+    """A prompt in plain Python. Either `token_ids` are known, or `text` or `chat` must be encoded.
 
     `text` next to `token_ids` is the caller's text for these ids; it is reported and never encoded.
     """
@@ -123,7 +123,7 @@ def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
 
 
 def _read_chat(prompt: Mapping[str, object]) -> Chat:
-    """A conversation as it is now, with the text of each message as one string."""
+    """A copy of the conversation, with the text of each message as one string."""
     values = copy.deepcopy({name: value for name, value in prompt.items() if value is not None})
     messages = [_read_message(*numbered) for numbered in enumerate(items("messages", values.pop("messages", ())))]
     if not messages:
@@ -132,15 +132,15 @@ def _read_chat(prompt: Mapping[str, object]) -> Chat:
     if not isinstance(arguments, Mapping):
         raise RequestError(f"chat_template_kwargs must be a mapping of names to values, got {shown(arguments)}")
     if reserved := _RESERVED_ARGUMENTS & set(arguments):
-        raise RequestError(f"chat_template_kwargs cannot set {min(reserved)!r}: pass it beside messages, or not at all")
+        raise RequestError(f"chat_template_kwargs cannot set {min(reserved)!r}: pass it next to messages, or omit it")
     last = messages[-1]
     prefill = last["role"] == "assistant" and "tool_calls" not in last and bool(last["content"])
-    continued = flag("continue_final_message", values.get("continue_final_message", prefill))
-    opened = flag("add_generation_prompt", values.get("add_generation_prompt", not continued))
-    if continued and opened:
-        raise RequestError("continue_final_message continues a message, so add_generation_prompt must be False with it")
+    is_continued = flag("continue_final_message", values.get("continue_final_message", prefill))
+    starts_turn = flag("add_generation_prompt", values.get("add_generation_prompt", not is_continued))
+    if is_continued and starts_turn:
+        raise RequestError("continue_final_message continues a message: set add_generation_prompt=False, or omit it")
     tools, documents = (list(items(name, values[name])) if name in values else None for name in ("tools", "documents"))
-    return Chat(messages, tools, documents, opened, continued, dict(arguments))
+    return Chat(messages, tools, documents, starts_turn, is_continued, dict(arguments))
 
 
 def _read_message(number: int, message: object) -> dict[str, object]:
@@ -160,7 +160,7 @@ def _text_of_part(number: int, part: object) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type") in ("text", "input_text") else None
     if not isinstance(text, str):
         raise RequestError(
-            f'chat message {number} has a part that is no text, {shown(part)}: pass {{"type": "text", "text": "..."}}'
+            f'chat message {number} has a part that is not text, {shown(part)}: pass {{"type": "text", "text": "..."}}'
         )
     return text
 

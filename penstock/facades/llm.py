@@ -75,7 +75,11 @@ class LLM:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Generate the reply to one conversation (a list of messages), or to each of several."""
+        """Generate the reply to one conversation (a list of messages), or to each of several.
+
+        The keywords are passed to the chat template; `chat_template_kwargs` are further variables of it
+        (`enable_thinking`). A last message from the assistant is continued, unless `continue_final_message=False`.
+        """
         several = isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], list)
         optional = {
             "tools": tools,

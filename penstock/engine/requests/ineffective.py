@@ -89,7 +89,7 @@ class SpecialTokens:
         return {self._ids[stop]: stop for stop in stops if self._is_left_out(stop)}
 
     def any_in(self, text: str) -> bool:
-        """Whether a text spells one of them."""
+        """Whether a text contains one of them."""
         return any(token in text for token in self._ids)
 
     def inside(self, stop: str) -> list[str]:

@@ -110,17 +110,17 @@ class InputProcessor:
         return text + TokenDecoder(self._tokenizer, params.skip_special_tokens).text(tokens)
 
     def _check_text(self, prompt: PromptInput, ids: SequenceOf[int]) -> None:
-        """Warn of a string that probably is not what its caller meant to pass."""
+        """Warn about a string that is probably not what the caller meant to pass."""
         bos = getattr(self._tokenizer, "bos_token_id", None)
         if bos is not None and list(ids[:2]) == [bos, bos]:
             self._warn(
-                "a prompt begins with two BOS tokens: it was rendered by a chat template, which writes one, and the "
-                "tokenizer added another; pass the messages themselves, or prompt_token_ids"
+                "a prompt starts with two BOS tokens, one from a chat template and one from the tokenizer: "
+                "pass the messages themselves, or prompt_token_ids"
             )
         elif prompt.is_bare and self._has_template and not (self._special and self._special.any_in(prompt.text or "")):
             self._warn(
-                "a prompt is a bare string, and this model has a chat template: for an answer pass "
-                '[{"role": "user", "content": text}], or {"prompt": text} to have a text continued as it stands'
+                "a prompt is a bare string, but this model has a chat template: for an answer, pass "
+                '[{"role": "user", "content": text}]; to continue the text, pass {"prompt": text}'
             )
 
     def _check_vocabulary(self, ids: Collection[int]) -> None:

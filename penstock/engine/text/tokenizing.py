@@ -167,7 +167,7 @@ def is_plain(tokenizer: Tokenizer | None) -> bool:
 
 
 def _render(tokenizer: Tokenizer | None, chat: Chat) -> str:
-    """The messages as one text, rendered by the tokenizer's chat template."""
+    """The conversation as one text, rendered by the tokenizer's chat template."""
     _need_tokenizer(tokenizer, 'pass {"prompt_token_ids": [...]}')
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")

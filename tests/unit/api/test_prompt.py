@@ -77,14 +77,14 @@ def test_what_a_caller_changes_later_has_no_effect() -> None:
         ({"messages": [USER], "prompt": "x"}, "no key 'prompt'"),
         ({"messages": ["Hi"]}, 'chat message 0 must be a dict with "role"'),
         ([USER, {"role": "user"}], 'chat message 1 has no "content"'),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "chat message 0 has a part that is no text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "chat message 0 has a part that is not text"),
         ({"messages": [USER], "chat_template_kwargs": {"tokenize": True}}, "cannot set 'tokenize'"),
         ({"messages": [USER], "chat_template_kwargs": 3}, "must be a mapping"),
         ({"messages": [USER], "tools": 3}, "tools must be a list"),
         ({"messages": [USER], "continue_final_message": "yes"}, "continue_final_message must be"),
         (
             {"messages": [PREFILL], "continue_final_message": True, "add_generation_prompt": True},
-            "must be False with it",
+            "set add_generation_prompt=False",
         ),
     ],
 )
