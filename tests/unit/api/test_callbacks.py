@@ -1,4 +1,4 @@
-"""Callbacks: where they run, what they may do, and what becomes of those that raise."""
+"""Callbacks: the threads they run on, what they may call, and what happens when they raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENGINE_THREADS = ("penstock-engine", "penstock-model", "penstock-tokenizer")
 
 
 class Inbox:
-    """Collects what callbacks are given, and on which threads; `last` is set with the last delta or the output."""
+    """Collects the arguments of callbacks and their threads; `last` is set with the last delta or the output."""
 
     def __init__(self) -> None:
         self.items: list[Any] = []
@@ -40,7 +40,7 @@ class Inbox:
 
     async def later(self, item: Delta | RequestOutput) -> None:
         """The same, asynchronously."""
-        await asyncio.sleep(0.05 if item.finished else 0)  # as a callback that writes to a disk or a socket
+        await asyncio.sleep(0.05 if item.finished else 0)  # like a callback that writes to a disk or a socket
         self(item)
 
     @property
@@ -59,14 +59,14 @@ def engine() -> Iterator[InferenceEngine]:
 
 @pytest.fixture
 def slow_engine() -> Iterator[InferenceEngine]:
-    """One whose requests of 1,500 tokens take 7 s."""
+    """An engine whose requests of 1,500 tokens take 7 s."""
     found = InferenceEngine(ScriptedModel([5], step_s=0.005), batch_timeout_ms=0)
     yield found
     found.stop(0)
 
 
 def tokens(count: int) -> SamplingParams:
-    """That many tokens."""
+    """A request for that many tokens."""
     return SamplingParams(max_tokens=count)
 
 
@@ -134,7 +134,7 @@ def test_final_callback_may_stop_the_engine(engine: InferenceEngine) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("boom"), EngineOverloaded("full")])
 def test_raising_callback_fails_its_request_alone(engine: InferenceEngine, error: Exception) -> None:
-    """One that raised an error of ours, from a call back into the engine, was dropped without a word."""
+    """An error of our own type, raised by a call back into the engine, was ignored silently."""
 
     def fail(delta: Delta) -> None:
         raise error
@@ -150,7 +150,7 @@ def test_raising_callback_fails_its_request_alone(engine: InferenceEngine, error
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_stop_returns_after_the_last_callbacks(engine: InferenceEngine, kind: str) -> None:
-    """The callbacks' loop was stopped in the turn in which the last news arrived, before anybody was told."""
+    """The callbacks' loop was stopped in the iteration in which the last delta arrived, before any callback ran."""
     inboxes = [Inbox() for _ in range(20)]
     for inbox in inboxes:
         engine.submit_request([1], tokens(1500), callback=inbox if kind == "sync" else inbox.later)
@@ -180,7 +180,7 @@ def ended(error: BaseException | None = None, *transcripts: Transcript) -> Reque
 
 
 async def settle() -> None:
-    """Let every other task come to its end."""
+    """Let every other task finish."""
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others)
 
@@ -197,7 +197,7 @@ async def test_final_callback_of_a_failed_request_gets_the_error() -> None:
 
 @pytest.mark.parametrize("start", ["stream", "finish"])
 async def test_error_after_the_end_goes_to_the_loops_exception_handler(start: str) -> None:
-    """There is no request left to fail, and it vanished."""
+    """There is no request left to fail, and the error was lost."""
     failures: list[Any] = []
     contexts: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: contexts.append(context))
@@ -246,7 +246,7 @@ def test_closing_twice_or_unused_is_harmless() -> None:
 def test_a_callback_that_exits_ends_its_request_and_not_the_thread_of_callbacks(
     engine: InferenceEngine, error: type[BaseException], kind: str
 ) -> None:
-    """`sys.exit()` killed the thread: later requests ran unheard, and `stop()` raised and freed nothing."""
+    """`sys.exit()` ended the thread: later callbacks never ran, and `stop()` raised and freed nothing."""
 
     def leave(delta: Delta) -> None:
         raise error
@@ -265,7 +265,7 @@ def test_a_callback_that_exits_ends_its_request_and_not_the_thread_of_callbacks(
 
 
 def test_what_exits_programs_is_reported(engine: InferenceEngine, caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody may wait for the handle."""
+    """The handle may have no reader."""
 
     def leave(delta: Delta) -> None:
         raise SystemExit(3)
@@ -288,7 +288,7 @@ def test_an_error_that_cannot_be_printed_fails_its_request_alone(engine: Inferen
 
 
 def test_on_a_loop_of_the_callers_an_exit_ends_the_loop_too(engine: InferenceEngine) -> None:
-    """As it does in any other task there; the request has ended by then."""
+    """As in any other task there; the request has ended by then."""
     handles: list[RequestHandle] = []
 
     def leave(delta: Delta) -> None:
@@ -307,7 +307,7 @@ def test_on_a_loop_of_the_callers_an_exit_ends_the_loop_too(engine: InferenceEng
 @pytest.mark.parametrize("kind", ["stop", "aclose"])
 @pytest.mark.parametrize("drain", [0.0, 30.0])
 def test_an_engine_closes_at_once_in_its_own_callback(slow_engine: InferenceEngine, kind: str, drain: float) -> None:
-    """`await engine.aclose()` waited 10 s for the callback that waited for it."""
+    """`await engine.aclose()` waited 10 s for the callback that awaited it."""
     done = threading.Event()
 
     async def close(delta: Delta) -> None:

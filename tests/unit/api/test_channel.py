@@ -1,4 +1,4 @@
-"""The mailbox between the engine's thread and a reader: merging, one hop per loop, one terminal event."""
+"""The channel between the engine's thread and a reader: merging, one call per loop, one terminal event."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def written(token: int, index: int = 0) -> Transcript:
 
 
 def write(transcript: Transcript, token: int) -> None:
-    """One more token."""
+    """Add one token."""
     assert transcript.logprobs is not None
     transcript.add(f"<{token}>", (token,), (-0.5,), (-0.5,))
     transcript.logprobs.append({token: Logprob(-0.5, 1)})
 
 
 def delta(token: int, index: int = 0) -> Delta:
-    """What a reader gets of `written`."""
+    """What a reader receives for `written`."""
     return Delta("a", index, f"<{token}>", (token,), ({token: Logprob(-0.5, 1)},), (-0.5,))
 
 
 def put(channel: Channel, *transcripts: Transcript) -> None:
-    """As the engine does in one step."""
+    """Publish as the engine does in one step."""
     wakeups = Wakeups()
     for one in transcripts:
         channel.put(one, wakeups)
@@ -48,14 +48,14 @@ def put(channel: Channel, *transcripts: Transcript) -> None:
 
 
 def end(channel: Channel, error: BaseException | None = None) -> None:
-    """The terminal event."""
+    """Send the terminal event."""
     wakeups = Wakeups()
     channel.end(RequestStatus.FAILED if error else COMPLETED, None if error else OUTPUT, error, wakeups)
     wakeups.send()
 
 
 class CountingLoop:
-    """A loop that only counts how often it is entered from other threads."""
+    """A loop that only counts calls from other threads."""
 
     def __init__(self) -> None:
         self.hops = 0
@@ -69,12 +69,12 @@ class ClosedLoop:
     """A loop whose program has ended."""
 
     def call_soon_threadsafe(self, function: Any, *args: Any) -> None:
-        """Refuse, in asyncio's words."""
+        """Raise the same error as asyncio."""
         raise RuntimeError("Event loop is closed")
 
 
 def waiter_of(loop: Any) -> Any:
-    """A future that lives in that loop."""
+    """A future that belongs to that loop."""
     return SimpleNamespace(get_loop=lambda: loop, done=lambda: False)
 
 
@@ -147,7 +147,7 @@ async def test_last_deltas_are_taken_before_the_error_is_raised() -> None:
 
 
 async def test_error_that_is_raised_again_does_not_pile_up_its_traceback() -> None:
-    """A failed request that was asked again and again kept the frames of everybody who ever asked."""
+    """A failed request kept the frames of every caller that had ever awaited it."""
     channel = Channel("a")
     end(channel, ExecutionError("boom"))
     lengths = []
@@ -177,8 +177,8 @@ async def test_reader_is_woken_by_news_and_at_the_end() -> None:
     assert await reader is None
 
 
-async def test_who_waits_for_the_result_is_not_woken_by_every_step() -> None:
-    """Each token of each awaited request entered the user's loop, for nothing."""
+async def test_a_task_that_awaits_the_result_is_not_woken_by_every_step() -> None:
+    """Each token of each awaited request woke the user's loop for nothing."""
     channel = Channel("a")
     waiting = asyncio.create_task(channel.wait())
     await asyncio.sleep(0)
@@ -247,8 +247,8 @@ def test_thread_waits_with_a_timeout() -> None:
     assert channel.wait_blocking(0) is OUTPUT
 
 
-def test_reader_that_comes_while_the_request_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The waiters were collected before the end was marked: who registered in between slept for ever."""
+def test_reader_that_registers_while_the_request_ends_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waiters were collected before the end was marked: one registered in between never woke."""
     readers: list[threading.Thread] = []
 
     class SlowEvent(threading.Event):

@@ -1,4 +1,4 @@
-"""The handle owns its request: cancelling, closing or dropping it aborts, and nothing else does."""
+"""The handle owns its request: cancelling, closing or dropping it aborts the request, and nothing else does."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ OUTPUT = RequestOutput("a", "text", [1], [CompletionOutput()], True)
 
 
 class Engine:
-    """Notes what it is asked to abort."""
+    """Records the aborted ids."""
 
     def __init__(self) -> None:
         self.aborted: list[str] = []
 
     def abort(self, request_id: str) -> None:
-        """Note it."""
+        """Record the id."""
         self.aborted.append(request_id)
 
 
 def make() -> tuple[RequestHandle, Channel, Engine]:
-    """A handle, and both its sides."""
+    """A handle, its channel and its engine."""
     engine, channel = Engine(), Channel("a")
     return RequestHandle(channel, engine), channel, engine
 
 
 def said(text: str, index: int = 0) -> Transcript:
-    """A transcript that holds some text."""
+    """A transcript with some text."""
     transcript = Transcript("a", index)
     transcript.add(text, ())
     return transcript
 
 
 def finish(channel: Channel, *transcripts: Transcript, error: BaseException | None = None) -> None:
-    """What the engine's thread does at the end."""
+    """End the request as the engine's thread does."""
     wakeups = Wakeups()
     for transcript in transcripts:
         channel.put(transcript, wakeups)

@@ -1,4 +1,4 @@
-"""A handle goes wherever a coroutine goes: tasks, task groups, timeouts, on asyncio and on trio."""
+"""A handle can be used like any coroutine: tasks, task groups, timeouts, on asyncio and on trio."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_every_spelling_awaits_the_result(engine: InferenceEngine, spellin
 
 
 async def test_a_cancelled_task_aborts_its_request(engine: InferenceEngine) -> None:
-    for delay_s in (0.0, 0.02):  # before the task has begun, and while it waits
+    for delay_s in (0.0, 0.02):  # before the task has started, and while it waits
         handle = engine.generate([1], MANY)
         task = asyncio.create_task(handle)
         if delay_s:

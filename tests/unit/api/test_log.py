@@ -1,4 +1,4 @@
-"""Log events leave through the program's own logging, whose faults stay there."""
+"""Log events use the program's own logging, whose exceptions do not reach the engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Broken(logging.Filter):
 
 @pytest.fixture
 def broken() -> Iterator[None]:
-    """A filter of the program's that raises."""
+    """A filter of the program that raises."""
     logger, broken = logging.getLogger("penstock"), Broken()
     logger.addFilter(broken)
     logger.setLevel(logging.DEBUG)
@@ -35,7 +35,7 @@ def test_events_reach_the_logger(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_filter_that_raises_ends_no_engine(broken: None) -> None:
-    """It was called where a request ends, and ended the engine."""
+    """It was called at the end of a request, and its exception ended the engine."""
     engine = InferenceEngine(ScriptedModel([5, 6]), log_level="DEBUG")
     assert engine.generate([1], SamplingParams(max_tokens=2)).result(30).generated_ids == [5, 6]
     assert engine.generate([1], SamplingParams(max_tokens=1)).result(30).generated_ids == [5]

@@ -1,4 +1,4 @@
-"""Statistics with the right denominators, checked by hand."""
+"""Statistics with the right denominators, computed by hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_values_of_one_step_are_recorded_together() -> None:
 
 
 def test_summary_while_the_first_value_is_being_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The value was there and its count was not yet: the latest one was looked for at place 2047."""
+    """The value was present but not yet counted, so the latest value was read at index 2047."""
     found: list[dict[str, float]] = []
 
     class Peeking(deque[float]):

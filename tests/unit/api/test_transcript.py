@@ -1,4 +1,4 @@
-"""A completion that grows, and the deltas that are cut from it: each part once, and nothing that was not shown."""
+"""A growing completion and its deltas: every part is delivered once, and only after it was shown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from penstock.outputs import CompletionOutput, Delta, Logprob
 
 
 def write(transcript: Transcript, text: str, *tokens: int, version: int = 0) -> None:
-    """Tokens with logprob minus their number, and half of that where sampled."""
+    """Add tokens whose logprob is minus their id, and half of that as sampled."""
     transcript.add(text, tokens, [-float(token) for token in tokens], [-token / 2 for token in tokens], version)
     if transcript.logprobs is not None:
         transcript.logprobs += [{token: Logprob(-float(token), 1)} for token in tokens]
 
 
 def cut(transcript: Transcript) -> Delta:
-    """What there is up to now."""
+    """The delta so far."""
     transcript.show()
     return transcript.take()
 

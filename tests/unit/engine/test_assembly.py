@@ -1,4 +1,4 @@
-"""What is built around a loaded model: a cache of the size that its memory allows."""
+"""The parts around a loaded model: a cache of the size that its memory allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penstock.scheduling.admission import Admission
 
 
 class Sized(ScriptedModel):
-    """A device with room for 1,000 blocks of 16 tokens of 1 kB each."""
+    """A device with memory for 1,000 blocks of 16 tokens of 1 kB each."""
 
     def __init__(self, device: str, max_length: int = 1 << 20) -> None:
         super().__init__([5], max_length=max_length)

@@ -1,4 +1,4 @@
-"""Which drafter an engine gets, by its settings."""
+"""The drafter that the settings select."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ON = {"enable_speculative_decoding": True}
     ids=str,
 )
 def test_a_drafter_is_made_as_it_is_named(settings: dict[str, Any], name: str) -> None:
-    """Where no model was loaded, speculation that is turned on later still has somebody to ask."""
+    """Without a loaded draft model, speculation that is enabled later still has a drafter."""
     assert make_drafter(EngineConfig(**settings), None, CacheManager(4, 4)).name == name
 
 

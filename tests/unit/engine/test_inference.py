@@ -1,4 +1,4 @@
-"""What `InferenceEngine` gives every request, seen from a scripted model."""
+"""What `InferenceEngine` adds to every request, seen by a scripted model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penstock.step import StepPlan, StepResult
 
 
 class Watched(ScriptedModel):
-    """Notes the seeds that rows come with."""
+    """Records the seeds of the rows."""
 
     def __init__(self) -> None:
         super().__init__([5, 6, 7], vocab_size=32, max_length=64)
@@ -25,7 +25,7 @@ class Watched(ScriptedModel):
 
 
 async def seeds_of(count: int, params: SamplingParams, **settings: Any) -> list[int]:
-    """The seeds of so many requests of one token, one after the other."""
+    """The seeds of so many requests of one token, one after another."""
     model = Watched()
     async with InferenceEngine(model, skip_tokenizer_init=True, **settings) as engine:
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""What vLLM's names show of a request: everything so far, the news, or the end."""
+"""A request under vLLM's names: everything so far, only what is new, or the final result."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from penstock.sampling import OutputKind, RequestPriority, SamplingParams
 
 @pytest.fixture
 def model() -> ScriptedModel:
-    """Says 5, 6, 7 over and over."""
+    """A model that repeats 5, 6, 7."""
     return ScriptedModel([5, 6, 7], vocab_size=32, max_length=64)
 
 
 @pytest.fixture
 async def engine(model: ScriptedModel) -> AsyncIterator[AsyncLLMEngine]:
-    """An engine over that model; what is held goes on when the test is over."""
+    """An engine with that model; a held step is released after the test."""
     made = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(model, skip_tokenizer_init=True))
     yield made
     model.release()
@@ -32,7 +32,7 @@ async def engine(model: ScriptedModel) -> AsyncIterator[AsyncLLMEngine]:
 
 
 async def outputs_of(engine: AsyncLLMEngine, kind: OutputKind, **params: Any) -> list[RequestOutput]:
-    """Every output of a stream of three tokens, each as it was when it came."""
+    """Every output of a stream of three tokens, as it was when yielded."""
     params = {"max_tokens": 3, "output_kind": kind} | params
     return [output async for output in engine.generate([1, 2], SamplingParams(**params))]
 
@@ -54,7 +54,7 @@ async def test_an_output_holds_everything_so_far_and_is_not_changed_by_later_one
 
 
 async def test_the_end_of_an_aborted_request_holds_what_came_before() -> None:
-    """The last delta has no tokens of its own."""
+    """The last delta has no tokens."""
 
     def stall(tokens: Sequence[int], index: int) -> int:
         if len(tokens) == 3:

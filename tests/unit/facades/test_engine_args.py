@@ -1,4 +1,4 @@
-"""Arguments under either name take effect; what a face presets gives way to them."""
+"""Arguments take effect under either name and override a facade's defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRESET = {"max_batch_size": 256, "max_sequence_length": None, "gpu_memory_utiliz
 
 
 def test_settings_under_our_names_beat_the_presets() -> None:
-    """Presets under other engines' names used to overwrite them."""
+    """Defaults under other engines' names used to override them."""
     config = engine_config({"max_batch_size": 8, "max_sequence_length": 100, "enable_metrics": False}, PRESET)
     assert (config.max_batch_size, config.max_sequence_length, config.enable_metrics) == (8, 100, False)
 

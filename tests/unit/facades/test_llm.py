@@ -1,4 +1,4 @@
-"""`LLM`: lists of prompts with one set of parameters or one each, and conversations; a scripted model says 5, 6, 7."""
+"""`LLM`: lists of prompts with shared or separate parameters, and conversations; a scripted model repeats 5, 6, 7."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of generations, by hand."""
+"""Figures of generations, computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `PerformanceOptimizer` gives back, in the type that it was given; a scripted model says 5, 6, 7."""
+"""`PerformanceOptimizer` returns the type that it was given; a scripted model repeats 5, 6, 7."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from penstock.models.scripted import ScriptedModel
 
 @pytest.fixture
 def optimizer() -> Iterator[PerformanceOptimizer]:
-    """One completion of each prompt."""
+    """An optimizer that returns one completion of each prompt."""
     made = PerformanceOptimizer(ScriptedModel([5, 6, 7], vocab_size=32, max_length=64))
     yield made
     made.stop()

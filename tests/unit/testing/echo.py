@@ -1,4 +1,4 @@
-"""An engine of another kind, made of the public parts of `penstock.api` alone: it generates its prompt."""
+"""An engine that generates its prompt, built only from the public parts of `penstock.api`."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Two engines keep the contract: the native one, and one that knows nothing but the public parts."""
+"""The native engine and the echo engine both fulfil the contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step loop, driven on the test's own loop: a scripted model, a virtual clock, no threads, no waiting."""
+"""The step loop, run on the test's own loop: a scripted model, a virtual clock, no threads, no waiting."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from penstock.step import Event, StepPlan, StepResult
 
 
 class LetterTokenizer:
-    """Token 0 is "a", token 1 is "b"; 30 cannot be decoded, 31 makes the tokenizer panic as Rust code does."""
+    """Token 0 is "a", token 1 is "b"; 30 cannot be decoded, 31 panics like the Rust library."""
 
     def __len__(self) -> int:
         return 32
@@ -60,31 +60,31 @@ class LetterTokenizer:
 
 
 class Panic(BaseException):
-    """What a panic in a Rust tokenizer arrives as: not an `Exception`."""
+    """The exception type of a panic in a Rust tokenizer: not an `Exception`."""
 
 
 class HeldPool:
-    """A tokenizer pool whose results come when the test says so."""
+    """A tokenizer pool whose results the test sets."""
 
     def __init__(self) -> None:
         self.futures: list[Future[Any]] = []
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """A future that nobody works on."""
+        """A future that no worker completes."""
         self.futures.append(Future())
         return self.futures[-1]
 
 
 class BrokenPool:
-    """A tokenizer pool that was closed."""
+    """A closed tokenizer pool."""
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Refuse."""
+        """Raise."""
         raise EngineClosed("the tokenizer workers were stopped")
 
 
 class TracedScheduler(Scheduler):
-    """Notes when it plans and commits."""
+    """Records when it plans and commits."""
 
     trace: list[str]
 
@@ -98,7 +98,7 @@ class TracedScheduler(Scheduler):
 
 
 class TracedChannel(Channel):
-    """Notes when it is written to, and how often it ends."""
+    """Records writes, and the number of terminal events."""
 
     trace: list[str]
 
@@ -153,7 +153,7 @@ class Rig:
         self.core = EngineCore(parts, self.execute, lambda: self.now, self.sleep)
 
     def run_job(self, function: Callable[..., int], *arguments: Any) -> Job[int]:
-        """The model's thread is not busy."""
+        """A job on an idle model thread."""
         self.trace.append("job")
         loop = asyncio.get_running_loop()
         job: Job[int] = Job(loop.create_future(), loop.create_future())
@@ -161,7 +161,7 @@ class Rig:
         return job
 
     def execute(self, plan: StepPlan) -> Job[StepResult]:
-        """Begin when the loop gets to it, as a thread does, and end when it does again."""
+        """Begin at the next loop iteration, like a thread, and end at the one after."""
         self.trace.append("execute")
         self.plans.append(plan)
         self.planned.set()
@@ -171,7 +171,7 @@ class Rig:
         return job
 
     def begin_step(self, plan: StepPlan, job: Job[StepResult]) -> None:
-        """The model's thread has turned to the step."""
+        """The model's thread has started the step."""
         self.while_beginning()
         self.trace.append("begin")
         job.begun.set_result(None)
@@ -179,7 +179,7 @@ class Rig:
         loop.call_soon(loop.call_soon, self.finish_step, plan, job.done)
 
     def finish_step(self, plan: StepPlan, future: asyncio.Future[StepResult]) -> None:
-        """The model is done."""
+        """The model has finished the step."""
         self.while_executing()
         self.trace.append("result")
         self.now += 0.01
@@ -189,14 +189,14 @@ class Rig:
             future.set_exception(error)
 
     async def sleep(self, seconds: float) -> None:
-        """Time passes at once."""
+        """Advance the clock at once."""
         self.sleeps.append(seconds)
         self.now += seconds
         self.while_sleeping()
         await asyncio.sleep(0)
 
     def submit(self, prompt: Any = (1, 2, 3), *, name: str = "a", max_tokens: int = 2, **options: Any) -> Channel:
-        """A request, as a caller's thread would hand it over; options are of `Request` and `SamplingParams`."""
+        """Submit a request as a caller's thread would; options are fields of `Request` and `SamplingParams`."""
         times = {key: options.pop(key) for key in ("deadline", "ttft_deadline") if key in options}
         channel = TracedChannel(name)
         channel.trace = self.trace
@@ -208,24 +208,24 @@ class Rig:
         return channel
 
     async def steps(self, count: int) -> None:
-        """Take some steps."""
+        """Run some steps."""
         for _ in range(count):
             await self.core.step()
 
     async def finish(self) -> None:
-        """Serve to the end."""
+        """Serve until all requests have ended."""
         self.core.stop()
         await asyncio.wait_for(self.core.run(), 30)
 
     def is_clean(self) -> bool:
-        """Whether nothing is left of any request."""
+        """Whether no state of any request is left."""
         free = self.cache.stats()["num_free_blocks"] == 32
         empty = not self.scheduler.has_work and self.core.num_requests == 0
         return free and empty and (self.admission.num_requests, self.admission.num_tokens) == (0, 0)
 
 
 async def drain(channel: Channel) -> list[Delta]:
-    """The deltas that are there already, without the error after them."""
+    """The deltas available now, without the error after them."""
     found: list[Delta] = []
     while True:
         try:
@@ -238,7 +238,7 @@ async def drain(channel: Channel) -> list[Delta]:
 
 
 def ending(channel: Channel) -> RequestOutput | Exception:
-    """How a request ended."""
+    """The error of a request that ended."""
     assert channel.ended
     try:
         return channel.outcome()
@@ -247,7 +247,7 @@ def ending(channel: Channel) -> RequestOutput | Exception:
 
 
 def ids_of(channel: Channel) -> list[int]:
-    """The tokens of a request that completed."""
+    """The tokens of a completed request."""
     return channel.outcome().outputs[0].token_ids
 
 
@@ -305,7 +305,7 @@ async def test_burst_that_never_pauses_is_cut_off_by_the_timeout() -> None:
     await asyncio.sleep(0)
     rig.submit(name="a")
     await rig.planned.wait()
-    assert len(rig.sleeps) in (20, 21)  # of a millisecond each, give or take a rounding
+    assert len(rig.sleeps) in (20, 21)  # of one millisecond each, within rounding
     rig.while_sleeping = lambda: None
     rig.core.stop()
     await running
@@ -354,7 +354,7 @@ async def test_without_batch_timeout_the_first_request_starts_at_once() -> None:
 
 
 async def test_stop_string_ends_a_sequence_that_is_in_flight() -> None:
-    """The stop shows when step 3 is published, while step 4 executes with the sequence still in it."""
+    """The stop string is found when step 3 is published, while step 4 executes with the sequence."""
     rig = Rig(script=[0, 1, 2, 3, 4, 5, 6])  # a b c d e f g
     channel = rig.submit(max_tokens=7, stop="bc")
     await rig.steps(4)
@@ -370,7 +370,7 @@ async def test_stop_string_ends_a_sequence_that_is_in_flight() -> None:
 
 
 async def test_sequence_that_a_stop_string_ended_counts_as_stopped() -> None:
-    """It was counted as aborted: the scheduler was told to abort what still ran."""
+    """It was counted as aborted, because the scheduler was told to abort it."""
     rig = Rig(script=[0, 1, 2, 3, 4, 5, 6])
     rig.submit(max_tokens=7, stop="bc")
     await rig.finish()
@@ -411,7 +411,7 @@ async def test_failed_step_keeps_its_own_error_type() -> None:
 
 @pytest.mark.parametrize("bad", [30, 31])
 async def test_failing_detokenizer_fails_its_request_alone(bad: int) -> None:
-    """A tokenizer that failed to decode failed again for the last words, and took the whole engine with it."""
+    """A tokenizer that failed to decode failed again while the last delta was made, which ended the engine."""
     rig = Rig(script=lambda tokens, index: bad if tokens[0] == 9 else 1)
     first, second = rig.submit((9, 1), name="a", max_tokens=3), rig.submit((2, 2), name="b", max_tokens=3)
     await rig.finish()
@@ -425,7 +425,7 @@ async def test_failing_detokenizer_fails_its_request_alone(bad: int) -> None:
 
 
 async def test_request_with_a_broken_text_fails_even_if_it_is_aborted_first() -> None:
-    """The tokenizer's error went to whoever aborted."""
+    """The tokenizer's error was raised in the caller of `abort`."""
     rig = Rig(script=[30])
     channel = rig.submit(max_tokens=5)
     await rig.steps(1)
@@ -436,7 +436,7 @@ async def test_request_with_a_broken_text_fails_even_if_it_is_aborted_first() ->
 
 
 async def test_tokenizer_that_panics_fails_its_request_alone() -> None:
-    """The panic is no `Exception`: it went to the loop's exception handler, and the request never ended."""
+    """A panic is not an `Exception`: it went to the loop's exception handler, and the request never ended."""
     pool = HeldPool()
     rig = Rig(pool=pool)
     channel = rig.submit("text")
@@ -463,7 +463,7 @@ async def test_aborted_while_encoding_is_never_scheduled() -> None:
     channel = rig.submit("text")
     rig.core.abort("a")
     assert isinstance(ending(channel), RequestAborted)
-    assert pool.futures[0].cancelled()  # no worker needs to look at it any more
+    assert pool.futures[0].cancelled()  # no worker needs to process it
     await rig.finish()
     assert rig.plans == []
     assert rig.is_clean()
@@ -480,7 +480,7 @@ async def test_too_large_request_is_refused_with_the_numbers() -> None:
 
 
 async def test_length_is_looked_at_before_the_token_ids() -> None:
-    """The largest of a million ids was looked for first, which held the interpreter lock for 10 ms."""
+    """The maximum of a million ids was computed first, which held the interpreter lock for 10 ms."""
     rig = Rig()
     channel = rig.submit((99,) * 65)  # too long, and outside the vocabulary of 32
     await rig.finish()
@@ -488,7 +488,7 @@ async def test_length_is_looked_at_before_the_token_ids() -> None:
 
 
 async def test_second_request_with_a_running_id_is_refused_and_the_first_goes_on() -> None:
-    """Two threads with the same id: the second replaced the first in the books, which could not be aborted any more."""
+    """Two threads with the same id: the second request replaced the first, which could no longer be aborted."""
     rig = Rig()
     first, second = rig.submit(name="a"), rig.submit(name="a")
     assert isinstance(ending(second), RequestError)
@@ -514,7 +514,7 @@ async def test_abort_ends_a_request_at_once_and_its_blocks_follow_with_the_step(
 
 
 async def test_abort_before_the_model_has_begun_keeps_what_was_committed() -> None:
-    """The last step's tokens are told once the next step runs; an abort in between must not lose them."""
+    """The last step's tokens are published during the next step; an abort in between must not lose them."""
     rig = Rig()
     channel = rig.submit(max_tokens=20)
     await rig.steps(1)
@@ -597,7 +597,7 @@ async def test_first_token_deadline_is_over_with_the_first_token() -> None:
 
 
 async def test_deadline_that_passed_while_encoding_says_so_in_the_last_delta() -> None:
-    """Its last delta had the finish reason "error"."""
+    """The last delta had the finish reason "error"."""
     rig = Rig()
     rig.now = 5.0
     channel = rig.submit(deadline=4.0)
@@ -606,8 +606,8 @@ async def test_deadline_that_passed_while_encoding_says_so_in_the_last_delta() -
     assert (await drain(channel))[-1].finish_reason == "deadline"
 
 
-async def test_deadline_rings_while_the_prompt_is_still_encoded() -> None:
-    """Deadlines were watched only from the moment the prompt's tokens were known."""
+async def test_deadline_expires_while_the_prompt_is_still_encoded() -> None:
+    """Deadlines took effect only once the prompt's tokens were known."""
     pool = HeldPool()
     rig = Rig(pool=pool)
     channel = rig.submit("text", deadline=0.001)
@@ -617,8 +617,8 @@ async def test_deadline_rings_while_the_prompt_is_still_encoded() -> None:
     assert rig.is_clean()
 
 
-async def test_deadline_rings_in_the_middle_of_a_step() -> None:
-    """A sequence in the executing step was told only when the step had ended."""
+async def test_deadline_expires_in_the_middle_of_a_step() -> None:
+    """A sequence in the executing step ended only after the step."""
     rig = Rig()
     channel = rig.submit(max_tokens=20, deadline=0.001)
     rig.now = -1.0
@@ -658,7 +658,7 @@ async def test_totals_count_requests_and_tokens() -> None:
 
 
 async def test_latencies_are_those_that_the_reader_sees() -> None:
-    """Steps take 10 ms. What a step made is published when the next one begins, or at once when there is none."""
+    """Steps take 10 ms. A step is published when the next one begins, or at once if there is none."""
     rig = Rig()
     rig.submit(max_tokens=3)
     rig.now = 0.5
@@ -681,7 +681,7 @@ async def test_a_request_leaves_the_queue_once_with_its_first_completion() -> No
 
 
 async def test_gaps_between_the_tokens_of_several_completions_are_not_recorded() -> None:
-    """Tokens of different completions arrive together: the time between them says nothing."""
+    """Tokens of different completions arrive together: the time between them is no inter-token latency."""
     rig = Rig(script=lambda tokens, index: index)
     rig.submit(max_tokens=3, n=2)
     await rig.steps(3)
@@ -709,7 +709,7 @@ async def test_time_of_a_step_counts_the_hosts_work_since_the_last_one_but_no_id
 
 
 class TracedSpeculator:
-    """Guesses nothing, and notes what it is told."""
+    """Drafts nothing, and records its calls."""
 
     def __init__(self) -> None:
         self.trace: list[Any] = []
@@ -790,7 +790,7 @@ async def test_abort_all_ends_everything() -> None:
 
 
 async def test_waiting_for_room_leaves_no_tasks_behind() -> None:
-    """Each wait left a task that waited for the same wake-up until the loop was closed."""
+    """Each wait left a task that waited for the same event until the loop was closed."""
     rig = Rig(max_batch_size=1)
     rig.submit(max_tokens=3)
     before = asyncio.all_tasks()
@@ -848,8 +848,8 @@ async def test_a_function_of_the_callers_ranks_the_candidates() -> None:
     assert (best.token_ids, best.score, best.index) == ([2, 2], 2.0, 0)
 
 
-async def test_whoever_awaits_a_request_is_woken_when_it_has_been_ranked() -> None:
-    """Candidates are ranked on another thread, after the step's own wake-ups were sent."""
+async def test_an_awaiting_task_is_woken_when_it_has_been_ranked() -> None:
+    """Candidates are ranked on another thread, after the step's own wakeups were sent."""
     rig = Rig(script=lambda tokens, index: index)
     channel = rig.submit(max_tokens=1, best_of=2, rank_by=lambda output: output.token_ids[0])
     waiting = asyncio.create_task(channel.wait())
@@ -895,7 +895,7 @@ async def test_a_request_can_be_aborted_while_it_is_ranked() -> None:
 async def test_a_fault_in_ranking_ends_that_request_and_no_other(
     monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
-    """`length_penalty=400` was an OverflowError in delivery: it ended the engine, and the request itself never."""
+    """`length_penalty=400` raised an OverflowError in delivery: it ended the engine, and the request never ended."""
 
     def likelihood(params: SamplingParams, output: object) -> float:
         raise kind("no")
@@ -913,7 +913,7 @@ async def test_a_fault_in_ranking_ends_that_request_and_no_other(
 
 
 async def test_closing_ends_a_request_whose_output_cannot_be_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing the engine raised, and requests after that one were never told."""
+    """Closing the engine raised, and later requests never ended."""
     rig = Rig()
     broken, other = rig.submit(name="a", max_tokens=9, best_of=2), rig.submit(name="b", max_tokens=9)
     await rig.steps(2)
@@ -939,8 +939,8 @@ async def test_an_aborted_request_whose_output_cannot_be_put_together_still_ends
     assert rig.is_clean()
 
 
-async def test_a_step_that_fails_with_an_error_that_cannot_be_printed_is_told_like_any() -> None:
-    """Wording the error raised in its turn, and that ended the engine."""
+async def test_a_step_that_fails_with_an_error_that_cannot_be_printed_ends_its_requests_like_any_other() -> None:
+    """Formatting the error raised another one, and that ended the engine."""
 
     class Mute(Exception):
         def __str__(self) -> str:
@@ -957,8 +957,8 @@ async def test_a_step_that_fails_with_an_error_that_cannot_be_printed_is_told_li
     assert ids_of(other) == [5, 6]
 
 
-async def test_a_tokenizer_that_panics_at_the_door_ends_its_request_alone() -> None:
-    """Whatever is no `Exception` ended the engine's thread."""
+async def test_a_tokenizer_that_panics_while_encoding_on_the_loop_ends_its_request_alone() -> None:
+    """An exception that is not an `Exception` ended the engine's thread."""
 
     class Panicking:
         chat_template = None
@@ -977,8 +977,8 @@ async def test_a_tokenizer_that_panics_at_the_door_ends_its_request_alone() -> N
     assert rig.is_clean()
 
 
-async def test_who_lost_its_place_before_it_came_in_is_told_so() -> None:
-    """Its caller's thread was still between counting it in and handing it over."""
+async def test_request_displaced_before_it_was_submitted_ends_with_that_error() -> None:
+    """Its caller's thread was still between reserving the place and posting the request."""
     rig = Rig(max_queue_size=1, max_batch_size=1)
     rig.submit(name="busy", max_tokens=4)
     await rig.steps(1)

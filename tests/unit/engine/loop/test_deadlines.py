@@ -1,4 +1,4 @@
-"""DeadlineTimers ring once a deadline has passed, never before, and not after they were cleared."""
+"""DeadlineTimers expire a request once its deadline has passed, never before, and not after they were cleared."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Rig:
         return self.now
 
     def ring(self, request: Request) -> None:
-        """Note it."""
+        """Record the request."""
         self.rung.append(request.id)
         self.bell.set()
 
     def request(self, deadline: float = math.inf, ttft_deadline: float = math.inf) -> Request:
-        """One request of that name and no other meaning."""
+        """A request with that id and nothing else."""
         channel = Channel("a")
         return Request(
             id="a",
@@ -46,7 +46,7 @@ class Rig:
         )
 
     async def next_look(self) -> None:
-        """Until a timer has asked for the time."""
+        """Wait until a timer has read the clock."""
         self.asked.clear()
         await asyncio.wait_for(self.asked.wait(), 5)
 
@@ -60,7 +60,7 @@ async def test_alarm_rings_when_the_time_has_come() -> None:
 
 
 async def test_timer_that_is_early_is_set_again() -> None:
-    """Loops round times to milliseconds, and nobody looked a second time."""
+    """Loops round times to milliseconds, and the timer was not set again."""
     rig = Rig()
     rig.timers.set(rig.request(deadline=0.001))
     rig.now = 0.0009

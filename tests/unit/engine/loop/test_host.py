@@ -1,4 +1,4 @@
-"""The host's threads: starting from anywhere, stopping from anywhere, and nobody who waits for ever."""
+"""The host's threads: start and stop from any thread, and no caller waits forever."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from penstock.scheduling.admission import Place
 
 
 class Core:
-    """As much of an `EngineCore` as the host sees; it serves until it is stopped and has no requests."""
+    """The part of an `EngineCore` that the host uses; it serves until it is stopped and has no requests."""
 
     def __init__(self) -> None:
         self.wake = asyncio.Event()
@@ -57,7 +57,7 @@ class Core:
 
 
 def make(error: BaseException | None = None, gate: threading.Event | None = None) -> tuple[Host, Core]:
-    """A host whose model takes until `gate` to load, or cannot be loaded."""
+    """A host whose model loads until `gate` is set, or cannot be loaded."""
     core = Core()
 
     def load() -> None:
@@ -79,7 +79,7 @@ def request() -> Request:
 
 
 def on_engine(host: Host, function: Callable[[Core], Any]) -> Any:
-    """What the function returns on the engine's thread."""
+    """The function's result on the engine's thread."""
     found: list[Any] = []
     done = threading.Event()
 
@@ -136,8 +136,8 @@ def test_failure_to_load_is_raised_by_whoever_waits_and_ends_the_requests() -> N
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), StopIteration(), asyncio.CancelledError()])
-def test_model_that_exits_while_loading_is_told_like_any_failure(error: BaseException) -> None:
-    """Whoever waited for the model waited for ever."""
+def test_model_that_exits_while_loading_is_reported_like_any_failure(error: BaseException) -> None:
+    """Callers that waited for the model waited forever."""
     host, _ = make(error)
     host.start()
     with pytest.raises(Exception, match=type(error).__name__):
@@ -145,7 +145,7 @@ def test_model_that_exits_while_loading_is_told_like_any_failure(error: BaseExce
 
 
 def test_started_from_many_threads_at_once_it_starts_once() -> None:
-    """The second thread got "threads can only be started once", or posted to an engine that was not there yet."""
+    """The second thread got "threads can only be started once", or posted before the engine existed."""
     host, core = make()
     barrier = threading.Barrier(8)
     errors: list[BaseException] = []
@@ -206,7 +206,7 @@ def test_draining_host_takes_aborts_but_no_requests() -> None:
 
 
 def test_stop_without_end_of_draining() -> None:
-    """`join` takes no infinity."""
+    """`Thread.join` does not accept infinity."""
     host, _ = make()
     host.start()
     host.stop(float("inf"))
@@ -241,7 +241,7 @@ def test_death_of_the_loop_closes_the_host_with_its_error() -> None:
 
 
 class Dropped:
-    """Posts when it is collected, as the handle of a request does."""
+    """Posts when it is collected, like the handle of a request."""
 
     def __init__(self, host: Host, seen: list[str]) -> None:
         self.host, self.seen, self.cycle = host, seen, self
@@ -251,12 +251,12 @@ class Dropped:
 
 
 def self_seen(seen: list[str]) -> None:
-    """Note it."""
+    """Record it."""
     seen.append("dropped")
 
 
 class CollectingLoop:
-    """A loop whose `call_soon_threadsafe` sets off the garbage collector, as any allocation may."""
+    """A loop whose `call_soon_threadsafe` runs the garbage collector, as any allocation may."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -270,7 +270,7 @@ class CollectingLoop:
 
 
 def test_garbage_that_posts_while_something_is_posted_does_not_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collected under the host's lock, a dropped handle wanted that lock to abort its request."""
+    """A handle collected under the host's lock needed that lock to abort its request."""
     loop = new_event_loop()
     monkeypatch.setattr("penstock.engine.loop.host.new_event_loop", lambda: CollectingLoop(loop))
     host, _ = make()
@@ -289,7 +289,7 @@ def test_garbage_that_posts_while_something_is_posted_does_not_deadlock(monkeypa
 
 @pytest.mark.parametrize("early", [False, True])
 def test_an_action_that_fails_ends_its_requests_and_not_the_engine(early: bool) -> None:
-    """Whatever was not foreseen on the engine's thread left its request without an end."""
+    """After an unexpected exception on the engine's thread, the request never ended."""
     gate = threading.Event()
     host, _ = make(gate=gate)
     host.start()

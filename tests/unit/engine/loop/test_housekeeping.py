@@ -1,4 +1,4 @@
-"""When memory is given back, which, and that it waits for the step that runs: a cache of 8 blocks of 4 tokens."""
+"""When memory is released, which memory, and that it waits for the running step: a cache of 8 blocks of 4 tokens."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tests.unit.cache.hand import run, sequence
 
 
 class FullModel(ScriptedModel):
-    """Uses 90 % of the memory; notes what it is told to give back."""
+    """Uses 90 % of the memory; records what it is told to release."""
 
     def __init__(self) -> None:
         super().__init__([5])
         self.trimmed: list[tuple[list[int], list[int]]] = []
 
     def memory_usage(self) -> float:
-        """Over the default of gc_threshold."""
+        """Above the default of gc_threshold."""
         return 0.9
 
     def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
-        """A hundred bytes for each."""
+        """A hundred bytes for each block."""
         self.trimmed.append((sorted(blocks), sorted(places)))
         return 100 * (len(blocks) + len(places))
 
 
 class House:
-    """A housekeeper. `now` is its clock; while the model's thread is `busy`, what it is to do waits in `jobs`."""
+    """A housekeeper. `now` is its clock; while the model's thread is `busy`, its work waits in `jobs`."""
 
     jobs: list[Callable[[], None]]
 
@@ -45,7 +45,7 @@ class House:
         self.keeper = Housekeeper(EngineConfig(**settings), self.model, self.cache, lambda: self.now, self.run)
 
     def run(self, function: Callable[..., int], *arguments: Any) -> Job[int]:
-        """As the model's thread takes a job."""
+        """Queue a job on the model's thread."""
         loop = asyncio.get_running_loop()
         job: Job[int] = Job(loop.create_future(), loop.create_future())
         self.jobs.append(lambda: job.done.set_result(function(*arguments)))
@@ -54,14 +54,14 @@ class House:
         return job
 
     def work(self) -> None:
-        """The model's thread gets to its jobs."""
+        """Run the queued jobs of the model's thread."""
         for job in self.jobs:
             job()
         self.jobs.clear()
 
 
 def house_with_a_prefix() -> House:
-    """Blocks 0 to 2 are cached, one has a last token, and nobody runs."""
+    """Blocks 0 to 2 are cached, one has a last token, and no sequence runs."""
     house, seq = House(), sequence([*range(13)])
     run(house.cache, seq)
     house.cache.release(seq)

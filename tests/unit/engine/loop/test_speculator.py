@@ -1,4 +1,4 @@
-"""Drafts are asked for, offered and judged around each step, and cost no more than time whatever becomes of them."""
+"""Drafts are requested, offered and judged around each step, and cost only time, whatever happens to them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LEVEL = 7
 
 
 def follow(tokens: Any, index: int = 0) -> int:
-    """What the model says."""
+    """The model's next token."""
     return (tokens[-1] * 5 + 1) % 97
 
 
 class Knowing:
-    """Guesses what the model will say; `errors` are raised first. Notes whom it was asked about, and whom to forget."""
+    """Drafts the model's next tokens; raises `errors` first. Records the sequences asked about and forgotten."""
 
     name = "knowing"
 
@@ -56,7 +56,7 @@ class Knowing:
 
 
 class Log:
-    """Keeps what is logged."""
+    """Keeps log events."""
 
     def __init__(self) -> None:
         self.errors: list[tuple[str, dict[str, Any]]] = []
@@ -66,7 +66,7 @@ class Log:
 
 
 class Loop:
-    """Steps as the engine takes them; a step of n tokens takes 1 + n/100 on its clock, drafting nothing."""
+    """Runs steps as the engine does; a step of n tokens takes 1 + n/100 on its clock, drafting takes nothing."""
 
     def __init__(self, drafter: Knowing, **settings: Any) -> None:
         self.config = EngineConfig(**{"enable_speculative_decoding": True, "max_batch_size": 8, **settings})
@@ -78,7 +78,7 @@ class Loop:
         self.speculator = Speculator(self.config, self.scheduler, drafter, self.run_job, lambda: self.now, self.log)
 
     def run_job(self, function: Callable[..., list[Draft]], *arguments: Any) -> Job[list[Draft]]:
-        """The model's thread, which begins when the loop gets to it."""
+        """The model's thread, which begins at the next loop iteration."""
         loop = asyncio.get_running_loop()
         job: Job[list[Draft]] = Job(loop.create_future(), loop.create_future())
         loop.call_soon(self.begin, job, function, arguments)
@@ -120,7 +120,7 @@ class Loop:
 
 
 def said(seq: Sequence) -> list[int]:
-    """What a sequence has to say."""
+    """The expected tokens of a sequence."""
     tokens = seq.tokens[: seq.prompt_len]
     for _ in range(seq.max_len - seq.prompt_len):
         tokens.append(follow(tokens))
@@ -198,7 +198,7 @@ async def test_a_drafter_that_answers_too_little_has_failed(runs_model: bool) ->
 
 
 async def test_what_fails_meanwhile_is_not_the_drafters_fault() -> None:
-    """Events whose publishing failed are lost: whoever runs the loop has to know."""
+    """If publishing fails, its events are lost: the error must reach the loop."""
 
     def publish() -> None:
         raise RuntimeError("nobody reads")

@@ -1,4 +1,4 @@
-"""The tuner at work: a scheduler, limits and a clock that only steps move; what steps cost is known to the test."""
+"""The tuner with a scheduler, limits, and a clock that only steps advance; the test knows the cost of steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from penstock.step import RowResult, StepPlan, StepRecord, StepResult, record_of
 
 
 class Log:
-    """Keeps what is logged."""
+    """Keeps log events."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -28,7 +28,7 @@ class Log:
 
 
 class Plant:
-    """A small engine whose steps take what a 0.6B model takes on two cores: the shape of the costs, and its noise."""
+    """A small engine whose steps take as long as those of a 0.6B model on two cores, with their noise."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Plant:
 
 
 def keep_arriving(plant: Plant, seconds: float = 60.0) -> Plant:
-    """2 streams that go on and, every 10 seconds, a prompt of 2,000 tokens."""
+    """2 continuing streams and, every 10 seconds, a prompt of 2,000 tokens."""
     for _ in range(2):
         plant.add(100, 3000)
     due = 2.0
@@ -147,7 +147,7 @@ def test_throughput_finds_the_batch_that_was_not_given() -> None:
 
 
 class Light(Plant):
-    """A plant where a step costs more than what is in it."""
+    """An engine where the fixed cost of a step exceeds that of its tokens."""
 
     def cost_s(self, plan: StepPlan) -> float:
         record = record_of(plan, StepResult((RowResult(),) * len(plan.rows)), (), 0.0, 0)
@@ -155,7 +155,7 @@ class Light(Plant):
 
 
 def test_throughput_finds_chunk_and_batch_while_long_prompts_keep_coming() -> None:
-    """No step was of streams alone, and none of the chunk's own size: neither limit ever moved."""
+    """No step had streams alone, and none the chunk's own size: neither limit ever changed."""
 
     def tokens_per_second(**settings: Any) -> float:
         plant = Light(**settings)

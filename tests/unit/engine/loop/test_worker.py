@@ -1,4 +1,4 @@
-"""The model's thread: in order, one at a time, and with errors that an event loop can carry."""
+"""The model's thread: jobs in order, one at a time, and with errors that an event loop can deliver."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from penstock.errors import ExecutionError
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    """A worker that is shut down again."""
+    """A worker, shut down after the test."""
     found = Worker("model")
     yield found
     found.shutdown()
@@ -91,8 +91,7 @@ async def test_errors_arrive_as_they_are(worker: Worker) -> None:
 
 @pytest.mark.parametrize("error", [StopIteration(), asyncio.CancelledError(), SystemExit(1), GeneratorExit()])
 async def test_errors_that_asyncio_cannot_carry_arrive_as_one_that_it_can(worker: Worker, error: BaseException) -> None:
-    """A `StopIteration` out of a step was never delivered: the engine waited for that step for ever. The others
-    ended its loop."""
+    """The engine waited forever for a step that raised `StopIteration`. The other errors ended its loop."""
     with pytest.raises(ExecutionError, match=f"the model raised {type(error).__name__}") as caught:
         await asyncio.wait_for(worker.run(raiser(error)).done, 5)
     assert caught.value.__cause__ is error
@@ -120,10 +119,10 @@ async def test_cancelled_while_it_runs_is_not_told_any_more(worker: Worker) -> N
 
 
 async def test_failed_job_leaves_nothing_behind(worker: Worker) -> None:
-    """Future, error and its traceback kept each other alive, and with them the step's tensors."""
+    """Future, error and traceback kept each other alive, and with them the step's tensors."""
 
     class Tensors:
-        """What a step holds."""
+        """The step's tensors."""
 
         def fail(self) -> None:
             raise ValueError("boom")
@@ -174,7 +173,7 @@ def test_unused_worker_has_no_thread() -> None:
 
 
 async def test_an_error_that_cannot_be_printed_arrives(worker: Worker) -> None:
-    """Wording it raised in its turn, which ended the thread: nobody was ever answered again."""
+    """Formatting it raised another error, which ended the thread: no later job ever completed."""
 
     class Mute(BaseException):
         def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Figures with the right denominators, checked by hand."""
+"""Statistics with the right denominators, computed by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_guesses_count_neither_as_prompt_nor_as_output() -> None:
 
 
 def test_disabled_metrics_record_nothing() -> None:
-    """Requests were counted all the same."""
+    """Requests were counted nevertheless."""
     metrics = Metrics(enabled=False)
     metrics.step(step(1, 1, 1, 1))
     metrics.record("queue_time", 1.0)

@@ -1,4 +1,4 @@
-"""Events of a request's sequences become deltas, and at the end its output."""
+"""Events of a request's sequences become deltas and, at the end, its output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(count: int = 1, **options: Any) -> Collector:
 
 
 def event(tokens: Sequence[int] = (), reason: FinishReason | None = None, **fields: Any) -> Event:
-    """Each token has logprob -1, but for "b" with -3; sampled ones are half of that."""
+    """Each token has logprob -1, except "b" with -3; the sampled logprobs are half of that."""
     logprobs = tuple(scored(token) for token in tokens)
     return Event(0, tuple(tokens), logprobs, reason=reason, **fields)
 
@@ -43,12 +43,12 @@ def scored(token: int) -> TokenLogprobs:
 
 
 def push(collector: Collector, index: int, event: Event) -> Delta:
-    """What a reader gets of one event."""
+    """The delta after one event."""
     return cut(collector.push(index, event)[0])
 
 
 def cut(transcript: Transcript) -> Delta:
-    """What a reader gets."""
+    """The next delta."""
     transcript.show()
     return transcript.take()
 
@@ -98,7 +98,7 @@ def test_text_that_could_become_a_stop_string_is_held_back_until_the_end() -> No
 
 
 def test_a_stop_string_that_the_flush_completes_ends_the_completion() -> None:
-    """finish_reason was "length", though the text was cut at the stop."""
+    """finish_reason was "length", although the text was cut at the stop string."""
     for include, text in ((False, "a"), (True, "a\ufffd")):
         collector = half_a_character(include)
         delta = push(collector, 0, event([0, 1], FinishReason.LENGTH))
@@ -110,7 +110,7 @@ def test_a_stop_string_that_the_flush_completes_ends_the_completion() -> None:
 
 
 def half_a_character(include: bool) -> Collector:
-    """A collector that stops at U+FFFD, which token 1 is until something follows."""
+    """A collector that stops at U+FFFD, which is the text of token 1 until another token follows."""
     params = SamplingParams(max_tokens=2, stop="\ufffd", include_stop_str_in_output=include)
     stream = TextStream(Detokenizer(LetterTokenizer("a\ufffd")), StopStrings(("\ufffd",), include))
     return Collector("r", "j", [9], params, [stream], lambda token: "")
@@ -183,7 +183,7 @@ def test_closing_ends_what_still_runs_with_the_text_held_back() -> None:
 
 
 def test_closing_after_the_detokenizer_failed_does_not_fail_again() -> None:
-    """What was held back was decoded once more, and the error came out of the engine's own loop."""
+    """The held-back text was decoded again, and the error ended the engine's loop."""
     collector = make()
     with pytest.raises(ValueError, match="no text for z"):
         push(collector, 0, event([25]))
@@ -192,7 +192,7 @@ def test_closing_after_the_detokenizer_failed_does_not_fail_again() -> None:
 
 
 def test_candidates_that_end_early_show_the_best_of_them() -> None:
-    """best_of > n streams nothing until the end; an early end used to show held-back text of every candidate."""
+    """best_of > n streams nothing until the end; an early end used to deliver the held-back text of every candidate."""
     collector = make(count=3, n=1, best_of=3)
     for index in range(3):
         collector.push(index, event([index]))

@@ -1,4 +1,4 @@
-"""Forks of a running request: where they branch off, what they share and inherit, and when there is nothing to fork."""
+"""Forks of a running request: where they branch off, what they share and inherit, and when forking is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.engine.loop.test_core import Rig, ending, ids_of
 
 
 def fork(rig: Rig, origin: str = "a", *, name: str = "f", params: Any = None, **where: Any) -> Channel:
-    """A fork of a request, as a caller's thread would hand it over."""
+    """Fork a request as a caller's thread would."""
     values = {"index": 0, "at": None, "append": ()} | where
     return branch(rig, Fork(origin, **values), name, params)
 
@@ -33,7 +33,7 @@ def branch(rig: Rig, made: Fork, name: str, params: Any = None) -> Channel:
 
 
 def counting(tokens: Any, index: int) -> int:
-    """A model that says how long the text is."""
+    """A model whose next token is the length of the text."""
     return len(tokens)
 
 
@@ -205,11 +205,11 @@ def test_a_caller_is_told_at_once_what_its_thread_can_know() -> None:
 
 @pytest.mark.parametrize("token", [30, 31], ids=["an error", "a panic"])
 async def test_tokens_that_the_tokenizer_cannot_decode_end_each_fork_and_free_its_place(token: int) -> None:
-    """What is no `RequestError` left the fork without an end, and with its place in the queue for good."""
+    """Any error except a `RequestError` left the fork without an end, and its place in the queue was never released."""
     rig = Rig(counting)
     origin = rig.submit(max_tokens=9)
     await rig.steps(2)
-    origin.prompt = "abc"  # its text is known, as a prompt's that was one
+    origin.prompt = "abc"  # the text is known, as for a text prompt
     made = Fork("a", index=0, at=None, append=[token])
     forks = [branch(rig, made, name) for name in ("f1", "f2")]
     assert all("could not be turned into text" in str(ending(fork)) for fork in forks)
@@ -231,7 +231,7 @@ async def test_tokens_that_the_tokenizer_cannot_decode_end_each_fork_and_free_it
     ],
 )
 def test_what_makes_no_fork_is_refused_before_anything_is_submitted(where: Any, says: str) -> None:
-    """These forks never ended, and kept their places in the queue for good."""
+    """These forks never ended, and their places in the queue were never released."""
     with pytest.raises(RequestError, match=says):
         Fork("a", **{"index": 0, "at": None, "append": (), **where})
 

@@ -1,4 +1,4 @@
-"""Parameters that could never act are refused or told; stop strings that are special tokens act by their ids."""
+"""Parameters without effect are refused or reported; stop strings that are special tokens work by their ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ A = TOKENIZER.convert_tokens_to_ids("a")
 
 
 def run(script: list[int], tokenizer: Any = TOKENIZER, **wishes: Any) -> CompletionOutput:
-    """What a model that says `script` over and over comes to."""
+    """The output of a model that repeats `script`."""
     engine = InferenceEngine(ScriptedModel(script, vocab_size=600, eos_token_ids=frozenset({2})), tokenizer)
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 6} | wishes)
     try:
@@ -32,7 +32,7 @@ def run(script: list[int], tokenizer: Any = TOKENIZER, **wishes: Any) -> Complet
 
 @pytest.mark.parametrize("options", [{}, {"ignore_eos": True}, {"use_beam_search": True, "best_of": 2}])
 def test_a_stop_string_that_is_a_skipped_special_token_ends_the_request(options: dict[str, Any]) -> None:
-    """Text never shows such a token, so the request ran on to its length."""
+    """Text never shows such a token, so the request ran to its maximum length."""
     output = run([A, END], stop=["<end>"], **options)
     assert (output.finish_reason, output.stop_reason, output.token_ids) == ("stop", "<end>", [A, END])
     assert output.text == "a"
@@ -113,7 +113,7 @@ def test_stops_and_bans_of_ids_that_cannot_come_are_told(
 
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
-    """They were accepted, and never looked for."""
+    """They were accepted but never searched for."""
     with pytest.raises(RequestError, match="pass stop_token_ids"):
         run([A], tokenizer=None, stop=["x"])
 

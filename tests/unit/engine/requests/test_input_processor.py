@@ -1,4 +1,4 @@
-"""The input processor: what a caller gave becomes sequences that fit, or a typed refusal that says what to change."""
+"""The input processor turns a request into sequences that fit, or raises an error that says what to change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Tokenizer:
 
 
 class Pool:
-    """Encodes at once, on the caller's thread, and counts how often."""
+    """Encodes at once, on the caller's thread, and counts the calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -52,7 +52,7 @@ class Pool:
 
 
 class Rig:
-    """An input processor of a model with 26 tokens and room for 40."""
+    """An input processor for a model with 26 tokens and a limit of 40."""
 
     def __init__(self, defaults: dict[str, Any] | None = None, **settings: Any) -> None:
         config = EngineConfig(**settings)
@@ -69,7 +69,7 @@ class Rig:
         self.ids = itertools.count()
 
     def admit(self, prompt: Any, params: Params = None, now: float = 0.0, **fields: Any) -> Request:
-        """A request that was admitted."""
+        """An admitted request."""
         place = Place("r", 2)
         request = Request(
             id="r", prompt=read_prompt(prompt), params=params, channel=Channel("r"), arrival=0.0, place=place, **fields
@@ -270,6 +270,6 @@ def test_more_logprobs_than_the_engine_gives_are_refused() -> None:
 
 
 def test_a_first_token_deadline_is_the_first_completions_alone() -> None:
-    """Siblings still waiting for a place used to end a request whose first token had come in time."""
+    """Siblings that still waited used to end a request whose first token had arrived in time."""
     request = Rig().admit([3, 4], SamplingParams(n=3, max_tokens=2), ttft_deadline=5.0)
     assert [seq.ttft_deadline for seq in request.sequences] == [5.0, math.inf, math.inf]

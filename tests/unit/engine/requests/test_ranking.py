@@ -1,4 +1,4 @@
-"""What completions are ranked by, and whose thread a caller's own function runs on."""
+"""How completions are ranked, and the thread that runs a caller's own function."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_such_a_function_does_wrong_is_a_request_error(function: Any, says:
 
 
 def test_an_error_that_cannot_be_printed_is_a_request_error_too() -> None:
-    """The thread ended while it worded the error, and the request never."""
+    """The thread ended while it formatted the error, and the request never ended."""
 
     class Mute(BaseException):
         def __str__(self) -> str:

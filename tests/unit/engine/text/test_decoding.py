@@ -1,4 +1,4 @@
-"""Whatever id a model says, asking for its text is safe; what a tokenizer raises is its request's alone."""
+"""Decoding is safe for any id that a model samples; a tokenizer's exception ends only its request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tokenizers_for_tests import byte_fallback, byte_level
 
 
 class PythonTokenizer(PreTrainedTokenizer):
-    """Written over a dictionary, as repositories with a tokenization_*.py of their own have it; 4 and 5 are gaps."""
+    """A tokenizer over a dictionary, as in repositories with their own tokenization_*.py; 4 and 5 are gaps."""
 
     def __init__(self, **options: Any) -> None:
         self._names = {0: "a", 1: "b", 2: "c", 3: "d", 6: "g"}
@@ -24,7 +24,7 @@ class PythonTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id."""
+        """The highest id plus one."""
         return 7
 
     def get_vocab(self) -> dict[str, int]:
@@ -46,7 +46,7 @@ class PythonTokenizer(PreTrainedTokenizer):
 
 
 class StrictTokenizer(PythonTokenizer):
-    """One that knows no id but its own."""
+    """A tokenizer that knows only one id."""
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._names[index]
@@ -63,7 +63,7 @@ def test_no_id_below_the_models_vocabulary_raises(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [PythonTokenizer, StrictTokenizer])
 def test_ids_outside_a_python_tokenizer_end_no_request_with_logprobs(make: type[PythonTokenizer]) -> None:
-    """The detokenizer guarded itself, the texts of logprobs were decoded without a guard and raised TypeError."""
+    """The detokenizer checked ids, but the texts of logprobs were decoded without a check and raised TypeError."""
     engine = InferenceEngine(ScriptedModel([0, 4, 50, 6], vocab_size=64), make())
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1, stop="zz")
     output = engine.generate([0], params).result(30).outputs[0]
@@ -80,14 +80,14 @@ def test_ids_outside_a_python_tokenizer_end_no_request_with_logprobs(make: type[
 
 
 def test_tokens_behind_the_gaps_of_a_vocabulary_have_their_text() -> None:
-    """Every id beyond the number of tokens was taken for one outside the vocabulary."""
+    """Every id above the number of tokens was treated as outside the vocabulary."""
     decoder = TokenDecoder(PythonTokenizer(), skip_special_tokens=True)
     assert [decoder.text([id]) for id in range(8)] == ["a", "b", "c", "d", "", "", "g", ""]
     assert decoder.text([4, 6, 50, 1]) == "gb"
 
 
 async def test_a_fork_behind_ids_outside_the_tokenizer_has_its_text() -> None:
-    """The text in front of a fork was decoded without a guard, too."""
+    """The text before a fork was also decoded without a check."""
     async with InferenceEngine(ScriptedModel([0, 4, 50, 6], vocab_size=64), PythonTokenizer()) as engine:
         origin = engine.generate(
             {"prompt": "d", "prompt_token_ids": [3]}, SamplingParams(max_tokens=1000, ignore_eos=True)

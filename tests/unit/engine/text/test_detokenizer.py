@@ -1,4 +1,4 @@
-"""Text appears as early as it is certain, whole characters only, and costs the same per token however long it gets."""
+"""Text appears as soon as it is final, in whole characters, at a constant cost per token."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def ids_of(tokenizer: Any, *tokens: str) -> list[int]:
 
 
 def stream(tokenizer: Any, ids: list[int], **options: Any) -> list[str]:
-    """What each push returns, and last the flush."""
+    """The result of each push, and of the flush at the end."""
     detokenizer = Detokenizer(tokenizer, **options)
     return [detokenizer.push(token_id) for token_id in ids] + [detokenizer.flush()]
 
 
 def decode(tokenizer: Any, ids: list[int], skip_special_tokens: bool = True) -> str:
-    """What the joined stream must be."""
+    """The expected text of the joined stream."""
     return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
@@ -61,14 +61,14 @@ def test_flush_shows_half_a_character_and_begins_anew() -> None:
 
 
 def test_a_character_of_byte_tokens_shows_with_its_last_byte() -> None:
-    """It was held to the end of the run, so an answer in Thai showed nothing for a hundred tokens."""
+    """It was held back to the end of the run, so an answer in Thai showed nothing for a hundred tokens."""
     tokenizer = byte_fallback()
     ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xB0>", "<0xB4>", "<0x21>", "▁lake")
     assert stream(tokenizer, ids) == ["the", "", "", "水", "!", " lake", ""]
 
 
 def test_an_invalid_byte_spoils_no_character_that_was_shown() -> None:
-    """Only here does the stream differ from `decode`, which has one U+FFFD for each byte of the run."""
+    """Only here does the stream differ from `decode`, which returns one U+FFFD for each byte of the run."""
     tokenizer = byte_fallback()
     ids = ids_of(tokenizer, "▁the", "<0xE6>", "<0xB0>", "<0xB4>", "<0xFF>", "<0x21>", "▁lake")
     assert stream(tokenizer, ids) == ["the", "", "", "水", "\ufffd", "!", " lake", ""]
@@ -211,4 +211,4 @@ def test_known_tokens_of_a_known_decoder_are_not_decoded_again(monkeypatch: pyte
 
     monkeypatch.setattr(tokenizer, "decode", counting)
     assert "".join(stream(tokenizer, ids * 10)) == "the lake and the turbine" * 10
-    assert num_calls == 1  # for the first token, with which the text starts
+    assert num_calls == 1  # for the first token of the text

@@ -22,7 +22,7 @@ def find(text: str, stops: tuple[str, ...]) -> tuple[int, str] | None:
 
 
 def visible(text: str, stops: tuple[str, ...], include: bool) -> str:
-    """All that may be shown of a text, by the definition."""
+    """The text that may be shown, by definition."""
     if found := find(text, stops):
         return text[: found[0] + (len(found[1]) if include else 0)]
     could_grow = [n for n in range(len(text) + 1) for s in stops if n < len(s) and text.endswith(s[:n])]

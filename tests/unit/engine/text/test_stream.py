@@ -1,4 +1,4 @@
-"""Tokens become text and stop at stop strings; the numbers say which token did it."""
+"""Tokens become text and end at stop strings; the count tells which token completed one."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_stop_in_the_flushed_text_cuts_it_and_is_told() -> None:
 
 
 def test_a_stop_within_a_byte_run_ends_the_text_where_it_is_complete() -> None:
-    """The run was held to its end, and the stop with it."""
+    """The run was held back to its end, and the stop string with it."""
     tokenizer = byte_fallback()
     stream = open_stream("水", include=True, tokenizer=tokenizer)
     ids = [tokenizer.get_vocab()[token] for token in ("▁the", "<0x41>", "<0xE6>", "<0xB0>", "<0xB4>", "<0x43>")]

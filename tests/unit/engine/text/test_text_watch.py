@@ -1,4 +1,4 @@
-"""Stop strings in the texts of beams, which share their beginnings."""
+"""Stop strings in the texts of beams, which share prefixes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a tokenizer say what the original says, and no change reaches them."""
+"""Copies of a tokenizer give the same results as the original, and its changes do not affect them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tokenizers_for_tests import TEXT, byte_fallback, byte_level, in_conte
 
 
 def with_added_tokens() -> Any:
-    """Words and special tokens in turn, with settings of their own; some are in the vocabulary already."""
+    """Added words and special tokens alternately, with various settings; some are in the vocabulary already."""
     tokenizer = byte_level()
     tokenizer.add_tokens(["<tool>", AddedToken("lake", single_word=True)])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
@@ -24,7 +24,7 @@ def with_added_tokens() -> Any:
 
 
 def truncating() -> Any:
-    """A tokenizer whose Rust half cuts and pads."""
+    """A tokenizer whose Rust part truncates and pads."""
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.enable_truncation(40, stride=2)
     tokenizer.backend_tokenizer.enable_padding(length=50)
