@@ -84,7 +84,7 @@ async def test_single_delta_arrives_as_it_is() -> None:
     assert await channel.take() == delta(1)
 
 
-async def test_deltas_that_nobody_took_merge_into_one() -> None:
+async def test_untaken_deltas_merge_into_one() -> None:
     channel, transcript = Channel("a"), written(1)
     put(channel, transcript)
     write(transcript, 2)
@@ -124,7 +124,7 @@ async def test_completions_never_merge_with_each_other() -> None:
     assert (second.index, second.token_ids) == (1, (2,))
 
 
-async def test_last_deltas_are_taken_before_the_end_is_told() -> None:
+async def test_last_deltas_are_taken_before_the_end() -> None:
     channel = Channel("a")
     put(channel, written(1))
     end(channel)
@@ -165,7 +165,7 @@ async def test_second_end_is_a_bug_of_ours() -> None:
         end(channel)
 
 
-async def test_reader_is_woken_by_news_and_at_the_end() -> None:
+async def test_reader_is_woken_by_new_text_and_at_the_end() -> None:
     channel = Channel("a")
     reader = asyncio.create_task(channel.take())
     await asyncio.sleep(0)
@@ -210,7 +210,7 @@ async def test_several_readers_share_the_deltas_and_all_learn_of_the_end() -> No
     assert sorted(found, key=str) == sorted([delta(1), None, None], key=str)
 
 
-async def test_cancelled_reader_leaves_the_news_to_the_next_one() -> None:
+async def test_cancelled_reader_leaves_its_delta_to_the_next_one() -> None:
     channel = Channel("a")
     reader = asyncio.create_task(channel.take())
     await asyncio.sleep(0)

@@ -151,7 +151,7 @@ def test_being_collected_in_a_cycle_aborts() -> None:
     assert engine.aborted == ["a"]
 
 
-async def test_breaking_out_of_the_loop_aborts_when_nobody_else_holds_the_handle() -> None:
+async def test_breaking_out_of_the_loop_aborts_when_no_reference_to_the_handle_is_left() -> None:
     engine, channel = Engine(), Channel("a")
     wakeups = Wakeups()
     channel.put(Transcript("a"), wakeups)

@@ -93,7 +93,7 @@ def test_what_is_no_conversation_is_refused_in_plain_words(prompt: Any, says: st
         read_prompt(prompt)
 
 
-def test_a_template_that_refuses_says_why() -> None:
+def test_a_template_that_refuses_gives_its_reason() -> None:
     refusing = byte_level()
     refusing.chat_template = "{{ raise_exception('no system messages, please') }}"
     with pytest.raises(RequestError, match="the chat template refused these messages: no system messages, please"):

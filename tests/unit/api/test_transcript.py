@@ -69,7 +69,7 @@ def test_completion_is_all_of_it_whatever_was_cut() -> None:
     )
 
 
-def test_guesses_are_added_up() -> None:
+def test_draft_tokens_are_added_up() -> None:
     transcript = Transcript("r")
     transcript.count_draft(4, 2)
     transcript.count_draft(3, 0)

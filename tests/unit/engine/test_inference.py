@@ -33,7 +33,7 @@ async def seeds_of(count: int, params: SamplingParams, **settings: Any) -> list[
     return model.seeds
 
 
-async def test_requests_without_a_seed_get_one_of_their_own() -> None:
+async def test_requests_without_a_seed_get_separate_seeds() -> None:
     params = SamplingParams(max_tokens=1)
     first, second = await asyncio.gather(seeds_of(4, params), seeds_of(4, params))
     assert len({*first, *second}) == 8

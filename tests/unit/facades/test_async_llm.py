@@ -75,7 +75,7 @@ async def test_the_end_of_an_aborted_request_holds_what_came_before() -> None:
     assert (last.token_ids, last.finish_reason, len(last.logprobs or ())) == ([5, 5], "abort", 2)
 
 
-async def test_news_come_once(engine: AsyncLLMEngine) -> None:
+async def test_new_text_comes_once(engine: AsyncLLMEngine) -> None:
     outputs = await outputs_of(engine, OutputKind.DELTA)
     assert [token for output in outputs for token in output.outputs[0].token_ids] == [5, 6, 7]
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]

@@ -39,7 +39,7 @@ def test_a_generation_adds_up_its_prompts() -> None:
     assert made.rates() == {"tokens_per_second": 4.0, "acceptance_rate": 0.75}
 
 
-def test_the_strategy_says_what_was_done() -> None:
+def test_the_strategy_names_what_was_done() -> None:
     def strategy(params: SamplingParams, drafted: int = 0) -> tuple[str, int]:
         made = Generation.of([output(3, drafted)], params, 1.0)
         return made.strategy, made.num_candidates

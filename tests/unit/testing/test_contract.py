@@ -28,7 +28,7 @@ def test_the_native_engine_scores_and_an_echo_does_not_have_to() -> None:
     assert not hasattr(EchoEngine, "score")
 
 
-def test_an_engine_without_forks_says_so() -> None:
+def test_an_engine_without_forks_raises() -> None:
     engine = EchoEngine()
     with pytest.raises(RequestError, match="cannot fork"):
         engine.generate([1, 2]).fork()

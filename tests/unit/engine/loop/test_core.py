@@ -487,7 +487,7 @@ async def test_length_is_looked_at_before_the_token_ids() -> None:
     assert isinstance(ending(channel), RequestTooLarge)
 
 
-async def test_second_request_with_a_running_id_is_refused_and_the_first_goes_on() -> None:
+async def test_second_request_with_a_running_id_is_refused_and_the_first_continues() -> None:
     """Two threads with the same id: the second request replaced the first, which could no longer be aborted."""
     rig = Rig()
     first, second = rig.submit(name="a"), rig.submit(name="a")
@@ -527,7 +527,7 @@ async def test_abort_before_the_model_has_begun_keeps_what_was_committed() -> No
     assert [token for delta in await drain(channel) for token in delta.token_ids] == [5]
 
 
-async def test_abort_of_a_request_whose_end_was_only_not_told_yet_means_nothing() -> None:
+async def test_abort_of_a_request_whose_end_is_not_yet_published_has_no_effect() -> None:
     rig = Rig()
     first, second = rig.submit(name="a", max_tokens=1), rig.submit(name="b", max_tokens=2)
     await rig.steps(1)
@@ -596,7 +596,7 @@ async def test_first_token_deadline_is_over_with_the_first_token() -> None:
     assert isinstance(ending(second), DeadlineExceeded)
 
 
-async def test_deadline_that_passed_while_encoding_says_so_in_the_last_delta() -> None:
+async def test_deadline_that_passed_while_encoding_is_the_last_deltas_finish_reason() -> None:
     """The last delta had the finish reason "error"."""
     rig = Rig()
     rig.now = 5.0
@@ -726,7 +726,7 @@ class TracedSpeculator:
             self.rested.set()
 
 
-async def test_a_speculator_drafts_before_every_step_and_hears_of_it_afterwards() -> None:
+async def test_a_speculator_drafts_before_every_step_and_records_it_afterwards() -> None:
     speculator = TracedSpeculator()
     rig = Rig(speculator=speculator)
     rig.submit(max_tokens=2)
@@ -734,7 +734,7 @@ async def test_a_speculator_drafts_before_every_step_and_hears_of_it_afterwards(
     assert speculator.trace == ["draft", (1, 1, 0.01)] * 2
 
 
-async def test_a_speculator_forgets_who_ended_when_the_engine_turns_idle() -> None:
+async def test_a_speculator_forgets_ended_sequences_when_the_engine_becomes_idle() -> None:
     speculator = TracedSpeculator()
     rig = Rig(speculator=speculator)
     running = asyncio.create_task(rig.core.run())
@@ -770,7 +770,7 @@ async def test_closing_ends_what_is_left_with_engine_closed() -> None:
     assert rig.core.num_requests == 0
 
 
-async def test_closing_keeps_what_was_told_and_not_yet_taken() -> None:
+async def test_closing_keeps_published_deltas_that_were_not_taken() -> None:
     rig = Rig()
     channel = rig.submit(max_tokens=9)
     await rig.steps(3)
@@ -806,7 +806,7 @@ async def test_waiting_for_room_leaves_no_tasks_behind() -> None:
     assert asyncio.all_tasks() <= before
 
 
-async def test_a_beam_search_says_everything_at_once() -> None:
+async def test_a_beam_search_delivers_everything_at_once() -> None:
     rig = Rig(script=(5, 6, 7))
     channel = rig.submit(max_tokens=3, use_beam_search=True, best_of=2, temperature=0.0)
     await rig.steps(2)
@@ -992,7 +992,7 @@ async def test_request_displaced_before_it_was_submitted_ends_with_that_error() 
     assert rig.admission.num_requests == 1
 
 
-async def test_a_waiting_request_that_lost_its_place_is_told_so_before_the_other_comes_in() -> None:
+async def test_a_displaced_waiting_request_ends_before_the_other_is_registered() -> None:
     rig = Rig(max_queue_size=1, max_batch_size=1)
     busy = rig.submit(name="busy", max_tokens=4)
     await rig.steps(1)

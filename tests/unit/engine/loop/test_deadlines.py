@@ -71,7 +71,7 @@ async def test_timer_that_is_early_is_set_again() -> None:
     assert rig.rung == ["a"]
 
 
-async def test_first_token_turns_one_deadline_into_the_other() -> None:
+async def test_first_token_replaces_the_first_token_deadline() -> None:
     rig = Rig()
     request = rig.request(deadline=0.002, ttft_deadline=0.001)
     rig.timers.set(request)

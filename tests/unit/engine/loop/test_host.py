@@ -118,7 +118,7 @@ def test_actions_posted_while_the_model_loads_run_once_it_has() -> None:
     host.stop(10)
 
 
-def test_failure_to_load_is_raised_by_whoever_waits_and_ends_the_requests() -> None:
+def test_failure_to_load_is_raised_in_waiting_callers_and_ends_the_requests() -> None:
     gate = threading.Event()
     host, _ = make(ConfigurationError("no such model"), gate)
     host.start()

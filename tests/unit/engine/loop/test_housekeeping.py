@@ -118,7 +118,7 @@ async def test_cleaning_waits_for_the_step_that_runs() -> None:
     assert done.result() == 800
 
 
-async def test_an_error_of_cleaning_reaches_who_asked() -> None:
+async def test_an_error_of_cleaning_reaches_its_caller() -> None:
     house, done = House(), Future[int]()
     house.model.trim_memory = lambda *_: 1 // 0  # type: ignore[method-assign,assignment]
     house.keeper.clean(done)

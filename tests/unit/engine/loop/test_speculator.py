@@ -154,7 +154,7 @@ async def test_the_setting_is_read_before_every_step() -> None:
     assert loop.drafter.asked[asked:] == [[(0, 3)]]
 
 
-async def test_a_request_may_want_fewer_guesses_or_none_but_not_more() -> None:
+async def test_a_request_may_ask_for_fewer_draft_tokens_or_none_but_not_more() -> None:
     loop = Loop(Knowing(), speculation_length=6)
     for number, length in enumerate((None, 0, 2, 50)):
         loop.add(number, speculation_length=length)
@@ -241,7 +241,7 @@ async def test_what_ended_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_what_ended_is_forgotten_when_nobody_is_asked_any_more(fails: bool) -> None:
+async def test_ended_sequences_are_forgotten_when_no_drafts_are_requested(fails: bool) -> None:
     loop = Loop(Knowing(), max_batch_size=16)
     for number in range(16):
         loop.add(number, new=200)

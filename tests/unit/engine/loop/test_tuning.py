@@ -176,7 +176,7 @@ def test_everything_follows_from_the_records() -> None:
     assert first.tuning.stats() == second.tuning.stats()
 
 
-def test_every_change_is_told_once_with_its_reason() -> None:
+def test_every_change_is_logged_once_with_its_reason() -> None:
     plant = keep_arriving(Plant(target="latency"), seconds=10.0)
     assert plant.log.lines
     assert {line["event"] for line in plant.log.lines} == {"tuned"}
@@ -188,7 +188,7 @@ def test_every_change_is_told_once_with_its_reason() -> None:
     assert told == [{key: value for key, value in line.items() if key != "event"} for line in plant.log.lines][-32:]
 
 
-def test_without_a_target_nothing_is_tuned_and_nothing_told() -> None:
+def test_without_a_target_nothing_is_tuned_and_nothing_logged() -> None:
     plant = keep_arriving(Plant(), seconds=5.0)
     assert (plant.limits.tuned, plant.tuning.stats(), plant.log.lines) == (None, {}, [])
 

@@ -45,7 +45,7 @@ async def test_everything_runs_in_order_on_one_thread_of_that_name(worker: Worke
     assert seen == [(i, worker.ident) for i in range(20)]
 
 
-async def test_begun_is_told_before_the_job_is_done(worker: Worker) -> None:
+async def test_begun_completes_before_the_job_is_done(worker: Worker) -> None:
     turn = threading.Event()
     job = worker.run(turn.wait, 5)
     await asyncio.wait_for(job.begun, 5)
@@ -55,7 +55,7 @@ async def test_begun_is_told_before_the_job_is_done(worker: Worker) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # raised anywhere in the thread
-async def test_a_worker_that_rests_interrupts_its_job_and_begins_no_other() -> None:
+async def test_a_halted_worker_interrupts_its_job_and_begins_no_other() -> None:
     worker, seen = Worker("halting"), list[int]()
 
     def spin() -> None:
@@ -90,7 +90,9 @@ async def test_errors_arrive_as_they_are(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("error", [StopIteration(), asyncio.CancelledError(), SystemExit(1), GeneratorExit()])
-async def test_errors_that_asyncio_cannot_carry_arrive_as_one_that_it_can(worker: Worker, error: BaseException) -> None:
+async def test_errors_that_asyncio_cannot_deliver_arrive_as_one_that_it_can(
+    worker: Worker, error: BaseException
+) -> None:
     """The engine waited forever for a step that raised `StopIteration`. The other errors ended its loop."""
     with pytest.raises(ExecutionError, match=f"the model raised {type(error).__name__}") as caught:
         await asyncio.wait_for(worker.run(raiser(error)).done, 5)
@@ -108,7 +110,7 @@ async def test_cancelled_before_its_turn_never_runs(worker: Worker) -> None:
     assert ran == [2]
 
 
-async def test_cancelled_while_it_runs_is_not_told_any_more(worker: Worker) -> None:
+async def test_cancelled_while_it_runs_delivers_no_result(worker: Worker) -> None:
     turn = threading.Event()
     job = worker.run(turn.wait, 5)
     await job.begun
@@ -150,7 +152,7 @@ async def test_shutdown_finishes_what_was_given_and_takes_no_more(worker: Worker
         worker.run(int, "4")
 
 
-def test_loop_that_has_ended_is_not_told() -> None:
+def test_loop_that_has_ended_receives_no_result() -> None:
     worker, turn = Worker("model"), threading.Event()
 
     async def leave() -> None:

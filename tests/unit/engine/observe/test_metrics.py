@@ -27,7 +27,7 @@ def test_step_counts_rows_tokens_and_time() -> None:
     assert (metrics.totals["generated_tokens"], metrics.totals["steps"]) == (4, 2)
 
 
-def test_guesses_count_neither_as_prompt_nor_as_output() -> None:
+def test_draft_tokens_count_neither_as_prompt_nor_as_output() -> None:
     metrics = Metrics()
     metrics.step(step(rows=2, tokens=10, prompt_tokens=0, generated=5)._replace(drafted=8, accepted=3))
     assert "prompt_tokens_per_second" not in metrics.summaries()

@@ -83,7 +83,7 @@ def test_stop_string_cuts_text_and_tokens() -> None:
     assert collector.done
 
 
-def test_guesses_behind_a_stop_string_were_not_accepted() -> None:
+def test_draft_tokens_after_a_stop_string_were_not_accepted() -> None:
     collector = make(stop="bc")
     collector.push(0, event([3], num_drafted_tokens=2))
     collector.push(0, event([0, 1, 2, 3, 3], num_drafted_tokens=6, num_accepted_tokens=4))
@@ -123,7 +123,7 @@ def test_text_of_the_stop_token_shows_only_when_asked_for(shown: bool, text: str
     assert (delta.text, delta.token_ids, delta.stop_reason) == (text, (0, 1), 1)
 
 
-def test_eos_is_no_stop_reason_since_nobody_asked_for_it() -> None:
+def test_eos_is_no_stop_reason_because_it_was_not_requested() -> None:
     delta = push(make(), 0, event([0, 1], FinishReason.STOP, stop_token=1))
     assert (delta.finish_reason, delta.stop_reason) == ("stop", None)
 

@@ -37,7 +37,7 @@ def counting(tokens: Any, index: int) -> int:
     return len(tokens)
 
 
-async def test_a_fork_goes_on_from_what_was_generated() -> None:
+async def test_a_fork_continues_from_the_generated_tokens() -> None:
     rig = Rig(counting)
     origin = rig.submit(max_tokens=8)
     await rig.steps(3)
@@ -90,7 +90,7 @@ async def test_parameters_of_its_own_count_from_the_fork() -> None:
     assert [out.token_ids for out in forked.outcome().outputs] == [[5, 6], [5, 6]]
 
 
-async def test_draws_differ_by_sample_indices_that_nobody_else_has() -> None:
+async def test_samples_differ_by_unique_sample_indices() -> None:
     rig = Rig(lambda tokens, index: index)
     rig.submit(max_tokens=9, n=2, seed=5)
     await rig.steps(1)
@@ -135,7 +135,7 @@ async def test_alike_completions_can_be_forked_by_any_of_their_numbers() -> None
     assert "has no completion 3" in str(ending(missing))
 
 
-async def test_a_fork_of_one_that_ends_before_it_can_start_still_runs() -> None:
+async def test_a_fork_still_runs_when_its_origin_ends_before_it_starts() -> None:
     rig = Rig(counting, max_batch_size=1)
     rig.submit(max_tokens=3)
     await rig.steps(2)
@@ -144,7 +144,7 @@ async def test_a_fork_of_one_that_ends_before_it_can_start_still_runs() -> None:
     assert ids_of(forked) == [5, 6]
 
 
-async def test_what_cannot_be_forked_is_told_by_the_fork() -> None:
+async def test_the_fork_reports_what_cannot_be_forked() -> None:
     rig = Rig(counting, max_batch_size=2)
     rig.submit(name="early", max_tokens=3)
     early = fork(rig, "early", name="f1")
@@ -194,7 +194,7 @@ def test_what_are_no_token_ids_cannot_be_appended(append: Any) -> None:
         Fork("a", index=0, at=None, append=append)
 
 
-def test_a_caller_is_told_at_once_what_its_thread_can_know() -> None:
+def test_errors_that_the_callers_thread_can_detect_are_raised_at_once() -> None:
     channel = Channel("a")
     for known, says in ((None, "has ended"), (channel, "no tokens yet")):
         with pytest.raises(RequestError, match=says):

@@ -70,7 +70,7 @@ def test_an_added_token_that_text_shows_is_a_stop_like_any_other() -> None:
         ({"length_penalty": 2.0}, "length_penalty without effect"),
     ],
 )
-def test_a_parameter_without_effect_is_told_once(
+def test_a_parameter_without_effect_is_reported_once(
     wishes: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = InferenceEngine(ScriptedModel([A], vocab_size=600, eos_token_ids=frozenset({2})), TOKENIZER)
@@ -84,7 +84,7 @@ def test_a_parameter_without_effect_is_told_once(
     assert [record.message.count(says) for record in caplog.records] == [1]
 
 
-def test_min_tokens_of_a_model_that_nothing_ends_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_min_tokens_without_any_stop_condition_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     engine = InferenceEngine(ScriptedModel([A], vocab_size=600), TOKENIZER)
     engine.generate([A], SamplingParams(min_tokens=2, max_tokens=2)).result(30)
     engine.stop()
@@ -105,7 +105,7 @@ def test_wishes_for_ids_that_the_model_does_not_have_are_refused() -> None:
         {"begin_suppress_tokens": [600]},
     ],
 )
-def test_stops_and_bans_of_ids_that_cannot_come_are_told(
+def test_stops_and_bans_of_ids_outside_the_vocabulary_are_reported(
     wishes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run([A], **wishes).finish_reason == "length"

@@ -162,7 +162,7 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
 
 
 @pytest.mark.parametrize("late", ["deadline", "ttft_deadline"])
-def test_deadline_that_has_passed_is_told(late: str) -> None:
+def test_deadline_that_has_passed_is_reported(late: str) -> None:
     with pytest.raises(DeadlineExceeded):
         Rig().admit([1], None, 2.0, **{late: 2.0})
 
@@ -256,7 +256,7 @@ def test_estimate_is_corrected_and_given_back_once() -> None:
     assert (rig.admission.num_requests, rig.admission.num_tokens) == (0, 0)
 
 
-def test_prompts_that_are_none_come_back_as_an_error() -> None:
+def test_invalid_prompts_are_an_error() -> None:
     rig = Rig()
     with pytest.raises(RequestError, match="empty"):
         rig.admit([])

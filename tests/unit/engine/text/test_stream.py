@@ -71,7 +71,7 @@ def test_a_character_completed_after_min_tokens_counts_as_later() -> None:
     assert stream.push(ids) == TextDelta("", "你", 3)
 
 
-def test_a_stop_in_the_flushed_text_cuts_it_and_is_told() -> None:
+def test_a_stop_in_the_flushed_text_cuts_it_and_is_reported() -> None:
     """It cut the text but was forgotten: the request ended with "length" and no stop reason."""
     stream = open_stream("\ufffd")
     lead = TOKENIZER.get_vocab()["ä"]  # the byte E4

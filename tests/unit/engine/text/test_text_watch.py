@@ -39,6 +39,6 @@ def test_the_first_tokens_are_not_looked_at() -> None:
     assert after(watch("b", min_tokens=2), "abb") is None
 
 
-def test_a_text_that_cannot_be_told_is_the_requests_error() -> None:
+def test_a_text_that_cannot_be_decoded_is_the_requests_error() -> None:
     with pytest.raises(RequestError, match="no text for z"):
         after(watch("b"), "z")

@@ -195,7 +195,7 @@ def mixed_calls(number: int) -> list[tuple[Callable[..., Any], Any]]:
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_sixteen_threads_get_what_one_after_the_other_gives(make: Callable[[], Any]) -> None:
+def test_sixteen_threads_get_the_same_results_as_one(make: Callable[[], Any]) -> None:
     tokenizer = make()
     calls = [call for number in range(640) for call in mixed_calls(number)]
     expected = [fn(tokenizer, argument) for fn, argument in calls]
@@ -241,7 +241,7 @@ def test_the_caller_may_change_the_tokenizer_and_keeps_its_state() -> None:
     pool.close()
 
 
-def test_an_error_reaches_its_caller_and_the_worker_goes_on() -> None:
+def test_an_error_reaches_its_caller_and_the_worker_continues() -> None:
     pool = TokenizerPool(byte_level(), num_workers=1)
     with pytest.raises(RequestError, match="empty"):
         pool.submit(encode_prompt, "").result()
