@@ -115,7 +115,7 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     try:
         return [cast(Prompt, prompts)] if _is_single(prompts) else list(cast(Sequence[Prompt], prompts))
     except Exception as error:
-        raise RequestError(f"prompts must be a prompt or a list of them ({described(error)})") from error
+        raise RequestError(f"prompts must be a prompt or a list of prompts ({described(error)})") from error
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:

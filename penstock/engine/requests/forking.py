@@ -76,7 +76,7 @@ class Fork:
         params = point.params if request.params is None else request.params
         if params is None:
             raise RequestError(
-                f"nothing is left of request {self.origin_id}'s max_tokens after {len(point.tokens)} tokens: "
+                f"max_tokens of request {self.origin_id} leaves no room after {len(point.tokens)} tokens: "
                 "pass params for the fork"
             )
         return dataclasses.replace(
@@ -116,9 +116,9 @@ class Fork:
             raise RequestError(f"request {self.origin_id} has no completion {self._index}")
         seq = origin.sequences[0 if is_shared else self._index]
         if seq.status is Status.FINISHED:
-            raise RequestError(f"completion {self._index} of request {self.origin_id} has ended: fork one that runs")
+            raise RequestError(f"completion {self._index} of request {self.origin_id} has ended: fork a running one")
         if self._at is not None and not 0 <= self._at <= seq.num_generated:
-            raise RequestError(f"at={self._at} is not among the {seq.num_generated} tokens generated until now")
+            raise RequestError(f"at={self._at} exceeds the {seq.num_generated} tokens generated so far")
         return seq
 
 

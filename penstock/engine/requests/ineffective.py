@@ -48,19 +48,20 @@ def ineffective(params: SamplingParams, spec: ModelSpec, special: SpecialTokens 
     bans: list[tuple[str, Collection[int]]] = [("bad_words", list(words) if params.bad_words else ())]
     for name, ids in (*bans, *((name, getattr(params, name)) for name in _STOPS_AND_BANS)):
         if ids and (token := _outside(ids, spec.vocab_size)) is not None:
-            sentences.append(
-                f"token id {token} in {name} {_OUTSIDE} of {spec.vocab_size} and without effect: {_REMEDY}"
-            )
+            sentences.append(f"token id {token} in {name} {_OUTSIDE} of {spec.vocab_size} and has no effect: {_REMEDY}")
     if params.greedy and not params.use_beam_search:
         names = ["top_p"] * (params.top_p != 1) + ["min_p"] * (params.min_p != 0) + ["top_k"] * (params.top_k > 1)
         if names:
-            sentences.append(f"{' and '.join(names)} without effect: nothing is drawn with temperature=0 or top_k=1")
+            verb = "has" if len(names) == 1 else "have"
+            sentences.append(
+                f"{' and '.join(names)} {verb} no effect: nothing is sampled with temperature=0 or top_k=1"
+            )
     if params.min_tokens and not (params.stop or params.stop_token_ids or spec.eos_token_ids):
         sentences.append(
-            "min_tokens without effect: the model has no EOS, and the request neither stop nor stop_token_ids"
+            "min_tokens has no effect: the model has no EOS, and the request has neither stop nor stop_token_ids"
         )
     if params.length_penalty != 1 and not params.use_beam_search and params.rank_by != "normalized_logprob":
-        sentences.append('length_penalty without effect: it needs use_beam_search or rank_by="normalized_logprob"')
+        sentences.append('length_penalty has no effect: it needs use_beam_search or rank_by="normalized_logprob"')
     if special is not None and params.skip_special_tokens and params.stop:
         sentences += map(_unmatchable, params.stop, map(special.inside, params.stop))
     return [sentence for sentence in sentences if sentence]
@@ -70,7 +71,7 @@ def _unmatchable(stop: str, hidden: list[str]) -> str:
     if not hidden:
         return ""
     return (
-        f"the stop string {stop!r} cannot match: skip_special_tokens leaves {hidden[0]!r} out of the text; "
+        f"the stop string {stop!r} cannot match: skip_special_tokens omits {hidden[0]!r} from the text; "
         "stop at that token alone, or set skip_special_tokens=False"
     )
 

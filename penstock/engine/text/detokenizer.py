@@ -42,7 +42,7 @@ class Detokenizer:
         self._texts = self._facts.texts
         self._window: list[int] = []  # visible ids: an anchor whose text was returned, then ids without final text
         self._num_sent = 0  # returned characters of the window's text
-        self._at_boundary = False  # the window is only an anchor and ends a character
+        self._at_boundary = False  # the window is only an anchor, ends a character, and has text
         self._bytes: list[int] = []  # byte tokens of an incomplete character, after the window
         self._was_at_boundary = False  # the state before those
         self._in_invalid_run = False  # the window is an invalid byte, in a run that may continue

@@ -158,8 +158,8 @@ async def test_the_fork_reports_what_cannot_be_forked() -> None:
     for forked, says in (
         (early, "has no tokens yet"),
         (beams, "is a beam search"),
-        (late, "at=2 is not among the 1 tokens"),
-        (full, "nothing is left of request early's max_tokens"),
+        (late, "at=2 exceeds the 1 tokens"),
+        (full, "max_tokens of request early leaves no room"),
         (gone, "has ended"),
     ):
         error = ending(forked)

@@ -66,8 +66,8 @@ def test_an_added_token_that_text_shows_is_a_stop_like_any_other() -> None:
     ("wishes", "says"),
     [
         ({"stop": ["a<end>"]}, "'a<end>' cannot match"),
-        ({"top_p": 0.5, "top_k": 7}, "top_p and top_k without effect"),
-        ({"length_penalty": 2.0}, "length_penalty without effect"),
+        ({"top_p": 0.5, "top_k": 7}, "top_p and top_k have no effect"),
+        ({"length_penalty": 2.0}, "length_penalty has no effect"),
     ],
 )
 def test_a_parameter_without_effect_is_reported_once(
@@ -88,7 +88,7 @@ def test_min_tokens_without_any_stop_condition_are_reported(caplog: pytest.LogCa
     engine = InferenceEngine(ScriptedModel([A], vocab_size=600), TOKENIZER)
     engine.generate([A], SamplingParams(min_tokens=2, max_tokens=2)).result(30)
     engine.stop()
-    assert [record.message.count("min_tokens without effect") for record in caplog.records] == [1]
+    assert [record.message.count("min_tokens has no effect") for record in caplog.records] == [1]
 
 
 def test_wishes_for_ids_that_the_model_does_not_have_are_refused() -> None:
