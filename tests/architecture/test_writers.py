@@ -42,7 +42,7 @@ INPUTS = "penstock/engine/requests/input_processor.py"
 OUTPUTS = "penstock/engine/requests/output_processor.py"
 REQUEST_WRITERS: dict[str, dict[str, set[str]]] = {
     **{name: {INPUTS: {"admit"}} for name in ("collector", "sequences", "search")},
-    "started": {OUTPUTS: {"note_started"}},
+    "started": {OUTPUTS: {"mark_started"}},
     **{name: {OUTPUTS: {"_time_tokens"}} for name in ("first_token", "last_token")},
 }
 REQUEST_FIXED_AT_BIRTH = (
