@@ -108,7 +108,7 @@ def test_a_cache_that_does_not_fit_is_cut_with_a_warning_and_shows_in_the_figure
     assert (figures["num_host_blocks"], figures["num_wanted_host_blocks"]) == (9, 500)
     assert "memory_pool_size=5000 is" in caplog.text
     assert "swap_space=" in caplog.text
-    assert "the K/V cache holds 900 tokens: no sequence reaches max_sequence_length=4096" in caplog.text
+    assert "the K/V cache holds 900 tokens: no sequence can reach max_sequence_length=4096" in caplog.text
     engine.stop()
 
 
