@@ -60,7 +60,7 @@ class PromptInput:
     text: str | None = None
     token_ids: list[int] | None = None
     chat: Chat | None = None
-    is_bare: bool = False  # a string without {"prompt": ...} around it
+    is_bare: bool = False  # a string passed without {"prompt": ...}
 
     @property
     def needs_tokenizer(self) -> bool:

@@ -129,7 +129,9 @@ def _remaining_params(seq: Sequence, at: int, length: int) -> SamplingParams | N
         return None
     min_tokens = min(tokens_left, max(0, seq.params.min_tokens - at))
     single = dataclasses.replace(seq.params, n=1, best_of=None, rank_by=None, prompt_logprobs=None)
-    return dataclasses.replace(params_after(single, length - seq.prompt_len), min_tokens=min_tokens, max_tokens=tokens_left)
+    return dataclasses.replace(
+        params_after(single, length - seq.prompt_len), min_tokens=min_tokens, max_tokens=tokens_left
+    )
 
 
 def check_num_forks(n: int, max_queue_size: int) -> int:

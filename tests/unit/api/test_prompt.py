@@ -133,7 +133,8 @@ def test_a_bare_string_to_a_model_with_a_template_is_warned_of_once(caplog: pyte
 
 
 @pytest.mark.parametrize(
-    ("prompt", "template"), [([USER], TEMPLATE), ("Hi", None), ([5, 6], TEMPLATE), ("a<end>b", TEMPLATE), ({"prompt": "Hi"}, TEMPLATE)]
+    ("prompt", "template"),
+    [([USER], TEMPLATE), ("Hi", None), ([5, 6], TEMPLATE), ("a<end>b", TEMPLATE), ({"prompt": "Hi"}, TEMPLATE)],
 )
 def test_what_is_meant_so_is_not_warned_of(prompt: Any, template: str | None, caplog: pytest.LogCaptureFixture) -> None:
     assert warnings_of(prompt, caplog, template) == []
