@@ -70,6 +70,7 @@ class CacheManager:
             num_host_blocks=num_host_blocks,
         )
         self._tables: dict[int, _Table] = {}
+        self._has_tier = num_host_blocks > 0
         self._copies = Copies(self._pool)
         self._num_hit_tokens = self._num_query_tokens = 0
 
@@ -174,15 +175,15 @@ class CacheManager:
 
     def take_moves(self) -> BlockMoves:
         """What this step does before its rows run. Copies are returned once; swaps until `commit` or `rollback`."""
-        return BlockMoves(self._copies.take(), *self._prefix.moves())
+        return BlockMoves(self._copies.take(), *(self._prefix.moves() if self._has_tier else ((), ())))
 
     def commit(self, plan: StepPlan | None = None, timings_s: Mapping[str, float] | None = None) -> None:
         """The step ran: what it sealed stays findable, and sources of copies are released.
 
         The plan and its timings inform the choice between reading blocks back and computing them again.
         """
-        self._copies.release()
-        self._prefix.commit(plan, timings_s)
+        if self._copies.release() or self._prefix.pending or self._has_tier:
+            self._prefix.commit(plan, timings_s)
 
     def rollback(self) -> None:
         """The step failed: what it would have written is not findable; sources of copies are released."""

@@ -146,15 +146,16 @@ class Copies:
         self._sources.clear()
         return pairs
 
-    def release(self) -> None:
-        """The step is over: drop the holds, and copies that were not taken."""
+    def release(self) -> bool:
+        """The step is over: drop the holds, and copies that were not taken. Whether there were any."""
         if not self._holds:
-            return
+            return False
         for block, count in self._holds.items():
             for _ in range(count):
                 self._pool.free(block)
         self._holds.clear()
         self._sources.clear()
+        return True
 
     def holds(self) -> dict[int, int]:
         """Number of holds by block."""

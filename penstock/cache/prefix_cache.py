@@ -30,7 +30,7 @@ class PrefixCache:
         self._index = PrefixIndex()
         self._tier = HostTier(num_host_blocks)
         self._read_back = ReadBack(block_size)
-        self._pending: list[int] = []  # blocks that the step being planned or executed fills
+        self.pending: list[int] = []  # blocks that the step being planned or executed fills
         self._num_evictions = 0
         self.chains = Chains(self._index, block_size, shared)
 
@@ -58,14 +58,15 @@ class PrefixCache:
             if block != ON_HOST:
                 self._pool.share(block)
         # Hold all of them first, so that a fresh block for one evicts none of the others.
-        self._tier.hold(key for key, block in zip(keys, hits, strict=True) if block == ON_HOST)
+        if ON_HOST in hits:
+            self._tier.hold(key for key, block in zip(keys, hits, strict=True) if block == ON_HOST)
         return [self._fetch(key) if block == ON_HOST else block for key, block in zip(keys, hits, strict=True)]
 
     def put(self, key: bytes, block: int) -> None:
         """Register a block that the step fills with this content, unless an equal one is registered."""
         if self._index.put(key, block):
             self._pool.keep(block)
-            self._pending.append(block)
+            self.pending.append(block)
 
     def forget(self, block: int) -> bytes:
         """Unregister a block; returns its digest."""
@@ -93,7 +94,7 @@ class PrefixCache:
 
         Its timings, if there are any, inform the choice between reading back and computing again.
         """
-        self._pending.clear()
+        self.pending.clear()
         if self._tier.num_places:  # without a tier there is no choice, and a step of many rows takes long to count
             if plan is not None and timings_s:
                 self._read_back.learn(plan, timings_s)
@@ -102,17 +103,17 @@ class PrefixCache:
 
     def rollback(self) -> None:
         """The step failed: what it would have filled and moved cannot be found."""
-        for block in self._pending:
+        for block in self.pending:
             if self._pool.is_cached(block):
                 self.forget(block)
-        self._pending.clear()
+        self.pending.clear()
         self._tier.rollback()
 
     def reset(self, weight_version: int | None) -> None:
         """Make nothing findable any more, under new weights or the same."""
         for block in list(self._index):
             self.forget(block)
-        self._pending.clear()
+        self.pending.clear()
         self._tier.clear()
         self.chains.forget()
         if weight_version is not None:

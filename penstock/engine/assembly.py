@@ -26,8 +26,7 @@ from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
 from penstock.engine.loop.tuning import Tuning
 from penstock.engine.loop.worker import Worker
-from penstock.engine.observe.metrics import Metrics
-from penstock.engine.observe.steps import StepObserver
+from penstock.engine.observe.metrics import Metrics, StepObserver
 from penstock.engine.requests.input_processor import InputProcessor
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.engine.text.tokenizing import TokenizerPool

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.api.series import statistics
+from penstock.api.statistics import statistics
 from penstock.api.stats import EngineStats
 from penstock.config import Value
 from penstock.optimizers.levels import ALWAYS, MIB, NO_CHECKPOINTS, OptimizationConfig

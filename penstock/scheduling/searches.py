@@ -41,6 +41,8 @@ class Searches:
 
     def num_expected(self, leaving: Collection[Sequence] = ()) -> int:
         """Number of beams to come of searches whose prompt is being computed, except those of `leaving`."""
+        if not self._slots:
+            return 0
         leaders = (beams.members[0] for beams, slot in self._slots.values() if not slot)
         prefilling = (seq for seq in leaders if seq.status is Status.RUNNING and not seq.num_generated)
         return sum(seq.width - 1 for seq in prefilling if seq not in leaving)

@@ -200,7 +200,7 @@ class Host:
         for action, requests in early_posts:
             self._run_action(action, requests)
         try:
-            await core.run()
+            await asyncio.create_task(core.run())  # of its own, so that a step resumes without passing through here
         except Exception as error:
             self.error = error
             raise

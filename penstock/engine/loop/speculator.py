@@ -47,7 +47,9 @@ class Speculator:
     async def draft(self, on_begun: Callable[[], None]) -> None:
         """Offer drafts for the next step to the scheduler. Calls `on_begun` once a draft model has begun."""
         self._drafting_s = 0.0
-        max_length = self._scheduler.limits.resolve().draft_length if self._is_on else 0
+        if not self._is_on:
+            return
+        max_length = self._scheduler.limits.resolve().draft_length
         seqs = self._scheduler.decoding() if max_length else []
         requests = self._controller.requests(seqs, max_length)
         if not requests:
@@ -70,8 +72,9 @@ class Speculator:
 
     def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """Record a committed step, which took `seconds` since the previous one."""
-        if self._is_on:
-            self._controller.record_step(plan, result, seconds - self._drafting_s)
+        if not self._is_on:
+            return
+        self._controller.record_step(plan, result, seconds - self._drafting_s)
         if self._controller.num_sequences > self._scheduler.num_running + _PRUNE_AT:
             self.forget_ended()
 

@@ -23,20 +23,20 @@ MAX_CHANGES = 32
 
 
 class Tuning:
-    """Does nothing while `config.target` is None; the target may change at any time."""
+    """Does nothing while `config.target` is None; it may change at any time, and `target` is the one in force."""
 
     def __init__(self, config: EngineConfig, limits: Limits, log: Logger) -> None:
         self._config = config
         self._limits = limits
         self._log = log
-        self._target: str | None = None
+        self.target: str | None = None
         self._window = StepWindow()
         self._changes: deque[TunerChange] = deque(maxlen=MAX_CHANGES)
         self._begin()
 
     def observe(self, record: StepRecord) -> None:
         """Record one step."""
-        if self._config.target != self._target:
+        if self._config.target != self.target:
             self._begin()
         tuned = self._limits.tuned
         if tuned is None:
@@ -53,7 +53,7 @@ class Tuning:
         if tuned is None:
             return {}
         return {
-            "target": self._target,
+            "target": self.target,
             "limits": limits_of(tuned),
             "reason": tuned.reason,
             "steps": self._window.num_steps,
@@ -62,14 +62,14 @@ class Tuning:
 
     def _begin(self) -> None:
         """Start with a new target: records made under another one are dropped."""
-        self._target = self._config.target
+        self.target = self._config.target
         self._window = StepWindow()
-        self._limits.tuned = None if self._target is None else initial_limits(self._config)
+        self._limits.tuned = None if self.target is None else initial_limits(self._config)
 
     def _is_late(self, record: StepRecord) -> bool:
         """Whether a stream waited too long, so that the tuner must run now."""
         late = record.streams and record.seconds > self._config.max_inter_token_ms / 1000
-        return bool(late) and self._target == "latency"
+        return bool(late) and self.target == "latency"
 
     def _needs_probe(self) -> bool:
         return self._window.steps_since_plain >= PROBE_EVERY

@@ -5,13 +5,40 @@ Written by the engine's thread at every step; read from any thread. Times are se
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping
 
-from penstock.api.series import WINDOW, Series, rate_statistics, statistics
+from penstock.api.log import Logger
+from penstock.api.statistics import WINDOW, rate_statistics, statistics
+from penstock.config import BatchingStrategy, EngineConfig
+from penstock.engine.loop.tuning import Tuning
+from penstock.scheduling.advisor import BatchingOptimizer
+from penstock.scheduling.forecast import Forecast
+from penstock.scheduling.packing import strategy_of
+from penstock.scheduling.scheduler import Scheduler
 from penstock.step import StepRecord
 
 _LATENCIES = ("queue_time", "first_token_latency", "inter_token_latency", "end_to_end_latency")
+
+
+class Series:
+    """The last `WINDOW` values of one metric, and the number of values ever recorded."""
+
+    __slots__ = ("_values", "count")
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=WINDOW)
+        self.count = 0
+
+    def record(self, *values: float) -> None:
+        """Add values."""
+        self._values.extend(values)
+        self.count += len(values)
+
+    def summary(self) -> dict[str, float]:
+        """The `statistics` of the recorded values."""
+        return statistics(list(self._values), self.count)  # copied once, because the other thread keeps recording
 
 
 class Metrics:
@@ -66,3 +93,38 @@ class Metrics:
             "prompt_tokens_per_second": rate_statistics(prompt_tokens, prompt_seconds, self._num_prompt_steps),
         }
         return {name: summary for name, summary in figures.items() if summary}
+
+
+class StepObserver:
+    """Updates metrics, tuner, wait forecast and advisor, and logs each step if `profile_performance` is set."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        tuning: Tuning,
+        advisor: BatchingOptimizer,
+        log: Logger,
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._tuning = tuning
+        self._advisor = advisor
+        self._log = log
+        self._strategy = strategy_of(config)
+        self.forecast = Forecast(scheduler, time.monotonic, static=self._strategy is BatchingStrategy.NAIVE)
+
+    def observe(self, record: StepRecord) -> None:
+        """Record one step."""
+        self._metrics.step(record)
+        if self._config.target is not None or self._tuning.target is not None:
+            self._tuning.observe(record)
+        self.forecast.record(record)
+        if self._metrics.enabled:
+            limits, num_shortages = self._scheduler.step_limits, self._scheduler.num_shortages
+            self._advisor.record_step(record, self._strategy, limits, num_shortages)
+        if self._config.profile_performance:
+            figures = {"rows": record.rows, "tokens": record.tokens, "seconds": record.seconds}
+            self._log.debug("step", **figures, **record.timings_s)

@@ -5,29 +5,9 @@ Keeps the values only, never their names. Called by the engine's metrics and the
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 WINDOW = 2048
-
-
-class Series:
-    """The last `WINDOW` values of one metric, and the number of values ever recorded."""
-
-    __slots__ = ("_values", "count")
-
-    def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=WINDOW)
-        self.count = 0
-
-    def record(self, *values: float) -> None:
-        """Add values."""
-        self._values.extend(values)
-        self.count += len(values)
-
-    def summary(self) -> dict[str, float]:
-        """The `statistics` of the recorded values."""
-        return statistics(list(self._values), self.count)  # copied once, because the other thread keeps recording
 
 
 def statistics(values: Sequence[float], count: int) -> dict[str, float]:

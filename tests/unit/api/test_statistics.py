@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from penstock.api import series as series_module
-from penstock.api.series import WINDOW, Series, rate_statistics
+from penstock.api.statistics import WINDOW, rate_statistics
+from penstock.engine.observe import metrics as series_module
+from penstock.engine.observe.metrics import Series
 
 
 def test_nothing_recorded_is_nothing_shown() -> None:
