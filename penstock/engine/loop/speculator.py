@@ -6,7 +6,7 @@ engine's loop, called by `EngineCore`; a draft model runs on the model's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from penstock.api.log import Logger
 from penstock.config import EngineConfig
@@ -43,6 +43,7 @@ class Speculator:
         self._controller = SpeculationController(drafter.runs_model)
         self._drafting_s = 0.0
         self._has_failed = False
+        self._has_state = False  # of any sequence
 
     async def draft(self, on_begun: Callable[[], None]) -> None:
         """Offer drafts for the next step to the scheduler. Calls `on_begun` once a draft model has begun."""
@@ -73,14 +74,21 @@ class Speculator:
     def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """Record a committed step, which took `seconds` since the previous one."""
         if not self._is_on:
+            if self._has_state:
+                self._forget_all_but(())
+                self._has_state = False
             return
+        self._has_state = True
         self._controller.record_step(plan, result, seconds - self._drafting_s)
         if self._controller.num_sequences > self._scheduler.num_running + _PRUNE_AT:
             self.forget_ended()
 
     def forget_ended(self) -> None:
         """Drop the state of sequences that have ended."""
-        for seq_id in self._controller.forget_all_but(seq.id for seq in self._scheduler.sequences()):
+        self._forget_all_but(seq.id for seq in self._scheduler.sequences())
+
+    def _forget_all_but(self, live: Iterable[int]) -> None:
+        for seq_id in self._controller.forget_all_but(live):
             self._drafter.forget(seq_id)
 
     @property
