@@ -36,7 +36,7 @@ from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.worker import Job, Worker
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.request import Request
-from penstock.scheduling.admission import Admission, Place
+from penstock.scheduling.admission import Admission, QueuePlace
 from penstock.step import StepPlan, StepResult
 
 TARGET_MS = 1.5
@@ -163,7 +163,7 @@ def submit(
 ) -> asyncio.Task[None]:
     """Submit a request, as a caller's thread would; the task of a reader that takes every delta."""
     name = f"r{number}"
-    place = Place(name, len(ids))
+    place = QueuePlace(name, len(ids))
     admission.reserve([place])
     channel = Channel(name)
     prompt = PromptInput(token_ids=ids)

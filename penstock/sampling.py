@@ -21,7 +21,7 @@ from penstock.values import LARGEST_COUNT, LARGEST_ID, bare, flag, integer, item
 # These are tensors, but this module does not import PyTorch.
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
 # A user's score of a finished completion; higher is better.
-Scorer = Callable[[CompletionOutput], float]
+RankFunction = Callable[[CompletionOutput], float]
 
 RANKINGS = ("cumulative_logprob", "normalized_logprob")
 LARGEST_LENGTH = 2**63 - 1  # in tokens; the real limit is known when the request is admitted
@@ -118,7 +118,7 @@ class SamplingParams(processors.ProcessorParams):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     output_kind: OutputKind = OutputKind.CUMULATIVE
-    rank_by: str | Scorer | None = None
+    rank_by: str | RankFunction | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
@@ -175,7 +175,8 @@ class SamplingParams(processors.ProcessorParams):
 def resolved(params: SamplingParams, max_tokens: int, bad_words: Sequence[Sequence[int]]) -> SamplingParams:
     """Parameters with a definite `max_tokens`, and with `bad_words` as token ids if there are any.
 
-    All else was validated at construction. Raises `RequestError` if `min_tokens` exceeds `max_tokens`.
+    The values were validated at construction; the caller checks what depends on model and engine. Raises
+    `RequestError` if `min_tokens` exceeds `max_tokens`.
     """
     _require(params.min_tokens <= max_tokens, "min_tokens", params.min_tokens, f"at most max_tokens ({max_tokens})")
     if max_tokens == params.max_tokens and not bad_words:

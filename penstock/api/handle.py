@@ -1,8 +1,8 @@
 """`RequestHandle`: a running request. Await it for the result, iterate over it for the deltas.
 
-Owns the lifetime of the request: cancelling an await, closing the handle, or dropping the last reference aborts the
-request, unless it was detached. Works on any thread and any event loop of asyncio or trio. Waits on the request's
-`Channel` and never blocks the engine.
+Owns the lifetime of the request: cancelling an await or closing the handle aborts the request, and so does dropping
+the last reference to a handle that was not detached. Works on any thread and any event loop of asyncio or trio. Waits
+on the request's `Channel` and never blocks the engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The capabilities of an engine, one protocol each. Facades, server and command line are written against them.
+"""The capabilities of an engine, one protocol each: `Engine`, `Scorer`, and `Forking` beside the handle that uses it.
 
-An engine that lacks a capability carries no stubs for it. `penstock.testing.contract` tests any implementation of
-`Engine`.
+An engine implements only the protocols of what it can do. Code that makes no engine is written against them.
+`penstock.testing.contract` tests any `Engine`; `tests/unit/testing/echo.py` is a small one to start from.
 """
 
 from __future__ import annotations

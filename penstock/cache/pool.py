@@ -147,7 +147,7 @@ class Copies:
         return pairs
 
     def release(self) -> bool:
-        """The step is over: drop the holds, and copies that were not taken. Whether there were any."""
+        """Drop all holds and all copies that were not taken, after a step. Returns whether there were any."""
         if not self._holds:
             return False
         for block, count in self._holds.items():

@@ -29,7 +29,7 @@ from penstock.engine.loop.worker import Worker
 from penstock.engine.observe.metrics import Metrics, StepObserver
 from penstock.engine.requests.input_processor import InputProcessor
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
-from penstock.engine.text.tokenizing import TokenizerPool
+from penstock.engine.text.tokenizer_pool import TokenizerPool
 from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
 from penstock.models.protocol import GuessingRunner, ModelRunner, ModelSpec

@@ -27,7 +27,7 @@ WaitEstimate = Callable[[int, float], float | None]
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class QueuePlace:
     """What one request occupies of the waiting queue, from `reserve` to its start or end. Written by `Admission` only.
 
     `is_lost` says that a request of a higher class took it.
@@ -47,7 +47,7 @@ class _Class:
 
     num_requests: int = 0
     num_tokens: int = 0
-    heap: list[tuple[float, int, Place]] = field(default_factory=list)
+    heap: list[tuple[float, int, QueuePlace]] = field(default_factory=list)
 
 
 class Admission:
@@ -76,7 +76,7 @@ class Admission:
         """Prompt tokens that wait."""
         return self._num_tokens
 
-    def reserve(self, places: Sequence[Place]) -> list[Place]:
+    def reserve(self, places: Sequence[QueuePlace]) -> list[QueuePlace]:
         """Count requests of one class in before they are tokenized, all or none; token counts may be estimates.
 
         Returns the places that were taken away for them: the worst ones of lower classes, whose requests the caller has
@@ -94,14 +94,14 @@ class Admission:
                 return victims
         raise self._refusal(*shortage)
 
-    def adjust(self, place: Place, num_tokens: int) -> None:
+    def adjust(self, place: QueuePlace, num_tokens: int) -> None:
         """Set the exact prompt length, once it is known. Never refuses."""
         with self._lock:
             if place.is_held:
                 self._count(place, 0, num_tokens - place.num_tokens)
             place.num_tokens = num_tokens
 
-    def release(self, *places: Place) -> None:
+    def release(self, *places: QueuePlace) -> None:
         """Count requests out: first planned, or dropped before that. Idempotent."""
         with self._lock:
             for place in places:
@@ -117,7 +117,9 @@ class Admission:
         classes = [places for rank, places in self._classes.items() if rank >= priority]
         return sum(places.num_requests for places in classes), sum(places.num_tokens for places in classes)
 
-    def _shortage(self, places: Sequence[Place], num_requests: int, num_tokens: int) -> tuple[str, int, int] | None:
+    def _shortage(
+        self, places: Sequence[QueuePlace], num_requests: int, num_tokens: int
+    ) -> tuple[str, int, int] | None:
         """Why these cannot be admitted beside so many, and how many requests and tokens are too many."""
         max_requests, max_tokens = self._config.max_queue_size, self._config.max_queued_tokens
         excess = num_requests + len(places) - max_requests
@@ -130,9 +132,9 @@ class Admission:
             return None
         return f"{self._num_tokens} of {max_tokens} tokens wait (max_queued_tokens)", 0, excess
 
-    def _evict(self, places: Sequence[Place]) -> list[Place]:
+    def _evict(self, places: Sequence[QueuePlace]) -> list[QueuePlace]:
         """Take places of lower classes, worst first, until these fit; the caller has checked that they will."""
-        victims: list[Place] = []
+        victims: list[QueuePlace] = []
         while self._shortage(places, self._num_requests, self._num_tokens) is not None:
             victim = self._worst()
             assert victim.priority < places[0].priority, "only lower classes give way"
@@ -141,14 +143,14 @@ class Admission:
             victims.append(victim)
         return victims
 
-    def _worst(self) -> Place:
+    def _worst(self) -> QueuePlace:
         """The worst place of the lowest class."""
         lowest = self._classes[min(rank for rank, places in self._classes.items() if places.num_requests)]
         while not lowest.heap[0][2].is_held:
             heapq.heappop(lowest.heap)
         return lowest.heap[0][2]
 
-    def _add(self, place: Place) -> None:
+    def _add(self, place: QueuePlace) -> None:
         place.is_held = True
         self._count(place, 1, place.num_tokens)
         places = self._classes[place.priority]
@@ -157,11 +159,11 @@ class Admission:
             places.heap = [entry for entry in places.heap if entry[2].is_held]
             heapq.heapify(places.heap)
 
-    def _drop(self, place: Place) -> None:
+    def _drop(self, place: QueuePlace) -> None:
         place.is_held = False
         self._count(place, -1, -place.num_tokens)
 
-    def _count(self, place: Place, num_requests: int, num_tokens: int) -> None:
+    def _count(self, place: QueuePlace, num_requests: int, num_tokens: int) -> None:
         places = self._classes.setdefault(place.priority, _Class())
         places.num_requests += num_requests
         places.num_tokens += num_tokens

@@ -181,7 +181,7 @@ class LiveSequences:
         return not num_preemptions
 
     def preempt(self, seq: Sequence, *, for_blocks: bool = False) -> None:
-        """Move a running sequence back to the queue, where it counts as waiting since its arrival.
+        """Release the blocks of a running sequence and move it back to the queue, where it waits since its arrival.
 
         It keeps its tokens. Their K/V are computed again, except what the prefix cache still holds. `for_blocks` says
         that another sequence, or this one, lacked a block.

@@ -16,11 +16,11 @@ from typing import Protocol, TypeVar
 from penstock.config import BatchingStrategy, EngineConfig
 from penstock.errors import RequestTooLarge
 from penstock.scheduling.limits import Limits
-from penstock.scheduling.policy import Waiter
+from penstock.scheduling.policy import Queued
 from penstock.scheduling.queue import WaitingQueue
 
 MIB = 1 << 20
-W = TypeVar("W", bound=Waiter)
+W = TypeVar("W", bound=Queued)
 HasRoom = Callable[[W], bool]
 Cost = Callable[[SequenceOf[int]], float]  # MiB of a batch, from the lengths of its sequences
 
@@ -30,17 +30,17 @@ class Group(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Waiter]: ...
+    def __iter__(self) -> Iterator[Queued]: ...
 
 
 class Packing(Protocol):
     """A strategy. `running` are the running sequences, `leaving` those of them that would be displaced."""
 
-    def check(self, seq: Waiter) -> None:
+    def check(self, seq: Queued) -> None:
         """Raise `RequestTooLarge` for what `permits` would refuse even alone, so that nothing waits in vain."""
         ...
 
-    def permits(self, seq: Waiter, running: Group, leaving: Group = ()) -> bool:
+    def permits(self, seq: Queued, running: Group, leaving: Group = ()) -> bool:
         """Whether a waiting sequence may join the running ones, however much room there is."""
         ...
 
@@ -56,10 +56,10 @@ class Packing(Protocol):
 class Continuous:
     """The next in the queue starts as soon as there is room; nothing passes the head of the queue."""
 
-    def check(self, seq: Waiter) -> None:
+    def check(self, seq: Queued) -> None:
         """Refuse nothing."""
 
-    def permits(self, seq: Waiter, running: Group, leaving: Group = ()) -> bool:
+    def permits(self, seq: Queued, running: Group, leaving: Group = ()) -> bool:
         """Always."""
         return True
 
@@ -82,7 +82,7 @@ class Naive(Continuous):
         self._batch: dict[str, int] = {}  # position of each request in the batch
         self._started: set[str] = set()
 
-    def permits(self, seq: Waiter, running: Group, leaving: Group = ()) -> bool:
+    def permits(self, seq: Queued, running: Group, leaving: Group = ()) -> bool:
         """Members of the current batch."""
         return seq.request_id in self._batch
 
@@ -153,7 +153,7 @@ class MemoryAware(Continuous):
         self._cost_mb = cost_mb
         self._limit_mb = limit_mb
 
-    def check(self, seq: Waiter) -> None:
+    def check(self, seq: Queued) -> None:
         """Refuse what exceeds the limit alone."""
         cost_mb = self._cost_mb([seq.max_len])
         if cost_mb > self._limit_mb:
@@ -162,7 +162,7 @@ class MemoryAware(Continuous):
                 f"{self._limit_mb:,.1f}: ask for fewer tokens, or raise the limit"
             )
 
-    def permits(self, seq: Waiter, running: Group, leaving: Group = ()) -> bool:
+    def permits(self, seq: Queued, running: Group, leaving: Group = ()) -> bool:
         """Whether the limit holds with it until everything has ended."""
         leaving_ids = {victim.id for victim in leaving}
         staying = [member for member in running if member.id not in leaving_ids]
@@ -185,7 +185,7 @@ class MemoryAware(Continuous):
                 return
 
 
-def full_lengths(seqs: Iterable[Waiter]) -> list[int]:
+def full_lengths(seqs: Iterable[Queued]) -> list[int]:
     """The maximum lengths of these sequences, and of the beams that their searches still lack."""
     lengths: list[int] = []
     missing_beams: dict[str, list[int]] = {}

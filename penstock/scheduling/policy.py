@@ -1,6 +1,6 @@
 """`Policy`: which sequence goes first, as pure key functions. Smaller keys are better.
 
-Owns the meaning of priority, waiting time and deadlines, and what is known of anything that waits (`Waiter`). Keeps no
+Owns the meaning of priority, waiting time and deadlines, and what is known of anything that waits (`Queued`). Keeps no
 state and reads no clock. Called by `WaitingQueue`, `LiveSequences` and `StepPlanner`.
 """
 
@@ -12,7 +12,7 @@ from typing import Protocol
 Key = tuple[int, float, float, int]
 
 
-class Waiter(Protocol):
+class Queued(Protocol):
     """Something that waits for its turn: a `Sequence` of the engine, a `Ticket` of a `DynamicBatcher`."""
 
     @property
@@ -59,19 +59,19 @@ class Waiter(Protocol):
 class Policy(Protocol):
     """The order of those that wait and of those that run."""
 
-    def waiting_key(self, seq: Waiter, now: float) -> Key:
+    def waiting_key(self, seq: Queued, now: float) -> Key:
         """Key among the waiting at time `now`."""
         ...
 
-    def next_change(self, seq: Waiter, now: float) -> float:
+    def next_change(self, seq: Queued, now: float) -> float:
         """When, after `now`, the waiting key changes by itself; infinity for never."""
         ...
 
-    def rank(self, seq: Waiter) -> int:
+    def rank(self, seq: Queued) -> int:
         """Class alone. Only a strictly higher one may displace a running sequence."""
         ...
 
-    def running_key(self, seq: Waiter, num_preemptions: int) -> Key:
+    def running_key(self, seq: Queued, num_preemptions: int) -> Key:
         """Key among the running; constant until preempted. Its first element is minus the class it defends."""
         ...
 
@@ -87,11 +87,11 @@ class AgingPolicy:
     def __init__(self, boost_s: float) -> None:
         self.boost_s = boost_s
 
-    def waiting_key(self, seq: Waiter, now: float) -> Key:
+    def waiting_key(self, seq: Queued, now: float) -> Key:
         """Key among the waiting at time `now`."""
         return (-(seq.priority + self._num_boosts(seq, now)), seq.deadline, seq.arrival, seq.id)
 
-    def next_change(self, seq: Waiter, now: float) -> float:
+    def next_change(self, seq: Queued, now: float) -> float:
         """When the next boost is due."""
         num_boosts = self._num_boosts(seq, now)
         time_s = seq.arrival + (num_boosts + 1) * self.boost_s
@@ -99,13 +99,13 @@ class AgingPolicy:
             time_s = math.nextafter(time_s, math.inf)  # the sum was rounded to just before the change
         return time_s
 
-    def rank(self, seq: Waiter) -> int:
+    def rank(self, seq: Queued) -> int:
         """The priority class."""
         return int(seq.priority)
 
-    def running_key(self, seq: Waiter, num_preemptions: int) -> Key:
+    def running_key(self, seq: Queued, num_preemptions: int) -> Key:
         """Key among the running."""
         return (-(seq.priority + num_preemptions), seq.deadline, seq.arrival, seq.id)
 
-    def _num_boosts(self, seq: Waiter, now: float) -> int:
+    def _num_boosts(self, seq: Queued, now: float) -> int:
         return max(0, math.floor((now - seq.arrival) / self.boost_s))

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from penstock.scheduling.policy import Key, Policy, Waiter
+from penstock.scheduling.policy import Key, Policy, Queued
 
-W = TypeVar("W", bound=Waiter)
+W = TypeVar("W", bound=Queued)
 _SLACK = 64  # stale entries that are not worth a rebuild
 
 

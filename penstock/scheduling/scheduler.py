@@ -280,7 +280,7 @@ def accept(seq: Sequence, tokens: SequenceOf[int]) -> tuple[int, FinishReason | 
     """Returns (how many of the sampled tokens count, why the sequence ends with the last of them, its stop token)."""
     stop_ids, room = seq.stop_ids, seq.max_len - len(seq.tokens)
     for count, token in enumerate(tokens, 1):
-        # The sampler suppresses stop ids before min_tokens, so this is a second look.
+        # The sampler suppresses stop ids before min_tokens already; a scripted model or a draft may not.
         if token in stop_ids and seq.num_generated + count > seq.params.min_tokens:
             return count, FinishReason.STOP, token
         if count >= room:

@@ -28,7 +28,7 @@ from penstock.engine.requests.output_processor import OutputProcessor
 from penstock.engine.requests.request import Request
 from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError, described, text_of
 from penstock.models.protocol import ModelChanged, ModelRunner
-from penstock.scheduling.admission import Admission, Place
+from penstock.scheduling.admission import Admission, QueuePlace
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams
 from penstock.sequence import FinishReason
@@ -92,7 +92,9 @@ class EngineCore:
 
     # Incoming requests.
 
-    def submit(self, requests: Iterable[Request], displaced: Iterable[Place] = (), fork: Fork | None = None) -> None:
+    def submit(
+        self, requests: Iterable[Request], displaced: Iterable[QueuePlace] = (), fork: Fork | None = None
+    ) -> None:
         """Accept requests; with `fork`, as branches of its origin. Prompts may be encoded off this loop.
 
         Requests whose `displaced` places were taken by these end first, unless they have started, so that the queue

@@ -21,7 +21,7 @@ from penstock.errors import EngineOverloaded, RequestError, described
 from penstock.generation import Params
 from penstock.processors import params_after
 from penstock.sampling import SamplingParams
-from penstock.scheduling.admission import Place
+from penstock.scheduling.admission import QueuePlace
 from penstock.sequence import Sequence, Status
 from penstock.values import integer, token_ids
 
@@ -63,7 +63,7 @@ class Fork:
                 params=params,
                 channel=Channel(request_id, origin.priority, origin.deadline),
                 arrival=now,
-                place=Place(request_id, len(ids), origin.priority, origin.deadline),
+                place=QueuePlace(request_id, len(ids), origin.priority, origin.deadline),
             )
             for request_id in request_ids
         ]

@@ -15,14 +15,14 @@ from penstock.api.log import Logger, make_logger
 from penstock.api.prompt import PromptInput
 from penstock.config import EngineConfig
 from penstock.engine.requests.collector import Collector
-from penstock.engine.requests.ineffective import SpecialTokens, check_ids, ineffective, warn_once_each
+from penstock.engine.requests.parameter_checks import SpecialTokens, check_ids, ineffective, warn_once_each
 from penstock.engine.requests.request import Request
-from penstock.engine.text.decoding import TokenDecoder
 from penstock.engine.text.detokenizer import Detokenizer
 from penstock.engine.text.stops import StopStrings
-from penstock.engine.text.stream import NoText, Text, TextStream, TextWatch
+from penstock.engine.text.stream import BeamStopMatcher, NoText, Text, TextStream
+from penstock.engine.text.token_text import TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
-from penstock.engine.text.tokenizing import SHORT_TEXT, TokenizerPool, encode_prompt, encode_words, is_plain
+from penstock.engine.text.tokenizer_pool import SHORT_TEXT, TokenizerPool, encode_prompt, encode_words, is_plain
 from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig, Params, default_params
 from penstock.models.protocol import ModelSpec
@@ -220,7 +220,7 @@ class InputProcessor:
 
     def _search(self, root: Sequence, params: SamplingParams) -> BeamSearch:
         text = self._text(params) if params.stop else None
-        watch = TextWatch(text) if isinstance(text, TextStream) else None
+        watch = BeamStopMatcher(text) if isinstance(text, TextStream) else None
         return BeamSearch(params, root.max_len - root.prompt_len, root.stop_ids, watch)
 
     def _text(self, params: SamplingParams, context: SequenceOf[int] = ()) -> Text:

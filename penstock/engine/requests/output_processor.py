@@ -161,7 +161,7 @@ class OutputProcessor:
             for transcript in transcripts:
                 request.channel.put(transcript, wakeups)
         if transcripts[0].finish_reason is not None:
-            self._retire(request.sequences[index].id, FinishReason.STOP)
+            self._finish_sequence(request.sequences[index].id, FinishReason.STOP)
             if collector.done:
                 self._rank(request, collector, wakeups)
 
@@ -209,7 +209,7 @@ class OutputProcessor:
     def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
         """End a request that did not complete, with its output so far."""
         for sequence in request.sequences:
-            self._retire(sequence.id, reason)
+            self._finish_sequence(sequence.id, reason)
         self._put_final(request, reason, wakeups)
         output = self._output(request, reason)
         status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
@@ -218,7 +218,7 @@ class OutputProcessor:
             output.error = text_of(error)
         self._close(request, status, output, error, wakeups)
 
-    def _retire(self, seq_id: int, reason: FinishReason) -> None:
+    def _finish_sequence(self, seq_id: int, reason: FinishReason) -> None:
         """Deliver no more of a sequence; remove it from the scheduler if it still runs."""
         self._owners.pop(seq_id, None)
         self._unpublished += self._scheduler.finish(seq_id, reason)

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 from penstock.errors import RequestError, described
 from penstock.outputs import CompletionOutput
-from penstock.sampling import SamplingParams, Scorer
+from penstock.sampling import RankFunction, SamplingParams
 
 
 def likelihood(params: SamplingParams, output: CompletionOutput) -> float:
@@ -26,7 +26,7 @@ def likelihood(params: SamplingParams, output: CompletionOutput) -> float:
     return total
 
 
-def scores_of(scorer: Scorer, outputs: Iterable[CompletionOutput]) -> Future[list[float]]:
+def scores_of(scorer: RankFunction, outputs: Iterable[CompletionOutput]) -> Future[list[float]]:
     """The scores that `scorer` returns, or its exception as a `RequestError`."""
     future: Future[list[float]] = Future()
 
@@ -40,7 +40,7 @@ def scores_of(scorer: Scorer, outputs: Iterable[CompletionOutput]) -> Future[lis
     return future
 
 
-def _score(scorer: Scorer, output: CompletionOutput) -> float:
+def _score(scorer: RankFunction, output: CompletionOutput) -> float:
     score = float(scorer(output))
     if math.isnan(score):
         raise ValueError(f"it returned {score} for completion {output.index}")

@@ -18,7 +18,7 @@ from penstock.engine.requests.collector import Collector
 from penstock.generation import Params
 from penstock.optimizers.beam_search import BeamSearch
 from penstock.sampling import RequestPriority
-from penstock.scheduling.admission import Place
+from penstock.scheduling.admission import QueuePlace
 from penstock.sequence import Sequence
 
 
@@ -35,7 +35,7 @@ class Request:
     deadline: float = math.inf
     ttft_deadline: float = math.inf
     namespace: str = ""
-    place: Place
+    place: QueuePlace
     seed: int = 0  # for parameters without a seed
     origin: Sequence | None = None  # of a fork: the sequence whose K/V it continues from
     sample_indices: Iterator[int] = field(default_factory=itertools.count)  # shared with forks
@@ -62,6 +62,6 @@ def new_request(request_id: str, arguments: Arguments, seed: int = 0) -> Request
         deadline=deadline,
         ttft_deadline=arguments.ttft_deadline,
         namespace=arguments.namespace,
-        place=Place(request_id, num_tokens, priority, deadline),
+        place=QueuePlace(request_id, num_tokens, priority, deadline),
         seed=seed,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import copy
 
-from penstock.engine.text.decoding import Kind, TokenDecoder
+from penstock.engine.text.token_text import Kind, TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # the decoders' text for bytes that are no complete character

@@ -1,7 +1,7 @@
 """`TextStream`: tokens of one completion in, text to show out, with the stop string that ends it.
 
-Detokenizes first, then looks for stop strings. Never ends a request, only reports the stop. Called by the collector on
-the engine's thread.
+Detokenizes first, then looks for stop strings. Never ends a request, only reports the stop. Called by the
+collector, and for beams by `BeamSearch`, on the engine's thread.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class TextStream:
         return text
 
 
-class TextWatch:
+class BeamStopMatcher:
     """Finds stop strings in the text of a beam, for the beam search.
 
     The stream is never advanced: each further token is tried on a copy.
@@ -107,14 +107,14 @@ class TextWatch:
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
 
-    def after(self, token: int) -> TextWatch | None:
+    def after(self, token: int) -> BeamStopMatcher | None:
         """The text with one more token; None if that completes a stop string. Raises `RequestError`."""
         stream = self._stream.copy()
         try:
             stop = stream.push([token]).stop
         except BaseException as error:  # a panic in the tokenizer library is not an `Exception`
             raise text_fault(error) from error
-        return TextWatch(stream) if stop is None else None
+        return BeamStopMatcher(stream) if stop is None else None
 
 
 def text_fault(error: BaseException) -> RequestError:

@@ -9,7 +9,7 @@ import pytest
 
 from penstock import LLM, InferenceEngine, RequestError, SamplingParams, ScriptedModel
 from penstock.api.prompt import Chat, read_prompt
-from penstock.engine.text.tokenizing import encode_prompt
+from penstock.engine.text.tokenizer_pool import encode_prompt
 from tests.tokenizers_for_tests import byte_level
 
 USER = {"role": "user", "content": "Hi"}

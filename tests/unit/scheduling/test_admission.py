@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from penstock.config import EngineConfig
 from penstock.errors import EngineOverloaded
 from penstock.sampling import RequestPriority
-from penstock.scheduling.admission import Admission, Place
+from penstock.scheduling.admission import Admission, QueuePlace
 
 LOW, NORMAL, HIGH, CRITICAL = RequestPriority
 
@@ -25,15 +25,15 @@ class Room:
         self.admission = Admission(self.config)
         self.names = itertools.count()
 
-    def enter(self, num_tokens: int = 1, priority: int = NORMAL, deadline: float = float("inf")) -> Place:
+    def enter(self, num_tokens: int = 1, priority: int = NORMAL, deadline: float = float("inf")) -> QueuePlace:
         """One request comes in, and nobody has to leave."""
-        place = Place(f"r{next(self.names)}", num_tokens, priority, deadline)
+        place = QueuePlace(f"r{next(self.names)}", num_tokens, priority, deadline)
         assert self.admission.reserve([place]) == []
         return place
 
     def displaced(self, num_tokens: int = 1, priority: int = NORMAL, count: int = 1) -> list[str]:
         """So many requests come in; who has to leave."""
-        places = [Place(f"r{next(self.names)}", num_tokens, priority) for _ in range(count)]
+        places = [QueuePlace(f"r{next(self.names)}", num_tokens, priority) for _ in range(count)]
         lost = self.admission.reserve(places)
         assert all(place.is_held and not place.is_lost for place in places)
         assert all(place.is_lost and not place.is_held for place in lost)
@@ -176,9 +176,9 @@ def test_counts_survive_many_threads_and_classes() -> None:
 
     def come_and_go(seed: int) -> None:
         entered = refused = lost = 0
-        mine: list[Place] = []
+        mine: list[QueuePlace] = []
         for turn in range(400):
-            place = Place(f"{seed}-{turn}", 1 + (seed * turn) % 13, 1 + (seed + turn) % 4)
+            place = QueuePlace(f"{seed}-{turn}", 1 + (seed * turn) % 13, 1 + (seed + turn) % 4)
             try:
                 lost += len(room.admission.reserve([place]))
                 entered += 1
@@ -205,9 +205,9 @@ def test_counts_survive_many_threads_and_classes() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([LOW, NORMAL, HIGH]), st.integers(1, 40), st.booleans()), max_size=60))
 def test_the_limits_hold_and_only_lower_classes_pay(arrivals: list[tuple[RequestPriority, int, bool]]) -> None:
-    room, held = Room(max_queue_size=6, max_queued_tokens=100), list[Place]()
+    room, held = Room(max_queue_size=6, max_queued_tokens=100), list[QueuePlace]()
     for number, (priority, num_tokens, leaves) in enumerate(arrivals):
-        place = Place(str(number), num_tokens, priority)
+        place = QueuePlace(str(number), num_tokens, priority)
         below = [other for other in held if other.priority < priority]
         try:
             lost = room.admission.reserve([place])

@@ -37,7 +37,7 @@ from penstock.models.protocol import ModelChanged
 from penstock.models.scripted import Script, ScriptedModel
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
-from penstock.scheduling.admission import Admission, Place
+from penstock.scheduling.admission import Admission, QueuePlace
 from penstock.scheduling.scheduler import Scheduler
 from penstock.step import Event, StepPlan, StepResult
 
@@ -200,7 +200,7 @@ class Rig:
         times = {key: options.pop(key) for key in ("deadline", "ttft_deadline") if key in options}
         channel = TracedChannel(name)
         channel.trace = self.trace
-        place = Place(name, 3, options.pop("priority", 2))
+        place = QueuePlace(name, 3, options.pop("priority", 2))
         self.admission.reserve([place])
         params = SamplingParams(max_tokens=max_tokens, **options)
         given = {"id": name, "prompt": read_prompt(prompt), "params": params, "channel": channel, "arrival": self.now}
@@ -982,9 +982,9 @@ async def test_request_displaced_before_it_was_submitted_ends_with_that_error() 
     rig = Rig(max_queue_size=1, max_batch_size=1)
     rig.submit(name="busy", max_tokens=4)
     await rig.steps(1)
-    place, channel = Place("low", 3, priority=1), Channel("low")
+    place, channel = QueuePlace("low", 3, priority=1), Channel("low")
     rig.admission.reserve([place])
-    lost = rig.admission.reserve([Place("high", 3, priority=3)])
+    lost = rig.admission.reserve([QueuePlace("high", 3, priority=3)])
     assert lost == [place]
     low = Request(id="low", prompt=read_prompt([1]), params=None, channel=channel, arrival=0.0, place=place)
     rig.core.submit([low], lost)
@@ -997,7 +997,7 @@ async def test_a_displaced_waiting_request_ends_before_the_other_is_registered()
     busy = rig.submit(name="busy", max_tokens=4)
     await rig.steps(1)
     low = rig.submit(name="low", priority=1)
-    lost = rig.admission.reserve([Place("high", 3, priority=3)])
+    lost = rig.admission.reserve([QueuePlace("high", 3, priority=3)])
     rig.core.submit([], lost)
     assert isinstance(ending(low), EngineOverloaded)
     await rig.finish()
@@ -1007,7 +1007,7 @@ async def test_a_displaced_waiting_request_ends_before_the_other_is_registered()
 async def test_a_request_that_started_meanwhile_keeps_running_without_its_place() -> None:
     rig = Rig(max_queue_size=1)
     channel = rig.submit(name="a", max_tokens=3, priority=1)
-    lost = rig.admission.reserve([Place("high", 3, priority=3)])
+    lost = rig.admission.reserve([QueuePlace("high", 3, priority=3)])
     await rig.steps(1)
     rig.core.submit([], lost)
     await rig.finish()

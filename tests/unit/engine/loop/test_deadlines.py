@@ -8,7 +8,7 @@ import math
 from penstock.api.channel import Channel
 from penstock.engine.loop.deadlines import DeadlineTimers
 from penstock.engine.requests.request import Request
-from penstock.scheduling.admission import Place
+from penstock.scheduling.admission import QueuePlace
 
 
 class Rig:
@@ -42,7 +42,7 @@ class Rig:
             arrival=0.0,
             deadline=deadline,
             ttft_deadline=ttft_deadline,
-            place=Place("a", 1),
+            place=QueuePlace("a", 1),
         )
 
     async def next_look(self) -> None:

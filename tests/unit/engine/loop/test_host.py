@@ -16,7 +16,7 @@ from penstock.engine.loop.host import Host, new_event_loop
 from penstock.engine.loop.worker import Worker
 from penstock.engine.requests.request import Request
 from penstock.errors import ConfigurationError, EngineClosed
-from penstock.scheduling.admission import Place
+from penstock.scheduling.admission import QueuePlace
 
 
 class Core:
@@ -75,7 +75,7 @@ def make(error: BaseException | None = None, gate: threading.Event | None = None
 
 def request() -> Request:
     """Any request."""
-    return Request(id="a", prompt=[1], params=None, channel=Channel("a"), arrival=0.0, place=Place("a", 1))
+    return Request(id="a", prompt=[1], params=None, channel=Channel("a"), arrival=0.0, place=QueuePlace("a", 1))
 
 
 def on_engine(host: Host, function: Callable[[Core], Any]) -> Any:

@@ -12,7 +12,7 @@ from penstock.engine.requests.forking import Fork, check_num_forks, forkable
 from penstock.engine.requests.request import Request
 from penstock.errors import RequestError
 from penstock.sampling import RequestPriority, SamplingParams
-from penstock.scheduling.admission import Place
+from penstock.scheduling.admission import QueuePlace
 from tests.unit.engine.loop.test_core import Rig, ending, ids_of
 
 
@@ -23,7 +23,7 @@ def fork(rig: Rig, origin: str = "a", *, name: str = "f", params: Any = None, **
 
 
 def branch(rig: Rig, made: Fork, name: str, params: Any = None) -> Channel:
-    place = Place(name, 3)
+    place = QueuePlace(name, 3)
     rig.admission.reserve([place])
     request = Request(
         id=name, prompt=PromptInput(token_ids=[]), params=params, channel=Channel(name), arrival=rig.now, place=place
@@ -108,7 +108,7 @@ async def test_samples_differ_by_unique_sample_indices() -> None:
 async def test_a_fork_inherits_namespace_priority_and_deadline() -> None:
     rig = Rig(counting)
     channel = Channel("a")
-    place = Place("a", 3)
+    place = QueuePlace("a", 3)
     rig.admission.reserve([place])
     kin = {"priority": RequestPriority.HIGH, "deadline": 50.0, "namespace": "tenant"}
     params = SamplingParams(max_tokens=9)

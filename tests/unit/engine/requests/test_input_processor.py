@@ -19,7 +19,7 @@ from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig, Params
 from penstock.models.protocol import ModelSpec
 from penstock.sampling import RequestPriority, SamplingParams
-from penstock.scheduling.admission import Admission, Place
+from penstock.scheduling.admission import Admission, QueuePlace
 
 LIMIT = 40
 
@@ -70,7 +70,7 @@ class Rig:
 
     def admit(self, prompt: Any, params: Params = None, now: float = 0.0, **fields: Any) -> Request:
         """An admitted request."""
-        place = Place("r", 2)
+        place = QueuePlace("r", 2)
         request = Request(
             id="r", prompt=read_prompt(prompt), params=params, channel=Channel("r"), arrival=0.0, place=place, **fields
         )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from penstock.api.exiting import join_threads
 from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
-from penstock.engine.text.decoding import redefines
+from penstock.engine.text.token_text import redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.errors import EngineClosed, RequestError, text_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 
-from penstock.engine.text.decoding import Kind, TokenDecoder
+from penstock.engine.text.token_text import Kind, TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.errors import RequestError
 from penstock.models.protocol import ModelSpec

@@ -16,8 +16,8 @@ import torch
 from tokenizers import normalizers
 
 from penstock.api.prompt import read_prompt
-from penstock.engine.text.tokenizing import TokenizerPool, encode_words
-from penstock.engine.text.tokenizing import encode_prompt as encode_input
+from penstock.engine.text.tokenizer_pool import TokenizerPool, encode_words
+from penstock.engine.text.tokenizer_pool import encode_prompt as encode_input
 from penstock.errors import EngineClosed, RequestError
 from tests.tokenizers_for_tests import TEXT, byte_fallback, byte_level
 
@@ -298,7 +298,7 @@ def test_workers_end_with_a_pool_that_is_dropped() -> None:
 
 def test_a_busy_worker_does_not_hold_up_the_end_of_the_program() -> None:
     program = (
-        "import threading; from penstock.engine.text.tokenizing import TokenizerPool\n"
+        "import threading; from penstock.engine.text.tokenizer_pool import TokenizerPool\n"
         "pool, begun = TokenizerPool(None), threading.Event()\n"
         "pool.submit(lambda _: (begun.set(), threading.Event().wait()))\n"
         "begun.wait(); print('end')"

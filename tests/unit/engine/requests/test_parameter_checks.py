@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from penstock import InferenceEngine, ScriptedModel
-from penstock.engine.requests.ineffective import SpecialTokens, warn_once_each
+from penstock.engine.requests.parameter_checks import SpecialTokens, warn_once_each
 from penstock.errors import RequestError
 from penstock.generation import GenerationConfig
 from penstock.outputs import CompletionOutput

@@ -6,16 +6,16 @@ import pytest
 
 from penstock.engine.text.detokenizer import Detokenizer
 from penstock.engine.text.stops import StopStrings
-from penstock.engine.text.stream import TextStream, TextWatch
+from penstock.engine.text.stream import BeamStopMatcher, TextStream
 from penstock.errors import RequestError
 from tests.letters import LetterTokenizer
 
 
-def watch(*stops: str, min_tokens: int = 0) -> TextWatch:
-    return TextWatch(TextStream(Detokenizer(LetterTokenizer()), StopStrings(stops), min_tokens))
+def watch(*stops: str, min_tokens: int = 0) -> BeamStopMatcher:
+    return BeamStopMatcher(TextStream(Detokenizer(LetterTokenizer()), StopStrings(stops), min_tokens))
 
 
-def after(watching: TextWatch | None, text: str) -> TextWatch | None:
+def after(watching: BeamStopMatcher | None, text: str) -> BeamStopMatcher | None:
     for letter in text:
         assert watching is not None
         watching = watching.after(ord(letter) - 97)

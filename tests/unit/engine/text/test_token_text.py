@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizer
 
 from penstock import InferenceEngine, ScriptedModel
-from penstock.engine.text.decoding import Kind, TokenDecoder
+from penstock.engine.text.token_text import Kind, TokenDecoder
 from penstock.errors import RequestError
 from penstock.sampling import SamplingParams
 from tests.letters import LetterTokenizer
