@@ -51,15 +51,7 @@ class GenerationConfig:
 
         Raises `RequestTooLarge` when a prompt of `prompt_len` tokens uses up `max_length`.
         """
-        max_length = integer("max_length", self.max_length, 1, LARGEST_LENGTH, "an integer >= 1")
-        max_tokens = max_length - (prompt_len if self._counts_prompt() else 0)
-        if prompt_len and max_tokens < 1:
-            raise RequestTooLarge(
-                f"the prompt has {prompt_len} tokens and max_length={max_length} leaves no room for output: "
-                'raise max_length, or count new tokens only with length_mode="new"'
-            )
-        if room is not None:
-            max_tokens = min(max_tokens, room)
+        max_tokens = self._max_tokens(prompt_len, room)
         num_beams = integer("num_beams", self.num_beams, 1, rule="an integer >= 1")
         do_sample = flag("do_sample", self.do_sample)
         if num_beams > 1 and do_sample:
@@ -82,6 +74,16 @@ class GenerationConfig:
             seed=self.seed,
         )
         return params if do_sample else replace(params, top_k=0, top_p=1.0)
+
+    def _max_tokens(self, prompt_len: int, room: int | None) -> int:
+        max_length = integer("max_length", self.max_length, 1, LARGEST_LENGTH, "an integer >= 1")
+        max_tokens = max_length - (prompt_len if self._counts_prompt() else 0)
+        if prompt_len and max_tokens < 1:
+            raise RequestTooLarge(
+                f"the prompt has {prompt_len} tokens and max_length={max_length} leaves no room for output: "
+                'raise max_length, or count new tokens only with length_mode="new"'
+            )
+        return max_tokens if room is None else min(max_tokens, room)
 
     def _counts_prompt(self) -> bool:
         mode = bare(self.length_mode)

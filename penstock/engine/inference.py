@@ -99,11 +99,10 @@ class InferenceEngine:
         """Submit a request at once, from any thread or event loop; await the handle, or iterate over it.
 
         `prompt` is a string, token ids, chat messages, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or
-        `{"messages": [...]}` with arguments of the chat template. Without `params`, the model's own generation defaults
-        apply. `deadline` and `ttft_deadline` (first token) are seconds from now; they take effect once the model is
-        loaded. Requests share cached prefixes only within a `namespace`. `callback(delta)`, sync or async, receives
-        every delta in place of an iteration. Raises `RequestError`, `EngineOverloaded`, `EngineClosed`; the handle
-        raises errors found later (`RequestTooLarge`, `DeadlineExceeded`, `ExecutionError`).
+        `{"messages": [...]}` with arguments of the chat template. `params` default to the model's generation config.
+        `deadline` and `ttft_deadline` (first token) are seconds from now, effective once the model is loaded. Requests
+        share cached prefixes only within a `namespace`. `callback(delta)`, sync or async, receives every delta. Raises
+        `RequestError`, `EngineOverloaded`, `EngineClosed`; the handle raises `RequestTooLarge` and later errors.
         """
         arguments = read_arguments(
             *(prompt, params),
