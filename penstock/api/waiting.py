@@ -48,10 +48,12 @@ def new_waiter() -> Waiter:
         return _TrioWaiter()
 
 
-def call_on_loop(loop: Loop, function: Callable[..., object], *args: object) -> None:
-    """Call a function on another thread's event loop. Does nothing if the loop is closed: nothing waits on it."""
+def call_on_loop(loop: Loop, function: Callable[..., object], *args: object) -> bool:
+    """Call a function on another thread's event loop. Returns False if the loop is closed: nothing waits on it."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
+        return True
+    return False
 
 
 class Wakeups:
@@ -68,11 +70,12 @@ class Wakeups:
     def send(self) -> None:
         """Wake all of them, with one call per loop."""
         for loop, waiters in self._by_loop.items():
-            call_on_loop(loop, _complete, waiters)
+            call_on_loop(loop, complete, waiters)
         self._by_loop.clear()
 
 
-def _complete(waiters: list[Waiter]) -> None:
+def complete(waiters: list[Waiter]) -> None:
+    """Complete waiters of one loop, on that loop; ignore those that are done."""
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)

@@ -11,19 +11,18 @@ import os
 import random
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from penstock.api.arguments import check_callback, check_id, read_arguments
+from penstock.api.arguments import check_callback, check_id, check_priority, read_arguments
 from penstock.api.callbacks import Callbacks
 from penstock.api.channel import Channel, RequestStatus
 from penstock.api.exiting import halt_at_exit
 from penstock.api.handle import RequestHandle
 from penstock.api.log import make_logger
-from penstock.api.prompt import Prompt
+from penstock.api.prompt import Prompt, read_prompt
 from penstock.api.protocols import Callback, FinalCallback
 from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig, EngineSettings, with_settings
@@ -33,13 +32,13 @@ from penstock.engine.observe.figures import figures
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.forking import Fork, check_num_forks, forkable
 from penstock.engine.requests.request import Request, new_request
-from penstock.errors import EngineClosed, RequestError, described
+from penstock.engine.requests.room import RoomQueue
+from penstock.errors import EngineClosed, RequestError
 from penstock.generation import Params, default_params
 from penstock.outputs import RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
-from penstock.sequence import FinishReason
 from penstock.values import real, token_ids
 
 # Number of ended requests from `submit_request` that can still be queried.
@@ -76,7 +75,8 @@ class InferenceEngine:
             *(model, tokenizer, self.config, self._admission, self._metrics, self._advisor, self._log)
         )
         self._host = Host(self._assembly.boot)
-        self._callbacks = Callbacks(_failing_through(self._host))
+        self._callbacks = Callbacks(self._host.fail_request)
+        self._room = RoomQueue(self._admission, self._host)
         host, callbacks, assembly = self._host, self._callbacks, self._assembly
         unregister = halt_at_exit(host, callbacks, assembly)
         self._finalizer = weakref.finalize(self, shut_down, host, callbacks, assembly, unregister)
@@ -151,6 +151,20 @@ class InferenceEngine:
     ) -> RequestOutput:
         """Submit a request and wait for the result; `result.output_ids[0]` is prompt and output."""
         return await self.generate(text, config if generation_config is None else generation_config, priority=priority)
+
+    async def wait_for_room(
+        self, prompt: Prompt | None = None, *, priority: RequestPriority = RequestPriority.NORMAL
+    ) -> None:
+        """Wait until `generate(prompt, priority=priority)` finds room in the queue; then call it, without an await.
+
+        The longest waiting of the highest class goes first; one that can displace a lower class does not wait. Nothing
+        is reserved: if another thread is faster, `generate` raises `EngineOverloaded`; wait again. The prompt matters
+        only with `max_queued_tokens`. Raises `RequestError`, `EngineClosed`.
+        """
+        num_tokens = 1 if prompt is None else read_prompt(prompt).estimate_tokens()
+        priority = check_priority(priority)
+        self._boot()
+        await self._room.wait(num_tokens, priority)
 
     async def score(
         self, prompt_ids: SequenceOf[int], completion_ids: SequenceOf[int], *, namespace: str = ""
@@ -331,11 +345,3 @@ class InferenceEngine:
         self._kept[request_id] = self._channels[request_id]
         while len(self._kept) > KEPT_REQUESTS:
             self._kept.popitem(last=False)
-
-
-def _failing_through(host: Host) -> Callable[[str, BaseException], None]:
-    def fail(request_id: str, error: BaseException) -> None:
-        wrapped = RequestError(f"the callback raised {described(error)}")
-        host.try_post(lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))
-
-    return fail

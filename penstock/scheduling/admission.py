@@ -53,11 +53,14 @@ class _Class:
 class Admission:
     """Limits are read from `config` at every call, so an assignment takes effect at once.
 
-    `estimate_wait` gives the seconds that refused requests should wait; unknown until the engine sets it.
+    `estimate_wait` gives the seconds that refused requests should wait; unknown until the engine sets it. `on_release`
+    is set while coroutines wait for room. It is called once for every place that was freed or turned out to need fewer
+    tokens, on any thread and without the lock.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.estimate_wait: WaitEstimate = lambda num_requests, num_tokens: None
+        self.on_release: Callable[[], None] | None = None
         self._config = config
         # Reentrant: an allocation under the lock may trigger the garbage collector, and with it any finalizer.
         self._lock = threading.RLock()
@@ -94,19 +97,32 @@ class Admission:
                 return victims
         raise self._refusal(*shortage)
 
+    def has_room(self, num_tokens: int, priority: int) -> bool:
+        """Whether `reserve` would admit a request of this class now, if need be in place of a lower one."""
+        with self._lock:
+            return self._shortage([QueuePlace("", num_tokens, priority)], *self._immovable(priority)) is None
+
     def adjust(self, place: QueuePlace, num_tokens: int) -> None:
         """Set the exact prompt length, once it is known. Never refuses."""
         with self._lock:
+            is_shorter = place.is_held and num_tokens < place.num_tokens
             if place.is_held:
                 self._count(place, 0, num_tokens - place.num_tokens)
             place.num_tokens = num_tokens
+        if is_shorter and (on_release := self.on_release) is not None:
+            on_release()
 
     def release(self, *places: QueuePlace) -> None:
         """Count requests out: first planned, or dropped before that. Idempotent."""
+        num_freed = 0
         with self._lock:
             for place in places:
                 if place.is_held:
                     self._drop(place)
+                    num_freed += 1
+        if (on_release := self.on_release) is not None:
+            for _ in range(num_freed):
+                on_release()
 
     def displaced(self) -> EngineOverloaded:
         """The error of a request that lost its place."""

@@ -20,16 +20,21 @@ from penstock.api.waiting import Waiter, Wakeups, new_waiter
 from penstock.engine.loop.core import EngineCore
 from penstock.engine.loop.worker import Worker
 from penstock.engine.requests.request import Request
-from penstock.errors import EngineClosed, PenstockError, text_of
+from penstock.errors import EngineClosed, PenstockError, RequestError, described, text_of
+from penstock.sequence import FinishReason
 
 Action = Callable[[EngineCore], None]
 Boot = Callable[[Worker], Awaitable[EngineCore]]
 
 
 class Host:
-    """Runs one `EngineCore`, which `boot` creates on the model's thread."""
+    """Runs one `EngineCore`, which `boot` creates on the model's thread.
+
+    `on_close` is called, without the lock, as soon as requests are refused, and again when the engine has ended.
+    """
 
     def __init__(self, boot: Boot) -> None:
+        self.on_close: Callable[[], None] = lambda: None
         self._boot: Boot | None = boot
         self._pid = os.getpid()
         self._worker = Worker("penstock-model")
@@ -100,9 +105,13 @@ class Host:
         """
         with self._lock:
             if self._loop is None or self._closed or (self._stopping and requests):
-                reason = "the engine was stopped" if self.error is None else f"the engine failed: {text_of(self.error)}"
-                raise EngineClosed(f"{reason}; create a new one") from self.error
+                raise self._closed_error() from self.error
             self._loop.call_soon_threadsafe(self._run_action, action, requests)
+
+    def check_open(self) -> None:
+        """Raise `EngineClosed` once requests are refused."""
+        if self._closed or self._stopping:
+            raise self._closed_error() from self.error
 
     def try_post(self, action: Action) -> None:
         """`post`, but does nothing once the engine has ended."""
@@ -119,9 +128,10 @@ class Host:
             return  # a forked child has none of the threads
         with self._lock:
             self._stopping = True
-            if self._loop is None:
-                self._closed = True
-                return
+            self._closed = self._closed or self._loop is None
+        self.on_close()
+        if self._loop is None:
+            return
         self.try_post(lambda core: core.stop())
         may_wait = not self.on_engine_thread
         if may_wait:
@@ -146,11 +156,20 @@ class Host:
                 if waiter in self._boot_waiters:
                     self._boot_waiters.remove(waiter)
 
+    def fail_request(self, request_id: str, error: BaseException) -> None:
+        """End a request whose callback raised an error."""
+        wrapped = RequestError(f"the callback raised {described(error)}")
+        self.try_post(lambda core: core.abort(request_id, FinishReason.ERROR, wrapped))
+
     def halt(self, until: float) -> None:
         """Stop both threads where they are, because the process exits. Requests are not ended."""
         if self._loop is not None:
             block_loop_thread(self._loop, self._thread, until)
             self._worker.halt(until)
+
+    def _closed_error(self) -> EngineClosed:
+        reason = "the engine was stopped" if self.error is None else f"the engine failed: {text_of(self.error)}"
+        return EngineClosed(f"{reason}; create a new one")
 
     def _end_boot(self) -> None:
         with self._lock:
@@ -211,6 +230,7 @@ class Host:
         """End every open request, including those posted until now."""
         with self._lock:
             self._closed = True
+        self.on_close()
         await asyncio.sleep(0)
         if core is not None:
             core.close(self.error)

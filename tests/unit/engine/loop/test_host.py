@@ -240,6 +240,31 @@ def test_death_of_the_loop_closes_the_host_with_its_error() -> None:
     assert caught.value.__cause__ is error
 
 
+def test_on_close_is_called_as_soon_as_requests_are_refused() -> None:
+    """Not only at the end of a drain."""
+    host, _ = make()
+    told: list[bool] = []
+    host.on_close = lambda: told.append(host.closed)
+    host.start()
+    host.wait_ready()
+    host.check_open()
+    assert told == []
+    host.stop(10)
+    assert told == [False, True]
+    with pytest.raises(EngineClosed):
+        host.check_open()
+
+
+def test_stopping_a_host_that_never_started_closes_it() -> None:
+    host, _ = make()
+    told: list[bool] = []
+    host.on_close = lambda: told.append(host.closed)
+    host.stop(10)
+    assert told == [True]
+    with pytest.raises(EngineClosed):
+        host.check_open()
+
+
 class Dropped:
     """Posts when it is collected, like the handle of a request."""
 
