@@ -1,40 +1,38 @@
-"""Embed the engine in an ASGI web service. Run it with `uvicorn web_service:app`; as a script it sends one request."""
+"""Chat over plain ASGI. `uvicorn --app-dir examples --lifespan on web_service:app`; `curl -N localhost:8000 -d Hi`."""
 
-import asyncio
 from typing import Any
 
-from penstock import InferenceEngine, SamplingParams
+from asgi import read_body, send_error, send_events, send_text
+from disconnect import cancelled_on_disconnect
+from penstock import InferenceEngine, PenstockError, SamplingParams
+from sse import events, first_delta
+
+PARAMS = SamplingParams(max_tokens=64)
+DEADLINE_S = 30.0
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answer a POST, whose body is the prompt, with server-sent events. The engine runs as long as the server."""
-    message = await receive()
+    """Route by path. The engine runs as long as the server."""
     if scope["type"] == "lifespan":
+        await receive()
         async with InferenceEngine() as scope["state"]["engine"]:
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
-        return
-    leaving = asyncio.create_task(receive())  # done when the client disconnects
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-    async for delta in scope["state"]["engine"].generate(message["body"].decode(), SamplingParams(max_tokens=32)):
-        if leaving.done():
-            break  # drops the handle, which aborts the request
-        event = "data: " + delta.text.replace("\n", "\ndata: ") + "\n\n"
-        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-    await send({"type": "http.response.body"})
+    elif scope["path"] == "/health":
+        status = scope["state"]["engine"].get_stats()["engine_status"]
+        await send_text(send, 200 if status == "running" else 503, status)
+    else:
+        await chat(scope["state"]["engine"], receive, send)
 
 
-async def main() -> None:
-    state, server, client, started = dict[str, Any](), *(asyncio.Queue[Any]() for _ in range(3))
-    async with asyncio.TaskGroup() as group:
-        group.create_task(app({"type": "lifespan", "state": state}, server.get, started.put))
-        await server.put({"type": "lifespan.startup"})
-        print(await started.get())
-        await client.put({"type": "http.request", "body": b"class Queue:\n"})
-        await app({"type": "http", "state": state}, client.get, lambda message: asyncio.to_thread(print, message))
-        await server.put({"type": "lifespan.shutdown"})
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
+async def chat(engine: InferenceEngine, receive: Any, send: Any) -> None:
+    """The body is the question; the answer is a stream of server-sent events."""
+    messages = [{"role": "user", "content": await read_body(receive)}]
+    try:
+        handle = engine.generate(messages, PARAMS, deadline=DEADLINE_S)
+        async with cancelled_on_disconnect(handle, receive):
+            first = await first_delta(handle)
+            await send_events(send, events(first, handle))
+    except PenstockError as error:
+        await send_error(send, error)

@@ -19,6 +19,7 @@ exceptions enter a message through `shown`, `text_of` and `described`, which nev
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from penstock.outputs import RequestOutput
 
@@ -51,7 +52,9 @@ def _safe_text(render: Callable[[object], str], thing: object) -> str:
 
 
 class PenstockError(Exception):
-    """Base of every error that Penstock raises on purpose."""
+    """Base of every error that Penstock raises on purpose. `http_status` is what a web service answers with it."""
+
+    http_status: ClassVar[int] = 500
 
 
 class ConfigurationError(PenstockError, ValueError):
@@ -60,6 +63,8 @@ class ConfigurationError(PenstockError, ValueError):
 
 class RequestError(PenstockError, ValueError):
     """One request is invalid; no other is affected."""
+
+    http_status = 400
 
 
 class RequestTooLarge(RequestError):
@@ -72,6 +77,8 @@ class GrammarError(RequestError):
 
 class EngineOverloaded(PenstockError, RuntimeError):
     """The waiting queue is full. `retry_after_s` is an estimate in seconds."""
+
+    http_status = 429
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -89,6 +96,8 @@ class _Partial(PenstockError):
 class DeadlineExceeded(_Partial, TimeoutError):
     """A deadline passed; `output` holds what was generated until then."""
 
+    http_status = 504
+
 
 class RequestAborted(_Partial):
     """The request was cancelled; `output` holds what was generated until then."""
@@ -96,6 +105,8 @@ class RequestAborted(_Partial):
 
 class EngineClosed(PenstockError, RuntimeError):
     """The engine was stopped, or its thread failed."""
+
+    http_status = 503
 
 
 class ExecutionError(PenstockError, RuntimeError):

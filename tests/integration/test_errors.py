@@ -632,3 +632,14 @@ def test_more_completions_than_may_wait_are_refused(scripted: Make) -> None:
     engine, _ = scripted(max_queue_size=4)
     many = SamplingParams(n=5, max_tokens=1)
     failure(RequestTooLarge, ValueError, "5 completions", lambda: engine.generate([1], many).result(PATIENCE_S))
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        *((RequestError, 400), (RequestTooLarge, 400), (EngineOverloaded, 429), (EngineClosed, 503)),
+        *((DeadlineExceeded, 504), (RequestAborted, 500), (ExecutionError, 500), (ConfigurationError, 500)),
+    ],
+)
+def test_an_error_names_the_status_that_a_web_service_answers_with(kind: type[PenstockError], status: int) -> None:
+    assert kind("no").http_status == status

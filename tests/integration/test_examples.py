@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from penstock import RequestPriority
@@ -46,15 +47,6 @@ def serves_higher_classes_first(out: str) -> None:
     assert len(ended) == 15
     assert ended == sorted(ended, key=lambda name: -RequestPriority[name])
     assert "missed its deadline: LOW-3 with " in out
-
-
-def answers_with_events(out: str) -> None:
-    messages = out.splitlines()
-    assert "lifespan.startup.complete" in messages[0]
-    assert "'status': 200" in messages[1]
-    assert messages[-1] == "{'type': 'http.response.body'}"
-    assert len(messages) > 3
-    assert all("'body': b'data: " in message or "'body': b\"data: " in message for message in messages[2:-1])
 
 
 def leaves_no_request(out: str) -> None:
@@ -104,13 +96,59 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "priorities": serves_higher_classes_first,
     "stream": streams_two_answers,
     "tree_search": goes_on_from_the_likeliest,
-    "web_service": answers_with_events,
 }
+# What uvicorn serves: a path, a body to post there, and how the answer begins. test_web_examples.py has the rest.
+SERVICES = {
+    "fastapi_service": ("/chat", '{"messages": [{"role": "user", "content": "Write close."}]}', '{"text":"'),
+    "web_service": ("/", "Write the function close.", 'event: text\ndata: "'),
+}
+HELPERS = {"asgi", "disconnect", "fastapi_app", "sse"}  # the services import them
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_prints_what_it_is_about(example: Path) -> None:
-    CHECKS[example.stem](output_of(example))
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES} == CHECKS.keys() | SERVICES.keys() | HELPERS
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_example_prints_what_it_is_about(name: str) -> None:
+    CHECKS[name](output_of(ROOT / "examples" / f"{name}.py"))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_command_in_a_service_serves_it(name: str) -> None:
+    path, body, beginning = SERVICES[name]
+    source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    command = re.search(r"`uvicorn (.*?)`", source)
+    assert command, "it does not say how to serve it"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "--port", "0", *command[1].split()],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        url = f"http://127.0.0.1:{port_of(server)}{path}"
+        answer = httpx.post(
+            url, content=body, headers={"content-type": "application/json"}, timeout=60, trust_env=False
+        )
+        assert (answer.status_code, answer.text[: len(beginning)]) == (200, beginning)
+    finally:
+        server.terminate()
+        log = server.communicate(timeout=60)[1]
+    assert "Application shutdown complete." in log
+
+
+def port_of(server: subprocess.Popen[str]) -> int:
+    """Where a server says that it runs, once it does."""
+    assert server.stderr is not None
+    log: list[str] = []
+    for line in server.stderr:
+        log.append(line)
+        if address := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+            return int(address[1])
+    raise AssertionError("".join(log))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
