@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from penstock.api.log import Logger, make_logger
 from penstock.api.prompt import PromptInput
 from penstock.config import EngineConfig
+from penstock.demo import MODEL_DIR
 from penstock.engine.requests.collector import Collector
 from penstock.engine.requests.parameter_checks import SpecialTokens, check_ids, ineffective, warn_once_each
 from penstock.engine.requests.request import Request
@@ -63,7 +64,8 @@ class InputProcessor:
         self._limit = limit
         self._tokenizer = tokenizer
         self._encodes_short_text = is_plain(tokenizer)
-        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        # The demo model has a template, but was trained on source code alone.
+        self._is_chat_model = bool(getattr(tokenizer, "chat_template", None)) and spec.name != str(MODEL_DIR)
         self._pool = pool
         self._admission = admission
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, skip_special_tokens=False)
@@ -117,7 +119,7 @@ class InputProcessor:
                 "a prompt starts with two BOS tokens, one from a chat template and one from the tokenizer: "
                 "pass the messages themselves, or prompt_token_ids"
             )
-        elif prompt.is_bare and self._has_template and not (self._special and self._special.any_in(prompt.text or "")):
+        elif prompt.is_bare and self._is_chat_model and not (self._special and self._special.any_in(prompt.text or "")):
             self._warn(
                 "a prompt is a bare string, but this model has a chat template: for an answer, pass "
                 '[{"role": "user", "content": text}]; to continue the text, pass {"prompt": text}'
