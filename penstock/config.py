@@ -45,6 +45,9 @@ ALIASES = {
 # Valid in `disabled_rewrites`: the passes of `optimizers.rewriting`, and "kernels" for all of them.
 REWRITES = ("kernels", "fused_layers", "packed_linears", "packed_norms")
 
+# Formats of 4-bit checkpoints, which cannot be read yet.
+FOUR_BIT_FORMATS = ("awq", "gptq", "squeezellm")
+
 
 # A setting's value.
 Value = str | int | float | bool | tuple[str, ...] | None
@@ -230,6 +233,14 @@ class EngineConfig(BaseSettings):
         if isinstance(value, int | float) and abs(value) > largest:
             raise PydanticCustomError("too_large", "Input should be at most {largest}", {"largest": largest})
         return value
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _refuse_four_bits(cls, name: object) -> object:
+        if isinstance(name, str) and name in FOUR_BIT_FORMATS:
+            why = "4-bit checkpoints cannot be read yet: load the model's original checkpoint, with quantization='int8' if memory is short"
+            raise PydanticCustomError("four_bits", "{why}", {"why": why})
+        return name
 
     @field_validator("disabled_rewrites")
     @classmethod

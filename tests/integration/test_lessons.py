@@ -152,7 +152,7 @@ def test_explicit_bytes_count_more_than_a_fraction_of_memory(folder: str) -> Non
     ("setting", "remedy"),
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1"),
-        ({"quantization": "squeezellm"}, "leave it out"),
+        ({"quantization": "fp8"}, "leave it out"),
         ({"load_format": "tar"}, "load_format"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"max_num_seq": 8}, "did you mean 'max_num_seqs'"),
@@ -164,6 +164,21 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_with_the_remedy(
     """003-5, 003-7, 003-11, 003-15."""
     with pytest.raises(ConfigurationError, match=remedy):
         LLM(folder, **setting)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "squeezellm"])
+def test_four_bit_formats_are_refused_with_what_to_load_instead(folder: str, name: str) -> None:
+    """003-7."""
+    with pytest.raises(ConfigurationError, match="original checkpoint, with quantization='int8'") as caught:
+        LLM(folder, quantization=name)  # type: ignore[arg-type]
+    assert f"(got '{name}')" in str(caught.value)
+
+
+def test_the_remedy_for_four_bit_formats_works(folder: str) -> None:
+    """003-7."""
+    llm = LLM(folder, quantization="int8")
+    check_completions(llm.generate(HELLO, SamplingParams(max_tokens=3))[0], 3)
+    llm.stop()
 
 
 def test_dtype_seed_and_length_take_effect(folder: str) -> None:
