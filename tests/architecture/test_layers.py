@@ -14,7 +14,7 @@ from tests.architecture.source import module_name, package_files
 ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
     ("penstock", "__main__"),
     ("cli",),
-    frozenset({"serving", "facades", "testing"}),
+    frozenset({"serving", "facades", "testing", "utils"}),
     frozenset({"training", "backends"}),
     ("engine", "tools"),
     frozenset({"scheduling", "models"}),

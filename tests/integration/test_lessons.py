@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from penstock import (
     LLM,
@@ -68,7 +69,7 @@ def run(folder: str) -> Run:
             source = source.replace(f'"{name}"', repr(folder))
         printed: list[str] = []
         names |= {"__name__": "__main__", "print": lambda *words, **_: printed.append(" ".join(map(str, words)))}
-        exec(compile(source.replace("from vllm import", "from penstock import"), "<lesson>", "exec"), names)
+        exec(compile(source.replace("from vllm", "from penstock"), "<lesson>", "exec"), names)
         return SimpleNamespace(**{name: value for name, value in names.items() if name.isidentifier()}, printed=printed)
 
     return run_snippet
@@ -765,9 +766,9 @@ def test_all_fields_of_an_output_are_there(run: Run) -> None:
 
 # Errors and memory.
 
-# `from vllm.utils import is_hip, is_cpu` is left out: it is imported and not used, and gone from vLLM.
 ERROR_HANDLING = """
 from vllm import LLM, SamplingParams
+from vllm.utils import is_hip, is_cpu
 def safe_initialize_llm(model_name, **kwargs):
     try:
         llm = LLM(model=model_name, **kwargs)
@@ -824,6 +825,15 @@ def test_the_error_handlers_of_the_lesson_catch_our_errors(run: Run, tmp_path: P
     assert found.safe_generate(found.llm, [""], SamplingParams()) is None
     assert printed[0].startswith("✗ Invalid configuration: there is no model folder")
     assert printed[1].startswith("✗ Invalid parameters: the prompt is empty")
+
+
+def test_is_hip_and_is_cpu_say_what_the_engine_runs_on(run: Run) -> None:
+    """003-35: they are gone from vLLM, whose lesson imports them still."""
+    found = run("from vllm.utils import is_hip, is_cpu")
+    llm = LLM()
+    assert found.is_cpu() == (llm.get_stats()["device"] == "cpu")
+    assert found.is_hip() == (torch.version.hip is not None)
+    llm.stop()
 
 
 def test_out_of_memory_reaches_the_handler_by_its_words(run: Run) -> None:
