@@ -34,6 +34,7 @@ MAX_INT, MAX_FLOAT = 2**63 - 1, 1e12  # of any setting
 # Other engines' names for the same settings, accepted as keywords and in YAML.
 ALIASES = {
     "max_num_seqs": "max_batch_size",
+    "decode_batch_size": "max_batch_size",
     "max_model_len": "max_sequence_length",
     "prefill_chunk_size": "max_num_batched_tokens",
     "max_num_queued_reqs": "max_queue_size",
@@ -120,6 +121,7 @@ class EngineSettings(TypedDict, total=False):
     profile_performance: bool
     # Other engines' names.
     max_num_seqs: int
+    decode_batch_size: int
     max_model_len: int | None
     prefill_chunk_size: int
     max_num_queued_reqs: int

@@ -651,6 +651,27 @@ def test_the_defaults_are_those_of_the_table() -> None:
     assert (config.max_queue_size, config.priority_boost_threshold) == (1000, 5.0)
 
 
+def test_decode_batch_size_and_prefill_chunk_size_limit_a_step(
+    scripted: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """004-54: both were never read. A step decodes what runs, so the first is another name of max_batch_size."""
+    engine, model = scripted(decode_batch_size=2, prefill_chunk_size=16, default_max_tokens=4)
+    assert (engine.config.max_batch_size, engine.config.max_num_batched_tokens) == (2, 16)
+    plan_tokens: list[int] = []
+    execute = model.execute
+    monkeypatch.setattr(model, "execute", lambda plan: plan_tokens.append(plan.num_tokens) or execute(plan))
+    model.hold()
+    ids = [engine.submit_request("a prompt of more than sixteen bytes") for _ in range(4)]
+    wait_until(lambda: engine.get_stats()["queue"]["num_requests"] == 4)
+    model.release()
+    assert [result_of(engine, request_id).text for request_id in ids] == ["okok"] * 4
+    metrics = engine.get_stats()["performance_metrics"]
+    assert metrics["batch_size"]["max"] == 2
+    assert max(plan_tokens) == 16
+    engine.config.decode_batch_size = 3
+    assert engine.config.max_batch_size == 3
+
+
 def test_settings_that_do_nothing_change_no_token(folder: str) -> None:
     """004-13, 004-50, 004-53: speculation, checkpointing and the rest never change the output."""
     plain, recipe = (
