@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
+from penstock.api.inference_request import InferenceRequest
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Engine, Scorer
 from penstock.api.stats import EngineStats
@@ -64,6 +65,7 @@ __all__ = [
     "GenerationConfig",
     "GrammarError",
     "InferenceEngine",
+    "InferenceRequest",
     "Logprob",
     "MemoryEstimator",
     "MemoryPool",

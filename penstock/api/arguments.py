@@ -11,6 +11,7 @@ import math
 import time
 import uuid
 from dataclasses import dataclass
+from typing import TypedDict
 
 from penstock.api.prompt import Prompt, PromptInput, read_prompt
 from penstock.errors import RequestError, shown
@@ -20,6 +21,15 @@ from penstock.values import integer, real, text
 
 _LOWEST, _HIGHEST = min(RequestPriority), max(RequestPriority)
 _PRIORITY_RULE = f"a RequestPriority ({', '.join(member.name for member in RequestPriority)})"
+
+
+class RequestOptions(TypedDict, total=False):
+    """Arguments of `Engine.generate` that `submit_request` and `submit_request_async` hand on."""
+
+    request_id: str | None
+    deadline: float | None
+    ttft_deadline: float | None
+    namespace: str
 
 
 @dataclass(frozen=True, slots=True)

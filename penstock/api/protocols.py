@@ -13,11 +13,10 @@ from typing import Protocol, Self
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
 from penstock.generation import Params
-from penstock.outputs import Delta, RequestOutput
+from penstock.outputs import Delta
 from penstock.sampling import RequestPriority
 
 Callback = Callable[[Delta], Awaitable[None] | None]
-FinalCallback = Callable[[RequestOutput], Awaitable[None] | None]
 
 
 class Engine(Protocol):

@@ -10,20 +10,22 @@ import math
 import os
 import random
 import weakref
-from collections import OrderedDict
+from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from penstock.api.arguments import check_callback, check_id, check_priority, read_arguments
+from penstock.api.arguments import RequestOptions, check_callback, check_id, check_priority, read_arguments
 from penstock.api.callbacks import Callbacks
 from penstock.api.channel import Channel, RequestStatus
 from penstock.api.exiting import halt_at_exit
 from penstock.api.handle import RequestHandle
+from penstock.api.inference_request import FinalCallback, InferenceRequest, Submission
 from penstock.api.log import make_logger
 from penstock.api.prompt import Prompt, read_prompt
-from penstock.api.protocols import Callback, FinalCallback
+from penstock.api.protocols import Callback
 from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig, EngineSettings, with_settings
 from penstock.engine.assembly import Assembly, Parts, check_model, shut_down
@@ -35,7 +37,6 @@ from penstock.engine.requests.request import Request, new_request
 from penstock.engine.requests.room import RoomQueue
 from penstock.errors import EngineClosed, RequestError
 from penstock.generation import Params, default_params
-from penstock.outputs import RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
@@ -67,7 +68,7 @@ class InferenceEngine:
         self._metrics = Metrics(self.config.enable_metrics)
         self._admission = Admission(self.config)
         self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()
-        self._kept: OrderedDict[str, Channel] = OrderedDict()
+        self._kept: deque[Channel] = deque(maxlen=KEPT_REQUESTS)
         self._random = random.Random(self.config.seed)
         self._pid = os.getpid()
         self._advisor = BatchingOptimizer()
@@ -125,20 +126,23 @@ class InferenceEngine:
         generation_config: Params = None,
         priority: RequestPriority = RequestPriority.NORMAL,
         callback: FinalCallback | None = None,
+        metadata: Mapping[str, object] | None = None,
         *,
         config: Params = None,
+        **options: Unpack[RequestOptions],
     ) -> str:
-        """Submit a request and return its id; `callback(output)` is called once, when it has ended.
+        """Submit a request and return its id; `callback(request)` is called once, when it has ended for any reason.
 
         `get_request_status(id)` and `get_request(id)` know the last thousand of these requests. `config` is an alias of
-        `generation_config`.
+        `generation_config`; `options` are those of `generate`; the callback's `InferenceRequest` has the `metadata`.
         """
         check_callback(callback)
         params = config if generation_config is None else generation_config
-        handle = self.generate(text, params, priority=priority).detach()
-        self._keep(handle.request_id)
+        submission = Submission(params, priority, callback, metadata)
+        handle = self.generate(text, params, priority=priority, **options).detach()
+        self._kept.append(self._channels[handle.request_id])
         if callback is not None:
-            self._callbacks.finish(handle, callback)
+            self._callbacks.finish(handle, lambda output: callback(submission.ended(output, handle.status)))
         return handle.request_id
 
     async def submit_request_async(
@@ -146,11 +150,16 @@ class InferenceEngine:
         text: Prompt,
         generation_config: Params = None,
         priority: RequestPriority = RequestPriority.NORMAL,
+        metadata: Mapping[str, object] | None = None,
         *,
         config: Params = None,
-    ) -> RequestOutput:
-        """Submit a request and wait for the result; `result.output_ids[0]` is prompt and output."""
-        return await self.generate(text, config if generation_config is None else generation_config, priority=priority)
+        **options: Unpack[RequestOptions],
+    ) -> InferenceRequest:
+        """`submit_request` that waits for the result; `result.output_ids[0]` is prompt and output."""
+        params = config if generation_config is None else generation_config
+        submission = Submission(params, priority, metadata=metadata)
+        handle = self.generate(text, params, priority=priority, **options)
+        return submission.ended(await handle, handle.status)
 
     async def wait_for_room(
         self, prompt: Prompt | None = None, *, priority: RequestPriority = RequestPriority.NORMAL
@@ -340,8 +349,3 @@ class InferenceEngine:
             raise
         for request in requests:
             self._channels[request.id] = request.channel
-
-    def _keep(self, request_id: str) -> None:
-        self._kept[request_id] = self._channels[request_id]
-        while len(self._kept) > KEPT_REQUESTS:
-            self._kept.popitem(last=False)

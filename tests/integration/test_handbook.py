@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from time import monotonic
 from types import SimpleNamespace
@@ -18,12 +19,14 @@ import pytest
 import torch
 
 from penstock import (
+    DeadlineExceeded,
     EngineClosed,
     EngineConfig,
     EngineOverloaded,
     ExecutionError,
     GenerationConfig,
     InferenceEngine,
+    InferenceRequest,
     RequestError,
     RequestOutput,
     RequestPriority,
@@ -40,6 +43,7 @@ PATIENCE_S = 30.0
 TOKENIZER = byte_level()
 IDS = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id, "max_position_embeddings": 96}
 EOS = TOKENIZER.eos_token_id
+TWO = GenerationConfig(max_length=2)
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +298,78 @@ def test_requests_come_from_many_threads(scripted: Make) -> None:
         thread.join(PATIENCE_S)
     assert found == [["ok"] * 10] * 8
     assert engine.get_stats()["totals"]["requests"] == 80
+
+
+def test_the_callback_gets_an_inference_request_with_every_field(scripted: Make) -> None:
+    """004-67, but for `kv_cache`: K/V stays in blocks that requests share."""
+    engine, _ = scripted()
+    results: list[InferenceRequest] = []
+    config, metadata = GenerationConfig(max_length=3), {"user": 7}
+    before = time.time()
+    request_id = engine.submit_request("a", config, RequestPriority.HIGH, results.append, metadata)
+    wait_until(lambda: len(results) == 1)
+    (request,) = results
+    prompt = TOKENIZER.encode("a")
+    assert (request.request_id, request.status, request.error) == (request_id, RequestStatus.COMPLETED, None)
+    assert (request.input_ids, request.attention_mask) == ([prompt], [[1] * len(prompt)])
+    assert (request.generation_config, request.priority) == (config, RequestPriority.HIGH)
+    assert (request.callback, request.metadata) == (results.append, metadata)
+    assert request.output_ids == [prompt + request.generated_ids]
+    assert request.generated_length == 3
+    assert request.processing_start is not None
+    assert request.processing_end is not None
+    assert before <= request.created_at <= request.processing_start <= request.processing_end <= time.time() + 1
+    assert not hasattr(request, "kv_cache")
+
+
+async def test_an_awaited_inference_request_knows_what_was_submitted(scripted: Make) -> None:
+    """004-67: it is a `RequestOutput`, too."""
+    engine, _ = scripted()
+    request = await engine.submit_request_async("a", priority=RequestPriority.LOW, metadata={"user": 7}, config=TWO)
+    assert isinstance(request, RequestOutput)
+    assert (request.text, request.metadata, request.generation_config) == ("ok", {"user": 7}, TWO)
+    assert (request.priority, request.status, request.callback) == (RequestPriority.LOW, RequestStatus.COMPLETED, None)
+    with pytest.raises(RequestError, match="metadata must be a mapping, got 3"):
+        await engine.submit_request_async("a", metadata=3)  # type: ignore[arg-type]
+
+
+def test_the_inference_request_of_a_failure_has_its_status_and_error(scripted: Make) -> None:
+    """004-67, B4-6."""
+    engine, model = scripted(max_batch_size=1)
+    results: list[InferenceRequest] = []
+    first = hold_one(engine, model, callback=results.append)
+    second = engine.submit_request("second", callback=results.append)
+    engine.abort(second)
+    wait_until(lambda: len(results) == 1)
+    model.fail_next(OSError("unplugged"))
+    model.release()
+    wait_until(lambda: len(results) == 2)
+    assert [(request.request_id, request.status.name) for request in results] == [
+        (second, "CANCELLED"),
+        (first, "FAILED"),
+    ]
+    assert "unplugged" in (results[1].error or "")
+    assert results[0].processing_start is None
+
+
+def test_submitted_requests_take_what_generate_takes(scripted: Make) -> None:
+    """004-24, 004-26: an id, deadlines and a namespace."""
+    engine, model = scripted()
+    assert engine.submit_request("a", TWO, request_id="mine") == "mine"
+    assert result_of(engine, "mine").text == "ok"
+    prompt = list(range(40, 80))
+
+    async def cached_tokens(namespace: str) -> int:
+        output = await engine.submit_request_async(prompt, TWO, namespace=namespace, request_id=f"in {namespace}")
+        assert output.request_id == f"in {namespace}"
+        return output.num_cached_tokens
+
+    assert [asyncio.run(cached_tokens(name)) for name in ("one", "one", "two")] == [0, 32, 0]
+    model.hold()
+    for deadline in ({"deadline": 0.05}, {"ttft_deadline": 0.05}):
+        with pytest.raises(DeadlineExceeded):
+            asyncio.run(engine.submit_request_async("a", **deadline))
+    model.release()
 
 
 # Status, failures, limits.
@@ -651,9 +727,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
     assert (config.max_queue_size, config.priority_boost_threshold) == (1000, 5.0)
 
 
-def test_decode_batch_size_and_prefill_chunk_size_limit_a_step(
-    scripted: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_batch_size_and_prefill_chunk_size_limit_a_step(scripted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """004-54: both were never read. A step decodes what runs, so the first is another name of max_batch_size."""
     engine, model = scripted(decode_batch_size=2, prefill_chunk_size=16, default_max_tokens=4)
     assert (engine.config.max_batch_size, engine.config.max_num_batched_tokens) == (2, 16)
