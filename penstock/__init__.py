@@ -37,7 +37,7 @@ from penstock.optimizers.rewrites.memory_pool import MemoryPool
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import OutputKind, RequestPriority, SamplingParams
 from penstock.scheduling.advisor import BatchingOptimizer
-from penstock.scheduling.batching import BatchingConfig, DynamicBatcher
+from penstock.scheduling.batching import BatchingConfig, ContinuousBatcher, DynamicBatcher
 from penstock.scheduling.bucketing import SequenceBucketer, calculate_padding_efficiency, create_padded_batch
 from penstock.scheduling.estimator import MemoryEstimator
 from penstock.sequence import FinishReason
@@ -51,6 +51,7 @@ __all__ = [
     "BatchingStrategy",
     "CompletionOutput",
     "ConfigurationError",
+    "ContinuousBatcher",
     "DeadlineExceeded",
     "Delta",
     "DynamicBatcher",

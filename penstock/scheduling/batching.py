@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from penstock.config import BatchingStrategy, explained
 from penstock.errors import RequestError, RequestTooLarge
 from penstock.sampling import RequestPriority
-from penstock.scheduling.bucketing import calculate_padding_efficiency
+from penstock.scheduling.bucketing import Item, Tensor, calculate_padding_efficiency, create_padded_batch
 from penstock.scheduling.estimator import MemoryEstimator
 from penstock.scheduling.packing import MIB, Bucketed, Continuous, MemoryAware, Naive, Packing
 from penstock.scheduling.policy import AgingPolicy
@@ -31,8 +31,8 @@ class BatchingConfig(BaseModel):
     """Settings of a `DynamicBatcher`. Invalid ones raise `ConfigurationError`.
 
     An assignment takes effect at the next batch; `strategy`, `bucket_size` and `enable_continuous_batching` are read
-    when a batcher is made. For continuous batching use strategy CONTINUOUS with `DynamicBatcher.complete`; for padding,
-    `create_padded_batch`.
+    when a batcher is made. For continuous batching use strategy CONTINUOUS with `DynamicBatcher.complete`, or a
+    `ContinuousBatcher`.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -48,6 +48,15 @@ class BatchingConfig(BaseModel):
     enable_continuous_batching: bool = Field(
         True, description="False: a CONTINUOUS batch ends before the next one starts."
     )
+    prefill_chunk_size: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum tokens of the items that join a CONTINUOUS batch at once, if more than one does.",
+    )
+    batch_timeout_ms: float = Field(
+        0.0, ge=0, description="Time that an item waits for max_batch_size items where nothing runs; 0 never waits."
+    )
+    padding_token_id: int = Field(0, ge=0, description="The padding of `DynamicBatcher.create_padded_batch`.")
 
     def __init__(self, **values: object) -> None:
         with explained(BatchingConfig.model_fields):
@@ -108,6 +117,8 @@ class DynamicBatcher:
     `memory_estimator` with memory_limit_mb; without an estimator, max_total_tokens alone limits them.
     """
 
+    _fixed_strategy: BatchingStrategy | None = None
+
     def __init__(
         self,
         config: BatchingConfig | None = None,
@@ -121,7 +132,7 @@ class DynamicBatcher:
         self._ids = itertools.count()
         self._waiting: WaitingQueue[Ticket] = WaitingQueue(AgingPolicy(BOOST_S))
         self._running: list[Ticket] = []
-        self._strategy = self.config.strategy
+        self._strategy = self._fixed_strategy or self.config.strategy
         self._is_continuous = self._strategy is BatchingStrategy.CONTINUOUS
         self._packing = self._packing_of(self.config)
 
@@ -138,13 +149,16 @@ class DynamicBatcher:
             self._waiting.push(ticket, now)
 
     def get_next_batch(self) -> tuple[list[Any], BatchInfo]:
-        """The requests of the next batch, and its description; ([], {}) when there is nothing to run.
+        """The requests of the next batch, and its description; ([], {}) when there is nothing to run yet.
 
         The description has strategy, batch_size, max_length, lengths, total_tokens, efficiency (see
         `calculate_padding_efficiency`), with an estimator estimated_memory_mb and memory_utilization (of the limit),
         under BUCKETED bucket_length, under CONTINUOUS continuing_requests and new_requests.
         """
-        self._waiting.advance(self._clock())
+        now = self._clock()
+        self._waiting.advance(now)
+        if self._waits_for_more(now):
+            return [], {}
         continuing = list(self._running) if self._is_continuous else []
         batch = list(continuing)
         for ticket in self._packing.select(self._waiting, batch, lambda ticket: self._has_room(ticket, batch)):
@@ -165,6 +179,21 @@ class DynamicBatcher:
                 raise RequestError(f"{request!r} is not running: complete each request of a CONTINUOUS batch once")
             self._running.remove(ticket)
 
+    def create_padded_batch(
+        self, input_ids_list: Sequence[Tensor], attention_masks_list: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The function `create_padded_batch` with the configuration's padding_token_id.
+
+        Raises `RequestTooLarge` for a sequence longer than max_sequence_length.
+        """
+        max_length = max((ids.shape[-1] for ids in input_ids_list), default=0)
+        if max_length > self.config.max_sequence_length:
+            raise RequestTooLarge(
+                f"a sequence of {max_length} tokens exceeds max_sequence_length={self.config.max_sequence_length}: "
+                "shorten it"
+            )
+        return create_padded_batch(input_ids_list, attention_masks_list, self.config.padding_token_id)
+
     @property
     def num_waiting(self) -> int:
         """Items that have not been in a batch."""
@@ -176,9 +205,9 @@ class DynamicBatcher:
         return len(self._running)
 
     def _packing_of(self, config: BatchingConfig) -> Packing:
-        if config.strategy is BatchingStrategy.BUCKETED:
+        if self._strategy is BatchingStrategy.BUCKETED:
             return Bucketed(config.bucket_size)
-        if config.strategy is BatchingStrategy.MEMORY_AWARE:
+        if self._strategy is BatchingStrategy.MEMORY_AWARE:
             return MemoryAware(self._memory_mb, math.inf)  # its limit may change; `_has_room` checks it
         if self._is_continuous and config.enable_continuous_batching:
             return Continuous()
@@ -211,6 +240,14 @@ class DynamicBatcher:
                 f"{config.memory_limit_mb:,.0f}: shorten it, or raise the limit"
             )
 
+    def _waits_for_more(self, now: float) -> bool:
+        """Whether nothing runs, and the items that wait are few and new."""
+        if self._running or len(self._waiting) >= self.config.max_batch_size:
+            return False
+        return (
+            now - min((ticket.arrival for ticket in self._waiting), default=now) < self.config.batch_timeout_ms / 1000
+        )
+
     def _has_room(self, ticket: Ticket, batch: Sequence[Ticket]) -> bool:
         """Whether a batch has room for one more item; an empty one always has, even if limits were lowered."""
         if not batch:
@@ -221,8 +258,14 @@ class DynamicBatcher:
             len(lengths) <= self.config.max_batch_size
             and tokens <= self.config.max_total_tokens
             and self._packing.permits(ticket, batch)
+            and self._fits_chunk(lengths)
             and self._fits_memory(lengths)
         )
+
+    def _fits_chunk(self, lengths: Sequence[int]) -> bool:
+        """Whether a CONTINUOUS batch may be joined by all items after those that go on."""
+        limit, joining = self.config.prefill_chunk_size, lengths[len(self._running) :]
+        return limit is None or not self._is_continuous or len(joining) == 1 or sum(joining) <= limit
 
     def _fits_memory(self, lengths: Sequence[int]) -> bool:
         is_limited = self._is_continuous or self._strategy is BatchingStrategy.MEMORY_AWARE
@@ -260,3 +303,32 @@ class DynamicBatcher:
             info["continuing_requests"] = num_continuing
             info["new_requests"] = len(batch) - num_continuing
         return info
+
+
+class ContinuousBatcher(DynamicBatcher):
+    """A `DynamicBatcher` with strategy CONTINUOUS, whatever the configuration says, for programs with a step loop.
+
+    A request runs until `complete(request)`, or until its attribute `is_complete` is true (a method is called).
+    """
+
+    _fixed_strategy = BatchingStrategy.CONTINUOUS
+
+    def add_request(self, request: object, sequence_length: int) -> None:
+        """Queue one request; see `add_items`."""
+        self.add_items([(request, sequence_length)])
+
+    def update_batch(self) -> tuple[list[Item], list[Item]]:
+        """Drop what is complete and start what has room: the (request, sequence length) that go on, and the new ones.
+
+        Together they are the next step's batch.
+        """
+        self.complete(*(ticket.request for ticket in self._running if _is_complete(ticket.request)))
+        num_continuing = len(self._running)
+        self.get_next_batch()
+        items = [(ticket.request, ticket.length) for ticket in self._running]
+        return items[:num_continuing], items[num_continuing:]
+
+
+def _is_complete(request: object) -> bool:
+    flag = getattr(request, "is_complete", False)
+    return bool(flag() if callable(flag) else flag)

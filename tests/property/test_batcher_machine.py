@@ -34,6 +34,7 @@ class Batcher(RuleBasedStateMachine):
         memory=st.floats(1.0, 4.0),
         is_known=st.booleans(),
         is_continuous=st.booleans(),
+        chunk=st.none() | st.integers(1, LONGEST),
     )
     def start(
         self, strategy: BatchingStrategy, size: int, bucket: int, tokens: int, memory: float, **flags: Any
@@ -45,6 +46,7 @@ class Batcher(RuleBasedStateMachine):
             max_total_tokens=tokens,
             memory_limit_mb=LEAST_MB * memory,
             enable_continuous_batching=flags["is_continuous"],
+            prefill_chunk_size=flags["chunk"],
         )
         self.now = 0.0
         self.batcher = DynamicBatcher(self.config, ESTIMATOR if flags["is_known"] else None, clock=lambda: self.now)
@@ -72,6 +74,8 @@ class Batcher(RuleBasedStateMachine):
         assert all(item in self.waiting for item in new), "it comes once"
         assert bool(batch) == bool(self.waiting or self.running), "there is always a batch while anybody is here"
         self.check(batch, info)
+        if len(new) > 1 and self.config.strategy is BatchingStrategy.CONTINUOUS:
+            assert sum(item.length for item in new) <= (self.config.prefill_chunk_size or 1000)
         self.waiting = [item for item in self.waiting if item not in new]
         for item in self.waiting:
             item.passed += bool(new)

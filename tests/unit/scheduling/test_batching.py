@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from penstock import BatchingConfig, BatchingStrategy, DynamicBatcher, MemoryEstimator
+from penstock import BatchingConfig, BatchingStrategy, ContinuousBatcher, DynamicBatcher, MemoryEstimator
 from penstock.errors import ConfigurationError, RequestError, RequestTooLarge
 
 TINY = MemoryEstimator(64, 2, 4, vocab_size=100, dtype="float32", max_step_tokens=16)
@@ -192,3 +193,95 @@ def test_the_strategy_is_the_one_of_the_beginning() -> None:
     batch, info = dynamic_batcher.get_next_batch()
     assert batch == ["a", "b"]
     assert (info["strategy"], info["bucket_length"]) == ("bucketed", 12)
+
+
+def test_batching_config_takes_every_field_of_the_original() -> None:
+    """004-82."""
+    config = BatchingConfig(
+        strategy=BatchingStrategy.MEMORY_AWARE,
+        max_batch_size=32,
+        max_sequence_length=2048,
+        bucket_size=128,
+        memory_limit_mb=4096,
+        padding_token_id=0,
+        batch_timeout_ms=50.0,
+        enable_continuous_batching=True,
+        prefill_chunk_size=512,
+        max_total_tokens=32768,
+    )
+    DynamicBatcher(config, TINY).add_items([("a", 2048)])
+
+
+def test_padding_token_id_pads_the_tensors_of_a_batch() -> None:
+    """004-82, 004-87."""
+    dynamic_batcher = DynamicBatcher(BatchingConfig(padding_token_id=9, max_sequence_length=3))
+    padded = dynamic_batcher.create_padded_batch([torch.tensor([1, 2, 3]), torch.tensor([[4]])])
+    assert padded["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    with pytest.raises(RequestTooLarge, match="4 tokens exceeds max_sequence_length=3"):
+        dynamic_batcher.create_padded_batch([torch.tensor([1, 2, 3, 4])])
+    assert dynamic_batcher.create_padded_batch([]) == {}
+
+
+def test_batch_timeout_ms_holds_a_small_batch_back_until_it_is_full_or_old() -> None:
+    """004-82, B4-9: it was never read."""
+    now = 0.0
+    config = BatchingConfig(strategy="naive", max_batch_size=2, batch_timeout_ms=50)
+    dynamic_batcher = DynamicBatcher(config, clock=lambda: now)
+    dynamic_batcher.add_items([("a", 5)])
+    now = 0.049
+    assert dynamic_batcher.get_next_batch() == ([], {})
+    now = 0.051
+    assert dynamic_batcher.get_next_batch()[0] == ["a"]
+    dynamic_batcher.add_items([("b", 5), ("c", 5), ("d", 5)])
+    assert dynamic_batcher.get_next_batch()[0] == ["b", "c"], "a full batch does not wait"
+    assert dynamic_batcher.get_next_batch() == ([], {})
+    dynamic_batcher.config.batch_timeout_ms = 0
+    assert dynamic_batcher.get_next_batch()[0] == ["d"]
+
+
+def test_batch_timeout_ms_delays_nothing_that_joins_a_running_batch() -> None:
+    """004-82."""
+    dynamic_batcher = batcher("continuous", max_batch_size=2, batch_timeout_ms=50)
+    dynamic_batcher.add_items([("a", 5), ("b", 5)])
+    assert dynamic_batcher.get_next_batch()[0] == ["a", "b"]
+    dynamic_batcher.complete("a")
+    dynamic_batcher.add_items([("c", 5)])
+    assert dynamic_batcher.get_next_batch()[0] == ["b", "c"]
+
+
+def test_prefill_chunk_size_limits_the_tokens_that_join_at_once() -> None:
+    """004-82: it was never read."""
+    dynamic_batcher = batcher("continuous", prefill_chunk_size=10)
+    dynamic_batcher.add_items([("a", 6), ("b", 4), ("long", 30), ("c", 1)])
+    assert dynamic_batcher.get_next_batch()[0] == ["a", "b"]
+    assert dynamic_batcher.get_next_batch()[0] == ["a", "b", "long"], "one always joins"
+    assert dynamic_batcher.get_next_batch()[0] == ["a", "b", "long", "c"]
+
+
+def test_continuous_batcher_gives_the_requests_that_go_on_and_the_new_ones() -> None:
+    """004-87: the strategy of the configuration does not matter, its limits do."""
+    continuous_batcher = ContinuousBatcher(BatchingConfig(max_batch_size=2), TINY)
+    one, two, three = (SimpleNamespace(is_complete=False) for _ in range(3))
+    continuous_batcher.add_request(one, 10)
+    assert continuous_batcher.update_batch() == ([], [(one, 10)])
+    continuous_batcher.add_request(two, 20)
+    continuous_batcher.add_request(three, 30)
+    assert continuous_batcher.update_batch() == ([(one, 10)], [(two, 20)])
+    one.is_complete = True
+    assert continuous_batcher.update_batch() == ([(two, 20)], [(three, 30)])
+    continuous_batcher.complete(three)
+    two.is_complete = lambda: True
+    assert continuous_batcher.update_batch() == ([], [])
+
+
+def test_continuous_batcher_needs_no_attribute_and_keeps_to_its_memory() -> None:
+    """004-87, B4-14: a request without `is_complete` never left."""
+    limit_mb = TINY.estimate_batch_memory(1, 200) / 2**20
+    continuous_batcher = ContinuousBatcher(BatchingConfig(memory_limit_mb=limit_mb), TINY)
+    continuous_batcher.add_request("a", 200)
+    continuous_batcher.add_request("b", 200)
+    assert continuous_batcher.update_batch() == ([], [("a", 200)])
+    assert continuous_batcher.update_batch() == ([("a", 200)], [])
+    continuous_batcher.complete("a")
+    assert continuous_batcher.update_batch() == ([], [("b", 200)])
