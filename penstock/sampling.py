@@ -23,7 +23,7 @@ LogitsProcessor = Callable[[Sequence[int], Any], Any]
 # A user's score of a finished completion; higher is better.
 RankFunction = Callable[[CompletionOutput], float]
 
-RANKINGS = ("cumulative_logprob", "normalized_logprob")
+RANKINGS = ("cumulative_logprob", "normalized_logprob", "consensus")
 LARGEST_LENGTH = 2**63 - 1  # in tokens; the real limit is known when the request is admitted
 FLOAT_MAX = sys.float_info.max
 # Name, minimum, maximum, and the range in words.
@@ -83,8 +83,9 @@ class SamplingParams(processors.ProcessorParams):
 
     `n` completions share the K/V of their prompt, which is computed once. `best_of` (at least n) runs that many and
     returns the best n, best first, ranked by `rank_by`: "cumulative_logprob" (the default), "normalized_logprob"
-    (divided by the number of tokens to the power of `length_penalty`), or a function of a `CompletionOutput`. With
-    `rank_by` and no `best_of`, the n completions are sorted. `use_beam_search` instead keeps the `best_of` (or n) most
+    (divided by the number of tokens to the power of `length_penalty`), "consensus" (what agrees most with the other
+    samples, from 0 to 1), or a function of a `CompletionOutput`. With `rank_by` and no `best_of`, the n completions are
+    sorted. `use_beam_search` instead keeps the `best_of` (or n) most
     likely beams at every position, as `transformers` does with `num_beams`; `length_penalty` and `early_stopping`
     (True, False or "never") have the same meaning there. Ranked completions are delivered at the end.
 

@@ -84,6 +84,9 @@ def features(config: OptimizationConfig, stats: EngineStats) -> dict[str, str]:
     """For each flag, whether its feature is on, and what that means for the loaded model."""
     settings, aggregation = stats["config"], config.sample_aggregation
     rank = aggregation if isinstance(aggregation, str) else "your function"
+    candidates = f"best of {config.num_parallel_samples} by {rank}; greedy: one"
+    if rank == "random":
+        candidates = "one sample, which is what a random one of several is"
     chunk_bytes = settings["logits_chunk_bytes"]
     assert isinstance(chunk_bytes, int)
     adaptive = f"on: toward {settings['target']}" if settings["target"] else "off: limits stay as they are set"
@@ -92,9 +95,7 @@ def features(config: OptimizationConfig, stats: EngineStats) -> dict[str, str]:
             settings["enable_speculative_decoding"],
             f"drafts of up to {settings['speculation_length']} tokens, made {_draft_source(settings)}; same output",
         ),
-        "enable_parallel_sampling": _switch(
-            config.enable_parallel_sampling, f"best of {config.num_parallel_samples} by {rank}; greedy: one"
-        ),
+        "enable_parallel_sampling": _switch(config.enable_parallel_sampling, candidates),
         "enable_memory_pooling": _switch(
             settings["enable_memory_pooling"], f"keeps at most {chunk_bytes / MIB:.0f} MiB of logits"
         ),

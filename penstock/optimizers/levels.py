@@ -6,17 +6,19 @@ loads or runs anything. Built by callers; `PerformanceOptimizer` reads `engine_s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from penstock.config import BatchingStrategy, explained
-from penstock.errors import ConfigurationError
-from penstock.sampling import RANKINGS
+from penstock.errors import ConfigurationError, shown
+from penstock.sampling import RANKINGS, RankFunction
 
 MIB = 1024**2
 
@@ -66,34 +68,48 @@ PRESETS = {
     ),
 }
 
-# Flags of other engines that are refused, and why.
-REFUSED = {
-    "draft_model_ratio": "a draft model has to be trained and cannot be cut out of a larger one by a ratio: name one "
-    "with draft_model='folder or hub id', or none to draft from the text itself",
-    "acceptance_threshold": "a threshold would change the output. Drafts are accepted by the model's probabilities, "
-    "and speculation pauses automatically where it does not pay: leave it out",
-    "dynamic_temperature": "another temperature would change the output, and it is the caller's choice. "
-    "enable_adaptive_batching=True tunes chunks, batches and drafts instead: leave it out",
+# Flags of other engines that have no meaning here: the default there, which is accepted with a warning, and why.
+MEANINGLESS: dict[str, tuple[object, str]] = {
+    "draft_model_ratio": (
+        0.25,
+        "a draft model has to be trained and cannot be cut out of a larger one by a ratio: name one with "
+        "draft_model='folder or hub id', or none to draft from the text itself",
+    ),
+    "acceptance_threshold": (
+        0.8,
+        "a threshold would change the output. Drafts are accepted by the model's probabilities, and speculation pauses "
+        "automatically where it does not pay: leave it out",
+    ),
+    "dynamic_temperature": (
+        True,
+        "another temperature would change the output, and it is the caller's choice. enable_adaptive_batching=True "
+        "tunes chunks, batches and drafts instead: leave it out",
+    ),
 }
 # Flags that have a single value, and why.
 ALWAYS = "attention always reads K/V block by block and never stores a score for each pair of tokens"
 ONE_VALUE = {"use_flash_attention": ALWAYS, "memory_efficient_attention": ALWAYS}
-AGGREGATIONS = ("best", *RANKINGS)
-NO_AGGREGATION = {
-    "random": "a random choice among independent samples equals a single sample: set enable_parallel_sampling=False",
-    "ensemble": "a vote at each position mixes texts of different content: use 'best', or a function",
+# Names of rankings in other engines. A random choice among independent samples is a single sample.
+AGGREGATIONS: dict[str, str | None] = {
+    "best": "normalized_logprob",
+    "ensemble": "consensus",
+    "random": None,
+    **{name: name for name in RANKINGS},
 }
+NO_AGGREGATION = f"choose from {', '.join(map(repr, AGGREGATIONS))}, or a function of a completion"
 NO_CHECKPOINTS = "no effect: it recomputes activations for a backward pass, and inference stores none"
 
 
 class OptimizationConfig(BaseModel):
     """What a `PerformanceOptimizer` turns on. A flag that is not given has the level's value, or else the one here.
 
-    `sample_aggregation` is "best" or "normalized_logprob" (likelihood by length), "cumulative_logprob", or a function
+    `sample_aggregation` is "best" or "normalized_logprob" (likelihood by length), "cumulative_logprob", "ensemble" or
+    "consensus" (the candidate that agrees most with the others), "random" (one sample, as likely as any), or a function
     of a `CompletionOutput`; the completion with the highest value wins. `enable_gradient_checkpointing` is accepted
     because training configurations contain it; it has no effect. Assigning a level also sets its flags. Assignments
     take effect with the next generation, which refuses them if the setting is only read while the model is loaded.
-    Invalid, unknown and meaningless values raise `ConfigurationError`.
+    Invalid and unknown values raise `ConfigurationError`. So do flags of other engines that have no meaning here,
+    except at their defaults there, which are named in a warning.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -140,10 +156,9 @@ class OptimizationConfig(BaseModel):
     @field_validator("sample_aggregation")
     @classmethod
     def _check_aggregation(cls, value: object) -> object:
-        if callable(value) or value in AGGREGATIONS:
+        if callable(value) or (isinstance(value, str) and value in AGGREGATIONS):
             return value
-        choice = f"choose from {', '.join(map(repr, AGGREGATIONS))}, or a function of a completion"
-        raise PydanticCustomError("aggregation", "{why}", {"why": NO_AGGREGATION.get(str(value), choice)})
+        raise PydanticCustomError("aggregation", "{choice}", {"choice": NO_AGGREGATION})
 
     @property
     def preset(self) -> Preset:
@@ -172,8 +187,8 @@ class OptimizationConfig(BaseModel):
     def sampling(self) -> dict[str, Any]:
         """Keywords of `SamplingParams`; never the temperature or another parameter of the distribution."""
         params: dict[str, Any] = {"ignore_eos": not self.enable_early_stopping}
-        if self.enable_parallel_sampling and self.num_parallel_samples > 1:
-            rank_by = "normalized_logprob" if self.sample_aggregation == "best" else self.sample_aggregation
+        rank_by = ranking_of(self.sample_aggregation)
+        if self.enable_parallel_sampling and self.num_parallel_samples > 1 and rank_by is not None:
             params |= {"best_of": self.num_parallel_samples, "rank_by": rank_by}
         return params
 
@@ -188,9 +203,27 @@ class OptimizationConfig(BaseModel):
         return () if self.enable_kernel_fusion else ("fused_layers",)
 
 
+def ranking_of(aggregation: str | RankFunction) -> str | RankFunction | None:
+    """The `rank_by` of an aggregation; None for one that takes any sample. Raises `ConfigurationError`."""
+    if callable(aggregation):
+        return aggregation
+    if aggregation not in AGGREGATIONS:
+        raise ConfigurationError(f"{NO_AGGREGATION}, got {shown(aggregation)}")
+    return AGGREGATIONS[aggregation]
+
+
 def _accepted(values: Mapping[str, object]) -> dict[str, object]:
-    """The values without the `REFUSED` flags that are off. Raises `ConfigurationError` for one that is on."""
-    for name in REFUSED.keys() & values.keys():
-        if values[name]:
-            raise ConfigurationError(f"{name}={values[name]!r} is not available: {REFUSED[name]}")
-    return {name: value for name, value in values.items() if name not in REFUSED}
+    """The values without `MEANINGLESS` flags. Raises `ConfigurationError` where one asks for something."""
+    for name in MEANINGLESS.keys() & values.keys():
+        default, reason = MEANINGLESS[name]
+        if values[name] == default:
+            warn_of_no_effect(name, reason)
+        elif values[name]:
+            raise ConfigurationError(f"{name}={values[name]!r} is not available: {reason}")
+    return {name: value for name, value in values.items() if name not in MEANINGLESS}
+
+
+@lru_cache
+def warn_of_no_effect(name: str, reason: str) -> None:
+    """Warn, once per process and name."""
+    logging.getLogger("penstock").warning("%s has no effect: %s", name, reason)

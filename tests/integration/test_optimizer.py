@@ -178,6 +178,19 @@ def test_the_best_candidate_is_returned(optimizer: PerformanceOptimizer) -> None
     assert (stats["strategy"], stats["num_candidates"]) == ("parallel", 4)
 
 
+@pytest.mark.parametrize("aggregation", ["best", "ensemble", "random"])
+def test_every_aggregation_of_the_original_returns_a_sample(model: nn.Module, aggregation: str) -> None:
+    """004-102: an ensemble was a vote at every position, which no model had written."""
+    optimizer = PerformanceOptimizer(model, OptimizationConfig(sample_aggregation=aggregation), seed=5)
+    every, _ = optimizer.optimized_generate([PROMPT], 3, 2.0, n=4, seed=5)
+    (chosen,), stats = optimizer.optimized_generate([PROMPT], 3, 2.0, seed=5)
+    assert chosen in every
+    assert stats["num_candidates"] == (1 if aggregation == "random" else 4)
+    is_on = optimizer.get_optimization_stats()["features"]["enable_parallel_sampling"]
+    assert is_on.startswith("on: one sample" if aggregation == "random" else f"on: best of 4 by {aggregation}")
+    optimizer.stop()
+
+
 def test_output_has_the_type_of_the_input(optimizer: PerformanceOptimizer) -> None:
     for given in (PROMPT, [PROMPT], np.array([PROMPT], dtype=np.int32), torch.tensor(PROMPT, dtype=torch.int32)):
         output, _ = optimizer.optimized_generate(given, 3, 0.0)

@@ -91,11 +91,11 @@ class Collector:
         return transcripts
 
     def call_scorer(self) -> Future[list[float]] | None:
-        """The scores of the candidates from the caller's own function; None if there is none."""
-        scorer = self._params.rank_by
-        if not callable(scorer):
+        """The scores of the candidates where they are more than likelihoods, computed on another thread; else None."""
+        rank_by = self._params.rank_by
+        if rank_by is None or (isinstance(rank_by, str) and rank_by != "consensus"):
             return None
-        return scores_of(scorer, [transcripts[0].completion() for _, transcripts in self._completions])
+        return scores_of(rank_by, [transcripts[0].completion() for _, transcripts in self._completions])
 
     def rank(self, scores: Iterable[float]) -> None:
         """Use these scores instead of likelihoods."""

@@ -1,6 +1,6 @@
-"""Scores of completions: their likelihood, or the result of a caller's function.
+"""Scores of completions: their likelihood, their agreement, or the result of a caller's function.
 
-A caller's function runs on a thread of its own: it may be slow, and an exception in it ends only its request. Called by
+What may be slow runs on a thread of its own, and an exception in a caller's function ends only its request. Called by
 `Collector`.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from penstock.errors import RequestError, described
@@ -26,13 +27,30 @@ def likelihood(params: SamplingParams, output: CompletionOutput) -> float:
     return total
 
 
-def scores_of(scorer: RankFunction, outputs: Iterable[CompletionOutput]) -> Future[list[float]]:
-    """The scores that `scorer` returns, or its exception as a `RequestError`."""
+def consensus(outputs: Sequence[CompletionOutput]) -> list[float]:
+    """How much each completion has in common with the others, from 0 (nothing) to 1 (it equals all of them).
+
+    The expected Dice coefficient of its pairs of adjacent tokens and those of another completion, as in minimum Bayes
+    risk decoding (Kumar and Byrne, 2004); the mean size of the others stands for the size of each. Linear in tokens.
+    """
+    pairs = [set(zip([None, *output.token_ids], output.token_ids, strict=False)) for output in outputs]
+    counts = Counter(pair for each in pairs for pair in each)
+    num_others, total = max(1, len(pairs) - 1), sum(map(len, pairs))
+    shared = [sum(counts[pair] - 1 for pair in each) / num_others for each in pairs]
+    sizes = [len(each) + (total - len(each)) / num_others for each in pairs]
+    return [2 * common / size if size else 0.0 for common, size in zip(shared, sizes, strict=True)]
+
+
+def scores_of(rank_by: RankFunction | str, outputs: Sequence[CompletionOutput]) -> Future[list[float]]:
+    """The scores by a caller's function or by `consensus`; the function's exception as a `RequestError`."""
     future: Future[list[float]] = Future()
 
     def run() -> None:
         try:
-            future.set_result([_score(scorer, output) for output in outputs])
+            if isinstance(rank_by, str):
+                future.set_result(consensus(outputs))
+            else:
+                future.set_result([_score(rank_by, output) for output in outputs])
         except BaseException as error:
             future.set_exception(RequestError(f"rank_by failed: {described(error)}"))
 

@@ -8,7 +8,13 @@ import pytest
 
 from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError
-from penstock.optimizers.levels import PRESETS, REFUSED, OptimizationConfig, OptimizationLevel
+from penstock.optimizers.levels import (
+    MEANINGLESS,
+    PRESETS,
+    OptimizationConfig,
+    OptimizationLevel,
+    warn_of_no_effect,
+)
 from penstock.sampling import SamplingParams
 
 
@@ -115,14 +121,12 @@ def test_the_best_is_the_likeliest_by_length_or_what_a_function_likes() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"dynamic_temperature": True}, "another temperature would change"),
-        ({"acceptance_threshold": 0.8}, "a threshold would change the output"),
-        ({"draft_model_ratio": 0.25}, "cannot be cut out of a larger one"),
+        ({"dynamic_temperature": 0.5}, "another temperature would change"),
+        ({"acceptance_threshold": 0.9}, "a threshold would change the output"),
+        ({"draft_model_ratio": 0.5}, "cannot be cut out of a larger one"),
         ({"use_flash_attention": False}, "attention always reads K/V block by block"),
         ({"memory_efficient_attention": False}, "attention always reads K/V block by block"),
-        ({"sample_aggregation": "ensemble"}, "mixes texts of different content"),
-        ({"sample_aggregation": "random"}, "equals a single sample"),
-        ({"sample_aggregation": "worst"}, "choose from 'best', 'cumulative_logprob'"),
+        ({"sample_aggregation": "worst"}, "choose from 'best', 'ensemble', 'random', "),
         ({"level": "fastest"}, "level='fastest' is not available"),
         ({"speculation_length": 0}, "speculation_length"),
         ({"speculation_lenght": 4}, "did you mean 'speculation_length'"),
@@ -137,10 +141,50 @@ def test_what_means_nothing_is_refused_with_the_reason(flags: dict[str, Any], re
         setattr(config, name, value)
 
 
-def test_refused_flags_that_are_off_are_let_through() -> None:
-    config = OptimizationConfig(**dict.fromkeys(REFUSED, None))
+def test_meaningless_flags_that_are_off_are_let_through() -> None:
+    config = OptimizationConfig(**dict.fromkeys(MEANINGLESS, None))
     config.dynamic_temperature = False
     assert config == OptimizationConfig()
+
+
+def test_every_flag_of_the_original_is_accepted_at_its_default_there(caplog: pytest.LogCaptureFixture) -> None:
+    """004-102: the ones without a meaning are named once, with the reason."""
+    flags: dict[str, Any] = {
+        "level": OptimizationLevel.BASIC,
+        "enable_speculative_decoding": True,
+        "draft_model_ratio": 0.25,
+        "speculation_length": 4,
+        "acceptance_threshold": 0.8,
+        "enable_parallel_sampling": True,
+        "num_parallel_samples": 4,
+        "sample_aggregation": "best",
+        "enable_memory_pooling": True,
+        "pool_size_mb": 2048,
+        "enable_gradient_checkpointing": False,
+        "memory_efficient_attention": True,
+        "enable_kernel_fusion": True,
+        "compile_model": True,
+        "use_flash_attention": True,
+        "enable_adaptive_batching": True,
+        "enable_early_stopping": True,
+        "dynamic_temperature": True,
+        "profile_performance": True,
+        "log_optimizations": True,
+    }
+    warn_of_no_effect.cache_clear()
+    config = OptimizationConfig(**flags)
+    OptimizationConfig(**flags)
+    assert config.engine_settings()["logits_chunk_bytes"] == 2048 * 2**20
+    assert config.sampling() == {"ignore_eos": False, "best_of": 4, "rank_by": "normalized_logprob"}
+    messages = [record.getMessage() for record in caplog.records]
+    assert sorted(message.split()[0] for message in messages) == sorted(MEANINGLESS)
+    assert all(" has no effect: " in message for message in messages)
+
+
+def test_an_ensemble_is_a_consensus_and_a_random_candidate_is_one_sample() -> None:
+    """004-102: a vote at every position made a text that nothing had generated."""
+    assert OptimizationConfig(sample_aggregation="ensemble").sampling()["rank_by"] == "consensus"
+    assert OptimizationConfig(sample_aggregation="random").sampling() == {"ignore_eos": False}
 
 
 def test_fusion_and_compiling_leave_out_their_rewrites() -> None:

@@ -238,6 +238,16 @@ def test_scores_from_outside_decide() -> None:
     assert [(out.text, out.score) for out in outputs] == [("ccc", 3.0), ("bb", 2.0)]
 
 
+def test_consensus_is_a_score_from_outside() -> None:
+    collector = make(count=3, n=1, best_of=3, rank_by="consensus")
+    for index, tokens in enumerate(([0, 0], [1, 2], [1, 2])):
+        collector.push(index, event(tokens, FinishReason.LENGTH))
+    scores = collector.call_scorer()
+    assert scores is not None
+    collector.rank(scores.result(10))
+    assert [(out.token_ids, out.score) for out in collector.output(RequestMetrics()).outputs] == [([1, 2], 0.5)]
+
+
 def test_beams_are_ranked_by_the_score_of_the_search() -> None:
     collector = make(count=2, n=2, best_of=4, use_beam_search=True, temperature=0.0, length_penalty=2.0)
     collector.push(0, event([0, 0], FinishReason.STOP))

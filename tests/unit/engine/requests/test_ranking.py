@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.engine.requests.ranking import likelihood, scores_of
+from penstock.engine.requests.ranking import consensus, likelihood, scores_of
 from penstock.errors import RequestError
 from penstock.outputs import CompletionOutput
 from penstock.sampling import SamplingParams
@@ -75,3 +75,32 @@ def test_an_error_that_cannot_be_printed_is_a_request_error_too() -> None:
 
     with pytest.raises(RequestError, match="rank_by failed: Mute"):
         scores_of(fail, [LONG]).result(10)
+
+
+def completions(*texts: list[int]) -> list[CompletionOutput]:
+    return [CompletionOutput(index=index, token_ids=tokens) for index, tokens in enumerate(texts)]
+
+
+def test_consensus_is_what_a_completion_has_in_common_with_the_others() -> None:
+    """Pairs with a start: 0-1, 1-2, 2-3. The second shares all three with the first, and one with the third."""
+    outputs = completions([1, 2, 3], [1, 2, 3], [1, 5], [7, 8, 9])
+    first, second, third, fourth = consensus(outputs)
+    assert first == second == pytest.approx(2 * (3 + 1 + 0) / 3 / (3 + (3 + 2 + 3) / 3))
+    assert third == pytest.approx(2 * 2 / 3 / (2 + 9 / 3))
+    assert fourth == 0.0
+
+
+def test_consensus_of_equal_completions_is_one_and_of_none_zero() -> None:
+    assert consensus(completions([1, 2], [1, 2])) == [1.0, 1.0]
+    assert consensus(completions([1, 2])) == [0.0]
+    assert consensus(completions([], [])) == [0.0, 0.0]
+
+
+def test_consensus_does_not_prefer_short_completions() -> None:
+    """A start that all share scores less than a whole text that most share."""
+    outputs = completions([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 2, 3, 4, 5, 8], [1])
+    assert max(range(4), key=consensus(outputs).__getitem__) == 0
+
+
+def test_consensus_is_found_beside_the_engine() -> None:
+    assert scores_of("consensus", completions([1], [1])).result(10) == [1.0, 1.0]
