@@ -28,6 +28,8 @@ from penstock.errors import (
     RequestTooLarge,
 )
 from penstock.facades.async_llm import AsyncEngineArgs, AsyncLLMEngine
+from penstock.facades.controller import AdaptiveInferenceController
+from penstock.facades.decoders import ParallelSampler, SpeculativeDecoder
 from penstock.facades.llm import LLM
 from penstock.facades.optimizer import PerformanceOptimizer
 from penstock.generation import GenerationConfig, Params
@@ -44,6 +46,7 @@ from penstock.sequence import FinishReason
 
 __all__ = [
     "LLM",
+    "AdaptiveInferenceController",
     "AsyncEngineArgs",
     "AsyncLLMEngine",
     "BatchingConfig",
@@ -74,6 +77,7 @@ __all__ = [
     "OptimizationLevel",
     "OutOfMemory",
     "OutputKind",
+    "ParallelSampler",
     "Params",
     "PenstockError",
     "PerformanceOptimizer",
@@ -90,6 +94,7 @@ __all__ = [
     "Scorer",
     "ScriptedModel",
     "SequenceBucketer",
+    "SpeculativeDecoder",
     "__version__",
     "calculate_padding_efficiency",
     "create_padded_batch",

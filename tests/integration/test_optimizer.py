@@ -22,10 +22,13 @@ from penstock import (
     ConfigurationError,
     OptimizationConfig,
     OptimizationLevel,
+    ParallelSampler,
     PerformanceOptimizer,
     RequestError,
     RequestTooLarge,
+    SamplingParams,
     ScriptedModel,
+    SpeculativeDecoder,
 )
 from penstock.demo import DRAFT_DIR
 from penstock.models.draft_runner import DraftRunner
@@ -152,8 +155,6 @@ def test_greedy_output_is_that_of_transformers_at_every_level(model: nn.Module, 
 
 def test_temperature_is_the_callers(optimizer: PerformanceOptimizer) -> None:
     """004-103, B4-16: a controller replaced it. The seed fixes the draws, so the engine itself says the same."""
-    from penstock import SamplingParams
-
     plain: dict[str, Any] = {"max_tokens": 20, "seed": 3, "detokenize": False}
     for temperature in (0.5, 1.7):
         params = SamplingParams(temperature=temperature, **plain)
@@ -284,6 +285,48 @@ def test_a_draft_model_that_was_not_loaded_cannot_be_turned_on(settings: dict[st
     with pytest.raises(ConfigurationError, match="enable_speculative_decoding, which the engine reads"):
         optimizer.optimized_generate([[5]])
     optimizer.stop()
+
+
+@pytest.mark.usefixtures("steps_cost_the_same")
+@pytest.mark.parametrize("kind", ["text", "folder", "live module"])
+def test_a_speculative_decoder_writes_what_the_model_alone_writes(kind: str) -> None:
+    """004-104, B4-15: `SpeculativeDecoder(main_model, draft_model=None)` by name, also with a live draft model."""
+    from transformers import AutoModelForCausalLM
+
+    drafts = {"text": None, "folder": str(DRAFT_DIR)}
+    draft = drafts[kind] if kind in drafts else AutoModelForCausalLM.from_pretrained(DRAFT_DIR)
+    prompt = list(range(300, 330)) * 2
+    plain = PerformanceOptimizer(None, OptimizationConfig(enable_speculative_decoding=False), deterministic=True)
+    expected, _ = plain.optimized_generate([prompt], 40, 0.0, n=1)
+    decoder = SpeculativeDecoder(None, draft_model=draft, deterministic=True)
+    output = decoder.speculative_generate(torch.tensor([prompt]), max_length=40, temperature=0.0)
+    assert output.tolist() == expected
+    assert 0 < decoder.get_acceptance_rate() <= 1
+    for each in (plain, decoder):
+        each.stop()
+
+
+def test_a_speculative_decoder_samples_at_the_callers_temperature(model: nn.Module) -> None:
+    """004-104, B4-15, B4-16: seeded, it samples what the engine itself samples without drafts."""
+    decoder = SpeculativeDecoder(model)
+    params = SamplingParams(temperature=0.7, max_tokens=20, seed=3, speculation_length=0, detokenize=False)
+    expected = decoder.engine.generate(PROMPT, params).result()
+    for length in (0, 4):
+        output = decoder.speculative_generate([PROMPT], 20, length, temperature=0.7, seed=3)
+        assert output == expected.output_ids
+    decoder.stop()
+
+
+@pytest.mark.parametrize("aggregation", ["best", "ensemble", "random"])
+def test_a_parallel_sampler_chooses_among_samples_of_one_temperature(model: nn.Module, aggregation: str) -> None:
+    """004-104: the temperature rose from candidate to candidate, and an ensemble was a text that none of them was."""
+    sampler = ParallelSampler(model, num_parallel=4)
+    params = SamplingParams(n=4, temperature=0.8, max_tokens=6, seed=5, detokenize=False)
+    every = sampler.engine.generate(PROMPT, params).result().output_ids
+    best, candidates = sampler.parallel_generate(torch.tensor([PROMPT]), 6, 0.8, aggregation, seed=5)
+    assert sorted(rows[0].tolist() for rows in candidates) == sorted(every)
+    assert best.tolist() == candidates[0].tolist()
+    sampler.stop()
 
 
 def test_without_fusion_the_linear_modules_are_still_packed(model: nn.Module) -> None:
