@@ -64,7 +64,7 @@ class InferenceEngine:
     ) -> None:
         self.config = with_settings(config, settings)
         check_model(model)
-        self._log = make_logger(self.config.log_level)
+        self._log = make_logger(self.config.log_level, is_explicit="log_level" in self.config.model_fields_set)
         self._metrics = Metrics(self.config.enable_metrics)
         self._admission = Admission(self.config)
         self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()

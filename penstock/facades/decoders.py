@@ -16,7 +16,7 @@ from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError, text_of
 from penstock.facades.optimizer import PerformanceOptimizer
 from penstock.optimizers.levels import MEANINGLESS, OptimizationConfig, ranking_of, warn_of_no_effect
-from penstock.sampling import Scorer
+from penstock.sampling import RankFunction
 
 
 class SpeculativeDecoder:
@@ -92,7 +92,7 @@ class ParallelSampler:
         input_ids: Any,
         max_length: int = 50,
         temperature: float = 1.0,
-        aggregation: str | Scorer = "best",
+        aggregation: str | RankFunction = "best",
         **sampling: Any,
     ) -> tuple[Any, list[Any]]:
         """Generate `num_parallel` candidates for each prompt: (the chosen ones, all), in the type of `input_ids`.

@@ -167,7 +167,8 @@ class PerformanceOptimizer:
         return figures | {"adaptive_params": _tuned_limits(stats), **profile}
 
     def _log_setup(self) -> None:
-        log = make_logger(self.engine.config.log_level)
+        engine_config = self.engine.config
+        log = make_logger(engine_config.log_level, is_explicit="log_level" in engine_config.model_fields_set)
         if self.config.enable_gradient_checkpointing:
             log.warning(f"enable_gradient_checkpointing has {NO_CHECKPOINTS}")
         if self.config.log_optimizations:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any
@@ -788,3 +791,20 @@ def test_debug_mode_logs_every_step(caplog: pytest.LogCaptureFixture) -> None:
     assert len(steps) == 3
     assert logging.getLogger().level == level
     assert torch.is_grad_enabled()
+
+
+def test_debug_mode_prints_every_step_although_the_program_configures_no_logging(tmp_path: Path) -> None:
+    """004-49, 004-52, 004-110: the recipe as a program of its own."""
+    names = "from penstock import GenerationConfig, InferenceEngine, ScriptedModel"
+    setup = f"{names}\nmodel, tokenizer = ScriptedModel([5]), None"
+    end = "engine.submit_request([1], GenerationConfig(max_length=3))\nengine.stop()"
+    recipe = DEBUG.replace("inference.engine", "penstock").replace(
+        "=True\n)", "=True,\n    skip_tokenizer_init=True\n)"
+    )
+    path = tmp_path / "debug.py"
+    path.write_text(f"{setup}\n{recipe}\n{end}")
+    ran = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=100, check=True)
+    assert ran.stdout.startswith("Detailed stats: {'engine_status': 'running'")
+    lines = ran.stderr.splitlines()
+    assert sum("DEBUG penstock: event='step' rows=1 tokens=1 seconds=" in line for line in lines) == 3
+    assert sum("INFO penstock: event='Model weights loaded.'" in line for line in lines) == 1
