@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from penstock.api.arguments import check_callback
 from penstock.api.channel import RequestStatus
 from penstock.errors import RequestError, shown
 from penstock.generation import Params
@@ -66,7 +67,7 @@ FinalCallback = Callable[[InferenceRequest], Awaitable[None] | None]
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What a caller submitted, and when. Raises `RequestError` for metadata that is not a mapping."""
+    """What a caller submitted, and when. Raises `RequestError` for a callback or metadata that is none."""
 
     generation_config: Params
     priority: RequestPriority
@@ -75,6 +76,7 @@ class Submission:
     created_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
+        check_callback(self.callback)
         if not isinstance(self.metadata, Mapping | None):
             raise RequestError(f"metadata must be a mapping, got {shown(self.metadata)}")
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from penstock.api.arguments import RequestOptions, check_callback, check_id, check_priority, read_arguments
+from penstock.api.arguments import RequestOptions, check_id, check_priority, read_arguments
 from penstock.api.callbacks import Callbacks
 from penstock.api.channel import Channel, RequestStatus
 from penstock.api.exiting import halt_at_exit
@@ -136,7 +136,6 @@ class InferenceEngine:
         `get_request_status(id)` and `get_request(id)` know the last thousand of these requests. `config` is an alias of
         `generation_config`; `options` are those of `generate`; the callback's `InferenceRequest` has the `metadata`.
         """
-        check_callback(callback)
         params = config if generation_config is None else generation_config
         submission = Submission(params, priority, callback, metadata)
         handle = self.generate(text, params, priority=priority, **options).detach()
