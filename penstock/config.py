@@ -215,7 +215,7 @@ class EngineConfig(BaseSettings):
     # Observability
     enable_metrics: bool = Field(True, description="Collect latency and throughput figures. Read at construction.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="Minimum level of this engine's own log events. If it is given and the program configures no logging, they go to stderr. Read at construction.")
-    profile_performance: bool = Field(False, description="Log the time of every step at DEBUG level.")
+    profile_performance: bool = Field(False, description="Log the time of every step; to stderr if the program configures no logging.")
 
     @field_validator("*", mode="before")
     @classmethod

@@ -1,7 +1,8 @@
 """Structured log events of one engine, written to the standard `logging` logger "penstock".
 
 Never configures logging: the program decides what is shown and where (`logging.basicConfig(level=...)`). If it decides
-nothing, events of an engine whose `log_level` was given go to stderr; otherwise Python shows its warnings.
+nothing, events of an engine that was asked for them (`log_level`, `profile_performance`) go to stderr; otherwise Python
+shows its warnings.
 """
 
 from __future__ import annotations
@@ -11,12 +12,20 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from penstock.config import EngineConfig
+
 Logger = Any
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+def engine_logger(config: EngineConfig) -> Logger:
+    """The logger of an engine with this configuration."""
+    is_explicit = "log_level" in config.model_fields_set or config.profile_performance
+    return make_logger(config.log_level, is_explicit=is_explicit)
+
+
 def make_logger(level: str, *, is_explicit: bool = False) -> Logger:
-    """A structlog logger. Events below `level`, which the caller may have given, cost almost nothing."""
+    """A structlog logger. Events below `level` cost almost nothing. `is_explicit`: the caller asked for events."""
     import structlog  # imported here because it imports rich, a sixth of the package's import time
 
     return structlog.wrap_logger(
@@ -40,8 +49,10 @@ class _Unfailing:
     def __getattr__(self, level: str) -> Callable[..., None]:
         def log(*args: Any, **options: Any) -> None:
             with contextlib.suppress(Exception):
-                is_configured = self._logger.hasHandlers() or self._logger.level != logging.NOTSET
-                logger = self._logger if is_configured or self._fallback is None else self._fallback
+                logger = self._logger
+                is_configured = logger.hasHandlers() or logger.level != logging.NOTSET or logger.disabled
+                if self._fallback is not None and not is_configured:
+                    logger = self._fallback
                 getattr(logger, level)(*args, **options)
 
         return log

@@ -1,12 +1,14 @@
 """`main`: from the words of a command line to an exit code.
 
-Owns the parser and the exit codes: 0 success, 1 broken (doctor), 2 an error, as one line on stderr, 130 Ctrl-C.
-PENSTOCK_DEBUG=1 shows the traceback of an error. Called by the `penstock` script and `python -m penstock`.
+Owns the parser and the exit codes: 0 success, 1 broken (doctor), 2 an error, 130 Ctrl-C. An error is one line on
+stderr, and below it the notes that it carries. PENSTOCK_DEBUG=1 shows its traceback. Called by the `penstock` script
+and `python -m penstock`.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -33,7 +35,22 @@ PENSTOCK_MAX_BATCH_SIZE=8. PENSTOCK_DEBUG=1 shows tracebacks.
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line and name the word that is wrong."""
+
+    def parse_known_args(  # type: ignore[override]  # typeshed's overloads say the same
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse what is left over here, where the command's own options are known."""
+        known, unknown = super().parse_known_args(args, namespace)
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if options:  # the value of a misspelled option looks like a prompt: what follows is not to blame
+            matches = difflib.get_close_matches(options[0], list(self._option_string_actions), n=1)
+            self.error(f"unknown option {options[0]}" + (f": did you mean {matches[0]}?" if matches else ""))
+        if unknown:
+            takes_prompt = any(action.dest == "prompt" for action in self._actions)
+            hint = ": put a prompt of several words in quotes" if takes_prompt else ""
+            self.error(f"unexpected argument {unknown[0]!r}{hint}")
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print the error and where to find help, and exit with 2."""
@@ -74,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("PENSTOCK_DEBUG"):
             raise
         print(f"penstock: error: {one_line(error)}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
         return ERROR
     except BrokenPipeError:
         abandon_stdout()

@@ -12,16 +12,18 @@ from penstock.cli.session import JsonObject
 from penstock.errors import ConfigurationError
 from penstock.sampling import SamplingParams
 
+_ENGINE = ("device", "dtype", "tokenizer")
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "n", "stop", "logprobs", "max_tokens", "min_tokens")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add --model, --device and --dtype."""
+    """Add --model, --device, --dtype and --tokenizer."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="M", help="hub id or folder (default: the small model that ships with Penstock)"
     )
     add_device_options(group)
+    group.add_argument("--tokenizer", metavar="T", help="hub id or folder of the tokenizer (default: the model's own)")
     return group
 
 
@@ -53,7 +55,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> ar
 
 def engine_settings(args: argparse.Namespace) -> JsonObject:
     """Keywords of `EngineConfig` for the options that were given."""
-    return {name: value for name in ("device", "dtype") if (value := getattr(args, name, None)) is not None}
+    return {name: value for name in _ENGINE if (value := getattr(args, name, None)) is not None}
 
 
 def sampling_settings(args: argparse.Namespace) -> JsonObject:

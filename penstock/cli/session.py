@@ -14,20 +14,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from penstock.api.event_loop import new_event_loop
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Engine
 from penstock.cli.terminal import note, status_line
+from penstock.config import EngineConfig
 from penstock.engine.inference import InferenceEngine
+from penstock.models.hub import is_cached
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
 
 T = TypeVar("T")
 
 JsonObject = dict[str, Any]  # plain data for a JSON document
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 INTERRUPTED = 130  # the exit code that shells expect after Ctrl-C
 
 
@@ -52,13 +57,28 @@ def loaded_engine(model: Any = None, tokenizer: Any = None, **settings: Any) -> 
     Raises `ConfigurationError`.
     """
     engine = InferenceEngine(model, tokenizer, **settings)
-    with exit_on_interrupt(), status_line(f"loading {model if isinstance(model, str) else 'the model'} ..."):
+    with exit_on_interrupt(), loading_line(model, engine.config):
         quiet_libraries()
         engine.start()
     try:
         yield engine
     finally:
         engine.stop(drain=0.0)
+
+
+def loading_line(model: object, config: EngineConfig) -> AbstractContextManager[None]:
+    """A status line for the time of loading; a note instead where the hub library shows progress bars of its own."""
+    if not isinstance(model, str):
+        return status_line("loading the model")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        num_bytes = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in WEIGHT_FILES)
+        return status_line(f"loading {model} ({num_bytes / 1e6:,.0f} MB)")
+    if is_cached(model, config, weights=True):
+        return status_line(f"loading {model}")
+    if sys.stderr.isatty():
+        note(f"loading {model} from the hub")
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-DIM, RESET, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+DIM, RESET = "\x1b[2m", "\x1b[0m"
 
 
 def open_standard_streams() -> None:
@@ -54,15 +54,18 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def status_line(text: str) -> Iterator[None]:
-    """Show a line on stderr, if that is a terminal, until the block ends."""
+    """Show a line with a spinner and the seconds so far on stderr, if that is a terminal, until the block ends."""
     if not has_colors(sys.stderr):
         yield
         return
-    print(dim(text, sys.stderr), end="", file=sys.stderr, flush=True)
-    try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("[dim]{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+        progress.add_task(escape(text), total=None)
         yield
-    finally:
-        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def replace_unencodable() -> None:

@@ -32,6 +32,7 @@ from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.engine.text.tokenizer_pool import TokenizerPool
 from penstock.errors import ConfigurationError
 from penstock.models.folder import check_source
+from penstock.models.hub import check_available
 from penstock.models.protocol import GuessingRunner, ModelRunner, ModelSpec
 from penstock.optimizers.speculation.draft_model import ModelDrafter
 from penstock.optimizers.speculation.drafter import Drafter
@@ -177,6 +178,8 @@ def _is_runner(model: object) -> TypeGuard[ModelRunner]:
 def _load(model: object, tokenizer: object, config: EngineConfig) -> tuple[ModelRunner, Tokenizer | None]:
     if _is_runner(model):
         return model, cast(Tokenizer | None, tokenizer)
+    if isinstance(model, str | Path):
+        check_available(str(model), config)  # before the import of torch, which takes seconds
     from penstock.models.loading import load
 
     loaded = load(model, tokenizer, config)  # type: ignore[arg-type]  # checked by `check_model`

@@ -23,7 +23,7 @@ from penstock.api.channel import Channel, RequestStatus
 from penstock.api.exiting import halt_at_exit
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import FinalCallback, InferenceRequest, Submission
-from penstock.api.log import make_logger
+from penstock.api.log import engine_logger
 from penstock.api.prompt import Prompt, read_prompt
 from penstock.api.protocols import Callback
 from penstock.api.stats import EngineStats
@@ -64,7 +64,7 @@ class InferenceEngine:
     ) -> None:
         self.config = with_settings(config, settings)
         check_model(model)
-        self._log = make_logger(self.config.log_level, is_explicit="log_level" in self.config.model_fields_set)
+        self._log = engine_logger(self.config)
         self._metrics = Metrics(self.config.enable_metrics)
         self._admission = Admission(self.config)
         self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Unpack
 
-from penstock.api.log import make_logger
+from penstock.api.log import engine_logger
 from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig, EngineSettings, canonical, uses_draft_model
 from penstock.engine.inference import InferenceEngine
@@ -167,8 +167,7 @@ class PerformanceOptimizer:
         return figures | {"adaptive_params": _tuned_limits(stats), **profile}
 
     def _log_setup(self) -> None:
-        engine_config = self.engine.config
-        log = make_logger(engine_config.log_level, is_explicit="log_level" in engine_config.model_fields_set)
+        log = engine_logger(self.engine.config)
         if self.config.enable_gradient_checkpointing:
             log.warning(f"enable_gradient_checkpointing has {NO_CHECKPOINTS}")
         if self.config.log_optimizations:

@@ -12,6 +12,7 @@ from typing import Any
 
 from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError, ExecutionError
+from penstock.models.hub import check_available
 
 # By name: the transformers model type, and the fields of its config. Speed does not depend on the weights' values.
 SHAPES: Mapping[str, tuple[str, Mapping[str, int]]] = {
@@ -61,6 +62,7 @@ def load_module(source: str | Path, config: EngineConfig) -> Any:
 
     Raises `ConfigurationError`, `OutOfMemory`.
     """
+    check_available(str(source), config)  # before the import of torch, which takes seconds
     from penstock.models.loading import load_bare
 
     return load_bare(str(source), config)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from penstock.errors import text_of
-from penstock.models.checkpoint import Architecture, Checkpoint, Findings, stored_dtype, tensors_of
+from penstock.models.checkpoint import Architecture, Checkpoint, stored_dtype, tensors_of
+from penstock.models.completeness import Findings
 from penstock.models.pinning import PinnedDefaults
 
 T = TypeVar("T", bound=Tensor)

@@ -11,6 +11,7 @@ from pathlib import Path
 from penstock.errors import ConfigurationError
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+_TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "spiece*", "*.spm", "sentencepiece*", "tekken*", "*.tiktoken")
 
 
 def check_source(source: str) -> str:
@@ -28,6 +29,17 @@ def check_source(source: str) -> str:
     elif _looks_local(source):
         raise ConfigurationError(f"there is no model folder {source}: check the path, or pass a hub id ('owner/name')")
     return expanded(source)
+
+
+def check_tokenizer_files(source: str) -> None:
+    """Raise `ConfigurationError` for a folder without any file of a tokenizer, before its weights are read."""
+    folder = Path(expanded(source))
+    if folder.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)):
+        raise ConfigurationError(
+            f"{source} holds no tokenizer (no tokenizer.json or tokenizer_config.json): save it there with "
+            "tokenizer.save_pretrained(folder), or name another folder or hub id that has it, with tokenizer='...' "
+            "(--tokenizer on the command line); skip_tokenizer_init=True serves token ids without one"
+        )
 
 
 def expanded(source: str) -> str:

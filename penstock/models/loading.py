@@ -21,9 +21,10 @@ from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
 from penstock.models.checks import refuse_unsupported, text_config, vocab_size
 from penstock.models.draft_runner import DraftRunner
 from penstock.models.executor import Executor
-from penstock.models.folder import check_source, expanded
+from penstock.models.folder import check_tokenizer_files, expanded
 from penstock.models.generation_defaults import eos_token_ids, generation_defaults
 from penstock.models.hardware import torch_threads_kept
+from penstock.models.hub import check_available
 from penstock.models.pinning import PinnedDefaults
 from penstock.models.positions import LengthLimit, length_limit
 from penstock.models.preparation import PreparedModel, prepare
@@ -66,6 +67,8 @@ def load(model: str | Path | nn.Module | None, tokenizer: object, config: Engine
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     else:
         name = expanded(str(MODEL_DIR if model is None else model))
+        if tokenizer is None and config.tokenizer is None and not config.skip_tokenizer_init:
+            check_tokenizer_files(name)
         module = owner = load_bare(name, config)
         tokenizer = _tokenizer_for(name, tokenizer, config)
     prepared, spec, ignored = _prepare(module, owner, tokenizer, config, name)
@@ -101,7 +104,7 @@ def load_bare(source: str, config: EngineConfig) -> nn.Module:
 
     Raises `ConfigurationError` for what cannot be found, read, or is not complete, and `OutOfMemory`.
     """
-    source = check_source(source)
+    source = check_available(source, config)
     dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
     try:
         return read_module(source, dtype, config).to(device)
@@ -153,8 +156,8 @@ def _tokenizer_for(source: str | None, tokenizer: object, config: EngineConfig) 
         return read_tokenizer(path, config)
     except Exception as error:
         raise ConfigurationError(
-            f"cannot load a tokenizer from {path!r} ({text_of(error)}): "
-            "pass tokenizer=..., or skip_tokenizer_init=True to serve token ids"
+            f"cannot load a tokenizer from {path!r} ({text_of(error)}): name a folder or hub id that has one, with "
+            "tokenizer='...' (--tokenizer on the command line); skip_tokenizer_init=True serves token ids without one"
         ) from error
 
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from penstock.config import EngineConfig
 from penstock.errors import PenstockError, described, text_of
 from penstock.models.building import build
-from penstock.models.checkpoint import Findings, fetch, hub_options, locate
+from penstock.models.checkpoint import fetch, hub_options, locate
+from penstock.models.completeness import Findings
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def read_tokenizer(source: str, config: EngineConfig) -> object:
     def read() -> object:
         from transformers import AutoTokenizer
 
-        options = hub_options(config)
+        options = hub_options(source, config)
         return AutoTokenizer.from_pretrained(
             source,
             use_fast=config.tokenizer_mode == "auto",
@@ -89,7 +90,7 @@ def _from_pretrained(source: str, dtype: torch.dtype | str, config: EngineConfig
             trust_remote_code=config.trust_remote_code,
             use_safetensors={"auto": None, "safetensors": True, "pt": False}[config.load_format],
             output_loading_info=True,
-            **hub_options(config),
+            **hub_options(source, config),
         )
         module, info = loaded
         return module, info

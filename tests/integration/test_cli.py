@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +18,15 @@ from typing import Any
 
 import pytest
 
-from penstock import ConfigurationError, Delta, InferenceEngine, SamplingParams, ScriptedModel
+from penstock import ConfigurationError, Delta, EngineConfig, InferenceEngine, SamplingParams, ScriptedModel
 from penstock.cli import main
 from penstock.cli.chat import Conversation
+from penstock.cli.command import make_parser
 from penstock.cli.doctor import as_text, formatted, label
 from penstock.cli.generate import OrderedCompletions, read_prompt
 from penstock.cli.measurements import overall_ratio, percentiles
 from penstock.cli.problems import Problem, find_problems
-from penstock.cli.session import stream
+from penstock.cli.session import loading_line, stream
 from penstock.cli.workloads import WORKLOADS, Workload, cache_tokens
 from penstock.demo import MODEL_DIR
 
@@ -183,6 +186,96 @@ def test_invalid_option_is_an_error_of_one_line(capsys: pytest.CaptureFixture[st
         main(["generate", "--max-tokens", "many", "x"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "--tempature", "1", "hi"], "unknown option --tempature: did you mean --temperature?"),
+        (["generate", "hi", "--max-token=5"], ""),  # an abbreviation
+        (["generate", "--maxtokens=5", "hi"], "unknown option --maxtokens: did you mean --max-tokens?"),
+        (["chat", "--modle", "m"], "unknown option --modle: did you mean --model?"),
+        (["--frobnicate", "doctor"], "unknown option --frobnicate ("),
+        (["generate", "hello", "world"], "unexpected argument 'world': put a prompt of several words in quotes"),
+    ],
+)
+def test_the_wrong_word_is_blamed(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--tempature 1 hi` blamed "hi" too, since "1" was taken for the prompt."""
+    if not message:
+        assert make_parser().parse_args(args).max_tokens == 5
+        return
+    with pytest.raises(SystemExit) as ended:
+        make_parser().parse_args(args)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_without_a_tokenizer_is_refused_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message was a paragraph about sentencepiece, after all weights were read."""
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        shutil.copy(MODEL_DIR / name, tmp_path)
+    assert main(["generate", "--model", str(tmp_path), "x"]) == 2
+    error = capsys.readouterr().err
+    assert "holds no tokenizer (no tokenizer.json or tokenizer_config.json): save it there" in error
+    assert "--tokenizer" in error
+    other = ["--tokenizer", str(MODEL_DIR), "--max-tokens", "2"]
+    assert main(["generate", "--model", str(tmp_path), "x", *other]) == 0
+    assert capsys.readouterr().out
+
+
+def test_an_unknown_name_without_network_is_one_sentence() -> None:
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")}
+    completed = subprocess.run(
+        command("generate", "--model", "nobody/nothing", "x"),
+        env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert completed.returncode == 2
+    assert "http://127.0.0.1:9 cannot be reached" in completed.stderr
+    assert completed.stderr.count("\n") == 1
+
+
+def test_loading_shows_progress_on_a_terminal_and_nothing_elsewhere() -> None:
+    master, slave = os.openpty()
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("NO_COLOR", "TERM")}
+    with subprocess.Popen(
+        command("generate", "x", "--max-tokens", "2"),
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        env=environment | {"TERM": "xterm"},
+    ) as process:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal's other end was closed
+            while chunk := os.read(master, 4096):
+                shown += chunk
+        process.communicate(timeout=TIMEOUT_S)
+    os.close(master)
+    assert process.returncode == 0
+    assert b"loading the model" in shown
+    assert b"0:00:0" in shown
+    assert penstock("generate", "x", "--max-tokens", "2").stderr == ""
+
+
+def test_the_size_of_a_folder_and_the_origin_of_a_download_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("penstock.cli.session.status_line", lambda text: lines.append(text) or contextlib.nullcontext())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    config = EngineConfig(download_dir=str(tmp_path))
+    for model in (None, str(MODEL_DIR), "owner/model"):
+        with loading_line(model, config):
+            pass
+    assert lines == ["loading the model", f"loading {MODEL_DIR} (11 MB)"]
+    assert "loading owner/model from the hub" in capsys.readouterr().err
 
 
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:

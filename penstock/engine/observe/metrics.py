@@ -127,4 +127,4 @@ class StepObserver:
             self._advisor.record_step(record, self._strategy, limits, num_shortages)
         if self._config.profile_performance:
             figures = {"rows": record.rows, "tokens": record.tokens, "seconds": record.seconds}
-            self._log.debug("step", **figures, **record.timings_s)
+            self._log.info("step", **figures, **record.timings_s)

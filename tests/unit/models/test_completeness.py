@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from penstock.cli.command import main
 from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError
+from penstock.models.completeness import grouped
 from penstock.models.loading import load, load_draft
 from tests.tiny_models import build
 
@@ -107,10 +108,39 @@ def test_the_command_line_refuses_it_in_one_line_and_with_an_exit_code(
 ) -> None:
     """The exit code was 0, and the text random."""
     folder = saved(tmp_path, without("model.norm."))
+    (folder / "tokenizer.json").write_text("{}")
     assert main(["generate", "--model", str(folder), "Hello"]) != 0
     lines = capsys.readouterr().err.strip().splitlines()
     assert [line for line in lines if "lacks 1 tensor" in line] == lines[-1:]
     assert "Traceback" not in "".join(lines)
+
+
+def test_all_missing_tensors_are_notes_of_the_error_and_lines_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names three of them; transformers' report of the others was silenced."""
+    folder = saved(tmp_path, without(".mlp."))
+    with pytest.raises(ConfigurationError, match="and 3 more") as raised:
+        load(folder, None, IDS_ONLY)
+    report = [
+        "  in the model, not in the file:",
+        "    model.layers.{0-1}.mlp.down_proj.weight",
+        "    model.layers.{0-1}.mlp.gate_proj.weight",
+        "    model.layers.{0-1}.mlp.up_proj.weight",
+    ]
+    assert raised.value.__notes__ == ["\n".join(report)]
+    (folder / "tokenizer.json").write_text("{}")
+    assert main(["generate", "--model", str(folder), "Hello"]) == 2
+    assert capsys.readouterr().err.splitlines()[-4:] == report
+
+
+def test_names_that_differ_only_in_their_layer_are_one_line() -> None:
+    names = [f"layers.{number}.norm.weight" for number in (0, 1, 2, 5, 10, 11)]
+    assert grouped([*names, "layers.3.bias", "head.weight"]) == [
+        "head.weight",
+        "layers.3.bias",
+        "layers.{0-2,5,10-11}.norm.weight",
+    ]
 
 
 def test_a_tied_head_may_be_absent(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""A hub that cannot be reached is asked once, and a model that is not in its cache is refused at once."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError
+from penstock.models import hub
+from penstock.models.checkpoint import hub_options
+from penstock.models.hub import check_available, is_cached, unreachable
+
+COMMIT = "a" * 40
+LIMIT_S = 5.0
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A hub that accepts connections and never answers, in place of the real one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_ETAG_TIMEOUT"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+    huggingface_hub.close_session()
+
+
+def cache_with(folder: Path, *names: str) -> EngineConfig:
+    """A hub cache that holds these files of `owner/model`."""
+    repository = folder / "models--owner--model"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    for name in names:
+        (snapshot / name).write_text("{}")
+    return EngineConfig(download_dir=str(folder))
+
+
+def test_an_unknown_name_is_refused_within_five_seconds_where_the_hub_refuses_connections(
+    endpoint: socket.socket, tmp_path: Path
+) -> None:
+    """The hub library retried every file five times: a minute of silence, or of warnings."""
+    endpoint.close()
+    start_s = time.monotonic()
+    with pytest.raises(ConfigurationError, match=r"'nobody/nothing': there is no such folder.* cannot be reached \("):
+        check_available("nobody/nothing", EngineConfig(download_dir=str(tmp_path)))
+    assert time.monotonic() - start_s < LIMIT_S
+
+
+def test_an_unknown_name_is_refused_within_five_seconds_where_the_hub_never_answers(
+    endpoint: socket.socket, tmp_path: Path
+) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(
+        ConfigurationError, match=r"cache does not hold it, and http.* (did not answer|cannot be reach)"
+    ):
+        check_available("nobody/nothing", EngineConfig(download_dir=str(tmp_path)))
+    assert time.monotonic() - start_s < LIMIT_S
+
+
+def test_the_hub_is_asked_once_for_all_files_of_a_load(endpoint: socket.socket, tmp_path: Path) -> None:
+    endpoint.close()
+    reason = unreachable()
+    start_s = time.monotonic()
+    assert {unreachable() for _ in range(100)} == {reason}
+    assert hub_options("owner/model", EngineConfig(download_dir=str(tmp_path)))["local_files_only"]
+    assert time.monotonic() - start_s < hub.TIMEOUT_S
+
+
+def test_a_cached_model_loads_from_the_cache_where_the_hub_cannot_be_reached(
+    endpoint: socket.socket, tmp_path: Path
+) -> None:
+    endpoint.close()
+    config = cache_with(tmp_path, "config.json")
+    assert check_available("owner/model", config) == "owner/model"
+    assert hub_options("owner/model", config) == {
+        "revision": "main",
+        "cache_dir": str(tmp_path),
+        "local_files_only": True,
+    }
+
+
+def test_offline_mode_is_named_as_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="HF_HUB_OFFLINE is set: check the name, or pass a folder"):
+        check_available("nobody/nothing", EngineConfig(download_dir=str(tmp_path)))
+
+
+def test_a_folder_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("the hub was asked"))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.bin").write_text("")
+    assert check_available(str(tmp_path), EngineConfig()) == str(tmp_path)
+    assert not hub_options(str(tmp_path), EngineConfig())["local_files_only"]
+
+
+def test_a_model_is_cached_with_its_weights_or_without(tmp_path: Path) -> None:
+    config = cache_with(tmp_path, "config.json")
+    assert is_cached("owner/model", config)
+    assert not is_cached("owner/model", config, weights=True)
+    assert not is_cached("no hub id//", config)
+    complete = cache_with(tmp_path / "complete", "config.json", "model.safetensors")
+    assert is_cached("owner/model", complete, weights=True)
