@@ -23,7 +23,6 @@ from penstock.errors import EngineClosed, PenstockError, RequestTooLarge
 from penstock.outputs import Delta
 from penstock.sampling import SamplingParams
 
-MAX_TOKENS = 512
 COMMANDS = """/reset         start a new conversation
 /system TEXT   start a new conversation with this system message (no TEXT: without one)
 /help          list the commands
@@ -48,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
-    add_sampling_options(parser, MAX_TOKENS)
+    add_sampling_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message to start with")
     parser.set_defaults(run=run)
 
@@ -64,7 +63,7 @@ class Conversation:
     def prompt(self, text: str) -> Prompt:
         """The prompt for a new message."""
         if not self.has_template:
-            return text
+            return {"prompt": text}
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for question, answer in self.turns:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     with loaded_engine(args.model, **engine_settings(args)) as engine, new_runner() as runner:
         has_template = args.model is not None and bool(getattr(engine.tokenizer, "chat_template", None))
         note(greeting(args.model, has_template))
-        params = params_with(engine, settings, MAX_TOKENS)
+        params = params_with(engine, settings)
         with contextlib.suppress(KeyboardInterrupt):
             _converse(engine, runner, Conversation(has_template, args.system), params)
         note("")
@@ -174,7 +173,9 @@ async def _reply(
     """Drops the oldest messages until the conversation fits; then reduces `max_tokens` if the message alone is long."""
     while True:
         try:
-            await stream(engine, conversation.prompt(text), params, show)
+            output, timing = await stream(engine, conversation.prompt(text), params, show)
+            if output.outputs[0].finish_reason == "length":
+                note(f"\n(ended after {timing.num_tokens} tokens: --max-tokens N allows more)")
             return
         except RequestTooLarge:
             if conversation.drop_oldest():

@@ -22,7 +22,6 @@ from penstock.errors import RequestError, RequestTooLarge
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from penstock.sampling import SamplingParams
 
-MAX_TOKENS = 200
 EXAMPLES = """examples:
   penstock generate 'def fibonacci(n):'
   penstock generate --model Qwen/Qwen3-0.6B --temperature 0 --stats 'Paris is'
@@ -46,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to complete; - or no argument reads stdin")
     add_model_options(parser)
-    sampling = add_sampling_options(parser, MAX_TOKENS)
+    sampling = add_sampling_options(parser)
     sampling.add_argument("--n", type=int, metavar="N", help="number of completions (default: 1)")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     start_s = time.perf_counter()
     with loaded_engine(args.model, **engine_settings(args)) as engine, new_runner() as runner:
         load_s = time.perf_counter() - start_s
-        params = params_with(engine, settings, MAX_TOKENS)
+        params = params_with(engine, settings)
         show = (lambda delta: None) if args.json else printer(prompt, params.n)
         try:
             output, timing = runner.run(_complete(engine, prompt, params, show, "max_tokens" not in settings))

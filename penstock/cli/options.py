@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from penstock.cli.session import JsonObject
+from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError
 from penstock.sampling import SamplingParams
 
@@ -33,14 +34,15 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", metavar="T", help="auto, float32, float16 or bfloat16 (default: the checkpoint's)")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> argparse._ArgumentGroup:
-    """Add the sampling parameters; `max_tokens` only appears in the help, as the default."""
+def add_sampling_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the sampling parameters."""
+    max_tokens = EngineConfig.model_fields["default_max_tokens"].default
     group = parser.add_argument_group("sampling", "Options that are not given have the model's own defaults.")
     group.add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"maximum number of new tokens (default: {max_tokens}, fewer if the context is full)",
+        help=f"maximum number of new tokens (default: the model's, else {max_tokens}; fewer if the context is full)",
     )
     group.add_argument("--min-tokens", type=int, metavar="N", help="minimum number of new tokens")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; higher values are more random")

@@ -109,9 +109,9 @@ def new_runner() -> asyncio.Runner:
     return asyncio.Runner(loop_factory=new_event_loop)
 
 
-def params_with(engine: InferenceEngine, settings: Mapping[str, Any], max_tokens: int) -> SamplingParams:
-    """The model's defaults, with `max_tokens` where they have none, overridden by the settings of the command line."""
-    return replace(engine.default_params(max_tokens), **settings)
+def params_with(engine: InferenceEngine, settings: Mapping[str, Any]) -> SamplingParams:
+    """The engine's default parameters, overridden by the settings of the command line."""
+    return replace(engine.default_params(), **settings)
 
 
 async def stream(

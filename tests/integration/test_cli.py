@@ -333,7 +333,15 @@ def test_conversation_holds_messages_with_their_answers() -> None:
     assert roles == ["system", "user", "assistant", "user"]
     assert conversation.drop_oldest()
     assert not conversation.drop_oldest()
-    assert Conversation(has_template=False).prompt("def f") == "def f"
+    assert Conversation(has_template=False).prompt("def f") == {"prompt": "def f"}
+
+
+def test_an_answer_that_ends_at_the_limit_says_how_to_get_more() -> None:
+    """It stopped in the middle of a word, without a reason; and the built-in model warned of its chat template."""
+    completed = penstock("chat", "--max-tokens", "3", stdin="def f\n")
+    assert completed.returncode == 0
+    assert "(ended after 3 tokens: --max-tokens N allows more)" in completed.stderr
+    assert "chat template" not in completed.stderr
 
 
 def test_slash_commands_are_executed() -> None:
