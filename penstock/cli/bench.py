@@ -1,7 +1,9 @@
 """`penstock bench`: the engine against `transformers.generate`, in one run, on the same weights.
 
-Owns the order of measurements: engine and baseline alternate within every repeat, so that a machine that slows down
-slows both. Never reuses token ids. The table goes to stderr, one JSON line to stdout. Called by `command`.
+Each side loads the model as its user does: the engine from the folder or hub id, with its kernels and rewrites. Owns
+the order of measurements: the sides take turns within every repeat, and change places from one to the next, so that a
+machine that slows down slows both. Never reuses token ids. The table goes to stderr, one JSON line to stdout. Called by
+`command`.
 """
 
 from __future__ import annotations
@@ -11,28 +13,32 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
 from penstock import __version__
-from penstock.cli.measurements import Measurements, Summary, measure_engine, overall_ratio, result_table
+from penstock.cli.measurements import Measurements, Summary, disturbance, measure_engine, overall_ratio, result_table
 from penstock.cli.options import add_model_options, engine_settings, names_from, positive
 from penstock.cli.session import (
     JsonObject,
     exit_on_interrupt,
-    loaded_engine,
     new_runner,
     quiet_libraries,
     run_on_own_thread,
+    started_engine,
 )
 from penstock.cli.terminal import note, status_line, write
 from penstock.cli.workloads import WARM_UP, WORKLOADS, Work, Workload, cache_tokens
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
+from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError
 from penstock.models.baseline import SHAPES, Baseline, load_module, random_module
 
@@ -48,8 +54,12 @@ examples:
   penstock bench --model ./my-model --repeats 5
   penstock bench --shape qwen3-0.6b --workloads single,batch8 | jq .ratio
 
-A ratio above 1 means that the engine is faster. transformers runs a static
-batch with left padding and sdpa attention. No two repeats have the same token ids.
+A ratio above 1 means that the engine is faster; it is the median over the repeats,
+in each of which engine and transformers take turns. The spread, in brackets, is the
+middle half of the repeats, relative to the median. Where the ratios of the repeats spread by more
+than 10 %, something else used the machine: no ratio is printed. transformers runs a
+static batch with left padding and sdpa attention. No two repeats have the same token
+ids. Both sides are in memory, so the weights need room twice.
 """
 TASKS_PER_REPEAT = 2
 TABLE_WIDTH = 140  # if stderr is not a terminal
@@ -72,7 +82,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--workloads", metavar="W,W", default=",".join(WORKLOADS), help="workloads to run (default: all)"
     )
-    group.add_argument("--repeats", type=positive, metavar="N", default=3, help="repeats for the median (default: 3)")
+    group.add_argument("--repeats", type=positive, metavar="N", default=5, help="repeats for the median (default: 5)")
     group.add_argument("--skip-baseline", action="store_true", help="measure the engine only")
     parser.set_defaults(run=run)
 
@@ -82,18 +92,26 @@ def run(args: argparse.Namespace) -> int:
     if args.shape and args.model:
         raise ConfigurationError("--shape and --model exclude each other: give one of them")
     chosen = [WORKLOADS[name] for name in names_from(args.workloads, tuple(WORKLOADS))]
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        return _run(args, chosen, Path(folder))
+
+
+def _run(args: argparse.Namespace, chosen: list[Workload], folder: Path) -> int:
+    """The measurements. Random weights of a shape are saved in `folder`, so that both sides load them from there."""
     name = args.shape or args.model or str(MODEL_DIR)
-    with exit_on_interrupt(), status_line(f"loading {name} ..."):
-        baseline, load_s = run_on_own_thread(_load_baseline, args)
-    config = EngineConfig()
+    source = str(folder) if args.shape else name
+    with exit_on_interrupt(), status_line(f"loading {name}"):
+        baseline, load_s = run_on_own_thread(_load_baseline, args, folder)
+    config = EngineConfig(**engine_settings(args))
     workloads, notes = fit(chosen, min(baseline.max_length, config.max_sequence_length or baseline.max_length))
-    for line in notes:
-        note(line)
     works = [workload.draw(0, baseline.vocab_size) for workload in workloads]
     tokens = config.kv_cache_tokens or cache_tokens(works, config.block_size)
+    engine = EngineRuns(source, {**engine_settings(args), "kv_cache_tokens": tokens})
     with new_runner() as runner:
-        summaries = _measure(args, workloads, baseline, tokens, runner)
-    _report(summaries, conditions(name, baseline) | {"repeats": args.repeats, "load_s": load_s, "notes": notes})
+        summaries = _measure(args, workloads, baseline, engine, runner)
+    facts = conditions(name, baseline) | {"kernels": engine.kernels, "repeats": args.repeats, "load_s": load_s}
+    notes += [line for workload, summary in summaries.items() if (line := disturbance(workload, summary))]
+    _report(summaries, facts | {"notes": notes})
     return 0
 
 
@@ -108,28 +126,45 @@ def fit(chosen: list[Workload], limit: int) -> tuple[list[Workload], list[str]]:
     ]
 
 
-def _load_baseline(args: argparse.Namespace) -> tuple[Baseline, float]:
+def _load_baseline(args: argparse.Namespace, folder: Path) -> tuple[Baseline, float]:
     quiet_libraries()
-    start_s = time.perf_counter()
     config = EngineConfig(**engine_settings(args))
-    module = random_module(args.shape, config) if args.shape else load_module(args.model or MODEL_DIR, config)
+    if args.shape:
+        random_module(args.shape, config).save_pretrained(folder)
+    start_s = time.perf_counter()
+    module = load_module(folder if args.shape else args.model or MODEL_DIR, config)
     return Baseline(module), round(time.perf_counter() - start_s, 2)
+
+
+@dataclass(slots=True)
+class EngineRuns:
+    """Loads the engine for each of its turns: a folder or hub id, with the settings of the command line.
+
+    It exists only for its turn, see `run_on_own_thread`. `kernels` describes what it computed with.
+    """
+
+    source: str
+    settings: JsonObject
+    kernels: str | None = None
+
+    def measure(self, runner: asyncio.Runner, warm_up: Work, work: Work, measurements: Measurements) -> None:
+        """Run and record `work` on a new engine that has run `warm_up`."""
+        engine = InferenceEngine(self.source, None, skip_tokenizer_init=True, **self.settings)
+        with started_engine(engine):
+            runner.run(measure_engine(engine, warm_up, Measurements()))
+            runner.run(measure_engine(engine, work, measurements))
+            self.kernels = engine.get_stats()["kernels"]
 
 
 def _measure(
     args: argparse.Namespace,
     workloads: list[Workload],
     baseline: Baseline,
-    kv_cache_tokens: int,
+    engine: EngineRuns,
     runner: asyncio.Runner,
 ) -> dict[str, Summary]:
     """Every workload's summary, by name. Engine and baseline never have threads at once, see `run_on_own_thread`."""
-
-    def run_engine(work: Work, measurements: Measurements) -> None:
-        warm_up = WARM_UP.fitted(baseline.max_length).draw(0, baseline.vocab_size)
-        with loaded_engine(baseline.module, skip_tokenizer_init=True, kv_cache_tokens=kv_cache_tokens) as engine:
-            runner.run(measure_engine(engine, warm_up, Measurements()))
-            runner.run(measure_engine(engine, work, measurements))
+    warm_up = WARM_UP.fitted(baseline.max_length).draw(0, baseline.vocab_size)
 
     def run_both(workload: Workload, repeat: int, measurements: Measurements, step: Callable[[str], None]) -> None:
         """Engine and baseline on the same requests, in alternating order."""
@@ -137,9 +172,9 @@ def _measure(
         for side in ("engine", "transformers")[:: 1 if repeat % 2 == 0 else -1]:
             step(f"{workload.name}: {side}")
             if side == "engine":
-                run_engine(work, measurements)
+                engine.measure(runner, warm_up, work, measurements)
             elif not args.skip_baseline:
-                measurements.baseline_s.append(run_on_own_thread(_seconds, baseline, work))
+                measurements.baseline_s.append(run_on_own_thread(_seconds, baseline, warm_up, work))
 
     with _progress(TASKS_PER_REPEAT * (1 + len(workloads) * args.repeats)) as step:
         run_both(WARM_UP.fitted(baseline.max_length), 0, Measurements(), step)
@@ -152,7 +187,8 @@ def _measure(
     return summaries
 
 
-def _seconds(baseline: Baseline, work: Work) -> float:
+def _seconds(baseline: Baseline, warm_up: Work, work: Work) -> float:
+    baseline.generate(warm_up)
     start_s = time.perf_counter()
     baseline.generate(work)
     return time.perf_counter() - start_s
@@ -185,8 +221,10 @@ def conditions(name: str, baseline: Baseline) -> JsonObject:
 
 
 def _report(summaries: Mapping[str, Summary], facts: JsonObject) -> None:
-    title = f"{facts['model']}, {facts['dtype']} on {facts['device']}, median of {facts['repeats']}"
+    what = f"{facts['model']}, {facts['dtype']} on {facts['device']}, {facts['kernels']}"
+    title = f"{what}: median of {facts['repeats']} (spread)"
     Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH).print(result_table(summaries, title))
-    ratios = [summary["ratio"] for summary in summaries.values() if summary["ratio"] is not None]
-    sys.stderr.flush()
+    for line in facts["notes"]:
+        note(line)
+    ratios = [summary["ratio"] for summary in summaries.values()]
     write(json.dumps(facts | {"workloads": summaries, "ratio": overall_ratio(ratios)}) + "\n")

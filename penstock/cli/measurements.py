@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
-from statistics import median
+from statistics import median, quantiles
 from typing import TypedDict
 
 from rich.table import Table
@@ -21,13 +21,15 @@ from penstock.errors import ExecutionError
 from penstock.sampling import SamplingParams
 
 PERCENTILES = (50, 95, 99)
+MAX_SPREAD = 0.1  # of the ratios of a workload's repeats; beyond it, the run was disturbed
 Percentiles = dict[str, float] | None
 
 
 class Throughput(TypedDict):
-    """Tokens per second over the median time: new tokens, and all tokens."""
+    """Tokens per second over the median time: new tokens, and all tokens. `spread`: see `spread`."""
 
     seconds: float
+    spread: float | None
     output_tok_s: float
     total_tok_s: float
 
@@ -40,7 +42,7 @@ class EngineFigures(Throughput):
 
 
 class Summary(TypedDict):
-    """One workload's results; None for what was not measured."""
+    """One workload's results; None for what was not measured, and for the ratio of a disturbed run."""
 
     requests: int
     prompt_tokens: int
@@ -48,6 +50,7 @@ class Summary(TypedDict):
     engine: EngineFigures
     baseline: Throughput | None
     ratio: float | None
+    ratio_spread: float | None
 
 
 @dataclass(slots=True)
@@ -60,7 +63,9 @@ class Measurements:
     inter_token_s: list[float] = field(default_factory=list)
 
     def summary(self, work: Work) -> Summary:
-        """Medians and percentiles."""
+        """Medians and percentiles. The ratio compares the two turns of a repeat, which ran one after the other."""
+        ratios = [baseline / engine for baseline, engine in zip(self.baseline_s, self.engine_s, strict=False)]
+        variation = spread(ratios)
         return {
             "requests": len(work),
             "prompt_tokens": sum(len(prompt) for prompt, _ in work),
@@ -71,7 +76,8 @@ class Measurements:
                 "inter_token_s": percentiles(self.inter_token_s),
             },
             "baseline": _throughput(self.baseline_s, work) if self.baseline_s else None,
-            "ratio": round(median(self.baseline_s) / median(self.engine_s), 3) if self.baseline_s else None,
+            "ratio": round(median(ratios), 3) if variation is not None and variation <= MAX_SPREAD else None,
+            "ratio_spread": variation,
         }
 
 
@@ -106,9 +112,31 @@ def percentiles(values: Sequence[float]) -> Percentiles:
     return {f"p{q}": round(ordered[ceil(q * len(ordered) / 100) - 1], 5) for q in PERCENTILES}
 
 
-def overall_ratio(ratios: Sequence[float]) -> float | None:
-    """The geometric mean; None if there are no ratios."""
-    return round(prod(ratios) ** (1 / len(ratios)), 3) if ratios else None
+def spread(values: Sequence[float]) -> float | None:
+    """The distance of the quartiles relative to the median; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    lower, middle, upper = quantiles(values, n=4, method="inclusive")
+    return round((upper - lower) / middle, 3)
+
+
+def overall_ratio(ratios: Sequence[float | None]) -> float | None:
+    """The geometric mean; None if a ratio is missing, or all are."""
+    numbers = [ratio for ratio in ratios if ratio is not None]
+    return round(prod(numbers) ** (1 / len(numbers)), 3) if numbers and len(numbers) == len(ratios) else None
+
+
+def disturbance(name: str, summary: Summary) -> str | None:
+    """Why a workload that was measured on both sides has no ratio, in a sentence; None if it has one."""
+    if summary["baseline"] is None or summary["ratio"] is not None:
+        return None
+    variation = summary["ratio_spread"]
+    if variation is None:
+        return f"no ratio for {name}: one repeat does not show how much the machine varies; use --repeats 3 or more"
+    return (
+        f"no ratio for {name}: the ratios of its repeats spread by {variation:.0%}, more than {MAX_SPREAD:.0%}, so the "
+        "run was disturbed: close other programs, or raise --repeats"
+    )
 
 
 def _throughput(seconds: Sequence[float], work: Work) -> Throughput:
@@ -117,13 +145,17 @@ def _throughput(seconds: Sequence[float], work: Work) -> Throughput:
     total = output + sum(len(prompt) for prompt, _ in work)
     return {
         "seconds": round(median_s, 4),
+        "spread": spread(seconds),
         "output_tok_s": round(output / median_s, 1),
         "total_tok_s": round(total / median_s, 1),
     }
 
 
 def result_table(summaries: Mapping[str, Summary], title: str) -> Table:
-    """The summaries as a table. Throughput counts new tokens, or all tokens if every request has only one new token."""
+    """The summaries as a table, spreads in brackets.
+
+    Throughput counts new tokens, or all tokens if every request has only one new token.
+    """
     table = Table(title=title, title_justify="left")
     for column in (
         "workload",
@@ -143,20 +175,25 @@ def result_table(summaries: Mapping[str, Summary], title: str) -> Table:
 
 
 def _cells(summary: Summary) -> list[str]:
-    engine, baseline, ratio = summary["engine"], summary["baseline"], summary["ratio"]
+    engine, baseline = summary["engine"], summary["baseline"]
+    ratio, variation = summary["ratio"], summary["ratio_spread"]
     is_prefill = summary["output_tokens"] == summary["requests"]
     first_token, inter_token = engine["first_token_s"] or {}, engine["inter_token_s"] or {}
     return [
         _rate(engine, is_prefill),
         _rate(baseline, is_prefill) if baseline else "",
-        f"{ratio:.2f}x" if ratio else "",
+        (f"{ratio:.2f}x" if ratio else "disturbed" if variation else "") + _percent(variation),
         *(_ms(first_token.get(name)) for name in ("p50", "p99")),
         *(_ms(inter_token.get(name)) for name in ("p50", "p95", "p99")),
     ]
 
 
 def _rate(throughput: Throughput, is_prefill: bool) -> str:
-    return f"{throughput['total_tok_s' if is_prefill else 'output_tok_s']:,.1f}"
+    return f"{throughput['total_tok_s' if is_prefill else 'output_tok_s']:,.1f}" + _percent(throughput["spread"])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f" ({share:.0%})"
 
 
 def _ms(seconds: float | None) -> str:

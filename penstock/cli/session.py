@@ -52,16 +52,20 @@ class Timing:
 
 @contextlib.contextmanager
 def loaded_engine(model: Any = None, tokenizer: Any = None, **settings: Any) -> Iterator[InferenceEngine]:
-    """A started engine with the arguments of `InferenceEngine`; at the end it aborts all requests and stops.
-
-    Raises `ConfigurationError`.
-    """
+    """`started_engine`, with a status line while it loads. Raises `ConfigurationError`."""
     engine = InferenceEngine(model, tokenizer, **settings)
-    with exit_on_interrupt(), loading_line(model, engine.config):
+    with started_engine(engine, loading_line(model, engine.config)):
+        yield engine
+
+
+@contextlib.contextmanager
+def started_engine(engine: InferenceEngine, loading: AbstractContextManager[None] | None = None) -> Iterator[None]:
+    """Start an engine, inside of `loading`; at the end abort all its requests and stop it."""
+    with exit_on_interrupt(), loading or contextlib.nullcontext():
         quiet_libraries()
         engine.start()
     try:
-        yield engine
+        yield
     finally:
         engine.stop(drain=0.0)
 

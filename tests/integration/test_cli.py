@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -17,18 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from penstock import ConfigurationError, Delta, EngineConfig, InferenceEngine, SamplingParams, ScriptedModel
 from penstock.cli import main
+from penstock.cli.bench import EngineRuns
 from penstock.cli.chat import Conversation
 from penstock.cli.command import make_parser
 from penstock.cli.doctor import as_text, formatted, label
 from penstock.cli.generate import OrderedCompletions, read_prompt
-from penstock.cli.measurements import overall_ratio, percentiles
+from penstock.cli.measurements import (
+    MAX_SPREAD,
+    Measurements,
+    Summary,
+    disturbance,
+    overall_ratio,
+    percentiles,
+    result_table,
+    spread,
+)
 from penstock.cli.problems import Problem, find_problems
-from penstock.cli.session import loading_line, stream
-from penstock.cli.workloads import WORKLOADS, Workload, cache_tokens
+from penstock.cli.session import loading_line, started_engine, stream
+from penstock.cli.workloads import WORKLOADS, Work, Workload, cache_tokens
 from penstock.demo import MODEL_DIR
+from penstock.models.baseline import Baseline
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -136,16 +149,93 @@ def test_ctrl_c_cancels_an_answer_and_then_leaves_the_chat() -> None:
 
 
 def test_bench_prints_one_line_with_the_ratio() -> None:
-    completed = penstock("bench", "--shape", "llama-15m", "--workloads", "single", "--repeats", "1")
+    completed = penstock("bench", "--workloads", "single", "--repeats", "2")
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.count("\n") == 1
     document = json.loads(completed.stdout)
     single = document["workloads"]["single"]
-    assert document["ratio"] == single["ratio"] > 0
+    assert document["ratio"] == single["ratio"]
+    if single["ratio_spread"] <= MAX_SPREAD:
+        assert single["ratio"] > 0
+        assert document["notes"] == []
+    else:  # the machine was busy
+        assert single["ratio"] is None
+        assert "the run was disturbed" in completed.stderr
+    assert document["kernels"]
     assert single["output_tokens"] == 64
     assert single["engine"]["first_token_s"]["p50"] > 0
     assert single["engine"]["inter_token_s"].keys() == {"p50", "p95", "p99"}
     assert "transformers tok/s" in completed.stderr
+
+
+@pytest.mark.parametrize("model", [[], ["--model", str(MODEL_DIR)], ["--shape", "llama-15m"]])
+def test_bench_loads_the_engine_from_a_folder(model: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It measured the engine on a borrowed module, without kernels and rewrites: no faster than transformers."""
+    runs: list[tuple[str, bool, int]] = []
+
+    def measure(self: EngineRuns, runner: object, warm_up: Work, work: Work, measurements: Measurements) -> None:
+        engine = InferenceEngine(self.source, skip_tokenizer_init=True, **self.settings)
+        with started_engine(engine):
+            runs.append(
+                (self.source, (Path(self.source) / "config.json").is_file(), len(engine.get_stats()["rewrites"]))
+            )
+        measurements.engine_s.append(1.0)
+
+    monkeypatch.setattr(EngineRuns, "measure", measure)
+    assert main(["bench", *model, "--workloads", "single", "--repeats", "1", "--skip-baseline"]) == 0
+    assert len(runs) == 2  # the warm-up and the repeat
+    assert all(is_folder and num_rewrites for _, is_folder, num_rewrites in runs)
+    assert not model or "--shape" in model or runs[0][0] == str(MODEL_DIR)
+    assert "--shape" not in model or not Path(runs[0][0]).exists()  # temporary
+
+
+def test_bench_takes_turns_and_changes_places(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns: list[str] = []
+
+    def measure(self: EngineRuns, runner: object, warm_up: Work, work: Work, measurements: Measurements) -> None:
+        turns.append("engine")
+        measurements.engine_s.append(1.0)
+
+    monkeypatch.setattr(EngineRuns, "measure", measure)
+    monkeypatch.setattr(Baseline, "generate", lambda self, work: turns.append("transformers"))
+    assert main(["bench", "--workloads", "single", "--repeats", "3"]) == 0
+    sides = [side for side, _ in itertools.groupby(turns)]
+    assert sides == ["engine", "transformers", "engine", "transformers", "engine", "transformers"]
+    assert turns.count("engine") == 4
+    assert json.loads(capsys.readouterr().out)["repeats"] == 3
+
+
+def measured(engine_s: list[float], baseline_s: list[float]) -> Summary:
+    return Measurements(engine_s, baseline_s).summary([([1] * 16, 64)])
+
+
+def test_the_ratio_is_of_the_turns_of_a_repeat() -> None:
+    """A machine that slows down from one repeat to the next slows both sides, and their ratio stays."""
+    summary = measured([1.0, 2.0, 4.0], [2.0, 4.0, 8.2])
+    assert summary["ratio"] == 2.0
+    assert summary["ratio_spread"] == 0.012
+    assert summary["engine"]["spread"] == 0.75
+    assert disturbance("single", summary) is None
+
+
+def test_a_disturbed_run_has_no_ratio_and_says_so() -> None:
+    summary = measured([1.0, 1.0, 1.0], [2.0, 2.5, 3.0])
+    assert summary["ratio"] is None
+    assert summary["ratio_spread"] == 0.2
+    assert "spread by 20%, more than 10%, so the run was disturbed" in (disturbance("single", summary) or "")
+    once = measured([1.0], [2.0])
+    assert once["ratio"] is None
+    assert "use --repeats 3 or more" in (disturbance("single", once) or "")
+    assert disturbance("single", measured([1.0, 1.0], [])) is None  # --skip-baseline
+    console = Console(file=StringIO(), width=200)
+    console.print(result_table({"single": summary}, "title"))
+    assert "disturbed" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_one_outlier_among_five_repeats_disturbs_nothing() -> None:
+    assert measured([1.0] * 5, [2.0, 2.02, 1.98, 2.01, 9.0])["ratio"] == 2.01
 
 
 def test_doctor_reports_every_section() -> None:
@@ -382,6 +472,9 @@ def test_percentiles_are_by_nearest_rank() -> None:
     assert percentiles([]) is None
     assert overall_ratio([2.0, 8.0]) == 4.0
     assert overall_ratio([]) is None
+    assert overall_ratio([2.0, None]) is None  # a mean over the others would be of other workloads
+    assert spread([1.0]) is None
+    assert spread([1.0, 2.0, 3.0]) == 0.5
 
 
 def test_problems_are_found_and_rated() -> None:
