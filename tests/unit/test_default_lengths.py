@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from penstock import (
     EngineConfig,
     GenerationConfig,
     InferenceEngine,
+    ParallelSampler,
     PerformanceOptimizer,
     SamplingParams,
     ScriptedModel,
+    SpeculativeDecoder,
 )
 from penstock.cli.command import make_parser
 from penstock.cli.session import params_with
@@ -64,13 +66,19 @@ def number_of(value: ast.expr | None) -> int | None:
     return None
 
 
+def max_length(function: Callable[..., object]) -> int:
+    """The default of the argument `max_length`."""
+    return int(inspect.signature(function).parameters["max_length"].default)
+
+
 def test_the_table_states_the_defaults_of_the_code() -> None:
-    generate = inspect.signature(PerformanceOptimizer.optimized_generate)
     assert listed() == {
         "EngineConfig.default_max_tokens": EngineConfig().default_max_tokens,
         "SamplingParams.max_tokens": SamplingParams().max_tokens,
         "GenerationConfig.max_length": GenerationConfig().max_length,
-        "PerformanceOptimizer.optimized_generate.max_length": generate.parameters["max_length"].default,
+        "PerformanceOptimizer.optimized_generate.max_length": max_length(PerformanceOptimizer.optimized_generate),
+        "SpeculativeDecoder.speculative_generate.max_length": max_length(SpeculativeDecoder.speculative_generate),
+        "ParallelSampler.parallel_generate.max_length": max_length(ParallelSampler.parallel_generate),
     }
 
 
