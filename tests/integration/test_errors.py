@@ -408,7 +408,7 @@ def test_a_corrupt_weight_file_is_refused_at_once(tmp_path: Path, damage: Callab
 
 def test_a_folder_without_tokenizer_names_both_remedies(tmp_path: Path) -> None:
     engine = InferenceEngine(str(saved(tmp_path)))
-    failure(ConfigurationError, ValueError, r"pass tokenizer=.*skip_tokenizer_init=True", engine.start)
+    failure(ConfigurationError, ValueError, r"with tokenizer='.*skip_tokenizer_init=True", engine.start)
     failure(ConfigurationError, ValueError, "skip_tokenizer_init=True", InferenceEngine(build("llama")).start)
 
 

@@ -806,5 +806,5 @@ def test_debug_mode_prints_every_step_although_the_program_configures_no_logging
     ran = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=100, check=True)
     assert ran.stdout.startswith("Detailed stats: {'engine_status': 'running'")
     lines = ran.stderr.splitlines()
-    assert sum("DEBUG penstock: event='step' rows=1 tokens=1 seconds=" in line for line in lines) == 3
+    assert sum(" penstock: event='step' rows=1 tokens=1 seconds=" in line for line in lines) == 3
     assert sum("INFO penstock: event='Model weights loaded.'" in line for line in lines) == 1
