@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from penstock.api.arguments import check_callback
 from penstock.api.channel import RequestStatus
@@ -29,7 +29,7 @@ class InferenceRequest(RequestOutput):
     priority: RequestPriority = RequestPriority.NORMAL
     created_at: float = 0.0
     callback: FinalCallback | None = None
-    metadata: Mapping[str, object] = field(default_factory=dict)
+    metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
     status: RequestStatus = RequestStatus.COMPLETED
 
     @property
@@ -73,7 +73,7 @@ class Submission:
     priority: RequestPriority
     callback: FinalCallback | None = None
     metadata: Mapping[str, object] | None = None
-    created_at: float = field(default_factory=time.time)
+    created_at: float = dataclasses.field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         check_callback(self.callback)
@@ -83,7 +83,7 @@ class Submission:
     def ended(self, output: RequestOutput, status: RequestStatus) -> InferenceRequest:
         """The submitted request with its result."""
         return InferenceRequest(
-            **{each.name: getattr(output, each.name) for each in dataclasses.fields(output)},
+            **{field.name: getattr(output, field.name) for field in dataclasses.fields(output)},
             generation_config=self.generation_config,
             priority=RequestPriority(self.priority),
             created_at=self.created_at,

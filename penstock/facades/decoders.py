@@ -39,7 +39,7 @@ class SpeculativeDecoder:
 
     def speculative_generate(
         self,
-        input_ids: Any,
+        input_ids: object,
         max_length: int = 50,
         speculation_length: int = 4,
         acceptance_threshold: float = 0.8,
@@ -89,7 +89,7 @@ class ParallelSampler:
 
     def parallel_generate(
         self,
-        input_ids: Any,
+        input_ids: object,
         max_length: int = 50,
         temperature: float = 1.0,
         aggregation: str | RankFunction = "best",

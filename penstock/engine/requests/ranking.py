@@ -33,12 +33,12 @@ def consensus(outputs: Sequence[CompletionOutput]) -> list[float]:
     The expected Dice coefficient of its pairs of adjacent tokens and those of another completion, as in minimum Bayes
     risk decoding (Kumar and Byrne, 2004); the mean size of the others stands for the size of each. Linear in tokens.
     """
-    pairs = [set(zip([None, *output.token_ids], output.token_ids, strict=False)) for output in outputs]
-    counts = Counter(pair for each in pairs for pair in each)
-    num_others, total = max(1, len(pairs) - 1), sum(map(len, pairs))
-    shared = [sum(counts[pair] - 1 for pair in each) / num_others for each in pairs]
-    sizes = [len(each) + (total - len(each)) / num_others for each in pairs]
-    return [2 * common / size if size else 0.0 for common, size in zip(shared, sizes, strict=True)]
+    pair_sets = [set(zip([None, *output.token_ids], output.token_ids, strict=False)) for output in outputs]
+    counts = Counter(pair for pairs in pair_sets for pair in pairs)
+    num_others, total = max(1, len(outputs) - 1), sum(map(len, pair_sets))
+    overlaps = [sum(counts[pair] - 1 for pair in pairs) / num_others for pairs in pair_sets]
+    sizes = [len(pairs) + (total - len(pairs)) / num_others for pairs in pair_sets]
+    return [2 * overlap / size if size else 0.0 for overlap, size in zip(overlaps, sizes, strict=True)]
 
 
 def scores_of(rank_by: RankFunction | str, outputs: Sequence[CompletionOutput]) -> Future[list[float]]:
