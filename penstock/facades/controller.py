@@ -10,7 +10,7 @@ import math
 from collections import deque
 from typing import TypedDict
 
-from penstock.config import EngineConfig
+from penstock.config import EngineConfig, with_settings
 from penstock.optimizers.tuning.tuner import initial_limits, tune
 from penstock.step import StepRecord
 from penstock.values import real
@@ -29,11 +29,12 @@ class AdaptiveInferenceController:
     """Proposes the size of the next batches from the measurements of the last hundred.
 
     `config` has the target ("throughput" if None; "latency" keeps a batch below `max_inter_token_ms`), the size to
-    start with and the limits: `max_batch_size` and `speculation_length` where they were given. Not thread-safe.
+    start with and the limits: `max_batch_size` and `speculation_length` where they were given. Not thread-safe. Raises
+    `ConfigurationError`.
     """
 
     def __init__(self, config: EngineConfig | None = None) -> None:
-        self.config = config or EngineConfig()
+        self.config = with_settings(config, {})
         if self.config.target is None:
             self.config = self.config.model_copy(update={"target": "throughput"})
         self._records: deque[StepRecord] = deque(maxlen=NUM_RECORDS)

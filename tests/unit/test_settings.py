@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import get_type_hints
 
 import pytest
 
-from penstock import EngineConfig, FinishReason
+from penstock import EngineConfig, FinishReason, InferenceEngine
+from penstock.api.arguments import RequestOptions
 from penstock.config import ALIASES, Settings, warn_of_misspelled_variables
 
 USER_CODE = """
@@ -42,6 +44,11 @@ def test_typed_keywords_are_the_settings() -> None:
         if name not in ("batching_strategy", "disabled_rewrites"):  # whose strings and lists are converted
             assert hints[name] == field.annotation, name
     assert all(hints[alias] == hints[name] for alias, name in ALIASES.items())
+
+
+def test_options_of_submit_request_are_the_keywords_of_generate() -> None:
+    keywords = set(inspect.signature(InferenceEngine.generate).parameters)
+    assert get_type_hints(RequestOptions).keys() == keywords - {"self", "prompt", "params", "priority", "callback"}
 
 
 def test_mypy_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: Path) -> None:
