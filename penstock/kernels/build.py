@@ -1,8 +1,8 @@
-"""Compiles `native.c` on first use with the system's compiler, into the user's cache folder, and opens the library.
+"""Compiles the kernels in `cpu/` on first use with the system's compiler, into the user's cache folder, and loads them.
 
-Owns the cache key (source, compiler, CPU) and the one log line when there is no compiler; never raises. Called by
-`native`; two processes that compile at once each write their own file, and the last rename wins. A broken file in the
-cache is replaced; where the cache cannot be used, a temporary folder of the user's serves.
+Owns the cache key (sources, compiler, CPU) and the one log line when there is no compiler; never raises. Called by
+`native`. Processes that compile at the same time write files of their own, and the last rename wins. A broken file in
+the cache is replaced. If the cache cannot be used, the library goes to a temporary folder of the user's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.c")
+UNIT = Path(__file__).parent / "cpu" / "kernels.c"  # the translation unit; it includes all other files of its folder
 FLAGS = ("-O3", "-shared", "-fPIC", "-pthread", "-std=gnu11", "-w")
 THIS_CPU = ("-march=native",)
 TIMEOUT_S = 120
@@ -32,7 +32,7 @@ log = logging.getLogger("penstock")
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """The opened library, or None and the reason why there is none."""
+    """The library, or None and the reason why there is none."""
 
     library: ctypes.CDLL | None
     note: str
@@ -40,13 +40,13 @@ class Build:
 
 @functools.cache
 def build(target: tuple[str, ...] = THIS_CPU) -> Build:
-    """Open the library, compiling it if this source, compiler, CPU and target have not met before.
+    """Load the library; compile it first if the cache has none for these sources, compiler, CPU and target.
 
-    `target` are the compiler's flags that choose the instruction set.
+    `target` are the compiler flags that choose the instruction set.
     """
     try:
         compiler = _compiler()
-        return Build(_open(compiler, target), f"compiled with {Path(compiler).name} for this CPU")
+        return Build(_load(compiler, target), f"compiled with {Path(compiler).name} for this CPU")
     except (OSError, RuntimeError, subprocess.SubprocessError, _NoCompiler) as error:
         reason = _reason(error)
         log.warning("kernels run in plain torch: %s", reason)
@@ -54,11 +54,11 @@ def build(target: tuple[str, ...] = THIS_CPU) -> Build:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: `PENSTOCK_CACHE_DIR`, else `XDG_CACHE_HOME`/penstock, else ~/.cache/penstock.
+    """The folder of compiled kernels: `PENSTOCK_CACHE_DIR`, else `XDG_CACHE_HOME`/penstock, else ~/.cache/penstock.
 
-    None where that is in a home that nobody knows.
+    None if that depends on a home folder which is unknown.
     """
-    with contextlib.suppress(RuntimeError, OSError):  # no home; the current folder was removed
+    with contextlib.suppress(RuntimeError, OSError):  # no home; a current folder that was removed
         if base := os.environ.get("PENSTOCK_CACHE_DIR"):
             return Path(base).expanduser().absolute()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "penstock"
@@ -71,19 +71,18 @@ class _NoCompiler(Exception):
 
 def _compiler() -> str:
     for name in filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")):
-        found = shutil.which(name)
-        if found:
-            return found
+        if path := shutil.which(name):
+            return path
     raise _NoCompiler("no C compiler was found (install gcc or clang, or set CC)")
 
 
-def _open(compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
-    """The library, from the first folder that can hold it. Raises `OSError` with the reasons where none can."""
+def _load(compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
+    """Load from the first folder that can hold the library. Raises `OSError` with the reasons if none can."""
     name = f"native-{_key(compiler, target)}.so"
     reasons = [] if cache_folder() else ["this user has no home folder"]
     for folder in _folders():
         try:
-            library = _open_in(folder, name, compiler, target)
+            library = _load_from(folder, name, compiler, target)
         except OSError as error:
             reasons.append(str(error))
             continue
@@ -97,23 +96,23 @@ def _open(compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
     raise OSError("no folder can hold compiled kernels: " + "; ".join(reasons))
 
 
-def _open_in(folder: Path, name: str, compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
+def _load_from(folder: Path, name: str, compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
     path = folder / name
     if path.exists():
         with contextlib.suppress(OSError):  # broken: replaced below
             return ctypes.CDLL(str(path))
     folder.mkdir(parents=True, exist_ok=True)
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
-        raise OSError(f"{folder} may hold no programs (noexec)")
+        raise OSError(f"{folder} is mounted noexec")
     _compile(compiler, target, path)
     return ctypes.CDLL(str(path))
 
 
 def _folders() -> Iterator[Path]:
-    """The cache, then folders for temporary files: one that this user's processes share, and one of this process."""
-    if (kept := cache_folder()) is not None:
-        yield kept
-    with contextlib.suppress(OSError):  # no folder for temporary files at all
+    """The cache, then temporary folders: one shared by this user's processes, one of this process alone."""
+    if (cache := cache_folder()) is not None:
+        yield cache
+    with contextlib.suppress(OSError):  # no folder for temporary files
         shared = Path(tempfile.gettempdir()) / f"penstock-{os.getuid()}"
         if _is_private(shared):
             yield shared
@@ -122,16 +121,17 @@ def _folders() -> Iterator[Path]:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether this user's folder is there, or was made, and nobody else can put a library into it."""
+    """Make the folder if it is missing; whether it is this user's and nobody else can write to it."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    facts = folder.lstat()
-    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _key(compiler: str, target: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT_S, check=True).stdout
-    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS + target).encode(), _cpu())
+    sources = (part for path in sorted(UNIT.parent.glob("*.[ch]")) for part in (path.name.encode(), path.read_bytes()))
+    parts = (*sources, version, " ".join(FLAGS + target).encode(), _cpu())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -140,9 +140,9 @@ def _cpu() -> bytes:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}".encode()
-    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    found = {line.split(":")[0].strip(): line for line in reversed(lines) if line.split(":")[0].strip() in wanted}
-    return "\n".join(found[name] for name in sorted(found)).encode() + platform.machine().encode()
+    fields = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    facts = {line.split(":")[0].strip(): line for line in reversed(lines)}  # of the first processor
+    return "\n".join(facts[name] for name in sorted(fields) if name in facts).encode() + platform.machine().encode()
 
 
 def _compile(compiler: str, target: tuple[str, ...], path: Path) -> None:
@@ -150,7 +150,7 @@ def _compile(compiler: str, target: tuple[str, ...], path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(path.parent), "LC_ALL": "C"}
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, *target, str(SOURCE), "-o", name, "-lm"]
+        command = [compiler, *FLAGS, *target, str(UNIT), "-o", name, "-lm"]
         subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=True, env=environment)
         os.chmod(name, 0o755)
         os.replace(name, path)
@@ -163,6 +163,6 @@ def _compile(compiler: str, target: tuple[str, ...], path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        last = error.stderr.decode(errors="replace").strip().splitlines()[:1]
-        return f"the compiler failed: {' '.join(last)}"
+        message = error.stderr.decode(errors="replace").strip().splitlines()[:1]
+        return f"the compiler failed: {' '.join(message)}"
     return str(error)

@@ -1,47 +1,25 @@
-"""Products with packed weights and norms, as Python objects over the compiled kernels: `Linear` and `Norm`.
+"""Linear layers with packed weights, and norms, over the compiled kernels: `Linear` and `Norm`.
 
 Owns the packed copies of weights; every other tensor is the caller's. Used by the rewrites of `optimizers`. The
-layout of packed weights is documented in `native.c`.
+layout of packed weights is documented in `cpu/linear.c`.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import (
-    TYPES,
-    Float,
-    Int,
-    Kernels,
-    Long,
-    Ptr,
-    address,
-    check,
-    floats,
-    operand,
-    pages,
-    strided,
-    struct,
-)
+from penstock.kernels.native import TYPES, Kernels, address, check, floats, operand, pages, strided
+from penstock.kernels.structures import LinearStruct, NormStruct, PackingStruct
 
 ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")
 STORE, ADD, GATED = 0, 1, 2
 NO_NORM, RMS, LAYER = 0, 1, 2
-
-_Linear = struct(
-    "linear",
-    **dict.fromkeys(("n", "k"), Long),
-    **dict.fromkeys(("format", "mode", "act", "in_type", "out_type", "norm_kind"), Int),
-    **dict.fromkeys(("scale", "eps"), Float),
-    **dict.fromkeys(("weights", "bias", "scales", "offsets", "norm_weight", "norm_bias"), Ptr),
-)
-_Packing = struct("packing", rows=Ptr, n=Long, k=Long, type=Int, format=Int, weights=Ptr, scales=Ptr, offsets=Ptr)
-_Norm = struct("norm", n=Long, kind=Int, dtype=Int, eps=Float, scale=Float, weight=Ptr, bias=Ptr)
 
 
 class Norm:
@@ -56,7 +34,7 @@ class Norm:
         if bias is not None and len(bias) != self.width:
             raise AssertionError(f"a norm of {self.width} numbers has a bias of {len(bias)}")
         self._kernels, self._dtype = kernels, dtype
-        self._struct = _Norm(len(weight), kind, TYPES[dtype], eps, scale, address(self.weight), address(self.bias))
+        self._struct = NormStruct(len(weight), kind, TYPES[dtype], eps, scale, address(self.weight), address(self.bias))
         self.pointer = ctypes.addressof(self._struct)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -75,11 +53,27 @@ class Norm:
         check(k.library.ps_norm(k.pool, self.pointer, source, rows, target, add))
 
 
-class Linear:
-    """y = act(norm(x) W^T + b) with packed weights W [N, K], the rows of several matrices one below the other.
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What follows a product in the same kernel.
 
-    `mode` STORE writes y, ADD adds scale * y to the output, GATED takes two equal matrices and gives
-    act(first) * second. `quantize` packs int8 weights with a scale per output and quantizes each row of x.
+    `mode` STORE writes y = activation(product), ADD adds scale * y to the output, GATED takes two matrices of one size
+    and writes activation(first product) * second product. `dtype` of the output; None: as the weights.
+    """
+
+    mode: int = STORE
+    activation: str = "identity"
+    scale: float = 1.0
+    dtype: torch.dtype | None = None
+
+
+STORE_ONLY = Epilogue()
+
+
+class Linear:
+    """epilogue(norm(x) W^T + b) with packed weights W [N, K], the rows of several matrices one below the other.
+
+    `quantize` packs int8 weights with a scale per output and quantizes each row of x.
     """
 
     def __init__(
@@ -88,33 +82,29 @@ class Linear:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         *,
-        mode: int = STORE,
-        act: str = "identity",
         norm: Norm | None = None,
-        scale: float = 1.0,
         quantize: bool = False,
-        out_dtype: torch.dtype | None = None,
+        epilogue: Epilogue = STORE_ONLY,
     ) -> None:
-        dtype = weights[0].dtype
+        dtype, mode = weights[0].dtype, epilogue.mode
         self.n, self.k = sum(len(w) for w in weights), weights[0].shape[1]
         self.width = self.n // 2 if mode == GATED else self.n
-        self._in_dtype, self.dtype = dtype, out_dtype or dtype
+        self._in_dtype, self.dtype = dtype, epilogue.dtype or dtype
         self.num_bytes = 0
         self._kernels = kernels
         self._norm = norm
         if norm is not None and norm.width != self.k:
             raise AssertionError(f"a norm of {norm.width} numbers is no norm of {self.k}")
-        source = self._sources(weights, mode)
-        self._bias = self._columns_of(biases, weights, mode)
+        rows = self._packed_rows(weights, mode)
+        self._bias = self._packed_biases(biases, weights, mode)
         format = TYPES[torch.int8 if quantize else dtype]
-        self._pack(weights, source, format)
-        self._struct = _Linear(
-            n=self.n, k=self.k, format=format, mode=mode, act=ACTIVATIONS.index(act), in_type=TYPES[dtype],
-            out_type=TYPES[self.dtype], norm_kind=norm.kind if norm else NO_NORM, scale=scale,
-            eps=norm.eps if norm else 0.0, weights=address(self._weights), bias=address(self._bias),
-            scales=address(self._scales),
-            offsets=address(self._offsets), norm_weight=address(norm.weight if norm else None),
-            norm_bias=address(norm.bias if norm else None),
+        self._pack(rows, dtype, format)
+        self._struct = LinearStruct(
+            n=self.n, k=self.k, format=format, mode=mode, act=ACTIVATIONS.index(epilogue.activation),
+            in_type=TYPES[dtype], out_type=TYPES[self.dtype], norm_kind=norm.kind if norm else NO_NORM,
+            scale=epilogue.scale, eps=norm.eps if norm else 0.0, weights=address(self._weights),
+            bias=address(self._bias), scales=address(self._scales), offsets=address(self._offsets),
+            norm_weight=address(norm.weight if norm else None), norm_bias=address(norm.bias if norm else None),
         )  # fmt: skip
         self.pointer = ctypes.addressof(self._struct)
 
@@ -128,50 +118,51 @@ class Linear:
         return out
 
     def _order(self, mode: int) -> np.ndarray:
-        """Which output each packed column is; -1 for padding. GATED panels alternate `lanes` gates and `lanes` ups."""
+        """The output of each packed column; -1 for padding. GATED panels alternate `lanes` gates and `lanes` ups."""
         columns = self._kernels.columns(self.n)
         order = np.arange(columns)
         if mode == GATED:
             lanes, half = self._kernels.lanes, self.n // 2
             panel, lane = order // (2 * lanes), order % (2 * lanes)
-            place = panel * lanes + lane % lanes
-            return np.where(place < half, place + (lane >= lanes) * half, -1)
+            output = panel * lanes + lane % lanes
+            return np.where(output < half, output + (lane >= lanes) * half, -1)
         return np.where(order < self.n, order, -1)
 
-    def _sources(self, weights: Sequence[Tensor], mode: int) -> np.ndarray:
-        """The address of the matrix row behind each packed column."""
-        begins = [strided(w, self._in_dtype, len(w), self.k) for w in weights]
-        rows = np.concatenate(
-            [np.arange(len(w)) * (w.stride(0) * w.element_size()) + at for w, at in zip(weights, begins, strict=True)]
-        ).astype(np.int64)
+    def _packed_rows(self, weights: Sequence[Tensor], mode: int) -> np.ndarray:
+        """The address of the row of weights of each packed column; 0 for padding."""
+        starts = [strided(w, self._in_dtype, len(w), self.k) for w in weights]
+        rows = [
+            np.arange(len(w)) * (w.stride(0) * w.element_size()) + start
+            for w, start in zip(weights, starts, strict=True)
+        ]
         order = self._order(mode)
-        return np.where(order >= 0, rows[order], 0)
+        return np.where(order >= 0, np.concatenate(rows).astype(np.int64)[order], 0)
 
-    def _columns_of(self, biases: Sequence[Tensor | None], weights: Sequence[Tensor], mode: int) -> Tensor | None:
+    def _packed_biases(self, biases: Sequence[Tensor | None], weights: Sequence[Tensor], mode: int) -> Tensor | None:
         if all(bias is None for bias in biases):
             return None
         flat = torch.cat([_bias_of(w, bias) for w, bias in zip(weights, biases, strict=True)])
         order = torch.from_numpy(self._order(mode))
         return torch.where(order >= 0, flat[order], 0.0).contiguous()
 
-    def _pack(self, weights: Sequence[Tensor], source: np.ndarray, format: int) -> None:
-        columns, per = len(source), {1: 2, 3: 4}.get(format, 1)
-        self._weights = pages(columns * -(-self.k // per) * (2 if format == 2 else 4))
+    def _pack(self, rows: np.ndarray, dtype: torch.dtype, format: int) -> None:
+        columns, per_word = len(rows), {1: 2, 3: 4}.get(format, 1)
+        self._weights = pages(columns * -(-self.k // per_word) * (2 if format == 2 else 4))
         quantized = format == TYPES[torch.int8]
         self._scales = torch.zeros(columns, dtype=torch.float32, device="cpu") if quantized else None
         self._offsets = torch.zeros(columns, dtype=torch.int32, device="cpu") if quantized else None
         self.num_bytes = self._weights.numel()
-        packing = _Packing(
-            source.ctypes.data, columns, self.k, TYPES[weights[0].dtype], format, address(self._weights),
-            address(self._scales), address(self._offsets),
+        packing = PackingStruct(
+            rows.ctypes.data, columns, self.k, TYPES[dtype], format, address(self._weights), address(self._scales),
+            address(self._offsets),
         )  # fmt: skip
         self._kernels.library.ps_pack(self._kernels.pool, ctypes.byref(packing))
 
 
 def _bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """float32 [N]; zeros where there is none."""
+    """float32 [N]; zeros if there is no bias."""
     if bias is None:
         return torch.zeros(len(weight), dtype=torch.float32, device="cpu")
     if bias.shape != weight.shape[:1]:
-        raise AssertionError(f"a bias {tuple(bias.shape)} is none of {len(weight)} outputs")
+        raise AssertionError(f"a bias {tuple(bias.shape)} does not fit {len(weight)} outputs")
     return bias.detach().float()

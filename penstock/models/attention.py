@@ -8,28 +8,18 @@ Names what an implementation provides (`AttentionBackend`, `KVStorage`, `StepAtt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from penstock.kernels.paged import AttentionOptions
 from penstock.models.layout import StepLayout
 from penstock.models.storage import LayerShape
 from penstock.models.vocabulary import LogitSummarizer
 
 IMPLEMENTATION = "penstock"
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """How one layer attends: score scaling, window (tokens seen, itself included), soft cap, sink logits [H]."""
-
-    scaling: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 class StepAttention(Protocol):

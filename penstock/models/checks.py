@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from penstock.errors import ConfigurationError, text_of
-from penstock.models.attention import IMPLEMENTATION, AttentionBackend, AttentionOptions, ShapeProbe, StepAttention
+from penstock.kernels.paged import AttentionOptions
+from penstock.models.attention import IMPLEMENTATION, AttentionBackend, ShapeProbe, StepAttention
 from penstock.models.layout import StepLayout
 from penstock.models.storage import LayerShape
 from penstock.sampling import SamplingParams

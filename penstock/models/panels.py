@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from penstock.errors import ConfigurationError, OutOfMemory
 from penstock.kernels import native, paged
 from penstock.kernels.paged import PANEL, TILE
-from penstock.models.attention import AttentionOptions, KVStorage, StepAttention
+from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.layout import StepLayout
 from penstock.models.memory import host_free_bytes
 from penstock.models.storage import LayerShape, cache_out_of_memory, contiguous_runs, copy_rows, release_rows
@@ -49,7 +49,7 @@ class PanelBackend:
         self._kernels = kernels
         self._int8 = int8
         self._touch = touch
-        self.summarize_logits: LogitSummarizer | None = partial(native.survey_logits, kernels)
+        self.summarize_logits: LogitSummarizer | None = partial(native.summarize_logits, kernels)
 
     def storage(
         self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, num_host_blocks: int = 0
@@ -127,8 +127,8 @@ class PanelStorage:
 
     def attention(self, layout: StepLayout, layers: Mapping[int, int]) -> StepAttention:
         """The attention of one step over this storage."""
-        steps = steps_of(layout.rows, self.block_size, layout.write_slots.numpy())
-        return PanelAttention(self, layers, steps, self.table)
+        metadata = metadata_of(layout.rows, self.block_size, layout.write_slots.numpy())
+        return PanelAttention(self, layers, metadata, self.table)
 
     def sinks_of(self, layer: int, sinks: Tensor) -> Tensor:
         """A layer's sink logits in float32, converted once."""
@@ -176,15 +176,17 @@ def _cache(kernels: native.Kernels, panels: int, shape: LayerShape, int8: bool) 
 class PanelAttention:
     """The attention of one step: for each layer, stores K/V of all rows; then every row attends to its own context.
 
-    A fused layer does the same inside its own kernels and reads `steps` and `table` only.
+    A fused layer does the same inside its own kernels and reads `metadata` and `table` only.
     """
 
     storage: PanelStorage
     layers: Mapping[int, int]
-    steps: paged.Steps
+    metadata: paged.AttentionMetadata
     table: paged.CacheTable
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: paged.AttentionOptions
+    ) -> Tensor:
         """Attend for one layer: [T, H, V]."""
         layer = self.layers[id(module)]
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
@@ -192,7 +194,7 @@ class PanelAttention:
         paged.attend(
             self.storage.kernels,
             self.storage.caches[layer],
-            self.steps,
+            self.metadata,
             query,
             key,
             value,
@@ -211,7 +213,7 @@ def _token_major(x_H_T_D: Tensor, dtype: torch.dtype) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def steps_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> paged.Steps:
+def metadata_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> paged.AttentionMetadata:
     """The kernels' index arrays of a step: where each row's context lies, and which tokens form a task."""
     by_panel = block_size % PANEL == 0
     tables = [_table(row, block_size, by_panel) for row in rows]
@@ -219,16 +221,16 @@ def steps_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> paged.S
     groups = list(_groups(rows, tables, by_panel))
     order = [index for group, _ in groups for index in group]
     tables = [tables[index] for index in order]
-    bundles = np.array(list(_bundles(rows, groups)), dtype=np.int32).reshape(-1, 5)
-    names = ("row", "rows", "begin", "end", "shared")
-    return paged.Steps(
+    tasks = np.array(list(_tasks(rows, groups)), dtype=np.int32).reshape(-1, 5)
+    names = ("task_row", "task_rows", "task_begin", "task_end", "task_shared")
+    return paged.AttentionMetadata(
         by_panel,
         slots,
-        first=first_tokens[order],
-        start=np.array([rows[index].start for index in order]),
-        table=np.cumsum([0, *map(len, tables)]),
+        first_token=first_tokens[order],
+        first_position=np.array([rows[index].start for index in order]),
+        table_begin=np.cumsum([0, *map(len, tables)]),
         tables=np.concatenate(tables),
-        **{name: bundles[:, i] for i, name in enumerate(names)},
+        **{name: tasks[:, i] for i, name in enumerate(names)},
     )
 
 
@@ -266,7 +268,7 @@ def _num_shared_keys(rows: Sequence[Row], tables: Sequence[np.ndarray], group: S
     return count // per_tile * TILE
 
 
-def _bundles(rows: Sequence[Row], groups: Sequence[tuple[list[int], int]]) -> Iterable[tuple[int, int, int, int, int]]:
+def _tasks(rows: Sequence[Row], groups: Sequence[tuple[list[int], int]]) -> Iterable[tuple[int, int, int, int, int]]:
     """(first row, rows, begin, end, shared) of each task; a prompt's last tokens, which have the most keys, first."""
     first_row = 0
     for group, shared in groups:

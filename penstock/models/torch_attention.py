@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.kernels import reference
-from penstock.models.attention import AttentionOptions, KVStorage, StepAttention
+from penstock.kernels.paged import AttentionOptions
+from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.layout import StepLayout, on_device, slots_of
 from penstock.models.storage import LayerShape, cache_out_of_memory, contiguous_runs, copy_rows, release_rows
 from penstock.models.vocabulary import LogitSummarizer

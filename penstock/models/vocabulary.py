@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import Surveyed
+from penstock.kernels.native import LogitSummary
 
 CHUNK = 64
 _LOW_WORD = 0xFFFFFFFF
 _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are complete
 
 Top = tuple[tuple[int, float, int], ...]
-# Maxima and sums of logits float32 [R, N * CHUNK] in one pass; see `Surveyed`.
-LogitSummarizer = Callable[[Tensor, int], Surveyed]
+# Maxima and sums of logits float32 [R, N * CHUNK] in one pass; see `LogitSummary`.
+LogitSummarizer = Callable[[Tensor, int], LogitSummary]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Vocabulary:
         if summarize is None:
             return cls._of_chunks(chunks, size)
         summary = summarize(logits, CHUNK)
-        return cls(chunks, summary.peaks, summary.greatest, size, summary.totals, summary.tokens)
+        return cls(chunks, summary.block_maxima, summary.maxima, size, summary.totals, summary.tokens)
 
     @classmethod
     def _of_chunks(cls, chunks: Tensor, size: int) -> Vocabulary:

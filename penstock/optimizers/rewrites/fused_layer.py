@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.products import ADD, GATED, STORE, Linear, Norm
-from penstock.kernels.program import STREAM, Attention, Paged, Program, Rotary
+from penstock.kernels.paged import AttentionOptions
+from penstock.kernels.products import ADD, GATED, STORE, STORE_ONLY, Epilogue, Linear, Norm
+from penstock.kernels.program import STREAM, Attention, HeadGeometry, Paged, Program, Rotary
 from penstock.optimizers.rewrites.layer_parts import LayerParts, LinearWeights
 from penstock.optimizers.rewrites.recognition import NormFacts
 
@@ -24,17 +25,11 @@ _QKV, _ATTENDED, _INNER, _BEFORE_NORM = 1, 2, 3, 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """How a layer attends: its index among the caches, head counts and sizes, and the options of its attention."""
+    """A layer's attention: its index among the caches, its heads, its options, and whether positions are rotary."""
 
     layer: int
-    heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
+    geometry: HeadGeometry
+    options: AttentionOptions
     rotates: bool
 
 
@@ -111,11 +106,7 @@ class _ProgramBuilder:
     def attend(self, shape: AttentionShape) -> None:
         """x += scale * post(o(attention(qkv(pre(x)))))."""
         parts = self._parts
-        attention = Attention(
-            shape.layer, shape.heads, shape.kv_heads, shape.key_dim, shape.value_dim, self._dtype,
-            scaling=shape.scaling, window=shape.window, softcap=shape.softcap, sinks=shape.sinks,
-            rotary=_rotary(parts, shape),
-        )  # fmt: skip
+        attention = Attention(shape.layer, shape.geometry, shape.options, _rotary(parts, shape), self._dtype)
         qkv = self._linear(parts.qkv, norm=self.norm(parts.norms[0]))
         self.program.linear(qkv, STREAM, _QKV)
         self.program.attention(attention, _QKV, _ATTENDED)
@@ -126,7 +117,7 @@ class _ProgramBuilder:
         parts = self._parts
         assert parts.down is not None
         mode = GATED if len(parts.mlp) == 2 else STORE
-        up = self._linear(parts.mlp, norm=self.norm(parts.norms[2]), mode=mode, act=parts.act)
+        up = self._linear(parts.mlp, norm=self.norm(parts.norms[2]), epilogue=Epilogue(mode, parts.act))
         self.program.linear(up, STREAM, _INNER)
         self._add(parts.down, _INNER, parts.norms[3])
 
@@ -141,29 +132,22 @@ class _ProgramBuilder:
         """x += scale * norm(linear(source))."""
         norm = self.norm(facts)
         if norm is None:
-            self.program.linear(self._linear([weights], mode=ADD, scale=self._parts.scale), source, STREAM)
+            residual = Epilogue(ADD, scale=self._parts.scale)
+            self.program.linear(self._linear([weights], epilogue=residual), source, STREAM)
         else:
             self.program.linear(self._linear([weights]), source, _BEFORE_NORM)
             self.program.add_norm(norm, _BEFORE_NORM, STREAM)
 
     def _linear(
-        self,
-        weights: Sequence[LinearWeights],
-        *,
-        norm: Norm | None = None,
-        mode: int = STORE,
-        act: str = "identity",
-        scale: float = 1.0,
+        self, weights: Sequence[LinearWeights], *, norm: Norm | None = None, epilogue: Epilogue = STORE_ONLY
     ) -> Linear:
         linear = Linear(
             self._kernels,
             [part.weight for part in weights],
             [part.bias for part in weights],
             norm=norm,
-            mode=mode,
-            act=act,
-            scale=scale,
             quantize=self._quantize,
+            epilogue=epilogue,
         )
         self.num_bytes += linear.num_bytes
         return linear
@@ -173,5 +157,5 @@ def _rotary(parts: LayerParts, shape: AttentionShape) -> Rotary:
     query, key = parts.query_norm, parts.key_norm
     if query is None or key is None:
         return Rotary(0, 0.0, None, None, rotates=shape.rotates)
-    spans_heads = len(query.weight) != shape.key_dim
+    spans_heads = len(query.weight) != shape.geometry.key_dim
     return Rotary(2 if spans_heads else 1, query.eps, query.weight, key.weight, rotates=shape.rotates)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from penstock.kernels.native import Kernels
+from penstock.kernels.paged import AttentionOptions
 from penstock.kernels.products import RMS
+from penstock.kernels.program import HeadGeometry
 from penstock.optimizers.rewrites.fused_layer import AttentionShape, FusedLayer, PassThroughLayer
 from penstock.optimizers.rewrites.layer_parts import LayerParts, layer_parts_of
 
@@ -34,19 +36,6 @@ class KVShape(Protocol):
     def key_dim(self) -> int: ...
     @property
     def value_dim(self) -> int: ...
-
-
-class AttentionOptions(Protocol):
-    """How one layer attends."""
-
-    @property
-    def scaling(self) -> float: ...
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def softcap(self) -> float | None: ...
-    @property
-    def sinks(self) -> Tensor | None: ...
 
 
 class ProbedAttention(Protocol):
@@ -209,20 +198,11 @@ def _shapes(parts: LayerParts, probed: ProbedAttention, layer: int) -> Iterator[
         return
     if not _norms_fit(parts, heads * stored.key_dim, stored.heads * stored.key_dim, stored.key_dim):
         return
+    geometry = HeadGeometry(heads, stored.heads, stored.key_dim, stored.value_dim)
     for rotates in (True, False):
         for scaling in dict.fromkeys((options.scaling, stored.key_dim**-0.5)):
-            yield AttentionShape(
-                layer=layer,
-                heads=heads,
-                kv_heads=stored.heads,
-                key_dim=stored.key_dim,
-                value_dim=stored.value_dim,
-                scaling=scaling,
-                window=options.window,
-                softcap=options.softcap,
-                sinks=options.sinks,
-                rotates=rotates,
-            )
+            scaled = AttentionOptions(scaling, options.window, options.softcap, options.sinks)
+            yield AttentionShape(layer=layer, geometry=geometry, options=scaled, rotates=rotates)
 
 
 def _norms_fit(parts: LayerParts, query_width: int, key_width: int, head_width: int) -> bool:

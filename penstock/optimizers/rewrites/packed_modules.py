@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.kernels.native import TYPES, Kernels
-from penstock.kernels.products import Linear, Norm
+from penstock.kernels.products import Epilogue, Linear, Norm
 from penstock.optimizers.rewrites.layer_parts import LinearWeights, linear_weights_of
 from penstock.optimizers.rewrites.memory_pool import MemoryPool
 from penstock.optimizers.rewrites.recognition import norm_of
@@ -33,7 +33,8 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._dtype = weights.weight.dtype
-        self._linear = Linear(kernels, [weights.weight], [weights.bias], quantize=quantize, out_dtype=out_dtype)
+        epilogue = Epilogue(dtype=out_dtype)
+        self._linear = Linear(kernels, [weights.weight], [weights.bias], quantize=quantize, epilogue=epilogue)
         self.num_bytes = self._linear.num_bytes
         self.in_features, self.out_features = self._linear.k, self._linear.n
         self._out_dtype, self._workspaces = out_dtype, workspaces

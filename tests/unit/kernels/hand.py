@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.paged import PANEL, PanelCache, Steps, attend
+from penstock.kernels.paged import PANEL, AttentionMetadata, PanelCache, attend
 from penstock.models.layout import StepLayout
-from penstock.models.panels import steps_of
+from penstock.models.panels import metadata_of
 from penstock.sampling import SamplingParams
 from penstock.step import Row
 
@@ -127,14 +127,14 @@ class Sequences:
             [self.blocks[which][p // self.block_size] * self.block_size + p % self.block_size for p in places]
         )
 
-    def steps(self, parts: Sequence[Part]) -> Steps:
+    def metadata(self, parts: Sequence[Part]) -> AttentionMetadata:
         """The index arrays of one step."""
         rows = [
             Row(which, [0] * end, begin, end, self.blocks[which], True, SamplingParams(), end)
             for which, begin, end in parts
         ]
         slots = StepLayout.of(tuple(rows), self.block_size, torch.device("cpu")).write_slots.numpy()
-        return steps_of(rows, self.block_size, slots)
+        return metadata_of(rows, self.block_size, slots)
 
     def attend(
         self, *parts: Part, kernels: Kernels | None = None, scaling: float = 0.3, **options: Any
@@ -145,7 +145,15 @@ class Sequences:
         )
         out = torch.empty(len(query), self.heads, self.value_dim, dtype=self.dtype)
         attend(
-            kernels or self.kernels, self.cache, self.steps(parts), query, key, value, out, scaling=scaling, **options
+            kernels or self.kernels,
+            self.cache,
+            self.metadata(parts),
+            query,
+            key,
+            value,
+            out,
+            scaling=scaling,
+            **options,
         )
         return list(out.split([end - begin for _, begin, end in parts]))
 

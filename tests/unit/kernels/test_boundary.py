@@ -7,6 +7,7 @@ side by side, another device.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import Kernels, available, compare_sizes, survey_logits
-from penstock.kernels.paged import CacheTable, PanelCache, Steps, attend
-from penstock.kernels.products import GATED, RMS, Linear, Norm
-from penstock.kernels.program import STREAM, Attention, Program, Rotary
+from penstock.kernels.build import UNIT
+from penstock.kernels.native import Kernels, available, compare_sizes, summarize_logits
+from penstock.kernels.paged import AttentionMetadata, AttentionOptions, CacheTable, PanelCache, attend
+from penstock.kernels.products import GATED, RMS, Epilogue, Linear, Norm
+from penstock.kernels.program import STREAM, Attention, HeadGeometry, Program, Rotary
+from penstock.kernels.structures import STRUCTURES
 from tests.unit.kernels.hand import Sequences
 
 ROWS, WIDTH, HEADS, KV_HEADS, DIM = 3, 32, 4, 2, 8
@@ -86,20 +89,18 @@ def test_attention_takes_what_its_step_and_cache_describe(
     )
     sinks = tensors.pop("sinks")
     with refused:
-        attend(pool, world.cache, world.steps([(0, 0, ROWS)]), **tensors, scaling=1.0, sinks=sinks)
+        attend(pool, world.cache, world.metadata([(0, 0, ROWS)]), **tensors, scaling=1.0, sinks=sinks)
 
 
 def program_of(pool: Kernels, cache_of: Callable[..., PanelCache] = PanelCache) -> tuple[Program, Any]:
     """One attention over its own stream, and a step of it."""
     world = Sequences(pool, (ROWS,), HEADS, KV_HEADS, DIM)
-    attention = Attention(
-        0, HEADS, KV_HEADS, DIM, DIM, torch.float32, scaling=1.0, window=None, softcap=None, sinks=None,
-        rotary=Rotary(0, 0.0, None, None, rotates=True),
-    )  # fmt: skip
+    geometry, rotary = HeadGeometry(HEADS, KV_HEADS, DIM, DIM), Rotary(0, 0.0, None, None, rotates=True)
+    attention = Attention(0, geometry, AttentionOptions(1.0), rotary, torch.float32)
     program = Program(pool, torch.float32)
     program.attention(attention, STREAM, 1)
     cache = cache_of(pool, 4, KV_HEADS, DIM, DIM, torch.float32, torch.float32)
-    return program, SimpleNamespace(table=CacheTable([cache]), steps=world.steps([(0, 0, ROWS)]))
+    return program, SimpleNamespace(table=CacheTable([cache]), metadata=world.metadata([(0, 0, ROWS)]))
 
 
 @wrong
@@ -145,12 +146,12 @@ def test_parts_of_a_program_agree_on_the_width_of_a_row(pool: Kernels) -> None:
 def test_weights_and_biases_of_a_product_belong_together(pool: Kernels) -> None:
     weight = zeros(WIDTH, WIDTH)
     with refused:
-        Linear(pool, [weight, weight[:, 1:]], [None, None], mode=GATED)
+        Linear(pool, [weight, weight[:, 1:]], [None, None], epilogue=Epilogue(GATED))
     with refused:
-        Linear(pool, [weight, weight.double()], [None, None], mode=GATED)
+        Linear(pool, [weight, weight.double()], [None, None], epilogue=Epilogue(GATED))
     with refused:
         Linear(pool, [weight.as_strided((WIDTH, WIDTH // 2), (WIDTH, 2))], [None])
-    with pytest.raises(AssertionError, match="is none of 32 outputs"):
+    with pytest.raises(AssertionError, match="does not fit 32 outputs"):
         Linear(pool, [weight], [zeros(WIDTH - 1)])
     with pytest.raises(AssertionError, match="is no norm of 32"):
         Linear(pool, [weight], [None], norm=Norm(pool, RMS, zeros(WIDTH - 1), None, 1e-6, torch.float32))
@@ -158,12 +159,12 @@ def test_weights_and_biases_of_a_product_belong_together(pool: Kernels) -> None:
         Norm(pool, RMS, zeros(WIDTH), zeros(WIDTH - 1), 1e-6, torch.float32)
 
 
-def test_logits_are_surveyed_in_float32_and_whole_blocks(pool: Kernels) -> None:
+def test_logits_are_summarized_in_float32_and_whole_blocks(pool: Kernels) -> None:
     for logits in (zeros(2, 128).double(), zeros(128, 2).T, zeros(2, 128)[:, :64]):
         with refused:
-            survey_logits(pool, logits, 64)
+            summarize_logits(pool, logits, 64)
     with pytest.raises(AssertionError, match="are not blocks of 64"):
-        survey_logits(pool, zeros(2, 100), 64)
+        summarize_logits(pool, zeros(2, 100), 64)
 
 
 def test_slots_are_int64_and_as_many_to_as_from(pool: Kernels) -> None:
@@ -174,16 +175,31 @@ def test_slots_are_int64_and_as_many_to_as_from(pool: Kernels) -> None:
             attempt()
 
 
-def test_a_step_describes_every_bundle(pool: Kernels) -> None:
+def test_a_step_describes_every_task(pool: Kernels) -> None:
     index = torch.zeros(2, dtype=torch.int32, device="cpu").numpy()
-    names = ("first", "start", "table", "tables", "row", "rows", "begin", "end")
+    names = (
+        "first_token",
+        "first_position",
+        "table_begin",
+        "tables",
+        "task_row",
+        "task_rows",
+        "task_begin",
+        "task_end",
+    )
     with pytest.raises(AssertionError, match="not described in full"):
-        Steps(True, index, **dict.fromkeys(names, index), shared=index[:1])
+        AttentionMetadata(True, index, **dict.fromkeys(names, index), task_shared=index[:1])
 
 
 def test_a_structure_that_differs_from_the_one_in_c_is_found_when_kernels_are_made(pool: Kernels) -> None:
     mirror = type("norm", (ctypes.Structure,), {"_fields_": [("n", ctypes.c_long)]})
-    with pytest.raises(AssertionError, match="struct norm has 8 bytes in Python and 40 in native"):
+    with pytest.raises(AssertionError, match="struct norm has 8 bytes in Python and 40 in C"):
         compare_sizes(pool.library, {"norm": mirror})
-    with pytest.raises(AssertionError, match="and 0 in native"):
+    with pytest.raises(AssertionError, match="and 0 in C"):
         compare_sizes(pool.library, {"nobody": mirror})
+
+
+def test_every_structure_that_c_knows_has_a_mirror_and_every_mirror_its_size(pool: Kernels) -> None:
+    names = re.findall(r"STRUCTURE\((\w+)\)", UNIT.read_text())
+    assert sorted(set(names) - {"type"}) == sorted(STRUCTURES)
+    compare_sizes(pool.library, STRUCTURES)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from penstock.kernels.build import FLAGS, SOURCE, build, cache_folder
+from penstock.kernels.build import FLAGS, UNIT, build, cache_folder
 from penstock.kernels.native import available
 
 PLAIN = ("-O0",)  # quick to compile, and good for every CPU
@@ -84,6 +84,20 @@ def test_another_target_is_another_library(cache: Path) -> None:
     assert build(PLAIN).library is not None
     assert build(("-O0", "-fno-inline")).library is not None
     assert len(list(cache.iterdir())) == 2
+
+
+@needs_compiler
+def test_a_change_of_any_file_of_the_unit_is_another_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Most of the code is in files that the compiled one includes."""
+    copy = shutil.copytree(UNIT.parent, tmp_path / "cpu")
+    monkeypatch.setattr("penstock.kernels.build.UNIT", copy / UNIT.name)
+    for count, name in enumerate(["kernels.c", "norms.c", "vectors.h"], start=1):
+        build.cache_clear()
+        assert build(PLAIN).library is not None
+        assert len(list(cache.iterdir())) == count
+        (copy / name).write_text((copy / name).read_text() + "/* more */\n")
 
 
 def test_without_a_compiler_there_are_no_kernels_and_one_line_says_why(
@@ -159,7 +173,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path) ->
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compiled library."""
     folder = tmp_path_factory.mktemp("library")
-    subprocess.run([REAL, *FLAGS, *PLAIN, str(SOURCE), "-o", str(folder / "native.so"), "-lm"], check=True)
+    subprocess.run([REAL, *FLAGS, *PLAIN, str(UNIT), "-o", str(folder / "native.so"), "-lm"], check=True)
     return folder / "native.so"
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.paged import CacheTable
-from penstock.kernels.program import STREAM, Attention, Program, Rotary
+from penstock.kernels.paged import AttentionOptions, CacheTable
+from penstock.kernels.program import STREAM, Attention, HeadGeometry, Program, Rotary
 from tests.unit.kernels.hand import ROUNDING, Sequences, attention_by_hand
 
 HEADS, KV_HEADS, DIM, VALUE_DIM, LENGTH = 6, 2, 24, 20, 90
@@ -58,16 +58,15 @@ class World:
         self.qkv = torch.cat([x[0].flatten(1) for x in (self.held.query, self.held.key, self.held.value)], 1)
         self.cos, self.sin = angles(width, dtype)
         self.weights = weights_of(norm, largest)
-        self.attention = Attention(
-            0, HEADS, KV_HEADS, DIM, VALUE_DIM, dtype, scaling=SCALING, window=None, softcap=None, sinks=None,
-            rotary=Rotary(norm, EPS, *self.weights, rotates=True),
-        )  # fmt: skip
+        geometry = HeadGeometry(HEADS, KV_HEADS, DIM, VALUE_DIM)
+        rotary = Rotary(norm, EPS, *self.weights, rotates=True)
+        self.attention = Attention(0, geometry, AttentionOptions(SCALING), rotary, dtype)
         self.program = Program(kernels, dtype)
         self.program.attention(self.attention, STREAM, STREAM + 1)
 
     def attend(self, begin: int, end: int, rotates: bool = True) -> Tensor:
         """Tokens [begin, end) as one step: [T, H V]."""
-        paged = SimpleNamespace(table=CacheTable([self.held.cache]), steps=self.held.steps([(0, begin, end)]))
+        paged = SimpleNamespace(table=CacheTable([self.held.cache]), metadata=self.held.metadata([(0, begin, end)]))
         cos, sin = (x[None, begin:end].contiguous() if rotates else None for x in (self.cos, self.sin))
         self.program.run(self.qkv[begin:end].clone(), paged, cos, sin)
         shape = (end - begin, HEADS * VALUE_DIM)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.products import ADD, GATED, LAYER, RMS, Linear, Norm
+from penstock.kernels.products import ADD, GATED, LAYER, RMS, Epilogue, Linear, Norm
 from tests.unit.kernels.hand import ROUNDING, rotation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +125,7 @@ def test_matrices_and_biases_lie_one_below_the_other(kernels: Kernels, dtype: to
 def test_add_scales_what_it_adds_to_the_output(kernels: Kernels, dtype: torch.dtype) -> None:
     weight, bias, x = randn(37, 50, dtype=dtype), randn(37, dtype=dtype), randn(14, 50, dtype=dtype, seed=1)
     before = randn(14, 37, dtype=dtype, seed=2)
-    found = Linear(kernels, [weight], [bias], mode=ADD, scale=0.25)(x, before.clone())
+    found = Linear(kernels, [weight], [bias], epilogue=Epilogue(ADD, scale=0.25))(x, before.clone())
     wanted = before.double() + 0.25 * (x.double() @ weight.double().T + bias.double())
     check(found, wanted, SUM * (magnitude(x, weight) + 4))
 
@@ -134,7 +134,7 @@ def test_add_scales_what_it_adds_to_the_output(kernels: Kernels, dtype: torch.dt
 def test_each_activation_is_that_of_torch(kernels: Kernels, act: str) -> None:
     """A product with the identity: whatever goes in is what is activated."""
     x = torch.cat([torch.linspace(-20, 20, 397), torch.tensor([0.0, -300.0, 300.0])])[None]
-    found = Linear(kernels, [torch.eye(400)], [None], act=act)(x)
+    found = Linear(kernels, [torch.eye(400)], [None], epilogue=Epilogue(activation=act))(x)
     torch.testing.assert_close(found.double(), ACTIVATIONS[act](x.double()), rtol=2e-6, atol=5e-7)
 
 
@@ -149,7 +149,7 @@ def test_gated_products_activate_the_first_half_and_multiply_by_the_second(
         first = ACTIVATIONS[act](x.double() @ gate.double().T + bias.double())
         second = x.double() @ up.double().T
         slack = 2 * SUM * (magnitude(x, gate) + 2) * (1 + magnitude(x, up))
-        check(Linear(kernels, [gate, up], [bias, None], mode=GATED, act=act)(x), first * second, slack)
+        check(Linear(kernels, [gate, up], [bias, None], epilogue=Epilogue(GATED, act))(x), first * second, slack)
 
 
 def norm_by_hand(x: Tensor, kind: int, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -196,14 +196,14 @@ def test_a_norm_inside_a_product_comes_before_it(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_head_gives_float32_without_rounding(kernels: Kernels, dtype: torch.dtype) -> None:
     weight, x = randn(37, 64, dtype=dtype), randn(14, 64, dtype=dtype, seed=1)
-    found = Linear(kernels, [weight], [None], out_dtype=torch.float32)(x)
+    found = Linear(kernels, [weight], [None], epilogue=Epilogue(dtype=torch.float32))(x)
     assert found.dtype == torch.float32
     check(found, x.double() @ weight.double().T, SUM * magnitude(x, weight))
 
 
 def test_rows_may_lie_apart_and_the_output_may_be_part_of_a_tensor(kernels: Kernels) -> None:
     wide, weight, out = randn(9, 100, dtype=torch.bfloat16), randn(32, 40, dtype=torch.bfloat16), torch.zeros(9, 50)
-    linear = Linear(kernels, [weight], [None], out_dtype=torch.float32)
+    linear = Linear(kernels, [weight], [None], epilogue=Epilogue(dtype=torch.float32))
     linear(wide[:, 10:50], out[:, :32])
     assert torch.equal(out[:, :32], linear(wide[:, 10:50].contiguous()))
     assert out[:, 32:].eq(0).all()
@@ -221,10 +221,10 @@ def variants(kernels: Kernels, dtype: torch.dtype) -> Sequence[Linear]:
     even = [w[:, :64].contiguous() for w in weights]
     return [
         Linear(kernels, even, [None, None], quantize=False),
-        Linear(kernels, weights, [None, None], act="gelu_tanh"),
-        Linear(kernels, weights, [randn(24), None], mode=GATED, act="silu", norm=own),
-        Linear(kernels, weights, [None, None], mode=ADD, scale=0.7, quantize=True),
-        Linear(kernels, weights, [None, None], norm=own, quantize=True, out_dtype=torch.float32),
+        Linear(kernels, weights, [None, None], epilogue=Epilogue(activation="gelu_tanh")),
+        Linear(kernels, weights, [randn(24), None], norm=own, epilogue=Epilogue(GATED, "silu")),
+        Linear(kernels, weights, [None, None], quantize=True, epilogue=Epilogue(ADD, scale=0.7)),
+        Linear(kernels, weights, [None, None], norm=own, quantize=True, epilogue=Epilogue(dtype=torch.float32)),
     ]
 
 
@@ -251,6 +251,6 @@ def test_no_activation_makes_a_number_of_nan(kernels: Kernels, dtype: torch.dtyp
     weight = randn(33, 17, dtype=dtype)
     x = randn(4, 17, dtype=dtype)
     x[1, 3] = torch.nan
-    found = Linear(kernels, [weight], [None], act=act)(x)
+    found = Linear(kernels, [weight], [None], epilogue=Epilogue(activation=act))(x)
     assert found[1].isnan().all()
     assert found[[0, 2, 3]].isfinite().all()

@@ -10,8 +10,8 @@ import torch
 
 from penstock.errors import ConfigurationError, OutOfMemory
 from penstock.kernels.native import Kernels, available
-from penstock.kernels.paged import Steps, attend
-from penstock.models.panels import PanelStorage, steps_of, supports
+from penstock.kernels.paged import AttentionMetadata, attend
+from penstock.models.panels import PanelStorage, metadata_of, supports
 from penstock.models.storage import LayerShape
 from penstock.sampling import SamplingParams
 from penstock.step import Row
@@ -24,27 +24,32 @@ def row(start: int, end: int, blocks: list[int]) -> Row:
 
 
 def arrays(rows: list[Row], block_size: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """The arguments of `Steps`."""
+    """The arguments of `AttentionMetadata`."""
     arrays_by_name: dict[str, list[int]] = {}
 
-    def note(self: Steps, by_panel: bool, slots: np.ndarray, **named_arrays: np.ndarray) -> None:
+    def note(self: AttentionMetadata, by_panel: bool, slots: np.ndarray, **named_arrays: np.ndarray) -> None:
         arrays_by_name.update({name: list(map(int, values)) for name, values in named_arrays.items()})
 
-    monkeypatch.setattr(Steps, "__init__", note)
-    steps_of(rows, block_size, np.zeros(sum(r.num_tokens for r in rows), dtype=np.int64))
+    monkeypatch.setattr(AttentionMetadata, "__init__", note)
+    metadata_of(rows, block_size, np.zeros(sum(r.num_tokens for r in rows), dtype=np.int64))
     return arrays_by_name
 
 
-def bundles(arrays_by_name: dict[str, list[int]]) -> list[tuple[int, ...]]:
+def tasks(arrays_by_name: dict[str, list[int]]) -> list[tuple[int, ...]]:
     """(first row, rows, begin, end, shared) of each."""
-    return list(zip(*(arrays_by_name[name] for name in ("row", "rows", "begin", "end", "shared")), strict=True))
+    return list(
+        zip(
+            *(arrays_by_name[name] for name in ("task_row", "task_rows", "task_begin", "task_end", "task_shared")),
+            strict=True,
+        )
+    )
 
 
 def test_a_prompt_is_cut_into_tasks_the_last_tokens_first(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays_by_name = arrays([row(10, 110, list(range(7)))], 16, monkeypatch)
-    assert bundles(arrays_by_name) == [(0, 1, 52, 100, 0), (0, 1, 4, 52, 0), (0, 1, 0, 4, 0)]
+    assert tasks(arrays_by_name) == [(0, 1, 52, 100, 0), (0, 1, 4, 52, 0), (0, 1, 0, 4, 0)]
     assert arrays_by_name["tables"] == [0, 1, 2, 3, 4, 5, 6]
-    assert (arrays_by_name["first"], arrays_by_name["start"]) == ([0], [10])
+    assert (arrays_by_name["first_token"], arrays_by_name["first_position"]) == ([0], [10])
 
 
 def test_rows_with_the_same_first_blocks_share_whole_tiles_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,17 +57,17 @@ def test_rows_with_the_same_first_blocks_share_whole_tiles_of_them(monkeypatch: 
     common = list(range(20, 29))
     rows = [row(150, 151, [*common, 1]), row(80, 81, list(range(6))), row(149, 150, [*common, 2])]
     arrays_by_name = arrays(rows, 16, monkeypatch)
-    assert bundles(arrays_by_name) == [(0, 2, 0, 1, 128), (2, 1, 0, 1, 0)]
-    assert arrays_by_name["first"] == [0, 2, 1]
-    assert arrays_by_name["start"] == [150, 149, 80]
+    assert tasks(arrays_by_name) == [(0, 2, 0, 1, 128), (2, 1, 0, 1, 0)]
+    assert arrays_by_name["first_token"] == [0, 2, 1]
+    assert arrays_by_name["first_position"] == [150, 149, 80]
     assert arrays_by_name["tables"] == [*common, 1, *common, 2, *range(6)]
 
 
 def test_keys_that_a_row_writes_in_the_step_are_never_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """At position 127 the second tile is not complete before the step."""
     blocks = list(range(8))
-    assert bundles(arrays([row(127, 128, blocks)] * 2, 16, monkeypatch)) == [(0, 2, 0, 1, 64)]
-    assert bundles(arrays([row(63, 64, blocks)] * 2, 16, monkeypatch)) == [(0, 1, 0, 1, 0), (1, 1, 0, 1, 0)]
+    assert tasks(arrays([row(127, 128, blocks)] * 2, 16, monkeypatch)) == [(0, 2, 0, 1, 64)]
+    assert tasks(arrays([row(63, 64, blocks)] * 2, 16, monkeypatch)) == [(0, 1, 0, 1, 0), (1, 1, 0, 1, 0)]
 
 
 def test_large_blocks_are_several_panels_and_small_ones_are_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +97,7 @@ def test_a_cache_of_panels_is_refused_with_what_to_change() -> None:
 def test_copied_blocks_hold_what_their_sources_held(block_size: int) -> None:
     kernels, length = Kernels(1), 2 * block_size
     storage = PanelStorage(kernels, [SHAPE] * 2, 6, block_size, int8=False)
-    steps = steps_of([row(0, length, [0, 1])], block_size, np.arange(length))
+    steps = metadata_of([row(0, length, [0, 1])], block_size, np.arange(length))
     stored = torch.randn(2, length, SHAPE.heads, SHAPE.key_dim)
     out = torch.empty_like(stored[0])
     attend(kernels, storage.caches[1], steps, out, stored[0], stored[1], out, scaling=1.0)

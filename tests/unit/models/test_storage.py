@@ -16,7 +16,7 @@ from penstock.errors import OutOfMemory
 from penstock.kernels.native import Kernels, available
 from penstock.kernels.paged import attend
 from penstock.models.attention import KVStorage
-from penstock.models.panels import PanelStorage, steps_of
+from penstock.models.panels import PanelStorage, metadata_of
 from penstock.models.storage import LayerShape, contiguous_runs, copy_rows, release_rows
 from penstock.models.torch_attention import SlotStorage
 from penstock.sampling import SamplingParams
@@ -54,7 +54,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     row = Row(0, [0] * length, 0, length, array("i", [0, 1]), True, SamplingParams(), length)
     values = stored.bfloat16() if kind.startswith("int8") else stored
     out = torch.empty_like(values[0])
-    attend(kernels, panels.caches[1], steps_of([row], block_size, np.arange(length)), out, *values, out, scaling=1.0)
+    attend(kernels, panels.caches[1], metadata_of([row], block_size, np.arange(length)), out, *values, out, scaling=1.0)
     yield panels, lambda slots: torch.stack(panels.caches[1].read(slots))
     kernels.close()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from penstock.kernels.paged import AttentionOptions
 from penstock.models import torch_attention
-from penstock.models.attention import AttentionOptions
 from penstock.models.layout import StepLayout
 from penstock.models.storage import LayerShape
 from penstock.models.torch_attention import Groups, PagedAttention, SlotStorage, attention_groups

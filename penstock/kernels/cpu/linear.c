@@ -1,0 +1,236 @@
+/* Linear layers with packed weights: y = act(norm(x) W^T + bias), with the norm and the epilogue in the same call. */
+
+enum { STORE, ADD, GATED };
+
+/* mode STORE: y. ADD: out += scale * y. GATED: a panel holds VL gate columns, then VL up columns, and y = act(gate) * up.
+ * Weights are [panels][words along k][NR], zero beyond n and k.
+ *
+ * format I8: rows of x and of W are rotated and quantized. Bytes of x are unsigned, with 128 for zero; `offsets`, 128
+ * times the sum of each column of weights, takes that out of the sums. `scales` belong to columns. */
+typedef struct {
+    long n, k;
+    int32_t format, mode, act, in_type, out_type, norm_kind;
+    float scale, eps;
+    const char *weights;
+    const float *bias, *scales;
+    const int32_t *offsets;
+    const float *norm_weight, *norm_bias;
+} linear;
+
+typedef struct {
+    const linear *w;
+    const char *x;
+    char *out;
+    long rows, ldx, ldo; /* strides in elements */
+    char *prepared;      /* rows after norm and quantization, `stride` bytes each; */
+    char *packed;        /* from MR + 1 rows on also tile after tile as [k][mr] words */
+    long stride;
+    float *row_scales;
+    size_t prepared_bytes;
+    int in_place; /* x is what the product reads: nothing is to be prepared */
+} linear_job;
+
+INLINE long words(const linear *w) { return (w->k + per_word(w->format) - 1) / per_word(w->format); }
+
+static void prepare_row(const linear_job *j, long m, char *dst, float *row)
+{
+    const linear *w = j->w;
+    ((int32_t *)dst)[words(w) - 1] = 0; /* k may end within a word */
+    widen(row, j->x + m * j->ldx * ELEMENT_BYTES[w->in_type], w->k, w->in_type);
+    if (w->norm_kind) normalize(row, w->k, w->norm_kind, w->norm_weight, w->norm_bias, w->eps);
+    if (w->format == I8) {
+        rotate_channels(row, w->k);
+        quantize_row((uint8_t *)dst, row, w->k, &j->row_scales[m]);
+    } else narrow(dst, row, w->k, w->format == BF16 ? BF16 : F32);
+}
+
+INLINE char *prepared_row(const linear_job *j, long m)
+{
+    return j->in_place ? (char *)j->x + m * j->stride : j->prepared + m * j->stride;
+}
+
+#if defined(__AVX512F__)
+/* Sixteen words of twelve rows, four rows at a time: a 4 x 4 transpose within each 128-bit lane. */
+INLINE void pack_twelve_rows(const int32_t *const *from, long at, int32_t *to)
+{
+    for (int r = 0; r < 12; r += 4) {
+        __m512i a = _mm512_loadu_si512(from[r] + at), b = _mm512_loadu_si512(from[r + 1] + at);
+        __m512i c = _mm512_loadu_si512(from[r + 2] + at), d = _mm512_loadu_si512(from[r + 3] + at);
+        __m512i ab[] = {_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)};
+        __m512i cd[] = {_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d)};
+        for (int i = 0; i < 2; i++) {
+            __m512i even = _mm512_unpacklo_epi64(ab[i], cd[i]), odd = _mm512_unpackhi_epi64(ab[i], cd[i]);
+#define QUARTER(q) \
+            _mm_storeu_si128((__m128i *)(to + (4 * q + 2 * i) * 12 + r), _mm512_extracti32x4_epi32(even, q)); \
+            _mm_storeu_si128((__m128i *)(to + (4 * q + 2 * i + 1) * 12 + r), _mm512_extracti32x4_epi32(odd, q));
+            QUARTER(0) QUARTER(1) QUARTER(2) QUARTER(3)
+#undef QUARTER
+        }
+    }
+}
+#endif
+
+/* Pack words [begin, end) of rows [m, m + mr) as [k][mr]. */
+static void pack_rows(const linear_job *j, long m, long mr, long begin, long end)
+{
+    const int32_t *from[MR];
+    int32_t *to = (int32_t *)j->packed + m * words(j->w) + begin * mr;
+    for (long i = 0; i < mr; i++) from[i] = (const int32_t *)prepared_row(j, m + i);
+#if defined(__AVX512F__)
+    for (; mr == 12 && begin + 16 <= end; begin += 16, to += 16 * 12) pack_twelve_rows(from, begin, to);
+#endif
+    for (long x = begin; x < end; x++)
+        for (long i = 0; i < mr; i++) *to++ = from[i][x];
+}
+
+/* From sums c of rows [m, m + rows) and the panel that begins at column n to outputs. */
+INLINE void epilogue_as(const linear_job *j, long m, long rows, long n, const float *c, long ldc, const int act, const int type, const int mode)
+{
+    const linear *w = j->w;
+    const int vectors = mode == GATED ? 1 : NV, quantized = w->format == I8;
+    const long at = mode == GATED ? n / 2 : n, end = mode == GATED ? w->n / 2 : w->n;
+    vf bias[NV], scale[NV];
+    vi offset[NV];
+    for (int i = 0; i < NV; i++) {
+        bias[i] = w->bias ? *(const vf *)(w->bias + n + i * VL) : splat(0.0f);
+        scale[i] = quantized ? *(const vf *)(w->scales + n + i * VL) : splat(1.0f);
+        offset[i] = quantized ? *(const vi *)(w->offsets + n + i * VL) : splati(0);
+    }
+    for (long x = 0; x < rows; x++, c += ldc) {
+        char *out = j->out + (m + x) * j->ldo * ELEMENT_BYTES[type];
+        vf v[NV];
+        for (int i = 0; i < NV; i++) {
+            v[i] = *(const vf *)(c + i * VL);
+            if (quantized) v[i] = __builtin_convertvector((vi)v[i] - offset[i], vf) * scale[i] * j->row_scales[m + x];
+            v[i] += bias[i];
+        }
+        if (mode == GATED) v[0] = activate(v[0], act) * v[1];
+        else if (act)
+            for (int i = 0; i < NV; i++) v[i] = activate(v[i], act);
+        for (int i = 0; i < vectors; i++) {
+            long to = at + i * VL;
+            if (to + VL <= end) {
+                store(out, to, type, mode == ADD ? load(out, to, type) + w->scale * v[i] : v[i]);
+                continue;
+            }
+            for (long e = to; e < end; e++)
+                store_scalar(out, e, type, mode == ADD ? load_scalar(out, e, type) + w->scale * v[i][e - to] : v[i][e - to]);
+        }
+    }
+}
+
+static void epilogue(const linear_job *j, long m, long rows, long n, const float *c, long ldc)
+{
+    int act = j->w->act, type = j->w->out_type, mode = j->w->mode;
+    if (type == BF16 && mode == GATED && act == SILU) epilogue_as(j, m, rows, n, c, ldc, SILU, BF16, GATED);
+    else if (type == BF16 && mode == STORE && !act) epilogue_as(j, m, rows, n, c, ldc, IDENTITY, BF16, STORE);
+    else if (type == BF16 && mode == ADD && !act) epilogue_as(j, m, rows, n, c, ldc, IDENTITY, BF16, ADD);
+    else if (type == F32 && mode == STORE && !act) epilogue_as(j, m, rows, n, c, ldc, IDENTITY, F32, STORE);
+    else epilogue_as(j, m, rows, n, c, ldc, act, type, mode);
+}
+
+enum { WORDS_PER_CLAIM = 512 };
+
+static void prepare_rows(pool *p, const linear_job *j, long tiles, int id)
+{
+    for (long m = j->in_place ? j->rows : claim(p), next; m < j->rows; m = next) {
+        next = claim(p);
+        prefetch(j->x + next * j->ldx * ELEMENT_BYTES[j->w->in_type], j->w->k * ELEMENT_BYTES[j->w->in_type]);
+        prepare_row(j, m, prepared_row(j, m), (float *)p->thread_scratch[id]);
+    }
+    barrier(p);
+    if (tiles == 1) return;
+    long k = words(j->w), pieces = (k + WORDS_PER_CLAIM - 1) / WORDS_PER_CLAIM;
+    for (long u; (u = claim(p)) < tiles * pieces;) {
+        long t = u / pieces, begin = u % pieces * WORDS_PER_CLAIM, m = t * j->rows / tiles;
+        pack_rows(j, m, (t + 1) * j->rows / tiles - m, begin, begin + WORDS_PER_CLAIM < k ? begin + WORDS_PER_CLAIM : k);
+    }
+    barrier(p);
+}
+
+INLINE long panel_bytes(const linear *w) { return words(w) * NR * (w->format == F16 ? 2 : 4); }
+
+/* At most MR rows with panel q, and with the next one too if the rows are few enough. Returns the number of panels. */
+static long multiply_few_rows(const linear_job *j, long q, long last)
+{
+    const linear *w = j->w;
+    const long size = panel_bytes(w), k = words(w), word = size / k, paired = j->rows <= WIDE_ROWS && q + 1 < last;
+    const char *at[WIDE], *ahead[WIDE];
+    b_operand b = {.segments = 1, .steps = k, .stride = word};
+    float c[MR * WIDE * VL];
+    for (int x = 0; x < WIDE; x++) {
+        at[x] = w->weights + (q + x / NV) * size + x % NV * (word / NV);
+        ahead[x] = at[x] + 2048;
+        b.at[x] = &at[x], b.ahead[x] = &ahead[x];
+    }
+    const rows_kernel_fn multiply = (paired ? wide_kernels : rows_kernels)[w->format][j->rows];
+    multiply((const int32_t *)prepared_row(j, 0), j->stride / 4, &b, c, WIDE * VL, 0);
+    epilogue(j, 0, j->rows, q * NR, c, WIDE * VL);
+    if (paired) epilogue(j, 0, j->rows, (q + 1) * NR, c + NR, WIDE * VL);
+    return 1 + paired;
+}
+
+/* Tiles [begin, end) of rows, out of `tiles`, with panel q; `next` is the panel that this thread multiplies afterwards. */
+static void multiply_panel(const linear_job *j, long q, long next, long begin, long end, long tiles)
+{
+    const linear *w = j->w;
+    const long k = words(w), size = panel_bytes(w);
+    const char *b = w->weights + q * size, *next_panel = w->weights + next * size;
+    float c[MR * NR];
+    for (long t = begin; t < end; t++) { /* the first two tiles prefetch half of the next panel each */
+        long m = t * j->rows / tiles, mr = (t + 1) * j->rows / tiles - m, prefetches = t - begin < 2 && next != q;
+        const char *ahead = prefetches ? next_panel + (t - begin) * (size / 2) : b;
+        for (long i = m; w->mode == ADD && i < m + mr; i++)
+            prefetch(j->out + (i * j->ldo + q * NR) * ELEMENT_BYTES[w->out_type], NR * ELEMENT_BYTES[w->out_type]);
+        packed_kernels[w->format][mr]((const int32_t *)j->packed + m * k, b, k, ahead, prefetches ? size / k / 2 : 0, c);
+        epilogue(j, m, mr, q * NR, c, NR);
+    }
+}
+
+/* A unit of work is several panels, or one panel with a part of the tiles: small, so that no thread waits long. */
+static void linear_run(pool *p, void *arg, int id)
+{
+    linear_job j = *(linear_job *)arg;
+    const long panels = (j.w->n + NR - 1) / NR, tiles = (j.rows + MR - 1) / MR, target = (tiles > 1 ? 128 : 32) * p->active;
+    const long per_unit = panels >= target ? panels / target : 1, splits = panels >= target ? 1 : target / panels;
+    const long parts = tiles < 8 ? 1 : splits < tiles ? splits : tiles, units = (panels + per_unit - 1) / per_unit * parts;
+    if (!j.in_place || tiles > 1) prepare_rows(p, &j, tiles, id);
+    for (long u = claim(p), next; u < units; u = next) {
+        next = claim(p); /* claimed now, so that its weights can be prefetched */
+        long first = u / parts * per_unit, last = first + per_unit < panels ? first + per_unit : panels, part = u % parts;
+        for (long q = first; tiles == 1 && q < last;) q += multiply_few_rows(&j, q, last);
+        for (long q = first; tiles > 1 && q < last; q++) {
+            long after = q + 1 < last ? q + 1 : next < units ? next / parts * per_unit : q;
+            multiply_panel(&j, q, after, part * tiles / parts, (part + 1) * tiles / parts, tiles);
+        }
+    }
+}
+
+static scratch_bytes plan_linear(linear_job *j, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
+{
+    long k = words(w), size = ELEMENT_BYTES[w->in_type];
+    *j = (linear_job){.w = w, .x = x, .out = out, .rows = rows, .ldx = ldx, .ldo = ldo, .stride = ldx * size};
+    int same_words = w->format == w->in_type && w->k % per_word(w->format) == 0 && (ldx * size) % 4 == 0;
+    j->in_place = same_words && w->format != F16 && !w->norm_kind;
+    if (!j->in_place) j->stride = k * 4 + 64;
+    j->prepared_bytes = j->in_place ? 0 : rows * (j->stride + 4);
+    return (scratch_bytes){j->prepared_bytes + (rows > MR ? rows * k * 4 : 0), (w->k + VL) * 4};
+}
+
+static void place_scratch(linear_job *j, pool *p)
+{
+    j->row_scales = (float *)p->scratch;
+    j->prepared = p->scratch + (j->in_place ? 0 : j->rows * 4);
+    j->packed = p->scratch + j->prepared_bytes;
+}
+
+int ps_linear(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
+{
+    linear_job j;
+    if (rows == 0) return 1;
+    scratch_bytes need = plan_linear(&j, w, x, rows, ldx, out, ldo);
+    if (!reserve_scratch(p, need.shared, need.per_thread)) return 0;
+    place_scratch(&j, p);
+    run_on_pool(p, linear_run, &j);
+    return 1;
+}

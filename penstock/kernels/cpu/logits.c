@@ -1,0 +1,69 @@
+/* What the sampler needs of logits: maxima and sums of exponentials, in one pass over memory. */
+
+enum { CHUNK = 8192 }; /* logits that stay in the L1 cache between the maximum and the sum */
+
+typedef struct {
+    const float *logits; /* [rows][width]; `block` divides width and CHUNK and is a multiple of LANES */
+    long rows, width, block;
+    float *block_maxima; /* [rows][width / block] */
+    float *maxima;       /* [rows]; NaN if a row has one */
+    double *totals;      /* [rows]: sum of exp(logit - maximum) */
+    int64_t *tokens;     /* [rows]: argmax, the first of equals */
+} logit_summary;
+
+typedef struct { double total; float maximum; } chunk_summary; /* total: sum of exp(logit - maximum) */
+
+static chunk_summary summarize_chunk(const logit_summary *s, const float *x, float *block_maxima, long n)
+{
+    chunk_summary chunk = {0, -INFINITY};
+    for (long b = 0; b < n; b += s->block) {
+        vf maxima = *(const vf *)(x + b);
+        for (long i = VL; i < s->block; i += VL) maxima = vmax(maxima, *(const vf *)(x + b + i));
+        *block_maxima = reduce_max(maxima);
+        chunk.maximum = *block_maxima > chunk.maximum ? *block_maxima : chunk.maximum;
+        block_maxima++;
+    }
+    const float base = chunk.maximum > -INFINITY ? chunk.maximum : 0;
+    for (long b = 0; b < n; b += s->block) {
+        vf sum = splat(0.0f);
+        for (long i = 0; i < s->block; i += VL) sum += vexp(*(const vf *)(x + b + i) - base);
+        chunk.total += reduce_add(sum);
+    }
+    return chunk;
+}
+
+static void summarize_row(const logit_summary *s, long m, const chunk_summary *chunks, long count)
+{
+    const float *x = s->logits + m * s->width, *block_maxima = s->block_maxima + m * (s->width / s->block);
+    float maximum = -INFINITY;
+    double total = 0;
+    long block = 0, token = 0;
+    for (long i = 0; i < count; i++) maximum = chunks[i].maximum > maximum ? chunks[i].maximum : maximum;
+    for (long i = 0; i < count; i++) total += chunks[i].total * exp((double)chunks[i].maximum - maximum);
+    while (block + 1 < s->width / s->block && block_maxima[block] != maximum) block++;
+    while (token + 1 < s->block && x[block * s->block + token] != maximum) token++;
+    s->totals[m] = total;
+    s->tokens[m] = block * s->block + token;
+    s->maxima[m] = total == total ? maximum : NAN;
+}
+
+static void summarize_run(pool *p, void *arg, int id)
+{
+    const logit_summary *s = arg;
+    const long count = (s->width + CHUNK - 1) / CHUNK;
+    chunk_summary *chunks = (chunk_summary *)p->scratch;
+    (void)id;
+    for (long u; (u = claim(p)) < s->rows * count;) {
+        long at = u / count * s->width + u % count * CHUNK, rest = s->width - u % count * CHUNK;
+        chunks[u] = summarize_chunk(s, s->logits + at, s->block_maxima + at / s->block, rest < CHUNK ? rest : CHUNK);
+    }
+    barrier(p);
+    for (long m; (m = claim(p)) < s->rows;) summarize_row(s, m, chunks + m * count, count);
+}
+
+int ps_summarize_logits(pool *p, logit_summary *s)
+{
+    if (!reserve_scratch(p, s->rows * ((s->width + CHUNK - 1) / CHUNK) * sizeof(chunk_summary), 0)) return 0;
+    run_on_pool(p, summarize_run, s);
+    return 1;
+}

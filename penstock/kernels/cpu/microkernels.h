@@ -1,0 +1,108 @@
+/* Matrix products of a few rows with a few vectors of columns: c[mr][..] (+)= a[mr][k] b[k][..].
+ *
+ * All products of this library are made of these. Sums run over k in order. */
+
+INLINE vf dot(vf acc, vi b, int32_t a, int f)
+{
+    if (f == I8) { /* unsigned bytes of a, signed bytes of b, 32-bit sums */
+#if defined(__AVX512VNNI__)
+        return (vf)_mm512_dpbusd_epi32((__m512i)(vi)acc, (__m512i)splati(a), (__m512i)b);
+#elif defined(__AVXVNNI__) && defined(__AVX2__)
+        return (vf)_mm256_dpbusd_avx_epi32((__m256i)(vi)acc, (__m256i)splati(a), (__m256i)b);
+#else
+        vi sum = (vi)acc;
+        for (int j = 0; j < 4; j++) sum += ((b << (24 - 8 * j)) >> 24) * ((a >> (8 * j)) & 255);
+        return (vf)sum;
+#endif
+    }
+    if (f == BF16) {
+#if defined(__AVX512BF16__)
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)splati(a), (__m512bh)b);
+#else
+        acc += (vf)(b << 16) * (vf)splati((int32_t)((uint32_t)a << 16));
+        return acc + (vf)(b & (int32_t)0xffff0000) * (vf)splati(a & (int32_t)0xffff0000);
+#endif
+    }
+    union { int32_t i; float f; } x = {a};
+    return acc + (vf)b * x.f;
+}
+
+/* With at most WIDE_ROWS rows a kernel takes WIDE vectors of columns, so that enough sums are independent. */
+enum { WIDE = 2 * NV, WIDE_ROWS = VL == 16 ? 6 : 2 };
+
+/* Operand b of `rows_kernel`: `segments` of `steps` words along k each, `stride` bytes from word to word. Vector v of
+ * segment s begins at at[v][s] + shift[v]; the same offset from ahead[v][s] is prefetched. */
+typedef struct {
+    const char *const *at[WIDE], *const *ahead[WIDE];
+    long shift[WIDE], segments, steps, stride;
+} b_operand;
+
+/* Rows of a lie `ars` words apart. `add`: c holds the sums to start from. */
+INLINE void rows_kernel(const int f, const int mr, const int nv, const int32_t *a, long ars, const b_operand *b, float *c, long ldc, int add)
+{
+    vf acc[MR][WIDE];
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nv; j++) acc[i][j] = add ? *(vf *)(c + i * ldc + j * VL) : (vf){0};
+    const long stride = b->stride, steps = b->steps;
+    for (long s = 0; s < b->segments; s++) {
+        const char *at[WIDE], *ahead[WIDE];
+        for (int j = 0; j < nv; j++) at[j] = b->at[j][s] + b->shift[j], ahead[j] = b->ahead[j][s] + b->shift[j];
+        long offset = 0;
+        for (long k = 0; k < steps; k++, offset += stride) {
+            vi x[WIDE];
+            _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) {
+                x[j] = f == F16 ? (vi)from_half(at[j] + offset) : *(const vi *)(at[j] + offset);
+                __builtin_prefetch(ahead[j] + offset, 0, 2);
+            }
+            _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+                int32_t y = a[(i / 3) * (3 * ars) + (i % 3) * ars];
+                _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) acc[i][j] = dot(acc[i][j], x[j], y, f);
+            }
+            a++;
+        }
+    }
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nv; j++) *(vf *)(c + i * ldc + j * VL) = acc[i][j];
+}
+
+/* One panel of weights b[k][NR] and packed rows a[k][mr]; each step of k prefetches at `ahead`, which moves by `step`. */
+INLINE void packed_kernel(const int f, const int mr, const int32_t *a, const char *b, long k, const char *ahead, long step, float *c)
+{
+    vf acc[MR][NV];
+    const long half = f == F16 ? 2 * VL : 4 * VL;
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = (vf){0};
+    for (; k > 0; k--) {
+        vi bl = f == F16 ? (vi)from_half(b) : *(const vi *)b;
+        vi br = f == F16 ? (vi)from_half(b + half) : *(const vi *)(b + half);
+        __builtin_prefetch(ahead, 0, 2);
+        _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+            acc[i][0] = dot(acc[i][0], bl, a[i], f);
+            acc[i][1] = dot(acc[i][1], br, a[i], f);
+        }
+        a += mr;
+        b += 2 * half;
+        ahead += step;
+    }
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < NV; j++) *(vf *)(c + i * NR + j * VL) = acc[i][j];
+}
+
+typedef void (*rows_kernel_fn)(const int32_t *, long, const b_operand *, float *, long, int);
+typedef void (*packed_kernel_fn)(const int32_t *, const char *, long, const char *, long, float *);
+#define KERNELS_FOR(f, n) \
+    static void rows_kernel_##f##_##n(const int32_t *a, long ars, const b_operand *b, float *c, long ldc, int add) \
+    { rows_kernel(f, n <= MR ? n : MR, NV, a, ars, b, c, ldc, add); } \
+    static void wide_kernel_##f##_##n(const int32_t *a, long ars, const b_operand *b, float *c, long ldc, int add) \
+    { rows_kernel(f, n <= WIDE_ROWS ? n : WIDE_ROWS, WIDE, a, ars, b, c, ldc, add); } \
+    static void packed_kernel_##f##_##n(const int32_t *a, const char *b, long k, const char *ahead, long step, float *c) \
+    { packed_kernel(f, n <= MR ? n : MR, a, b, k, ahead, step, c); }
+#define KERNELS(f) \
+    KERNELS_FOR(f, 1) KERNELS_FOR(f, 2) KERNELS_FOR(f, 3) KERNELS_FOR(f, 4) KERNELS_FOR(f, 5) KERNELS_FOR(f, 6) \
+    KERNELS_FOR(f, 7) KERNELS_FOR(f, 8) KERNELS_FOR(f, 9) KERNELS_FOR(f, 10) KERNELS_FOR(f, 11) KERNELS_FOR(f, 12)
+#define BY_ROWS(t, f) {0, t##_##f##_1, t##_##f##_2, t##_##f##_3, t##_##f##_4, t##_##f##_5, t##_##f##_6, \
+    t##_##f##_7, t##_##f##_8, t##_##f##_9, t##_##f##_10, t##_##f##_11, t##_##f##_12}
+#define BY_FORMAT(t) {BY_ROWS(t, F32), BY_ROWS(t, BF16), BY_ROWS(t, F16), BY_ROWS(t, I8)}
+KERNELS(F32) KERNELS(BF16) KERNELS(F16) KERNELS(I8)
+static const rows_kernel_fn rows_kernels[4][13] = BY_FORMAT(rows_kernel), wide_kernels[4][13] = BY_FORMAT(wide_kernel);
+static const packed_kernel_fn packed_kernels[4][13] = BY_FORMAT(packed_kernel);
