@@ -50,6 +50,7 @@ class Kernels:
         library.ps_norm.argtypes = [Ptr, Ptr, Ptr, Long, Ptr, Int]
         library.ps_attention.argtypes = [Ptr, Ptr]
         library.ps_program.argtypes = [Ptr, Ptr]
+        library.ps_rotate.argtypes = [Ptr, Long, Long]
         compare_sizes(library, STRUCTURES)
         self.pool = Ptr(library.ps_pool_new(threads))
         self.lanes = int(library.ps_lanes())

@@ -21,6 +21,10 @@ ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")
 STORE, ADD, GATED = 0, 1, 2
 NO_NORM, RMS, LAYER = 0, 1, 2
 
+_RANK = 16  # directions of a calibration: RANK in cpu/packing.c
+_OVERSAMPLING, _ITERATIONS = 8, 2
+_DAMPING = 0.1  # share of the energy that is never taken for known: a few inputs say little about others
+
 
 class Norm:
     """RMSNorm or LayerNorm over rows of `weight.shape[0]` numbers, computed in float32; `scale` is for `add_to`."""
@@ -54,6 +58,33 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """The inputs of a layer: `directions` [16, K] float32 hold most of their energy, `residual` is the rest / K.
+
+    A direction d of length l stands for a mean square of l^2 along d / l.
+    """
+
+    directions: Tensor
+    residual: float
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Calibration:
+        """From inputs [T, K], by subspace iteration (Halko et al. 2011, arXiv 0909.4061)."""
+        x = inputs.detach().float()
+        start = torch.Generator().manual_seed(0)
+        basis = torch.randn(x.shape[1], _RANK + _OVERSAMPLING, generator=start, dtype=torch.float32, device="cpu")
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(x.T @ (x @ basis)).Q
+        _, sizes, rows = torch.linalg.svd(x @ basis, full_matrices=False)
+        directions = torch.zeros(_RANK, x.shape[1], dtype=torch.float32, device="cpu")
+        leading = (sizes[:, None] * rows @ basis.T)[:_RANK] / len(x) ** 0.5
+        directions[: len(leading)] = leading
+        energy = x.square().sum().item() / len(x)
+        residual = max(energy - directions.square().sum().item(), _DAMPING * energy)
+        return cls(directions, residual / x.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
 class Epilogue:
     """What follows a product in the same kernel.
 
@@ -73,7 +104,8 @@ STORE_ONLY = Epilogue()
 class Linear:
     """epilogue(norm(x) W^T + b) with packed weights W [N, K], the rows of several matrices one below the other.
 
-    `quantize` packs int8 weights with a scale per output and quantizes each row of x.
+    `quantize` packs int8 weights with a scale per output and quantizes each row of x; with a `calibration`, weights are
+    rounded so that their errors cancel for inputs like those it has seen.
     """
 
     def __init__(
@@ -84,6 +116,7 @@ class Linear:
         *,
         norm: Norm | None = None,
         quantize: bool = False,
+        calibration: Calibration | None = None,
         epilogue: Epilogue = STORE_ONLY,
     ) -> None:
         dtype, mode = weights[0].dtype, epilogue.mode
@@ -98,12 +131,12 @@ class Linear:
         rows = self._packed_rows(weights, mode)
         self._bias = self._packed_biases(biases, weights, mode)
         format = TYPES[torch.int8 if quantize else dtype]
-        self._pack(rows, dtype, format)
+        self._pack(rows, dtype, format, calibration)
         self._struct = LinearStruct(
             n=self.n, k=self.k, format=format, mode=mode, act=ACTIVATIONS.index(epilogue.activation),
             in_type=TYPES[dtype], out_type=TYPES[self.dtype], norm_kind=norm.kind if norm else NO_NORM,
             scale=epilogue.scale, eps=norm.eps if norm else 0.0, weights=address(self._weights),
-            bias=address(self._bias), scales=address(self._scales), offsets=address(self._offsets),
+            bias=address(self._bias), scales=address(self._scales), lows=address(self._lows),
             norm_weight=address(norm.weight if norm else None), norm_bias=address(norm.bias if norm else None),
         )  # fmt: skip
         self.pointer = ctypes.addressof(self._struct)
@@ -145,18 +178,27 @@ class Linear:
         order = torch.from_numpy(self._order(mode))
         return torch.where(order >= 0, flat[order], 0.0).contiguous()
 
-    def _pack(self, rows: np.ndarray, dtype: torch.dtype, format: int) -> None:
+    def _pack(self, rows: np.ndarray, dtype: torch.dtype, format: int, calibration: Calibration | None) -> None:
         columns, per_word = len(rows), {1: 2, 3: 4}.get(format, 1)
         self._weights = pages(columns * -(-self.k // per_word) * (2 if format == 2 else 4))
         quantized = format == TYPES[torch.int8]
         self._scales = torch.zeros(columns, dtype=torch.float32, device="cpu") if quantized else None
-        self._offsets = torch.zeros(columns, dtype=torch.int32, device="cpu") if quantized else None
+        self._lows = torch.zeros(columns, dtype=torch.float32, device="cpu") if quantized else None
+        feedback = self._feedback(calibration) if quantized and calibration is not None else (None, None)
         self.num_bytes = self._weights.numel()
         packing = PackingStruct(
             rows.ctypes.data, columns, self.k, TYPES[dtype], format, address(self._weights), address(self._scales),
-            address(self._offsets),
+            address(self._lows), *map(address, feedback),
         )  # fmt: skip
-        self._kernels.library.ps_pack(self._kernels.pool, ctypes.byref(packing))
+        check(self._kernels.library.ps_pack(self._kernels.pool, ctypes.byref(packing)))
+
+    def _feedback(self, calibration: Calibration) -> tuple[Tensor, Tensor]:
+        """The rotated directions [K, 16], and the same with each row divided by its energy."""
+        rotated = calibration.directions.clone()
+        self._kernels.library.ps_rotate(operand(rotated, torch.float32, _RANK, self.k), _RANK, self.k)
+        directions = rotated.T.contiguous()
+        energy = directions.square().sum(1, keepdim=True) + calibration.residual
+        return directions, directions / energy.clamp(min=1e-30)
 
 
 def _bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:

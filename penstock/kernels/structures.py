@@ -30,7 +30,7 @@ class LinearStruct(ctypes.Structure):
         *((name, Long) for name in ("n", "k")),
         *((name, Int) for name in ("format", "mode", "act", "in_type", "out_type", "norm_kind")),
         *((name, Float) for name in ("scale", "eps")),
-        *((name, Ptr) for name in ("weights", "bias", "scales", "offsets", "norm_weight", "norm_bias")),
+        *((name, Ptr) for name in ("weights", "bias", "scales", "lows", "norm_weight", "norm_bias")),
     )
 
 
@@ -41,7 +41,7 @@ class PackingStruct(ctypes.Structure):
         ("rows", Ptr),
         *((name, Long) for name in ("n", "k")),
         *((name, Int) for name in ("type", "format")),
-        *((name, Ptr) for name in ("weights", "scales", "offsets")),
+        *((name, Ptr) for name in ("weights", "scales", "lows", "directions", "feedback")),
     )
 
 

@@ -89,10 +89,12 @@ def compare(
         raise _refusal(module, f"a paged pass differs from the model's own (relative logit error {error:.3g})")
 
 
-def trial_pass(module: nn.Module, probed: ProbeResult, backend: AttentionBackend, device: torch.device) -> Tensor:
-    """The logits [T, vocab] of one pass of the probe's tokens as a single row."""
-    ids = _probe_ids(module, device)
-    storage = backend.storage(probed.shapes, 1, TRIAL_BLOCK_SIZE)
+def trial_pass(
+    module: nn.Module, probed: ProbeResult, backend: AttentionBackend, device: torch.device, ids: Tensor | None = None
+) -> Tensor:
+    """The logits [T, vocab] of one pass of `ids` [T], or of the probe's tokens, as a single row."""
+    ids = _probe_ids(module, device) if ids is None else ids
+    storage = backend.storage(probed.shapes, -(-len(ids) // TRIAL_BLOCK_SIZE), TRIAL_BLOCK_SIZE)
     layout = StepLayout.of((_row(0, ids.tolist(), 0, len(ids)),), TRIAL_BLOCK_SIZE, device)
     return _forward(module, layout.input_ids, layout.positions, storage.attention(layout, probed.layers))
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError, OutOfMemory, PenstockError, described, text_of
 from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
+from penstock.models.calibration import calibration_ids
 from penstock.models.checks import refuse_unsupported, text_config, vocab_size
 from penstock.models.draft_runner import DraftRunner
 from penstock.models.executor import Executor
@@ -175,7 +176,9 @@ def _prepare(
     max_length = _max_length(limit, config)
     defaults, ignored = generation_defaults(module, vocabulary, eos, has_text=tokenizer is not None)
     loaded_bytes = weight_bytes(owner)
-    prepared = _try_to_prepare(module, device, max_length, config, owned=module is owner)
+    quantizes = config.quantization == "int8"
+    text_ids = calibration_ids(tokenizer, max_length, vocabulary, device) if quantizes else None
+    prepared = _try_to_prepare(module, device, max_length, config, owned=module is owner, text_ids=text_ids)
     spec = ModelSpec(
         name=name,
         vocab_size=vocabulary,
@@ -202,11 +205,17 @@ def _max_length(limit: LengthLimit, config: EngineConfig) -> int:
 
 
 def _try_to_prepare(
-    module: nn.Module, device: torch.device, max_length: int, config: EngineConfig, *, owned: bool
+    module: nn.Module,
+    device: torch.device,
+    max_length: int,
+    config: EngineConfig,
+    *,
+    owned: bool,
+    text_ids: Tensor | None,
 ) -> PreparedModel:
     try:
         with torch.inference_mode(), PinnedDefaults(torch.float32):
-            return prepare(module, device, max_length, config, owned=owned)
+            return prepare(module, device, max_length, config, owned=owned, text_ids=text_ids)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"{device.type.upper()} out of memory while trying the model: use a smaller one") from error
     except PenstockError:

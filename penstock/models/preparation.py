@@ -6,10 +6,12 @@ Owns the order of these steps and what a load may leave out. Called by `loading`
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError
@@ -21,6 +23,7 @@ from penstock.models.memory import release_file_pages
 from penstock.models.panels import PanelBackend, supports
 from penstock.models.storage import LayerShape
 from penstock.models.torch_attention import TorchBackend
+from penstock.optimizers.rewrites.calibration import calibrated
 from penstock.optimizers.rewrites.fused_layer import FusedLayer
 from penstock.optimizers.rewrites.memory_pool import MemoryPool
 from penstock.optimizers.rewrites.passes import rewrite
@@ -56,10 +59,17 @@ class PreparedModel:
 
 
 def prepare(
-    module: nn.Module, device: torch.device, max_length: int, config: EngineConfig, *, owned: bool
+    module: nn.Module,
+    device: torch.device,
+    max_length: int,
+    config: EngineConfig,
+    *,
+    owned: bool,
+    text_ids: Tensor | None = None,
 ) -> PreparedModel:
     """Switch `module` to paged attention and, on a CPU with kernels, rewrite it in place if it is `owned`.
 
+    `text_ids` are the tokens of a text that quantization is calibrated with.
     Raises `ConfigurationError` for a model that cannot run, or not as the config demands.
     """
     probed = probe(module, device, verify=config.verify_model, max_length=max_length)
@@ -76,7 +86,7 @@ def prepare(
         description = f"{native.note()}, {kernels.threads} threads"
         try:
             if owned:
-                rewrites = _rewrite(module, probed, kernels, backend, workspaces, config)
+                rewrites = _rewrite(module, probed, kernels, backend, workspaces, config, text_ids)
             else:
                 _refuse_rewriting_settings(config)
             compare(module, probed, backend, quantized=_quantized_settings(config))
@@ -112,18 +122,24 @@ def _rewrite(
     backend: AttentionBackend,
     workspaces: MemoryPool,
     config: EngineConfig,
+    text_ids: Tensor | None,
 ) -> tuple[str, ...]:
     """Rewrite the module, which is on the CPU; what each pass did."""
-    use_one_torch_thread()
-    report = rewrite(
-        module,
-        probed,
-        kernels,
-        lambda: trial_pass(module, probed, backend, workspaces.device),
-        quantize=config.quantization == "int8",
-        disabled=config.disabled_rewrites,
-        workspaces=workspaces,
-    )
+
+    def run(ids: Tensor | None = None) -> Tensor:
+        return trial_pass(module, probed, backend, workspaces.device, ids)
+
+    with nullcontext() if text_ids is None else calibrated(module, partial(run, text_ids)):
+        use_one_torch_thread()
+        report = rewrite(
+            module,
+            probed,
+            kernels,
+            run,
+            quantize=config.quantization == "int8",
+            disabled=config.disabled_rewrites,
+            workspaces=workspaces,
+        )
     release_file_pages((*module.parameters(), *module.buffers()))
     log.debug("rewrites: %s", ", ".join(map(str, report)))
     if config.deterministic:

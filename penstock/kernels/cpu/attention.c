@@ -148,7 +148,7 @@ static void attend_keys(const attention *a, workspace *w, long i, long mr, long 
                 b.at[x] = &at.keys[lane / LANES], b.ahead[x] = &at.keys[PANELS + lane / LANES];
                 b.shift[x] = lane % LANES * word;
             }
-            multiply(w->query[i], Q_WORDS, &b, w->score[i] + v, KEYS, 0);
+            multiply(w->query[i], Q_WORDS, NULL, &b, w->score[i] + v, KEYS, 0);
         }
         for (long x = i; x < i + mr; x++) {
             if (f == BF16) softmax_tile(a, w, x, t, n, BF16);
@@ -158,7 +158,7 @@ static void attend_keys(const attention *a, workspace *w, long i, long mr, long 
         for (int x = 0; x < nv; x++) b.at[x] = at.values, b.ahead[x] = at.values + PANELS;
         for (long d = 0; d < c->value_dim; d += nv * VL) { /* out += weights values */
             for (int x = 0; x < nv; x++) b.shift[x] = (d + x * VL) * word;
-            multiply(w->weight[i], KEYS, &b, w->out[i] + d, O_WIDTH, 1);
+            multiply(w->weight[i], KEYS, NULL, &b, w->out[i] + d, O_WIDTH, 1);
         }
     }
 }

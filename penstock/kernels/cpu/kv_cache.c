@@ -24,17 +24,6 @@ long ps_cache_bytes(const kv_cache *c, long panels) { return panels * c->heads *
 INLINE long key_at(long lane, long d, long p) { return (d / p * LANES + lane) * p + d % p; }
 INLINE long value_at(long lane, long d, long p, long dim) { return (lane / p * dim + d) * p + lane % p; }
 
-/* NaN if any of x is NaN or infinite. */
-static float absolute_max(const float *x, long n)
-{
-    float peak = 0, error = 0;
-    for (long i = 0; i < n; i++) {
-        peak = fabsf(x[i]) > peak ? fabsf(x[i]) : peak;
-        error += x[i] * 0.0f;
-    }
-    return peak + error;
-}
-
 INLINE void store_element(const kv_cache *c, char *region, long at, float x)
 {
     if (c->format == F32) ((float *)region)[at] = x;

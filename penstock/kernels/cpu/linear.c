@@ -5,16 +5,14 @@ enum { STORE, ADD, GATED };
 /* mode STORE: y. ADD: out += scale * y. GATED: a panel holds VL gate columns, then VL up columns, and y = act(gate) * up.
  * Weights are [panels][words along k][NR], zero beyond n and k.
  *
- * format I8: rows of x and of W are rotated and quantized. Bytes of x are unsigned, with 128 for zero; `offsets`, 128
- * times the sum of each column of weights, takes that out of the sums. `scales` belong to columns. */
+ * format I8: rows of x and of W are rotated and quantized to 8 bits, x to signed ones with a scale for each block of
+ * BLOCK numbers, W to unsigned ones: W = scales * bytes + lows, with a scale and a minimum for each column. */
 typedef struct {
     long n, k;
     int32_t format, mode, act, in_type, out_type, norm_kind;
     float scale, eps;
     const char *weights;
-    const float *bias, *scales;
-    const int32_t *offsets;
-    const float *norm_weight, *norm_bias;
+    const float *bias, *scales, *lows, *norm_weight, *norm_bias;
 } linear;
 
 typedef struct {
@@ -25,11 +23,12 @@ typedef struct {
     char *prepared;      /* rows after norm and quantization, `stride` bytes each; */
     char *packed;        /* from MR + 1 rows on also tile after tile as [k][mr] words */
     long stride;
-    float *row_scales;
+    float *row_scales, *row_sums; /* [rows][blocks] and [rows]: of x as it was rounded */
     size_t prepared_bytes;
     int in_place; /* x is what the product reads: nothing is to be prepared */
 } linear_job;
 
+INLINE long blocks(const linear *w) { return (w->k + BLOCK - 1) / BLOCK; }
 INLINE long words(const linear *w) { return (w->k + per_word(w->format) - 1) / per_word(w->format); }
 
 static void prepare_row(const linear_job *j, long m, char *dst, float *row)
@@ -39,8 +38,10 @@ static void prepare_row(const linear_job *j, long m, char *dst, float *row)
     widen(row, j->x + m * j->ldx * ELEMENT_BYTES[w->in_type], w->k, w->in_type);
     if (w->norm_kind) normalize(row, w->k, w->norm_kind, w->norm_weight, w->norm_bias, w->eps);
     if (w->format == I8) {
-        rotate_channels(row, w->k);
-        quantize_row((uint8_t *)dst, row, w->k, &j->row_scales[m]);
+        rotate_blocks(row, w->k);
+        j->row_sums[m] = 0;
+        for (long g = 0, n; (n = w->k - g * BLOCK) > 0; g++)
+            j->row_sums[m] += quantize_block((int8_t *)dst + g * BLOCK, row + g * BLOCK, n < BLOCK ? n : BLOCK, &j->row_scales[m * blocks(w) + g]);
     } else narrow(dst, row, w->k, w->format == BF16 ? BF16 : F32);
 }
 
@@ -89,19 +90,18 @@ INLINE void epilogue_as(const linear_job *j, long m, long rows, long n, const fl
     const linear *w = j->w;
     const int vectors = mode == GATED ? 1 : NV, quantized = w->format == I8;
     const long at = mode == GATED ? n / 2 : n, end = mode == GATED ? w->n / 2 : w->n;
-    vf bias[NV], scale[NV];
-    vi offset[NV];
+    vf bias[NV], scale[NV], low[NV];
     for (int i = 0; i < NV; i++) {
         bias[i] = w->bias ? *(const vf *)(w->bias + n + i * VL) : splat(0.0f);
         scale[i] = quantized ? *(const vf *)(w->scales + n + i * VL) : splat(1.0f);
-        offset[i] = quantized ? *(const vi *)(w->offsets + n + i * VL) : splati(0);
+        low[i] = quantized ? *(const vf *)(w->lows + n + i * VL) : splat(0.0f);
     }
     for (long x = 0; x < rows; x++, c += ldc) {
         char *out = j->out + (m + x) * j->ldo * ELEMENT_BYTES[type];
         vf v[NV];
         for (int i = 0; i < NV; i++) {
             v[i] = *(const vf *)(c + i * VL);
-            if (quantized) v[i] = __builtin_convertvector((vi)v[i] - offset[i], vf) * scale[i] * j->row_scales[m + x];
+            if (quantized) v[i] = v[i] * scale[i] + low[i] * j->row_sums[m + x];
             v[i] += bias[i];
         }
         if (mode == GATED) v[0] = activate(v[0], act) * v[1];
@@ -164,7 +164,7 @@ static long multiply_few_rows(const linear_job *j, long q, long last)
         b.at[x] = &at[x], b.ahead[x] = &ahead[x];
     }
     const rows_kernel_fn multiply = (paired ? wide_kernels : rows_kernels)[w->format][j->rows];
-    multiply((const int32_t *)prepared_row(j, 0), j->stride / 4, &b, c, WIDE * VL, 0);
+    multiply((const int32_t *)prepared_row(j, 0), j->stride / 4, j->row_scales, &b, c, WIDE * VL, 0);
     epilogue(j, 0, j->rows, q * NR, c, WIDE * VL);
     if (paired) epilogue(j, 0, j->rows, (q + 1) * NR, c + NR, WIDE * VL);
     return 1 + paired;
@@ -182,7 +182,8 @@ static void multiply_panel(const linear_job *j, long q, long next, long begin, l
         const char *ahead = prefetches ? next_panel + (t - begin) * (size / 2) : b;
         for (long i = m; w->mode == ADD && i < m + mr; i++)
             prefetch(j->out + (i * j->ldo + q * NR) * ELEMENT_BYTES[w->out_type], NR * ELEMENT_BYTES[w->out_type]);
-        packed_kernels[w->format][mr]((const int32_t *)j->packed + m * k, b, k, ahead, prefetches ? size / k / 2 : 0, c);
+        const float *scales = j->row_scales + m * blocks(w);
+        packed_kernels[w->format][mr]((const int32_t *)j->packed + m * k, scales, b, k, ahead, prefetches ? size / k / 2 : 0, c);
         epilogue(j, m, mr, q * NR, c, NR);
     }
 }
@@ -213,14 +214,15 @@ static scratch_bytes plan_linear(linear_job *j, const linear *w, const void *x, 
     int same_words = w->format == w->in_type && w->k % per_word(w->format) == 0 && (ldx * size) % 4 == 0;
     j->in_place = same_words && w->format != F16 && !w->norm_kind;
     if (!j->in_place) j->stride = k * 4 + 64;
-    j->prepared_bytes = j->in_place ? 0 : rows * (j->stride + 4);
+    j->prepared_bytes = j->in_place ? 0 : rows * (j->stride + (1 + blocks(w)) * sizeof(float));
     return (scratch_bytes){j->prepared_bytes + (rows > MR ? rows * k * 4 : 0), (w->k + VL) * 4};
 }
 
 static void place_scratch(linear_job *j, pool *p)
 {
-    j->row_scales = (float *)p->scratch;
-    j->prepared = p->scratch + (j->in_place ? 0 : j->rows * 4);
+    j->row_sums = (float *)p->scratch;
+    j->row_scales = j->row_sums + j->rows;
+    j->prepared = p->scratch + (j->in_place ? 0 : j->rows * (1 + blocks(j->w)) * sizeof(float));
     j->packed = p->scratch + j->prepared_bytes;
 }
 

@@ -20,6 +20,8 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2)));
 typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
 #define INLINE static inline __attribute__((always_inline))
 
+enum { BLOCK = 256 }; /* numbers along k that int8 quantization rotates and scales together */
+
 /* Number formats. As operands of a product, a 32-bit word holds 1 F32, 2 BF16, or 4 I8 numbers along k. */
 enum { F32, BF16, F16, I8 };
 static const int ELEMENT_BYTES[] = {4, 2, 2, 1};
@@ -125,6 +127,21 @@ INLINE vf from_bytes(const void *p)
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
 #else
     return __builtin_convertvector(*(const vb *)p, vf);
+#endif
+}
+
+INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+
+/* The low byte of each number. (gcc 12 takes vectors apart for this conversion.) */
+INLINE void to_bytes(void *p, vi v)
+{
+#if defined(__AVX512F__)
+    _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+    const __m256i low = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+    _mm_storel_epi64(p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+#else
+    *(vb *)p = __builtin_convertvector(v, vb);
 #endif
 }
 

@@ -147,6 +147,7 @@ class _ProgramBuilder:
             [part.bias for part in weights],
             norm=norm,
             quantize=self._quantize,
+            calibration=weights[0].calibration,  # all of them have the same inputs
             epilogue=epilogue,
         )
         self.num_bytes += linear.num_bytes

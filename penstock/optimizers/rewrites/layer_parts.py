@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 
+from penstock.kernels.products import Calibration
 from penstock.optimizers.rewrites.recognition import NormFacts, activation_of, norm_of
 
 
 @dataclass(frozen=True, slots=True)
 class LinearWeights:
-    """Weight [N, K] and bias [N] of one projection."""
+    """Weight [N, K] and bias [N] of one projection, and a calibration with its inputs if there was one."""
 
     weight: Tensor
     bias: Tensor | None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +105,8 @@ def _gated(mlp: nn.Module | None) -> tuple[Sequence[LinearWeights], LinearWeight
         return (gate, _weights(_child(mlp, "up_proj"))), down, act
     half = len(gate.weight) // 2
     biases = (None, None) if gate.bias is None else (gate.bias[:half], gate.bias[half:])
-    return (LinearWeights(gate.weight[:half], biases[0]), LinearWeights(gate.weight[half:], biases[1])), down, act
+    halves = zip((gate.weight[:half], gate.weight[half:]), biases, strict=True)
+    return [LinearWeights(weight, bias, gate.calibration) for weight, bias in halves], down, act
 
 
 def _gpt2(layer: nn.Module) -> LayerParts:
@@ -155,12 +159,19 @@ def _weights(module: nn.Module) -> LinearWeights:
 
 def linear_weights_of(module: nn.Module) -> LinearWeights | None:
     """Weight and bias of a plain linear module: `nn.Linear`, or GPT-2's transposed `Conv1D`; else None."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not is_linear(module):
+        return None
+    weight, bias = cast(Tensor, module.weight).detach(), getattr(module, "bias", None)
+    rows = weight if type(module) is nn.Linear else weight.t().contiguous()
+    return LinearWeights(rows, None if bias is None else bias.detach(), getattr(module, "calibration", None))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is an `nn.Linear` or GPT-2's `Conv1D`, and no subclass, which may do more."""
     if type(module) is nn.Linear:
-        return LinearWeights(module.weight.detach(), None if bias is None else bias.detach())
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
-        return LinearWeights(weight.detach().t().contiguous(), None if bias is None else bias.detach())
-    return None
+        return True
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def _activation(function: Callable[[Tensor], Tensor] | None) -> str:

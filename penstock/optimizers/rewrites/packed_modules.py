@@ -34,7 +34,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self._dtype = weights.weight.dtype
         epilogue = Epilogue(dtype=out_dtype)
-        self._linear = Linear(kernels, [weights.weight], [weights.bias], quantize=quantize, epilogue=epilogue)
+        self._linear = Linear(
+            kernels,
+            [weights.weight],
+            [weights.bias],
+            quantize=quantize,
+            calibration=weights.calibration,
+            epilogue=epilogue,
+        )
         self.num_bytes = self._linear.num_bytes
         self.in_features, self.out_features = self._linear.k, self._linear.n
         self._out_dtype, self._workspaces = out_dtype, workspaces

@@ -24,15 +24,21 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 Part = tuple[int, int, int]  # sequence, begin, end
 
 
+BLOCK = 256  # numbers that int8 quantization rotates and scales together
+
+
 def rotation(n: int) -> Tensor:
     """The orthogonal matrix Q [n, n] that rows are multiplied by before they are quantized, in float64."""
-    span = min(1024, 1 << (n.bit_length() - 1))
-    matrix = torch.diag(_signs(n))
-    for begin in range(0, n - span + 1, span):
-        matrix[:, begin : begin + span] = matrix[:, begin : begin + span] @ _hadamard(span)
-    if n % span:
-        matrix[:, n - span :] = matrix[:, n - span :] @ torch.diag(_signs(span)) @ _hadamard(span)
+    span = min(BLOCK, 1 << (n.bit_length() - 1))
+    matrix = torch.eye(n, dtype=torch.float64)
+    for begin in [*range(0, n - span + 1, span), *([n - span] if n % span else [])]:
+        matrix[:, begin : begin + span] = matrix[:, begin : begin + span] @ torch.diag(_signs(span)) @ _hadamard(span)
     return matrix
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rows [M, K] with every block rotated, in float64."""
+    return torch.cat([block.double() @ rotation(block.shape[1]) for block in x.split(BLOCK, 1)], 1)
 
 
 def _hadamard(n: int) -> Tensor:

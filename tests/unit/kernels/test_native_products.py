@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.products import ADD, GATED, LAYER, RMS, Epilogue, Linear, Norm
-from tests.unit.kernels.hand import ROUNDING, rotation
+from penstock.kernels.products import ADD, GATED, LAYER, RMS, Calibration, Epilogue, Linear, Norm
+from tests.unit.kernels.hand import BLOCK, ROUNDING, rotated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 3, 5, 11, 12, 13, 25, 40)
@@ -55,18 +55,24 @@ def test_products_of_any_number_of_rows_are_those_of_torch(kernels: Kernels, dty
             check(linear(x), x.double() @ weight.double().T, SUM * magnitude(x, weight))
 
 
-def quantized(x: Tensor) -> Tensor:
-    """Rotated rows as whole multiples of their scales, which are a 127th of their greatest magnitudes, in float64."""
-    rotated = x.double() @ rotation(x.shape[1])
-    step = rotated.abs().amax(1, keepdim=True) / 127
-    return (rotated / step).round() * step
+def row_steps(x: Tensor) -> Tensor:
+    """The scale behind each number of rotated activations: a 127th of the greatest magnitude of its block."""
+    blocks = x.split(BLOCK, 1)
+    return torch.cat([block.abs().amax(1, keepdim=True).expand_as(block) / 127 for block in blocks], 1)
 
 
-def test_int8_products_are_those_of_rotated_rows_rounded_to_their_scales(kernels: Kernels) -> None:
+def column_steps(weight: Tensor) -> Tensor:
+    """The scale of each output [N, 1]: a 255th of the range of its rotated weights."""
+    return (weight.amax(1, keepdim=True) - weight.amin(1, keepdim=True)) / 255
+
+
+def test_int8_products_are_those_of_rotated_blocks_rounded_to_their_scales(kernels: Kernels) -> None:
     for n, k in ((33, 17), (64, 64), (5, 130), (9, 1100), (8, 2048)):
-        x, weight = randn(13, k), randn(n, k, seed=1)
-        wanted = quantized(x) @ quantized(weight).T
-        found = Linear(kernels, [weight], [None], quantize=True)(x)
+        x, weight = rotated(randn(13, k)), rotated(randn(n, k, seed=1))
+        low, steps = weight.amin(1, keepdim=True), column_steps(weight)
+        wanted_x = (x / row_steps(x)).round() * row_steps(x)
+        wanted = wanted_x @ (((weight - low) / steps).round() * steps + low).T
+        found = Linear(kernels, [randn(n, k, seed=1)], [None], quantize=True)(randn(13, k))
         # A tie that falls the other way is a whole step, so the product is compared as a whole.
         assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
@@ -84,11 +90,44 @@ def test_int8_products_survive_channels_that_are_far_larger_than_the_others(kern
 
 def quantized_slack(x: Tensor, weight: Tensor) -> Tensor:
     """Half a step of each factor's scale, for every term of the rotated product."""
-    x, weight = (m.double() @ rotation(m.shape[1]) for m in (x, weight))
-    steps = [m.abs().amax(1, keepdim=True) / 127 for m in (x, weight)]
-    rounds_x = steps[0] * 0.502 * weight.abs().sum(1)
-    rounds_weight = x.abs().sum(1, keepdim=True) * 0.502 * steps[1].T
-    return rounds_x + rounds_weight + 0.26 * x.shape[1] * steps[0] * steps[1].T
+    x, weight = rotated(x), rotated(weight)
+    steps_x, steps_weight = row_steps(x), column_steps(weight)
+    rounds_x = 0.502 * steps_x @ weight.abs().T
+    rounds_weight = x.abs().sum(1, keepdim=True) * 0.502 * steps_weight.T
+    return rounds_x + rounds_weight + 0.26 * steps_x.sum(1, keepdim=True) * steps_weight.T
+
+
+def correlated(rows: int, k: int, seed: int) -> Tensor:
+    """Inputs of which a dozen directions hold most of the energy, as in a transformer."""
+    directions = randn(12, k, seed=1) * torch.linspace(6, 1, 12)[:, None]
+    return randn(rows, 12, seed=seed) @ directions + randn(rows, k, seed=seed + 1)
+
+
+@pytest.mark.parametrize("k", [64, 300, 1536])
+def test_calibrated_weights_are_rounded_so_that_errors_cancel_for_such_inputs(kernels: Kernels, k: int) -> None:
+    weight, calibration, x = randn(70, k), Calibration.of(correlated(400, k, 10)), correlated(100, k, 20)
+    linears = [Linear(kernels, [weight], [None], quantize=True, calibration=c) for c in (None, calibration)]
+    # Rotated rows of the identity are all of one magnitude, so rounding does not change them.
+    plain, calibrated = (linear(torch.eye(k, dtype=torch.float32)).T - weight for linear in linears)
+    assert (x @ calibrated.T).norm() < 0.7 * (x @ plain.T).norm()
+    assert calibrated.norm() < 2 * plain.norm()
+
+
+def test_a_calibration_holds_the_energy_of_its_inputs() -> None:
+    x = correlated(300, 128, 10)
+    calibration = Calibration.of(x)
+    energies = calibration.directions.square().sum(1)
+    torch.testing.assert_close((x @ calibration.directions.T).square().mean(0) / energies, energies, rtol=0.01, atol=0)
+    energy = x.square().sum().item() / len(x)
+    assert energies.sum().item() < energy < energies.sum().item() + 128 * calibration.residual
+
+
+def test_few_or_no_inputs_are_a_calibration_too(kernels: Kernels) -> None:
+    """Experts that no token of the text went to, and layers narrower than a calibration has directions."""
+    weight, x = randn(20, 7), randn(5, 7, seed=2)
+    for inputs in (x[:1], torch.zeros(3, 7)):
+        found = Linear(kernels, [weight], [None], quantize=True, calibration=Calibration.of(inputs))(x)
+        check(found, x.double() @ weight.double().T, 3 * quantized_slack(x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
