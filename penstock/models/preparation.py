@@ -59,18 +59,12 @@ class PreparedModel:
 
 
 def prepare(
-    module: nn.Module,
-    device: torch.device,
-    max_length: int,
-    config: EngineConfig,
-    *,
-    owned: bool,
-    text_ids: Tensor | None = None,
-) -> PreparedModel:
+    module: nn.Module, device: torch.device, max_length: int, config: EngineConfig, *,
+    owned: bool, text_ids: Tensor | None = None,
+) -> PreparedModel:  # fmt: skip
     """Switch `module` to paged attention and, on a CPU with kernels, rewrite it in place if it is `owned`.
 
-    `text_ids` are the tokens of a text that quantization is calibrated with.
-    Raises `ConfigurationError` for a model that cannot run, or not as the config demands.
+    Quantization is calibrated with `text_ids`. Raises `ConfigurationError` for a model that cannot run as configured.
     """
     probed = probe(module, device, verify=config.verify_model, max_length=max_length)
     workspaces = MemoryPool(config.logits_chunk_bytes if config.enable_memory_pooling else 0, device)
