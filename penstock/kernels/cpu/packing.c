@@ -1,9 +1,9 @@
 /* Packing of weights, once per load; the layout is described in linear.c.
  *
- * int8 columns are rotated and rounded to a scale and a minimum each. If the inputs of the layer are known from a calibration,
- * rounding diffuses its error (Floyd and Steinberg 1976; GPTQ, Frantar et al. 2022, arXiv 2210.17323, solves the same
- * problem in full): the errors so far, projected on the RANK directions that hold most of the inputs' energy, are taken
- * from the next weight before it is rounded. Outputs then keep the errors of the other directions alone. */
+ * int8 columns are rotated and rounded to a scale and a minimum each. With a calibration, rounding diffuses its error
+ * (Floyd and Steinberg 1976; GPTQ, Frantar et al. 2022, arXiv 2210.17323, does so for all directions): the errors so far,
+ * projected on the RANK directions that hold most of the energy of the layer's inputs, are subtracted from the next
+ * weight before it is rounded. What remains of the errors in the outputs comes from the other directions. */
 
 enum { RANK = 16 };
 
