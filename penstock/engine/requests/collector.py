@@ -78,8 +78,12 @@ class Collector:
         if stop is None and reason is not None:
             last_text, stop, _ = text.finish()
             last_text += self._stop_text(event) if stop is None else ""
+        if len(entries) == 1:  # the usual case, in half the time
+            logprobs, sampled = (entries[0].logprob,), (entries[0].sampled,)
+        else:
+            logprobs, sampled = tuple(map(_LOGPROB, entries)), tuple(map(_SAMPLED, entries))
         for transcript in transcripts:
-            transcript.add(new_text, tokens, map(_LOGPROB, entries), map(_SAMPLED, entries), event.weight_version)
+            transcript.add(new_text, tokens, logprobs, sampled, event.weight_version)
             if event.num_drafted_tokens:
                 transcript.count_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
             if transcript.logprobs is not None:
