@@ -78,7 +78,7 @@ class Collector:
         if stop is None and reason is not None:
             last_text, stop, _ = text.finish()
             last_text += self._stop_text(event) if stop is None else ""
-        if len(entries) == 1:  # the usual case, in half the time
+        if len(entries) == 1:  # the usual case
             logprobs, sampled = (entries[0].logprob,), (entries[0].sampled,)
         else:
             logprobs, sampled = tuple(map(_LOGPROB, entries)), tuple(map(_SAMPLED, entries))
