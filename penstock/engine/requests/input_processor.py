@@ -65,7 +65,7 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._encodes_short_text = is_plain(tokenizer)
         # The demo model has a template, but was trained on source code alone.
-        self._is_chat_model = bool(getattr(tokenizer, "chat_template", None)) and spec.name != str(MODEL_DIR)
+        self._expects_chats = bool(getattr(tokenizer, "chat_template", None)) and spec.name != str(MODEL_DIR)
         self._pool = pool
         self._admission = admission
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, skip_special_tokens=False)
@@ -119,7 +119,11 @@ class InputProcessor:
                 "a prompt starts with two BOS tokens, one from a chat template and one from the tokenizer: "
                 "pass the messages themselves, or prompt_token_ids"
             )
-        elif prompt.is_bare and self._is_chat_model and not (self._special and self._special.any_in(prompt.text or "")):
+        elif prompt.is_bare and self._expects_chats:
+            # A rendered chat begins with special tokens. Only the beginning is searched: a text may have a megabyte.
+            if self._special is not None and self._special.any_in((prompt.text or "")[:SHORT_TEXT]):
+                return
+            self._expects_chats = False  # said once
             self._warn(
                 "a prompt is a bare string, but this model has a chat template: for an answer, pass "
                 '[{"role": "user", "content": text}]; to continue the text, pass {"prompt": text}'
