@@ -1,4 +1,4 @@
-"""`penstock bench`: the engine against `transformers.generate`, in one run, on the same weights.
+"""`penstock bench`: the engine against `transformers.generate`, in one run, on the same weights. `--url`: `bench_url`.
 
 Each side loads the model as its user does: the engine from the folder or hub id, with its kernels and rewrites. Owns
 the order of measurements: the sides take turns within every repeat, and change places from one to the next, so that a
@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from rich.console import Console
-
 from penstock import __version__
 from penstock.cli.measurements import Measurements, Summary, disturbance, measure_engine, overall_ratio, result_table
-from penstock.cli.options import add_model_options, engine_settings, names_from, positive
+from penstock.cli.options import add_load_options, add_model_options, engine_settings, names_from, positive
 from penstock.cli.session import (
     JsonObject,
     exit_on_interrupt,
@@ -34,7 +31,7 @@ from penstock.cli.session import (
     run_on_own_thread,
     started_engine,
 )
-from penstock.cli.terminal import note, status_line, write
+from penstock.cli.terminal import note, print_table, progress_bar, status_line, write
 from penstock.cli.workloads import WARM_UP, WORKLOADS, Work, Workload, cache_tokens
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
@@ -53,6 +50,7 @@ EXAMPLES = """workloads (requests x prompt tokens -> new tokens of each):
 examples:
   penstock bench --model ./my-model --repeats 5
   penstock bench --shape qwen3-0.6b --workloads single,batch8 | jq .ratio
+  penstock bench --url http://127.0.0.1:8000 --rate 4 --requests 200 --plot load.png
 
 A ratio above 1 means that the engine is faster; it is the median over the repeats,
 in each of which engine and transformers take turns. The spread, in brackets, is the
@@ -62,15 +60,15 @@ static batch with left padding and sdpa attention. No two repeats have the same 
 ids. Both sides are in memory, so the weights need room twice.
 """
 TASKS_PER_REPEAT = 2
-TABLE_WIDTH = 140  # if stderr is not a terminal
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "bench",
-        help="compare this engine with transformers.generate",
-        description="Compare the engine with transformers.generate in one run, on the same weights.",
+        help="compare this engine with transformers.generate, or load a server",
+        description="Compare the engine with transformers.generate in one run, on the same weights. "
+        "With --url, measure a server under load instead.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -84,16 +82,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument("--repeats", type=positive, metavar="N", default=5, help="repeats for the median (default: 5)")
     group.add_argument("--skip-baseline", action="store_true", help="measure the engine only")
+    add_load_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Raises `PenstockError`; returns the exit code."""
+    if args.url:
+        return _load_server(args)
     if args.shape and args.model:
         raise ConfigurationError("--shape and --model exclude each other: give one of them")
     chosen = [WORKLOADS[name] for name in names_from(args.workloads, tuple(WORKLOADS))]
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
         return _run(args, chosen, Path(folder))
+
+
+def _load_server(args: argparse.Namespace) -> int:
+    if args.shape:
+        raise ConfigurationError("--shape and --url exclude each other: give one of them")
+    if importlib.util.find_spec("httpx") is None:
+        raise ConfigurationError("--url needs an HTTP client: pip install 'penstock[client]'")
+    from penstock.cli import bench_url
+
+    return bench_url.run(args)
 
 
 def _run(args: argparse.Namespace, chosen: list[Workload], folder: Path) -> int:
@@ -176,7 +187,7 @@ def _measure(
             elif not args.skip_baseline:
                 measurements.baseline_s.append(run_on_own_thread(_seconds, baseline, warm_up, work))
 
-    with _progress(TASKS_PER_REPEAT * (1 + len(workloads) * args.repeats)) as step:
+    with progress_bar(TASKS_PER_REPEAT * (1 + len(workloads) * args.repeats)) as step:
         run_both(WARM_UP.fitted(baseline.max_length), 0, Measurements(), step)
         summaries = {}
         for workload in workloads:
@@ -192,18 +203,6 @@ def _seconds(baseline: Baseline, warm_up: Work, work: Work) -> float:
     start_s = time.perf_counter()
     baseline.generate(work)
     return time.perf_counter() - start_s
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar if stderr is a terminal; yields a function to call before each task."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task, numbers = progress.add_task("", total=total), iter(range(total + 1))
-        yield lambda text: progress.update(task, description=text, completed=next(numbers))
 
 
 def conditions(name: str, baseline: Baseline) -> JsonObject:
@@ -223,7 +222,7 @@ def conditions(name: str, baseline: Baseline) -> JsonObject:
 def _report(summaries: Mapping[str, Summary], facts: JsonObject) -> None:
     what = f"{facts['model']}, {facts['dtype']} on {facts['device']}, {facts['kernels']}"
     title = f"{what}: median of {facts['repeats']} (spread)"
-    Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH).print(result_table(summaries, title))
+    print_table(result_table(summaries, title))
     for line in facts["notes"]:
         note(line)
     ratios = [summary["ratio"] for summary in summaries.values()]

@@ -7,6 +7,8 @@ by the commands.
 from __future__ import annotations
 
 import argparse
+import math
+from pathlib import Path
 
 from penstock.cli.session import JsonObject
 from penstock.config import EngineConfig
@@ -55,6 +57,44 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     return group
 
 
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `penstock bench --url`."""
+    group = parser.add_argument_group(
+        "load on a server",
+        "Requests arrive at random times (a Poisson process), whether or not earlier ones were answered.",
+    )
+    group.add_argument("--url", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000")
+    group.add_argument("--api-key", metavar="KEY", help="key of the server (default: $OPENAI_API_KEY)")
+    group.add_argument("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
+    group.add_argument("--requests", type=positive, metavar="N", default=100, help="number of requests (default: 100)")
+    group.add_argument(
+        "--rate", type=rate, metavar="R", default=math.inf, help="mean requests/s (default: all at once)"
+    )
+    group.add_argument(
+        "--concurrency",
+        type=positive,
+        metavar="C",
+        help="at most C requests at once: the rate then depends on the server",
+    )
+    group.add_argument(
+        "--prompt-words", type=positive, metavar="N", default=100, help="words per prompt (default: 100)"
+    )
+    group.add_argument(
+        "--output-tokens", type=positive, metavar="N", default=64, help="maximum tokens per answer (default: 64)"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="generate exactly that many (Penstock, vLLM and SGLang can)"
+    )
+    group.add_argument(
+        "--disconnecting", type=share, metavar="S", default=0.0, help="share of clients that leave early (0 to 1)"
+    )
+    group.add_argument(
+        "--slow-readers", type=share, metavar="S", default=0.0, help="share of clients that read a chunk per second"
+    )
+    group.add_argument("--seed", type=int, metavar="S", default=0, help="the same seed sends the same requests")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="save the distributions as a picture (.png, .svg)")
+
+
 def engine_settings(args: argparse.Namespace) -> JsonObject:
     """Keywords of `EngineConfig` for the options that were given."""
     return {name: value for name in _ENGINE if (value := getattr(args, name, None)) is not None}
@@ -75,6 +115,22 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def rate(text: str) -> float:
+    """A positive number, or inf, for argparse."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
     return value
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 DIM, RESET = "\x1b[2m", "\x1b[0m"
+TABLE_WIDTH = 140  # if stderr is not a terminal
 
 
 def open_standard_streams() -> None:
@@ -66,6 +67,26 @@ def status_line(text: str) -> Iterator[None]:
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         progress.add_task(escape(text), total=None)
         yield
+
+
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar if stderr is a terminal; yields a function to call before each task."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task, numbers = progress.add_task("", total=total), iter(range(total + 1))
+        yield lambda text: progress.update(task, description=text, completed=next(numbers))
+
+
+def print_table(table: object) -> None:
+    """Print a rich table on stderr, without breaking its lines if that is no terminal."""
+    from rich.console import Console
+
+    Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH).print(table)
 
 
 def replace_unencodable() -> None:
