@@ -67,14 +67,12 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", metavar="KEY", help="key of the server (default: $OPENAI_API_KEY)")
     group.add_argument("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
     group.add_argument("--requests", type=positive, metavar="N", default=100, help="number of requests (default: 100)")
-    group.add_argument(
-        "--rate", type=rate, metavar="R", default=math.inf, help="mean requests/s (default: all at once)"
-    )
+    group.add_argument("--rate", type=rate, metavar="R", default=math.inf, help="mean requests/s, else all at once")
     group.add_argument(
         "--concurrency",
         type=positive,
         metavar="C",
-        help="at most C requests at once: the rate then depends on the server",
+        help="at most C requests at once",
     )
     group.add_argument(
         "--prompt-words", type=positive, metavar="N", default=100, help="words per prompt (default: 100)"
@@ -82,9 +80,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output-tokens", type=positive, metavar="N", default=64, help="maximum tokens per answer (default: 64)"
     )
-    group.add_argument(
-        "--ignore-eos", action="store_true", help="generate exactly that many (Penstock, vLLM and SGLang can)"
-    )
+    group.add_argument("--ignore-eos", action="store_true", help="generate exactly that many")
     group.add_argument(
         "--disconnecting", type=share, metavar="S", default=0.0, help="share of clients that leave early (0 to 1)"
     )
