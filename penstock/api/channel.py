@@ -49,9 +49,18 @@ class Channel:
         self._error: BaseException | None = None
         self._readers: list[Waiter] = []  # waiting for the next delta
         self._waiters: list[Waiter] = []  # waiting for the end; deltas do not wake them
+        self._admissions: list[Waiter] = []  # waiting until the prompt has been checked
+        self._admitted = False
         self._ended = threading.Event()
 
     # Called by the engine.
+
+    def admit(self, wakeups: Wakeups) -> None:
+        """Record that the request passed every check and waits for its turn. The first token implies it."""
+        with self._lock:
+            self._admitted = True
+            waiting, self._admissions = self._admissions, []
+        wakeups.add(waiting)
 
     def put(self, transcript: Transcript, wakeups: Wakeups) -> None:
         """Publish what was added to a transcript since the last `put`, and wake readers."""
@@ -59,6 +68,9 @@ class Channel:
             transcript.show()
             self._unread[transcript] = None
             readers, self._readers = self._readers, []
+            if not self._admitted and transcript.token_ids:
+                self._admitted = True
+                readers, self._admissions = readers + self._admissions, []
         if readers:
             wakeups.add(readers)
 
@@ -69,7 +81,8 @@ class Channel:
         with self._lock:
             assert not self.status.ended, f"request {self.request_id} ended twice"
             self.status, self._output, self._error = status, output, error
-            waiting, self._readers, self._waiters = self._readers + self._waiters, [], []
+            waiting = self._readers + self._waiters + self._admissions
+            self._readers, self._waiters, self._admissions = [], [], []
             self._ended.set()  # under the lock: a waiter registered after this would never wake
         wakeups.add(waiting)
 
@@ -93,6 +106,18 @@ class Channel:
             await reader
         self._raise()
         return None
+
+    async def wait_admitted(self) -> None:
+        """Wait until the request was admitted. Raises the error of one that was refused."""
+        while True:
+            with self._lock:
+                if self._admitted:
+                    return
+                if self.ended:
+                    break
+                waiter = _join(self._admissions)
+            await waiter
+        self._raise()
 
     async def wait(self) -> RequestOutput:
         """Wait for the final result. Raises the request's error."""

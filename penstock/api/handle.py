@@ -75,6 +75,14 @@ class RequestHandle(Coroutine[object, None, RequestOutput]):
         """The token ids of the prompt, once known."""
         return self._channel.prompt_token_ids
 
+    async def admitted(self) -> None:
+        """Wait until the engine has encoded and checked the prompt and the parameters.
+
+        Raises the error of a request that was refused, such as `RequestTooLarge`. Cancelling the wait does not abort
+        the request.
+        """
+        await self._channel.wait_admitted()
+
     def cancel(self) -> None:
         """Abort the request; awaiting it then raises `RequestAborted`. Does nothing once it has ended."""
         if not self._channel.ended:

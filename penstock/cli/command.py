@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from penstock import __version__
-from penstock.cli import bench, chat, doctor, generate
+from penstock.cli import bench, chat, doctor, generate, serve
 from penstock.cli.session import INTERRUPTED
 from penstock.cli.terminal import abandon_stdout, one_line, open_standard_streams, replace_unencodable
 from penstock.errors import PenstockError
@@ -24,6 +24,7 @@ ERROR = 2
 EXAMPLES = """examples:
   penstock generate 'def fibonacci(n):'    complete with the built-in model
   penstock chat --model Qwen/Qwen3-0.6B    chat with a model from the hub
+  penstock serve --model ./my-model        serve it over HTTP with OpenAI's APIs
   penstock bench --model ./my-model        compare with transformers.generate
   penstock doctor                          check this machine and its setup
 
@@ -67,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"penstock {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (generate, chat, bench, doctor):
+    for module in (generate, chat, serve, bench, doctor):
         module.add_parser(commands)
     parser.set_defaults(run=lambda args: _print_help(parser))
     return parser

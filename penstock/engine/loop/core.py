@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from penstock.api.log import Logger
-from penstock.api.waiting import call_on_loop
+from penstock.api.waiting import Wakeups, call_on_loop
 from penstock.engine.loop.deadlines import DeadlineTimers
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
@@ -153,6 +153,8 @@ class EngineCore:
             for sequence in request.sequences:
                 self.scheduler.add(sequence, now)
         self._outputs.attach(request)
+        request.channel.admit(wakeups := Wakeups())
+        wakeups.send()
 
     def _reject(self, request: Request, error: BaseException) -> None:
         if not isinstance(error, PenstockError):

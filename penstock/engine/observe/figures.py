@@ -29,6 +29,7 @@ def figures(
         "memory_usage": parts.runner.memory_usage() if parts else 0.0,
         "device": spec.device if spec else config.device,
         "model": spec.name if spec else None,
+        "max_sequence_length": parts.inputs.limit if parts else None,
         "weight_bytes": spec.weight_bytes if spec else 0,
         "kernels": spec.kernels if spec else None,
         "rewrites": spec.rewrites if spec else (),

@@ -61,7 +61,7 @@ class InputProcessor:
         self._config = config
         self._remedy = remedy
         self._spec = spec
-        self._limit = limit
+        self.limit = limit
         self._tokenizer = tokenizer
         self._encodes_short_text = is_plain(tokenizer)
         # The demo model has a template, but was trained on source code alone.
@@ -138,10 +138,10 @@ class InputProcessor:
 
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
         """The parameters with a definite `max_tokens` that fits."""
-        room = self._limit - prompt_len
+        room = self.limit - prompt_len
         if room < 1:
             raise RequestTooLarge(
-                f"the prompt has {prompt_len} tokens and the limit is {self._limit} for prompt and output together: "
+                f"the prompt has {prompt_len} tokens and the limit is {self.limit} for prompt and output together: "
                 f"shorten the prompt{self._remedy}"
             )
         if params is None:
@@ -153,7 +153,7 @@ class InputProcessor:
             max_tokens = room if params.max_tokens is None else params.max_tokens
         if max_tokens > room:
             raise RequestTooLarge(
-                f"{prompt_len} prompt tokens and max_tokens={max_tokens} exceed the limit of {self._limit}: "
+                f"{prompt_len} prompt tokens and max_tokens={max_tokens} exceed the limit of {self.limit}: "
                 f"ask for at most {room}, or max_tokens=None for what fits{self._remedy}"
             )
         self._check_numbers(params)

@@ -1,0 +1,142 @@
+"""`penstock serve`: an HTTP server with OpenAI's APIs around one model.
+
+Owns the options and what is printed. Settings come from options, then the environment (PENSTOCK_SERVE_* for the server,
+PENSTOCK_* for the engine), then the YAML file of `--config`. Called by `command`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import cast
+
+from penstock.cli.scripted_file import scripted_engine_parts
+from penstock.cli.session import JsonObject, loaded_engine
+from penstock.cli.terminal import note
+from penstock.config import ALIASES, EngineConfig
+from penstock.errors import ConfigurationError
+
+EXAMPLES = """examples:
+  penstock serve --model Qwen/Qwen3-0.6B
+  penstock serve --model ./my-model --port 9000 --served-model-name gpt-4o mine
+  penstock serve --model ./my-model --host 0.0.0.0 --api-key SECRET
+  penstock serve --config server.yaml          engine: and serving: in one file
+  penstock serve --model scripted:answers.yaml for tests of agents
+
+Every option is also an environment variable: PENSTOCK_SERVE_PORT=9000 for the
+server, PENSTOCK_MAX_BATCH_SIZE=8 for the engine. SIGTERM lets open requests
+finish.
+"""
+_SCRIPTED = "scripted:"
+_SERVER = (
+    *("host", "port", "admin_key", "allow_anonymous", "ssl_certfile", "ssl_keyfile", "access_log"),
+    *("served_model_name", "cors_origins", "drain_timeout_s"),
+)
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP with OpenAI's APIs",
+        description="Serve a model over HTTP with OpenAI's APIs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="M", help="hub id, folder, or scripted:FILE (default: the shipped model)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections engine and serving")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", metavar="H", help="address to listen on (default: 127.0.0.1)")
+    server.add_argument("--port", type=int, metavar="P", help="port to listen on (default: 8000; 0: any free one)")
+    server.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names of the model in the API")
+    server.add_argument("--api-key", action="append", metavar="KEY", help="require this key; repeatable")
+    server.add_argument("--admin-key", metavar="KEY", help="key of /admin")
+    server.add_argument("--allow-anonymous", action="store_true", default=None, help="listen anywhere without keys")
+    server.add_argument("--cors-origins", nargs="+", metavar="URL", help="web pages that may call")
+    server.add_argument("--ssl-certfile", metavar="FILE", help="certificate chain for TLS")
+    server.add_argument("--ssl-keyfile", metavar="FILE", help="private key for TLS")
+    server.add_argument(
+        "--no-access-log", dest="access_log", action="store_false", default=None, help="log no requests"
+    )
+    server.add_argument("--drain-timeout-s", type=float, metavar="S", help="time to finish after SIGTERM (default: 30)")
+    _add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """One option per setting of the engine; values are checked by `EngineConfig`."""
+    group = parser.add_argument_group("engine", "Settings of the engine, as in EngineConfig.")
+    names = {name: [name] for name in EngineConfig.model_fields}
+    for alias, name in ALIASES.items():
+        names[name].append(alias)
+    for name, spellings in names.items():
+        text = (EngineConfig.model_fields[name].description or "").replace("%", "%%")
+        options = [f"--{spelling.replace('_', '-')}" for spelling in spellings]
+        group.add_argument(*options, dest=f"engine_{name}", metavar="V", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Raises `PenstockError`; returns the exit code."""
+    try:
+        from penstock.serving.process import ProcessSettings, serve
+    except ImportError as error:
+        raise ConfigurationError(f"serving needs further packages ({error}): pip install 'penstock[serve]'") from None
+    sections = _sections(args.config)
+    settings = ProcessSettings.over(sections["serving"], _server_options(args))
+    engine_settings = sections["engine"] | _engine_options(args)
+    model, tokenizer = _model_and_tokenizer(args.model or engine_settings.pop("model", None), engine_settings)
+    if settings.access_log:
+        _log_to_stderr()
+    with loaded_engine(model, tokenizer, **engine_settings) as engine:
+        return serve(engine, settings, lambda url, name: _announce(url, name, bool(settings.api_keys)))
+
+
+def _model_and_tokenizer(model: str | None, settings: JsonObject) -> tuple[object, object]:
+    if model is not None and model.startswith(_SCRIPTED):
+        return scripted_engine_parts(model.removeprefix(_SCRIPTED), settings)
+    return model, None
+
+
+def _sections(path: str | None) -> dict[str, JsonObject]:
+    """The two sections of the configuration file."""
+    from penstock.serving.settings import read_mapping
+
+    sections = dict(read_mapping(path)) if path is not None else {}
+    if unknown := set(sections) - {"engine", "serving"}:
+        raise ConfigurationError(f"{path} has an unknown section {min(unknown)!r}: it may have engine and serving")
+    for name in ("engine", "serving"):
+        if not isinstance(sections.setdefault(name, {}), dict):
+            raise ConfigurationError(f"the section {name} of {path} must be a mapping of setting names to values")
+    return {name: cast(JsonObject, section) for name, section in sections.items()}
+
+
+def _server_options(args: argparse.Namespace) -> JsonObject:
+    """Keywords of `ProcessSettings` for the options that were given."""
+    values = {name: value for name in _SERVER if (value := getattr(args, name)) is not None}
+    if args.api_key:
+        values["api_keys"] = [{"name": f"key-{n}", "key": key} for n, key in enumerate(args.api_key, 1)]
+    return values
+
+
+def _engine_options(args: argparse.Namespace) -> JsonObject:
+    """Keywords of `EngineConfig` for the options that were given."""
+    given = {name: getattr(args, f"engine_{name}") for name in EngineConfig.model_fields}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("penstock.serving")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _announce(url: str, name: str, has_keys: bool) -> None:
+    """The address, and a request that works."""
+    key = ' -H "authorization: Bearer $API_KEY"' if has_keys else ""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    note(f"serving {name} at {url}/v1")
+    note(f"try: curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")

@@ -1,0 +1,68 @@
+"""Request bodies: read within a limit, parsed strictly, validated against a pydantic model.
+
+Every fault is an `HttpError`: 413 for a long body, with or without a content-length, and 400 for anything that is not
+valid JSON of the right types. NaN, lone surrogates, deep nesting and numbers of thousands of digits are invalid.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+
+from penstock.errors import shown
+from penstock.serving.errors import CLIENT_CLOSED, HttpError, invalid
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class RequestModel(BaseModel):
+    """Base of all request bodies: no conversion between types; unknown fields are ignored."""
+
+    model_config = {"strict": True, "extra": "ignore", "protected_namespaces": ()}
+
+
+async def read_model(request: Request, model: type[M], max_bytes: int) -> M:
+    """The body as an instance of the model."""
+    values = parse(await read_body(request, max_bytes))
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body."""
+    too_large = HttpError(413, f"the body has more than {max_bytes} bytes, this server's limit", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise too_large
+    except ClientDisconnect:
+        raise HttpError(CLIENT_CLOSED, "the client left inside its body") from None
+    return bytes(body)
+
+
+def parse(body: bytes) -> object:
+    """The JSON value of a body."""
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _refusal(error: ValidationError) -> HttpError:
+    """The first fault of a body, preferring the one that lies deepest, which is what the sender meant."""
+    details = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+    param = ".".join(map(str, details["loc"]))
+    value = shown(details.get("input"))[:200]
+    if details["type"] == "missing":
+        return invalid(f"{param} is missing", param or None)
+    return invalid(f"{param or 'the body'}: {details['msg']}, got {value}", param or None)

@@ -1,0 +1,80 @@
+"""The body of `/v1/chat/completions`, and the prompt and parameters that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from penstock.api.prompt import Prompt
+from penstock.sampling import SamplingParams
+from penstock.serving.body import RequestModel
+from penstock.serving.errors import invalid
+from penstock.serving.messages import plain_messages
+from penstock.serving.sampling_fields import MAX_INT, SamplingFields, check_limit
+from penstock.serving.settings import ServingSettings
+
+# Variables of the template that would replace it or what the engine does with it.
+_REFUSED_ARGUMENTS = frozenset({"chat_template", "tokenize", "messages", "tools", "documents"})
+
+
+class StreamOptions(RequestModel):
+    """What a stream says about usage."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ChatRequest(SamplingFields):
+    """A chat completion."""
+
+    messages: list[dict[str, object]] = Field(min_length=1)
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_INT)
+    user: str | None = None
+    documents: list[dict[str, object]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    reasoning_effort: str | None = None
+
+    def check(self, settings: ServingSettings) -> None:
+        """Refuse what no engine could run. Raises `HttpError`."""
+        check_limit("messages", len(self.messages), settings.max_messages, "messages")
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise invalid("best_of above n cannot be streamed: all candidates must end first", "best_of")
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+        if refused := _REFUSED_ARGUMENTS & set(self.chat_template_kwargs or ()):
+            raise invalid(f"chat_template_kwargs cannot set {min(refused)!r}", "chat_template_kwargs")
+
+    def prompt(self) -> Prompt:
+        """The chat as the engine takes it."""
+        arguments = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            arguments.setdefault("reasoning_effort", self.reasoning_effort)
+        optional: Mapping[str, object] = {
+            "documents": self.documents,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self._continues(),
+            "chat_template_kwargs": arguments,
+        }
+        prompt: dict[str, object] = {"messages": plain_messages(self.messages)}
+        return prompt | {name: value for name, value in optional.items() if value is not None and value != {}}
+
+    def _continues(self) -> bool | None:
+        """None leaves it to the last message's role."""
+        if self.continue_final_message is None and self.add_generation_prompt:
+            return False
+        return self.continue_final_message
+
+    def sampling(self, settings: ServingSettings) -> SamplingParams:
+        """The engine's parameters. Raises `HttpError`, `RequestError`."""
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.params(settings, max_tokens=max_tokens, logprobs=logprobs)

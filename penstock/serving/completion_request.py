@@ -1,0 +1,58 @@
+"""The body of `/v1/completions`, and the prompts and parameters that it means."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from penstock.api.prompt import Prompt
+from penstock.sampling import SamplingParams
+from penstock.serving.chat_request import StreamOptions
+from penstock.serving.errors import invalid
+from penstock.serving.sampling_fields import MAX_INT, SamplingFields
+from penstock.serving.settings import ServingSettings
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionRequest(SamplingFields):
+    """A text completion. `prompt` is a text, token ids, or a list of either."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    model: str | None = None
+    suffix: str | None = None
+    echo: bool | None = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(DEFAULT_MAX_TOKENS, ge=0, le=MAX_INT)
+    logprobs: int | None = Field(None, ge=0, le=MAX_INT)
+    user: str | None = None
+
+    def prompts(self, settings: ServingSettings) -> list[Prompt]:
+        """The prompts as the engine takes them. Raises `HttpError`."""
+        if self.suffix:
+            raise invalid("suffix is not supported: no model here was trained to fill a gap", "suffix")
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise invalid("best_of above n cannot be streamed: all candidates must end first", "best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens=0 generates nothing: it needs echo", "max_tokens")
+        prompts = _listed(self.prompt)
+        if not prompts or not all(prompts):
+            raise invalid("the prompt is empty: pass at least one character, or token ids", "prompt")
+        if len(prompts) > settings.max_choices:
+            raise invalid(f"{len(prompts)} prompts are more than this server allows ({settings.max_choices})", "prompt")
+        return [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def sampling(self, settings: ServingSettings, num_prompts: int) -> SamplingParams:
+        """The engine's parameters. A request that only scores its prompt generates one token, which is not shown."""
+        prompt_logprobs = self.logprobs if self.echo else None
+        max_tokens = 1 if self.max_tokens == 0 else self.max_tokens
+        return self.params(
+            *(settings, num_prompts), max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs
+        )
+
+
+def _listed(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts one by one. A list of numbers is one prompt."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return [*prompt]

@@ -1,0 +1,109 @@
+"""`/v1/completions`: text completions of one or several prompts, streamed or at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from penstock.api.handle import RequestHandle
+from penstock.outputs import CompletionOutput, Delta, RequestOutput
+from penstock.serving.body import read_model
+from penstock.serving.completion_request import CompletionRequest
+from penstock.serving.endpoint import Exchange, json_answer
+from penstock.serving.generation import Generation, Usage, usage_of
+from penstock.serving.logprobs import CompletionLogprobs
+from penstock.serving.server import Server
+from penstock.serving.sse import frame
+from penstock.serving.usage import usage_json
+
+_REGULAR = ("stop", "length")
+
+
+async def completions(server: Server, request: Request) -> Response:
+    """Complete texts."""
+    exchange = Exchange.begin(server, request, "cmpl-")
+    body = await read_model(request, CompletionRequest, server.settings.max_body_bytes)
+    model, prompts = server.check_model(body.model), body.prompts(server.settings)
+    params, options = body.sampling(server.settings, len(prompts)), body.options(exchange.call.client)
+    generation = await exchange.submit(prompts, params, options)
+    answer = CompletionAnswer(body, exchange.id, model)
+    if body.stream:
+        return exchange.stream(generation, answer.frames(generation))
+    return json_answer(answer.whole(await exchange.outputs(generation)))
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionAnswer:
+    """Builds the objects of one answer. Choices are numbered through all prompts."""
+
+    body: CompletionRequest
+    id: str
+    model: str
+    logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)  # of streamed choices
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, object]:
+        """The answer at once."""
+        choices = [self._choice(number, output, out) for number, output in enumerate(outputs) for out in output.outputs]
+        usage = usage_of(outputs)
+        if self.body.max_tokens == 0:
+            usage = Usage(usage.prompt_tokens, 0, usage.cached_tokens)
+        return self._head() | {"choices": choices, "usage": usage_json(usage)}
+
+    async def frames(self, generation: Generation) -> AsyncIterator[bytes]:
+        """The answer as server-sent events."""
+        options = self.body.stream_options
+        has_usage = options is not None and options.include_usage
+        is_continuous = has_usage and options is not None and options.continuous_usage_stats
+        head = self._head()
+        async for number, delta in generation.deltas():
+            choice = self._delta_choice(number, delta, generation.handles[number])
+            if choice is not None:
+                value = {**head, "choices": [choice]}
+                if has_usage:
+                    value["usage"] = usage_json(generation.usage()) if is_continuous else None
+                yield frame(value)
+        if has_usage:
+            yield frame({**head, "choices": [], "usage": usage_json(await generation.final_usage())})
+
+    def _choice(self, number: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, object]:
+        text, ids, entries = completion.text, completion.token_ids, list(completion.logprobs or ())
+        if self.body.max_tokens == 0:
+            text, ids, entries = "", [], []
+        logprobs = None
+        if self.body.logprobs is not None:
+            builder, all_ids, all_entries = CompletionLogprobs(self.body.logprobs), ids, [*entries]
+            if self.body.echo and output.prompt_logprobs is not None:
+                all_ids, all_entries = output.prompt_token_ids + ids, [*output.prompt_logprobs, *entries]  # type: ignore[list-item]
+            logprobs = builder.add(all_ids, all_entries)
+        choice: dict[str, object] = {
+            "index": number * (self.body.n or 1) + completion.index,
+            "text": (output.prompt or "") + text if self.body.echo else text,
+            "logprobs": logprobs,
+            "finish_reason": "length" if self.body.max_tokens == 0 else completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if self.body.return_token_ids:
+            choice |= {"token_ids": ids, "prompt_token_ids": output.prompt_token_ids}
+        return choice
+
+    def _delta_choice(self, number: int, delta: Delta, handle: RequestHandle) -> dict[str, object] | None:
+        index = number * (self.body.n or 1) + delta.index
+        reason = delta.finish_reason if delta.finish_reason in _REGULAR else None
+        if not (delta.text or delta.token_ids or reason):
+            return None
+        text, logprobs = delta.text, None
+        if self.body.logprobs is not None and delta.token_ids:
+            builder = self.logprobs.setdefault(index, CompletionLogprobs(self.body.logprobs))
+            logprobs = builder.add(delta.token_ids, delta.logprobs)
+        choice: dict[str, object] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        choice["stop_reason"] = delta.stop_reason if reason else None
+        if self.body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def _head(self) -> dict[str, object]:
+        return {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": self.model}

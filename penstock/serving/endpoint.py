@@ -1,0 +1,98 @@
+"""What endpoints that generate have in common: read the body, submit, and answer in one of two ways.
+
+An endpoint turns a body into a `Work`, and a `Work` into an answer: `respond` awaits the outputs while it watches for
+the client to leave; `stream` sends frames. Both end the engine's requests whatever happens.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from penstock.api.prompt import Prompt
+from penstock.errors import PenstockError, described
+from penstock.outputs import RequestOutput
+from penstock.sampling import SamplingParams
+from penstock.serving.errors import Envelope, failure_of, openai_envelope
+from penstock.serving.gate import Call, call_of
+from penstock.serving.generation import Generation, Options, submit
+from penstock.serving.json_response import json_response
+from penstock.serving.server import Server
+from penstock.serving.sse import COMMENT, DONE, EventStream, cancelled_on_disconnect, frame
+
+ErrorFrame = Callable[[Mapping[str, object]], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One HTTP request and the server that answers it. `id` names the engine's request and the answer."""
+
+    server: Server
+    request: Request
+    call: Call
+    id: str
+
+    @classmethod
+    def begin(cls, server: Server, request: Request, prefix: str) -> Exchange:
+        """An exchange with a new id of this prefix."""
+        call, name = call_of(request.scope), f"{prefix}{uuid.uuid4().hex}"
+        call.facts["response_id"] = name
+        return cls(server, request, call, name)
+
+    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams, options: Options) -> Generation:
+        """Submit the prompts; returns once all are accepted. The client may leave meanwhile."""
+        generation = await submit(self.server.engine, prompts, params, options, self.server.metrics, self.id)
+        self.call.facts["prompt_tokens"] = generation.usage().prompt_tokens
+        return generation
+
+    async def outputs(self, generation: Generation) -> list[RequestOutput]:
+        """The results. Ends the generation if the client leaves, or an administrator aborts it."""
+        with self.server.lifecycle.abortable(self.id, generation.cancel):
+            async with cancelled_on_disconnect(self.request.receive, generation.cancel):
+                outputs = await generation.outputs()
+        self.call.facts["completion_tokens"] = sum(len(out.token_ids) for output in outputs for out in output.outputs)
+        return outputs
+
+    def stream(
+        self,
+        generation: Generation,
+        frames: AsyncIterator[bytes],
+        *,
+        envelope: Envelope = openai_envelope,
+        error_frame: ErrorFrame = frame,
+        done: bytes = DONE,
+        ping: bytes = COMMENT,
+    ) -> Response:
+        """The frames as a response. An error becomes the last frame; otherwise `done` is."""
+        guarded = self._guarded(generation, frames, lambda error: error_frame(envelope(failure_of(error))), done)
+        interval_s = self.server.settings.ping_interval_s
+        return EventStream(guarded, generation.cancel, ping=ping, interval_s=interval_s)
+
+    async def _guarded(
+        self,
+        generation: Generation,
+        frames: AsyncIterator[bytes],
+        error_frame: Callable[[BaseException], bytes],
+        done: bytes,
+    ) -> AsyncGenerator[bytes, None]:
+        with self.server.lifecycle.abortable(self.id, generation.cancel):
+            try:
+                async for data in frames:
+                    yield data
+                yield done
+            except Exception as error:
+                self.call.facts["error"] = type(error).__name__
+                if not isinstance(error, PenstockError):
+                    self.server.log.error("stream failed", response_id=self.id, error=described(error), exc_info=True)
+                yield error_frame(error)
+            finally:
+                self.call.facts["completion_tokens"] = generation.usage().completion_tokens
+
+
+def json_answer(value: Mapping[str, object]) -> Response:
+    """A 200 with this object."""
+    return json_response(value)

@@ -1,0 +1,144 @@
+"""`Gate`: what every HTTP request passes on its way in and out, as pure ASGI middleware.
+
+Gives it an id, refuses it without a key (all paths but those in `OPEN_PATHS`), counts open calls, turns exceptions into
+error responses of the right API, and logs one line without any of its content.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from penstock.errors import described
+from penstock.serving.auth import Client
+from penstock.serving.errors import Envelope, Failure, failure_of, openai_envelope
+from penstock.serving.json_response import json_response
+from penstock.serving.server import Server
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+_VALID_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+# Paths below these prefixes answer errors in another API's shape.
+ENVELOPES: dict[str, Envelope] = {}
+
+
+@dataclass(slots=True)
+class Call:
+    """One HTTP request. Endpoints add `facts` to its line in the log."""
+
+    id: str
+    client: Client
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+def call_of(scope: Mapping[str, object]) -> Call:
+    """The call that the gate put into the scope."""
+    call = scope["penstock.call"]
+    assert isinstance(call, Call)
+    return call
+
+
+def route_path(scope: Scope) -> str:
+    """The path below the prefix under which the app is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) or "/" if path.removeprefix(root)[:1] in ("", "/") else path
+
+
+def envelope_of(path: str) -> Envelope:
+    """The shape of errors at a path."""
+    return next((shape for prefix, shape in ENVELOPES.items() if path.startswith(prefix)), openai_envelope)
+
+
+def error_response(failure: Failure, path: str) -> Response:
+    """A failure as the response that the path's API prescribes."""
+    return json_response(envelope_of(path)(failure), failure.status, failure.headers)
+
+
+class Gate:
+    """The outermost middleware of the app but for CORS."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self._app = app
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, headers = route_path(scope), Headers(scope=scope)
+        answer = _Answer(send, _request_id(headers))
+        begin_s, client_name, facts = time.perf_counter(), "", {}
+        try:
+            with ExitStack() as stack:
+                call = Call(answer.request_id, self._admit(scope, path, headers, stack))
+                client_name, facts = call.client.name, call.facts
+                scope["penstock.call"] = call
+                await self._app(scope, receive, answer)
+        except Exception as error:
+            await self._fail(error, path, scope, receive, answer)
+        finally:
+            self._server.metrics.record_response(_route_of(scope), answer.status)
+            duration_s = round(time.perf_counter() - begin_s, 6)
+            self._server.log.info(
+                "request",
+                **{"request_id": answer.request_id, "method": scope["method"], "path": _route_of(scope)},
+                **{"status": answer.status, "key": client_name, "duration_s": duration_s, **facts},
+            )
+
+    def _admit(self, scope: Scope, path: str, headers: Headers, stack: ExitStack) -> Client:
+        """The client, with its open call counted. Raises `HttpError`."""
+        keys = self._server.keys
+        if path.startswith("/admin/"):
+            keys.check_admin(headers)
+            return Client()
+        client = Client() if path in OPEN_PATHS else keys.client(headers)
+        if scope["method"] == "POST":
+            stack.enter_context(client.admitted())
+            stack.enter_context(self._server.lifecycle.call())
+        return client
+
+    async def _fail(self, error: Exception, path: str, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        failure = failure_of(error)
+        if failure.status >= 500:
+            self._server.log.error(
+                "request failed",
+                request_id=answer.request_id,
+                error=described(error),
+                exc_info=failure.type == "server_error",
+            )
+        if answer.status:
+            raise error
+        await error_response(failure, path)(scope, receive, answer)
+
+
+class _Answer:
+    """ASGI's `send`, which notes the status and adds the request's id."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self.request_id = request_id
+        self.status = 0
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+        await self._send(message)
+
+
+def _request_id(headers: Headers) -> str:
+    presented = headers.get("x-request-id", "")
+    return presented if _VALID_ID.fullmatch(presented) else f"req-{uuid.uuid4().hex}"
+
+
+def _route_of(scope: Scope) -> str:
+    """The route's pattern, so that made-up paths neither fill the metrics nor reach the log."""
+    return getattr(scope.get("route"), "path", "unknown")

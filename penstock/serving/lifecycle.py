@@ -1,0 +1,86 @@
+"""`Lifecycle`: which API calls are open, and whether new ones are accepted.
+
+Draining makes the server not ready, refuses new calls, and lets the open ones finish; what is left after a while is
+aborted, which its clients learn as an error. Runs on the server's loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+
+from penstock.serving.errors import HttpError
+
+
+class Lifecycle:
+    """Open calls by request id."""
+
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._num_open = 0
+        self._cancels: dict[str, Callable[[], None]] = {}
+        self._idle: asyncio.Event | None = None
+        self.is_ready = True  # False before draining begins, so that load balancers turn away first
+        self.is_draining = False
+
+    @property
+    def num_open(self) -> int:
+        """The number of open calls."""
+        return self._num_open
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Count a call as open. Raises a 503 while draining, and a 429 beyond the limit."""
+        if self.is_draining:
+            raise HttpError(503, "the server is shutting down", code="draining", retry_after_s=5)
+        if self._num_open >= self._max_open:
+            text = f"the server has {self._num_open} open requests, its limit"
+            raise HttpError(429, text, code="engine_overloaded", retry_after_s=1)
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+            if self._idle is not None and not self._num_open:
+                self._idle.set()
+
+    @contextlib.contextmanager
+    def abortable(self, request_id: str, cancel: Callable[[], None]) -> Iterator[None]:
+        """Let `abort` end this request while the block runs."""
+        self._cancels[request_id] = cancel
+        try:
+            yield
+        finally:
+            self._cancels.pop(request_id, None)
+
+    def abort(self, request_id: str) -> bool:
+        """End an open request by its id; False for an unknown one."""
+        cancel = self._cancels.get(request_id)
+        if cancel is not None:
+            cancel()
+        return cancel is not None
+
+    def abort_all(self) -> int:
+        """End all open requests; returns how many."""
+        cancels = list(self._cancels.values())
+        for cancel in cancels:
+            cancel()
+        return len(cancels)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Accept no new calls and wait for the open ones; returns the number of those aborted after `timeout_s`."""
+        self.is_ready, self.is_draining = False, True
+        if await self._wait_idle(timeout_s):
+            return 0
+        num_aborted = self.abort_all()
+        await self._wait_idle(5.0)  # their clients are told
+        return num_aborted
+
+    async def _wait_idle(self, timeout_s: float) -> bool:
+        self._idle = asyncio.Event()
+        if not self._num_open:
+            return True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return not self._num_open

@@ -1,0 +1,63 @@
+"""Log probabilities in the shapes of OpenAI's two APIs. An impossible token has -9999, since JSON has no infinity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from penstock.outputs import Logprob
+
+LOWEST = -9999.0
+
+
+def finite(logprob: float) -> float:
+    """The value, or the lowest one that is written."""
+    return max(logprob, LOWEST)
+
+
+def best(entry: Mapping[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
+    """The `count` most likely tokens of a position; the chosen one is not added to them."""
+    return sorted((item for item in entry.items() if item[1].rank <= count), key=lambda item: item[1].rank)
+
+
+def chat_logprobs(ids: Iterable[int], entries: Iterable[Mapping[int, Logprob]], top: int) -> dict[str, object]:
+    """A `logprobs` object of a chat completion."""
+    content = [
+        {**_token(token, entry[token]), "top_logprobs": [_token(*item) for item in best(entry, top)]}
+        for token, entry in zip(ids, entries, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: int, entry: Logprob) -> dict[str, object]:
+    text = token_text(token, entry)
+    return {"token": text, "logprob": finite(entry.logprob), "bytes": list(text.encode(errors="replace"))}
+
+
+def token_text(token: int, entry: Logprob) -> str:
+    """The token's text, or its id where there is no tokenizer."""
+    return f"token_id:{token}" if entry.decoded_token is None else entry.decoded_token
+
+
+class CompletionLogprobs:
+    """Builds the `logprobs` objects of a text completion, piece by piece; offsets count characters of the text."""
+
+    def __init__(self, top: int, offset: int = 0) -> None:
+        self._top = top
+        self._offset = offset
+
+    def add(self, ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None]) -> dict[str, object]:
+        """The object for these tokens, which follow the earlier ones. None: a token without a log probability."""
+        texts, offsets, logprobs, tops = [], [], [], []
+        for token, entry in zip(ids, entries, strict=True):
+            text = token_text(token, entry[token]) if entry else ""
+            texts.append(text)
+            offsets.append(self._offset)
+            self._offset += len(text)
+            logprobs.append(finite(entry[token].logprob) if entry else None)
+            tops.append(self._tops(token, entry) if entry else None)
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _tops(self, token: int, entry: Mapping[int, Logprob]) -> dict[str, float]:
+        """The most likely tokens, and the chosen one."""
+        items = dict(best(entry, self._top)) | {token: entry[token]}
+        return {token_text(*item): finite(item[1].logprob) for item in items.items()}

@@ -1,0 +1,33 @@
+"""`/v1/models`: the names under which the model is served, and how long its sequences may be."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from penstock.serving.endpoint import json_answer
+from penstock.serving.server import Server
+
+
+async def list_models(server: Server, request: Request) -> Response:
+    """All names."""
+    return json_answer({"object": "list", "data": [_model(server, name) for name in server.names]})
+
+
+async def retrieve_model(server: Server, request: Request) -> Response:
+    """One name, which may contain slashes."""
+    name = server.check_model(str(request.path_params["model"]))
+    return json_answer(_model(server, name))
+
+
+def _model(server: Server, name: str) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": server.created,
+        "owned_by": "penstock",
+        "root": server.names[0],
+        "parent": None,
+        "max_model_len": server.max_model_len,
+        "context_length": server.max_model_len,
+    }

@@ -1,0 +1,182 @@
+"""A server process: uvicorn around the app, TLS, signals, and the drain at its end. Called by `penstock serve`.
+
+SIGTERM and SIGINT make the server not ready, then refuse new calls, then wait for the open ones; a second signal ends
+it at once. Imports uvicorn only when it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Unpack, cast
+
+import uvicorn
+from pydantic import Field, model_validator
+from starlette.types import ASGIApp
+
+from penstock.api.event_loop import new_event_loop
+from penstock.api.protocols import Engine
+from penstock.config import explained
+from penstock.errors import ConfigurationError
+from penstock.serving.application import app
+from penstock.serving.lifecycle import Lifecycle
+from penstock.serving.server import Server
+from penstock.serving.settings import ServingKeywords, ServingSettings
+
+
+class ProcessKeywords(ServingKeywords, total=False):
+    """The keywords of `ProcessSettings`; see there what each means."""
+
+    host: str
+    port: int
+    ssl_certfile: Path | None
+    ssl_keyfile: Path | None
+    allow_anonymous: bool
+    access_log: bool
+
+
+class ProcessSettings(ServingSettings):
+    """`ServingSettings`, and where the process listens."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 is any free one.")
+    ssl_certfile: Path | None = Field(None, description="Certificate chain for TLS, in PEM format.")
+    ssl_keyfile: Path | None = Field(None, description="Private key for TLS, in PEM format.")
+    allow_anonymous: bool = Field(False, description="Listen on addresses other than loopback without API keys.")
+    access_log: bool = Field(True, description="Log one line per request on stderr, without any text of it.")
+
+    def __init__(self, **values: Unpack[ProcessKeywords]) -> None:
+        with explained(ProcessSettings.model_fields):
+            super().__init__(**values)  # type: ignore[misc]  # the base takes these fields too: it reads `model_fields`
+
+    @classmethod
+    def over(cls, file: Mapping[str, object], options: Mapping[str, object]) -> ProcessSettings:
+        """Settings from options, then the environment, then a file. Raises `ConfigurationError`."""
+        from_file = {name: value for name, value in file.items() if f"PENSTOCK_SERVE_{name.upper()}" not in os.environ}
+        return cls(**cast(ProcessKeywords, {**from_file, **options}))
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> ProcessSettings:
+        if not (self.api_keys or self.allow_anonymous or _is_loopback(self.host)):
+            raise ValueError(
+                f"host {self.host} is reachable by others and there is no API key: set one (--api-key), "
+                "or allow anybody (--allow-anonymous)"
+            )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("TLS needs both ssl_certfile and ssl_keyfile")
+        return self
+
+
+def serve(engine: Engine, settings: ProcessSettings, on_ready: Callable[[str, str], None]) -> int:
+    """Serve until a signal; returns the exit code. `on_ready(url, name)` is called once the port is open.
+
+    Raises `ConfigurationError` if the port cannot be opened.
+    """
+    listener = _listen(settings)
+    api = app(engine, settings)
+    parts: Server = api.state.server
+
+    def announce() -> None:
+        on_ready(_url(listener, settings), parts.names[0])
+
+    server = _Server(_config(api, settings), parts.lifecycle, settings, announce)
+    with contextlib.closing(listener), asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(server.serve([listener]))
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with signal handlers that drain, and that leave no signal behind to kill the process."""
+
+    def __init__(
+        self, config: uvicorn.Config, lifecycle: Lifecycle, settings: ServingSettings, on_ready: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._settings = settings
+        self._on_ready = on_ready
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle the two signals that end a server while it runs."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; the second time, end at once."""
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self._lifecycle.abort_all()
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        self._lifecycle.is_ready = False
+        await asyncio.sleep(self._settings.drain_delay_s)
+        await self._lifecycle.drain(self._settings.drain_timeout_s)
+        self.should_exit = True
+
+
+def _config(api: ASGIApp, settings: ProcessSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        api,
+        loop="none",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile and str(settings.ssl_keyfile),
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _listen(settings: ProcessSettings) -> socket.socket:
+    """The listening socket, opened here so that a port in use is one clear line."""
+    where = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {where}: {error.strerror or error}; choose another --port"
+        ) from None
+    listener.set_inheritable(True)
+    return listener
+
+
+def _url(listener: socket.socket, settings: ProcessSettings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

@@ -1,0 +1,111 @@
+"""The fields that several APIs share: sampling, vLLM's extensions, and what the engine takes besides parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
+
+from penstock.sampling import RequestPriority, SamplingParams
+from penstock.serving.auth import Client
+from penstock.serving.body import RequestModel
+from penstock.serving.errors import invalid
+from penstock.serving.generation import Options
+from penstock.serving.settings import ServingSettings
+
+MAX_INT = 2**31 - 1
+FLOATS = 1e9
+
+
+class SamplingFields(RequestModel):
+    """Sampling parameters under OpenAI's and vLLM's names. None is the default of each."""
+
+    n: int | None = Field(None, ge=1, le=MAX_INT)
+    best_of: int | None = Field(None, ge=1, le=MAX_INT)
+    temperature: float | None = Field(None, ge=0, le=FLOATS)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_INT)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
+    logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, le=MAX_INT)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    priority: int | str | None = Field(None, description="low, normal, high or critical, or their numbers 1 to 4.")
+    deadline: float | None = Field(None, gt=0, le=FLOATS, description="Seconds that the request may take.")
+    namespace: str | None = Field(
+        None, max_length=256, description="Isolates cached prefixes; for servers without keys."
+    )
+    return_token_ids: bool = False
+
+    def params(self, settings: ServingSettings, num_prompts: int = 1, **more: object) -> SamplingParams:
+        """The engine's parameters. Raises `HttpError` beyond the server's limits, and `RequestError`."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        num_choices = max(self.n or 1, self.best_of or 1) * num_prompts
+        check_limit("n", num_choices, settings.max_choices, "completions")
+        check_limit("stop", len(stops), settings.max_stop, "stop strings")
+        check_limit("logit_bias", len(self.logit_bias or ()), settings.max_logit_bias, "entries")
+        values: dict[str, object] = {
+            "n": self.n or 1,
+            "best_of": self.best_of,
+            "stop": stops,
+            "stop_token_ids": self.stop_token_ids or (),
+            "allowed_token_ids": self.allowed_token_ids,
+            "bad_words": self.bad_words or (),
+            "logit_bias": _bias(self.logit_bias),
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "skip_special_tokens": self.skip_special_tokens,
+            "spaces_between_special_tokens": self.spaces_between_special_tokens,
+            "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens,
+            "seed": self.seed,
+        }
+        given = {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
+        return SamplingParams(**{**values, **given, **more})
+
+    def options(self, client: Client) -> Options:
+        """The engine's other arguments, within what the client may ask for."""
+        if client.has_key and self.namespace is not None:
+            raise invalid("namespace belongs to the API key here: leave it out", "namespace")
+        priority = min(_priority(self.priority), client.priority_ceiling)
+        return Options(priority, self.deadline, client.namespace or self.namespace or "")
+
+
+_OPTIONAL = (
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+
+
+def check_limit(param: str, count: int, limit: int, things: str) -> None:
+    """Raise a 400 for more things than the server allows."""
+    if count > limit:
+        raise invalid(f"{count} {things} are more than this server allows ({limit})", param)
+
+
+def _bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
+    """JSON has string keys only."""
+    if not bias:
+        return None
+    for token in bias:
+        if not (token.isascii() and token.isdecimal() and len(token) < 11):
+            raise invalid(f"the keys of logit_bias are token ids, got {token[:40]!r}", "logit_bias")
+    return {int(token): value for token, value in bias.items()}
+
+
+def _priority(value: int | str | None) -> RequestPriority:
+    if value is None or value == 0:
+        return RequestPriority.NORMAL
+    names: Sequence[object] = [member.name.lower() for member in RequestPriority]
+    numbers: Sequence[object] = [member.value for member in RequestPriority]
+    if value in names or value in numbers:
+        return RequestPriority(value) if isinstance(value, int) else RequestPriority[value.upper()]
+    raise invalid(f"priority is low, normal, high or critical, or 1 to 4, got {str(value)[:40]!r}", "priority")

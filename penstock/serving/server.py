@@ -1,0 +1,61 @@
+"""`Server`: what all endpoints of one app share: the engine, the settings and what counts and limits calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from penstock.api.protocols import Engine
+from penstock.serving.auth import KeyRing
+from penstock.serving.errors import HttpError
+from penstock.serving.lifecycle import Lifecycle
+from penstock.serving.logs import access_logger
+from penstock.serving.metrics import Metrics
+from penstock.serving.readiness import Readiness
+from penstock.serving.settings import ServingSettings
+
+
+class Server:
+    """The parts of one app. Raises `ConfigurationError` for a key that cannot be read."""
+
+    def __init__(self, engine: Engine, settings: ServingSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.keys = KeyRing(settings)
+        self.lifecycle = Lifecycle(settings.max_concurrent_requests)
+        self.metrics = Metrics(engine, lambda: self.names[0])
+        self.readiness = Readiness(settings.stall_s)
+        self.log = access_logger()
+        self.created = int(time.time())
+        self._names = settings.served_model_name
+        self._max_model_len: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's names; the first is the principal one. Without a setting, its folder or hub id."""
+        if not self._names:
+            name = self.stats().get("model")
+            if not isinstance(name, str) or not name:  # not loaded yet
+                return ("penstock",)
+            self._names = (Path(name).name,)
+        return self._names
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest sequence that the engine accepts; None if it does not say."""
+        if self._max_model_len is None:
+            value = self.stats().get("max_sequence_length")
+            self._max_model_len = value if isinstance(value, int) else None
+        return self._max_model_len
+
+    def check_model(self, name: str | None) -> str:
+        """The name under which to answer; the principal one for None. Raises a 404 for an unknown one."""
+        if name is None or name in self.names:
+            return name or self.names[0]
+        text = f"The model `{name[:200]}` does not exist: this server has {', '.join(self.names)}"
+        raise HttpError(404, text, code="model_not_found", param="model")
+
+    def stats(self) -> Mapping[str, object]:
+        """The engine's statistics."""
+        return self.engine.get_stats()

@@ -1,0 +1,97 @@
+"""`/v1/chat/completions`: the same answer streamed and at once, finish reasons, usage, log probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.unit.serving.service import CHAT, client_of, events
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with client_of() as client:
+        yield client
+
+
+def test_a_stream_and_an_answer_at_once_say_the_same(client: TestClient) -> None:
+    whole = client.post("/v1/chat/completions", json=CHAT).json()
+    *chunks, done = events(client.post("/v1/chat/completions", json={**CHAT, "stream": True}))
+    assert done == "[DONE]"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
+    assert whole["choices"][0]["finish_reason"] == chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_every_choice_of_a_stream_has_exactly_one_finish_reason(client: TestClient) -> None:
+    body = {**CHAT, "n": 3, "stream": True, "stop": "falls"}
+    chunks = events(client.post("/v1/chat/completions", json=body))[:-1]
+    reasons = [(choice["index"], choice["finish_reason"]) for chunk in chunks for choice in chunk["choices"]]
+    ends = [reason for reason in reasons if reason[1] is not None]
+    assert sorted(ends) == [(0, "stop"), (1, "stop"), (2, "stop")]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_n_choices_come_back(client: TestClient, n: int, temperature: float) -> None:
+    choices = client.post("/v1/chat/completions", json={**CHAT, "n": n, "temperature": temperature}).json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(n))
+
+
+def test_usage_of_a_stream_comes_only_when_it_is_asked_for(client: TestClient) -> None:
+    for options in (None, {}, {"include_usage": False}):
+        chunks = events(client.post("/v1/chat/completions", json={**CHAT, "stream": True, "stream_options": options}))
+        assert not any("usage" in chunk for chunk in chunks[:-1])
+    body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last, _ = events(client.post("/v1/chat/completions", json=body))
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    assert last["usage"]["total_tokens"] == 6 + last["usage"]["prompt_tokens"]
+
+
+def test_continuous_usage_counts_up(client: TestClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(client.post("/v1/chat/completions", json={**CHAT, "stream": True, "stream_options": options}))[:-1]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 6)
+
+
+def test_logprobs_of_zero_are_those_of_the_chosen_tokens_alone(client: TestClient) -> None:
+    body = {**CHAT, "logprobs": True, "top_logprobs": 0}
+    content = client.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]["content"]
+    assert len(content) == 6
+    assert all(entry["top_logprobs"] == [] and entry["logprob"] == 0 for entry in content)
+    *chunks, _ = events(client.post("/v1/chat/completions", json={**body, "stream": True}))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [entry for part in parts if part for entry in part["content"]] == content
+
+
+def test_max_tokens_are_cut_to_what_fits(client: TestClient) -> None:
+    """It was an error, or an empty answer."""
+    limit = 512
+    for max_tokens in (limit, 10 * limit, None):
+        answer = client.post("/v1/chat/completions", json={**CHAT, "max_tokens": max_tokens}).json()
+        assert answer["usage"]["total_tokens"] == limit
+        assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_prompt_that_is_too_long_is_a_400_before_the_stream(client: TestClient) -> None:
+    messages = [{"role": "user", "content": "water " * 1000}]
+    for stream in (False, True):
+        response = client.post("/v1/chat/completions", json={"messages": messages, "stream": stream})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert error["type"] == "invalid_request_error"
+        assert "512" in error["message"]
+
+
+def test_an_unknown_model_is_a_404(client: TestClient) -> None:
+    response = client.post("/v1/chat/completions", json={**CHAT, "model": "gpt-9"})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
