@@ -55,12 +55,12 @@ class Channel:
 
     # Called by the engine.
 
-    def admit(self, wakeups: Wakeups) -> None:
-        """Record that the request passed every check and waits for its turn. The first token implies it."""
+    def admit(self) -> list[Waiter]:
+        """Record that the request passed every check; returns the waiters to wake. The first token implies it."""
         with self._lock:
             self._admitted = True
             waiting, self._admissions = self._admissions, []
-        wakeups.add(waiting)
+        return waiting
 
     def put(self, transcript: Transcript, wakeups: Wakeups) -> None:
         """Publish what was added to a transcript since the last `put`, and wake readers."""

@@ -1,4 +1,4 @@
-"""The capabilities of an engine, one protocol each: `Engine`, `Scorer`, and `Forking` beside the handle that uses it.
+"""The capabilities of an engine, one protocol each; `Forking` stands beside the handle that uses it.
 
 An engine implements only the protocols of what it can do. Code that makes no engine is written against them.
 `penstock.testing.contract` tests any `Engine`; `tests/unit/testing/echo.py` is a small one to start from.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
@@ -61,6 +61,28 @@ class Engine(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class Tokenizing(Protocol):
+    """An engine that encodes and decodes as its requests do."""
+
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt. Raises `RequestError`."""
+        ...
+
+    async def detokenize(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Raises `RequestError`."""
+        ...
+
+
+@runtime_checkable
+class PrefixCaching(Protocol):
+    """An engine that reuses the K/V of shared prefixes."""
+
+    def reset_prefix_cache(self) -> None:
+        """Reuse nothing computed so far."""
+        ...
 
 
 class Scorer(Protocol):

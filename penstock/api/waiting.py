@@ -10,8 +10,11 @@ import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Loop(Hashable, Protocol):
@@ -46,6 +49,14 @@ def new_waiter() -> Waiter:
         return asyncio.get_running_loop().create_future()
     except RuntimeError:
         return _TrioWaiter()
+
+
+async def result_of(future: Future[T]) -> T:
+    """Wait for a future of another thread, on asyncio or trio, without blocking the loop. Raises its exception."""
+    waiter = new_waiter()
+    future.add_done_callback(lambda _: call_on_loop(waiter.get_loop(), complete, [waiter]))
+    await waiter
+    return future.result()
 
 
 def call_on_loop(loop: Loop, function: Callable[..., object], *args: object) -> bool:

@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -27,14 +26,18 @@ from penstock.api.log import engine_logger
 from penstock.api.prompt import Prompt, read_prompt
 from penstock.api.protocols import Callback
 from penstock.api.stats import EngineStats
+from penstock.api.waiting import result_of
 from penstock.config import EngineConfig, EngineSettings, with_settings
 from penstock.engine.assembly import Assembly, Parts, check_model, shut_down
 from penstock.engine.loop.host import Host
+from penstock.engine.loop.memory import NOTHING_FREED, optimize_memory
 from penstock.engine.observe.figures import figures
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.forking import Fork, check_num_forks, forkable
 from penstock.engine.requests.request import Request, new_request
 from penstock.engine.requests.room import RoomQueue
+from penstock.engine.requests.scoring import score
+from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids
 from penstock.errors import EngineClosed, RequestError
 from penstock.generation import Params, default_params
 from penstock.sampling import RequestPriority, SamplingParams
@@ -78,9 +81,8 @@ class InferenceEngine:
         self._host = Host(self._assembly.boot)
         self._callbacks = Callbacks(self._host.fail_request)
         self._room = RoomQueue(self._admission, self._host)
-        host, callbacks, assembly = self._host, self._callbacks, self._assembly
-        unregister = halt_at_exit(host, callbacks, assembly)
-        self._finalizer = weakref.finalize(self, shut_down, host, callbacks, assembly, unregister)
+        parts = self._host, self._callbacks, self._assembly
+        self._finalizer = weakref.finalize(self, shut_down, *parts, halt_at_exit(*parts))
         self._finalizer.atexit = False  # it would wait for the running step
 
     # Generation.
@@ -181,13 +183,17 @@ class InferenceEngine:
 
         Both arguments are token ids, at least one each. Raises `RequestError`, and whatever awaiting a request raises.
         """
-        prompt_ids, completion_ids = token_ids("prompt_ids", prompt_ids), token_ids("completion_ids", completion_ids)
-        if not prompt_ids or not completion_ids:
-            raise RequestError("score needs at least one prompt id and one completion id")
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        output = await self.generate([*prompt_ids, *completion_ids], params, namespace=namespace)
-        entries = (output.prompt_logprobs or [])[len(prompt_ids) :]
-        return [entry[token].logprob for entry, token in zip(entries, completion_ids, strict=True) if entry]
+        return await score(self, prompt_ids, completion_ids, namespace)
+
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids that `generate` computes for a prompt. Loads the model. Raises `RequestError`."""
+        pool = (await self._loaded_soon()).pool
+        return await result_of(pool.submit(encode_ids, read_prompt(prompt), add_special_tokens))
+
+    async def detokenize(self, ids: SequenceOf[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Loads the model. Raises `RequestError`."""
+        pool = (await self._loaded_soon()).pool
+        return await result_of(pool.submit(decode_ids, token_ids("ids", ids), skip_special_tokens))
 
     def fork(
         self,
@@ -201,10 +207,9 @@ class InferenceEngine:
     ) -> list[RequestHandle]:
         """`RequestHandle.fork` for a request given by its id."""
         request_id = check_id(request_id)
-        n = check_num_forks(n, self.config.max_queue_size)
+        ids = [self._unused_id(None) for _ in range(check_num_forks(n, self.config.max_queue_size))]
         fork = Fork(request_id, index=index, at=at, append=append)
-        origin = forkable(self._channels.get(request_id), request_id)
-        requests = fork.new_requests([self._unused_id(None) for _ in range(n)], origin, params)
+        requests = fork.new_requests(ids, forkable(self._channels.get(request_id), request_id), params)
         self._submit(requests, fork)
         return [RequestHandle(request.channel, self) for request in requests]
 
@@ -255,9 +260,7 @@ class InferenceEngine:
             raise
 
     async def __aenter__(self) -> Self:
-        self._boot()
-        await self._host.wait_boot_ended()
-        self._host.wait_ready()
+        await self._loaded_soon()
         return self
 
     async def __aexit__(
@@ -306,22 +309,20 @@ class InferenceEngine:
         is then empty, including a draft model's. Waits for the running step; in a coroutine, use `await
         asyncio.to_thread(engine.optimize_memory)`. Does nothing if the engine is not loaded.
         """
-        if not self._host.ready:
-            return {"before": 0.0, "after": 0.0, "freed_bytes": 0}
-        runner, freed = self._loaded.runner, Future[int]()
-        before = runner.memory_usage()
-        try:
-            self._host.post(lambda core: core.housekeeper.clean(freed))
-        except EngineClosed:
-            freed.set_result(0)
-        freed_bytes = 0 if self._host.on_engine_thread else freed.result()
-        return {"before": before, "after": runner.memory_usage(), "freed_bytes": freed_bytes}
+        return optimize_memory(self._host, self._loaded.runner) if self._host.ready else dict(NOTHING_FREED)
 
     @property
     def _loaded(self) -> Parts:
         if self._assembly.parts is None:
             raise EngineClosed("the engine was stopped: create a new one")
         return self._assembly.parts
+
+    async def _loaded_soon(self) -> Parts:
+        """Wait for the model without blocking the loop."""
+        self._boot()
+        await self._host.wait_boot_ended()
+        self._host.wait_ready()
+        return self._loaded
 
     def _boot(self) -> None:
         if self._pid != os.getpid():
@@ -331,8 +332,7 @@ class InferenceEngine:
     def _unused_id(self, request_id: str | None) -> str:
         """The id, or a fresh one. Raises `RequestError` while it is in use."""
         request_id = check_id(request_id)
-        channel = self._channels.get(request_id)
-        if channel is not None and not channel.ended:
+        if (channel := self._channels.get(request_id)) is not None and not channel.ended:
             raise RequestError(f"request id {request_id!r} is already running: use another, or none")
         return request_id
 

@@ -7,9 +7,11 @@ caller starts and stops it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 from fastapi.params import Depends
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -17,24 +19,48 @@ from starlette.responses import Response
 
 from penstock import __version__
 from penstock.api.protocols import Engine
-from penstock.serving import chat, completions, health, models
+from penstock.serving import admin, chat, completions, health, models, tokens
+from penstock.serving.chat_request import ChatRequest
+from penstock.serving.completion_request import CompletionRequest
 from penstock.serving.errors import HttpError, failure_of
 from penstock.serving.gate import Gate, error_response, route_path
+from penstock.serving.openapi import described_body, openapi_of
 from penstock.serving.server import Server
 from penstock.serving.settings import ServingSettings
 
 Handler = Callable[[Server, Request], Awaitable[Response]]
+_JSON = "application/json"
+_JSON_OR_EVENTS = (_JSON, "text/event-stream")
 _LOCAL = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("GET", "/health", health.health),
-    ("GET", "/ready", health.ready),
-    ("GET", "/metrics", health.metrics),
-    ("GET", "/version", health.version),
-    ("GET", "/v1/models", models.list_models),
-    ("GET", "/v1/models/{model:path}", models.retrieve_model),
-    ("POST", "/v1/chat/completions", chat.chat_completions),
-    ("POST", "/v1/completions", completions.completions),
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """An endpoint, its body's model, and the media types of its answers."""
+
+    method: str
+    path: str
+    handler: Handler
+    body: type[BaseModel] | None = None
+    answers: tuple[str, ...] = (_JSON,)
+
+
+ROUTES = (
+    _Route("GET", "/health", health.health),
+    _Route("GET", "/ready", health.ready),
+    _Route("GET", "/metrics", health.metrics, answers=("text/plain",)),
+    _Route("GET", "/version", health.version),
+    _Route("GET", "/v1/models", models.list_models),
+    _Route("GET", "/v1/models/{model:path}", models.retrieve_model),
+    _Route("POST", "/v1/chat/completions", chat.chat_completions, ChatRequest, _JSON_OR_EVENTS),
+    _Route("POST", "/v1/completions", completions.completions, CompletionRequest, _JSON_OR_EVENTS),
+    _Route("POST", "/tokenize", tokens.tokenize, tokens.TokenizeRequest),
+    _Route("POST", "/detokenize", tokens.detokenize, tokens.DetokenizeRequest),
+    _Route("POST", "/inference/v1/generate", tokens.generate, tokens.GenerateRequest, _JSON_OR_EVENTS),
+    _Route("POST", "/admin/drain", admin.drain, admin.DrainRequest),
+    _Route("POST", "/admin/resume", admin.resume),
+    _Route("POST", "/admin/reset_prefix_cache", admin.reset_prefix_cache),
+    _Route("POST", "/admin/abort", admin.abort, admin.AbortRequest),
 )
 
 
@@ -46,8 +72,11 @@ def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies
     server = Server(engine, settings or ServingSettings())
     api = FastAPI(title="Penstock", version=__version__, dependencies=dependencies, docs_url=None, redoc_url=None)
     api.state.server = server
-    for method, path, handler in ROUTES:
-        api.add_api_route(path, _endpoint(server, handler), methods=[method], name=handler.__name__)
+    for route in ROUTES:
+        extra = described_body(route.body, route.answers)
+        name, endpoint = route.handler.__name__, _endpoint(server, route.handler)
+        api.add_api_route(route.path, endpoint, methods=[route.method], name=name, openapi_extra=extra)
+    setattr(api, "openapi", openapi_of(api, [route.body for route in ROUTES if route.body is not None]))  # noqa: B010
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_middleware(Gate, server=server)
     _allow_browsers(api, server)

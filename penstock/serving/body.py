@@ -24,9 +24,9 @@ class RequestModel(BaseModel):
     model_config = {"strict": True, "extra": "ignore", "protected_namespaces": ()}
 
 
-async def read_model(request: Request, model: type[M], max_bytes: int) -> M:
-    """The body as an instance of the model."""
-    values = parse(await read_body(request, max_bytes))
+async def read_model(request: Request, model: type[M], max_bytes: int, default: bytes = b"") -> M:
+    """The body as an instance of the model. `default` stands for an empty body."""
+    values = parse(await read_body(request, max_bytes) or default)
     try:
         return model.model_validate(values)
     except ValidationError as error:

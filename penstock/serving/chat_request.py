@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 
@@ -25,7 +25,40 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool = False
 
 
-class ChatRequest(SamplingFields):
+class TemplateFields(RequestModel):
+    """How a chat is rendered."""
+
+    documents: list[dict[str, object]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    reasoning_effort: str | None = None
+
+    def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None = None) -> Prompt:
+        """The chat as the engine takes it. Raises `HttpError`."""
+        arguments = dict(self.chat_template_kwargs or {})
+        if refused := _REFUSED_ARGUMENTS & set(arguments):
+            raise invalid(f"chat_template_kwargs cannot set {min(refused)!r}", "chat_template_kwargs")
+        if self.reasoning_effort is not None:
+            arguments.setdefault("reasoning_effort", self.reasoning_effort)
+        optional: Mapping[str, object] = {
+            "tools": tools,
+            "documents": self.documents,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self._continues(),
+            "chat_template_kwargs": arguments,
+        }
+        prompt: dict[str, object] = {"messages": plain_messages(messages)}
+        return prompt | {name: value for name, value in optional.items() if value is not None and value != {}}
+
+    def _continues(self) -> bool | None:
+        """None leaves it to the last message's role."""
+        if self.continue_final_message is None and self.add_generation_prompt:
+            return False
+        return self.continue_final_message
+
+
+class ChatRequest(SamplingFields, TemplateFields):
     """A chat completion."""
 
     messages: list[dict[str, object]] = Field(min_length=1)
@@ -37,11 +70,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_INT)
     user: str | None = None
-    documents: list[dict[str, object]] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, object] | None = None
-    reasoning_effort: str | None = None
+    metadata: dict[str, object] | None = None
 
     def check(self, settings: ServingSettings) -> None:
         """Refuse what no engine could run. Raises `HttpError`."""
@@ -50,28 +79,10 @@ class ChatRequest(SamplingFields):
             raise invalid("best_of above n cannot be streamed: all candidates must end first", "best_of")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-        if refused := _REFUSED_ARGUMENTS & set(self.chat_template_kwargs or ()):
-            raise invalid(f"chat_template_kwargs cannot set {min(refused)!r}", "chat_template_kwargs")
 
     def prompt(self) -> Prompt:
-        """The chat as the engine takes it."""
-        arguments = dict(self.chat_template_kwargs or {})
-        if self.reasoning_effort is not None:
-            arguments.setdefault("reasoning_effort", self.reasoning_effort)
-        optional: Mapping[str, object] = {
-            "documents": self.documents,
-            "add_generation_prompt": self.add_generation_prompt,
-            "continue_final_message": self._continues(),
-            "chat_template_kwargs": arguments,
-        }
-        prompt: dict[str, object] = {"messages": plain_messages(self.messages)}
-        return prompt | {name: value for name, value in optional.items() if value is not None and value != {}}
-
-    def _continues(self) -> bool | None:
-        """None leaves it to the last message's role."""
-        if self.continue_final_message is None and self.add_generation_prompt:
-            return False
-        return self.continue_final_message
+        """The chat as the engine takes it. Raises `HttpError`."""
+        return self.chat(self.messages)
 
     def sampling(self, settings: ServingSettings) -> SamplingParams:
         """The engine's parameters. Raises `HttpError`, `RequestError`."""

@@ -33,6 +33,8 @@ class CompletionRequest(SamplingFields):
             raise invalid("suffix is not supported: no model here was trained to fill a gap", "suffix")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
             raise invalid("best_of above n cannot be streamed: all candidates must end first", "best_of")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise invalid("echo with logprobs cannot be streamed: the prompt's are known at the end", "echo")
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens=0 generates nothing: it needs echo", "max_tokens")
         prompts = _listed(self.prompt)

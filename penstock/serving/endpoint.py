@@ -51,7 +51,7 @@ class Exchange:
 
     async def outputs(self, generation: Generation) -> list[RequestOutput]:
         """The results. Ends the generation if the client leaves, or an administrator aborts it."""
-        with self.server.lifecycle.abortable(self.id, generation.cancel):
+        with self.server.lifecycle.abortable(generation.cancel, self.id, self.call.id):
             async with cancelled_on_disconnect(self.request.receive, generation.cancel):
                 outputs = await generation.outputs()
         self.call.facts["completion_tokens"] = sum(len(out.token_ids) for output in outputs for out in output.outputs)
@@ -79,7 +79,7 @@ class Exchange:
         error_frame: Callable[[BaseException], bytes],
         done: bytes,
     ) -> AsyncGenerator[bytes, None]:
-        with self.server.lifecycle.abortable(self.id, generation.cancel):
+        with self.server.lifecycle.abortable(generation.cancel, self.id, self.call.id):
             try:
                 async for data in frames:
                     yield data

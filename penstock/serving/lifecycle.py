@@ -46,13 +46,16 @@ class Lifecycle:
                 self._idle.set()
 
     @contextlib.contextmanager
-    def abortable(self, request_id: str, cancel: Callable[[], None]) -> Iterator[None]:
-        """Let `abort` end this request while the block runs."""
-        self._cancels[request_id] = cancel
+    def abortable(self, cancel: Callable[[], None], *request_ids: str) -> Iterator[None]:
+        """Let `abort` end this request, by any of its ids, while the block runs."""
+        for request_id in request_ids:
+            self._cancels[request_id] = cancel
         try:
             yield
         finally:
-            self._cancels.pop(request_id, None)
+            for request_id in request_ids:
+                if self._cancels.get(request_id) is cancel:  # clients may use an id twice
+                    del self._cancels[request_id]
 
     def abort(self, request_id: str) -> bool:
         """End an open request by its id; False for an unknown one."""
@@ -63,7 +66,7 @@ class Lifecycle:
 
     def abort_all(self) -> int:
         """End all open requests; returns how many."""
-        cancels = list(self._cancels.values())
+        cancels = set(self._cancels.values())
         for cancel in cancels:
             cancel()
         return len(cancels)
@@ -76,6 +79,10 @@ class Lifecycle:
         num_aborted = self.abort_all()
         await self._wait_idle(5.0)  # their clients are told
         return num_aborted
+
+    def resume(self) -> None:
+        """Accept calls again."""
+        self.is_ready, self.is_draining = True, False
 
     async def _wait_idle(self, timeout_s: float) -> bool:
         self._idle = asyncio.Event()

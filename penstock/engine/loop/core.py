@@ -153,8 +153,10 @@ class EngineCore:
             for sequence in request.sequences:
                 self.scheduler.add(sequence, now)
         self._outputs.attach(request)
-        request.channel.admit(wakeups := Wakeups())
-        wakeups.send()
+        if waiters := request.channel.admit():
+            wakeups = Wakeups()
+            wakeups.add(waiters)
+            wakeups.send()
 
     def _reject(self, request: Request, error: BaseException) -> None:
         if not isinstance(error, PenstockError):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from penstock.api.exiting import join_threads
 from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
-from penstock.engine.text.token_text import redefines
+from penstock.engine.text.token_text import TokenDecoder, redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.errors import EngineClosed, RequestError, text_of
 
@@ -101,6 +101,18 @@ def encode_prompt(
         text = _render(tokenizer, prompt.chat)
         return text, _encode_text(tokenizer, text, add_special_tokens=False)
     return prompt.text, _encode_text(tokenizer, prompt.text or "", add_special_tokens)
+
+
+def encode_ids(tokenizer: Tokenizer | None, prompt: PromptInput, add_special_tokens: bool) -> list[int]:
+    """The token ids of a prompt. Raises `RequestError`."""
+    return encode_prompt(tokenizer, prompt, add_special_tokens=add_special_tokens)[1]
+
+
+def decode_ids(tokenizer: Tokenizer | None, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    """The text of token ids; ids without text are left out. Raises `RequestError`."""
+    _need_tokenizer(tokenizer, "there is no text to decode to")
+    assert tokenizer is not None
+    return TokenDecoder(tokenizer, skip_special_tokens).text(ids)
 
 
 def encode_words(tokenizer: Tokenizer | None, words: Iterable[str | Sequence[int]]) -> list[list[int]]:

@@ -270,3 +270,30 @@ def test_only_the_first_two_statuses_are_not_ends() -> None:
         RequestStatus.QUEUED,
         RequestStatus.PROCESSING,
     ]
+
+
+async def test_waiting_for_admission_ends_when_the_engine_admits() -> None:
+    channel = Channel("a")
+    waiting = asyncio.create_task(channel.wait_admitted())
+    await asyncio.sleep(0)
+    wakeups = Wakeups()
+    wakeups.add(channel.admit())
+    wakeups.send()
+    await waiting
+    end(channel, ExecutionError("later"))
+    await channel.wait_admitted()  # what happened later is not a refusal
+
+
+async def test_the_first_token_implies_admission_and_a_last_delta_without_any_does_not() -> None:
+    admitted, refused = Channel("a"), Channel("b")
+    put(admitted, written(1))
+    await admitted.wait_admitted()
+    empty = Transcript("b")
+    empty.end("", "error")
+    waiting = asyncio.create_task(refused.wait_admitted())
+    put(refused, empty)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    end(refused, ExecutionError("refused"))
+    with pytest.raises(ExecutionError, match="refused"):
+        await waiting

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from penstock.api.channel import RequestStatus
 from penstock.engine.inference import InferenceEngine
+from penstock.errors import RequestError, RequestTooLarge
 from penstock.models.scripted import ScriptedModel
 from penstock.sampling import SamplingParams
 from penstock.step import StepPlan, StepResult
+from tests.tokenizers_for_tests import byte_level
 
 
 class Watched(ScriptedModel):
@@ -59,3 +63,36 @@ async def test_a_handle_of_a_known_request_and_none_of_another() -> None:
         assert handle is not None
         assert (await handle).outputs[0].token_ids == [5, 6]
         assert engine.get_request("b") is None
+
+
+async def test_tokenize_gives_the_ids_of_a_request_and_detokenize_their_text() -> None:
+    tokenizer = byte_level()
+    async with InferenceEngine(ScriptedModel([5], vocab_size=512), tokenizer) as engine:
+        for prompt in ("water falls", {"prompt": "wäter"}, [{"role": "user", "content": "hi"}], [3, 4]):
+            output = await engine.generate(prompt, SamplingParams(max_tokens=1))
+            assert await engine.tokenize(prompt) == output.prompt_token_ids
+        ids = await engine.tokenize("water falls", add_special_tokens=False)
+        assert await engine.detokenize(ids) == "water falls"
+        assert await engine.detokenize([1, *ids]) == "<s>water falls"
+        assert await engine.detokenize([1, *ids, 499], skip_special_tokens=True) == "water falls"
+        for invalid in ([-1], ["a"]):
+            with pytest.raises(RequestError, match="ids"):
+                await engine.detokenize(invalid)  # type: ignore[arg-type]
+
+
+async def test_an_engine_of_token_ids_only_has_no_text() -> None:
+    async with InferenceEngine(Watched(), skip_tokenizer_init=True) as engine:
+        with pytest.raises(RequestError, match="token ids only"):
+            await engine.tokenize("water")
+        with pytest.raises(RequestError, match="token ids only"):
+            await engine.detokenize([1])
+
+
+async def test_a_refused_request_is_known_before_it_would_produce_anything() -> None:
+    async with InferenceEngine(Watched(), skip_tokenizer_init=True) as engine:
+        with pytest.raises(RequestTooLarge):
+            await engine.generate([1] * 64).admitted()
+        handle = engine.generate([1], SamplingParams(max_tokens=2))
+        await handle.admitted()
+        assert (await handle).generated_ids == [5, 6]
+        await handle.admitted()

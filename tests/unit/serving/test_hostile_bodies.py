@@ -1,0 +1,153 @@
+"""Bodies that should not reach an engine: each is a 4xx in the API's own shape, at once, and the server serves on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from penstock.serving import ServingSettings
+from tests.unit.serving.service import CHAT, client_of
+
+MESSAGES = CHAT["messages"]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with client_of(ServingSettings(max_body_bytes=100_000, max_choices=16, max_logit_bias=100)) as client:
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200  # what is slow the first time
+        yield client
+
+
+def refused(client: TestClient, path: str, body: bytes, status: int = 400) -> dict[str, Any]:
+    """The error of a request that is refused quickly."""
+    begin = perf_counter()
+    response = client.post(path, content=body, headers={"content-type": "application/json"})
+    elapsed_s = perf_counter() - begin
+    assert response.status_code == status, response.text
+    assert elapsed_s < 0.5
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 1}).status_code == 200
+    return dict(error)
+
+
+BODIES = {
+    "no body": b"",
+    "no JSON": b"hello",
+    "no object": b"[1, 2]",
+    "null": b"null",
+    "no UTF-8": b'{"messages": "\xff\xfe"}',
+    "NaN": b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+    "infinity": b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
+    "a lone surrogate": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    "a huge integer": b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": ' + b"9" * 300 + b"}",
+    "thousands of digits": b'{"messages": [{"role": "user", "content": "hi"}], "seed": ' + b"9" * 9000 + b"}",
+    "deep nesting": b'{"messages": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+    "deep nesting inside a message": b'{"messages": [{"role": "user", "content": '
+    + b'{"a":' * 9_000
+    + b"1"
+    + b"}" * 9_000,
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_that_is_no_request_is_a_400(client: TestClient, name: str) -> None:
+    refused(client, "/v1/chat/completions", BODIES[name])
+
+
+FIELDS: list[tuple[str, Any]] = [
+    *[("messages", value) for value in ([], {}, "hi", [1], [{}], [{"role": 1, "content": "x"}], None)],
+    *[("messages", [{"role": "user", "content": value}]) for value in (1, {}, [1], [{"type": "text"}], [{"text": 1}])],
+    *[("n", value) for value in (0, -1, 1.5, "2", True, [], 10**6, 2**31, 10**30)],
+    *[("best_of", value) for value in (0, 17, "2")],
+    *[("temperature", value) for value in (-0.1, "1", [], True)],
+    *[("top_p", value) for value in (0, 1.1, -1)],
+    *[("max_tokens", value) for value in (0, -1, "10", 1.5, 10**30)],
+    *[("stop", value) for value in ("", ["", "a"], 5, [5], ["x"] * 17)],
+    *[("logit_bias", value) for value in ({"foo": 1}, {"1": "x"}, {"-1": 1}, {"99999": 1}, [1])],
+    ("logit_bias", {str(token): 1 for token in range(101)}),
+    *[("logprobs", value) for value in (5, "yes")],
+    ("top_logprobs", 3),  # without logprobs
+    *[("min_tokens", value) for value in (-1, 10**9, 7)],  # 7: more than max_tokens
+    *[("seed", value) for value in (2**70, 1.5, "x")],
+    *[("stream", value) for value in ("yes", 1)],
+    *[("stream_options", value) for value in (1, {"include_usage": "yes"})],
+    *[("chat_template_kwargs", {name: True}) for name in ("chat_template", "tokenize", "messages", "return_tensors")],
+    ("chat_template_kwargs", [1]),
+    *[("priority", value) for value in (7, "now", 1.5)],
+    *[("deadline", value) for value in (0, -1, "soon")],
+    *[("model", value) for value in (1, [])],
+    *[("stop_token_ids", value) for value in ([-1], ["a"], 5)],
+    ("allowed_token_ids", []),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_values_of_the_wrong_kind_are_a_400_and_never_begin_a_stream(client: TestClient, stream: bool) -> None:
+    for name, value in FIELDS:
+        body = {**CHAT, "stream": stream, name: value}
+        error = refused(client, "/v1/chat/completions", json.dumps(body).encode())
+        assert error["type"] == "invalid_request_error", (name, value)
+
+
+PROMPTS: list[dict[str, Any]] = [
+    *[
+        {"prompt": value}
+        for value in ("", [], [[]], [""], ["a", ""], 5, {}, [1, "a"], [[1], "a"], [-1], [10**12], [1.5])
+    ],
+    *[{"prompt": value} for value in (["a"] * 17, [[1]] * 17, [99999], "x" * 60_000)],
+    {"prompt": ["a"] * 5, "n": 4},
+    {"prompt": ["a"] * 5, "best_of": 4},
+    {"prompt": "a", "suffix": "b"},
+    {"prompt": "a", "max_tokens": 0},
+    {"prompt": "a", "logprobs": 100},
+    {"prompt": "a", "best_of": 2, "stream": True},
+    {"prompt": "a", "echo": True, "logprobs": 1, "stream": True},
+    {},
+]
+
+
+def test_prompts_of_the_wrong_kind_or_number_are_a_400(client: TestClient) -> None:
+    for body in PROMPTS:
+        refused(client, "/v1/completions", json.dumps(body).encode())
+
+
+def test_a_long_body_is_a_413_with_and_without_a_length(client: TestClient) -> None:
+    body = json.dumps({"prompt": "x" * 200_000}).encode()
+    assert refused(client, "/v1/completions", body, 413)["code"] == "body_too_large"
+    response = client.post("/v1/completions", content=iter([body[:90_000], body[90_000:]]))
+    assert response.status_code == 413
+    response = client.post("/v1/completions", content=b"{}", headers={"content-length": "9" * 30})
+    assert response.status_code == 413
+
+
+def test_an_image_for_a_text_model_is_a_400_that_says_so(client: TestClient) -> None:
+    parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    error = refused(client, "/v1/chat/completions", json.dumps(body).encode())
+    assert "image_url" in error["message"]
+    assert "text only" in error["message"]
+
+
+def test_what_the_template_refuses_is_a_400_in_its_words(client: TestClient) -> None:
+    body = {"messages": [{"role": "robot", "content": "hi"}]}
+    assert "no robots" in refused(client, "/v1/chat/completions", json.dumps(body).encode())["message"]
+
+
+def test_unknown_fields_are_ignored(client: TestClient) -> None:
+    assert client.post("/v1/chat/completions", json={**CHAT, "store": True, "made_up": {"a": 1}}).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("POST", "/v1/nope", 404), ("GET", "/v1/completions", 405)])
+def test_unknown_paths_and_methods_have_errors_of_the_same_shape(
+    client: TestClient, method: str, path: str, status: int
+) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
