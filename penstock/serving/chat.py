@@ -12,11 +12,11 @@ from starlette.responses import Response
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.serving.body import read_model
 from penstock.serving.chat_request import ChatRequest
+from penstock.serving.chunks import Chunks
 from penstock.serving.endpoint import Exchange, json_answer
 from penstock.serving.generation import Generation, usage_of
 from penstock.serving.logprobs import chat_logprobs
 from penstock.serving.server import Server
-from penstock.serving.sse import frame
 from penstock.serving.usage import usage_json
 
 _REGULAR = ("stop", "length")
@@ -53,26 +53,18 @@ class ChatAnswer:
             answer["prompt_token_ids"] = output.prompt_token_ids
         return answer
 
-    async def frames(self, generation: Generation) -> AsyncIterator[bytes]:
+    def frames(self, generation: Generation) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        options = self.body.stream_options
-        has_usage = options is not None and options.include_usage
-        is_continuous = options is not None and options.continuous_usage_stats and has_usage
         head = self._head("chat.completion.chunk")
+        return Chunks(head, self.body.stream_options, generation).frames(self._streamed(generation))
 
-        def chunk(choice: Mapping[str, object]) -> bytes:
-            value = {**head, "choices": [choice]}
-            if has_usage:
-                value["usage"] = usage_json(generation.usage()) if is_continuous else None
-            return frame(value)
-
+    async def _streamed(self, generation: Generation) -> AsyncIterator[dict[str, object]]:
+        """The choices of a stream, whose first ones say whose turn it is."""
         for index in range(self.body.n or 1):
-            yield chunk(_delta_choice(index, {"role": "assistant", "content": ""}))
+            yield _delta_choice(index, {"role": "assistant", "content": ""})
         async for _, delta in generation.deltas():
             for choice in self._delta_choices(delta):
-                yield chunk(choice)
-        if has_usage:
-            yield frame({**head, "choices": [], "usage": usage_json(await generation.final_usage())})
+                yield choice
 
     def _delta_choices(self, delta: Delta) -> list[dict[str, object]]:
         """The choices that one delta of the engine becomes."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from penstock.api.prompt import Prompt
 from penstock.sampling import SamplingParams
 from penstock.serving.body import RequestModel
+from penstock.serving.chunks import StreamOptions
 from penstock.serving.errors import invalid
 from penstock.serving.messages import plain_messages
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, check_limit
@@ -16,13 +17,6 @@ from penstock.serving.settings import ServingSettings
 
 # Variables of the template that would replace it or what the engine does with it.
 _REFUSED_ARGUMENTS = frozenset({"chat_template", "tokenize", "messages", "tools", "documents"})
-
-
-class StreamOptions(RequestModel):
-    """What a stream says about usage."""
-
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
 
 
 class TemplateFields(RequestModel):

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from penstock.api.prompt import Prompt
 from penstock.sampling import SamplingParams
-from penstock.serving.chat_request import StreamOptions
+from penstock.serving.chunks import StreamOptions
 from penstock.serving.errors import invalid
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields
 from penstock.serving.settings import ServingSettings

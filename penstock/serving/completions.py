@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.api.handle import RequestHandle
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.serving.body import read_model
+from penstock.serving.chunks import Chunks
 from penstock.serving.completion_request import CompletionRequest
 from penstock.serving.endpoint import Exchange, json_answer
 from penstock.serving.generation import Generation, Usage, usage_of
 from penstock.serving.logprobs import CompletionLogprobs
 from penstock.serving.server import Server
-from penstock.serving.sse import frame
 from penstock.serving.usage import usage_json
 
 _REGULAR = ("stop", "length")
@@ -53,21 +52,20 @@ class CompletionAnswer:
             usage = Usage(usage.prompt_tokens, 0, usage.cached_tokens)
         return self._head() | {"choices": choices, "usage": usage_json(usage)}
 
-    async def frames(self, generation: Generation) -> AsyncIterator[bytes]:
+    def frames(self, generation: Generation) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        options = self.body.stream_options
-        has_usage = options is not None and options.include_usage
-        is_continuous = has_usage and options is not None and options.continuous_usage_stats
-        head = self._head()
+        return Chunks(self._head(), self.body.stream_options, generation).frames(self._choices(generation))
+
+    async def _choices(self, generation: Generation) -> AsyncIterator[dict[str, object]]:
+        """The choices of a stream, whose first ones are the echoes."""
+        n = self.body.n or 1
+        if self.body.echo:
+            for index in range(len(generation.handles) * n):
+                yield _text_choice(index, generation.handles[index // n].prompt or "")
         async for number, delta in generation.deltas():
-            choice = self._delta_choice(number, delta, generation.handles[number])
+            choice = self._delta_choice(number * n + delta.index, delta)
             if choice is not None:
-                value = {**head, "choices": [choice]}
-                if has_usage:
-                    value["usage"] = usage_json(generation.usage()) if is_continuous else None
-                yield frame(value)
-        if has_usage:
-            yield frame({**head, "choices": [], "usage": usage_json(await generation.final_usage())})
+                yield choice
 
     def _choice(self, number: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, object]:
         text, ids, entries = completion.text, completion.token_ids, list(completion.logprobs or ())
@@ -90,16 +88,18 @@ class CompletionAnswer:
             choice |= {"token_ids": ids, "prompt_token_ids": output.prompt_token_ids}
         return choice
 
-    def _delta_choice(self, number: int, delta: Delta, handle: RequestHandle) -> dict[str, object] | None:
-        index = number * (self.body.n or 1) + delta.index
+    def _delta_choice(self, index: int, delta: Delta) -> dict[str, object] | None:
+        """The choice that one delta of the engine becomes, if it says anything."""
         reason = delta.finish_reason if delta.finish_reason in _REGULAR else None
         if not (delta.text or delta.token_ids or reason):
             return None
-        text, logprobs = delta.text, None
+        if self.body.max_tokens == 0:
+            return _text_choice(index, "", finish_reason="length") if reason else None
+        logprobs = None
         if self.body.logprobs is not None and delta.token_ids:
             builder = self.logprobs.setdefault(index, CompletionLogprobs(self.body.logprobs))
             logprobs = builder.add(delta.token_ids, delta.logprobs)
-        choice: dict[str, object] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        choice = _text_choice(index, delta.text, logprobs, reason)
         choice["stop_reason"] = delta.stop_reason if reason else None
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
@@ -107,3 +107,9 @@ class CompletionAnswer:
 
     def _head(self) -> dict[str, object]:
         return {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": self.model}
+
+
+def _text_choice(
+    index: int, text: str, logprobs: Mapping[str, object] | None = None, finish_reason: str | None = None
+) -> dict[str, object]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

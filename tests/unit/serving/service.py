@@ -19,14 +19,16 @@ CHAT = {"messages": [{"role": "user", "content": "what falls?"}], "max_tokens": 
 
 @contextmanager
 def client_of(settings: ServingSettings | None = None, step_s: float = 0.0, **engine: Any) -> Iterator[TestClient]:
-    """A client of an app whose model repeats `TEXT`; `client.app.state.server` has the engine."""
+    """A client of an app whose model repeats `TEXT`; `client.app.state` has the server and the model."""
     tokenizer = byte_level()
     model = ScriptedModel(tokenizer.encode(TEXT, add_special_tokens=False), step_s=step_s)
     options = {"batch_timeout_ms": 0, "max_sequence_length": 512, **engine}
     native = InferenceEngine(model, tokenizer, **options)
     native.start()
     try:
-        with TestClient(app(native, settings), raise_server_exceptions=False) as client:
+        api = app(native, settings)
+        api.state.model = model
+        with TestClient(api, raise_server_exceptions=False) as client:
             yield client
     finally:
         model.release()

@@ -1,0 +1,223 @@
+"""Health, readiness, metrics, models, administration, overload, request ids, the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from penstock.serving import ServingSettings
+from penstock.serving.readiness import Readiness
+from tests.unit.serving.service import CHAT, client_of, events
+
+URL = "/v1/chat/completions"
+ADMIN = {"x-api-key": "root"}
+
+
+def samples_of(client: Any) -> dict[str, float]:
+    """The values of /metrics, summed over labels."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0) + sample.value
+    return values
+
+
+def test_metrics_have_vllms_names_and_count() -> None:
+    with client_of() as client:
+        events(client.post(URL, json={**CHAT, "stream": True}))
+        client.post(URL, json=CHAT)
+        values = samples_of(client)
+        assert values["vllm:generation_tokens_total"] == 12
+        assert values["vllm:prompt_tokens_total"] == values["vllm:request_prompt_tokens_sum"] > 10
+        assert values["vllm:request_success_total"] == 2
+        assert values["vllm:time_to_first_token_seconds_count"] == values["vllm:e2e_request_latency_seconds_count"] == 2
+        assert values["vllm:inter_token_latency_seconds_count"] == 5
+        assert values["penstock:http_responses_total"] >= 2
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total"):
+            assert f"vllm:{name}" in values
+
+
+def test_a_model_says_how_long_its_sequences_may_be() -> None:
+    with client_of(ServingSettings(served_model_name=("gpt-4o", "org/mine"))) as client:
+        models = client.get("/v1/models").json()["data"]
+        assert [model["id"] for model in models] == ["gpt-4o", "org/mine"]
+        model = client.get("/v1/models/org/mine").json()
+        assert model["max_model_len"] == model["context_length"] == 512
+        assert isinstance(model["created"], int)
+        assert (model["object"], model["owned_by"], model["root"]) == ("model", "penstock", "gpt-4o")
+        assert client.get("/v1/models/scripted").status_code == 404
+        assert client.post(URL, json={**CHAT, "model": "org/mine"}).json()["model"] == "org/mine"
+        assert client.post(URL, json=CHAT).json()["model"] == "gpt-4o"
+
+
+def test_readiness_ends_when_work_waits_without_progress() -> None:
+    now = [0.0]
+    readiness = Readiness(10, clock=lambda: now[0])
+    stats: dict[str, Any] = {"engine_status": "running", "queue": {"num_requests": 0}, "totals": {"steps": 5}}
+    now[0] = 100
+    assert readiness.reason(stats) is None  # idle is no stall
+    stats["queue"]["num_requests"] = 1
+    now[0] = 200
+    assert readiness.reason(stats) is None  # the work may have come this moment
+    now[0] = 209
+    assert readiness.reason(stats) is None
+    now[0] = 211
+    assert readiness.reason(stats) == "stalled"
+    stats["totals"] = {"steps": 6}
+    assert readiness.reason(stats) is None
+    assert readiness.reason({"engine_status": "loading"}) == "loading"
+
+
+def test_draining_refuses_new_requests_and_can_be_ended() -> None:
+    with client_of(ServingSettings(admin_key="root")) as client:
+        assert client.get("/ready").status_code == 200
+        assert client.post("/admin/drain", headers=ADMIN).json() == {"drained": True, "num_aborted": 0}
+        assert client.get("/ready").json() == {"status": "draining"}
+        assert client.get("/health").status_code == 200
+        response = client.post(URL, json=CHAT)
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) > 0
+        client.post("/admin/resume", headers=ADMIN)
+        assert client.post(URL, json=CHAT).status_code == 200
+
+
+class Background:
+    """A request on a thread of its own."""
+
+    def __init__(self, client: Any, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        self.response: Any = None
+
+        def run() -> None:
+            self.response = client.post(URL, json=body, headers=headers)
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    def wait(self) -> Any:
+        self._thread.join(20)
+        assert self.response is not None
+        return self.response
+
+
+def wait_for_open_request(client: Any) -> None:
+    engine, pulse = client.app.state.server.engine, threading.Event()
+    while engine.get_stats()["queue"]["num_running"] == 0:
+        pulse.wait(0.005)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_administrator_aborts_a_request_and_its_client_is_told(stream: bool) -> None:
+    with client_of(ServingSettings(admin_key="root"), step_s=0.01) as client:
+        request = Background(client, {**CHAT, "max_tokens": 400, "stream": stream}, {"x-request-id": "mine"})
+        wait_for_open_request(client)
+        assert client.post("/admin/abort", json={"request_id": "mine"}, headers=ADMIN).status_code == 200
+        response = request.wait()
+        assert response.headers["x-request-id"] == "mine"
+        if stream:
+            *_, last = events(response)
+            assert last["error"]["code"] == "request_aborted"
+        else:
+            assert response.status_code == 499
+        assert client.post("/admin/abort", json={"request_id": "mine"}, headers=ADMIN).status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_drain_that_takes_too_long_ends_what_is_left_once(stream: bool) -> None:
+    with client_of(ServingSettings(admin_key="root"), step_s=0.01) as client:
+        request = Background(client, {**CHAT, "max_tokens": 400, "stream": stream})
+        wait_for_open_request(client)
+        drained = client.post("/admin/drain", json={"timeout_s": 0.05}, headers=ADMIN)
+        assert drained.json() == {"drained": True, "num_aborted": 1}
+        assert (200 if stream else 499) == request.wait().status_code
+
+
+def test_a_fault_in_a_stream_is_its_last_frame() -> None:
+    with client_of(step_s=0.01) as client:
+        engine = client.app.state.server.engine
+        request = Background(client, {**CHAT, "max_tokens": 400, "stream": True, "deadline": 0.3})
+        response = request.wait()
+        *chunks, last = events(response)
+        assert len(chunks) > 3
+        assert last["error"]["code"] == "deadline_exceeded"
+        assert not any(choice["finish_reason"] for chunk in chunks for choice in chunk["choices"])
+        assert engine.get_stats()["queue"]["num_requests"] == 0
+
+
+def test_a_failed_step_is_a_500_and_the_server_serves_on() -> None:
+    with client_of() as client:
+        model = client.app.state.model
+        model.fail_next(RuntimeError("boom"))
+        response = client.post(URL, json=CHAT)
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "server_error"
+        assert client.post(URL, json=CHAT).status_code == 200
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
+    with client_of(max_batch_size=1, max_queue_size=1) as client:
+        model = client.app.state.model
+        model.hold()
+        requests = [Background(client, CHAT)]
+        wait_for_open_request(client)
+        requests.append(Background(client, CHAT))
+        engine, pulse = client.app.state.server.engine, threading.Event()
+        while engine.get_stats()["queue"]["num_queued_requests"] == 0:
+            pulse.wait(0.005)
+        for stream in (False, True):
+            response = client.post(URL, json={**CHAT, "stream": stream})
+            assert response.status_code == 429
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "engine_overloaded"
+        model.release()
+        assert [request.wait().status_code for request in requests] == [200, 200]
+
+
+def test_too_many_open_requests_are_a_429() -> None:
+    with client_of(ServingSettings(max_concurrent_requests=1)) as client:
+        model = client.app.state.model
+        model.hold()
+        request = Background(client, CHAT)
+        wait_for_open_request(client)
+        assert client.post(URL, json=CHAT).status_code == 429
+        assert client.get("/health").status_code == 200
+        model.release()
+        assert request.wait().status_code == 200
+
+
+def test_a_request_id_is_echoed_if_it_is_harmless() -> None:
+    with client_of() as client:
+        assert client.get("/version", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+        for value in ("", "a b", "x" * 200, 'a"b'):
+            assert re.fullmatch(
+                r"req-\w+", client.get("/version", headers={"x-request-id": value}).headers["x-request-id"]
+            )
+
+
+def test_the_log_has_a_line_per_request_and_nothing_of_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    with client_of() as client, caplog.at_level(logging.INFO, "penstock.serving"):
+        body = {**CHAT, "messages": [{"role": "user", "content": "a secret word"}]}
+        client.post(URL, json=body, headers={"x-request-id": "r1"})
+        client.get("/made/up/secret")
+        lines = [json.loads(record.message) for record in caplog.records]
+    assert [(line["event"], line["status"], line["path"]) for line in lines] == [
+        ("request", 200, URL),
+        ("request", 404, "unknown"),
+    ]
+    assert lines[0]["request_id"] == "r1"
+    assert lines[0]["completion_tokens"] == 6
+    assert "secret" not in caplog.text
+    assert "water" not in caplog.text
+
+
+def test_the_openapi_document_describes_every_body() -> None:
+    with client_of() as client:
+        document = client.get("/openapi.json").json()
+        for path in ("/v1/chat/completions", "/v1/completions", "/tokenize"):
+            reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+            assert document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
