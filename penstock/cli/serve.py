@@ -79,7 +79,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command. Raises `PenstockError`; returns the exit code."""
     try:
-        from penstock.serving.process import ProcessSettings, serve
+        from penstock.serving.process import ProcessSettings, listen, serve
     except ImportError as error:
         raise ConfigurationError(f"serving needs further packages ({error}): pip install 'penstock[serve]'") from None
     sections = _sections(args.config)
@@ -88,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = _model_and_tokenizer(args.model or engine_settings.pop("model", None), engine_settings)
     if settings.access_log:
         _log_to_stderr()
-    with loaded_engine(model, tokenizer, **engine_settings) as engine:
-        return serve(engine, settings, lambda url, name: _announce(url, name, bool(settings.api_keys)))
+    EngineConfig(**engine_settings)
+    with listen(settings) as listener, loaded_engine(model, tokenizer, **engine_settings) as engine:
+        return serve(engine, settings, listener, lambda url, name: _announce(url, name, bool(settings.api_keys)))
 
 
 def _model_and_tokenizer(model: str | None, settings: JsonObject) -> tuple[object, object]:

@@ -74,12 +74,10 @@ class ProcessSettings(ServingSettings):
         return self
 
 
-def serve(engine: Engine, settings: ProcessSettings, on_ready: Callable[[str, str], None]) -> int:
-    """Serve until a signal; returns the exit code. `on_ready(url, name)` is called once the port is open.
-
-    Raises `ConfigurationError` if the port cannot be opened.
-    """
-    listener = _listen(settings)
+def serve(
+    engine: Engine, settings: ProcessSettings, listener: socket.socket, on_ready: Callable[[str, str], None]
+) -> int:
+    """Serve on a socket of `listen` until a signal; returns the exit code. `on_ready(url, name)` announces the port."""
     api = app(engine, settings)
     parts: Server = api.state.server
 
@@ -152,21 +150,24 @@ def _config(api: ASGIApp, settings: ProcessSettings) -> uvicorn.Config:
     )
 
 
-def _listen(settings: ProcessSettings) -> socket.socket:
-    """The listening socket, opened here so that a port in use is one clear line."""
-    where = f"{settings.host}:{settings.port}"
+def listen(settings: ProcessSettings) -> socket.socket:
+    """A socket bound to the address; it refuses connections until `serve`. Raises `ConfigurationError`.
+
+    Called before the model is loaded, so that a port in use is known at once.
+    """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        host, port = settings.host, settings.port
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
     except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {where}: {error.strerror or error}; choose another --port"
-        ) from None
-    listener.set_inheritable(True)
+        where, reason = f"{settings.host}:{settings.port}", error.strerror or error
+        raise ConfigurationError(f"cannot listen on {where}: {reason}; choose another --port") from None
     return listener
 
 

@@ -5,26 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import re
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from types import ModuleType
 from typing import Any
 
 import pytest
-import uvicorn
 
 from penstock import ConfigurationError, InferenceEngine, SamplingParams, ScriptedModel
+from tests.http_sockets import PATIENCE_S, Answer, Connection, running, wait_until
 from tests.tokenizers_for_tests import byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 20.0
 PROMPTLY_S = 1.0
 TEXT = "water falls "
 ENDLESS = 5000
@@ -54,74 +48,13 @@ CHAT = Endpoint("fastapi_service", "/chat", streams=False)
 ENDPOINTS = (PLAIN, STREAM, CHAT)
 
 
-@dataclass
-class Answer:
-    """What came over the socket."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def events(self) -> list[tuple[str, str]]:
-        """(name, data) of server-sent events."""
-        assert self.headers["content-type"].startswith("text/event-stream")
-        blocks = self.body.decode().split("\n\n")
-        assert blocks.pop() == ""
-        pattern = re.compile(r"event: (\w+)\ndata: (.*)")
-        matches = [pattern.fullmatch(block) for block in blocks]
-        return [(match[1], json.loads(match[2])) for match in matches if match]
-
-    @property
-    def text(self) -> str:
-        """The generated text, streamed or not."""
-        if self.headers["content-type"] == "application/json":
-            return str(json.loads(self.body)["text"])
-        names, pieces = zip(*self.events, strict=True)
-        assert names == ("text",) * (len(names) - 1) + ("done",)
-        return "".join(pieces)
-
-
-class Connection:
-    """A client's socket, byte by byte."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
-        self.file = self.socket.makefile("rb")
-
-    def send_head(self, method: str, path: str, length: int) -> None:
-        """The request's line and headers."""
-        kind = "content-type: application/json\r\n"
-        self.send(f"{method} {path} HTTP/1.1\r\nhost: test\r\n{kind}content-length: {length}\r\n\r\n".encode())
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def read_head(self) -> Answer:
-        """Status and headers of the answer."""
-        status = int(self.file.readline().split()[1])
-        lines = iter(lambda: self.file.readline().decode().strip(), "")
-        return Answer(status, dict(line.lower().split(": ", 1) for line in lines), b"")
-
-    def read(self) -> Answer:
-        """The whole answer."""
-        answer = self.read_head()
-        if answer.headers.get("transfer-encoding") == "chunked":
-            while chunk := self.read_chunk():
-                answer.body += chunk
-        else:
-            answer.body = self.file.read(int(answer.headers["content-length"]))
-        return answer
-
-    def read_chunk(self) -> bytes:
-        """A piece of an answer that is streamed."""
-        chunk = self.file.read(int(self.file.readline(), 16))
-        self.file.readline()
-        return chunk
-
-    def close(self) -> None:
-        self.file.close()
-        self.socket.close()
+def text_of(answer: Answer) -> str:
+    """The generated text, streamed or not."""
+    if answer.headers["content-type"] == "application/json":
+        return str(json.loads(answer.body)["text"])
+    names, pieces = zip(*answer.events, strict=True)
+    assert names == ("text",) * (len(names) - 1) + ("done",)
+    return "".join(pieces)
 
 
 @dataclass
@@ -166,13 +99,6 @@ class Service:
         return self.engine.get_stats()["queue"]["num_requests"]
 
 
-def wait_until(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> None:
-    deadline, pulse = monotonic() + within_s, threading.Event()
-    while not condition():
-        assert monotonic() < deadline, "the condition did not come true in time"
-        pulse.wait(0.002)
-
-
 def import_example(name: str, engine: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A fresh copy of an example that serves with this engine."""
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -182,27 +108,6 @@ def import_example(name: str, engine: Callable[[], Any], monkeypatch: pytest.Mon
     owner = {"web_service": "web_service", "fastapi_service": "fastapi_app"}[name]
     monkeypatch.setattr(f"{owner}.InferenceEngine", engine)
     return example
-
-
-@contextmanager
-def running(app: Any) -> Iterator[uvicorn.Server]:
-    """uvicorn in a thread of its own, on a free port."""
-    config = uvicorn.Config(app, port=0, lifespan="on", ws="none", log_config=None, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-
-    def run() -> None:
-        with contextlib.suppress(SystemExit):  # its startup failed
-            server.run()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started or not thread.is_alive())
-    try:
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
 
 
 Serve = Callable[..., Service]
@@ -239,8 +144,8 @@ def test_a_question_is_answered(serve: Serve, endpoint: Endpoint) -> None:
     service = serve(endpoint)
     answer = service.ask(endpoint, "what falls?", max_tokens=200)
     assert answer.status == 200
-    assert answer.text.startswith(TEXT * 10)
-    assert service.ask(endpoint, "what falls?", max_tokens=1).text == "w"  # the first token is the last one
+    assert text_of(answer).startswith(TEXT * 10)
+    assert text_of(service.ask(endpoint, "what falls?", max_tokens=1)) == "w"  # the first token is the last one
 
 
 @each_endpoint
@@ -258,7 +163,7 @@ def test_a_body_of_200_kb_in_two_chunks_arrives_whole(serve: Serve, endpoint: En
     answer = connection.read()
     connection.close()
     assert answer.status == 200, answer.body
-    assert answer.text
+    assert text_of(answer)
     messages = [{"role": "user", "content": question}]
     prompt = service.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert service.engine.get_stats()["totals"]["prompt_tokens"] == len(prompt["input_ids"])

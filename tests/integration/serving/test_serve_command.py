@@ -1,0 +1,131 @@
+"""`penstock serve` as a process: its first lines, scripted answers, signals, refusals to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from penstock.cli import main
+
+ROOT = Path(__file__).resolve().parents[3]
+ANSWERS = "replies: {weather: It rains in the valley., '': I do not know.}\nstep_s: 0.05\n"
+
+
+@contextmanager
+def process(*options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A server with these options; killed at the end if it still runs."""
+    command = [sys.executable, "-m", "penstock", "serve", *options]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment}
+    server = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+    try:
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+        assert server.stderr is not None
+        server.stderr.close()
+
+
+def url_of(server: subprocess.Popen[str]) -> str:
+    """The address that it prints; the rest of its output is read and forgotten."""
+    assert server.stderr is not None
+    for line in server.stderr:
+        if match := re.search(r"at (https?://\S+)/v1", line):
+            threading.Thread(target=drained, args=(server.stderr,), daemon=True).start()
+            return match[1]
+    raise AssertionError(f"no address; exit code {server.wait()}")
+
+
+def drained(stream: IO[str]) -> list[str]:
+    return list(stream)
+
+
+def ask(url: str, question: str, **headers: str) -> Any:
+    body = json.dumps({"messages": [{"role": "user", "content": question}]}).encode()
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return json.load(response)["choices"][0]["message"]["content"]
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> str:
+    (tmp_path / "answers.yaml").write_text(ANSWERS)
+    return f"scripted:{tmp_path / 'answers.yaml'}"
+
+
+def test_it_serves_scripted_answers_and_drains_at_a_signal(answers: str, tmp_path: Path) -> None:
+    sections = "serving: {port: 0, served_model_name: mine}\nengine: {max_sequence_length: 300}\n"
+    (tmp_path / "server.yaml").write_text(sections)
+    with process(
+        "--model", answers, "--config", str(tmp_path / "server.yaml"), *("--api-key", "k1", "--drain-timeout-s", "2")
+    ) as server:
+        url, key = url_of(server), {"authorization": "Bearer k1"}
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(url, "weather")
+        assert ask(url, "how is the weather?", **key) == "It rains in the valley."
+        assert ask(url, "who are you?", **key) == "I do not know."
+        (model,) = json.loads(get(f"{url}/v1/models"))["data"]
+        assert (model["id"], model["max_model_len"]) == ("mine", 300)
+        results: list[str] = []
+        asking = threading.Thread(target=lambda: results.append(ask(url, "the weather again", **key)))
+        asking.start()
+        body = json.dumps({"prompt": "weather", "max_tokens": 250, "stream": True, "ignore_eos": True}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, key)
+        with urllib.request.urlopen(request, timeout=20) as response:
+            assert response.readline().startswith(b"data: ")
+            while open_requests(get(f"{url}/metrics")) < 2:
+                pass
+            server.send_signal(signal.SIGTERM)
+            lines = [line for line in response.read().decode().split("\n\n") if line]
+        assert [line for line in lines if "error" in line] == lines[-1:]  # outlasted the drain, and was told once
+        asking.join(20)
+        assert results == ["It rains in the valley."]  # finished meanwhile
+        assert server.wait(20) == 0
+
+
+def get(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"x-api-key": "k1"})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return bytes(response.read())
+
+
+def open_requests(text: bytes) -> float:
+    match = re.search(rb"penstock:open_requests\{.*\} (\S+)", text)
+    return float(match[1]) if match else 0.0
+
+
+def failure(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What a server that does not start prints."""
+    assert main(["serve", *options]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text("replies: 5")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        errors = {
+            f"cannot listen on 127.0.0.1:{port}": failure(capsys, "--model", answers, "--port", port),
+            "reachable by others": failure(capsys, "--model", answers, "--host", "0.0.0.0"),
+            "needs replies": failure(capsys, "--model", f"scripted:{tmp_path / 'bad.yaml'}"),
+            "TLS needs both": failure(capsys, "--ssl-certfile", "x.pem"),
+            "max_batch_size": failure(capsys, "--model", answers, "--max-batch-size", "many"),
+            "unknown section": failure(capsys, "--config", str(tmp_path / "bad.yaml")),
+        }
+    for text, output in errors.items():
+        assert text in output
+        assert output.count("\n") == 1, output
