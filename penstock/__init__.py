@@ -43,6 +43,7 @@ from penstock.scheduling.batching import BatchingConfig, ContinuousBatcher, Dyna
 from penstock.scheduling.bucketing import SequenceBucketer, calculate_padding_efficiency, create_padded_batch
 from penstock.scheduling.estimator import MemoryEstimator
 from penstock.sequence import FinishReason
+from penstock.structured_outputs import StructuredOutputs
 
 __all__ = [
     "LLM",
@@ -95,6 +96,7 @@ __all__ = [
     "ScriptedModel",
     "SequenceBucketer",
     "SpeculativeDecoder",
+    "StructuredOutputs",
     "__version__",
     "calculate_padding_efficiency",
     "create_padded_batch",

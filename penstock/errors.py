@@ -4,7 +4,7 @@
     ├── ConfigurationError (ValueError)     bad engine configuration, unknown key, unusable model
     ├── RequestError (ValueError)           bad parameters, empty prompt, unknown adapter
     │   ├── RequestTooLarge                 can never fit; names prompt, max_tokens and limit
-    │   └── GrammarError                    schema or regular expression refused (reserved)
+    │   └── GrammarError                    schema, grammar or regular expression refused
     ├── EngineOverloaded (RuntimeError)     the request queue is full; has retry_after_s
     ├── DeadlineExceeded (TimeoutError)     has the partial output
     ├── RequestAborted                      has the partial output
@@ -72,7 +72,7 @@ class RequestTooLarge(RequestError):
 
 
 class GrammarError(RequestError):
-    """A schema, grammar or regular expression was refused. Reserved for structured output; not raised yet."""
+    """A schema, grammar or regular expression was refused, or its work limit ran out; names the reason."""
 
 
 class EngineOverloaded(PenstockError, RuntimeError):

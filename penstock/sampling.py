@@ -15,6 +15,7 @@ from typing import Any
 
 from penstock import processors
 from penstock.outputs import CompletionOutput
+from penstock.structured_outputs import StructuredOutputs
 from penstock.values import LARGEST_COUNT, LARGEST_ID, bare, flag, integer, items, plain, real, refused, text, token_ids
 
 # A user's logits processor: (output token ids so far, float32 logits [vocab]) -> float32 logits [vocab].
@@ -89,6 +90,10 @@ class SamplingParams(processors.ProcessorParams):
     likely beams at every position, as `transformers` does with `num_beams`; `length_penalty` and `early_stopping`
     (True, False or "never") have the same meaning there. Ranked completions are delivered at the end.
 
+    `structured_outputs` restricts the output to a schema, a regular expression, a choice or a grammar. EOS may then be
+    drawn only where the output is complete; with `ignore_eos` only where nothing else may follow. With `reasoning_end`,
+    for example "</think>", constraint and `stop` apply only to what comes after its first occurrence in the output.
+
     `is_ruled`, `num_held` and `is_cut` are derived: whether rules change the logits of every token, how many first
     tokens cannot be EOS, and whether sampling is restricted by more than top-k, top-p and min-p.
     """
@@ -124,6 +129,8 @@ class SamplingParams(processors.ProcessorParams):
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     speculation_length: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    reasoning_end: str | None = None
     is_ruled: bool = field(init=False, repr=False, compare=False)
     num_held: int = field(init=False, repr=False, compare=False)
     is_cut: bool = field(init=False, repr=False, compare=False)
@@ -137,6 +144,7 @@ class SamplingParams(processors.ProcessorParams):
         _check_tokens(self)
         _check_stops(self)
         _check_ranking(self)
+        _check_structure(self)
         _set(self, "is_ruled", _is_ruled(self))
         _set(self, "num_held", max(self.min_tokens, self.min_new_tokens))
         _set(self, "is_cut", processors.restricts_draws(self))
@@ -318,3 +326,16 @@ def _check_ranking(p: SamplingParams) -> None:
         _require(p.num_samples > 1, "best_of", p.best_of, "the width of the beam search, at least 2")
         _require(p.temperature == 0, "temperature", p.temperature, "0 with use_beam_search, which draws nothing")
         _require(p.rank_by is None, "rank_by", p.rank_by, "None with use_beam_search, which ranks by its own scores")
+
+
+def _check_structure(p: SamplingParams) -> None:
+    structured, marker = p.structured_outputs, p.reasoning_end
+    is_known = structured is None or isinstance(structured, StructuredOutputs)
+    _require(is_known, "structured_outputs", structured, "StructuredOutputs or None")
+    if structured is not None:
+        _require(not p.use_beam_search, "structured_outputs", structured, "None with use_beam_search")
+    if marker is not None:
+        _set(p, "reasoning_end", bare(marker))
+        _require(isinstance(marker, str) and len(marker) > 0, "reasoning_end", marker, "None or a non-empty string")
+        _require(not p.use_beam_search, "reasoning_end", marker, "None with use_beam_search")
+        _require(p.detokenize, "reasoning_end", marker, "None when detokenize=False: it is looked for in the text")

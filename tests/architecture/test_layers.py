@@ -22,7 +22,18 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
     ("kernels",),
     ("api",),
     ("step",),
-    ("sequence", "outputs", "config", "generation", "sampling", "processors", "values", "errors", "demo"),
+    (
+        "sequence",
+        "outputs",
+        "config",
+        "generation",
+        "sampling",
+        "processors",
+        "structured_outputs",
+        "values",
+        "errors",
+        "demo",
+    ),
 )
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 
