@@ -1,0 +1,49 @@
+"""Tool calls and reasoning in what a model writes: parsers for streams and whole texts, and grammars that force a call.
+
+Pure Python over strings: knows no engine and no server. `docs/tools.md` shows how the parts fit together.
+"""
+
+from penstock.tools.definitions import MAX_TOOLS, Tool, ToolChoice, read_tool_choice, read_tools
+from penstock.tools.output_parser import FORMATS, OutputParser, format_named, parse_output
+from penstock.tools.pieces import (
+    ContentDelta,
+    ParsedOutput,
+    Piece,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallDelta,
+    joined,
+    random_id,
+)
+from penstock.tools.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningSplitter, reasoning_format_named
+from penstock.tools.templates import reasoning_format_of, renders_tools, tool_format_of, tool_instructions
+from penstock.tools.tool_call_parser import ToolCallParser
+
+__all__ = [
+    "FORMATS",
+    "MAX_TOOLS",
+    "REASONING_FORMATS",
+    "ContentDelta",
+    "OutputParser",
+    "ParsedOutput",
+    "Piece",
+    "ReasoningDelta",
+    "ReasoningFormat",
+    "ReasoningSplitter",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallParser",
+    "ToolChoice",
+    "format_named",
+    "joined",
+    "parse_output",
+    "random_id",
+    "read_tool_choice",
+    "read_tools",
+    "reasoning_format_named",
+    "reasoning_format_of",
+    "renders_tools",
+    "tool_format_of",
+    "tool_instructions",
+]
