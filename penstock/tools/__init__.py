@@ -3,6 +3,7 @@
 Pure Python over strings: knows no engine and no server. `docs/tools.md` shows how the parts fit together.
 """
 
+from penstock.tools.constraint import constraint
 from penstock.tools.definitions import MAX_TOOLS, Tool, ToolChoice, read_tool_choice, read_tools
 from penstock.tools.output_parser import FORMATS, OutputParser, format_named, parse_output
 from penstock.tools.pieces import (
@@ -35,6 +36,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolCallParser",
     "ToolChoice",
+    "constraint",
     "format_named",
     "joined",
     "parse_output",

@@ -95,7 +95,7 @@ class JsonScanner:
         if space.end() == len(text):
             return len(text)
         pos = space.end()
-        for read_run in (self._shallow, self._openings, self._closings):
+        for read_run in (self._closings,) if text[pos] in "]}" else (self._shallow, self._openings):
             if (end := read_run(text, pos)) > pos:
                 return end
         return self._punctuation(text[pos], pos) or self._scalar(text, pos, closed)
@@ -128,7 +128,7 @@ class JsonScanner:
 
     def _closings(self, text: str, pos: int) -> int:
         """Read a run of brackets that close, with the comma behind them."""
-        if text[pos] not in "]}" or self._next not in (_COMMA, _SHUT[self._stack[-1]][0]):
+        if not self._stack or self._next not in _SHUT[self._stack[-1]]:
             return pos
         match = _CLOSINGS.match(text, pos)
         assert match
