@@ -135,11 +135,14 @@ class CallCollector:
 
     def cut(self) -> None:
         """The text ends: an open call is delivered as far as it is known, other text is content."""
-        self._cursor.rest()
+        is_marked = self._cursor.is_marked
+        rest = self._cursor.rest()
         if self._open is not None:
             self._close()
             self._opening = ""
             self._cursor.unmark()
+        elif not is_marked:
+            self.content(rest)
         self.reject()
         if not self._calls and self._spaces:
             self._pieces.append(ContentDelta("".join(self._spaces)))

@@ -77,6 +77,11 @@ class Cursor:
         """Whether text arrived that is not consumed yet."""
         return self.pos < len(self.text)
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether consumed text is kept."""
+        return self._mark is not None
+
     def feed(self, text: str) -> None:
         """Append text. One consumed character stays in the buffer, for patterns that look behind."""
         start = max(self.pos - 1, 0)
