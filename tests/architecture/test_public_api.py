@@ -25,7 +25,8 @@ import penstock
 from penstock import errors
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
-IMPORT_BUDGET_S = 0.3
+# Of the time that the light dependencies take (0.15 s on a quiet core): a busy machine slows down both.
+IMPORT_BUDGET = 1.2
 CALLED_BY_SYNTAX = {"__init__", "__call__", "__await__", "__iter__", "__aiter__", "__enter__", "__aenter__"}
 OURS = ("penstock", __name__.split(".")[0])
 HEAVY = ("torch", "transformers")
@@ -119,14 +120,17 @@ def builtin_base(error: type) -> str | None:
 
 
 def import_in_fresh_interpreter() -> tuple[float, list[str]]:
-    """(seconds of CPU that `import penstock` takes, which heavy libraries it loaded)."""
+    """(CPU time of `import penstock` relative to that of its light dependencies, which heavy libraries it loaded)."""
     code = (
-        "import json, sys, time; start = time.process_time(); import penstock; "
-        f"print(json.dumps([time.process_time() - start, [m for m in {HEAVY!r} if m in sys.modules]]))"
+        "import json, sys, time; times = [time.process_time()]; "
+        "import asyncio, pydantic_settings, structlog; times.append(time.process_time()); "
+        "import penstock; times.append(time.process_time()); "
+        "ratio = (times[2] - times[1]) / (times[1] - times[0]); "
+        f"print(json.dumps([ratio, [m for m in {HEAVY!r} if m in sys.modules]]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, heavy = json.loads(run.stdout)
-    return seconds, heavy
+    ratio, heavy = json.loads(run.stdout)
+    return ratio, heavy
 
 
 def test_all_is_sorted() -> None:
@@ -169,7 +173,7 @@ def test_errors_are_all_public() -> None:
 def test_import_is_light_and_quick() -> None:
     runs = [import_in_fresh_interpreter() for _ in range(3)]
     assert runs[0][1] == []
-    assert min(seconds for seconds, _ in runs) < IMPORT_BUDGET_S
+    assert min(ratio for ratio, _ in runs) < IMPORT_BUDGET
 
 
 def test_checker_reads_a_drawn_tree() -> None:
