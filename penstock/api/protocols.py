@@ -77,6 +77,16 @@ class Tokenizing(Protocol):
 
 
 @runtime_checkable
+class Templated(Protocol):
+    """An engine whose tokenizer has a chat template."""
+
+    @property
+    def tokenizer(self) -> object:
+        """The tokenizer, which two threads must not use at once; None before the model is loaded."""
+        ...
+
+
+@runtime_checkable
 class PrefixCaching(Protocol):
     """An engine that reuses the K/V of shared prefixes."""
 

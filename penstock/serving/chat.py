@@ -11,15 +11,15 @@ from starlette.responses import Response
 
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.serving.body import read_model
+from penstock.serving.chat_message import delta_of, message_of
 from penstock.serving.chat_request import ChatRequest
+from penstock.serving.chat_task import REGULAR_ENDS, ChatTask, OutputReader
 from penstock.serving.chunks import Chunks
 from penstock.serving.endpoint import Exchange, json_answer
 from penstock.serving.generation import Generation, usage_of
 from penstock.serving.logprobs import chat_logprobs
 from penstock.serving.server import Server
 from penstock.serving.usage import usage_json
-
-_REGULAR = ("stop", "length")
 
 
 async def chat_completions(server: Server, request: Request) -> Response:
@@ -28,9 +28,9 @@ async def chat_completions(server: Server, request: Request) -> Response:
     body = await read_model(request, ChatRequest, server.settings.max_body_bytes)
     model = server.check_model(body.model)
     body.check(server.settings)
-    params, options = body.sampling(server.settings), body.options(exchange.call.client)
-    generation = await exchange.submit([body.prompt()], params, options)
-    answer = ChatAnswer(body, exchange.id, model)
+    task, options = body.task(server.settings, server.formats), body.options(exchange.call.client)
+    generation = await exchange.submit_chat(task, options)
+    answer = ChatAnswer(body, exchange.id, model, task)
     if body.stream:
         return exchange.stream(generation, answer.frames(generation))
     (output,) = await exchange.outputs(generation)
@@ -44,10 +44,11 @@ class ChatAnswer:
     body: ChatRequest
     id: str
     model: str
+    task: ChatTask
 
     def whole(self, output: RequestOutput) -> dict[str, object]:
         """The answer at once."""
-        choices = [self._choice(completion) for completion in output.outputs]
+        choices = [self._choice(completion, self.task.reader(output.prompt or "")) for completion in output.outputs]
         answer = self._head("chat.completion") | {"choices": choices, "usage": usage_json(usage_of([output]))}
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = output.prompt_token_ids
@@ -60,50 +61,48 @@ class ChatAnswer:
 
     async def _streamed(self, generation: Generation) -> AsyncIterator[dict[str, object]]:
         """The choices of a stream, whose first ones say whose turn it is."""
-        for index in range(self.body.n or 1):
+        readers = [self.task.reader(generation.handles[0].prompt or "") for _ in range(self.body.n or 1)]
+        for index in range(len(readers)):
             yield _delta_choice(index, {"role": "assistant", "content": ""})
         async for _, delta in generation.deltas():
-            for choice in self._delta_choices(delta):
+            for choice in self._delta_choices(delta, readers[delta.index]):
                 yield choice
 
-    def _delta_choices(self, delta: Delta) -> list[dict[str, object]]:
-        """The choices that one delta of the engine becomes."""
-        choices = []
-        logprobs = self._logprobs(delta.token_ids, delta.logprobs) if self.body.logprobs and delta.token_ids else None
-        if delta.text or logprobs is not None or (self.body.return_token_ids and delta.token_ids):
-            choice = _delta_choice(delta.index, {"content": delta.text}, logprobs)
-            if self.body.return_token_ids:
-                choice["token_ids"] = delta.token_ids
-            choices.append(choice)
-        if delta.finish_reason in _REGULAR:
-            choice = _delta_choice(delta.index, {}, None, delta.finish_reason)
-            choice["stop_reason"] = delta.stop_reason
-            choices.append(choice)
+    def _delta_choices(self, delta: Delta, reader: OutputReader) -> list[dict[str, object]]:
+        """The choices that one delta of the engine becomes. What belongs to tokens stands in the first."""
+        has_logprobs, has_ids = bool(self.body.logprobs and delta.token_ids), self.body.return_token_ids
+        parts = [delta_of(piece) for piece in reader.read(delta)]
+        if not parts and (has_logprobs or (has_ids and delta.token_ids)):
+            parts = [{"content": ""}]
+        choices = [_delta_choice(delta.index, part) for part in parts]
+        if has_logprobs:
+            choices[0]["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs, self.body.top_logprobs or 0)
+        if has_ids and choices:
+            choices[0]["token_ids"] = delta.token_ids
+        if delta.finish_reason in REGULAR_ENDS:
+            choices.append(_delta_choice(delta.index, {}, reader.finish_reason(delta.finish_reason)))
+            choices[-1]["stop_reason"] = delta.stop_reason
         return choices
 
-    def _choice(self, completion: CompletionOutput) -> dict[str, object]:
-        message: dict[str, object] = {"role": "assistant", "content": completion.text, "refusal": None}
+    def _choice(self, completion: CompletionOutput, reader: OutputReader) -> dict[str, object]:
+        top, logprobs = self.body.top_logprobs or 0, None
+        if completion.logprobs is not None:
+            logprobs = chat_logprobs(completion.token_ids, completion.logprobs, top)
+        message = message_of(reader.read_whole(completion))
         choice: dict[str, object] = {
             "index": completion.index,
             "message": message,
-            "logprobs": None
-            if completion.logprobs is None
-            else self._logprobs(completion.token_ids, completion.logprobs),
-            "finish_reason": completion.finish_reason,
+            "logprobs": logprobs,
+            "finish_reason": reader.finish_reason(completion.finish_reason),
             "stop_reason": completion.stop_reason,
         }
         if self.body.return_token_ids:
             choice["token_ids"] = completion.token_ids
         return choice
 
-    def _logprobs(self, ids: object, entries: object) -> dict[str, object]:
-        return chat_logprobs(ids, entries, self.body.top_logprobs or 0)  # type: ignore[arg-type]
-
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}
 
 
-def _delta_choice(
-    index: int, delta: Mapping[str, object], logprobs: object = None, finish_reason: str | None = None
-) -> dict[str, object]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+def _delta_choice(index: int, delta: Mapping[str, object], finish_reason: str | None = None) -> dict[str, object]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

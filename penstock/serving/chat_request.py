@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 
-from penstock.api.prompt import Prompt
 from penstock.sampling import SamplingParams
 from penstock.serving.body import RequestModel
+from penstock.serving.chat_task import ChatPrompt, ChatTask, prepare, tool_use
 from penstock.serving.chunks import StreamOptions
 from penstock.serving.errors import invalid
 from penstock.serving.messages import plain_messages
+from penstock.serving.model_formats import ModelFormats
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, check_limit
 from penstock.serving.settings import ServingSettings
+from penstock.serving.structure_fields import StructureFields
 
 # Variables of the template that would replace it or what the engine does with it.
 _REFUSED_ARGUMENTS = frozenset({"chat_template", "tokenize", "messages", "tools", "documents"})
@@ -28,7 +30,7 @@ class TemplateFields(RequestModel):
     chat_template_kwargs: dict[str, object] | None = None
     reasoning_effort: str | None = None
 
-    def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None = None) -> Prompt:
+    def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None = None) -> ChatPrompt:
         """The chat as the engine takes it. Raises `HttpError`."""
         arguments = dict(self.chat_template_kwargs or {})
         if refused := _REFUSED_ARGUMENTS & set(arguments):
@@ -45,6 +47,13 @@ class TemplateFields(RequestModel):
         prompt: dict[str, object] = {"messages": plain_messages(messages)}
         return prompt | {name: value for name, value in optional.items() if value is not None and value != {}}
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model may reason, under the names that templates have for it."""
+        arguments = self.chat_template_kwargs or {}
+        is_off = any(arguments.get(name) is False for name in ("enable_thinking", "thinking"))
+        return not is_off and self.reasoning_effort != "none"
+
     def _continues(self) -> bool | None:
         """None leaves it to the last message's role."""
         if self.continue_final_message is None and self.add_generation_prompt:
@@ -52,7 +61,7 @@ class TemplateFields(RequestModel):
         return self.continue_final_message
 
 
-class ChatRequest(SamplingFields, TemplateFields):
+class ChatRequest(SamplingFields, TemplateFields, StructureFields):
     """A chat completion."""
 
     messages: list[dict[str, object]] = Field(min_length=1)
@@ -61,6 +70,9 @@ class ChatRequest(SamplingFields, TemplateFields):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    tools: list[dict[str, object]] | None = None
+    tool_choice: str | dict[str, object] | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_INT)
     user: str | None = None
@@ -74,9 +86,15 @@ class ChatRequest(SamplingFields, TemplateFields):
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
 
-    def prompt(self) -> Prompt:
-        """The chat as the engine takes it. Raises `HttpError`."""
-        return self.chat(self.messages)
+    def task(self, settings: ServingSettings, formats: ModelFormats) -> ChatTask:
+        """The chat as the engine takes it. Raises `HttpError`, `RequestError`."""
+        use = tool_use(
+            *(self.tools, self.tool_choice),
+            is_parallel=self.parallel_tool_calls is not False,
+            max_tools=settings.max_tools,
+        )
+        params, structure = self.sampling(settings), self.structure()
+        return prepare(self.chat(self.messages), params, formats, use=use, structure=structure, thinks=self.thinks)
 
     def sampling(self, settings: ServingSettings) -> SamplingParams:
         """The engine's parameters. Raises `HttpError`, `RequestError`."""

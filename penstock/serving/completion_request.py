@@ -10,11 +10,12 @@ from penstock.serving.chunks import StreamOptions
 from penstock.serving.errors import invalid
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields
 from penstock.serving.settings import ServingSettings
+from penstock.serving.structure_fields import StructureFields
 
 DEFAULT_MAX_TOKENS = 16
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, StructureFields):
     """A text completion. `prompt` is a text, token ids, or a list of either."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -49,7 +50,11 @@ class CompletionRequest(SamplingFields):
         prompt_logprobs = self.logprobs if self.echo else None
         max_tokens = 1 if self.max_tokens == 0 else self.max_tokens
         return self.params(
-            *(settings, num_prompts), max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs
+            *(settings, num_prompts),
+            max_tokens=max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured_outputs=self.structure(),
         )
 
 

@@ -17,6 +17,7 @@ from penstock.api.prompt import Prompt
 from penstock.errors import PenstockError, described
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
+from penstock.serving.chat_task import ChatTask
 from penstock.serving.errors import Envelope, failure_of, openai_envelope
 from penstock.serving.gate import Call, call_of
 from penstock.serving.generation import Generation, Options, submit
@@ -43,10 +44,21 @@ class Exchange:
         call.facts["response_id"] = name
         return cls(server, request, call, name)
 
-    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams, options: Options) -> Generation:
+    async def submit(
+        self, prompts: Sequence[Prompt], params: SamplingParams, options: Options, suffix: str = ""
+    ) -> Generation:
         """Submit the prompts; returns once all are accepted. The client may leave meanwhile."""
-        generation = await submit(self.server.engine, prompts, params, options, self.server.metrics, self.id)
+        name = f"{self.id}{suffix}"
+        generation = await submit(self.server.engine, prompts, params, options, self.server.metrics, name)
         self.call.facts["prompt_tokens"] = generation.usage().prompt_tokens
+        return generation
+
+    async def submit_chat(self, task: ChatTask, options: Options) -> Generation:
+        """Submit a chat; again without its reasoning if its template turns out to end that by itself."""
+        generation = await self.submit([task.prompt], task.params, options)
+        if task.params.reasoning_end is not None and task.begins_after_reasoning(generation.handles[0].prompt or ""):
+            generation.cancel()
+            generation = await self.submit([task.prompt], task.without_reasoning().params, options, "-direct")
         return generation
 
     async def outputs(self, generation: Generation) -> list[RequestOutput]:

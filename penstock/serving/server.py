@@ -12,6 +12,7 @@ from penstock.serving.errors import HttpError
 from penstock.serving.lifecycle import Lifecycle
 from penstock.serving.logs import access_logger
 from penstock.serving.metrics import Metrics
+from penstock.serving.model_formats import ModelFormats, formats_of
 from penstock.serving.readiness import Readiness
 from penstock.serving.settings import ServingSettings
 
@@ -30,6 +31,8 @@ class Server:
         self.created = int(time.time())
         self._names = settings.served_model_name
         self._max_model_len: int | None = None
+        self._formats: ModelFormats | None = None
+        formats_of(engine, settings)  # refuses unknown formats now
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,6 +43,16 @@ class Server:
                 return ("penstock",)
             self._names = (Path(name).name,)
         return self._names
+
+    @property
+    def formats(self) -> ModelFormats:
+        """How the model writes tool calls and reasoning."""
+        if self._formats is None:
+            formats = formats_of(self.engine, self.settings)
+            if self.max_model_len is None:  # not loaded yet
+                return formats
+            self._formats = formats
+        return self._formats
 
     @property
     def max_model_len(self) -> int | None:

@@ -69,6 +69,8 @@ class ServingKeywords(TypedDict, total=False):
     max_logit_bias: int
     max_messages: int
     max_tools: int
+    tool_format: str | None
+    reasoning_format: str | None
     max_concurrent_requests: int
     ping_interval_s: float
     stall_s: float
@@ -93,6 +95,10 @@ class ServingSettings(BaseSettings):
     max_logit_bias: int = Field(1024, ge=0, description="Maximum entries of logit_bias.")
     max_messages: int = Field(4096, ge=1, description="Maximum messages of a chat.")
     max_tools: int = Field(128, ge=0, description="Maximum tools of a chat.")
+    tool_format: str | None = Field(None, description="How the model writes tool calls; None: what its template shows.")
+    reasoning_format: str | None = Field(
+        None, description='How the model writes its reasoning; None: what its template shows; "none": not at all.'
+    )
     max_concurrent_requests: int = Field(1024, ge=1, description="Maximum open HTTP requests for generation.")
     ping_interval_s: float = Field(5.0, gt=0, description="A stream that was silent for so long sends a comment.")
     stall_s: float = Field(60.0, gt=0, description="Not ready once work has waited for so long without a step.")

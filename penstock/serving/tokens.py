@@ -5,7 +5,7 @@ The last one is for trainers, verifiers and routers that hold token ids themselv
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 from pydantic import Field
 from starlette.requests import Request
@@ -14,8 +14,10 @@ from starlette.responses import Response
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Tokenizing
 from penstock.outputs import Logprob
+from penstock.sampling import SamplingParams
 from penstock.serving.body import RequestModel, read_model
 from penstock.serving.chat_request import TemplateFields
+from penstock.serving.chat_task import prepare, tool_use
 from penstock.serving.endpoint import Exchange, json_answer
 from penstock.serving.errors import HttpError, invalid
 from penstock.serving.generation import Generation, usage_of
@@ -23,6 +25,7 @@ from penstock.serving.logprobs import chat_logprobs
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields
 from penstock.serving.server import Server
 from penstock.serving.sse import frame
+from penstock.serving.structure_fields import StructureFields
 from penstock.serving.usage import usage_json
 
 
@@ -43,7 +46,7 @@ class DetokenizeRequest(RequestModel):
     tokens: list[int]
 
 
-class SamplingObject(SamplingFields):
+class SamplingObject(SamplingFields, StructureFields):
     """The parameters of `GenerateRequest`, nested as in vLLM."""
 
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
@@ -66,13 +69,19 @@ async def tokenize(server: Server, request: Request) -> Response:
     server.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("pass either prompt or messages", "prompt")
-    prompt: Prompt = {"prompt": body.prompt} if body.messages is None else body.chat(body.messages, body.tools)
+    prompt: Prompt = {"prompt": body.prompt} if body.messages is None else _chat(server, body, body.messages)
     ids = (
         []
         if body.prompt == ""
         else await _tokenizing(server).tokenize(prompt, add_special_tokens=body.add_special_tokens)
     )
     return json_answer({"tokens": ids, "count": len(ids), "max_model_len": server.max_model_len, "token_strs": None})
+
+
+def _chat(server: Server, body: TokenizeRequest, messages: Sequence[Mapping[str, object]]) -> Prompt:
+    """The chat, with its tools where a completion would have them."""
+    use = tool_use(body.tools, None, max_tools=server.settings.max_tools)
+    return prepare(body.chat(messages), SamplingParams(), server.formats, use=use).prompt
 
 
 async def detokenize(server: Server, request: Request) -> Response:
@@ -89,7 +98,11 @@ async def generate(server: Server, request: Request) -> Response:
     server.check_model(body.model)
     fields, top = body.sampling_params, body.sampling_params.logprobs
     params = fields.params(
-        server.settings, max_tokens=fields.max_tokens, logprobs=top, prompt_logprobs=fields.prompt_logprobs
+        server.settings,
+        max_tokens=fields.max_tokens,
+        logprobs=top,
+        prompt_logprobs=fields.prompt_logprobs,
+        structured_outputs=fields.structure(),
     )
     generation = await exchange.submit([body.token_ids], params, fields.options(exchange.call.client))
     if body.stream:
