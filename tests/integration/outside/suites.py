@@ -1,0 +1,120 @@
+"""Test suites that others wrote for clients: fetched when the tests run, run in a process of their own, judged here.
+
+Nothing of them is kept in this repository. A suite that cannot be fetched, because the package index is out of reach,
+is skipped; every other test of it must pass or be excluded with a reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from penstock import InferenceEngine
+from penstock.models.scripted_replies import ScriptedReplies
+from penstock.serving import ServingSettings, app
+from tests.http_sockets import running
+from tests.tokenizers_for_tests import byte_level
+
+_UNREACHABLE = re.compile("No matching distribution|Connection|Temporary failure|timed out|Network is unreachable")
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Tests whose names match do not count, for this reason. With `refused`, they count as passed if they got a 4xx."""
+
+    pattern: str
+    reason: str
+    refused: bool = False
+
+    def covers(self, name: str, message: str) -> bool:
+        return re.search(self.pattern, name) is not None and (not self.refused or _is_refusal(message))
+
+
+def _is_refusal(message: str) -> bool:
+    """Whether a test failed because the server refused its request in the shape of the API."""
+    return re.search(r"Error: Error code: 4\d\d - (?!\{(?!'type': 'error'))", message) is not None
+
+
+def fetched(package: str, version: str, folder: Path) -> Path:
+    """The unpacked source distribution of a package."""
+    root = folder / f"{package}-{version}"
+    if not root.is_dir():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            package,
+            "-d",
+            str(folder),
+        ]
+        done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, timeout=100)
+        if done.returncode and _UNREACHABLE.search(done.stderr):
+            pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        with tarfile.open(folder / f"{package}-{version}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+    return root
+
+
+def failures(
+    root: Path, paths: Sequence[str], environment: Mapping[str, str], report: Path
+) -> tuple[int, dict[str, str]]:
+    """Run the tests: how many passed, and the messages of those that did not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    variables = {**os.environ, **environment, "PYTHONPATH": ""}
+    done = subprocess.run([*command, *paths], cwd=root, env=variables, capture_output=True, text=True, timeout=100)
+    assert report.exists(), done.stdout + done.stderr
+    messages, num_passed = {}, 0
+    for case in ElementTree.parse(report).iter("testcase"):  # a report of our own making
+        problems = [problem for kind in ("failure", "error") for problem in case.findall(kind)]
+        name = f"{case.get('classname')}.{case.get('name')}"
+        if problems:
+            messages[name] = f"{problems[0].get('message')}\n{problems[0].text}"
+        elif case.find("skipped") is None:
+            num_passed += 1
+    return num_passed, messages
+
+
+def unlisted(messages: Mapping[str, str], exclusions: Sequence[Exclusion]) -> dict[str, str]:
+    """The failures that no exclusion covers."""
+    return {
+        name: message
+        for name, message in messages.items()
+        if not any(exclusion.covers(name, message) for exclusion in exclusions)
+    }
+
+
+@contextmanager
+def server(replies: Any, settings: ServingSettings, template: str | None = None) -> Iterator[str]:
+    """The address of a server whose model gives these replies."""
+    tokenizer = byte_level()
+    if template is not None:
+        tokenizer.chat_template = template
+    model = ScriptedReplies(
+        *(replies, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode),
+        eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        vocab_size=len(tokenizer),
+        max_length=1 << 14,
+    )
+    engine = InferenceEngine(model, tokenizer, batch_timeout_ms=0)
+    engine.start()
+    try:
+        with running(app(engine, settings)) as uvicorn:
+            yield f"http://127.0.0.1:{uvicorn.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        engine.stop(drain=0)
