@@ -24,7 +24,7 @@ from penstock.serving.chat_request import ChatRequest
 from penstock.serving.completion_request import CompletionRequest
 from penstock.serving.errors import HttpError, failure_of
 from penstock.serving.gate import Gate, error_response, route_path
-from penstock.serving.openapi import described_body, openapi_of
+from penstock.serving.openapi import described, openapi_of
 from penstock.serving.server import Server
 from penstock.serving.settings import ServingSettings
 
@@ -73,7 +73,7 @@ def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies
     api = FastAPI(title="Penstock", version=__version__, dependencies=dependencies, docs_url=None, redoc_url=None)
     api.state.server = server
     for route in ROUTES:
-        extra = described_body(route.body, route.answers)
+        extra = described(route.path, route.body, route.answers)
         name, endpoint = route.handler.__name__, _endpoint(server, route.handler)
         api.add_api_route(route.path, endpoint, methods=[route.method], name=name, openapi_extra=extra)
     setattr(api, "openapi", openapi_of(api, [route.body for route in ROUTES if route.body is not None]))  # noqa: B010

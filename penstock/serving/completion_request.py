@@ -8,7 +8,7 @@ from penstock.api.prompt import Prompt
 from penstock.sampling import SamplingParams
 from penstock.serving.chunks import StreamOptions
 from penstock.serving.errors import invalid
-from penstock.serving.sampling_fields import MAX_INT, SamplingFields
+from penstock.serving.sampling_fields import MAX_INT, SamplingFields, TokenId
 from penstock.serving.settings import ServingSettings
 from penstock.serving.structure_fields import StructureFields
 
@@ -18,7 +18,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionRequest(SamplingFields, StructureFields):
     """A text completion. `prompt` is a text, token ids, or a list of either."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     model: str | None = None
     suffix: str | None = None
     echo: bool | None = False

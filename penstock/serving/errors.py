@@ -82,7 +82,7 @@ _ANSWERS: Mapping[type[PenstockError], tuple[int, str | None]] = {
     GrammarError: (400, "invalid_grammar"),
     RequestError: (400, None),
     EngineOverloaded: (429, "engine_overloaded"),
-    DeadlineExceeded: (504, "deadline_exceeded"),
+    DeadlineExceeded: (408, "deadline_exceeded"),  # the request set it itself
     RequestAborted: (CLIENT_CLOSED, "request_aborted"),
     EngineClosed: (503, "engine_closed"),
     ExecutionError: (500, "execution_error"),
@@ -94,7 +94,7 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable",
-    504: "timeout",
+    408: "timeout",
 }
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 _REF = "#/components/schemas/{model}"
+_JSON = "application/json"
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -29,14 +30,18 @@ _ERROR = {
 }
 
 
-def described_body(model: type[BaseModel] | None, media_types: Sequence[str]) -> dict[str, Any]:
-    """What FastAPI adds to an operation: its body, what it answers, and the errors."""
-    errors = {"description": "An error.", "content": {"application/json": {"schema": _ERROR}}}
+def described(path: str, model: type[BaseModel] | None, media_types: Sequence[str]) -> dict[str, Any]:
+    """What FastAPI adds to an operation: the parameter in its path, its body, what it answers, and the errors."""
+    errors = {"description": "An error.", "content": {_JSON: {"schema": _ERROR}}}
     answer = {"description": "The answer.", "content": {media_type: {} for media_type in media_types}}
     extra: dict[str, Any] = {"responses": {"200": answer, "4XX": errors, "5XX": errors}}
+    if "{" in path:
+        parameter = path.partition("{")[2].partition(":")[0].rstrip("}")
+        schema = {"type": "string"}
+        extra["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": schema}]
     if model is not None:
-        schema = {"$ref": _REF.format(model=model.__name__)}
-        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        reference = {"schema": {"$ref": _REF.format(model=model.__name__)}}
+        extra["requestBody"] = {"required": True, "content": {_JSON: reference}}
     return extra
 
 

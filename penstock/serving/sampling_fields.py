@@ -18,6 +18,7 @@ MAX_INT = 2**31 - 1
 FLOATS = 1e9
 
 
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]  # JSON has string keys only
 
 
@@ -35,8 +36,8 @@ class SamplingFields(RequestModel):
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
     logit_bias: dict[TokenKey, float] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    allowed_token_ids: list[int] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    allowed_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

@@ -22,7 +22,7 @@ from penstock.serving.endpoint import Exchange, json_answer
 from penstock.serving.errors import HttpError, invalid
 from penstock.serving.generation import Generation, usage_of
 from penstock.serving.logprobs import chat_logprobs
-from penstock.serving.sampling_fields import MAX_INT, SamplingFields
+from penstock.serving.sampling_fields import MAX_INT, SamplingFields, TokenId
 from penstock.serving.server import Server
 from penstock.serving.sse import frame
 from penstock.serving.structure_fields import StructureFields
@@ -43,7 +43,7 @@ class DetokenizeRequest(RequestModel):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 class SamplingObject(SamplingFields, StructureFields):
@@ -58,7 +58,7 @@ class GenerateRequest(RequestModel):
     """Token ids and parameters."""
 
     model: str | None = None
-    token_ids: list[int] = Field(min_length=1)
+    token_ids: list[TokenId] = Field(min_length=1)
     sampling_params: SamplingObject = Field(default_factory=lambda: SamplingObject.model_validate({}))
     stream: bool | None = False
 

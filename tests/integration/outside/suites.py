@@ -100,7 +100,9 @@ def unlisted(messages: Mapping[str, str], exclusions: Sequence[Exclusion]) -> di
 
 
 @contextmanager
-def server(replies: Any, settings: ServingSettings, template: str | None = None) -> Iterator[str]:
+def server(
+    replies: Any, settings: ServingSettings, template: str | None = None, max_length: int = 1 << 14
+) -> Iterator[str]:
     """The address of a server whose model gives these replies."""
     tokenizer = byte_level()
     if template is not None:
@@ -109,7 +111,7 @@ def server(replies: Any, settings: ServingSettings, template: str | None = None)
         *(replies, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode),
         eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
         vocab_size=len(tokenizer),
-        max_length=1 << 14,
+        max_length=max_length,
     )
     engine = InferenceEngine(model, tokenizer, batch_timeout_ms=0)
     engine.start()

@@ -11,7 +11,11 @@ from tests.integration.outside.suites import Exclusion, failures, server, unlist
 
 ROOT = Path(__file__).resolve().parents[3]
 EXCLUSIONS: tuple[Exclusion, ...] = ()
-OPTIONS = ("-o", "filterwarnings=", "-o", "python_files=langchain_chat.py", "-o", "xfail_strict=false", "-o", "asyncio_default_test_loop_scope=session")
+SETTINGS = (
+    *("filterwarnings=", "python_files=langchain_chat.py", "xfail_strict=false"),
+    "asyncio_default_test_loop_scope=session",  # its client outlives the loop of one test
+)
+OPTIONS = tuple(word for setting in SETTINGS for word in ("-o", setting))
 
 
 def call(name: str, **arguments: Any) -> str:
