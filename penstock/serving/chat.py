@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -30,26 +30,29 @@ async def chat_completions(server: Server, request: Request) -> Response:
     body.check(server.settings)
     task, options = body.task(server.settings, server.formats), body.options(exchange.call.client)
     generation = await exchange.submit_chat(task, options)
-    answer = ChatAnswer(body, exchange.id, model, task)
+    answer = ChatAnswer(server, body, exchange.id, model, task)
     if body.stream:
         return exchange.stream(generation, answer.frames(generation))
     (output,) = await exchange.outputs(generation)
-    return json_answer(answer.whole(output))
+    return json_answer(await answer.whole(output))
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
     """Builds the objects of one answer."""
 
+    server: Server
     body: ChatRequest
     id: str
     model: str
     task: ChatTask
 
-    def whole(self, output: RequestOutput) -> dict[str, object]:
+    async def whole(self, output: RequestOutput) -> dict[str, object]:
         """The answer at once."""
-        choices = [self._choice(completion, self.task.reader(output.prompt or "")) for completion in output.outputs]
-        answer = self._head("chat.completion") | {"choices": choices, "usage": usage_json(usage_of([output]))}
+        readers = [self.task.reader(output.prompt or "") for _ in output.outputs]
+        choices = [self._choice(*pair) for pair in zip(output.outputs, readers, strict=True)]
+        usage = replace(usage_of([output]), reasoning_tokens=await self._reasoning_tokens(readers))
+        answer = self._head("chat.completion") | {"choices": choices, "usage": usage_json(usage)}
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = output.prompt_token_ids
         return answer
@@ -57,11 +60,17 @@ class ChatAnswer:
     def frames(self, generation: Generation) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         head = self._head("chat.completion.chunk")
-        return Chunks(head, self.body.stream_options, generation).frames(self._streamed(generation))
-
-    async def _streamed(self, generation: Generation) -> AsyncIterator[dict[str, object]]:
-        """The choices of a stream, whose first ones say whose turn it is."""
         readers = [self.task.reader(generation.handles[0].prompt or "") for _ in range(self.body.n or 1)]
+        chunks = Chunks(head, self.body.stream_options, generation, lambda: self._reasoning_tokens(readers))
+        return chunks.frames(self._streamed(generation, readers))
+
+    async def _reasoning_tokens(self, readers: Sequence[OutputReader]) -> int:
+        return sum([await self.server.num_tokens(reader.reasoning) for reader in readers])
+
+    async def _streamed(
+        self, generation: Generation, readers: Sequence[OutputReader]
+    ) -> AsyncIterator[dict[str, object]]:
+        """The choices of a stream, whose first ones say whose turn it is."""
         for index in range(len(readers)):
             yield _delta_choice(index, {"role": "assistant", "content": ""})
         async for _, delta in generation.deltas():

@@ -86,6 +86,12 @@ class OutputReader:
         self._parser = parser
         self._use = use
         self._has_calls = False
+        self._reasoning: list[str] = []
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far."""
+        return "".join(self._reasoning)
 
     def read(self, delta: Delta) -> list[Piece]:
         """What a delta of the engine completes, in order."""
@@ -108,6 +114,7 @@ class OutputReader:
             for piece in pieces
             if not isinstance(piece, ToolCallDelta) or self._use.is_parallel or piece.index == 0
         ]
+        self._reasoning += [piece.text for piece in kept if isinstance(piece, ReasoningDelta)]
         self._has_calls = self._has_calls or any(isinstance(piece, ToolCallDelta) for piece in kept)
         return kept
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 
 from penstock.serving.body import RequestModel
 from penstock.serving.generation import Generation
@@ -20,9 +21,16 @@ class StreamOptions(RequestModel):
 class Chunks:
     """Turns the choices of a stream into frames."""
 
-    def __init__(self, head: Mapping[str, object], options: StreamOptions | None, generation: Generation) -> None:
+    def __init__(
+        self,
+        head: Mapping[str, object],
+        options: StreamOptions | None,
+        generation: Generation,
+        reasoning_tokens: Callable[[], Awaitable[int]] | None = None,
+    ) -> None:
         self._head = head
         self._generation = generation
+        self._reasoning_tokens = reasoning_tokens
         self._has_usage = options is not None and options.include_usage
         self._is_continuous = self._has_usage and options is not None and options.continuous_usage_stats
 
@@ -34,4 +42,7 @@ class Chunks:
                 chunk["usage"] = usage_json(self._generation.usage()) if self._is_continuous else None
             yield frame(chunk)
         if self._has_usage:
-            yield frame({**self._head, "choices": [], "usage": usage_json(await self._generation.final_usage())})
+            usage = await self._generation.final_usage()
+            if self._reasoning_tokens is not None:
+                usage = replace(usage, reasoning_tokens=await self._reasoning_tokens())
+            yield frame({**self._head, "choices": [], "usage": usage_json(usage)})

@@ -32,7 +32,10 @@ async def completions(server: Server, request: Request) -> Response:
     answer = CompletionAnswer(body, exchange.id, model)
     if body.stream:
         return exchange.stream(generation, answer.frames(generation))
-    return json_answer(answer.whole(await exchange.outputs(generation)))
+    outputs = await exchange.outputs(generation)
+    if body.echo and body.logprobs is not None:
+        answer.first_texts.extend([await server.text_of(output.prompt_token_ids[:1]) for output in outputs])
+    return json_answer(answer.whole(outputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class CompletionAnswer:
     id: str
     model: str
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)  # of streamed choices
+    first_texts: list[str] = field(default_factory=list)  # of the prompts' first tokens, which have no log probability
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, object]:
         """The answer at once."""
@@ -76,7 +80,7 @@ class CompletionAnswer:
             builder, all_ids, all_entries = CompletionLogprobs(self.body.logprobs), ids, [*entries]
             if self.body.echo and output.prompt_logprobs is not None:
                 all_ids, all_entries = output.prompt_token_ids + ids, [*output.prompt_logprobs, *entries]  # type: ignore[list-item]
-            logprobs = builder.add(all_ids, all_entries)
+            logprobs = builder.add(all_ids, all_entries, self.first_texts[number] if self.body.echo else "")
         choice: dict[str, object] = {
             "index": number * (self.body.n or 1) + completion.index,
             "text": (output.prompt or "") + text if self.body.echo else text,

@@ -45,11 +45,13 @@ class CompletionLogprobs:
         self._top = top
         self._offset = offset
 
-    def add(self, ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None]) -> dict[str, object]:
-        """The object for these tokens, which follow the earlier ones. None: a token without a log probability."""
+    def add(
+        self, ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None], first_text: str = ""
+    ) -> dict[str, object]:
+        """The object for these tokens, which follow the earlier ones. The first may have no entry, only a text."""
         texts, offsets, logprobs, tops = [], [], [], []
         for token, entry in zip(ids, entries, strict=True):
-            text = token_text(token, entry[token]) if entry else ""
+            text = token_text(token, entry[token]) if entry else first_text
             texts.append(text)
             offsets.append(self._offset)
             self._offset += len(text)

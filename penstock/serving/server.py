@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from penstock.api.protocols import Engine
+from penstock.api.protocols import Engine, Tokenizing
 from penstock.serving.auth import KeyRing
 from penstock.serving.errors import HttpError
 from penstock.serving.lifecycle import Lifecycle
@@ -68,6 +68,18 @@ class Server:
             return name or self.names[0]
         text = f"The model `{name[:200]}` does not exist: this server has {', '.join(self.names)}"
         raise HttpError(404, text, code="model_not_found", param="model")
+
+    async def text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids without special tokens; none if the engine does not tokenize."""
+        return (
+            await self.engine.detokenize(ids, skip_special_tokens=True) if isinstance(self.engine, Tokenizing) else ""
+        )
+
+    async def num_tokens(self, text: str) -> int:
+        """The number of tokens of a text; 0 if the engine does not tokenize."""
+        if not text or not isinstance(self.engine, Tokenizing):
+            return 0
+        return len(await self.engine.tokenize({"prompt": text}, add_special_tokens=False))
 
     def stats(self) -> Mapping[str, object]:
         """The engine's statistics."""

@@ -17,10 +17,12 @@ from penstock.api.exiting import join_threads
 from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
 from penstock.engine.text.token_text import TokenDecoder, redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
-from penstock.errors import EngineClosed, RequestError, text_of
+from penstock.errors import EngineClosed, RequestError, RequestTooLarge, text_of
 
 # Number of characters that a Rust tokenizer encodes in less time than two thread switches take.
 SHORT_TEXT = 256
+# Maximum characters of a rendered template, which may be much longer than the messages.
+MAX_RENDERED = 1 << 24
 
 T = TypeVar("T")
 _Job = Callable[[Tokenizer | None], None]
@@ -190,7 +192,9 @@ def _render(tokenizer: Tokenizer | None, chat: Chat) -> str:
         text = render(chat.messages, add_generation_prompt=chat.add_generation_prompt, tokenize=False, **options)
     except BaseException as error:  # templates raise arbitrary errors for unknown roles and orders
         raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
-    return str(text)
+    if len(text := str(text)) > MAX_RENDERED:
+        raise RequestTooLarge(f"the chat template wrote {len(text)} characters, more than {MAX_RENDERED}")
+    return text
 
 
 def _need_tokenizer(tokenizer: Tokenizer | None, remedy: str) -> None:

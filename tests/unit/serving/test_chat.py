@@ -95,3 +95,42 @@ def test_an_unknown_model_is_a_404(client: TestClient) -> None:
     response = client.post("/v1/chat/completions", json={**CHAT, "model": "gpt-9"})
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
+
+
+def text_of_prompt(client: TestClient, messages: list[dict[str, object]], **more: object) -> str:
+    """The rendered chat."""
+    ids = client.post("/tokenize", json={"messages": messages, **more}).json()["tokens"]
+    return str(client.post("/detokenize", json={"tokens": ids}).json()["prompt"])
+
+
+def test_an_assistants_last_message_is_continued_and_not_echoed(client: TestClient) -> None:
+    messages: list[dict[str, object]] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "wat"}]
+    assert text_of_prompt(client, messages).endswith("<|assistant|>wat")
+    assert text_of_prompt(client, messages, add_generation_prompt=True).endswith("wat<end><|assistant|>")
+    answer = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2}).json()
+    assert answer["choices"][0]["message"]["content"] == "water"  # the script's, without "wat" before it
+
+
+def test_an_empty_assistant_message_is_accepted(client: TestClient) -> None:
+    for content in ("", None, []):
+        messages = [*CHAT["messages"], {"role": "assistant", "content": content}, *CHAT["messages"]]  # type: ignore[misc]
+        assert "None" not in text_of_prompt(client, messages)
+        assert client.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
+
+
+def test_text_parts_are_joined(client: TestClient) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert "a\nb" in text_of_prompt(client, [{"role": "user", "content": parts}])
+
+
+def test_a_chats_token_ids_come_back_on_request(client: TestClient) -> None:
+    answer = client.post("/v1/chat/completions", json={**CHAT, "return_token_ids": True}).json()
+    *chunks, _ = events(client.post("/v1/chat/completions", json={**CHAT, "return_token_ids": True, "stream": True}))
+    ids = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
+    assert ids == answer["choices"][0]["token_ids"]
+    assert len(ids) == 6
+
+
+def test_stop_strings_end_a_chat_and_are_named(client: TestClient) -> None:
+    choice = client.post("/v1/chat/completions", json={**CHAT, "stop": ["zz", " fa"]}).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == ("water", "stop", " fa")

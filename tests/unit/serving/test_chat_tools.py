@@ -148,6 +148,11 @@ def test_reasoning_has_both_of_its_names_and_is_accepted_under_both(names: str) 
         streamed, reasons = assembled(chunks)
         assert (streamed["reasoning_content"], streamed["content"]) == ("hm, rain", "It rains.")
         assert reasons == ["stop"]
+        usage = client.post(URL, json=body).json()["usage"]["completion_tokens_details"]
+        assert 0 < usage["reasoning_tokens"] < 15
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *_, last, _ = events(client.post(URL, json={**body, **options}))
+        assert last["usage"]["completion_tokens_details"] == usage
         turns = [*body["messages"], {"role": "assistant", "content": "It rains.", names: "hm"}, *body["messages"]]  # type: ignore[misc]
         assert client.post(URL, json={"messages": turns}).status_code == 200
 
