@@ -1,14 +1,16 @@
 """`app`: the ASGI application around an engine.
 
-Runs by itself under an ASGI server, or mounted in a program's own FastAPI or Starlette application. Owns no engine: the
-caller starts and stops it.
+Runs by itself under an ASGI server, where it starts the engine, or mounted in a program's own FastAPI or Starlette
+application, which starts it. Never stops the engine: it belongs to the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
+from anyio import to_thread
 from fastapi import FastAPI
 from fastapi.params import Depends
 from pydantic import BaseModel
@@ -70,7 +72,14 @@ def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies
     `dependencies` are FastAPI's, for every route. Raises `ConfigurationError` for a key that cannot be read.
     """
     server = Server(engine, settings or ServingSettings())
-    api = FastAPI(title="Penstock", version=__version__, dependencies=dependencies, docs_url=None, redoc_url=None)
+    api = FastAPI(
+        title="Penstock",
+        version=__version__,
+        dependencies=dependencies,
+        lifespan=_lifespan_of(engine),
+        docs_url=None,
+        redoc_url=None,
+    )
     api.state.server = server
     for route in ROUTES:
         extra = described(route.path, route.body, route.answers)
@@ -81,6 +90,15 @@ def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies
     api.add_middleware(Gate, server=server)
     _allow_browsers(api, server)
     return api
+
+
+def _lifespan_of(engine: Engine) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        await to_thread.run_sync(engine.start)  # not called where the app is mounted
+        yield
+
+    return lifespan
 
 
 def _endpoint(server: Server, handler: Handler) -> Callable[[Request], Awaitable[Response]]:

@@ -100,6 +100,12 @@ CHECKS: dict[str, Callable[[str], None]] = {
 # What uvicorn serves: a path, a body to post there, and how the answer begins. test_web_examples.py has the rest.
 SERVICES = {
     "fastapi_service": ("/chat", '{"messages": [{"role": "user", "content": "Write close."}]}', '{"text":"'),
+    "mounted_server": ("/llm/v1/completions", '{"prompt": "def close(", "max_tokens": 4}', '{"id":"cmpl-'),
+    "openai_server": (
+        "/v1/chat/completions",
+        '{"model": "demo", "messages": [{"role": "user", "content": "Write close."}], "max_tokens": 4}',
+        '{"id":"chatcmpl-',
+    ),
     "web_service": ("/", "Write the function close.", 'event: text\ndata: "'),
 }
 HELPERS = {"asgi", "disconnect", "fastapi_app", "sse"}  # the services import them

@@ -1,0 +1,8 @@
+"""OpenAI's API around an engine: `uvicorn --app-dir examples openai_server:app`, then /v1/chat/completions."""
+
+from penstock import InferenceEngine
+from penstock.serving import ServingSettings
+from penstock.serving import app as serving_app
+
+engine = InferenceEngine()  # starts with the server
+app = serving_app(engine, ServingSettings(served_model_name=("demo", "gpt-4o-mini")))
