@@ -105,17 +105,18 @@ class ScriptedModel:
     def _sample(self, row: Row) -> RowResult:
         if not row.samples:
             return RowResult()
-        tokens = [self._next(row, row.tokens)]
+        tokens = [self.scripted_token(row, row.tokens)]
         for token in row.draft:
             if token != tokens[-1]:
                 break
-            tokens.append(self._next(row, [*row.tokens, *tokens]))
+            tokens.append(self.scripted_token(row, [*row.tokens, *tokens]))
         entries = tuple(map(_certain, tokens))
         if row.params.use_beam_search:
             return RowResult(candidates=entries)  # a script has one continuation
         return RowResult(tuple(tokens), entries, siblings=tuple(map(self._result, row.siblings)))
 
-    def _next(self, row: Row, tokens: Sequence[int]) -> int:
+    def scripted_token(self, row: Row, tokens: Sequence[int]) -> int:
+        """The token that follows these in the script of a row. Replaced by models with other scripts."""
         if callable(self._script):
             return self._script(tokens, row.sample_index)
         return self._script[(len(tokens) - row.prompt_len) % len(self._script)]

@@ -50,7 +50,8 @@ class ScriptedReplies(ScriptedModel):
         """Drop the choice for a sequence that ended."""
         self._chosen.pop(seq_id, None)
 
-    def _next(self, row: Row, tokens: Sequence[int]) -> int:
+    def scripted_token(self, row: Row, tokens: Sequence[int]) -> int:
+        """The next token of the reply to this row's prompt."""
         reply = self._chosen.get(row.seq_id)
         if reply is None:
             reply = self._chosen[row.seq_id] = self._choose(list(tokens[: row.prompt_len]))
