@@ -44,6 +44,8 @@ from penstock.scheduling.bucketing import SequenceBucketer, calculate_padding_ef
 from penstock.scheduling.estimator import MemoryEstimator
 from penstock.sequence import FinishReason
 from penstock.structured_outputs import StructuredOutputs
+from penstock.tools.pieces import ToolCall
+from penstock.tools.tool_call_parser import ToolCallParser
 
 __all__ = [
     "LLM",
@@ -97,6 +99,8 @@ __all__ = [
     "SequenceBucketer",
     "SpeculativeDecoder",
     "StructuredOutputs",
+    "ToolCall",
+    "ToolCallParser",
     "__version__",
     "calculate_padding_efficiency",
     "create_padded_batch",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
+from functools import cached_property
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -31,10 +32,18 @@ class Marker:
     """
 
     def __init__(self, pattern: str, partial: str, window: int) -> None:
-        self.pattern = re.compile(pattern)
+        self._source = pattern
         self.partial = partial
-        self._partial = re.compile(rf"(?:{partial})\Z")
         self._window = window
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """The pattern, compiled on first use: importing the package must stay quick."""
+        return re.compile(self._source)
+
+    @cached_property
+    def _partial(self) -> re.Pattern[str]:
+        return re.compile(rf"(?:{self.partial})\Z")
 
     @classmethod
     def literals(cls, *texts: str) -> Marker:

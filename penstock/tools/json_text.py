@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 
 from penstock.tools.cursor import Cursor, EndOfText, Malformed, Reading
 
@@ -30,13 +31,7 @@ def _nested(value: str) -> str:
     return rf"(?>{_SCALAR}|{array}|{mapping})"
 
 
-_SHALLOW = _SCALAR
-for _ in range(_BULK_DEPTH):
-    _SHALLOW = _nested(_SHALLOW)
-
 _SPACE = re.compile(_WS)
-_ITEMS = re.compile(rf"(?:{_WS}{_SHALLOW}{_WS},)*+", re.ASCII)
-_MEMBERS = re.compile(rf"(?:{_WS}\"{_STRING_BODY}\"{_WS}:{_WS}{_SHALLOW}{_WS},)*+", re.ASCII)
 _OPENINGS = re.compile(rf"(?:\[{_WS}|\{{{_WS}\"{_STRING_BODY}\"{_WS}:{_WS}){{0,128}}+")
 _CLOSINGS = re.compile(rf"(?:[\]}}]{_WS}){{1,128}}+(?:,{_WS})?+")
 _BETWEEN_BRACKETS = re.compile(rf"\"{_STRING_BODY}\"|[\s:,]++")
@@ -44,6 +39,19 @@ _BODY = re.compile(_STRING_BODY)
 _PARTIAL_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _SCALAR_RUN = re.compile(r"[-+.\w]*+", re.ASCII)
 _WORD = re.compile(rf"(?:{_NUMBER}|true|false|null)", re.ASCII)
+
+
+@cache
+def _shallow_runs() -> dict[str, re.Pattern[str]]:
+    """Patterns of shallow items and members, each with its comma, by the bracket around them. Compiled on first use."""
+    value = _SCALAR
+    for _ in range(_BULK_DEPTH):
+        value = _nested(value)
+    return {
+        "[": re.compile(rf"(?:{_WS}{value}{_WS},)*+", re.ASCII),
+        "{": re.compile(rf"(?:{_WS}\"{_STRING_BODY}\"{_WS}:{_WS}{value}{_WS},)*+", re.ASCII),
+    }
+
 
 # What may come next.
 _VALUE, _FIRST_ITEM, _KEY, _FIRST_KEY, _COLON, _COMMA = range(6)
@@ -107,7 +115,7 @@ class JsonScanner:
         is_array = self._stack[-1] == "["
         if self._next == _VALUE and not is_array:
             return pos  # the value of a key
-        match = (_ITEMS if is_array else _MEMBERS).match(text, pos)
+        match = _shallow_runs()[self._stack[-1]].match(text, pos)
         assert match
         if match.end() > pos:
             self._next = _VALUE if is_array else _KEY

@@ -6,7 +6,7 @@ Plain records. The parsers make them; servers turn them into the chunks of their
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _CHARACTER_OF_BYTE = bytes(_CHARACTERS[byte % len(_CHARACTERS)] for byte in rang
 
 def random_id(prefix: str = "call_", length: int = 24) -> str:
     """A new id of a tool call."""
-    return prefix + secrets.token_bytes(length).translate(_CHARACTER_OF_BYTE).decode()
+    return prefix + os.urandom(length).translate(_CHARACTER_OF_BYTE).decode()
 
 
 @dataclass(frozen=True, slots=True)

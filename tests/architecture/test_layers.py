@@ -155,6 +155,18 @@ def layer_violations(files: Mapping[str, str]) -> list[str]:
     ]
 
 
+def engine_reach(files: Mapping[str, str]) -> list[str]:
+    """Imports of `tools` that reach above the base rows and `api`, in words: it parses text for engines of any kind."""
+    return [
+        str(found)
+        for found in all_imports(files)
+        if part_of(found.module) == "tools"
+        and is_ours(found.target)
+        and part_of(found.target) != "tools"
+        and RANK[part_of(found.target)] < RANK["api"]
+    ]
+
+
 def import_cycle(files: Mapping[str, str]) -> list[str]:
     """The modules of one import cycle, or none. Imports inside functions count: they only hide a knot."""
     graph: dict[str, set[str]] = {}
@@ -184,6 +196,16 @@ def test_every_part_has_its_row() -> None:
 
 def test_imports_go_down() -> None:
     assert layer_violations(package_files()) == []
+
+
+def test_tools_know_no_engine() -> None:
+    assert engine_reach(package_files()) == []
+
+
+def test_checker_sees_tools_that_reach_into_an_engine() -> None:
+    source = "from penstock.cache import pool\nfrom penstock.api.prompt import Prompt\nimport penstock.errors"
+    files = {"penstock/tools/a.py": source, "penstock/cache/pool.py": "", "penstock/api/prompt.py": ""}
+    assert engine_reach(files) == ["penstock.tools.a imports penstock.cache.pool"]
 
 
 def test_only_makers_of_an_engine_name_the_native_one() -> None:
