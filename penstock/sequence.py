@@ -13,6 +13,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from penstock.constraint import Constraint
 from penstock.sampling import RequestPriority, SamplingParams
 
 
@@ -41,7 +42,7 @@ class Sequence:
     Times are seconds on the engine's clock. `max_len` is the maximum length, prompt included. `stop_ids` holds every id
     that ends the sequence (EOS unless ignored, stop ids). `seed`, `sample_index` and the position key its random
     numbers. `namespace` isolates prefix-cache sharing. `parent` is the sequence whose prompt blocks this one may share:
-    the first of its request (n > 1), the one it was forked from, or None.
+    the first of its request (n > 1), the one it was forked from, or None. `constraint` follows the accepted output.
     """
 
     # Fixed at construction, except `tokens`.
@@ -59,6 +60,7 @@ class Sequence:
     ttft_deadline: float = math.inf
     namespace: str = ""
     parent: Sequence | None = field(default=None, repr=False)
+    constraint: Constraint | None = field(default=None, repr=False)  # advanced by Scheduler.commit
     prompt_len: int = field(init=False)
 
     # Progress. The same table, with the reasons, is in docs/design.md.

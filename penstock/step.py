@@ -14,6 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from penstock.constraint import Constraint
 from penstock.sampling import SamplingParams
 from penstock.sequence import FinishReason
 
@@ -24,7 +25,8 @@ class Row(NamedTuple):
     Positions from `len(tokens)` on, if any, are `draft` tokens. `samples` says whether the step reaches the newest
     token, so that a token is sampled after position end-1 (and after each draft). K/V of position p is in block
     `blocks[p // block_size]`, slot `p % block_size`. With `prompt_logprobs`, logits of all positions are needed.
-    `siblings` are rows without tokens of their own, whose first token is sampled from the same logits.
+    `siblings` are rows without tokens of their own, whose first token is sampled from the same logits. The masks of a
+    `constraint` are filled while the step runs.
     """
 
     seq_id: int
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     sample_index: int = 0
     draft: tuple[int, ...] = ()
     siblings: tuple[Row, ...] = ()
+    constraint: Constraint | None = None
 
     @property
     def num_tokens(self) -> int:

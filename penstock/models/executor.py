@@ -7,6 +7,7 @@ thread, one step at a time. Any `AutoModelForCausalLM` whose attention goes thro
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from penstock.constraints.masks import Masks
 from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
 from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.beam_sampler import BeamSampler
@@ -101,14 +103,14 @@ class Executor:
         self._backend.close()
         self.trim_memory()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: Masks | None = None) -> StepResult:
         """Run one step: `launch`, then `collect`. Raises what they raise."""
-        return self.collect(self.launch(plan))
+        return self.collect(self.launch(plan), masks)
 
     def launch(self, plan: StepPlan) -> ForwardOutput:
         """Move and copy the plan's blocks, then run the forward pass, the output head included.
 
-        Samples nothing, so that a request's grammar mask may still be computed while this runs. Raises `OutOfMemory`
+        Samples nothing, so that grammar masks may still be computed while this runs. Raises `OutOfMemory`
         or `ExecutionError` when the pass fails, `ModelChanged` where a borrowed module is not what it was after the
         last step.
         """
@@ -130,17 +132,18 @@ class Executor:
             timings["swap"] = swap_end - begin
         return ForwardOutput(plan, logits, layout.num_logits, timings)
 
-    def collect(self, output: ForwardOutput) -> StepResult:
+    def collect(self, output: ForwardOutput, masks: Masks | None = None) -> StepResult:
         """Sample from the logits of a forward pass: a result for every row of its plan.
 
-        Grammar masks enter here: an argument with a mask per row, applied to its logits before the sampler sees them.
-        Raises as `launch` does.
+        Waits for the masks of rows under a constraint. Raises as `launch` does.
         """
         begin = time.perf_counter()
         with self.contained():
             if self._borrowed is not None:
                 self._check_module()  # it may have changed during the pass
-            rows = self._results(output)
+            if masks is not None:
+                masks.wait()
+            rows = self._results(output, masks)
             self._workspaces.return_all()
         return StepResult(rows, timings_s={**output.timings_s, "sample": time.perf_counter() - begin})
 
@@ -201,7 +204,7 @@ class Executor:
             raise ConfigurationError(f"its vocabulary shrank from {self.spec.vocab_size} to {size}: make a new engine")
         self._module, self._layers = view, probed.layers
 
-    def _results(self, output: ForwardOutput) -> tuple[RowResult, ...]:
+    def _results(self, output: ForwardOutput, masks: Masks | None) -> tuple[RowResult, ...]:
         """Split the logits by row: prompt logprobs where requested, and draws for each row that samples."""
         rows, logits = output.plan.rows, output.logits
         scores: dict[int, RowResult] = {}
@@ -215,7 +218,7 @@ class Executor:
             if row.samples:
                 samplers.append(i)
                 newest.append(begin - 1)
-        draws = self._draw([rows[i] for i in samplers], logits, newest)
+        draws = self._draw([rows[i] for i in samplers], logits, newest, masks)
         if not scores and len(draws) == len(rows):
             return tuple(draws)
         results = [scores.get(i) or RowResult() for i in range(len(rows))]
@@ -228,16 +231,17 @@ class Executor:
             )
         return tuple(results)
 
-    def _draw(self, rows: Sequence[Row], logits: Tensor, newest: list[int]) -> list[RowResult]:
+    def _draw(self, rows: Sequence[Row], logits: Tensor, newest: list[int], masks: Masks | None) -> list[RowResult]:
         """A token, or a beam's candidates, for every row; `newest` are the indices of their last logits.
 
         A row's siblings draw from the same logits; a row with drafts also has a draw in place of each draft.
         """
         if not any(row.draft or row.siblings or row.params.use_beam_search for row in rows):
-            return self._sampler.sample(_take(logits, newest), rows) if rows else []
+            return self._sampler.sample(_take(logits, newest), rows, masks) if rows else []
         draws = [draw for row, index in zip(rows, newest, strict=True) for draw in _draws_of(row, index)]
         results: dict[int, RowResult] = {}
-        for sample, beams in ((self._sampler.sample, False), (self._beam_sampler.candidates, True)):
+        sample_masked = functools.partial(self._sampler.sample, masks=masks)
+        for sample, beams in ((sample_masked, False), (self._beam_sampler.candidates, True)):
             members = [i for i, (row, _) in enumerate(draws) if row.params.use_beam_search == beams]
             if members:
                 member_logits = _take(logits, [draws[i][1] for i in members])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from penstock.constraints.masks import Masks
 from penstock.step import StepPlan, StepResult
 
 
@@ -61,11 +62,11 @@ class ModelRunner(Protocol):
         """Allocate `num_blocks` K/V blocks, and `num_host_blocks` in the host tier. Raises `OutOfMemory`."""
         ...
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: Masks | None = None) -> StepResult:
         """Run one step; an error of one row comes back in its `RowResult`, an error of the step is raised.
 
-        Raises `ModelChanged` where the step must be planned again. `Executor` divides this into `launch` and `collect`,
-        between which grammar masks are awaited.
+        `masks` come with a plan that samples under constraints. They are filled meanwhile: call `masks.wait()` after
+        the forward pass. Raises `ModelChanged` where the step must be planned again.
         """
         ...
 

@@ -207,7 +207,8 @@ class SequenceRules:
 
 def has_rules(row: Row) -> bool:
     """Whether any rule touches the logits of this row, whose token at position `end` is to be drawn."""
-    return row.params.is_ruled or row.end - row.prompt_len < row.params.num_held
+    p = row.params
+    return p.is_ruled or row.constraint is not None or row.end - row.prompt_len < p.num_held
 
 
 def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> dict[int, RequestError]:
@@ -237,9 +238,9 @@ def row_error(finite: bool, processor_error: RequestError | None, any_token: boo
         )
     if processor_error is None and not any_token:
         return RequestError(
-            "no token is left to choose: allowed_token_ids, suppress_tokens, no_repeat_ngram_size, bad_words, "
-            "min_tokens, logit_bias and logits_processors together rule out the whole vocabulary (or a processor "
-            "returned NaN); relax one of them"
+            "no token is left to choose: structured_outputs, allowed_token_ids, suppress_tokens, no_repeat_ngram_size, "
+            "bad_words, min_tokens, logit_bias and logits_processors together rule out the whole vocabulary (or a "
+            "processor returned NaN); relax one of them"
         )
     return processor_error
 

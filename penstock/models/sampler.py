@@ -18,9 +18,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from penstock.constraints.masks import Masks
 from penstock.errors import RequestError
 from penstock.models import rules
 from penstock.models.filters import Filters, apply_all_filters, filter_candidates, filter_vocabulary
+from penstock.models.masking import apply_masks
 from penstock.models.randomness import draw_from_candidates, draw_from_chunks, uniform
 from penstock.models.vocabulary import LogitSummarizer, Top, Vocabulary, Weights, in_order
 from penstock.step import Row, RowResult, TokenLogprobs
@@ -97,12 +99,13 @@ class Sampler:
         self._sequences: dict[int, rules.SequenceRules] = {}
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[RowResult]:
+    def sample(self, logits: Tensor, rows: Sequence[Row], masks: Masks | None = None) -> list[RowResult]:
         """Draw the next token of each row.
 
         logits [R, V] of any float dtype, on any device: those after the last position of each row. Results come in
-        order. A row whose processor fails, whose rules leave no token (both `RequestError`) or whose logits are not
-        finite (`ExecutionError`) carries its error and affects no other row.
+        order. `masks` are those of the rows with a constraint. A row whose processor fails, whose rules leave no token
+        (both `RequestError`), whose constraint failed (`GrammarError`) or whose logits are not finite
+        (`ExecutionError`) carries its error and affects no other row.
         """
         assert len(logits) == len(rows)
         groups = [_group_of(row, logits.shape[1]) for row in rows]
@@ -112,7 +115,7 @@ class Sampler:
             if one_pass and all(row.params.logprobs is None for row in rows[batch]):
                 results += _greedy_results(Vocabulary.of(logits[batch], self._summarize))
             else:
-                results += self._sample_batch(logits[batch], rows[batch], groups[batch])
+                results += self._sample_batch(logits[batch], rows[batch], groups[batch], masks)
         return results
 
     @torch.no_grad()
@@ -149,7 +152,9 @@ class Sampler:
         size = max(1, num_logits // logits.shape[1])
         return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
 
-    def _sample_batch(self, logits: Tensor, rows: Sequence[Row], groups: Sequence[Group]) -> list[RowResult]:
+    def _sample_batch(
+        self, logits: Tensor, rows: Sequence[Row], groups: Sequence[Group], masks: Masks | None
+    ) -> list[RowResult]:
         raw = Vocabulary.of(logits, self._summarize)
         members_of: dict[Group, list[int]] = defaultdict(list)
         for i, group in enumerate(groups):
@@ -163,7 +168,7 @@ class Sampler:
             is_all = len(members) == len(rows)
             ruled = raw if is_all else raw.take(index)
             if group.ruled:
-                ruled, member_errors = self._apply_rules(raw.take(index), member_rows)
+                ruled, member_errors = self._apply_rules(raw.take(index), member_rows, masks)
                 errors |= {members[i]: error for i, error in member_errors.items()}
             plain_weights = None
             if group.plain and weights is not None:
@@ -171,9 +176,13 @@ class Sampler:
             choice.put(index, _choose(group, ruled, plain_weights, member_rows))
         return _results(raw, raw.log_total(weights), choice, rows, errors)
 
-    def _apply_rules(self, copy: Vocabulary, rows: Sequence[Row]) -> tuple[Vocabulary, dict[int, RequestError]]:
+    def _apply_rules(
+        self, copy: Vocabulary, rows: Sequence[Row], masks: Masks | None
+    ) -> tuple[Vocabulary, dict[int, RequestError]]:
         sequences = [self._sequence(row, copy.size) for row in rows]
         errors = rules.apply(copy.flat[:, : copy.size], rows, sequences)
+        if masks is not None:
+            errors |= apply_masks(copy.flat, rows, masks)
         return copy.refreshed(), errors
 
     def _sequence(self, row: Row, size: int) -> rules.SequenceRules:

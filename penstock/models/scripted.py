@@ -11,7 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from penstock.constraints.masks import Masks
 from penstock.models.protocol import ModelSpec
+from penstock.optimizers.speculation.verification import positions
 from penstock.step import Row, RowResult, StepPlan, StepResult, TokenLogprobs
 
 # A fixed list of output tokens, repeated as needed, or (all tokens so far, sample index) -> next token.
@@ -70,8 +72,11 @@ class ScriptedModel:
     def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         """A script needs no cache."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Emit the next scripted token of every row that samples, and one more for each of its correct drafts."""
+    def execute(self, plan: StepPlan, masks: Masks | None = None) -> StepResult:
+        """Emit the next scripted token of every row that samples, and one more for each of its correct drafts.
+
+        Where a constraint does not allow the token, the row emits the first token that it does allow.
+        """
         self.plans += 1
         delay = self.step_s + self.token_s * plan.num_tokens
         if delay:
@@ -79,7 +84,9 @@ class ScriptedModel:
         self._running.wait()
         if self._errors:
             raise self._errors.popleft()
-        return StepResult(tuple(self._result(row) for row in plan.rows))
+        if masks is not None:
+            masks.wait()
+        return StepResult(tuple(self._result(row, masks) for row in plan.rows))
 
     def forget(self, seq_id: int) -> None:
         """There is no state."""
@@ -96,24 +103,31 @@ class ScriptedModel:
         """Let waiting steps continue."""
         self.release()
 
-    def _result(self, row: Row) -> RowResult:
+    def _result(self, row: Row, masks: Masks | None) -> RowResult:
         if row.params.prompt_logprobs is None:
-            return self._sample(row)
+            return self._sample(row, masks)
         prompt = row.tokens[row.start + 1 : min(row.end + 1, row.prompt_len)]
-        return self._sample(row)._replace(prompt_logprobs=tuple(map(_certain, prompt)))
+        return self._sample(row, masks)._replace(prompt_logprobs=tuple(map(_certain, prompt)))
 
-    def _sample(self, row: Row) -> RowResult:
+    def _sample(self, row: Row, masks: Masks | None) -> RowResult:
         if not row.samples:
             return RowResult()
-        tokens = [self.scripted_token(row, row.tokens)]
-        for token in row.draft:
-            if token != tokens[-1]:
+        constrained = masks is not None and row.constraint is not None
+        error = masks.error(row) if masks is not None and constrained else None
+        if error is not None:
+            return RowResult(error=error)
+        tokens: list[int] = []
+        for position in positions(row):
+            if tokens and tokens != list(position.draft):
                 break
-            tokens.append(self.scripted_token(row, [*row.tokens, *tokens]))
+            token = self.scripted_token(row, [*row.tokens, *tokens])
+            tokens.append(masks.nearest(position, token) if masks is not None and constrained else token)
         entries = tuple(map(_certain, tokens))
         if row.params.use_beam_search:
             return RowResult(candidates=entries)  # a script has one continuation
-        return RowResult(tuple(tokens), entries, siblings=tuple(map(self._result, row.siblings)))
+        return RowResult(
+            tuple(tokens), entries, siblings=tuple(self._result(sibling, masks) for sibling in row.siblings)
+        )
 
     def scripted_token(self, row: Row, tokens: Sequence[int]) -> int:
         """The token that follows these in the script of a row. Replaced by models with other scripts."""

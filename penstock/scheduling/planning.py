@@ -127,7 +127,9 @@ class StepPlanner:
             is_decode = seq.computed + 1 == length > seq.prompt_len and not seq.draft
             if is_decode and cache.has_slot(seq) and budget.spend_reserved():
                 fixed = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
-                rows.append(Row(seq.id, seq.tokens, length - 1, length, seq.blocks, True, *fixed))
+                rows.append(
+                    Row(seq.id, seq.tokens, length - 1, length, seq.blocks, True, *fixed, (), (), seq.constraint)
+                )
                 seq.in_flight = 1
                 continue
             if seq.is_decoding:
@@ -241,4 +243,4 @@ def _row(
     seq: Sequence, start: int, end: int, samples: bool, draft: tuple[int, ...] = (), siblings: tuple[Row, ...] = ()
 ) -> Row:
     fixed = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
-    return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *fixed, draft, siblings)
+    return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *fixed, draft, siblings, seq.constraint)

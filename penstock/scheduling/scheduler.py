@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
+from penstock.scheduling.acceptance import accept
 from penstock.scheduling.events import EventBuilder
 from penstock.scheduling.limits import Limits
 from penstock.scheduling.live import LiveSequences
@@ -101,10 +102,12 @@ class Scheduler:
         """Propose the next tokens of a sequence of `decoding()`; ignored for any other.
 
         The draft is cut to the blocks that remain when every other running sequence got one more, and earlier drafts
-        got theirs.
+        got theirs, and to what a constraint allows.
         """
         seq = self._live.by_id.get(seq_id)
         if seq is not None and seq.takes_draft:
+            if seq.constraint is not None:
+                draft = seq.constraint.trim(draft)
             size, num_held = self._cache.block_size, len(seq.blocks)
             num_spare = max(0, self._cache.num_free_blocks - (self.num_running - 1) - self._num_draft_blocks)
             # The step adds one token of its own after the accepted ones.
@@ -197,7 +200,9 @@ class Scheduler:
             return self._events.of_row(row, out, 0, None, None, weight_version)
         tokens, num_drafts = out.tokens, len(out.tokens) - 1
         assert 0 <= num_drafts <= len(row.draft)
-        count, reason, stop_token = accept(seq, tokens)
+        count, reason, stop_token, error = accept(seq, tokens)
+        if error is not None:
+            return self._end(seq, FinishReason.ERROR, error)
         if seq.status is Status.RUNNING:  # a sibling that samples with another sequence holds no blocks yet
             seq.computed = len(seq.tokens)
         if len(seq.tokens) == seq.prompt_len:
@@ -274,15 +279,3 @@ class Scheduler:
         finished = {f"num_finished_{reason.value}": live.num_finished[reason] for reason in FinishReason}
         current = {"num_waiting": self.num_waiting, "num_running": self.num_running}
         return {**current, "num_preemptions": live.num_preemptions, **finished}
-
-
-def accept(seq: Sequence, tokens: SequenceOf[int]) -> tuple[int, FinishReason | None, int | None]:
-    """Returns (how many of the sampled tokens count, why the sequence ends with the last of them, its stop token)."""
-    stop_ids, room = seq.stop_ids, seq.max_len - len(seq.tokens)
-    for count, token in enumerate(tokens, 1):
-        # The sampler suppresses stop ids before min_tokens already; a scripted model or a draft may not.
-        if token in stop_ids and seq.num_generated + count > seq.params.min_tokens:
-            return count, FinishReason.STOP, token
-        if count >= room:
-            return count, FinishReason.LENGTH, None
-    return len(tokens), None, None

@@ -26,6 +26,7 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
         "sequence",
         "outputs",
         "config",
+        "constraint",
         "generation",
         "sampling",
         "processors",

@@ -14,9 +14,11 @@ import math
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from penstock.api.log import Logger
 from penstock.api.waiting import Wakeups, call_on_loop
+from penstock.constraints.masks import Masks
 from penstock.engine.loop.deadlines import DeadlineTimers
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
@@ -38,7 +40,14 @@ from penstock.step import Event, StepPlan, StepRecord, StepResult, record_of
 BURST_PAUSE_S = 0.001
 # Maximum wait before planning again after a step that could run nothing, in seconds.
 RETRY_S = 0.05
-Execute = Callable[[StepPlan], Job[StepResult]]
+
+
+class Execute(Protocol):
+    """Starts a step on the model's thread; `masks` are given where any row samples under a constraint."""
+
+    def __call__(self, plan: StepPlan, masks: Masks | None = None, /) -> Job[StepResult]:
+        """The step's two futures."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,11 +244,8 @@ class EngineCore:
             outputs.publish()
             return False
         begin = self._clock()
-        job = self._execute(plan)
-        await job.begun  # publishing earlier would hold the interpreter lock, which the model needs to begin
-        outputs.publish()
         try:
-            result = await job.done
+            result = await self._run_plan(plan)
         except ModelChanged:
             self._restart(plan)
         except Exception as error:
@@ -251,6 +257,18 @@ class EngineCore:
         if not self.scheduler.has_work:
             outputs.publish()
         return True
+
+    async def _run_plan(self, plan: StepPlan) -> StepResult:
+        """Start the step, publish the last one's events, and fill the grammar masks while the model runs."""
+        masks = Masks.of(plan)
+        job = self._execute(plan) if masks is None else self._execute(plan, masks)
+        try:
+            await job.begun  # publishing earlier would hold the interpreter lock, which the model needs to begin
+            self._outputs.publish()
+        finally:
+            if masks is not None:
+                masks.fill()
+        return await job.done
 
     async def _idle(self) -> None:
         """Wait without using the CPU until a request arrives, then until its burst pauses."""

@@ -15,6 +15,7 @@ from penstock.errors import text_of
 from penstock.optimizers.speculation.controller import SpeculationController
 from penstock.optimizers.speculation.drafter import Draft, Drafter, DraftRequest
 from penstock.scheduling.scheduler import Scheduler
+from penstock.sequence import Sequence
 from penstock.step import StepPlan, StepResult
 
 # Runs a function on the model's thread.
@@ -52,6 +53,7 @@ class Speculator:
             return
         max_length = self._scheduler.limits.resolve().draft_length
         seqs = self._scheduler.decoding() if max_length else []
+        self._offer_forced(seqs, max_length)
         requests = self._controller.requests(seqs, max_length)
         if not requests:
             return
@@ -70,6 +72,14 @@ class Speculator:
         self._drafting_s = self._clock() - begin
         depth = max(len(draft.tokens) for draft in drafts) if self._drafter.runs_model else 1
         self._controller.record_drafting(len(seqs), depth, self._drafting_s)
+
+    def _offer_forced(self, seqs: Iterable[Sequence], max_length: int) -> None:
+        """Offer what a grammar leaves no choice about, before the drafter is asked for the others."""
+        for seq in seqs:
+            if seq.constraint is not None:
+                limit = seq.params.speculation_length
+                if forced := seq.constraint.forced(max_length if limit is None else min(max_length, limit)):
+                    self._scheduler.offer(seq.id, forced)
 
     def record(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """Record a committed step, which took `seconds` since the previous one."""

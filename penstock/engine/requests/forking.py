@@ -31,12 +31,16 @@ _NOT_BEGUN = "request {} has no tokens yet: fork it after its first delta"
 
 
 class BranchPoint(NamedTuple):
-    """Where forks branch off: prompt and text of every fork, and the remaining parameters of its origin."""
+    """Where forks branch off: prompt and text of every fork, and the remaining parameters of its origin.
+
+    The last `num_continued` tokens are output, which a grammar takes in first.
+    """
 
     origin: Request
     sequence: Sequence
     text: str | None
     tokens: list[int]
+    num_continued: int
     params: SamplingParams | None
 
 
@@ -86,6 +90,7 @@ class Fork:
             seed=point.sequence.seed,
             sample_indices=point.origin.sample_indices,
             origin=point.sequence,
+            num_continued=point.num_continued,
             namespace=point.origin.namespace,
             priority=point.origin.priority,
             deadline=point.origin.deadline,
@@ -104,7 +109,8 @@ class Fork:
             text = inputs.text_after(origin.channel.prompt, new_tokens, seq.params)
         except BaseException as error:  # a panic in the tokenizer library is not an `Exception`
             raise RequestError(f"the tokens of the fork could not be turned into text: {described(error)}") from error
-        return BranchPoint(origin, seq, text, tokens, _remaining_params(seq, at, len(tokens)))
+        num_continued = origin.num_continued + len(new_tokens)
+        return BranchPoint(origin, seq, text, tokens, num_continued, _remaining_params(seq, at, len(tokens)))
 
     def _completion(self, origin: Request) -> Sequence:
         """The sequence to branch off from, which has at least `at` tokens."""

@@ -7,24 +7,29 @@ queued before it is known to fit; refusals are typed and say what to change. Cal
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from functools import partial
+from typing import NamedTuple
 
 from penstock.api.log import Logger, make_logger
 from penstock.api.prompt import PromptInput
 from penstock.config import EngineConfig
+from penstock.constraint import Constraint
+from penstock.constraints.compiler import CompiledGrammar, GrammarCompiler
 from penstock.demo import MODEL_DIR
 from penstock.engine.requests.collector import Collector
 from penstock.engine.requests.parameter_checks import SpecialTokens, check_ids, ineffective, warn_once_each
 from penstock.engine.requests.request import Request
 from penstock.engine.text.detokenizer import Detokenizer
+from penstock.engine.text.reasoning import ReasoningEnd
 from penstock.engine.text.stops import StopStrings
 from penstock.engine.text.stream import BeamStopMatcher, NoText, Text, TextStream
 from penstock.engine.text.token_text import TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.text.tokenizer_pool import SHORT_TEXT, TokenizerPool, encode_prompt, encode_words, is_plain
-from penstock.errors import DeadlineExceeded, RequestError, RequestTooLarge
+from penstock.errors import DeadlineExceeded, GrammarError, RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig, Params, default_params
 from penstock.models.protocol import ModelSpec
 from penstock.optimizers.beam_search import BeamSearch
@@ -35,7 +40,15 @@ from penstock.sequence import Sequence
 
 # Number of tokens before a fork whose text may depend on later tokens: more than any character has.
 CONTEXT = 8
-Encoded = tuple[str | None, list[int], list[list[int]]]
+
+
+class Encoded(NamedTuple):
+    """A prompt's text and ids, `bad_words` as ids, and the compiled grammar of the output, if it has any."""
+
+    text: str | None
+    ids: list[int]
+    bad_words: list[list[int]]
+    grammar: CompiledGrammar | None = None
 
 
 class InputProcessor:
@@ -68,6 +81,7 @@ class InputProcessor:
         self._expects_chats = bool(getattr(tokenizer, "chat_template", None)) and spec.name != str(MODEL_DIR)
         self._pool = pool
         self._admission = admission
+        self._grammars = GrammarCompiler(spec.vocab_size, spec.eos_token_ids)
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer, skip_special_tokens=False)
         self._special = None if tokenizer is None else SpecialTokens(tokenizer)
         self._token_texts: dict[int, str] = {}
@@ -78,16 +92,23 @@ class InputProcessor:
 
         Raises `RequestError`.
         """
-        prompt, words = request.prompt, getattr(request.params, "bad_words", ())
+        prompt, params = request.prompt, request.params if isinstance(request.params, SamplingParams) else None
+        words = () if params is None else params.bad_words
+        grammar = None
+        if params is not None and params.structured_outputs is not None:
+            grammar = self._grammars.find(params.structured_outputs, params.reasoning_end)
+            if grammar is None:
+                compilation = partial(self._grammars.compile, params.structured_outputs, params.reasoning_end)
+                return self._pool.submit(_encode, prompt, words, compilation)
         if not prompt.needs_tokenizer and not any(isinstance(word, str) for word in words):
-            return _encode(None, prompt, words)
+            return _encode(None, prompt, words)._replace(grammar=grammar)
         if self._encodes_short_text and not words and prompt.text is not None and len(prompt.text) <= SHORT_TEXT:
-            return _encode(self._tokenizer, prompt, words)
-        return self._pool.submit(_encode, prompt, words)
+            return _encode(self._tokenizer, prompt, words)._replace(grammar=grammar)
+        return self._pool.submit(_encode, prompt, words, lambda tokenizer: grammar)
 
     def admit(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
         """Set the request's collector and sequences. Raises `RequestError`, `DeadlineExceeded`."""
-        text, ids, bad_words = encoded
+        text, ids, bad_words, _ = encoded
         if now >= min(request.deadline, request.ttft_deadline):
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
         params = self._resolve(request.params, len(ids), bad_words)
@@ -98,10 +119,11 @@ class InputProcessor:
         self._check_vocabulary(ids)
         self._admission.adjust(request.place, len(ids))
         request.channel.prompt, request.channel.prompt_token_ids = text, ids
+        before = ids[len(ids) - request.num_continued :]
         context = () if request.origin is None else ids[-CONTEXT:]
-        texts = [self._text(params, context) for _ in range(params.num_texts)]
+        texts = [self._text(params, context, before) for _ in range(params.num_texts)]
         request.collector = Collector(request.id, text, ids, params, texts, self._decode_token, stops)
-        request.sequences = self._sequences(request, params, ids, seq_ids, frozenset(stops))
+        request.sequences = self._sequences(request, params, encoded, seq_ids, frozenset(stops))
         if params.use_beam_search:
             request.search = self._search(request.sequences[0], params)
 
@@ -195,8 +217,9 @@ class InputProcessor:
         return self._special.ids_of(params.stop)
 
     def _sequences(
-        self, request: Request, params: SamplingParams, ids: list[int], seq_ids: Iterator[int], stops: frozenset[int]
+        self, request: Request, params: SamplingParams, encoded: Encoded, seq_ids: Iterator[int], stops: frozenset[int]
     ) -> list[Sequence]:
+        ids = encoded.ids
         assert params.max_tokens is not None
         eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
         sequences: list[Sequence] = []
@@ -220,28 +243,58 @@ class InputProcessor:
                 ttft_deadline=request.ttft_deadline if first_sequence is None else math.inf,
                 namespace=request.namespace,
                 parent=first_sequence or request.origin,
+                constraint=self._constraint(request, params, encoded),
             )
             sequences.append(sequence)
         return sequences
+
+    def _constraint(self, request: Request, params: SamplingParams, encoded: Encoded) -> Constraint | None:
+        """A constraint that has taken in what a fork's origin generated. Raises `GrammarError`."""
+        if encoded.grammar is None:
+            return None
+        constraint = encoded.grammar.start(ends_itself=params.ignore_eos or not self._spec.eos_token_ids)
+        output = encoded.ids[len(encoded.ids) - request.num_continued :]
+        if constraint.advance(output) < len(output) or constraint.is_complete:
+            raise GrammarError("the structured output is complete before the fork: fork at an earlier token")
+        return constraint
 
     def _search(self, root: Sequence, params: SamplingParams) -> BeamSearch:
         text = self._text(params) if params.stop else None
         watch = BeamStopMatcher(text) if isinstance(text, TextStream) else None
         return BeamSearch(params, root.max_len - root.prompt_len, root.stop_ids, watch)
 
-    def _text(self, params: SamplingParams, context: SequenceOf[int] = ()) -> Text:
-        """A fresh text stream. The tokens of `context` precede it; their text is not emitted again."""
+    def _text(self, params: SamplingParams, context: SequenceOf[int] = (), before: SequenceOf[int] = ()) -> Text:
+        """A fresh text stream. The tokens of `context` precede it; their text is not emitted again.
+
+        `before` are those that are output already, where the reasoning may have ended.
+        """
         if self._tokenizer is None or not params.detokenize:
             return NoText()
-        detokenizer = Detokenizer(
+        detokenizer = self._detokenizer(params)
+        for token in context:
+            detokenizer.push(token)
+        if not params.stop:
+            return TextStream(detokenizer)
+        stops = StopStrings(tuple(params.stop), params.include_stop_str_in_output)
+        return TextStream(detokenizer, stops, params.min_tokens, self._reasoning(params, before))
+
+    def _reasoning(self, params: SamplingParams, output: SequenceOf[int]) -> ReasoningEnd | None:
+        """The search for the end of the reasoning, which goes on after `output`; None where it has ended."""
+        marker = params.reasoning_end
+        if marker is None:
+            return None
+        ids = self._special.ids_of((marker,)) if self._special is not None and params.skip_special_tokens else {}
+        reasoning, detokenizer = ReasoningEnd(marker, next(iter(ids), None)), self._detokenizer(params)
+        has_ended = any(reasoning.push(token, detokenizer.push(token)) is not None for token in output)
+        return None if has_ended else reasoning
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer:
+        assert self._tokenizer is not None
+        return Detokenizer(
             self._tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
-        for token in context:
-            detokenizer.push(token)
-        stops = StopStrings(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None
-        return TextStream(detokenizer, stops, params.min_tokens)
 
     def _decode_token(self, token: int) -> str | None:
         if self._decoder is None:
@@ -252,6 +305,12 @@ class InputProcessor:
         return text
 
 
-def _encode(tokenizer: Tokenizer | None, prompt: PromptInput, bad_words: Collection[str | SequenceOf[int]]) -> Encoded:
+def _encode(
+    tokenizer: Tokenizer | None,
+    prompt: PromptInput,
+    bad_words: Collection[str | SequenceOf[int]],
+    compilation: Callable[[Tokenizer | None], CompiledGrammar | None] | None = None,
+) -> Encoded:
     text, ids = encode_prompt(tokenizer, prompt)
-    return text, ids, encode_words(tokenizer, bad_words) if bad_words else []
+    words = encode_words(tokenizer, bad_words) if bad_words else []
+    return Encoded(text, ids, words, None if compilation is None else compilation(tokenizer))

@@ -39,6 +39,7 @@ class Request:
     seed: int = 0  # for parameters without a seed
     origin: Sequence | None = None  # of a fork: the sequence whose K/V it continues from
     sample_indices: Iterator[int] = field(default_factory=itertools.count)  # shared with forks
+    num_continued: int = 0  # of a fork: the last tokens of its prompt that its origin generated, or that were appended
     # Written by `InputProcessor.admit`:
     collector: Collector | None = None
     sequences: list[Sequence] = field(default_factory=list)

@@ -11,6 +11,7 @@ from copy import copy
 from typing import NamedTuple, Protocol
 
 from penstock.engine.text.detokenizer import Detokenizer
+from penstock.engine.text.reasoning import ReasoningEnd
 from penstock.engine.text.stops import StopStrings
 from penstock.errors import RequestError, described
 
@@ -55,13 +56,20 @@ class TextStream:
 
     Stop strings are searched for in the text of token `min_tokens` + 1 and later tokens: no part of one may lie in text
     that became final with the first `min_tokens` tokens. A special token has the text that the detokenizer gives it; a
-    stop token whose text must not be shown is not pushed.
+    stop token whose text must not be shown is not pushed. With `reasoning`, the search begins after it.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopStrings | None = None, min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopStrings | None = None,
+        min_tokens: int = 0,
+        reasoning: ReasoningEnd | None = None,
+    ) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
         self._min_tokens = min_tokens
+        self._reasoning = reasoning  # until it has ended
         self._num_tokens = 0
         self._stop: str | None = None
 
@@ -75,13 +83,14 @@ class TextStream:
             if self._stop is not None:
                 break
             self._num_tokens += 1
-            texts.append(self._filter(self._detokenizer.push(token_id), self._stops))
+            texts.append(self._filter(self._detokenizer.push(token_id), self._stops, token_id))
         return TextDelta("".join(texts), self._stop, self._num_tokens - num_before)
 
     def copy(self) -> TextStream:
         """An independent stream in the same state."""
         clone = copy(self)
         clone._detokenizer, clone._stops = self._detokenizer.copy(), copy(self._stops)
+        assert self._reasoning is None, "a beam search has no reasoning"
         return clone
 
     def finish(self) -> TextDelta:
@@ -91,11 +100,17 @@ class TextStream:
             return TextDelta(text, None, 0)
         return TextDelta(self._filter(text, self._stops) + self._stops.flush(), self._stop, 0)
 
-    def _filter(self, text: str, stops: StopStrings) -> str:
+    def _filter(self, text: str, stops: StopStrings, token_id: int | None = None) -> str:
+        num_reasoned = 0
+        if self._reasoning is not None:
+            end = self._reasoning.push(token_id, text)
+            if end is None:
+                return text
+            num_reasoned, self._reasoning = end, None
         if self._num_tokens <= self._min_tokens:
             return text
-        text, self._stop = stops.push(text)
-        return text
+        output, self._stop = stops.push(text[num_reasoned:])
+        return text[:num_reasoned] + output
 
 
 class BeamStopMatcher:

@@ -190,6 +190,9 @@ class SpeculationController:
         if state is None:
             rates = AcceptanceRates(self._overall_rates, weight=4.0, memory=48)
             state = self._sequences[seq.id] = _SequenceState(rates, Backoff(*_SEQUENCE_BACKOFF))
+        if seq.draft:  # tokens that a grammar forces
+            state.confidences = ()
+            return None
         if seq.length < state.pause_until or not state.backoff.allows_step():
             return None
         state.verify_withheld(seq.tokens)

@@ -1,0 +1,228 @@
+"""`GrammarMatcher`: a `Constraint` over llguidance, and `GrammarVocabulary`, which fills masks for many of them.
+
+Imports llguidance, an optional dependency, so this module is imported only where a grammar is compiled. `LLMatcher`
+never raises for bad input: it enters an error state, which every method here asks for.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as SequenceOf
+from functools import cached_property
+
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+from penstock.constraint import MaskRequest
+from penstock.constraints.reasoning import Marker, clear
+from penstock.constraints.sources import grammar_text, refusal, shortened
+from penstock.errors import GrammarError, described
+from penstock.structured_outputs import StructuredOutputs
+
+_MAX_MASK_THREADS = 8
+# Deterministic bounds on the work of compiling and of one mask, in llguidance's own units.
+LIMITS = LLParserLimits(verbose_errors=False)
+
+
+class GrammarVocabulary:
+    """A tokenizer as llguidance sees it. `eos_ids` are the tokens that may end a complete output.
+
+    Making one takes a second for 150,000 tokens, half of it with the interpreter lock held. `tokenizer_json` is the
+    Rust library's own format. `num_logits` is the width of the model's logits, which may exceed the tokenizer's size.
+    """
+
+    def __init__(self, tokenizer_json: str, num_tokens: int, num_logits: int, eos_ids: Collection[int]) -> None:
+        size = max(num_tokens, num_logits)
+        # A model without EOS: its last token stands in, and is in no mask.
+        self.eos_ids = sorted(token for token in eos_ids if token < num_tokens) or [num_tokens - 1]
+        bare = LLTokenizer(tokenizer_json, n_vocab=size, eos_token=self.eos_ids, slices=[])
+        self.tokenizer = bare.with_slices(LLTokenizer.general_slices())
+        self.num_words = -(-size // 32)
+        self._size = size
+        self._bits = array("i")
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token."""
+        return [self.tokenizer.decode_bytes([token]) for token in range(self._size)]
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor(min(_MAX_MASK_THREADS, max(1, (os.cpu_count() or 2) // 2)))
+
+    def fill(self, requests: SequenceOf[MaskRequest], bits: array[int]) -> Mapping[int, GrammarError]:
+        """Write masks in parallel, without the interpreter lock. See `MaskFiller`."""
+        single: list[tuple[LLMatcher, int]] = []
+        drafted: list[tuple[LLMatcher, int, list[int]]] = []
+        matchers = [_own(request) for request in requests]
+        for matcher, request in zip(matchers, requests, strict=True):
+            if matcher.is_asleep:
+                matcher.write_asleep(bits, request)
+            elif request.draft:
+                drafted.append((matcher.grammar, request.first, list(request.draft)))
+            else:
+                single.append((matcher.grammar, request.first))
+        address, size = bits.buffer_info()
+        place = (address, 4 * self.num_words, size // self.num_words)
+        if single:
+            self._executor.unsafe_compute_mask_ptr(single, *place)
+        if drafted:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *place)
+        for matcher, request in zip(matchers, requests, strict=True):
+            if matcher.ends_itself and not matcher.is_asleep:
+                for index in range(request.first, request.first + len(request.draft) + 1):
+                    self._refuse_eos(bits, index * self.num_words)
+        return {i: matcher.error() for i, matcher in enumerate(matchers) if matcher.grammar.is_error()}
+
+    def _refuse_eos(self, bits: array[int], first_word: int) -> None:
+        """Take EOS out of a mask that allows anything else; an output that is complete has no next token."""
+        words = bits[first_word : first_word + self.num_words]
+        for token in self.eos_ids:
+            clear(words, 0, token)
+        if words.tobytes().strip(b"\0"):
+            bits[first_word : first_word + self.num_words] = words
+
+
+class Grammar:
+    """A compiled constraint, the start of any number of sequences. Raises `GrammarError` if it cannot be compiled."""
+
+    def __init__(self, structured: StructuredOutputs, reasoning_end: str | None, vocabulary: GrammarVocabulary) -> None:
+        try:
+            text = grammar_text(structured)
+        except ValueError as error:
+            raise error if isinstance(error, GrammarError) else refusal(structured, str(error)) from None
+        self._template = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LIMITS)
+        self._vocabulary = vocabulary
+        if self._template.is_error():
+            raise refusal(structured, self._template.get_error())
+        if warnings := self._template.get_grammar_warnings():
+            raise refusal(structured, "; ".join(warnings))
+        self._marker: Marker | None = None
+        if reasoning_end is not None:
+            ids, words = vocabulary.eos_ids, vocabulary.num_words
+            self._marker = Marker(reasoning_end, vocabulary.token_bytes, ids, words)
+
+    def start(self, *, ends_itself: bool) -> GrammarMatcher:
+        """A constraint for a sequence without output."""
+        return GrammarMatcher(self._template.deep_copy(), self._vocabulary, self._marker, ends_itself)
+
+
+class GrammarMatcher:
+    """The constraint of one sequence: asleep until its marker, if it has one, has appeared."""
+
+    def __init__(
+        self, grammar: LLMatcher, vocabulary: GrammarVocabulary, marker: Marker | None, ends_itself: bool
+    ) -> None:
+        self.grammar = grammar
+        self.filler = vocabulary
+        self.ends_itself = ends_itself
+        self._marker = marker
+        self._state = 0  # of the marker's search
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the reasoning has not ended, so that the grammar has not begun."""
+        return self._marker is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow but EOS."""
+        return self._marker is None and self.grammar.is_stopped() and not self.grammar.is_error()
+
+    def error(self) -> GrammarError:
+        """The error that the grammar is in."""
+        return GrammarError(f"the structured output could not be continued: {shortened(self.grammar.get_error())}")
+
+    def advance(self, tokens: SequenceOf[int]) -> int:
+        """Take in accepted tokens. See `Constraint`."""
+        num_asleep = self._advance_asleep(tokens)
+        awake = list(tokens[num_asleep:])
+        if awake and awake[-1] in self.filler.eos_ids and not self.ends_itself:
+            self._consume(awake[:-1])
+            if not self.grammar.is_accepting():
+                raise GrammarError("the structured output could not be continued: EOS came before its end")
+            return len(tokens)
+        return num_asleep + self._consume(awake)
+
+    def trim(self, draft: SequenceOf[int]) -> tuple[int, ...]:
+        """The draft up to the first token that may not follow, or that ends the reasoning. See `Constraint`."""
+        if self._marker is not None:
+            return tuple(draft[: self._num_asleep(self._marker, draft)])
+        ends = [place for place, token in enumerate(draft) if token in self.filler.eos_ids]
+        tokens = list(draft[: ends[0]] if ends else draft)
+        return tuple(tokens[: self.grammar.validate_tokens(tokens)])
+
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
+        """The next tokens where only one text may follow. See `Constraint`."""
+        if self._marker is not None or not self.grammar.compute_ff_bytes():
+            return ()
+        return self.trim(self.grammar.compute_ff_tokens()[:max_tokens])
+
+    def write_asleep(self, bits: array[int], request: MaskRequest) -> None:
+        """Write the masks of a sequence that reasons."""
+        assert self._marker is not None
+        state, num_words = self._state, self.filler.num_words
+        for index, token in enumerate((*request.draft, None), request.first):
+            bits[index * num_words : (index + 1) * num_words] = self._marker.mask(state)
+            if token is not None:
+                state = self._marker.after(state, token) or 0
+
+    def _consume(self, tokens: list[int]) -> int:
+        count = self.grammar.try_consume_tokens(tokens) if tokens else 0
+        if count < len(tokens) and not (self.ends_itself and self.is_complete):
+            self.grammar.consume_tokens(tokens[count:])  # states the reason
+            raise self.error()
+        return count
+
+    def _advance_asleep(self, tokens: SequenceOf[int]) -> int:
+        """Follow the marker; returns how many tokens belong to the reasoning, the marker's last one included."""
+        for place, token in enumerate(tokens):
+            if self._marker is None:
+                return place
+            state = self._marker.after(self._state, token)
+            if state is None:
+                raise GrammarError("a token ends the reasoning and holds more, or ends the text before its output")
+            self._state = state
+            if state == self._marker.end:
+                self._marker = None
+        return len(tokens)
+
+    def _num_asleep(self, marker: Marker, draft: SequenceOf[int]) -> int:
+        """How many draft tokens come before the marker is complete."""
+        state: int | None = self._state
+        for place, token in enumerate(draft):
+            assert state is not None
+            state = marker.after(state, token)
+            if state is None or state == marker.end:
+                return place
+        return len(draft)
+
+
+def _own(request: MaskRequest) -> GrammarMatcher:
+    assert isinstance(request.constraint, GrammarMatcher)
+    return request.constraint
+
+
+def vocabulary_of(tokenizer: object, num_logits: int, eos_ids: Collection[int]) -> GrammarVocabulary:
+    """The vocabulary of a fast tokenizer, which no other thread uses meanwhile. Raises `GrammarError`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        raise GrammarError(
+            "structured outputs need a tokenizer of the Rust library (a 'fast' one), and this engine has "
+            f"{'none' if tokenizer is None else type(tokenizer).__name__}: load the model with its tokenizer.json"
+        )
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        text, num_tokens = backend.to_str(), backend.get_vocab_size(with_added_tokens=True)
+        highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        return GrammarVocabulary(text, max(num_tokens, highest + 1), num_logits, eos_ids)
+    except ValueError as error:
+        raise GrammarError(f"llguidance cannot use this tokenizer: {described(error)}") from error
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
