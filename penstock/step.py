@@ -54,13 +54,15 @@ class Row(NamedTuple):
 class StepPlan:
     """What the next step does, in this order: move blocks to the host and back, copy blocks, run the rows.
 
-    `swaps_out` are (block, place on the host), `swaps_in` (place, block), `copies` (source, destination) blocks.
+    `swaps_out` are (block, place on the host), `swaps_in` (place, block), `copies` (source, destination) blocks. A plan
+    that is not `is_constrained` has no row with a constraint.
     """
 
     rows: tuple[Row, ...]
     copies: tuple[tuple[int, int], ...] = ()
     swaps_out: tuple[tuple[int, int], ...] = ()
     swaps_in: tuple[tuple[int, int], ...] = ()
+    is_constrained: bool = False
 
     @property
     def num_tokens(self) -> int:

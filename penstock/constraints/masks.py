@@ -43,7 +43,7 @@ class Masks:
 
     @classmethod
     def of(cls, plan: StepPlan) -> Masks | None:
-        """Masks for the rows of a plan that sample under a constraint; None if there are none."""
+        """Masks for the rows of a plan that sample under a constraint; None if none of them samples."""
         rows = list(_constrained(plan))
         if not rows:
             return None
@@ -76,9 +76,9 @@ class Masks:
         """Why a row has no mask, if it has none."""
         return self._errors.get(row.seq_id)
 
-    def nearest(self, row: Row, token: int) -> int:
-        """The token if the row may sample it; otherwise the first that it may, or -1."""
-        begin = self.index(row) * self.num_words
+    def nearest(self, row: Row, place: int, token: int) -> int:
+        """The token if the row may sample it after `place` draft tokens; otherwise the first that it may, or -1."""
+        begin = (self._first[row.seq_id] + place) * self.num_words
         words = self.bits[begin : begin + self.num_words]
         if token // _BITS < len(words) and words[token // _BITS] >> (token % _BITS) & 1:
             return token

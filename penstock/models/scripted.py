@@ -10,10 +10,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import repeat
 
 from penstock.constraints.masks import Masks
 from penstock.models.protocol import ModelSpec
-from penstock.optimizers.speculation.verification import positions
 from penstock.step import Row, RowResult, StepPlan, StepResult, TokenLogprobs
 
 # A fixed list of output tokens, repeated as needed, or (all tokens so far, sample index) -> next token.
@@ -112,22 +112,22 @@ class ScriptedModel:
     def _sample(self, row: Row, masks: Masks | None) -> RowResult:
         if not row.samples:
             return RowResult()
-        constrained = masks is not None and row.constraint is not None
-        error = masks.error(row) if masks is not None and constrained else None
-        if error is not None:
+        if masks is not None and row.constraint is not None and (error := masks.error(row)) is not None:
             return RowResult(error=error)
-        tokens: list[int] = []
-        for position in positions(row):
-            if tokens and tokens != list(position.draft):
+        tokens = [self._next(row, row.tokens, 0, masks)]
+        for place, token in enumerate(row.draft, 1):
+            if token != tokens[-1]:
                 break
-            token = self.scripted_token(row, [*row.tokens, *tokens])
-            tokens.append(masks.nearest(position, token) if masks is not None and constrained else token)
+            tokens.append(self._next(row, [*row.tokens, *tokens], place, masks))
         entries = tuple(map(_certain, tokens))
         if row.params.use_beam_search:
             return RowResult(candidates=entries)  # a script has one continuation
-        return RowResult(
-            tuple(tokens), entries, siblings=tuple(self._result(sibling, masks) for sibling in row.siblings)
-        )
+        return RowResult(tuple(tokens), entries, siblings=tuple(map(self._result, row.siblings, repeat(masks))))
+
+    def _next(self, row: Row, tokens: Sequence[int], place: int, masks: Masks | None) -> int:
+        """The token after `place` draft tokens."""
+        token = self.scripted_token(row, tokens)
+        return token if masks is None or row.constraint is None else masks.nearest(row, place, token)
 
     def scripted_token(self, row: Row, tokens: Sequence[int]) -> int:
         """The token that follows these in the script of a row. Replaced by models with other scripts."""

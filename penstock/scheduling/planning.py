@@ -70,7 +70,10 @@ class Budget:
 
 
 class StepPlanner:
-    """Fills `rows` best-first; `started` are the sequences that the step starts for the first time."""
+    """Fills `rows` best-first; `started` are the sequences that the step starts for the first time.
+
+    `is_constrained` says whether any row has a constraint.
+    """
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class StepPlanner:
     ) -> None:
         self.rows: list[Row] = []
         self.started: list[Sequence] = []
+        self.is_constrained = False
         self._live = live
         self._cache = cache
         self._packing = packing
@@ -131,6 +135,7 @@ class StepPlanner:
                     Row(seq.id, seq.tokens, length - 1, length, seq.blocks, True, *fixed, (), (), seq.constraint)
                 )
                 seq.in_flight = 1
+                self.is_constrained |= seq.constraint is not None
                 continue
             if seq.is_decoding:
                 budget.release_reserved()
@@ -229,6 +234,7 @@ class StepPlanner:
         siblings = self._live.siblings_of(seq) if samples else ()
         sibling_rows = tuple(_row(sibling, end, end, True) for sibling in siblings)
         self.rows.append(_row(seq, start, end, samples, draft, sibling_rows))
+        self.is_constrained |= seq.constraint is not None
         self._cache.seal(seq, min(end, length))
         seq.in_flight = num_tokens
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.errors import RequestTooLarge
-from penstock.scheduling.acceptance import accept
+from penstock.scheduling.acceptance import Accepted, constrain
 from penstock.scheduling.events import EventBuilder
 from penstock.scheduling.limits import Limits
 from penstock.scheduling.live import LiveSequences
@@ -127,7 +127,7 @@ class Scheduler:
         planner = StepPlanner(live, cache, self._packing, self._searches, self._events, limits, self._max_logit_rows)
         planner.plan()
         self._started += planner.started
-        plan = StepPlan(tuple(planner.rows), *cache.take_moves())
+        plan = StepPlan(tuple(planner.rows), *cache.take_moves(), planner.is_constrained)
         self._executing = plan if plan.rows else None
         return plan
 
@@ -201,6 +201,8 @@ class Scheduler:
         tokens, num_drafts = out.tokens, len(out.tokens) - 1
         assert 0 <= num_drafts <= len(row.draft)
         count, reason, stop_token, error = accept(seq, tokens)
+        if seq.constraint is not None:
+            count, reason, stop_token, error = constrain(seq.constraint, tokens[:count], reason, stop_token)
         if error is not None:
             return self._end(seq, FinishReason.ERROR, error)
         if seq.status is Status.RUNNING:  # a sibling that samples with another sequence holds no blocks yet
@@ -279,3 +281,15 @@ class Scheduler:
         finished = {f"num_finished_{reason.value}": live.num_finished[reason] for reason in FinishReason}
         current = {"num_waiting": self.num_waiting, "num_running": self.num_running}
         return {**current, "num_preemptions": live.num_preemptions, **finished}
+
+
+def accept(seq: Sequence, tokens: SequenceOf[int]) -> Accepted:
+    """What the sequence's stop ids and length make of its sampled tokens."""
+    stop_ids, room = seq.stop_ids, seq.max_len - len(seq.tokens)
+    for count, token in enumerate(tokens, 1):
+        # The sampler suppresses stop ids before min_tokens already; a scripted model or a draft may not.
+        if token in stop_ids and seq.num_generated + count > seq.params.min_tokens:
+            return count, FinishReason.STOP, token, None
+        if count >= room:
+            return count, FinishReason.LENGTH, None, None
+    return len(tokens), None, None, None

@@ -243,9 +243,16 @@ class EngineCore:
         if not plan.rows:
             outputs.publish()
             return False
-        begin = self._clock()
+        masks, begin = Masks.of(plan) if plan.is_constrained else None, self._clock()
+        job = self._execute(plan) if masks is None else self._execute(plan, masks)
         try:
-            result = await self._run_plan(plan)
+            await job.begun  # publishing earlier would hold the interpreter lock, which the model needs to begin
+            outputs.publish()
+        finally:
+            if masks is not None:
+                masks.fill()
+        try:
+            result = await job.done
         except ModelChanged:
             self._restart(plan)
         except Exception as error:
@@ -257,18 +264,6 @@ class EngineCore:
         if not self.scheduler.has_work:
             outputs.publish()
         return True
-
-    async def _run_plan(self, plan: StepPlan) -> StepResult:
-        """Start the step, publish the last one's events, and fill the grammar masks while the model runs."""
-        masks = Masks.of(plan)
-        job = self._execute(plan) if masks is None else self._execute(plan, masks)
-        try:
-            await job.begun  # publishing earlier would hold the interpreter lock, which the model needs to begin
-            self._outputs.publish()
-        finally:
-            if masks is not None:
-                masks.fill()
-        return await job.done
 
     async def _idle(self) -> None:
         """Wait without using the CPU until a request arrives, then until its burst pauses."""

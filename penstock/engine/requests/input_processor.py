@@ -243,17 +243,17 @@ class InputProcessor:
                 ttft_deadline=request.ttft_deadline if first_sequence is None else math.inf,
                 namespace=request.namespace,
                 parent=first_sequence or request.origin,
-                constraint=self._constraint(request, params, encoded),
+                constraint=None if encoded.grammar is None else self._constraint(request, params, encoded.grammar, ids),
             )
             sequences.append(sequence)
         return sequences
 
-    def _constraint(self, request: Request, params: SamplingParams, encoded: Encoded) -> Constraint | None:
+    def _constraint(
+        self, request: Request, params: SamplingParams, grammar: CompiledGrammar, ids: list[int]
+    ) -> Constraint:
         """A constraint that has taken in what a fork's origin generated. Raises `GrammarError`."""
-        if encoded.grammar is None:
-            return None
-        constraint = encoded.grammar.start(ends_itself=params.ignore_eos or not self._spec.eos_token_ids)
-        output = encoded.ids[len(encoded.ids) - request.num_continued :]
+        constraint = grammar.start(ends_itself=params.ignore_eos or not self._spec.eos_token_ids)
+        output = ids[len(ids) - request.num_continued :]
         if constraint.advance(output) < len(output) or constraint.is_complete:
             raise GrammarError("the structured output is complete before the fork: fork at an earlier token")
         return constraint
@@ -270,31 +270,29 @@ class InputProcessor:
         """
         if self._tokenizer is None or not params.detokenize:
             return NoText()
-        detokenizer = self._detokenizer(params)
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
         for token in context:
             detokenizer.push(token)
         if not params.stop:
             return TextStream(detokenizer)
         stops = StopStrings(tuple(params.stop), params.include_stop_str_in_output)
-        return TextStream(detokenizer, stops, params.min_tokens, self._reasoning(params, before))
+        reasoning = None if params.reasoning_end is None else self._reasoning(params, params.reasoning_end, before)
+        return TextStream(detokenizer, stops, params.min_tokens, reasoning)
 
-    def _reasoning(self, params: SamplingParams, output: SequenceOf[int]) -> ReasoningEnd | None:
+    def _reasoning(self, params: SamplingParams, marker: str, output: SequenceOf[int]) -> ReasoningEnd | None:
         """The search for the end of the reasoning, which goes on after `output`; None where it has ended."""
-        marker = params.reasoning_end
-        if marker is None:
-            return None
+        assert self._tokenizer is not None
         ids = self._special.ids_of((marker,)) if self._special is not None and params.skip_special_tokens else {}
-        reasoning, detokenizer = ReasoningEnd(marker, next(iter(ids), None)), self._detokenizer(params)
+        reasoning, detokenizer = (
+            ReasoningEnd(marker, next(iter(ids), None)),
+            Detokenizer(self._tokenizer, skip_special_tokens=params.skip_special_tokens),
+        )
         has_ended = any(reasoning.push(token, detokenizer.push(token)) is not None for token in output)
         return None if has_ended else reasoning
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer:
-        assert self._tokenizer is not None
-        return Detokenizer(
-            self._tokenizer,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-        )
 
     def _decode_token(self, token: int) -> str | None:
         if self._decoder is None:
