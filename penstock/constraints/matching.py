@@ -15,6 +15,7 @@ from functools import cached_property
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from penstock.constraint import MaskRequest
+from penstock.constraints.bounds import check_bounds
 from penstock.constraints.reasoning import Marker, clear
 from penstock.constraints.sources import grammar_text, refusal, shortened
 from penstock.errors import GrammarError, described
@@ -88,12 +89,14 @@ class Grammar:
     """A compiled constraint, the start of any number of sequences. Raises `GrammarError` if it cannot be compiled."""
 
     def __init__(self, structured: StructuredOutputs, reasoning_end: str | None, vocabulary: GrammarVocabulary) -> None:
+        check_bounds(structured)
         try:
             text = grammar_text(structured)
         except ValueError as error:
             raise error if isinstance(error, GrammarError) else refusal(structured, str(error)) from None
         self._template = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LIMITS)
         self._vocabulary = vocabulary
+        self._template.compute_bitmask()  # some limits are reached only by the first mask
         if self._template.is_error():
             raise refusal(structured, self._template.get_error())
         if warnings := self._template.get_grammar_warnings():

@@ -37,7 +37,8 @@ def grammar_text(structured: StructuredOutputs) -> str:
         return LLMatcher.grammar_from_regex(source)
     if structured.kind == "choice":
         assert structured.choice is not None
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_literal, structured.choice)))
+        # As one terminal: a rule may not have so many alternatives.
+        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_literal, structured.choice)))
     return LLMatcher.grammar_from_lark(_lark(source) if _GBNF_RULE.search(source) else source)
 
 
