@@ -102,7 +102,9 @@ def _nest(node: dict[str, Any], rng: random.Random) -> None:
     node.clear()
     wrap = rng.choice(("items", "anyOf", "allOf", "oneOf", "properties", "not"))
     many = wrap in ("anyOf", "allOf", "oneOf")
-    node[wrap] = [inner, copy.deepcopy(rng.choice(SCHEMAS))] if many else {"p": inner} if wrap == "properties" else inner
+    node[wrap] = (
+        [inner, copy.deepcopy(rng.choice(SCHEMAS))] if many else {"p": inner} if wrap == "properties" else inner
+    )
 
 
 def _multiply(node: dict[str, Any], rng: random.Random) -> None:
@@ -131,7 +133,17 @@ def _alternate(text: str, place: int, rng: random.Random) -> str:
 
 
 def _splice(text: str, place: int, rng: random.Random) -> str:
-    return text[:place] + rng.choice((r"\b", r"(?=a)", r"\p{L}", r"\w{40}", r"[^a]", r"\1", "(?-u:\\xff)", ".")) + text[place:]
+    return (
+        text[:place]
+        + rng.choice((r"\b", r"(?=a)", r"\p{L}", r"\w{40}", r"[^a]", r"\1", "(?-u:\\xff)", "."))
+        + text[place:]
+    )
 
 
-_REGEX_MUTATIONS: tuple[Callable[[str, int, random.Random], str], ...] = (_insert, _delete, _repeat, _alternate, _splice)
+_REGEX_MUTATIONS: tuple[Callable[[str, int, random.Random], str], ...] = (
+    _insert,
+    _delete,
+    _repeat,
+    _alternate,
+    _splice,
+)
