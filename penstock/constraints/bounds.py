@@ -75,7 +75,8 @@ def _end_of_atom(pattern: str, place: int) -> int:
         return braced.end() if braced else place + 2
     if pattern[place] != "[":
         return place + 1
-    place += 1
+    place += 2 if pattern[place : place + 2] == "[^" else 1
+    place += pattern[place : place + 1] == "]"  # a member of the class where it comes first
     while place < len(pattern) and pattern[place] != "]":
         place += 2 if pattern[place] == "\\" else 1
     return place + 1
@@ -103,8 +104,8 @@ def _schema_lengths(schema: object, depth: int = 0) -> Iterator[tuple[str, int]]
 def _lark_lengths(grammar: str) -> dict[str, int]:
     """About the length of each terminal: its text, those it names, and all of that times its counts."""
     heads = list(_LARK_TERMINAL.finditer(grammar))
-    ends = [head.start() for head in heads[1:]] + [len(grammar)]
-    bodies = {head[1]: grammar[head.end() : end] for head, end in zip(heads, ends, strict=True)}
+    ends = [*(head.start() for head in heads[1:]), len(grammar)]
+    bodies = {head[1]: grammar[head.end() : end] for head, end in zip(heads, ends, strict=False)}
     lengths: dict[str, int] = {}
     for _ in range(len(bodies).bit_length() + 16):  # doubling is seen after a few passes
         for name, body in bodies.items():

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from penstock import GrammarError, RequestError, SamplingParams
+from penstock.constraint import MaskRequest
+from penstock.constraints.masks import Masks
+from penstock.models.masking import apply_masks
+from penstock.models.sampler import Sampler
+from penstock.step import Row, StepPlan
+
+VOCAB = 100
+
+
+class Allowing:
+    """A constraint and its filler at once: allows `tokens`, after a draft of one token those of `then`."""
+
+    num_words = 3  # tokens from 96 on have no bit
+    ends_itself = is_complete = False
+
+    def __init__(self, *tokens: int, then: Sequence[int] = (), error: GrammarError | None = None) -> None:
+        self.tokens, self.then, self.failure = tokens, then, error
+
+    @property
+    def filler(self) -> Allowing:
+        return self
+
+    def fill(self, requests: Sequence[MaskRequest], bits: array[int]) -> Mapping[int, GrammarError]:
+        errors = {}
+        for place, request in enumerate(requests):
+            constraint: Any = request.constraint
+            for i, tokens in enumerate((constraint.tokens, constraint.then)[: 1 + len(request.draft)]):
+                mask = sum(1 << token for token in tokens).to_bytes(12, "little")
+                bits[3 * (request.first + i) : 3 * (request.first + i + 1)] = array("i", mask)
+            if constraint.failure is not None:
+                errors[place] = constraint.failure
+        return errors
+
+    def advance(self, tokens: Sequence[int]) -> int:
+        return len(tokens)
+
+    def trim(self, draft: Sequence[int]) -> tuple[int, ...]:
+        return tuple(draft)
+
+    def forced(self, max_tokens: int) -> tuple[int, ...]:
+        return ()
+
+
+def row(seq_id: int, constraint: Allowing | None, **params: Any) -> Row:
+    return Row(seq_id, [1, 2], 1, 2, array("i"), True, SamplingParams(**params), 1, constraint=constraint)
+
+
+def filled(rows: Sequence[Row]) -> Masks:
+    masks = Masks.of(StepPlan(tuple(rows), is_constrained=True))
+    assert masks is not None
+    masks.fill()
+    masks.wait()
+    return masks
+
+
+def random_logits(count: int) -> torch.Tensor:
+    return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(0))
+
+
+def test_refused_tokens_and_those_beyond_the_masks_become_impossible() -> None:
+    rows = [row(1, Allowing(0, 31, 32, 95)), row(2, None), row(3, Allowing(7))]
+    logits = random_logits(3)
+    before = logits.clone()
+    assert apply_masks(logits, rows, filled(rows)) == {}
+    assert logits.isfinite().nonzero().tolist() == [
+        *([0, token] for token in (0, 31, 32, 95)),
+        *([1, token] for token in range(VOCAB)),
+        [2, 7],
+    ]
+    assert torch.equal(logits[logits.isfinite()], before[logits.isfinite()])
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_k": 3}, {"seed": 1, "top_p": 0.9}]
+)
+def test_a_token_is_drawn_from_those_that_the_mask_allows(params: Any) -> None:
+    rows = [row(i, Allowing(5, 50, 64), **params) for i in range(20)]
+    rows = [r._replace(sample_index=i) for i, r in enumerate(rows)]
+    results = Sampler(VOCAB, frozenset()).sample(random_logits(20), rows, filled(rows))
+    assert {result.tokens[0] for result in results} <= {5, 50, 64}
+    raw = torch.log_softmax(random_logits(20).double(), -1)
+    for i, result in enumerate(results):
+        assert result.logprobs[0].logprob == pytest.approx(float(raw[i, result.tokens[0]]), abs=1e-5)
+
+
+def test_neighbours_of_a_constrained_row_get_the_same_tokens() -> None:
+    rows = [row(i, None, seed=i) for i in range(4)]
+    sampler = Sampler(VOCAB, frozenset())
+    alone = sampler.sample(random_logits(4), rows)
+    mixed = [*rows[:2], row(9, Allowing(3), seed=0), *rows[2:]]
+    logits = torch.cat([random_logits(4)[:2], random_logits(1), random_logits(4)[2:]])
+    results = sampler.sample(logits, mixed, filled(mixed))
+    assert [*results[:2], *results[3:]] == alone
+    assert results[2].tokens == (3,)
+
+
+def test_logprobs_are_the_models_own_and_the_sampled_one_is_of_the_masked_draw() -> None:
+    rows = [row(1, Allowing(5), logprobs=2, seed=1)]
+    (result,) = Sampler(VOCAB, frozenset()).sample(random_logits(1), rows, filled(rows))
+    raw = torch.log_softmax(random_logits(1)[0].double(), -1)
+    entry = result.logprobs[0]
+    assert entry.logprob == pytest.approx(float(raw[5]), abs=1e-5)
+    assert entry.sampled == pytest.approx(0.0, abs=1e-6)
+    assert [token for token, _, _ in entry.top] == raw.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "rules", [{"allowed_token_ids": [6]}, {"bad_words": [[5]]}, {"min_tokens": 3, "max_tokens": 9}]
+)
+def test_a_row_whose_rules_leave_nothing_of_the_mask_fails_alone(rules: Any) -> None:
+    rows = [row(1, Allowing(5), **rules)._replace(stop_ids=frozenset({5})), row(2, Allowing(5))]
+    results = Sampler(VOCAB, frozenset()).sample(random_logits(2), rows, filled(rows))
+    assert isinstance(results[0].error, RequestError)
+    assert "no token is left to choose: structured_outputs" in str(results[0].error)
+    assert results[1].tokens == (5,)
+
+
+def test_a_processor_cannot_bring_back_what_the_mask_refuses() -> None:
+    rows = [row(1, Allowing(5, 6), temperature=0, logits_processors=[lambda output, logits: torch.zeros_like(logits)])]
+    (result,) = Sampler(VOCAB, frozenset()).sample(random_logits(1), rows, filled(rows))
+    assert result.tokens == (5,)
+
+
+def test_a_constraint_that_failed_is_its_rows_error() -> None:
+    error = GrammarError("out of fuel")
+    rows = [row(1, Allowing(5, error=error)), row(2, Allowing(6))]
+    results = Sampler(VOCAB, frozenset()).sample(random_logits(2), rows, filled(rows))
+    assert results[0].error is error
+    assert results[1].tokens == (6,)
