@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from penstock.api.protocols import PrefixCaching
 from penstock.serving.body import RequestModel, read_model
-from penstock.serving.endpoint import json_answer
 from penstock.serving.errors import HttpError
+from penstock.serving.json_response import json_response
 from penstock.serving.server import Server
 
 
@@ -36,13 +36,13 @@ async def drain(server: Server, request: Request) -> Response:
     """Refuse new requests, wait for the open ones, abort the rest. The server stays up and not ready."""
     body = await read_model(request, DrainRequest, server.settings.max_body_bytes, default=b"{}")
     timeout_s = server.settings.drain_timeout_s if body.timeout_s is None else body.timeout_s
-    return json_answer({"drained": True, "num_aborted": await server.lifecycle.drain(timeout_s)})
+    return json_response({"drained": True, "num_aborted": await server.lifecycle.drain(timeout_s)})
 
 
 async def resume(server: Server, request: Request) -> Response:
     """End a drain: be ready again."""
     server.lifecycle.resume()
-    return json_answer({"ready": True})
+    return json_response({"ready": True})
 
 
 async def reset_prefix_cache(server: Server, request: Request) -> Response:
@@ -50,7 +50,7 @@ async def reset_prefix_cache(server: Server, request: Request) -> Response:
     if not isinstance(server.engine, PrefixCaching):
         raise HttpError(501, "this engine has no prefix cache to reset")
     server.engine.reset_prefix_cache()
-    return json_answer({"reset": True})
+    return json_response({"reset": True})
 
 
 async def abort(server: Server, request: Request) -> Response:
@@ -58,4 +58,4 @@ async def abort(server: Server, request: Request) -> Response:
     body = await read_model(request, AbortRequest, server.settings.max_body_bytes)
     if not server.lifecycle.abort(body.request_id):
         raise HttpError(404, f"no open request {body.request_id[:200]!r}", code="not_found", param="request_id")
-    return json_answer({"aborted": body.request_id})
+    return json_response({"aborted": body.request_id})

@@ -27,13 +27,13 @@ from penstock.serving.completion_request import CompletionRequest
 from penstock.serving.errors import HttpError, failure_of
 from penstock.serving.gate import Gate, error_response, route_path
 from penstock.serving.openapi import described, openapi_of
+from penstock.serving.origins import LOCAL, allowed_origins
 from penstock.serving.server import Server
 from penstock.serving.settings import ServingSettings
 
 Handler = Callable[[Server, Request], Awaitable[Response]]
 _JSON = "application/json"
 _JSON_OR_EVENTS = (_JSON, "text/event-stream")
-_LOCAL = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +119,11 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 def _allow_browsers(api: FastAPI, server: Server) -> None:
     """Cross-origin requests; a preflight is answered here and needs no key."""
-    origins = server.settings.cors_origins
-    if origins is None and server.settings.api_keys:
-        origins = ("*",)
+    origins = allowed_origins(server.settings)
     api.add_middleware(
         CORSMiddleware,
         allow_origins=origins or (),
-        allow_origin_regex=_LOCAL if origins is None else None,
+        allow_origin_regex=LOCAL if origins is None else None,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=["x-request-id", "retry-after"],

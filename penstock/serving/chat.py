@@ -15,8 +15,9 @@ from penstock.serving.chat_message import delta_of, message_of
 from penstock.serving.chat_request import ChatRequest
 from penstock.serving.chat_task import REGULAR_ENDS, ChatTask, OutputReader
 from penstock.serving.chunks import Chunks
-from penstock.serving.endpoint import Exchange, json_answer
+from penstock.serving.endpoint import Exchange
 from penstock.serving.generation import Generation, usage_of
+from penstock.serving.json_response import json_response
 from penstock.serving.logprobs import chat_logprobs
 from penstock.serving.server import Server
 from penstock.serving.usage import usage_json
@@ -34,7 +35,7 @@ async def chat_completions(server: Server, request: Request) -> Response:
     if body.stream:
         return exchange.stream(generation, answer.frames(generation))
     (output,) = await exchange.outputs(generation)
-    return json_answer(await answer.whole(output))
+    return json_response(await answer.whole(output))
 
 
 @dataclass(frozen=True, slots=True)

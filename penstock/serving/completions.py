@@ -13,8 +13,9 @@ from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.serving.body import read_model
 from penstock.serving.chunks import Chunks
 from penstock.serving.completion_request import CompletionRequest
-from penstock.serving.endpoint import Exchange, json_answer
+from penstock.serving.endpoint import Exchange
 from penstock.serving.generation import Generation, Usage, usage_of
+from penstock.serving.json_response import json_response
 from penstock.serving.logprobs import CompletionLogprobs
 from penstock.serving.server import Server
 from penstock.serving.usage import usage_json
@@ -35,7 +36,7 @@ async def completions(server: Server, request: Request) -> Response:
     outputs = await exchange.outputs(generation)
     if body.echo and body.logprobs is not None:
         answer.first_texts.extend([await server.text_of(output.prompt_token_ids[:1]) for output in outputs])
-    return json_answer(answer.whole(outputs))
+    return json_response(answer.whole(outputs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from penstock.serving.chat_task import ChatTask
 from penstock.serving.errors import Envelope, failure_of, openai_envelope
 from penstock.serving.gate import Call, call_of
 from penstock.serving.generation import Generation, Options, submit
-from penstock.serving.json_response import json_response
 from penstock.serving.server import Server
 from penstock.serving.sse import COMMENT, DONE, EventStream, cancelled_on_disconnect, frame
 
@@ -103,8 +102,3 @@ class Exchange:
                 yield error_frame(error)
             finally:
                 self.call.facts["completion_tokens"] = generation.usage().completion_tokens
-
-
-def json_answer(value: Mapping[str, object]) -> Response:
-    """A 200 with this object."""
-    return json_response(value)

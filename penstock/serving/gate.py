@@ -21,6 +21,7 @@ from penstock.errors import described
 from penstock.serving.auth import Client
 from penstock.serving.errors import Envelope, Failure, failure_of, openai_envelope
 from penstock.serving.json_response import json_response
+from penstock.serving.origins import check_origin
 from penstock.serving.server import Server
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -100,6 +101,7 @@ class Gate:
             keys.check_admin(headers)
             return Client()
         client = Client() if path in OPEN_PATHS else keys.client(headers)
+        check_origin(self._server.settings, headers)
         if scope["method"] == "POST":
             stack.enter_context(client.admitted())
             stack.enter_context(self._server.lifecycle.call())

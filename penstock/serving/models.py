@@ -5,19 +5,19 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.serving.endpoint import json_answer
+from penstock.serving.json_response import json_response
 from penstock.serving.server import Server
 
 
 async def list_models(server: Server, request: Request) -> Response:
     """All names."""
-    return json_answer({"object": "list", "data": [_model(server, name) for name in server.names]})
+    return json_response({"object": "list", "data": [_model(server, name) for name in server.names]})
 
 
 async def retrieve_model(server: Server, request: Request) -> Response:
     """One name, which may contain slashes."""
     name = server.check_model(str(request.path_params["model"]))
-    return json_answer(_model(server, name))
+    return json_response(_model(server, name))
 
 
 def _model(server: Server, name: str) -> dict[str, object]:

@@ -18,9 +18,10 @@ from penstock.sampling import SamplingParams
 from penstock.serving.body import RequestModel, read_model
 from penstock.serving.chat_request import TemplateFields
 from penstock.serving.chat_task import prepare, tool_use
-from penstock.serving.endpoint import Exchange, json_answer
+from penstock.serving.endpoint import Exchange
 from penstock.serving.errors import HttpError, invalid
 from penstock.serving.generation import Generation, usage_of
+from penstock.serving.json_response import json_response
 from penstock.serving.logprobs import chat_logprobs
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, TokenId
 from penstock.serving.server import Server
@@ -75,7 +76,7 @@ async def tokenize(server: Server, request: Request) -> Response:
         if body.prompt == ""
         else await _tokenizing(server).tokenize(prompt, add_special_tokens=body.add_special_tokens)
     )
-    return json_answer({"tokens": ids, "count": len(ids), "max_model_len": server.max_model_len, "token_strs": None})
+    return json_response({"tokens": ids, "count": len(ids), "max_model_len": server.max_model_len, "token_strs": None})
 
 
 def _chat(server: Server, body: TokenizeRequest, messages: Sequence[Mapping[str, object]]) -> Prompt:
@@ -88,7 +89,7 @@ async def detokenize(server: Server, request: Request) -> Response:
     """The text of ids."""
     body = await read_model(request, DetokenizeRequest, server.settings.max_body_bytes)
     server.check_model(body.model)
-    return json_answer({"prompt": await _tokenizing(server).detokenize(body.tokens)})
+    return json_response({"prompt": await _tokenizing(server).detokenize(body.tokens)})
 
 
 async def generate(server: Server, request: Request) -> Response:
@@ -119,7 +120,7 @@ async def generate(server: Server, request: Request) -> Response:
     ]
     scored = None if output.prompt_logprobs is None else [_scores(entry) for entry in output.prompt_logprobs]
     usage = usage_json(usage_of([output]))
-    return json_answer({"request_id": exchange.id, "choices": choices, "prompt_logprobs": scored, "usage": usage})
+    return json_response({"request_id": exchange.id, "choices": choices, "prompt_logprobs": scored, "usage": usage})
 
 
 async def _frames(name: str, generation: Generation, top: int | None) -> AsyncIterator[bytes]:

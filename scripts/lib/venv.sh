@@ -1,5 +1,5 @@
 # Sourced by the scripts one folder up. Goes to the checkout's root and gives them:
-#   setup runtime|dev    a .venv in step with pyproject.toml and constraints.txt, built from nothing if need be
+#   setup runtime|serve|dev    a .venv in step with pyproject.toml and constraints.txt, built from nothing if need be
 #   timed NAME COMMAND   runs a command, says how long it took, returns its exit status
 # PYTHON names the interpreter to build with, PENSTOCK_VENV another place for the environment.
 
@@ -35,7 +35,7 @@ is_current() {
 
 setup() {
     local kind=$1 extras="" python
-    [[ $kind == dev ]] && extras="[dev]"
+    [[ $kind == runtime ]] || extras="[$kind]"
     if is_current .penstock-dev || is_current ".penstock-$kind"; then return; fi
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python)

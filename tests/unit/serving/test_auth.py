@@ -73,6 +73,12 @@ def test_without_keys_only_pages_of_this_machine_may_call() -> None:
         for origin, allowed in (("http://localhost:3000", True), ("https://page.example", False)):
             response = client.get("/v1/models", headers={"origin": origin})
             assert ("access-control-allow-origin" in response.headers) is allowed
+            assert response.status_code == (200 if allowed else 403)
+        own = {"origin": "http://testserver", "host": "testserver"}
+        assert client.post("/v1/chat/completions", json=CHAT, headers=own).status_code == 200
+    with client_of(ServingSettings(cors_origins=("https://page.example",))) as client:
+        response = client.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://page.example"})
+        assert response.headers["access-control-allow-origin"] == "https://page.example"
 
 
 def cached_tokens(client: Any, headers: dict[str, str]) -> int:
