@@ -14,7 +14,7 @@ from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
 from penstock.generation import Params
 from penstock.outputs import Delta
-from penstock.sampling import RequestPriority
+from penstock.sampling import RequestPriority, SamplingParams
 
 Callback = Callable[[Delta], Awaitable[None] | None]
 
@@ -83,6 +83,15 @@ class Templated(Protocol):
     @property
     def tokenizer(self) -> object:
         """The tokenizer, which two threads must not use at once; None before the model is loaded."""
+        ...
+
+
+@runtime_checkable
+class WithDefaults(Protocol):
+    """An engine whose model brings parameters of its own."""
+
+    def default_params(self, max_tokens: int | None = None) -> SamplingParams:
+        """The parameters of a request without any. Loads the model."""
         ...
 
 

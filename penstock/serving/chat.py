@@ -29,7 +29,7 @@ async def chat_completions(server: Server, request: Request) -> Response:
     body = await read_model(request, ChatRequest, server.settings.max_body_bytes)
     model = server.check_model(body.model)
     body.check(server.settings)
-    task, options = body.task(server.settings, server.formats), body.options(exchange.call.client)
+    task, options = body.task(server.settings, server.formats, server.defaults), body.options(exchange.call.client)
     generation = await exchange.submit_chat(task, options)
     answer = ChatAnswer(server, body, exchange.id, model, task)
     if body.stream:

@@ -86,18 +86,18 @@ class ChatRequest(SamplingFields, TemplateFields, StructureFields):
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
 
-    def task(self, settings: ServingSettings, formats: ModelFormats) -> ChatTask:
-        """The chat as the engine takes it. Raises `HttpError`, `RequestError`."""
+    def task(self, settings: ServingSettings, formats: ModelFormats, base: SamplingParams | None = None) -> ChatTask:
+        """The chat as the engine takes it; `base` has the model's parameters. Raises `HttpError`, `RequestError`."""
         use = tool_use(
             *(self.tools, self.tool_choice),
             is_parallel=self.parallel_tool_calls is not False,
             max_tools=settings.max_tools,
         )
-        params, structure = self.sampling(settings), self.structure()
+        params, structure = self.sampling(settings, base), self.structure()
         return prepare(self.chat(self.messages), params, formats, use=use, structure=structure, thinks=self.thinks)
 
-    def sampling(self, settings: ServingSettings) -> SamplingParams:
+    def sampling(self, settings: ServingSettings, base: SamplingParams | None = None) -> SamplingParams:
         """The engine's parameters. Raises `HttpError`, `RequestError`."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.params(settings, max_tokens=max_tokens, logprobs=logprobs)
+        return self.params(settings, base=base, max_tokens=max_tokens, logprobs=logprobs)

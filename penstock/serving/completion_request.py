@@ -45,12 +45,12 @@ class CompletionRequest(SamplingFields, StructureFields):
             raise invalid(f"{len(prompts)} prompts are more than this server allows ({settings.max_choices})", "prompt")
         return [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def sampling(self, settings: ServingSettings, num_prompts: int) -> SamplingParams:
+    def sampling(self, settings: ServingSettings, num_prompts: int, base: SamplingParams | None) -> SamplingParams:
         """The engine's parameters. A request that only scores its prompt generates one token, which is not shown."""
         prompt_logprobs = self.logprobs if self.echo else None
         max_tokens = 1 if self.max_tokens == 0 else self.max_tokens
         return self.params(
-            *(settings, num_prompts),
+            *(settings, num_prompts, base),
             max_tokens=max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=prompt_logprobs,

@@ -28,7 +28,8 @@ async def completions(server: Server, request: Request) -> Response:
     exchange = Exchange.begin(server, request, "cmpl-")
     body = await read_model(request, CompletionRequest, server.settings.max_body_bytes)
     model, prompts = server.check_model(body.model), body.prompts(server.settings)
-    params, options = body.sampling(server.settings, len(prompts)), body.options(exchange.call.client)
+    params = body.sampling(server.settings, len(prompts), server.defaults)
+    options = body.options(exchange.call.client)
     generation = await exchange.submit(prompts, params, options)
     answer = CompletionAnswer(body, exchange.id, model)
     if body.stream:

@@ -82,6 +82,8 @@ class Gate:
                 call = Call(answer.request_id, self._admit(scope, path, headers, stack))
                 client_name, facts = call.client.name, call.facts
                 scope["penstock.call"] = call
+                if scope["method"] == "POST":
+                    await self._server.load()
                 await self._app(scope, receive, answer)
         except Exception as error:
             await self._fail(error, path, scope, receive, answer)

@@ -62,6 +62,7 @@ class Generation:
             raise
         for output in outputs:
             self._metrics.record_output(output)
+            self._metrics.record_mean_gap(output)
         return outputs
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:

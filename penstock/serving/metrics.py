@@ -101,6 +101,13 @@ class Metrics(Collector):
             self._totals["generated"] += len(completion.token_ids)
             self._finished[completion.finish_reason or "abort"] += 1
 
+    def record_mean_gap(self, output: RequestOutput) -> None:
+        """Record the mean time between the tokens of a request that was not streamed."""
+        first_s, total_s = output.metrics.first_token_s, output.metrics.total_s
+        num_gaps = max((len(completion.token_ids) for completion in output.outputs), default=0) - 1
+        if first_s is not None and total_s is not None and num_gaps > 0:
+            self.inter_token.observe((total_s - first_s) / num_gaps, num_gaps)
+
     def record_response(self, path: str, status: int) -> None:
         """Count an HTTP response by the path of its route."""
         self._responses[path, str(status)] += 1

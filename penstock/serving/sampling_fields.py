@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -39,11 +40,11 @@ class SamplingFields(RequestModel):
     stop_token_ids: list[TokenId] | None = None
     allowed_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0, le=MAX_INT)
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     priority: int | str | None = Field(None, description="low, normal, high or critical, or their numbers 1 to 4.")
     deadline: float | None = Field(None, gt=0, le=FLOATS, description="Seconds that the request may take.")
@@ -52,30 +53,24 @@ class SamplingFields(RequestModel):
     )
     return_token_ids: bool = False
 
-    def params(self, settings: ServingSettings, num_prompts: int = 1, **more: object) -> SamplingParams:
-        """The engine's parameters. Raises `HttpError` beyond the server's limits, and `RequestError`."""
+    def params(
+        self, settings: ServingSettings, num_prompts: int = 1, base: SamplingParams | None = None, **more: object
+    ) -> SamplingParams:
+        """The engine's parameters; `base` has the model's own for what is not given.
+
+        Raises `HttpError` beyond the server's limits, and `RequestError`.
+        """
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         num_choices = max(self.n or 1, self.best_of or 1) * num_prompts
         check_limit("n", num_choices, settings.max_choices, "completions")
         check_limit("stop", len(stops), settings.max_stop, "stop strings")
         check_limit("logit_bias", len(self.logit_bias or ()), settings.max_logit_bias, "entries")
-        values: dict[str, object] = {
-            "n": self.n or 1,
-            "best_of": self.best_of,
-            "stop": stops,
-            "stop_token_ids": self.stop_token_ids or (),
-            "allowed_token_ids": self.allowed_token_ids,
-            "bad_words": self.bad_words or (),
-            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
-            "include_stop_str_in_output": self.include_stop_str_in_output,
-            "skip_special_tokens": self.skip_special_tokens,
-            "spaces_between_special_tokens": self.spaces_between_special_tokens,
-            "ignore_eos": self.ignore_eos,
-            "min_tokens": self.min_tokens,
-            "seed": self.seed,
-        }
-        given = {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
-        return SamplingParams(**{**values, **given, **more})
+        given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
+        if stops:
+            given["stop"] = stops
+        if self.logit_bias:
+            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return replace(base or SamplingParams(), **{**given, **more})
 
     def options(self, client: Client) -> Options:
         """The engine's other arguments, within what the client may ask for."""
@@ -85,8 +80,11 @@ class SamplingFields(RequestModel):
         return Options(priority, self.deadline, client.namespace or self.namespace or "")
 
 
-_OPTIONAL = (
-    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+# Fields that parameters of the same name are set to.
+_PLAIN = (
+    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "stop_token_ids", "allowed_token_ids", "bad_words", "min_tokens", "seed", "ignore_eos"),
+    *("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"),
 )
 
 

@@ -6,7 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from penstock.api.protocols import Engine, Tokenizing
+from anyio import to_thread
+
+from penstock.api.protocols import Engine, Tokenizing, WithDefaults
+from penstock.sampling import SamplingParams
 from penstock.serving.auth import KeyRing
 from penstock.serving.errors import HttpError
 from penstock.serving.lifecycle import Lifecycle
@@ -31,8 +34,24 @@ class Server:
         self.created = int(time.time())
         self._names = settings.served_model_name
         self._max_model_len: int | None = None
-        self._formats: ModelFormats | None = None
-        formats_of(engine, settings)  # refuses unknown formats now
+        self._formats = formats_of(engine, settings)  # refuses unknown formats now
+        self._defaults: SamplingParams | None = None
+        self._is_loaded = False
+
+    async def load(self) -> None:
+        """Wait until the engine is loaded, and learn what it serves. Called before every request that generates."""
+        if self._is_loaded:
+            return
+        await to_thread.run_sync(self.engine.start)
+        self._formats = formats_of(self.engine, self.settings)
+        if isinstance(self.engine, WithDefaults):
+            self._defaults = self.engine.default_params()
+        self._is_loaded = True
+
+    @property
+    def defaults(self) -> SamplingParams | None:
+        """The model's own parameters, for what a request does not give."""
+        return self._defaults
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,11 +66,6 @@ class Server:
     @property
     def formats(self) -> ModelFormats:
         """How the model writes tool calls and reasoning."""
-        if self._formats is None:
-            formats = formats_of(self.engine, self.settings)
-            if self.max_model_len is None:  # not loaded yet
-                return formats
-            self._formats = formats
         return self._formats
 
     @property
@@ -71,9 +85,9 @@ class Server:
 
     async def text_of(self, ids: Sequence[int]) -> str:
         """The text of token ids without special tokens; none if the engine does not tokenize."""
-        return (
-            await self.engine.detokenize(ids, skip_special_tokens=True) if isinstance(self.engine, Tokenizing) else ""
-        )
+        if not isinstance(self.engine, Tokenizing):
+            return ""
+        return await self.engine.detokenize(ids, skip_special_tokens=True)
 
     async def num_tokens(self, text: str) -> int:
         """The number of tokens of a text; 0 if the engine does not tokenize."""

@@ -100,6 +100,7 @@ async def generate(server: Server, request: Request) -> Response:
     fields, top = body.sampling_params, body.sampling_params.logprobs
     params = fields.params(
         server.settings,
+        base=server.defaults,
         max_tokens=fields.max_tokens,
         logprobs=top,
         prompt_logprobs=fields.prompt_logprobs,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock import SamplingParams
 from penstock.serving import ServingSettings
 from penstock.serving.readiness import Readiness
 from tests.unit.serving.service import CHAT, client_of, events
@@ -37,7 +38,7 @@ def test_metrics_have_vllms_names_and_count() -> None:
         assert values["vllm:prompt_tokens_total"] == values["vllm:request_prompt_tokens_sum"] > 10
         assert values["vllm:request_success_total"] == 2
         assert values["vllm:time_to_first_token_seconds_count"] == values["vllm:e2e_request_latency_seconds_count"] == 2
-        assert 1 <= values["vllm:inter_token_latency_seconds_count"] <= 5
+        assert 6 <= values["vllm:inter_token_latency_seconds_count"] <= 10
         assert values["penstock:http_responses_total"] >= 2
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total"):
             assert f"vllm:{name}" in values
@@ -221,3 +222,20 @@ def test_the_openapi_document_describes_every_body() -> None:
         for path in ("/v1/chat/completions", "/v1/completions", "/tokenize"):
             reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
             assert document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
+
+
+def test_what_a_request_does_not_say_is_what_the_model_says() -> None:
+    """Its `generation_config.json` counts, as it does in other servers."""
+    with client_of() as client:
+        server = client.app.state.server  # type: ignore[attr-defined]
+        seen, generate = [], server.engine.generate
+
+        def watched(prompt: Any, params: SamplingParams, **options: Any) -> Any:
+            seen.append(params)
+            return generate(prompt, params, **options)
+
+        server.engine.default_params = lambda: SamplingParams(temperature=0.3, top_k=7, max_tokens=5)
+        server.engine.generate = watched
+        for body in (CHAT, {**CHAT, "temperature": 0.0, "stop": "x"}):
+            assert client.post(URL, json=body).status_code == 200
+        assert [(params.temperature, params.top_k, params.max_tokens) for params in seen] == [(0.3, 7, 6), (0.0, 7, 6)]
