@@ -70,6 +70,9 @@ class ChatRequest(SamplingFields, TemplateFields, StructureFields):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    modalities: list[str] | None = None
+    audio: dict[str, object] | None = None
+    functions: list[dict[str, object]] | None = None
     tools: list[dict[str, object]] | None = None
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = None
@@ -83,6 +86,10 @@ class ChatRequest(SamplingFields, TemplateFields, StructureFields):
         check_limit("messages", len(self.messages), settings.max_messages, "messages")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
             raise invalid("best_of above n cannot be streamed: all candidates must end first", "best_of")
+        if self.functions:
+            raise invalid("functions were replaced by tools: pass tools and tool_choice", "functions")
+        if self.audio is not None or "audio" in (self.modalities or ()):
+            raise invalid("this model writes text only: leave out audio", "audio")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
 

@@ -123,7 +123,7 @@ class Metrics(Collector):
         return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics. Called by the registry, twice per scrape."""
+        """All metrics. Called by the registry, once per scrape."""
         yield from self._engine_metrics(self._engine.get_stats())
         for histogram, name, text in (
             (self.first_token, "vllm:time_to_first_token_seconds", "Time to the first token."),

@@ -30,14 +30,18 @@ class ApiKey(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, description="Name in logs and metrics.")
-    key: SecretStr | None = Field(None, description="The key itself.")
-    sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$", description="The key's SHA-256 in hexadecimal.")
-    file: Path | None = Field(None, description="A file that holds the key.")
-    env: str | None = Field(None, description="An environment variable that holds the key.")
-    namespace: str | None = Field(None, description="Isolates cached prefixes; None: the name.")
-    max_priority: str = Field("normal", pattern="^(low|normal|high|critical)$", description="Highest priority class.")
-    requests_per_minute: float | None = Field(None, gt=0, description="Rate limit; None is no limit.")
-    max_concurrent: int | None = Field(None, ge=1, description="Maximum open requests; None is no limit.")
+    key: SecretStr | None = Field(default=None, description="The key itself.")
+    sha256: str | None = Field(
+        default=None, pattern="^[0-9a-fA-F]{64}$", description="The key's SHA-256 in hexadecimal."
+    )
+    file: Path | None = Field(default=None, description="A file that holds the key.")
+    env: str | None = Field(default=None, description="An environment variable that holds the key.")
+    namespace: str | None = Field(default=None, description="Isolates cached prefixes; None: the name.")
+    max_priority: str = Field(
+        default="normal", pattern="^(low|normal|high|critical)$", description="Highest priority class."
+    )
+    requests_per_minute: float | None = Field(default=None, gt=0, description="Rate limit; None is no limit.")
+    max_concurrent: int | None = Field(default=None, ge=1, description="Maximum open requests; None is no limit.")
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:

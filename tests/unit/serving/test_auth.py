@@ -47,7 +47,9 @@ def test_both_headers_carry_a_key() -> None:
 def test_api_keys_do_not_open_admin_and_the_admin_key_does() -> None:
     with client_of(SETTINGS) as client:
         assert client.post("/admin/reset_prefix_cache", headers=A).status_code == 401
-        assert client.post("/admin/reset_prefix_cache", headers={"x-api-key": "secret-admin"}).status_code == 200
+        admin = {"x-api-key": "secret-admin"}
+        assert client.post("/admin/reset_prefix_cache", headers=admin).status_code == 200
+        assert client.get("/metrics", headers=admin).status_code == 200
     with client_of() as client:
         assert client.post("/admin/reset_prefix_cache").status_code == 404
 

@@ -85,6 +85,9 @@ FIELDS: list[tuple[str, Any]] = [
     *[("model", value) for value in (1, [])],
     *[("stop_token_ids", value) for value in ([-1], ["a"], 5)],
     ("allowed_token_ids", []),
+    ("functions", [{"name": "f"}]),
+    ("modalities", ["text", "audio"]),
+    ("audio", {"voice": "alloy"}),
 ]
 
 
