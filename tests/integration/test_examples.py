@@ -87,6 +87,10 @@ def goes_on_from_the_likeliest(out: str) -> None:
     assert "\ndef fibonacci(n):\n" in out
 
 
+def calls_a_tool(out: str) -> None:
+    assert re.fullmatch(r"add \{.*\}\nadd is called with \{'a': [123], 'b': [456]\}\n", out)
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "batch": completes_fifty,
     "callbacks": calls_back_for_each,
@@ -95,6 +99,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "own_module": learns_its_lesson,
     "priorities": serves_higher_classes_first,
     "stream": streams_two_answers,
+    "tool_calling": calls_a_tool,
     "tree_search": goes_on_from_the_likeliest,
 }
 # What uvicorn serves: a path, a body to post there, and how the answer begins. test_web_examples.py has the rest.
