@@ -104,7 +104,7 @@ class EngineSettings(TypedDict, total=False):
     seed: int | None
     max_logprobs: int
     logits_chunk_bytes: int
-    enable_speculative_decoding: bool
+    enable_speculative_decoding: bool | Literal["auto"]
     speculation_length: int
     drafter: Literal["auto", "ngram", "suffix", "draft_model"]
     draft_model: str | None
@@ -199,10 +199,10 @@ class EngineConfig(BaseSettings):
     logits_chunk_bytes: int = Field(256 * 1024**2, ge=1, description="Maximum bytes of full-vocabulary logits held at once. Read at start.")
 
     # Speed and memory
-    enable_speculative_decoding: bool = Field(False, description="Draft the next tokens and verify several in one step. The output stays the same; drafting pauses by itself where it does not pay off.")
+    enable_speculative_decoding: bool | Literal["auto"] = Field("auto", description='Draft the next tokens and verify several in one step. The output stays the same; drafting pauses by itself where it does not pay off. "auto": from the text, while at most 4 sequences run, if the model runs on the compiled kernels alone and no logits processor is the caller\'s. True: always. False: never.')
     speculation_length: int = Field(8, ge=1, description="Maximum tokens of a draft; the actual length follows the acceptance rate of each request and the load of the batch.")
     drafter: Literal["auto", "ngram", "suffix", "draft_model"] = Field("auto", description='What drafts: "ngram" continues repetitions within a text, prompt included; "suffix" also those of earlier outputs in the namespace; "draft_model" runs a smaller model. "auto": draft_model if one is set, else ngram. Read at start.')
-    draft_model: str | None = Field(None, description="Folder or hub id of a smaller model with the same vocabulary. Loaded at start if enable_speculative_decoding is set by then; if it is set later, ngram drafts.")
+    draft_model: str | None = Field(None, description="Folder or hub id of a smaller model with the same vocabulary. Loaded at start if enable_speculative_decoding is True by then; otherwise ngram drafts.")
     num_threads: int | None = Field(None, ge=1, description="Number of CPU threads; None: one for each core that this process may use. Read at load.")
     deterministic: bool = Field(False, description="Guarantee that a request's tokens and logprobs are bitwise the same whatever else is in the batch (CPU); models that cannot guarantee it are refused. Read at load.")
     compile_model: bool = Field(False, description="Run a live module's layers on the compiled CPU kernels too, over packed copies of its weights: several times faster, but changes of the weights after loading have no effect, and changed adapters or hooks end the requests. A model that the engine loads itself always runs this way. Read at load.")

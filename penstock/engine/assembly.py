@@ -228,7 +228,10 @@ class Assembly:
             metrics=self._metrics,
             log=log,
             observe=observer.observe,
-            speculator=Speculator(config, parts.scheduler, parts.drafter, worker.run, time.monotonic, log),
+            speculator=Speculator(
+                *(config, parts.scheduler, parts.drafter, worker.run, time.monotonic, log),
+                is_batch_invariant=parts.runner.spec.is_batch_invariant,
+            ),
         )
         execute = functools.partial(worker.run, parts.runner.execute)  # type: ignore[arg-type]  # mypy: TypeVarTuple
         return EngineCore(core_parts, execute, time.monotonic)

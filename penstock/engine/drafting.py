@@ -21,7 +21,7 @@ def load_draft_model(model: object, target: ModelSpec, config: EngineConfig) -> 
 
     Raises `ConfigurationError` if it is not named, cannot be loaded, or has another vocabulary.
     """
-    if not (config.enable_speculative_decoding and uses_draft_model(config)):
+    if not (config.enable_speculative_decoding is True and uses_draft_model(config)):
         return None
     source = config.draft_model or (str(DRAFT_DIR) if model is None else None)
     if source is None:

@@ -59,7 +59,7 @@ class PerformanceOptimizer:
         self._applied = self.config.engine_settings()
         self._generations: deque[Generation] = deque(maxlen=KEPT_GENERATIONS)
         engine_config = EngineConfig(**{**self._applied, **self._explicit})
-        lacks_draft_model = uses_draft_model(engine_config) and not engine_config.enable_speculative_decoding
+        lacks_draft_model = uses_draft_model(engine_config) and engine_config.enable_speculative_decoding is not True
         self._live = LIVE - {"enable_speculative_decoding"} if lacks_draft_model else LIVE
         self.engine = InferenceEngine(model, None, engine_config)
         self.engine.start()

@@ -192,6 +192,7 @@ def _prepare(
         dtype=str(dtype).removeprefix("torch."),
         kernels=prepared.kernels,
         rewrites=prepared.rewrites,
+        is_batch_invariant=prepared.is_batch_invariant,
         defaults=defaults,
     )
     return prepared, spec, ignored

@@ -36,6 +36,7 @@ class PreparedModel:
     """A module that was switched to paged attention, and what an executor runs it with.
 
     `layers` has the layer of each attention module, by the module's id; `shapes` what each layer stores.
+    `is_batch_invariant`: nothing runs outside the kernels, whose results do not depend on the other rows of a step.
     """
 
     module: nn.Module
@@ -46,6 +47,7 @@ class PreparedModel:
     workspaces: MemoryPool
     kernels: str
     rewrites: tuple[str, ...]
+    is_batch_invariant: bool
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -71,6 +73,7 @@ def prepare(
     kernels = _kernels(probed, device, config)
     backend: AttentionBackend = TorchBackend(device)
     rewrites: tuple[str, ...] = ()
+    is_invariant = False
     if kernels is None:
         _refuse_kernel_settings(config)
         description = "plain torch" + _why_plain(device, config)
@@ -81,6 +84,7 @@ def prepare(
         try:
             if owned:
                 rewrites = _rewrite(module, probed, kernels, backend, workspaces, config, text_ids)
+                is_invariant = not _parts_outside_kernels(module, probed)
             else:
                 _refuse_rewriting_settings(config)
             compare(module, probed, backend, quantized=_quantized_settings(config))
@@ -89,7 +93,8 @@ def prepare(
             raise
     workspaces.return_all()
     workspaces.clear_pool()  # of what the trial passes took
-    return PreparedModel(module, device, probed.layers, probed.shapes, backend, workspaces, description, rewrites)
+    parts = (probed.layers, probed.shapes, backend, workspaces)
+    return PreparedModel(module, device, *parts, description, rewrites, is_invariant)
 
 
 def _quantized_settings(config: EngineConfig) -> list[str]:
@@ -166,16 +171,19 @@ def _refuse_rewriting_settings(config: EngineConfig) -> None:
 
 
 def _require_all_in_kernels(module: nn.Module, probed: ProbeResult) -> None:
-    """Only the kernels' results are deterministic; those of torch's products depend on the other rows of the batch."""
-    num_layers = len(probed.layers)
-    fused = sum(part.num_layers for part in module.modules() if isinstance(part, FusedLayer))
-    outside = [f"{num_layers - fused} of {num_layers} layers"] if fused < num_layers else []
-    outside += sorted({type(part).__name__ for part in module.modules() if _computes_with_weights(part)})
-    if outside:
+    if outside := _parts_outside_kernels(module, probed):
         raise ConfigurationError(
             f"deterministic=True is not possible for {type(module).__name__}: {', '.join(outside)} run outside the "
             "kernels; leave deterministic or disabled_rewrites out"
         )
+
+
+def _parts_outside_kernels(module: nn.Module, probed: ProbeResult) -> list[str]:
+    """Only the kernels' results are deterministic; those of torch's products depend on the other rows of the batch."""
+    num_layers = len(probed.layers)
+    fused = sum(part.num_layers for part in module.modules() if isinstance(part, FusedLayer))
+    outside = [f"{num_layers - fused} of {num_layers} layers"] if fused < num_layers else []
+    return outside + sorted({type(part).__name__ for part in module.modules() if _computes_with_weights(part)})
 
 
 def _computes_with_weights(part: nn.Module) -> bool:

@@ -20,6 +20,7 @@ class ModelSpec:
 
     `max_length_reason` says why the model cannot do more, and what to change; "" where the settings limit it further.
     `kernels` describes the implementation of its hot operations, `rewrites` what was replaced in it for speed.
+    `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
     `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
     `min_length`, which include the prompt.
     """
@@ -35,6 +36,7 @@ class ModelSpec:
     dtype: str = "float32"
     kernels: str = "none"
     rewrites: tuple[str, ...] = ()
+    is_batch_invariant: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values of any parameter
 
 

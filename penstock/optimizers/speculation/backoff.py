@@ -25,6 +25,11 @@ class Backoff:
         self._steps_left = max(0, self._steps_left - 1)
         return not self._steps_left
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the next step is part of a pause."""
+        return self._steps_left > 1
+
     def record(self, saving: float) -> None:
         """One step saved so much, in the unit of `limit`; negative where a plain step would have been better."""
         self._balance = min(self._limit, self._balance * self._decay + saving)

@@ -35,7 +35,8 @@ _MAX_WITHHELD = 3  # tokens of a draft that was not offered, kept to measure acc
 # Arguments of `Backoff`: the loss in plain steps before a pause, and the shortest and longest pause in steps. The first
 # is for all batches of a size, the second for these where a draft model runs, the third for one sequence of a draft
 # model, its loss in tokens.
-_BATCH_BACKOFF, _MODEL_BACKOFF, _SEQUENCE_BACKOFF = (4.0, 128, 512), (8.0, 256, 4096), (2.0, 16, 128)
+_BATCH_BACKOFF, _MODEL_BACKOFF, _SEQUENCE_BACKOFF = (2.0, 128, 512), (8.0, 256, 4096), (2.0, 16, 128)
+_MIN_GAIN = 0.02  # of a plain step, that each step with drafts has to save: measured gains are not exact
 _OUTLIER = 3.0  # a drafting time that is so many times the estimate was disturbed
 _EXPLORE = 0.7  # drafts are made a little longer than is known to pay, to measure whether they would
 
@@ -101,14 +102,15 @@ class SpeculationController:
 
     # Before a step.
 
-    def requests(self, seqs: SequenceOf[Sequence], max_tokens: int) -> list[DraftRequest]:
-        """What to request of the drafter for the sequences that decode in the next step, `max_tokens` each at most."""
+    def allows_step(self, num_rows: int) -> bool:
+        """False while speculation pauses for batches of this size; call it once per step."""
+        return self._batch(num_rows).backoff.allows_step()
+
+    def requests(self, seqs: SequenceOf[Sequence], num_rows: int, max_tokens: int) -> list[DraftRequest]:
+        """What to request of the drafter for `seqs`, of the `num_rows` in the next step; each `max_tokens` at most."""
         self._requested, self._drafting_s = [], 0.0
-        num_rows = len(seqs)
         if not self._step_times.is_known(num_rows, STALE if self._expected_speedup > _CLEAR else _CLOSE):
             return []  # there is no plain step to compare with
-        if not self._batch(num_rows).backoff.allows_step():
-            return []
         min_acceptance = self._min_acceptance(num_rows) if self._costly else 0.0
         requests = [request for seq in seqs if (request := self._request(seq, max_tokens, min_acceptance)) is not None]
         self._requested = [request.seq.id for request in requests]
@@ -122,7 +124,8 @@ class SpeculationController:
         probabilities = [
             state.rates.probabilities(draft.confidences) for state, draft in zip(states, drafts, strict=True)
         ]
-        threshold = self._threshold(sorted((p for row in probabilities for p in row), reverse=True), num_rows)
+        flat = sorted((p for row in probabilities for p in row), reverse=True)
+        threshold = self._threshold(flat, num_rows) if flat else math.inf
         pause = _SHORT_PAUSE if self._token_cost(num_rows) > _POOR * self._overall_rates.rate(_COMMON_LEVEL) else 0
         offers: list[tuple[int, tuple[int, ...]]] = []
         for request, draft, state, row in zip(requests, drafts, states, probabilities, strict=True):
@@ -174,7 +177,10 @@ class SpeculationController:
         """
         curve = self._step_times.up_to(num_tokens)
         cost = num_rows * (curve[num_tokens] - curve[num_rows] + self._drafting_s) / curve[num_rows]
-        self._batch(num_rows).backoff.record((sum(num_accepted.values()) - cost) / num_rows)
+        backoff = self._batch(num_rows).backoff
+        backoff.record((sum(num_accepted.values()) - cost) / num_rows - _MIN_GAIN)
+        if backoff.is_paused:
+            self._step_times.expire(num_rows)
         for seq_id in self._requested if self._costly else ():
             if seq_id in self._sequences:
                 self._sequences[seq_id].backoff.record(num_accepted.get(seq_id, 0) - cost / len(self._requested))

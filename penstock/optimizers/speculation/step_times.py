@@ -69,6 +69,11 @@ class StepTimeCurve:
         bucket = self._buckets.get((_bucket_of(tokens), False))
         return bucket is not None and self._num_steps - bucket.updated_at < within
 
+    def expire(self, tokens: int) -> None:
+        """Treat the time of a step of so many tokens without drafts as one that was measured long ago."""
+        if (bucket := self._buckets.get((_bucket_of(tokens), False))) is not None:
+            bucket.updated_at = self._num_steps - STALE
+
     @property
     def reach(self) -> int:
         """The number of tokens up to which the curve is reliable: half as many again as ran lately."""

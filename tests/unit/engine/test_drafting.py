@@ -34,7 +34,11 @@ def test_a_drafter_is_made_as_it_is_named(settings: dict[str, Any], name: str) -
     assert make_drafter(EngineConfig(**settings), None, CacheManager(4, 4)).name == name
 
 
-@pytest.mark.parametrize("settings", [{}, {"drafter": "draft_model"}, {**ON}, {**ON, "drafter": "suffix"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"drafter": "draft_model"}, {"draft_model": "somewhere"}, {**ON}, {**ON, "drafter": "suffix"}],
+    ids=str,
+)
 def test_no_model_is_loaded_unless_asked_for(settings: dict[str, Any]) -> None:
     assert load_draft_model(None, LARGE, EngineConfig(**settings)) is None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
-from penstock.engine.loop.speculator import Speculator
+from penstock.engine.loop.speculator import AUTO_MAX_ROWS, Speculator
 from penstock.engine.loop.worker import Job
 from penstock.models.scripted import ScriptedModel
 from penstock.optimizers.beam_search import BeamSearch
@@ -55,6 +56,18 @@ class Knowing:
         return Draft(tuple(tokens[request.seq.length :]), (LEVEL,) * request.max_tokens)
 
 
+class Mistaken(Knowing):
+    """Drafts that are wrong, with full confidence. Takes `drafting_s` on the clock of `loop`."""
+
+    drafting_s = 0.02
+    loop: Loop
+
+    def _one(self, request: DraftRequest) -> Draft:
+        self.loop.now += self.drafting_s / len(self.asked[-1])
+        draft = super()._one(request)
+        return Draft(tuple(token + 1 for token in draft.tokens), draft.confidences)
+
+
 class Log:
     """Keeps log events."""
 
@@ -66,16 +79,22 @@ class Log:
 
 
 class Loop:
-    """Runs steps as the engine does; a step of n tokens takes 1 + n/100 on its clock, drafting takes nothing."""
+    """Runs steps as the engine does; a step of n tokens takes 1 + `token_s` n on its clock, drafting takes nothing."""
 
-    def __init__(self, drafter: Knowing, **settings: Any) -> None:
+    token_s = 0.01
+
+    def __init__(
+        self, drafter: Knowing, *, num_blocks: int = 256, is_batch_invariant: bool = True, **settings: Any
+    ) -> None:
         self.config = EngineConfig(**{"enable_speculative_decoding": True, "max_batch_size": 8, **settings})
-        self.scheduler = Scheduler(self.config, CacheManager(256, 4))
+        self.scheduler = Scheduler(self.config, CacheManager(num_blocks, 4))
         self.model = ScriptedModel(follow)
         self.drafter, self.log, self.now = drafter, Log(), 0.0
         self.trace: list[str] = []
         self.steps = self.drafted = self.accepted = 0
-        self.speculator = Speculator(self.config, self.scheduler, drafter, self.run_job, lambda: self.now, self.log)
+        self.ended = 0.0  # when the last step did
+        parts = (self.config, self.scheduler, drafter, self.run_job, lambda: self.now, self.log)
+        self.speculator = Speculator(*parts, is_batch_invariant=is_batch_invariant)
 
     def run_job(self, function: Callable[..., list[Draft]], *arguments: Any) -> Job[list[Draft]]:
         """The model's thread, which begins at the next loop iteration."""
@@ -110,8 +129,8 @@ class Loop:
         self.steps += 1
         self.drafted += sum(len(row.draft) for row in plan.rows)
         self.accepted += sum(out.num_accepted for out in result.rows)
-        seconds = 1 + plan.num_tokens / 100
-        self.now += seconds
+        self.now += 1 + plan.num_tokens * self.token_s
+        seconds, self.ended = self.now - self.ended, self.now
         self.speculator.record(plan, result, seconds)
 
     async def finish(self) -> None:
@@ -255,3 +274,77 @@ async def test_ended_sequences_are_forgotten_when_no_drafts_are_requested(fails:
     assert loop.drafter.forgotten
     loop.speculator.forget_ended()
     assert sorted(loop.drafter.forgotten) == list(range(16))
+
+
+def auto_loop(drafter: Knowing, num_streams: int, new: int = 40, **options: Any) -> Loop:
+    loop = Loop(drafter, num_blocks=8192, enable_speculative_decoding="auto", max_batch_size=64)
+    for number in range(num_streams):
+        loop.add(number, new=new, **options)
+    return loop
+
+
+def test_auto_is_the_default() -> None:
+    assert EngineConfig().enable_speculative_decoding == "auto"
+
+
+@pytest.mark.parametrize(("num_streams", "drafts"), [(1, True), (AUTO_MAX_ROWS, True), (AUTO_MAX_ROWS + 1, False)])
+async def test_auto_drafts_for_a_few_streams(num_streams: int, drafts: bool) -> None:
+    loop = auto_loop(Knowing(), num_streams)
+    await loop.finish()
+    assert bool(loop.accepted) == bool(loop.drafter.asked) == drafts
+
+
+async def test_auto_drafts_once_few_streams_are_left() -> None:
+    loop = auto_loop(Knowing(), 1, new=100)
+    for number in range(1, 8):
+        loop.add(number, new=20)
+    await loop.finish()
+    assert {seq_id for requests in loop.drafter.asked for seq_id, _ in requests} == {0}
+
+
+async def test_auto_is_off_for_a_model_whose_results_depend_on_the_batch() -> None:
+    loop = Loop(Knowing(), is_batch_invariant=False, enable_speculative_decoding="auto")
+    loop.add(0)
+    await loop.finish()
+    assert not loop.drafter.asked
+
+
+async def test_auto_runs_no_draft_model() -> None:
+    loop = auto_loop(Knowing(runs_model=True), 1)
+    await loop.finish()
+    assert not loop.drafter.asked
+
+
+async def test_auto_leaves_requests_with_logits_processors_alone() -> None:
+    """A caller's processor may count its calls: one per token."""
+    loop = auto_loop(Knowing(), 1, logits_processors=[lambda output, logits: logits])
+    loop.add(1)
+    await loop.finish()
+    assert {seq_id for requests in loop.drafter.asked for seq_id, _ in requests} == {1}
+
+
+@pytest.mark.parametrize("token_s", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("num_streams", [1, 4, 8, 32])
+async def test_auto_loses_at_most_three_percent_where_drafts_never_help(num_streams: int, token_s: float) -> None:
+    seconds: dict[object, float] = {}
+    for setting in ("auto", False):
+        drafter = Mistaken()
+        loop = drafter.loop = auto_loop(drafter, num_streams, new=600)
+        loop.token_s, loop.config.enable_speculative_decoding = token_s, setting
+        await loop.finish()
+        seconds[setting] = loop.now
+        assert loop.accepted == 0
+        assert bool(loop.drafter.asked) == (setting == "auto" and num_streams <= AUTO_MAX_ROWS)
+    assert seconds["auto"] <= seconds[False] / 0.97
+
+
+async def test_a_pause_asks_nothing_and_ends_with_a_plain_step() -> None:
+    drafter = Mistaken()
+    drafter.loop = loop = auto_loop(drafter, 1, new=600)
+    asked_at = []
+    while loop.scheduler.has_work:
+        num_asked = len(drafter.asked)
+        await loop.step()
+        if len(drafter.asked) > num_asked:
+            asked_at.append(loop.steps)
+    assert max(later - earlier for earlier, later in pairwise(asked_at)) >= 128

@@ -37,7 +37,8 @@ class World:
     def step(self) -> list[int]:
         """One step; how many draft tokens each sequence was offered."""
         rows = len(self.seqs)
-        requests = self.controller.requests(self.seqs, self.max_tokens)
+        is_measured = self.controller.allows_step(rows)
+        requests = self.controller.requests(self.seqs, len(self.seqs), self.max_tokens) if is_measured else []
         self.asked += len(requests)
         self.asked_for.update(request.seq.id for request in requests)
         drafts = [Draft((7,) * request.max_tokens, (LEVEL,) * request.max_tokens) for request in requests]
@@ -51,7 +52,8 @@ class World:
             seq.tokens.extend(result.tokens)
         step = StepPlan(tuple(plan))
         seconds = self.cost(step.num_tokens)
-        self.controller.record_step(step, StepResult(tuple(results)), seconds)
+        if is_measured:
+            self.controller.record_step(step, StepResult(tuple(results)), seconds)
         self.seconds += seconds
         self.plain_s += self.cost(rows) * sum(len(result.tokens) for result in results) / rows
         return [len(row.draft) for row in plan]
@@ -129,7 +131,7 @@ def test_a_draft_model_is_told_which_tokens_pay_for_being_drafted() -> None:
     """One more token costs 0.9 ms and the draft model takes 2.7 ms for it: a plain step makes a token in 27 ms."""
     world = World(1, right=0.9, cost=flat, draft_s=0.0027)
     world.run(100)
-    (request,) = world.controller.requests(world.seqs, 8)
+    (request,) = world.controller.requests(world.seqs, len(world.seqs), 8)
     assert request.min_acceptance == pytest.approx(0.7 * (0.9 + 2.7) / 27, rel=0.02)
 
 
@@ -147,7 +149,7 @@ def test_a_draft_model_that_proposes_nothing_has_cost_its_time_all_the_same() ->
     world.controller = SpeculationController(costly=True)
     (seq,) = world.seqs
     for _ in range(15):
-        if requests := world.controller.requests([seq], 8):
+        if requests := world.controller.requests([seq], 1, 8):
             asked += 1
             world.controller.record_drafting(1, 8, 8 * 0.0027)
             assert world.controller.choose(requests, [Draft()], 1) == []
@@ -161,7 +163,7 @@ def test_one_slow_drafting_changes_the_estimate_by_a_tenth() -> None:
     world = World(1, right=0.9, cost=flat, draft_s=0.0027)
     world.run(100)
     world.controller.record_drafting(1, 8, 8 * 0.027)
-    (request,) = world.controller.requests(world.seqs, 8)
+    (request,) = world.controller.requests(world.seqs, len(world.seqs), 8)
     assert request.min_acceptance == pytest.approx(0.7 * (0.9 + 2.7 + 2.43) / 27, rel=0.02)
 
 
@@ -221,7 +223,7 @@ def test_after_eight_misses_a_sequence_is_drafted_for_half_as_often() -> None:
     seq = world.seqs[0] = sequence(7, [1, 2, 3], max_tokens=1000)
     asked_at = []
     for _ in range(60):
-        if requests := world.controller.requests([seq], 8):
+        if requests := world.controller.requests([seq], 1, 8):
             asked_at.append(seq.length)
             assert world.controller.choose(requests, [Draft((7,), (0,))], 1) == []
         step = StepPlan((world.row(seq, ()),))
@@ -235,7 +237,7 @@ def test_the_number_of_sequences_may_change_with_every_step() -> None:
     world, num_requests = World(8, right=0.5, cost=flat), 0
     for number in range(100):
         seqs = world.seqs[: (5, 8)[number % 2]]
-        requests = world.controller.requests(seqs, 8)
+        requests = world.controller.requests(seqs, len(seqs), 8)
         num_requests += len(requests)
         assert not requests or world.controller.choose(requests, [Draft()] * len(requests), len(seqs)) == []
         step = StepPlan(tuple(world.row(seq, ()) for seq in seqs))
@@ -249,7 +251,7 @@ def test_no_draft_goes_beyond_the_last_token() -> None:
     world = World(2, right=1.0, cost=flat)
     world.run(3)
     world.seqs = [sequence(0, [1], [2, 3], max_tokens=5), sequence(1, [1], [2, 3, 4], max_tokens=4)]
-    requests = world.controller.requests(world.seqs, 8)
+    requests = world.controller.requests(world.seqs, len(world.seqs), 8)
     assert [(request.seq.id, request.max_tokens) for request in requests] == [(0, 2)], "the step adds one of its own"
 
 
