@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
+from harness.processes import own_environment
 from penstock import EngineConfig, FinishReason, InferenceEngine
 from penstock.api.arguments import RequestOptions
 from penstock.config import ALIASES, Settings, warn_of_misspelled_variables
@@ -37,6 +39,55 @@ EngineConfig(max_batch_size="many")
 """
 
 
+# Nothing in it is wrong.
+RIGHT_CODE = """import asyncio
+import penstock
+from penstock import LLM, Delta, EngineConfig, EngineOverloaded, InferenceEngine
+from penstock import RequestHandle, RequestOutput, SamplingParams
+
+async def one(engine: InferenceEngine) -> str:
+    handle = engine.generate("a", SamplingParams(temperature=0.0, stop=["\\n"]))
+    text = ""
+    async for delta in handle:
+        text += delta.text
+    output = await handle
+    stats = engine.get_stats()
+    print(stats["queue"], stats["totals"]["drafted_tokens"], stats["config"]["seed"])
+    print(output.outputs[0].finish_reason, output.text, output.metrics.total_s)
+    return text
+
+async def many(engine: InferenceEngine) -> list[RequestOutput]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(engine.generate(str(i))) for i in range(3)]
+    except* EngineOverloaded:
+        raise
+    outputs = await asyncio.gather(*(engine.generate(str(i)) for i in range(3)))
+    return [t.result() for t in tasks] + list(outputs)
+
+def sync() -> None:
+    llm = LLM(max_batch_size=4)
+    outs = llm.generate(["a", "b"], SamplingParams(max_tokens=4))
+    print(outs[0].outputs[0].text)
+    for o in llm.chat([{"role": "user", "content": "hi"}]):
+        print(o.text)
+
+def on(delta: Delta) -> None:
+    print(delta.text)
+
+async def main() -> None:
+    async with InferenceEngine(enable_speculative_decoding="auto") as engine:
+        print(await one(engine), await many(engine))
+        engine.generate("x", callback=on).cancel()
+        h: RequestHandle = engine.generate("x")
+        print(await asyncio.wait_for(h, 3), penstock.__version__)
+    async with InferenceEngine(config=EngineConfig(enable_speculative_decoding=False)) as engine:
+        print(await asyncio.wait_for(engine.generate("a"), 3))
+
+asyncio.run(main())
+"""
+
+
 def test_typed_keywords_are_the_settings() -> None:
     hints = get_type_hints(Settings)
     assert hints.keys() == {*EngineConfig.model_fields, *ALIASES}
@@ -51,6 +102,7 @@ def test_options_of_submit_request_are_the_keywords_of_generate() -> None:
     assert get_type_hints(RequestOptions).keys() == keywords - {"self", "prompt", "params", "priority", "callback"}
 
 
+@pytest.mark.timeout(300)
 def test_mypy_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "user.py"
     path.write_text(USER_CODE)
@@ -62,6 +114,34 @@ def test_mypy_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: Pat
     revealed = [line.split('is "')[1].rstrip('"') for line in text.splitlines() if "Revealed type" in line]
     output = "penstock.outputs.RequestOutput"
     assert revealed == [output, "penstock.outputs.Delta", "dict[str, int]", output]
+
+
+def pyright(folder: Path, code: str) -> list[dict[str, Any]]:
+    """What pyright reports in strict mode; node comes with `pyright[nodejs]`, so nothing is downloaded."""
+    pytest.importorskip("pyright", exc_type=ImportError)
+    (folder / "user.py").write_text(code)
+    (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "user.py"]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=own_environment())
+    assert checked.stdout.startswith("{"), checked.stdout + checked.stderr
+    reports: list[dict[str, Any]] = json.loads(checked.stdout)["generalDiagnostics"]
+    return reports
+
+
+@pytest.mark.timeout(300)
+def test_pyright_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: Path) -> None:
+    reports = pyright(tmp_path, USER_CODE)
+    errors = [report["message"] for report in reports if report["severity"] == "error"]
+    assert errors[:3] == ['No parameter named "max_batch_siez"'] * 3
+    assert 'cannot be assigned to parameter "max_batch_size" of type "int"' in errors[3]
+    assert len(errors) == 4
+    revealed = [report["message"].split(" is ")[1] for report in reports if report["severity"] == "information"]
+    assert revealed == ['"RequestOutput"', '"Delta"', '"dict[str, int]"', '"RequestOutput"']
+
+
+@pytest.mark.timeout(300)
+def test_pyright_has_nothing_to_say_about_right_code(tmp_path: Path) -> None:
+    assert pyright(tmp_path, RIGHT_CODE) == []
 
 
 def test_a_misspelled_environment_variable_is_warned_of(
