@@ -30,7 +30,7 @@ print(lags_ms[99 * len(lags_ms) // 100], lags_ms[-1])
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
+def script() -> ModuleType:
     """The script, as a module."""
     path = Path(__file__).parents[2] / "benchmarks" / "event_loop_lag.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -55,17 +55,17 @@ def control() -> Iterator[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", ["prefill", "stream", "tokenize"])
-async def test_heartbeat_in_the_users_loop_is_never_late(benchmark: ModuleType, name: str) -> None:
+async def test_heartbeat_in_the_users_loop_is_never_late(script: ModuleType, name: str) -> None:
     """Other programs break the bounds now and then, so the best of three attempts counts.
 
     What they do to a process that runs beside the engine at the same time they do to the user's loop as well: twice,
     where the thread that holds the interpreter's lock has to wait for a core too.
     """
     attempts: list[tuple[dict[str, float], dict[str, float]]] = []
-    async with benchmark.make_engine() as engine:
+    async with script.make_engine() as engine:
         for _ in range(ATTEMPTS):
             with control() as calm_ms:
-                lag_ms: dict[str, float] = await benchmark.lag_ms(engine, benchmark.PHASES[name])
+                lag_ms: dict[str, float] = await script.lag_ms(engine, script.PHASES[name])
             attempts.append((lag_ms, calm_ms))
             if lag_ms["p99"] <= P99_MS + 2 * calm_ms["p99"] and lag_ms["max"] <= MAX_MS + 2 * calm_ms["max"]:
                 return
