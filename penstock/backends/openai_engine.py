@@ -289,8 +289,8 @@ class OpenAIEngine:
     def stop(self, drain: float = 30.0) -> None:
         """Wait for running requests for at most `drain` seconds, abort the others, and close the connections."""
         with self._lock:
-            self._is_closed, thread = True, self._thread
-        if thread is not None:
+            was_closed, self._is_closed, thread = self._is_closed, True, self._thread
+        if thread is not None and not was_closed:
             asyncio.run_coroutine_threadsafe(self._close(drain), thread.loop).result()
             self._callbacks.close()
             thread.close(wait=self._callbacks.current_request() is None)

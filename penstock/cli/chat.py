@@ -10,6 +10,8 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +19,9 @@ from dataclasses import dataclass, field
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Engine
 from penstock.cli.options import add_model_options, add_sampling_options, engine_settings, sampling_settings
-from penstock.cli.session import loaded_engine, new_runner, params_with, stream
-from penstock.cli.terminal import note, one_line, write
-from penstock.errors import EngineClosed, PenstockError, RequestTooLarge
+from penstock.cli.session import JsonObject, loaded_engine, new_runner, params_with, stream
+from penstock.cli.terminal import note, one_line, status_line, write
+from penstock.errors import ConfigurationError, EngineClosed, PenstockError, RequestTooLarge
 from penstock.outputs import Delta
 from penstock.sampling import SamplingParams
 
@@ -33,6 +35,7 @@ EXAMPLES = f"""in the chat:
 
 examples:
   penstock chat --model Qwen/Qwen3-0.6B --system 'Answer in one sentence.'
+  penstock chat --url http://127.0.0.1:8000
   penstock chat               # the built-in model completes the Python you type
 """
 
@@ -46,7 +49,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(parser)
+    model = add_model_options(parser)
+    model.add_argument(
+        "--url", metavar="URL", help="chat with an OpenAI-compatible server instead; --model names its model"
+    )
+    model.add_argument("--api-key", metavar="KEY", help="key of the server (default: $OPENAI_API_KEY)")
     add_sampling_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message to start with")
     parser.set_defaults(run=run)
@@ -101,13 +108,33 @@ class Conversation:
 def run(args: argparse.Namespace) -> int:
     """The command. Raises `PenstockError`; returns the exit code."""
     settings = sampling_settings(args)
-    with loaded_engine(args.model, **engine_settings(args)) as engine, new_runner() as runner:
+    if args.url:
+        return _chat_with_server(args, settings)
+    with loaded_engine(args.model, **engine_settings(args)) as engine:
         has_template = args.model is not None and bool(getattr(engine.tokenizer, "chat_template", None))
         note(greeting(args.model, has_template))
-        params = params_with(engine, settings)
-        with contextlib.suppress(KeyboardInterrupt):
-            _converse(engine, runner, Conversation(has_template, args.system), params)
-        note("")
+        _converse(engine, Conversation(has_template, args.system), params_with(engine, settings))
+    return 0
+
+
+def _chat_with_server(args: argparse.Namespace, settings: JsonObject) -> int:
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigurationError("--url needs the openai package: pip install 'penstock[client]'")
+    from penstock.backends.openai_engine import OpenAIEngine
+
+    if local := engine_settings(args):
+        raise ConfigurationError(
+            f"--{min(local)} and --url exclude each other: the server has loaded its model already"
+        )
+    engine = OpenAIEngine(args.url, model=args.model, api_key=args.api_key or os.environ.get("OPENAI_API_KEY"))
+    with status_line(f"connecting to {engine.url}"):
+        engine.start()
+    try:
+        note(greeting(f"{engine.model} at {engine.url}", has_template=True))
+        params = SamplingParams(**{"max_tokens": None, **settings}) if settings else None
+        _converse(engine, Conversation(True, args.system), params)
+    finally:
+        engine.stop(drain=0.0)
     return 0
 
 
@@ -122,15 +149,18 @@ def greeting(model: str | None, has_template: bool) -> str:
     return f"{purpose} /help lists the commands, Ctrl-D leaves."
 
 
-def _converse(engine: Engine, runner: asyncio.Runner, conversation: Conversation, params: SamplingParams) -> None:
-    while (line := read_line()) is not None:
-        if line.startswith("/"):
-            reply = conversation.execute(line)
-            if reply is None:
-                return
-            note(reply)
-        elif line.strip():
-            _answer(engine, runner, conversation, params, line)
+def _converse(engine: Engine, conversation: Conversation, params: SamplingParams | None) -> None:
+    """Read lines and answer them, until the input ends or Ctrl-C is pressed at the prompt."""
+    with new_runner() as runner, contextlib.suppress(KeyboardInterrupt):
+        while (line := read_line()) is not None:
+            if line.startswith("/"):
+                reply = conversation.execute(line)
+                if reply is None:
+                    break
+                note(reply)
+            elif line.strip():
+                _answer(engine, runner, conversation, params, line)
+    note("")
 
 
 def read_line() -> str | None:
@@ -145,7 +175,7 @@ def read_line() -> str | None:
 
 
 def _answer(
-    engine: Engine, runner: asyncio.Runner, conversation: Conversation, params: SamplingParams, text: str
+    engine: Engine, runner: asyncio.Runner, conversation: Conversation, params: SamplingParams | None, text: str
 ) -> None:
     """Stream one answer. The chat goes on after any error except a closed engine."""
     parts: list[str] = []
@@ -168,19 +198,23 @@ def _answer(
 
 
 async def _reply(
-    engine: Engine, conversation: Conversation, text: str, params: SamplingParams, show: Callable[[Delta], None]
+    engine: Engine, conversation: Conversation, text: str, params: SamplingParams | None, show: Callable[[Delta], None]
 ) -> None:
-    """Drops the oldest messages until the conversation fits; then reduces `max_tokens` if the message alone is long."""
+    """Drops the oldest messages until the conversation fits; then reduces `max_tokens` if the message alone is long.
+
+    Without parameters a server uses its own.
+    """
     while True:
         try:
             output, timing = await stream(engine, conversation.prompt(text), params, show)
             if output.outputs[0].finish_reason == "length":
-                note(f"\n(ended after {timing.num_tokens} tokens: --max-tokens N allows more)")
+                length = f"{timing.num_tokens} tokens" if timing.num_tokens else "its maximum length"
+                note(f"\n(ended after {length}: --max-tokens N allows more)")
             return
         except RequestTooLarge:
             if conversation.drop_oldest():
                 note("(dropped the oldest message: the conversation exceeds the model's context)")
-            elif params.max_tokens is not None:
+            elif params is not None and params.max_tokens is not None:
                 params = dataclasses.replace(params, max_tokens=None)
             else:
                 raise

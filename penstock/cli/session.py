@@ -119,7 +119,7 @@ def params_with(engine: InferenceEngine, settings: Mapping[str, Any]) -> Samplin
 
 
 async def stream(
-    engine: Engine, prompt: Prompt, params: SamplingParams, show: Callable[[Delta], None]
+    engine: Engine, prompt: Prompt, params: SamplingParams | None, show: Callable[[Delta], None]
 ) -> tuple[RequestOutput, Timing]:
     """Run one request and show every delta as it arrives.
 

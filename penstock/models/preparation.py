@@ -73,7 +73,6 @@ def prepare(
     kernels = _kernels(probed, device, config)
     backend: AttentionBackend = TorchBackend(device)
     rewrites: tuple[str, ...] = ()
-    is_invariant = False
     if kernels is None:
         _refuse_kernel_settings(config)
         description = "plain torch" + _why_plain(device, config)
@@ -84,7 +83,6 @@ def prepare(
         try:
             if owned:
                 rewrites = _rewrite(module, probed, kernels, backend, workspaces, config, text_ids)
-                is_invariant = not _parts_outside_kernels(module, probed)
             else:
                 _refuse_rewriting_settings(config)
             compare(module, probed, backend, quantized=_quantized_settings(config))
@@ -93,6 +91,7 @@ def prepare(
             raise
     workspaces.return_all()
     workspaces.clear_pool()  # of what the trial passes took
+    is_invariant = kernels is not None and owned and not _parts_outside_kernels(module, probed)
     parts = (probed.layers, probed.shapes, backend, workspaces)
     return PreparedModel(module, device, *parts, description, rewrites, is_invariant)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from penstock import (
 )
 from penstock.api.protocols import Engine
 from penstock.backends.openai_engine import OpenAIEngine
+from penstock.cli import main
 from penstock.serving import app
 from penstock.testing.contract import EngineContract
 from tests.http_sockets import running
@@ -212,3 +214,31 @@ def test_a_stopped_engine_stays_stopped() -> None:
         engine.start()
     with pytest.raises(EngineClosed):
         engine.generate("x")
+
+
+def test_the_chat_command_talks_to_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: Request, body: dict[str, Any]) -> Response:
+        assert request.headers["authorization"] == "Bearer secret"
+        bodies.append(body)
+        return stream(chat("hel"), chat("lo"), chat(finish="stop"), "[DONE]")
+
+    monkeypatch.setattr("sys.stdin", StringIO("hi\nand?\n/exit\n"))
+    with fake(answer) as url:
+        assert main(["chat", "--url", url, "--api-key", "secret", "--temperature", "0.5"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "hello\nhello\n"
+    assert f"Chatting with m at {url}/v1" in captured.err
+    assert [message["content"] for message in bodies[1]["messages"]] == ["hi", "hello", "and?"]
+    assert bodies[1]["temperature"] == 0.5
+    assert "max_tokens" not in bodies[1]
+
+
+def test_the_chat_command_explains_what_does_not_go_with_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--url", "http://127.0.0.1:9", "--device", "cpu"]) == 2
+    assert "--device and --url exclude each other" in capsys.readouterr().err
+    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 2
+    assert "no model can be found at http://127.0.0.1:9/v1" in capsys.readouterr().err
