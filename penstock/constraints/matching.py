@@ -173,9 +173,13 @@ class GrammarMatcher:
 
     def _consume(self, tokens: list[int]) -> int:
         count = self.grammar.try_consume_tokens(tokens) if tokens else 0
-        if count < len(tokens) and not (self.ends_itself and self.is_complete):
-            self.grammar.consume_tokens(tokens[count:])  # states the reason
-            raise self.error()
+        while count < len(tokens) and not (self.ends_itself and self.is_complete):
+            self.grammar.compute_bitmask()  # renews the fuel, which may be all that was lacking
+            num_more = self.grammar.try_consume_tokens(tokens[count:])
+            if not num_more:
+                self.grammar.consume_tokens(tokens[count:])  # states the reason
+                raise self.error()
+            count += num_more
         return count
 
     def _advance_asleep(self, tokens: SequenceOf[int]) -> int:

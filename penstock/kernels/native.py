@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.build import build
-from penstock.kernels.structures import STRUCTURES, Int, LogitSummaryStruct, Long, Ptr
+from penstock.kernels.structures import STRUCTURES, AllowedArgmaxStruct, Int, LogitSummaryStruct, Long, Ptr
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TYPES = FLOATS | {torch.int8: 3}
@@ -105,6 +105,27 @@ def summarize_logits(kernels: Kernels, logits: Tensor, block: int) -> LogitSumma
     call = LogitSummaryStruct(source, rows, width, block, *(x.data_ptr() for x in summary))
     check(kernels.library.ps_summarize_logits(kernels.pool, ctypes.byref(call)))
     return summary
+
+
+def argmax_allowed(
+    kernels: Kernels, logits: Tensor, block_maxima: Tensor, masks: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """The greatest logit that a row's mask allows, float32 [R] (-inf for none), and its token, int64 [R].
+
+    logits float32 [R, N * block], block_maxima float32 [R, N] of all of them, masks int32 [R, W] with a bit per token.
+    `block` is a multiple of 32.
+    """
+    rows, width = logits.shape
+    if width % block or block % 32:
+        raise AssertionError(f"rows of {width} logits are not blocks of {block}")
+    source = operand(logits, torch.float32, rows, width)
+    tops = operand(block_maxima, torch.float32, rows, width // block)
+    bits = operand(masks, torch.int32, rows, masks.shape[-1])
+    maxima, tokens = logits.new_empty(rows), logits.new_empty(rows, dtype=torch.int64)
+    addresses = maxima.data_ptr(), tokens.data_ptr()
+    call = AllowedArgmaxStruct(source, tops, bits, rows, width, block, masks.shape[-1], *addresses)
+    check(kernels.library.ps_allowed_argmax(kernels.pool, ctypes.byref(call)))
+    return maxima, tokens
 
 
 def pages(num_bytes: int) -> Tensor:

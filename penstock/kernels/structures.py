@@ -119,6 +119,16 @@ class LogitSummaryStruct(ctypes.Structure):
     )
 
 
+class AllowedArgmaxStruct(ctypes.Structure):
+    """`allowed_argmax` in logits.c."""
+
+    _fields_ = (
+        *((name, Ptr) for name in ("logits", "block_maxima", "masks")),
+        *((name, Long) for name in ("rows", "width", "block", "words")),
+        *((name, Ptr) for name in ("maxima", "tokens")),
+    )
+
+
 # By the name of the type in C.
 STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "norm": NormStruct,
@@ -131,4 +141,5 @@ STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "operation": OperationStruct,
     "program": ProgramStruct,
     "logit_summary": LogitSummaryStruct,
+    "allowed_argmax": AllowedArgmaxStruct,
 }

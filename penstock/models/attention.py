@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from penstock.kernels.paged import AttentionOptions
 from penstock.models.layout import StepLayout
 from penstock.models.storage import LayerShape
-from penstock.models.vocabulary import LogitSummarizer
+from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer
 
 IMPLEMENTATION = "penstock"
 
@@ -64,6 +64,11 @@ class AttentionBackend(Protocol):
     @property
     def summarize_logits(self) -> LogitSummarizer | None:
         """How the sampler summarizes logits; None: in plain torch."""
+        ...
+
+    @property
+    def argmax_allowed(self) -> AllowedArgmax | None:
+        """How the sampler finds the greatest logit under a mask; None: in plain torch."""
         ...
 
     def storage(

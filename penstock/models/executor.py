@@ -64,7 +64,8 @@ class Executor:
         self._device = model.device
         self._storage: KVStorage | None = None
         summarize = model.backend.summarize_logits
-        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, summarize)
+        kernels = summarize, model.backend.argmax_allowed
+        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, *kernels)
         self._beam_sampler = BeamSampler(spec.eos_token_ids, logits_chunk_bytes, summarize)
 
     def free_bytes(self) -> int:

@@ -1,6 +1,6 @@
-"""Grammar masks on logits: bits of tokens to minus infinity for every token that may not follow.
+"""Grammar masks on logits: which tokens of each row may follow, and minus infinity for every other.
 
-A pure function of tensors, vectorised over rows. Called by the sampler after every other rule, so that no rule and no
+Pure functions of tensors, vectorised over rows. Called by the sampler after every other rule, so that no rule and no
 processor brings back a token that the grammar refuses.
 """
 
@@ -18,33 +18,30 @@ from penstock.step import Row
 _BYTE = 8
 
 
-def apply_masks(logits: Tensor, rows: Sequence[Row], masks: Masks) -> dict[int, RequestError]:
-    """Rule out what the masks refuse, in `logits` float32 [R, V], in place; rows without a constraint are untouched.
-
-    Returns the errors of constraints that failed, by row.
-    """
-    members = [i for i, row in enumerate(rows) if row.constraint is not None]
-    errors: dict[int, RequestError] = {i: error for i in members if (error := masks.error(rows[i])) is not None}
-    if members:
-        all_bits = torch.frombuffer(masks.bits, dtype=torch.uint8).view(-1, masks.num_words * 4)
-        bits = all_bits[[masks.index(rows[i]) for i in members]]
-        refused = _refused_by_byte()[bits.long()].view(torch.bool).flatten(1)
-        _rule_out(logits, members, refused.to(logits.device))
-    return errors
+def mask_errors(rows: Sequence[Row], masks: Masks) -> dict[int, RequestError]:
+    """The errors of constraints that failed, by row."""
+    constrained = [i for i, row in enumerate(rows) if row.constraint is not None]
+    return {i: error for i in constrained if (error := masks.error(rows[i])) is not None}
 
 
-def _rule_out(logits: Tensor, members: list[int], refused: Tensor) -> None:
-    """`refused` bool [M, W] for the rows `members`; every token from W on is refused."""
+def mask_rows(rows: Sequence[Row], masks: Masks) -> Tensor:
+    """The mask of each row, int32 [R, W] on the CPU; of a row without a constraint, one that allows every token."""
+    all_bits = torch.frombuffer(masks.bits, dtype=torch.int32).view(-1, masks.num_words)
+    indices = [masks.index(row) for row in rows if row.constraint is not None]
+    if len(indices) == len(rows):
+        return all_bits[torch.tensor(indices, dtype=torch.int64, device="cpu")]
+    bits = torch.full((len(rows), masks.num_words), -1, dtype=torch.int32, device="cpu")
+    places = [i for i, row in enumerate(rows) if row.constraint is not None]
+    bits[places] = all_bits[indices]
+    return bits
+
+
+def rule_out(logits: Tensor, rows: Sequence[Row], masks: Masks) -> None:
+    """Rule out what the masks refuse, in `logits` float32 [R, V], in place. Every row has a constraint."""
+    refused = _refused_by_byte()[mask_rows(rows, masks).view(torch.uint8).long()].view(torch.bool).flatten(1)
     width = min(logits.shape[1], refused.shape[1])
-    if len(members) == len(logits):
-        logits[:, :width].masked_fill_(refused[:, :width], -torch.inf)
-        logits[:, width:] = -torch.inf
-        return
-    index = torch.tensor(members, dtype=torch.int64, device=logits.device)
-    masked = logits[index]
-    masked[:, :width].masked_fill_(refused[:, :width], -torch.inf)
-    masked[:, width:] = -torch.inf
-    logits[index] = masked
+    logits[:, :width].masked_fill_(refused[:, :width].to(logits.device), -torch.inf)
+    logits[:, width:] = -torch.inf
 
 
 def _refused_by_byte() -> Tensor:

@@ -23,7 +23,7 @@ from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.layout import StepLayout
 from penstock.models.memory import host_free_bytes
 from penstock.models.storage import LayerShape, cache_out_of_memory, contiguous_runs, copy_rows, release_rows
-from penstock.models.vocabulary import LogitSummarizer
+from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer
 from penstock.step import Row
 
 # Tokens of a prompt, or rows with a common prefix, that one task of a thread computes attention for.
@@ -50,6 +50,7 @@ class PanelBackend:
         self._int8 = int8
         self._touch = touch
         self.summarize_logits: LogitSummarizer | None = partial(native.summarize_logits, kernels)
+        self.argmax_allowed: AllowedArgmax | None = partial(native.argmax_allowed, kernels)
 
     def storage(
         self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, num_host_blocks: int = 0

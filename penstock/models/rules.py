@@ -206,9 +206,8 @@ class SequenceRules:
 
 
 def has_rules(row: Row) -> bool:
-    """Whether any rule touches the logits of this row, whose token at position `end` is to be drawn."""
-    p = row.params
-    return p.is_ruled or row.constraint is not None or row.end - row.prompt_len < p.num_held
+    """Whether any rule touches the logits of this row, whose token at position `end` is to be drawn; a mask is none."""
+    return row.params.is_ruled or row.end - row.prompt_len < row.params.num_held
 
 
 def apply(logits: Tensor, rows: Sequence[Row], sequences: Sequence[SequenceRules]) -> dict[int, RequestError]:

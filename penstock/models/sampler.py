@@ -22,9 +22,9 @@ from penstock.constraints.masks import Masks
 from penstock.errors import RequestError
 from penstock.models import rules
 from penstock.models.filters import Filters, apply_all_filters, filter_candidates, filter_vocabulary
-from penstock.models.masking import apply_masks
+from penstock.models.masking import mask_errors, mask_rows, rule_out
 from penstock.models.randomness import draw_from_candidates, draw_from_chunks, uniform
-from penstock.models.vocabulary import LogitSummarizer, Top, Vocabulary, Weights, in_order
+from penstock.models.vocabulary import CHUNK, AllowedArgmax, LogitSummarizer, Top, Vocabulary, Weights, in_order
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
@@ -50,16 +50,18 @@ class Group:
     """What rows that are computed together have in common.
 
     `plain`: no rules and temperature 1, so that the model's own probabilities serve. `width`: how many candidates to
-    try before the whole vocabulary, 0 for none.
+    try before the whole vocabulary, 0 for none. `masked`: a grammar allows some tokens only.
     """
 
     method: Method
     ruled: bool
     plain: bool
     width: int
+    masked: bool = False
 
 
 _PLAIN_GREEDY = Group(Method.GREEDY, False, False, 0)
+_MASKED_GREEDY = Group(Method.GREEDY, False, False, 0, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,13 @@ class Sampler:
 
     def __init__(
         self, vocab_size: int, eos_token_ids: frozenset[int], chunk_bytes: int = 256 * _MIB,
-        summarize: LogitSummarizer | None = None,
+        summarize: LogitSummarizer | None = None, argmax_allowed: AllowedArgmax | None = None,
     ) -> None:  # fmt: skip
         self._eos_token_ids = eos_token_ids
         self._max_batch_logits = max(vocab_size, chunk_bytes // BYTES_PER_LOGIT)
         self._summarize = summarize
+        self._argmax_allowed = argmax_allowed
+        self._one_pass_groups = (_PLAIN_GREEDY,) if argmax_allowed is None else (_PLAIN_GREEDY, _MASKED_GREEDY)
         self._sequences: dict[int, rules.SequenceRules] = {}
 
     @torch.no_grad()
@@ -109,11 +113,11 @@ class Sampler:
         """
         assert len(logits) == len(rows)
         groups = [_group_of(row, logits.shape[1]) for row in rows]
-        one_pass = self._summarize is not None and all(group == _PLAIN_GREEDY for group in groups)
+        one_pass = self._summarize is not None and all(group in self._one_pass_groups for group in groups)
         results: list[RowResult] = []
         for batch in self._batches(logits, one_pass=one_pass):
             if one_pass and all(row.params.logprobs is None for row in rows[batch]):
-                results += _greedy_results(Vocabulary.of(logits[batch], self._summarize))
+                results += self._sample_greedily(logits[batch], rows[batch], masks)
             else:
                 results += self._sample_batch(logits[batch], rows[batch], groups[batch], masks)
         return results
@@ -167,8 +171,8 @@ class Sampler:
             member_rows = [rows[i] for i in members]
             is_all = len(members) == len(rows)
             ruled = raw if is_all else raw.take(index)
-            if group.ruled:
-                ruled, member_errors = self._apply_rules(raw.take(index), member_rows, masks)
+            if group.ruled or group.masked:
+                ruled, member_errors = self._apply_rules(raw.take(index), member_rows, group, masks)
                 errors |= {members[i]: error for i, error in member_errors.items()}
             plain_weights = None
             if group.plain and weights is not None:
@@ -177,13 +181,25 @@ class Sampler:
         return _results(raw, raw.log_total(weights), choice, rows, errors)
 
     def _apply_rules(
-        self, copy: Vocabulary, rows: Sequence[Row], masks: Masks | None
+        self, copy: Vocabulary, rows: Sequence[Row], group: Group, masks: Masks | None
     ) -> tuple[Vocabulary, dict[int, RequestError]]:
-        sequences = [self._sequence(row, copy.size) for row in rows]
-        errors = rules.apply(copy.flat[:, : copy.size], rows, sequences)
-        if masks is not None:
-            errors |= apply_masks(copy.flat, rows, masks)
+        errors: dict[int, RequestError] = {}
+        if group.ruled:
+            sequences = [self._sequence(row, copy.size) for row in rows]
+            errors = rules.apply(copy.flat[:, : copy.size], rows, sequences)
+        if masks is not None and group.masked:
+            rule_out(copy.flat, rows, masks)
+            errors |= mask_errors(rows, masks)
         return copy.refreshed(), errors
+
+    def _sample_greedily(self, logits: Tensor, rows: Sequence[Row], masks: Masks | None) -> list[RowResult]:
+        """The results of rows that take their greatest logit, of those allowed, and request nothing else."""
+        raw = Vocabulary.of(logits, self._summarize)
+        if masks is None:
+            return _greedy_results(raw, raw.peak, raw.argmax(), {})
+        assert self._argmax_allowed is not None
+        allowed = self._argmax_allowed(raw.flat, raw.chunk_peaks, mask_rows(rows, masks), CHUNK)
+        return _greedy_results(raw, *allowed, mask_errors(rows, masks))
 
     def _sequence(self, row: Row, size: int) -> rules.SequenceRules:
         sequence = self._sequences.get(row.seq_id)
@@ -194,17 +210,17 @@ class Sampler:
 
 def _group_of(row: Row, size: int) -> Group:
     p = row.params
-    ruled = rules.has_rules(row)
+    ruled, masked = rules.has_rules(row), row.constraint is not None
     if p.greedy:
-        return Group(Method.GREEDY, True, False, 0) if ruled else _PLAIN_GREEDY
+        return Group(Method.GREEDY, True, False, 0, masked) if ruled else _MASKED_GREEDY if masked else _PLAIN_GREEDY
     if p.is_cut:
-        return Group(Method.ALL_FILTERS, ruled, False, 0)
+        return Group(Method.ALL_FILTERS, ruled, False, 0, masked)
     if p.top_k:
-        return Group(Method.TOP_K, ruled, False, _width(p.top_k, size))
-    plain = not ruled and p.temperature == 1
+        return Group(Method.TOP_K, ruled, False, _width(p.top_k, size), masked)
+    plain = not ruled and not masked and p.temperature == 1
     if p.top_p < 1:
-        return Group(Method.NUCLEUS, ruled, plain, _width(0, size))
-    return Group(Method.MIN_P if p.min_p else Method.FULL, ruled, plain, 0)
+        return Group(Method.NUCLEUS, ruled, plain, _width(0, size), masked)
+    return Group(Method.MIN_P if p.min_p else Method.FULL, ruled, plain, 0, masked)
 
 
 def _width(top_k: int, size: int) -> int:
@@ -294,16 +310,21 @@ def _results(
     return results
 
 
-def _greedy_results(raw: Vocabulary) -> list[RowResult]:
-    """The results of `_results` for rows that take their greatest logit and request nothing else, in fewer steps."""
+def _greedy_results(
+    raw: Vocabulary, peaks: Tensor, tokens: Tensor, errors: Mapping[int, RequestError]
+) -> list[RowResult]:
+    """The results of `_results` for tokens [R] with the greatest logits [R] that may follow, in fewer steps."""
     log_total = raw.log_total()
-    columns = zip(raw.argmax().tolist(), (raw.peak.double() - log_total).tolist(), strict=True)
-    return [
+    logprobs = (peaks.double() - log_total).tolist()
+    results = [
         RowResult(tokens=(token,), logprobs=(TokenLogprobs(token, logprob, 0.0),))
-        if math.isfinite(logprob)
-        else RowResult(error=rules.row_error(False, None, True))
-        for token, logprob in columns
+        for token, logprob in zip(tokens.tolist(), logprobs, strict=True)
     ]
+    for i, logprob in enumerate(logprobs):
+        if i in errors or not math.isfinite(logprob):
+            finite, possible = math.isfinite(log_total[i]), bool(peaks[i].isfinite())
+            results[i] = RowResult(error=rules.row_error(finite, errors.get(i), possible))
+    return results
 
 
 def _ranks_and_tops(

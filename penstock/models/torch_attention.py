@@ -21,7 +21,7 @@ from penstock.kernels.paged import AttentionOptions
 from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.layout import StepLayout, on_device, slots_of
 from penstock.models.storage import LayerShape, cache_out_of_memory, contiguous_runs, copy_rows, release_rows
-from penstock.models.vocabulary import LogitSummarizer
+from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer
 from penstock.step import Row
 
 
@@ -29,6 +29,7 @@ class TorchBackend:
     """Makes `SlotStorage`s on one device."""
 
     summarize_logits: LogitSummarizer | None = None
+    argmax_allowed: AllowedArgmax | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -23,6 +23,8 @@ _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are c
 Top = tuple[tuple[int, float, int], ...]
 # Maxima and sums of logits float32 [R, N * CHUNK] in one pass; see `LogitSummary`.
 LogitSummarizer = Callable[[Tensor, int], LogitSummary]
+# The greatest allowed logits [R] and their tokens [R], of logits, their blocks' maxima, masks int32 [R, W], block size.
+AllowedArgmax = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ long ps_size_of(const char *name)
 #define STRUCTURE(type) if (!strcmp(name, #type)) return sizeof(type);
     STRUCTURE(norm) STRUCTURE(linear) STRUCTURE(packing) STRUCTURE(kv_cache) STRUCTURE(attention_metadata)
     STRUCTURE(attention) STRUCTURE(rotary) STRUCTURE(operation) STRUCTURE(program) STRUCTURE(logit_summary)
+    STRUCTURE(allowed_argmax)
 #undef STRUCTURE
     return 0;
 }

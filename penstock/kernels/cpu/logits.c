@@ -1,4 +1,4 @@
-/* What the sampler needs of logits: maxima and sums of exponentials, in one pass over memory. */
+/* What the sampler needs of logits: maxima and sums of exponentials, in one pass over memory; maxima under a mask. */
 
 enum { CHUNK = 8192 }; /* logits that stay in the L1 cache between the maximum and the sum */
 
@@ -65,5 +65,48 @@ int ps_summarize_logits(pool *p, logit_summary *s)
 {
     if (!reserve_scratch(p, s->rows * ((s->width + CHUNK - 1) / CHUNK) * sizeof(chunk_summary), 0)) return 0;
     run_on_pool(p, summarize_run, s);
+    return 1;
+}
+
+typedef struct {
+    const float *logits;       /* [rows][width]; `block` is a multiple of 32 and divides width */
+    const float *block_maxima; /* [rows][width / block], of all logits */
+    const uint32_t *masks;     /* [rows][words]; bit t % 32 of word t / 32: token t is allowed */
+    long rows, width, block, words;
+    float *maxima;             /* [rows]: the greatest allowed logit; -INFINITY if none is allowed */
+    int64_t *tokens;           /* [rows]: its token, the first of equals */
+} allowed_argmax;
+
+/* Reads only the blocks that can hold a greater logit than those before: few of them, whatever the mask. */
+static void find_allowed(const allowed_argmax *s, long m)
+{
+    const float *x = s->logits + m * s->width, *block_maxima = s->block_maxima + m * (s->width / s->block);
+    const uint32_t *mask = s->masks + m * s->words;
+    const long last = s->words * 32 < s->width ? s->words * 32 : s->width;
+    float maximum = -INFINITY;
+    int64_t token = 0;
+    for (long b = 0; b * s->block < last; b++) {
+        if (!(block_maxima[b] > maximum)) continue;
+        const long end = (b + 1) * s->block < last ? (b + 1) * s->block : last;
+        for (long w = b * s->block / 32; w < end / 32; w++)
+            for (uint32_t bits = mask[w]; bits; bits &= bits - 1) {
+                const long t = w * 32 + __builtin_ctz(bits);
+                if (x[t] > maximum) { maximum = x[t]; token = t; }
+            }
+    }
+    s->maxima[m] = maximum;
+    s->tokens[m] = token;
+}
+
+static void find_allowed_run(pool *p, void *arg, int id)
+{
+    const allowed_argmax *s = arg;
+    (void)id;
+    for (long m; (m = claim(p)) < s->rows;) find_allowed(s, m);
+}
+
+int ps_allowed_argmax(pool *p, allowed_argmax *s)
+{
+    run_on_pool(p, find_allowed_run, s);
     return 1;
 }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from penstock import GrammarError, RequestError, SamplingParams
 from penstock.constraint import MaskRequest
 from penstock.constraints.masks import Masks
-from penstock.models.masking import apply_masks
+from penstock.kernels import native
+from penstock.models.masking import mask_rows, rule_out
 from penstock.models.sampler import Sampler
 from penstock.step import Row, StepPlan
 
@@ -69,15 +71,18 @@ def random_logits(count: int) -> torch.Tensor:
 
 def test_refused_tokens_and_those_beyond_the_masks_become_impossible() -> None:
     rows = [row(1, Allowing(0, 31, 32, 95)), row(2, None), row(3, Allowing(7))]
-    logits = random_logits(3)
+    constrained = [rows[0], rows[2]]
+    logits = random_logits(2)
     before = logits.clone()
-    assert apply_masks(logits, rows, filled(rows)) == {}
-    assert logits.isfinite().nonzero().tolist() == [
-        *([0, token] for token in (0, 31, 32, 95)),
-        *([1, token] for token in range(VOCAB)),
-        [2, 7],
-    ]
+    rule_out(logits, constrained, filled(rows))
+    assert logits.isfinite().nonzero().tolist() == [*([0, token] for token in (0, 31, 32, 95)), [1, 7]]
     assert torch.equal(logits[logits.isfinite()], before[logits.isfinite()])
+
+
+def test_a_row_without_a_constraint_has_a_mask_that_allows_everything() -> None:
+    rows = [row(1, Allowing(0, 31)), row(2, None), row(3, Allowing(7))]
+    assert mask_rows(rows, filled(rows)).tolist() == [[1 - 2**31, 0, 0], [-1, -1, -1], [128, 0, 0]]
+    assert mask_rows([rows[2], rows[0]], filled(rows)).tolist() == [[128, 0, 0], [1 - 2**31, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -137,3 +142,29 @@ def test_a_constraint_that_failed_is_its_rows_error() -> None:
     results = Sampler(VOCAB, frozenset()).sample(random_logits(2), rows, filled(rows))
     assert results[0].error is error
     assert results[1].tokens == (6,)
+
+
+def test_the_kernel_finds_the_same_tokens_and_errors_as_plain_torch() -> None:
+    if not native.available():
+        pytest.skip("no compiler")
+    kernels = native.Kernels(1)
+    fast = Sampler(
+        VOCAB,
+        frozenset(),
+        summarize=partial(native.summarize_logits, kernels),
+        argmax_allowed=partial(native.argmax_allowed, kernels),
+    )
+    error = GrammarError("out of fuel")
+    constraints = [Allowing(5, 70), None, Allowing(), Allowing(3, error=error), Allowing(*range(96)), Allowing(1)]
+    rows = [row(i, constraint, temperature=0) for i, constraint in enumerate(constraints)]
+    logits = random_logits(len(rows))
+    logits[5, 4] = torch.nan
+    expected = Sampler(VOCAB, frozenset()).sample(logits, rows, filled(rows))
+    results = fast.sample(logits, rows, filled(rows))
+    kernels.close()
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    assert [type(result.error) for result in results] == [type(result.error) for result in expected]
+    assert results[3].error is error
+    for result, other in zip(results, expected, strict=True):
+        for entry, reference in zip(result.logprobs, other.logprobs, strict=True):
+            assert entry.logprob == pytest.approx(reference.logprob, abs=1e-5)
