@@ -12,8 +12,9 @@ from pathlib import Path
 
 from penstock.cli.session import JsonObject
 from penstock.config import EngineConfig
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, RequestError, text_of
 from penstock.sampling import SamplingParams
+from penstock.structured_outputs import StructuredOutputs
 
 _ENGINE = ("device", "dtype", "tokenizer")
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "n", "stop", "logprobs", "max_tokens", "min_tokens")
@@ -54,6 +55,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 disables it")
     group.add_argument("--seed", type=int, metavar="S", help="the same seed samples the same tokens")
     group.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; repeatable")
+    constraint = group.add_mutually_exclusive_group()
+    constraint.add_argument("--json-schema", metavar="FILE", help="the output is JSON that this schema admits")
+    constraint.add_argument("--regex", metavar="R", help="the output is what this regular expression matches")
+    constraint.add_argument("--choice", action="append", metavar="TEXT", help="the output is one of these; repeatable")
     return group
 
 
@@ -102,8 +107,19 @@ def sampling_settings(args: argparse.Namespace) -> JsonObject:
     They are validated now, before a model is loaded. Raises `RequestError`.
     """
     settings = {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+    if args.json_schema is not None:
+        settings["structured_outputs"] = StructuredOutputs(json=_text_of(Path(args.json_schema)))
+    elif args.regex is not None or args.choice is not None:
+        settings["structured_outputs"] = StructuredOutputs(regex=args.regex, choice=args.choice)
     SamplingParams(**settings)
     return settings
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--json-schema {path}: {text_of(error)}") from None
 
 
 def positive(text: str) -> int:

@@ -91,6 +91,14 @@ def calls_a_tool(out: str) -> None:
     assert re.fullmatch(r"add \{.*\}\nadd is called with \{'a': [123], 'b': [456]\}\n", out)
 
 
+def follows_every_constraint(out: str) -> None:
+    printed = dict(line.split(": ", 1) for line in out.splitlines())
+    assert re.fullmatch(r"Function\(name='[a-z_]{3,20}', arguments=\[.*\], is_async=(True|False)\)", printed["model"])
+    assert printed["choice"] in ("yes", "no")
+    assert re.fullmatch(r"20\d{2}-(0[1-9]|1[0-2])", printed["regex"])
+    assert "uniqueItems" in printed["refused"]
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "batch": completes_fifty,
     "callbacks": calls_back_for_each,
@@ -99,6 +107,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "own_module": learns_its_lesson,
     "priorities": serves_higher_classes_first,
     "stream": streams_two_answers,
+    "structured_output": follows_every_constraint,
     "tool_calling": calls_a_tool,
     "tree_search": goes_on_from_the_likeliest,
 }
