@@ -1,0 +1,166 @@
+"""Do many streaming clients disturb each other when some of them leave, or read slowly?
+
+A server in a process of its own runs a scripted model whose steps take a fixed time, so every wait beyond it is the
+server's. `--clients` clients stream from it at once, in two kinds of turns: calm, and rough, in which a tenth leaves in
+the middle and a tenth reads one chunk per second. Reported: p99 of the gap between two chunks of the other clients in
+both kinds, the lag of the server's event loop, its CPU time per event, and what is left when all clients are gone. The
+last line is JSON; the exit code is 1 if something leaks, or the gap grows by more than 10 % beyond the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+
+from event_loop_lag import heartbeat
+from harness.console import finish, note, progress, show
+from harness.stats import percentile
+from penstock import InferenceEngine, ScriptedModel
+from penstock.cli.load import Clients, Load, Server
+from penstock.cli.load_report import summarize
+from penstock.demo import MODEL_DIR
+
+TEXT = "Water falls from the reservoir through the pipe to the turbine. "
+SETTLE_S = 2.0
+MAX_GROWTH = 1.10
+ROUGH = {"disconnecting": 0.1, "slow": 0.1}
+
+
+def serve(step_s: float) -> None:
+    """The server's process: prints its port, and answers /probe with what it measures on itself."""
+    import psutil
+    import uvicorn
+    from fastapi import FastAPI
+    from transformers import AutoTokenizer
+
+    from penstock.serving import ServingSettings, app
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    model = ScriptedModel(tokenizer.encode(TEXT), vocab_size=len(tokenizer), step_s=step_s)
+    engine = InferenceEngine(model, tokenizer, max_batch_size=4096, max_queue_size=4096, max_num_batched_tokens=1 << 16)
+    lags_s: list[float] = []
+    process = psutil.Process()
+
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        async with engine:
+            beat = asyncio.create_task(heartbeat(lags_s))
+            yield
+            beat.cancel()
+
+    api = FastAPI(lifespan=lifespan)
+
+    @api.get("/probe")
+    async def probe() -> dict[str, Any]:
+        lags, lags_s[:] = sorted(lags_s), []
+        stats = engine.get_stats()
+        return {
+            "lag_p99_ms": 1000 * percentile(lags, 99) if lags else None,
+            "lag_max_ms": 1000 * lags[-1] if lags else None,
+            "cpu_s": sum(process.cpu_times()[:2]),
+            "rss_mb": process.memory_info().rss / 1e6,
+            "requests": stats["queue"]["num_requests"],
+            "used_blocks": stats["cache_info"]["num_blocks"] - stats["cache_info"]["num_free_blocks"],
+            "tasks": len(asyncio.all_tasks()),
+        }
+
+    api.mount("/", app(engine, ServingSettings(max_concurrent_requests=4096)))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    print(listener.getsockname()[1], flush=True)
+    uvicorn.Server(uvicorn.Config(api, log_level="error")).run(sockets=[listener])
+
+
+@contextmanager
+def server_process(step_s: float) -> Iterator[str]:
+    """Start the server; yields its address."""
+    command = [sys.executable, str(Path(__file__)), "--serve", str(step_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
+
+
+def turn(url: str, load: Load) -> dict[str, Any]:
+    """One load, and what the server measured during it and after its end."""
+    before = httpx.get(f"{url}/probe").json()
+    clients = Clients(Server(f"{url}/v1", "scripted", {}), load)
+    exchanges = asyncio.run(clients.run())
+    during = httpx.get(f"{url}/probe").json()
+    deadline = time.monotonic() + SETTLE_S
+    after = during
+    while time.monotonic() < deadline and after["requests"]:
+        after = httpx.get(f"{url}/probe").json()
+    summary = summarize(exchanges)
+    assert not summary["errors"], summary["errors"]
+    events = sum(len(exchange.chunks_s) for exchange in exchanges)
+    gap = summary["inter_chunk_s"]
+    assert gap is not None
+    return {
+        "gap_p50_ms": 1000 * gap["p50"],
+        "gap_p99_ms": 1000 * gap["p99"],
+        "lag_p99_ms": during["lag_p99_ms"],
+        "lag_max_ms": during["lag_max_ms"],
+        "cpu_us_per_event": 1e6 * (during["cpu_s"] - before["cpu_s"]) / events,
+        "cut": summary["cut_by_client"],
+        "after": {name: after[name] for name in ("requests", "used_blocks", "tasks", "rss_mb")},
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """All turns; returns the exit code."""
+    kinds: dict[str, dict[str, float]] = {"calm": {}, "rough": ROUGH}
+    turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    with server_process(args.step_ms / 1000) as url, progress(1 + 2 * args.repeats) as step:
+        step("warm-up")
+        idle = turn(url, Load(args.clients, max_tokens=4, ignore_eos=True))["after"]
+        for repeat in range(args.repeats):
+            for kind in list(kinds)[:: 1 if repeat % 2 == 0 else -1]:
+                step(kind)
+                load = Load(args.clients, max_tokens=args.tokens, ignore_eos=True, seed=repeat, **kinds[kind])
+                turns[kind].append(turn(url, load))
+    names = ("gap_p50_ms", "gap_p99_ms", "lag_p99_ms", "lag_max_ms", "cpu_us_per_event")
+    medians = {kind: {name: median(item[name] for item in items) for name in names} for kind, items in turns.items()}
+    show(
+        f"{args.clients} clients, steps of {args.step_ms} ms", ["", *names],
+        [[kind, *(medians[kind][name] for name in names)] for kind in medians],
+    )  # fmt: skip
+    last = turns["rough"][-1]["after"]
+    leaks = {name: (idle[name], last[name]) for name in ("requests", "tasks") if last[name] > idle[name]}
+    growth = medians["rough"]["gap_p99_ms"] / medians["calm"]["gap_p99_ms"]
+    note(f"p99 gap, rough over calm: {growth:.3f}; left behind: {leaks or 'nothing'}")
+    finish(
+        {"clients": args.clients, "step_ms": args.step_ms, "growth": growth, "leaks": leaks, "turns": turns} | medians
+    )
+    return 1 if leaks or growth > MAX_GROWTH else 0
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=500, help="streams at once (default: 500)")
+    parser.add_argument("--step-ms", type=float, default=250.0, help="time of a step of the model (default: 250)")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens per stream (default: 24)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each kind (default: 3)")
+    parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve is not None:
+        serve(args.serve)
+        return 0
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
