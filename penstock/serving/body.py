@@ -6,9 +6,9 @@ valid JSON of the right types. NaN, lone surrogates, deep nesting and numbers of
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, FailFast, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
@@ -16,6 +16,16 @@ from penstock.errors import shown
 from penstock.serving.errors import CLIENT_CLOSED, HttpError, invalid
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+
+class _FailFast(FailFast):
+    """Hashable, as `|` needs it."""
+
+    __hash__ = object.__hash__
+
+
+Listed = Annotated[list[T], _FailFast()]  # one fault is enough: a list of faults could be as long as the body
 
 
 class RequestModel(BaseModel):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from penstock.sampling import SamplingParams
-from penstock.serving.body import RequestModel
+from penstock.serving.body import Listed, RequestModel
 from penstock.serving.chat_task import ChatPrompt, ChatTask, prepare, tool_use
 from penstock.serving.chunks import StreamOptions
 from penstock.serving.errors import invalid
@@ -24,7 +24,7 @@ _REFUSED_ARGUMENTS = frozenset({"chat_template", "tokenize", "messages", "tools"
 class TemplateFields(RequestModel):
     """How a chat is rendered."""
 
-    documents: list[dict[str, object]] | None = None
+    documents: Listed[dict[str, object]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
@@ -64,16 +64,16 @@ class TemplateFields(RequestModel):
 class ChatRequest(SamplingFields, TemplateFields, StructureFields):
     """A chat completion."""
 
-    messages: list[dict[str, object]] = Field(min_length=1)
+    messages: Listed[dict[str, object]] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
-    modalities: list[str] | None = None
+    modalities: Listed[str] | None = None
     audio: dict[str, object] | None = None
-    functions: list[dict[str, object]] | None = None
-    tools: list[dict[str, object]] | None = None
+    functions: Listed[dict[str, object]] | None = None
+    tools: Listed[dict[str, object]] | None = None
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = False

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from penstock.api.prompt import Prompt
 from penstock.sampling import SamplingParams
+from penstock.serving.body import Listed
 from penstock.serving.chunks import StreamOptions
 from penstock.serving.errors import invalid
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, TokenId
@@ -18,7 +19,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionRequest(SamplingFields, StructureFields):
     """A text completion. `prompt` is a text, token ids, or a list of either."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: str | Listed[TokenId] | Listed[str] | Listed[Listed[TokenId]]
     model: str | None = None
     suffix: str | None = None
     echo: bool | None = False

@@ -6,21 +6,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.serving.auth import Client
-from penstock.serving.body import RequestModel
+from penstock.serving.body import Listed, RequestModel
 from penstock.serving.errors import invalid
 from penstock.serving.generation import Options
 from penstock.serving.settings import ServingSettings
 
 MAX_INT = 2**31 - 1
 FLOATS = 1e9
+MAX_BIASES = 1 << 14  # whatever the settings say
 
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]  # JSON has string keys only
+
+
+def _bounded(biases: object) -> object:
+    """Refuse a large mapping before all of it is looked at."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"{len(biases)} entries are more than {MAX_BIASES}")
+    return biases
 
 
 class SamplingFields(RequestModel):
@@ -35,11 +43,11 @@ class SamplingFields(RequestModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
-    logit_bias: dict[TokenKey, float] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: Annotated[dict[TokenKey, float] | None, BeforeValidator(_bounded)] = None
+    stop: str | Listed[str] | None = None
+    stop_token_ids: Listed[TokenId] | None = None
+    allowed_token_ids: Listed[TokenId] | None = None
+    bad_words: Listed[str] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None

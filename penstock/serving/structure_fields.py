@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from penstock.serving.body import RequestModel
+from penstock.serving.body import Listed, RequestModel
 from penstock.serving.errors import invalid
 from penstock.structured_outputs import StructuredOutputs
 
@@ -17,7 +17,7 @@ class StructuredFields(RequestModel):
     json_schema: dict[str, object] | str | bool | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Listed[str] | None = None
     grammar: str | None = None
     whitespace_pattern: str | None = None
 

@@ -15,7 +15,7 @@ from penstock.api.prompt import Prompt
 from penstock.api.protocols import Tokenizing
 from penstock.outputs import Logprob
 from penstock.sampling import SamplingParams
-from penstock.serving.body import RequestModel, read_model
+from penstock.serving.body import Listed, RequestModel, read_model
 from penstock.serving.chat_request import TemplateFields
 from penstock.serving.chat_task import prepare, tool_use
 from penstock.serving.endpoint import Exchange
@@ -35,8 +35,8 @@ class TokenizeRequest(TemplateFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, object]] | None = None
-    tools: list[dict[str, object]] | None = None
+    messages: Listed[dict[str, object]] | None = None
+    tools: Listed[dict[str, object]] | None = None
     add_special_tokens: bool = True
 
 
@@ -44,7 +44,7 @@ class DetokenizeRequest(RequestModel):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Listed[TokenId]
 
 
 class SamplingObject(SamplingFields, StructureFields):
@@ -59,7 +59,7 @@ class GenerateRequest(RequestModel):
     """Token ids and parameters."""
 
     model: str | None = None
-    token_ids: list[TokenId] = Field(min_length=1)
+    token_ids: Listed[TokenId] = Field(min_length=1)
     sampling_params: SamplingObject = Field(default_factory=lambda: SamplingObject.model_validate({}))
     stream: bool | None = False
 
