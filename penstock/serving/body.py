@@ -63,16 +63,23 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 def parse(body: bytes) -> object:
     """The JSON value of a body."""
     try:
-        return from_json(body, allow_inf_nan=False)
+        return from_json(body, allow_inf_nan=False, cache_strings="none")  # a cache of a million keys is slow
     except ValueError as error:
         raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _brief(value: object) -> str:
+    """A value for an error message; of a large one, what it is."""
+    if isinstance(value, dict | list) and len(value) > 8:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} items"
+    return shown(value[:200] if isinstance(value, str) else value)[:200]
 
 
 def _refusal(error: ValidationError) -> HttpError:
     """The first fault of a body, preferring the one that lies deepest, which is what the sender meant."""
     details = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
     param = ".".join(map(str, details["loc"]))
-    value = shown(details.get("input"))[:200]
+    value = _brief(details.get("input"))
     if details["type"] == "missing":
         return invalid(f"{param} is missing", param or None)
     return invalid(f"{param or 'the body'}: {details['msg']}, got {value}", param or None)
