@@ -7,8 +7,10 @@ PENSTOCK_* for the engine), then the YAML file of `--config`. Called by `command
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import cast
 
 from penstock.cli.scripted_file import scripted_engine_parts
@@ -86,10 +88,12 @@ def run(args: argparse.Namespace) -> int:
     settings = ProcessSettings.over(sections["serving"], _server_options(args))
     engine_settings = sections["engine"] | _engine_options(args)
     model, tokenizer = _model_and_tokenizer(args.model or engine_settings.pop("model", None), engine_settings)
-    if settings.access_log:
-        _log_to_stderr()
     EngineConfig(**engine_settings)
-    with listen(settings) as listener, loaded_engine(model, tokenizer, **engine_settings) as engine:
+    with (
+        listen(settings) as listener,
+        loaded_engine(model, tokenizer, **engine_settings) as engine,
+        _requests_on_stderr(settings.access_log),
+    ):
         return serve(engine, settings, listener, lambda url, name: _announce(url, name, bool(settings.api_keys)))
 
 
@@ -126,13 +130,17 @@ def _engine_options(args: argparse.Namespace) -> JsonObject:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+@contextlib.contextmanager
+def _requests_on_stderr(is_wanted: bool) -> Iterator[None]:
+    """Print the server's log, whose lines are JSON; with `is_wanted=False` only its errors."""
+    handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger("penstock.serving")
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("penstock.serving")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    logger.setLevel(logging.INFO if is_wanted else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _announce(url: str, name: str, has_keys: bool) -> None:
