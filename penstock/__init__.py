@@ -10,7 +10,7 @@ from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import InferenceRequest
 from penstock.api.prompt import Prompt
-from penstock.api.protocols import Engine, Scorer
+from penstock.api.protocols import Embedder, Engine, Scorer
 from penstock.api.stats import EngineStats
 from penstock.config import BatchingStrategy, EngineConfig, EngineSettings
 from penstock.engine.inference import InferenceEngine
@@ -36,7 +36,7 @@ from penstock.generation import GenerationConfig, Params
 from penstock.models.scripted import ScriptedModel
 from penstock.optimizers.levels import OptimizationConfig, OptimizationLevel
 from penstock.optimizers.rewrites.memory_pool import MemoryPool
-from penstock.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
+from penstock.outputs import CompletionOutput, Delta, EmbeddingOutput, Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import OutputKind, RequestPriority, SamplingParams
 from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.scheduling.batching import BatchingConfig, ContinuousBatcher, DynamicBatcher
@@ -61,6 +61,8 @@ __all__ = [
     "DeadlineExceeded",
     "Delta",
     "DynamicBatcher",
+    "Embedder",
+    "EmbeddingOutput",
     "Engine",
     "EngineClosed",
     "EngineConfig",

@@ -5,7 +5,7 @@ Plain records without behaviour except views of themselves; no tensors, no refer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -78,7 +78,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The result of a request so far. `finished`: whether it is complete. `error`: what ended it early, if anything."""
+    """The result of a request so far. `finished`: whether it is complete. `error`: what ended it early, if anything.
+
+    `pooled` is the pooled hidden state of the prompt, where that was requested in place of a completion.
+    """
 
     request_id: str
     prompt: str | None
@@ -89,6 +92,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
+    pooled: Sequence[float] | None = None
 
     @property
     def text(self) -> str:
@@ -104,3 +108,12 @@ class RequestOutput:
     def output_ids(self) -> list[list[int]]:
         """One row per completion: the prompt's ids and the generated ids."""
         return [self.prompt_token_ids + out.token_ids for out in self.outputs]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """The embedding of one prompt: its pooled hidden state, cut to the requested dimensions and normalized."""
+
+    embedding: list[float]
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from penstock.constraint import Constraint
+from penstock.pooling import PoolingParams
 from penstock.sampling import RequestPriority, SamplingParams
 
 
@@ -109,6 +110,12 @@ class Sequence:
         is_idle = self.status is Status.RUNNING and not self.in_flight
         newest = len(self.tokens) - 1
         return is_idle and self.computed == newest >= self.prompt_len and not self.params.use_beam_search
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """Whether every position of its prompt must go through the model, so that no cached prefix is of use."""
+        params = self.params
+        return params.prompt_logprobs is not None or (isinstance(params, PoolingParams) and params.pooling == "mean")
 
     @property
     def scores_prompt(self) -> bool:

@@ -90,7 +90,8 @@ class RowResult(NamedTuple):
     """What one row produced: accepted tokens in order (none while prefilling), or the error that ends its request.
 
     `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i. `candidates` are the best continuations
-    of a beam, best first; a beam samples no token. `siblings` are the results of the row's siblings.
+    of a beam, best first; a beam samples no token. `siblings` are the results of the row's siblings. `pooled` is the
+    embedding of a prompt that this row completes, float32, as it was pooled.
     """
 
     tokens: tuple[int, ...] = ()
@@ -99,6 +100,7 @@ class RowResult(NamedTuple):
     error: Exception | None = None
     candidates: tuple[TokenLogprobs, ...] = ()
     siblings: tuple[RowResult, ...] = ()
+    pooled: array[float] | None = None
 
     @property
     def num_accepted(self) -> int:
@@ -156,6 +158,7 @@ class Event(NamedTuple):
     weight_version: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    pooled: array[float] | None = None
 
 
 def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], seconds: float, waiting: int) -> StepRecord:

@@ -10,10 +10,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from penstock.errors import RequestError, described, shown
-from penstock.values import flag, items
+from penstock.values import flag, items, plain
 from penstock.values import text as checked_text
 
 Message = Mapping[str, object]
@@ -84,6 +84,21 @@ def read_prompt(prompt: Prompt) -> PromptInput:
         raise
     except Exception as error:  # raised by an object that only looks like a prompt
         raise RequestError(f"the prompt cannot be read: {described(error)}") from error
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as a list: a string, a mapping, token ids or one conversation is a single prompt."""
+    try:
+        return [cast(Prompt, prompts)] if _is_single(prompts) else list(cast(Sequence[Prompt], prompts))
+    except Exception as error:
+        raise RequestError(f"prompts must be a prompt or a list of prompts ({described(error)})") from error
+
+
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if prompts is None or isinstance(prompts, str | bytes | Mapping):
+        return True
+    first = plain(prompts[0]) if len(prompts) > 0 else None
+    return isinstance(first, int) or (isinstance(first, dict) and "role" in first)
 
 
 def _read(prompt: object) -> PromptInput:

@@ -13,7 +13,7 @@ from typing import Protocol, Self, runtime_checkable
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
 from penstock.generation import Params
-from penstock.outputs import Delta
+from penstock.outputs import Delta, EmbeddingOutput
 from penstock.sampling import RequestPriority, SamplingParams
 
 Callback = Callable[[Delta], Awaitable[None] | None]
@@ -101,6 +101,29 @@ class PrefixCaching(Protocol):
 
     def reset_prefix_cache(self) -> None:
         """Reuse nothing computed so far."""
+        ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Returns the embeddings of prompts."""
+
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "mean",
+        dimensions: int | None = None,
+        normalize: bool = True,
+        namespace: str = "",
+        priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None,
+    ) -> list[EmbeddingOutput]:
+        """The embedding of each prompt (one, or a list): hidden states after the last norm, pooled.
+
+        `pooling` is "mean" or "last" (the last token's). `dimensions` keeps that many leading numbers; `normalize` then
+        divides by the length of the vector. Raises `RequestError`, and whatever awaiting a request raises.
+        """
         ...
 
 

@@ -108,7 +108,7 @@ class CacheManager:
         """Give a sequence without blocks, which `fits`, every block that it can share or have read back.
 
         Returns the number of tokens whose K/V are in them. At least the newest token is left to compute, because its
-        logits are needed; with prompt logprobs, all are.
+        logits are needed; with prompt logprobs or a mean of hidden states, all are.
         """
         assert not seq.blocks
         hits = self._match(seq)
@@ -247,12 +247,12 @@ class CacheManager:
         return -(-num_tokens // self.block_size)
 
     def _match(self, seq: Sequence) -> list[int]:
-        return [] if seq.params.prompt_logprobs is not None else self._prefix.match(seq)
+        return [] if seq.computes_whole_prompt else self._prefix.match(seq)
 
     def _share_tail(self, seq: Sequence, num_hits: int) -> int:
         """Share what a live parent has settled of this prompt beyond the full blocks of the match."""
         parent = seq.parent
-        if parent is None or seq.params.prompt_logprobs is not None or not self._same_root(parent, seq):
+        if parent is None or seq.computes_whole_prompt or not self._same_root(parent, seq):
             return 0
         limit = min(parent.computed, seq.prompt_len, seq.length - 1)
         if limit <= num_hits * self.block_size or seq.tokens[:limit] != parent.tokens[:limit]:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 from penstock.api.handle import RequestHandle
-from penstock.api.prompt import Message, Prompt
+from penstock.api.prompt import Message, Prompt, as_batch
 from penstock.api.stats import EngineStats
 from penstock.config import EngineSettings
 from penstock.engine.inference import InferenceEngine
-from penstock.errors import RequestError, described
+from penstock.errors import RequestError
 from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
-from penstock.values import items, plain
+from penstock.values import items
 
 _DEFAULTS: EngineSettings = {
     "seed": 0,
@@ -54,7 +54,7 @@ class LLM:
         `sampling_params` is one object for all prompts, or a list with one for each. Cancels the remaining requests and
         raises the first failed request's error.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         params = _as_params(sampling_params, len(batch))
         handles = [self.engine.generate(prompt, p) for prompt, p in zip(batch, params, strict=True)]
         try:
@@ -108,21 +108,6 @@ class LLM:
     def stop(self) -> None:
         """Free the model and its memory; also happens when the object is dropped."""
         self.engine.stop(0.0)
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """The prompts as a list: a string, a mapping, token ids or one conversation is a single prompt."""
-    try:
-        return [cast(Prompt, prompts)] if _is_single(prompts) else list(cast(Sequence[Prompt], prompts))
-    except Exception as error:
-        raise RequestError(f"prompts must be a prompt or a list of prompts ({described(error)})") from error
-
-
-def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    if prompts is None or isinstance(prompts, str | bytes | Mapping):
-        return True
-    first = plain(prompts[0]) if len(prompts) > 0 else None
-    return isinstance(first, int) or (isinstance(first, dict) and "role" in first)
 
 
 def _as_params(params: Params | Sequence[Params], count: int) -> list[Params]:

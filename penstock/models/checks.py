@@ -146,6 +146,13 @@ def vocab_size(module: nn.Module) -> int:
     return int(getattr(text_config(module), "vocab_size") if head is None else head.weight.shape[0])  # noqa: B009
 
 
+def hidden_size(module: nn.Module) -> int:
+    """Length of the final hidden state of a token: what the output head takes in."""
+    head = cast(PreTrainedModel, module).get_output_embeddings()
+    width = getattr(head, "in_features", None)  # rewritten heads have it too
+    return int(getattr(text_config(module), "hidden_size", 0) if width is None else width)
+
+
 def _refusal(module: nn.Module, reason: str) -> ConfigurationError:
     return ConfigurationError(f"{type(module).__name__} cannot run in the paged engine: {reason}. Remedy: {REMEDY}")
 

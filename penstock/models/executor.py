@@ -11,6 +11,7 @@ import functools
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,10 +26,12 @@ from penstock.models.borrow import Borrowed
 from penstock.models.checks import probe, vocab_size
 from penstock.models.layout import StepLayout, scores_prompt
 from penstock.models.memory import free_bytes, host_free_bytes, memory_usage, resident_bytes, trim_memory
+from penstock.models.pooling import HiddenStates, Pooler
 from penstock.models.preparation import PreparedModel
 from penstock.models.protocol import ModelChanged, ModelSpec
 from penstock.models.sampler import Sampler
 from penstock.optimizers.speculation.verification import positions, verified
+from penstock.pooling import PoolingParams
 from penstock.step import Row, RowResult, StepPlan, StepResult
 
 
@@ -43,6 +46,7 @@ class ForwardOutput:
     logits: Tensor
     num_logits: list[int]
     timings_s: dict[str, float]
+    hidden: HiddenStates | None = None  # if a row pools them
 
 
 class Executor:
@@ -66,6 +70,7 @@ class Executor:
         summarize = model.backend.summarize_logits
         kernels = summarize, model.backend.argmax_allowed
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, *kernels)
+        self._pooler = Pooler()
         self._beam_sampler = BeamSampler(spec.eos_token_ids, logits_chunk_bytes, summarize)
 
     def free_bytes(self) -> int:
@@ -94,8 +99,9 @@ class Executor:
         self._storage = self._backend.storage(self._shapes, num_blocks, block_size, num_host_blocks)
 
     def forget(self, seq_id: int) -> None:
-        """Drop the sampler's state of a sequence that ended."""
+        """Drop the state of a sequence that ended."""
         self._sampler.forget(seq_id)
+        self._pooler.forget(seq_id)
 
     def close(self) -> None:
         """Free the cache and let go of the weights."""
@@ -127,11 +133,12 @@ class Executor:
             swap_end = time.perf_counter()
             storage.copy_blocks(plan.copies)
             layout = StepLayout.of(plan.rows, storage.block_size, self._device)
-            logits = self.compute(layout, storage.attention(layout, self._layers))
+            with self._hidden_states(plan) as hidden:
+                logits = self.compute(layout, storage.attention(layout, self._layers))
         timings = {"forward": time.perf_counter() - swap_end}
         if plan.swaps_out or plan.swaps_in:
             timings["swap"] = swap_end - begin
-        return ForwardOutput(plan, logits, layout.num_logits, timings)
+        return ForwardOutput(plan, logits, layout.num_logits, timings, hidden)
 
     def collect(self, output: ForwardOutput, masks: Masks | None = None) -> StepResult:
         """Sample from the logits of a forward pass: a result for every row of its plan.
@@ -145,6 +152,8 @@ class Executor:
             if masks is not None:
                 masks.wait()
             rows = self._results(output, masks)
+            if output.hidden is not None:
+                rows = self._pooler.pooled(output.plan.rows, rows, output.hidden)
             self._workspaces.return_all()
         return StepResult(rows, timings_s={**output.timings_s, "sample": time.perf_counter() - begin})
 
@@ -163,6 +172,11 @@ class Executor:
         if len(logits) != max(1, len(indices)):
             raise ExecutionError(f"the model returned {len(logits)} rows of logits, and {len(indices)} were requested")
         return logits[: len(indices)]
+
+    def _hidden_states(self, plan: StepPlan) -> AbstractContextManager[HiddenStates | None]:
+        """A block that keeps the hidden states of the forward pass inside it, if a row of the plan pools them."""
+        pools = any(isinstance(row.params, PoolingParams) for row in plan.rows)
+        return HiddenStates(self._module) if pools else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def contained(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError, OutOfMemory, PenstockError, described, text_of
 from penstock.models.borrow import Borrowed, device_and_dtype, weight_bytes
 from penstock.models.calibration import calibration_ids
-from penstock.models.checks import refuse_unsupported, text_config, vocab_size
+from penstock.models.checks import hidden_size, refuse_unsupported, text_config, vocab_size
 from penstock.models.draft_runner import DraftRunner
 from penstock.models.executor import Executor
 from penstock.models.folder import check_tokenizer_files, expanded
@@ -185,6 +185,7 @@ def _prepare(
         max_length=max_length,
         max_length_reason=limit.reason if max_length == limit.tokens else "",
         eos_token_ids=eos,
+        hidden_size=hidden_size(module),
         kv_bytes_per_token=prepared.kv_bytes_per_token,
         # A head tied to the embedding counts once.
         weight_bytes=min(loaded_bytes, weight_bytes(owner) + prepared.packed_bytes),

@@ -19,6 +19,7 @@ class ModelSpec:
     """Facts about a loaded model. Sizes are bytes; `max_length` is tokens, prompt and output together.
 
     `max_length_reason` says why the model cannot do more, and what to change; "" where the settings limit it further.
+    `hidden_size` is the length of an embedding; 0 where the model gives none.
     `kernels` describes the implementation of its hot operations, `rewrites` what was replaced in it for speed.
     `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
     `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
@@ -30,6 +31,7 @@ class ModelSpec:
     max_length: int
     max_length_reason: str = ""
     eos_token_ids: frozenset[int] = frozenset()
+    hidden_size: int = 0
     kv_bytes_per_token: int = 1
     weight_bytes: int = 0
     device: str = "cpu"

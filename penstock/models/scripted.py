@@ -6,14 +6,17 @@ model: `InferenceEngine(ScriptedModel([5, 6, 7]))`.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import repeat
 
 from penstock.constraints.masks import Masks
 from penstock.models.protocol import ModelSpec
+from penstock.pooling import PoolingParams
 from penstock.step import Row, RowResult, StepPlan, StepResult, TokenLogprobs
 
 # A fixed list of output tokens, repeated as needed, or (all tokens so far, sample index) -> next token.
@@ -24,8 +27,9 @@ class ScriptedModel:
     """Runs plans by reading a script.
 
     Every token, of prompts too, has the log probability 0. Every step sleeps for `step_s` plus `token_s` per token, in
-    seconds. `fail_next(error)` makes the next step raise; `plans` counts steps. `vocab_size`, `max_length` and
-    `eos_token_ids` are those of the spec.
+    seconds. An embedding has `hidden_size` numbers; number j of token t is cos((t + 1) (j + 1)). `fail_next(error)`
+    makes the next step raise; `plans` counts steps. `vocab_size`, `max_length` and `eos_token_ids` are those of the
+    spec.
     """
 
     def __init__(
@@ -37,9 +41,14 @@ class ScriptedModel:
         eos_token_ids: frozenset[int] = frozenset(),
         step_s: float = 0.0,
         token_s: float = 0.0,
+        hidden_size: int = 8,
     ) -> None:
         self.spec = ModelSpec(
-            name="scripted", vocab_size=vocab_size, max_length=max_length, eos_token_ids=eos_token_ids
+            name="scripted",
+            vocab_size=vocab_size,
+            max_length=max_length,
+            eos_token_ids=eos_token_ids,
+            hidden_size=hidden_size,
         )
         self.step_s = step_s
         self.token_s = token_s
@@ -104,10 +113,19 @@ class ScriptedModel:
         self.release()
 
     def _result(self, row: Row, masks: Masks | None) -> RowResult:
+        if isinstance(row.params, PoolingParams):
+            return self._pooled(row, row.params.pooling)
         if row.params.prompt_logprobs is None:
             return self._sample(row, masks)
         prompt = row.tokens[row.start + 1 : min(row.end + 1, row.prompt_len)]
         return self._sample(row, masks)._replace(prompt_logprobs=tuple(map(_certain, prompt)))
+
+    def _pooled(self, row: Row, pooling: str) -> RowResult:
+        if row.end < row.prompt_len:
+            return RowResult()
+        tokens = row.tokens if pooling == "mean" else row.tokens[-1:]
+        sums = (sum(math.cos((token + 1) * (j + 1)) for token in tokens) for j in range(self.spec.hidden_size))
+        return RowResult(pooled=array("f", (value / len(tokens) for value in sums)))
 
     def _sample(self, row: Row, masks: Masks | None) -> RowResult:
         if not row.samples:

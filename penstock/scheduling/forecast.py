@@ -53,7 +53,7 @@ class _Usage:
 
     def remaining(self, seq: Sequence) -> float:
         """Expected tokens yet to generate, by the ended sequences that came at least as far as this one."""
-        num_allowed, num_generated = seq.max_len - seq.prompt_len, seq.num_generated
+        num_allowed, num_generated = max(1, seq.max_len - seq.prompt_len), seq.num_generated
         mean = self.means[bisect_right(self.fractions, num_generated / num_allowed)]
         return max(1.0, mean * num_allowed - num_generated)
 

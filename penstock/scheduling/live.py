@@ -217,7 +217,7 @@ class LiveSequences:
         self._preemption_counts.pop(seq.id, None)
         del self.by_id[seq.id]
         self.num_finished[reason] += 1
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason in (FinishReason.STOP, FinishReason.LENGTH) and seq.max_len > seq.prompt_len:
             self.used_fractions.append(seq.num_generated / (seq.max_len - seq.prompt_len))
 
     def refresh(self, now: float) -> None:

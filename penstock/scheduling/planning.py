@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from penstock.cache.manager import CacheManager
+from penstock.pooling import PoolingParams
 from penstock.scheduling.events import EventBuilder
 from penstock.scheduling.limits import StepLimits
 from penstock.scheduling.live import LiveSequences
@@ -230,7 +231,7 @@ class StepPlanner:
         end = start + num_tokens
         self._budget.spend(num_tokens, num_tokens if seq.scores_prompt else max(0, end - length + 1))
         draft = seq.draft[: end - length] if end > length else ()
-        samples = end >= length
+        samples = end >= length and not isinstance(seq.params, PoolingParams)
         siblings = self._live.siblings_of(seq) if samples else ()
         sibling_rows = tuple(_row(sibling, end, end, True) for sibling in siblings)
         self.rows.append(_row(seq, start, end, samples, draft, sibling_rows))

@@ -197,7 +197,10 @@ class Scheduler:
             seq.computed = row.end
             if out.candidates:
                 reports.append((seq.id, out.candidates))
-            return self._events.of_row(row, out, 0, None, None, weight_version)
+            reason = FinishReason.STOP if seq.max_len == row.end == seq.prompt_len else None  # it was to be pooled
+            if reason is not None:
+                self._live.finish(seq, reason)
+            return self._events.of_row(row, out, 0, reason, None, weight_version)
         tokens, num_drafts = out.tokens, len(out.tokens) - 1
         assert 0 <= num_drafts <= len(row.draft)
         count, reason, stop_token, error = accept(seq, tokens)

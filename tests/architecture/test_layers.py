@@ -29,6 +29,7 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
         "constraint",
         "generation",
         "sampling",
+        "pooling",
         "processors",
         "structured_outputs",
         "values",

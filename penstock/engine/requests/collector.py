@@ -6,6 +6,7 @@ ends only this request.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
@@ -51,6 +52,7 @@ class Collector:
         self._completions = [(text, [self._transcript(i + k) for k in alike]) for i, text in enumerate(texts)]
         self._prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
         self._num_cached_tokens = 0
+        self._pooled: array[float] | None = None
         self.streams = not params.is_ranked
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None]
@@ -68,7 +70,7 @@ class Collector:
     def push(self, index: int, event: Event) -> SequenceOf[Transcript]:
         """Process one event. Returns the transcripts it extended; a stop string in the text may have ended them."""
         text, transcripts = self._completions[index]
-        if index == 0 and (event.num_cached_tokens or event.prompt_logprobs):
+        if index == 0 and (event.num_cached_tokens or event.prompt_logprobs or event.pooled):
             self._record_prompt(event)
         new_text, stop, count = text.push(event.tokens if event.stop_token is None else self._visible(event))
         tokens, entries = event.tokens, event.logprobs
@@ -131,6 +133,7 @@ class Collector:
             prompt_logprobs=self._prompt_logprobs,
             num_cached_tokens=self._num_cached_tokens,
             metrics=metrics,
+            pooled=self._pooled,
         )
 
     def close(self, reason: FinishReason) -> list[Transcript]:
@@ -150,6 +153,7 @@ class Collector:
 
     def _record_prompt(self, event: Event) -> None:
         self._num_cached_tokens += event.num_cached_tokens
+        self._pooled = event.pooled
         if event.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs += map(self._by_token, event.prompt_logprobs)
 

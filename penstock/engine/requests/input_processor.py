@@ -34,6 +34,7 @@ from penstock.generation import GenerationConfig, Params, default_params
 from penstock.models.protocol import ModelSpec
 from penstock.optimizers.beam_search import BeamSearch
 from penstock.optimizers.tuning.tuner import ceilings
+from penstock.pooling import PoolingParams
 from penstock.sampling import SamplingParams, resolved, without_prompt_logprobs
 from penstock.scheduling.admission import Admission
 from penstock.sequence import Sequence
@@ -161,7 +162,7 @@ class InputProcessor:
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
         """The parameters with a definite `max_tokens` that fits."""
         room = self.limit - prompt_len
-        if room < 1:
+        if room < (0 if isinstance(params, PoolingParams) else 1):
             raise RequestTooLarge(
                 f"the prompt has {prompt_len} tokens and the limit is {self.limit} for prompt and output together: "
                 f"shorten the prompt{self._remedy}"
