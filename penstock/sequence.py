@@ -63,6 +63,7 @@ class Sequence:
     parent: Sequence | None = field(default=None, repr=False)
     constraint: Constraint | None = field(default=None, repr=False)  # advanced by Scheduler.commit
     prompt_len: int = field(init=False)
+    computes_whole_prompt: bool = field(init=False)  # every position, so that no cached prefix is of use
 
     # Progress. The same table, with the reasons, is in docs/design.md.
     draft: tuple[int, ...] = ()  # unverified tokens: Scheduler.offer; cleared by commit, plan, preempt and finish
@@ -74,6 +75,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)
+        pools_all = isinstance(self.params, PoolingParams) and self.params.pooling == "mean"
+        self.computes_whole_prompt = pools_all or self.params.prompt_logprobs is not None
 
     @property
     def length(self) -> int:
@@ -110,12 +113,6 @@ class Sequence:
         is_idle = self.status is Status.RUNNING and not self.in_flight
         newest = len(self.tokens) - 1
         return is_idle and self.computed == newest >= self.prompt_len and not self.params.use_beam_search
-
-    @property
-    def computes_whole_prompt(self) -> bool:
-        """Whether every position of its prompt must go through the model, so that no cached prefix is of use."""
-        params = self.params
-        return params.prompt_logprobs is not None or (isinstance(params, PoolingParams) and params.pooling == "mean")
 
     @property
     def scores_prompt(self) -> bool:

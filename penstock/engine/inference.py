@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from types import TracebackType
@@ -16,7 +18,7 @@ from typing import Any, Self, Unpack
 
 from penstock.api.arguments import RequestOptions, check_id, check_priority, read_arguments
 from penstock.api.callbacks import Callbacks
-from penstock.api.channel import RequestStatus
+from penstock.api.channel import Channel, RequestStatus
 from penstock.api.exiting import halt_at_exit
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import FinalCallback, InferenceRequest, Submission
@@ -24,31 +26,29 @@ from penstock.api.log import engine_logger
 from penstock.api.prompt import Prompt, read_prompt
 from penstock.api.protocols import Callback
 from penstock.api.stats import EngineStats
-from penstock.api.waiting import result_of
 from penstock.config import EngineConfig, EngineSettings, with_settings
 from penstock.engine.assembly import Assembly, Parts, check_model, shut_down
+from penstock.engine.capabilities import Capabilities
 from penstock.engine.loop.host import Host
 from penstock.engine.loop.memory import NOTHING_FREED, optimize_memory
 from penstock.engine.observe.figures import figures
 from penstock.engine.observe.metrics import Metrics
-from penstock.engine.requests.embedding import Embedding, embed
 from penstock.engine.requests.forking import Fork, check_num_forks, forkable
-from penstock.engine.requests.registry import Registry
+from penstock.engine.requests.request import Request, new_request
 from penstock.engine.requests.room import RoomQueue
-from penstock.engine.requests.scoring import score
-from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids
-from penstock.errors import EngineClosed
+from penstock.errors import EngineClosed, RequestError
 from penstock.generation import Params, default_params
-from penstock.outputs import EmbeddingOutput
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
-from penstock.values import real, token_ids
+from penstock.values import real
 
+# Number of ended requests from `submit_request` that can still be queried.
+KEPT_REQUESTS = 1024
 CALLBACK_DRAIN_S = 0.5  # for a request whose callback stops the engine
 
 
-class InferenceEngine:
+class InferenceEngine(Capabilities):
     """Serves one model to many callers at once.
 
     `model` is a hub id, a folder, a live `nn.Module` (borrowed: it is not modified and stays trainable), a
@@ -68,6 +68,9 @@ class InferenceEngine:
         self._log = engine_logger(self.config)
         self._metrics = Metrics(self.config.enable_metrics)
         self._admission = Admission(self.config)
+        self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()
+        self._kept: deque[Channel] = deque(maxlen=KEPT_REQUESTS)
+        self._random = random.Random(self.config.seed)
         self._pid = os.getpid()
         self._advisor = BatchingOptimizer()
         self._assembly = Assembly(
@@ -76,7 +79,6 @@ class InferenceEngine:
         self._host = Host(self._assembly.boot)
         self._callbacks = Callbacks(self._host.fail_request)
         self._room = RoomQueue(self._admission, self._host)
-        self._registry = Registry(self._admission, self._host, self.config.seed)
         parts = self._host, self._callbacks, self._assembly
         self._finalizer = weakref.finalize(self, shut_down, *parts, halt_at_exit(*parts))
         self._finalizer.atexit = False  # it would wait for the running step
@@ -111,9 +113,8 @@ class InferenceEngine:
             namespace=namespace,
             callback=callback,
         )
-        request = self._registry.new_request(request_id, arguments)
-        self._boot()
-        self._registry.submit([request])
+        request = new_request(self._unused_id(request_id), arguments, self._random.getrandbits(62))
+        self._submit([request])
         handle = RequestHandle(request.channel, self)
         if callback is not None:
             self._callbacks.stream(handle, callback)
@@ -138,7 +139,7 @@ class InferenceEngine:
         params = config if generation_config is None else generation_config
         submission = Submission(params, priority, callback, metadata)
         handle = self.generate(text, params, priority=priority, **options).detach()
-        self._registry.keep(handle.request_id)
+        self._kept.append(self._channels[handle.request_id])
         if callback is not None:
             self._callbacks.finish(handle, lambda output: callback(submission.ended(output, handle.status)))
         return handle.request_id
@@ -173,45 +174,6 @@ class InferenceEngine:
         self._boot()
         await self._room.wait(num_tokens, priority)
 
-    async def score(
-        self, prompt_ids: SequenceOf[int], completion_ids: SequenceOf[int], *, namespace: str = ""
-    ) -> list[float]:
-        """The model's log probability of each completion token after the prompt, batched with other requests.
-
-        Both arguments are token ids, at least one each. Raises `RequestError`, and whatever awaiting a request raises.
-        """
-        return await score(self, prompt_ids, completion_ids, namespace)
-
-    async def embed(
-        self,
-        prompts: Prompt | SequenceOf[Prompt],
-        *,
-        pooling: str = "mean",
-        dimensions: int | None = None,
-        normalize: bool = True,
-        namespace: str = "",
-        priority: RequestPriority = RequestPriority.NORMAL,
-        deadline: float | None = None,
-    ) -> list[EmbeddingOutput]:
-        """The embedding of each prompt (one, or a list): pooled hidden states after the last norm.
-
-        `pooling` is "mean" or "last" (the last token's). `dimensions` keeps that many leading numbers; `normalize`
-        then divides by the length of the vector. The other arguments, and the errors, are those of `generate`.
-        """
-        embedding = Embedding(pooling, dimensions, normalize, namespace, priority, deadline)
-        embedding.check_size((await self._loaded_soon()).runner.spec.hidden_size)
-        return await embed(self, prompts, embedding)
-
-    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids that `generate` computes for a prompt. Loads the model. Raises `RequestError`."""
-        pool = (await self._loaded_soon()).pool
-        return await result_of(pool.submit(encode_ids, read_prompt(prompt), add_special_tokens))
-
-    async def detokenize(self, ids: SequenceOf[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids. Loads the model. Raises `RequestError`."""
-        pool = (await self._loaded_soon()).pool
-        return await result_of(pool.submit(decode_ids, token_ids("ids", ids), skip_special_tokens))
-
     def fork(
         self,
         request_id: str,
@@ -224,11 +186,10 @@ class InferenceEngine:
     ) -> list[RequestHandle]:
         """`RequestHandle.fork` for a request given by its id."""
         request_id = check_id(request_id)
-        ids = [self._registry.unused_id(None) for _ in range(check_num_forks(n, self.config.max_queue_size))]
+        ids = [self._unused_id(None) for _ in range(check_num_forks(n, self.config.max_queue_size))]
         fork = Fork(request_id, index=index, at=at, append=append)
-        requests = fork.new_requests(ids, forkable(self._registry.channel(request_id), request_id), params)
-        self._boot()
-        self._registry.submit(requests, fork)
+        requests = fork.new_requests(ids, forkable(self._channels.get(request_id), request_id), params)
+        self._submit(requests, fork)
         return [RequestHandle(request.channel, self) for request in requests]
 
     def abort(self, request_id: str) -> None:
@@ -238,12 +199,12 @@ class InferenceEngine:
 
     def get_request_status(self, request_id: str) -> RequestStatus | None:
         """The state of a request; None for an unknown id. Raises `RequestError`."""
-        channel = self._registry.channel(request_id)
+        channel = self._channels.get(check_id(request_id))
         return None if channel is None else channel.status
 
     def get_request(self, request_id: str) -> RequestHandle | None:
         """Another handle of a known request; dropping it does not abort. Raises `RequestError`."""
-        channel = self._registry.channel(request_id)
+        channel = self._channels.get(check_id(request_id))
         return None if channel is None else RequestHandle(channel, self).detach()
 
     # Lifetime.
@@ -346,3 +307,23 @@ class InferenceEngine:
         if self._pid != os.getpid():
             raise EngineClosed("this engine was created before os.fork(): create a new one in the child process")
         self._host.start()
+
+    def _unused_id(self, request_id: str | None) -> str:
+        """The id, or a fresh one. Raises `RequestError` while it is in use."""
+        request_id = check_id(request_id)
+        if (channel := self._channels.get(request_id)) is not None and not channel.ended:
+            raise RequestError(f"request id {request_id!r} is already running: use another, or none")
+        return request_id
+
+    def _submit(self, requests: SequenceOf[Request], fork: Fork | None = None) -> None:
+        """Pass all requests to the engine's thread, or none."""
+        self._boot()
+        places = [request.place for request in requests]
+        displaced = self._admission.reserve(places)
+        try:
+            self._host.post(lambda core: core.submit(requests, displaced, fork), requests)
+        except BaseException:
+            self._admission.release(*places)
+            raise
+        for request in requests:
+            self._channels[request.id] = request.channel

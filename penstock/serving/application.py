@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from penstock import __version__
 from penstock.api.protocols import Engine
-from penstock.serving import admin, chat, completions, health, models, tokens
+from penstock.serving import admin, chat, completions, embeddings, health, models, tokens
 from penstock.serving.chat_request import ChatRequest
 from penstock.serving.completion_request import CompletionRequest
 from penstock.serving.errors import HttpError, failure_of
@@ -56,6 +56,7 @@ ROUTES = (
     _Route("GET", "/v1/models/{model:path}", models.retrieve_model),
     _Route("POST", "/v1/chat/completions", chat.chat_completions, ChatRequest, _JSON_OR_EVENTS),
     _Route("POST", "/v1/completions", completions.completions, CompletionRequest, _JSON_OR_EVENTS),
+    _Route("POST", "/v1/embeddings", embeddings.embeddings, embeddings.EmbeddingRequest),
     _Route("POST", "/tokenize", tokens.tokenize, tokens.TokenizeRequest),
     _Route("POST", "/detokenize", tokens.detokenize, tokens.DetokenizeRequest),
     _Route("POST", "/inference/v1/generate", tokens.generate, tokens.GenerateRequest, _JSON_OR_EVENTS),

@@ -39,7 +39,7 @@ class CompletionRequest(SamplingFields, StructureFields):
             raise invalid("echo with logprobs cannot be streamed: the prompt's are known at the end", "echo")
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens=0 generates nothing: it needs echo", "max_tokens")
-        prompts = _listed(self.prompt)
+        prompts = listed_prompts(self.prompt)
         if not prompts or not all(prompts):
             raise invalid("the prompt is empty: pass at least one character, or token ids", "prompt")
         if len(prompts) > settings.max_choices:
@@ -59,7 +59,7 @@ class CompletionRequest(SamplingFields, StructureFields):
         )
 
 
-def _listed(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+def listed_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
     """The prompts one by one. A list of numbers is one prompt."""
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]

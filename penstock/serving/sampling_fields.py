@@ -31,7 +31,24 @@ def _bounded(biases: object) -> object:
     return biases
 
 
-class SamplingFields(RequestModel):
+class OptionFields(RequestModel):
+    """What a body may ask of the engine besides parameters."""
+
+    priority: int | str | None = Field(None, description="low, normal, high or critical, or their numbers 1 to 4.")
+    deadline: float | None = Field(None, gt=0, le=FLOATS, description="Seconds that the request may take.")
+    namespace: str | None = Field(
+        None, max_length=256, description="Isolates cached prefixes; for servers without keys."
+    )
+
+    def options(self, client: Client) -> Options:
+        """The engine's other arguments, within what the client may ask for."""
+        if client.has_key and self.namespace is not None:
+            raise invalid("namespace belongs to the API key here: leave it out", "namespace")
+        priority = min(_priority(self.priority), client.priority_ceiling)
+        return Options(priority, self.deadline, client.namespace or self.namespace or "")
+
+
+class SamplingFields(OptionFields):
     """Sampling parameters under OpenAI's and vLLM's names. None is the default of each."""
 
     n: int | None = Field(None, ge=1, le=MAX_INT)
@@ -54,11 +71,6 @@ class SamplingFields(RequestModel):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    priority: int | str | None = Field(None, description="low, normal, high or critical, or their numbers 1 to 4.")
-    deadline: float | None = Field(None, gt=0, le=FLOATS, description="Seconds that the request may take.")
-    namespace: str | None = Field(
-        None, max_length=256, description="Isolates cached prefixes; for servers without keys."
-    )
     return_token_ids: bool = False
 
     def params(
@@ -79,13 +91,6 @@ class SamplingFields(RequestModel):
         if self.logit_bias:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return replace(base or SamplingParams(), **{**given, **more})
-
-    def options(self, client: Client) -> Options:
-        """The engine's other arguments, within what the client may ask for."""
-        if client.has_key and self.namespace is not None:
-            raise invalid("namespace belongs to the API key here: leave it out", "namespace")
-        priority = min(_priority(self.priority), client.priority_ceiling)
-        return Options(priority, self.deadline, client.namespace or self.namespace or "")
 
 
 # Fields that parameters of the same name are set to.

@@ -69,6 +69,7 @@ class ServingKeywords(TypedDict, total=False):
     cors_origins: tuple[str, ...] | None
     max_body_bytes: int
     max_choices: int
+    max_embeddings: int
     max_stop: int
     max_logit_bias: int
     max_messages: int
@@ -95,6 +96,7 @@ class ServingSettings(BaseSettings):
     )
     max_body_bytes: int = Field(2 << 20, ge=1, description="Maximum bytes of a request's body.")
     max_choices: int = Field(128, ge=1, description="Maximum completions of a request: prompts times n or best_of.")
+    max_embeddings: int = Field(2048, ge=1, description="Maximum inputs of a request for embeddings.")
     max_stop: int = Field(16, ge=0, description="Maximum stop strings of a request.")
     max_logit_bias: int = Field(1024, ge=0, le=1 << 14, description="Maximum entries of logit_bias.")
     max_messages: int = Field(4096, ge=1, description="Maximum messages of a chat.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from tests.tiny_models import ARCHITECTURES, VOCAB, build
 
 PROMPTS = prompts(16, 120, VOCAB, seed=4)
 ENGINE: dict[str, Any] = {"skip_tokenizer_init": True, "max_sequence_length": None, "batch_timeout_ms": 0}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the engine work until the condition holds."""
+    while not condition():  # noqa: ASYNC110 - the engine's thread signals no event
+        await asyncio.sleep(0.001)
 
 
 def by_transformers(model: Any, prompt: list[int], pooling: str) -> torch.Tensor:
@@ -68,8 +75,7 @@ async def test_a_preempted_prompt_is_pooled_from_its_beginning() -> None:
     tight = {**ENGINE, "kv_cache_tokens": 256, "block_size": 4, "max_num_batched_tokens": 20}
     async with InferenceEngine(model, **tight) as engine:
         embedding = asyncio.create_task(engine.embed([text], priority=1))
-        while not engine.get_stats()["queue"]["num_running"]:
-            await asyncio.sleep(0)
+        await until(lambda: engine.get_stats()["queue"]["num_running"] > 0)
         await engine.generate(text[:100], params, priority=4)
         output = await embedding
         assert engine.get_stats()["queue"]["num_preemptions"] > 0
@@ -118,8 +124,7 @@ async def test_ending_an_embedding_early_leaves_nothing_behind() -> None:
         with pytest.raises(DeadlineExceeded):
             await engine.embed([text], deadline=1e-4)
         task = asyncio.create_task(engine.embed([text, text]))
-        while not engine.get_stats()["queue"]["num_running"]:
-            await asyncio.sleep(0)
+        await until(lambda: engine.get_stats()["queue"]["num_running"] > 0)
         neighbour = asyncio.create_task(engine.embed(PROMPTS[-1:]))
         await asyncio.sleep(0)
         task.cancel()
@@ -128,8 +133,7 @@ async def test_ending_an_embedding_early_leaves_nothing_behind() -> None:
         assert largest_error(await neighbour, model, PROMPTS[-1:], "mean") < 1e-5
         # The same prompt again: a sum that was left would be added to.
         assert largest_error(await engine.embed([text]), model, [text], "mean") < 1e-5
-        while engine.get_stats()["queue"]["num_requests"]:
-            await asyncio.sleep(0)
+        await until(lambda: engine.get_stats()["queue"]["num_requests"] == 0)
         assert engine.get_stats()["cache_info"]["usage"] == 0
 
 
@@ -138,8 +142,6 @@ async def test_weights_that_are_not_finite_end_the_embedding_alone() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = float("nan")
     async with InferenceEngine(model, **ENGINE, verify_model=False) as engine:
-        good, bad = await asyncio.gather(
-            engine.embed([[3, 4, 5]]), engine.embed([[3, 7, 5]]), return_exceptions=True
-        )
+        good, bad = await asyncio.gather(engine.embed([[3, 4, 5]]), engine.embed([[3, 7, 5]]), return_exceptions=True)
     assert "not finite" in str(bad)
     assert len(good[0].embedding) == 32  # type: ignore[index]

@@ -1,0 +1,72 @@
+"""`Capabilities`: what the native engine does besides generating: score, embed, encode and decode.
+
+Scores and embeddings are requests of `generate`; texts are encoded by the tokenizer pool. Holds no state. The base of
+`InferenceEngine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from penstock.api.prompt import Prompt, read_prompt
+from penstock.api.protocols import Engine
+from penstock.api.waiting import result_of
+from penstock.engine.assembly import Parts
+from penstock.engine.requests.embedding import Embedding, embed
+from penstock.engine.requests.scoring import score
+from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids
+from penstock.outputs import EmbeddingOutput
+from penstock.sampling import RequestPriority
+from penstock.values import token_ids
+
+
+class _Loading(Engine, Protocol):
+    """An engine that loads its model when it is first used."""
+
+    async def _loaded_soon(self) -> Parts: ...
+
+
+class Capabilities:
+    """Methods of `InferenceEngine`."""
+
+    async def score(
+        self: Engine, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""
+    ) -> list[float]:
+        """The model's log probability of each completion token after the prompt, batched with other requests.
+
+        Both arguments are token ids, at least one each. Raises `RequestError`, and whatever awaiting a request raises.
+        """
+        return await score(self, prompt_ids, completion_ids, namespace)
+
+    async def embed(
+        self: _Loading,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "mean",
+        dimensions: int | None = None,
+        normalize: bool = True,
+        namespace: str = "",
+        priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None,
+    ) -> list[EmbeddingOutput]:
+        """The embedding of each prompt (one, or a list): hidden states after the last norm, pooled.
+
+        Runs in the same steps as generation. `pooling` is "mean" or "last" (the last token's); a mean computes every
+        position of its prompt, cached or not. `dimensions` keeps that many leading numbers; `normalize` then divides by
+        the length of the vector. `deadline` is in seconds from now, effective once the model is loaded. Prompts beyond
+        the size of the queue wait for the earlier ones. Raises `RequestError`, and whatever awaiting a request raises.
+        """
+        embedding = Embedding(pooling, dimensions, normalize, namespace, priority, deadline)
+        embedding.check_size((await self._loaded_soon()).runner.spec.hidden_size)
+        return await embed(self, prompts, embedding)
+
+    async def tokenize(self: _Loading, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids that `generate` computes for a prompt. Loads the model. Raises `RequestError`."""
+        pool = (await self._loaded_soon()).pool
+        return await result_of(pool.submit(encode_ids, read_prompt(prompt), add_special_tokens))
+
+    async def detokenize(self: _Loading, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Loads the model. Raises `RequestError`."""
+        pool = (await self._loaded_soon()).pool
+        return await result_of(pool.submit(decode_ids, token_ids("ids", ids), skip_special_tokens))
