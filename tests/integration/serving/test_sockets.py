@@ -213,3 +213,27 @@ def test_the_openai_client_streams_and_raises_its_own_errors(serve: Serve) -> No
     service.model.step_s = 0.01
     with pytest.raises(openai.APIError, match="deadline"):
         list(chat.create(model="m", messages=MESSAGES, max_tokens=4000, stream=True, extra_body={"deadline": 0.2}))
+
+
+def test_the_openai_client_reads_embeddings_in_both_encodings(serve: Serve) -> None:
+    """Its default is base64, which other servers ignored."""
+    service = serve()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{service.port}/v1", api_key="x", max_retries=0)
+    default = client.embeddings.create(model="scripted", input=["water", "falls"])
+    numbers = client.embeddings.create(model="scripted", input=["water", "falls"], encoding_format="float")
+    assert [len(entry.embedding) for entry in default.data] == [8, 8]
+    for one, other in zip(default.data, numbers.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding, abs=1e-7)
+    assert len(client.embeddings.create(model="scripted", input=[5, 6], dimensions=3).data[0].embedding) == 3
+    with pytest.raises(openai.BadRequestError, match="dimensions=9"):
+        client.embeddings.create(model="scripted", input="water", dimensions=9)
+
+
+def test_a_client_that_leaves_ends_its_embeddings(serve: Serve) -> None:
+    service = serve()
+    service.model.hold()
+    connection = service.post("/v1/embeddings", input=["water"] * 20)
+    wait_until(lambda: service.num_requests == 20)
+    connection.close()
+    service.model.release()
+    wait_until(lambda: service.num_requests == 0)
