@@ -33,7 +33,7 @@ finish.
 _SCRIPTED = "scripted:"
 _SERVER = (
     *("host", "port", "admin_key", "allow_anonymous", "ssl_certfile", "ssl_keyfile", "access_log"),
-    *("served_model_name", "cors_origins", "drain_timeout_s"),
+    *("served_model_name", "cors_origins", "drain_timeout_s", "tracing"),
 )
 
 
@@ -61,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     server.add_argument(
         "--no-access-log", dest="access_log", action="store_false", default=None, help="log no requests"
     )
+    server.add_argument("--tracing", action="store_true", default=None, help="trace requests with OpenTelemetry")
     server.add_argument("--drain-timeout-s", type=float, metavar="S", help="time to finish after SIGTERM (default: 30)")
     _add_engine_options(parser)
     parser.set_defaults(run=run)

@@ -80,6 +80,7 @@ def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies
         lifespan=_lifespan_of(engine),
         docs_url=None,
         redoc_url=None,
+        telemetry={"tracing": False, "logs": False},  # `tracing` says; older versions ignore the argument
     )
     api.state.server = server
     for route in ROUTES:

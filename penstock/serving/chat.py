@@ -27,7 +27,7 @@ async def chat_completions(server: Server, request: Request) -> Response:
     """Answer a chat."""
     exchange = Exchange.begin(server, request, "chatcmpl-")
     body = await read_model(request, ChatRequest, server.settings.max_body_bytes)
-    model = server.check_model(body.model)
+    model = exchange.check_model(body.model)
     body.check(server.settings)
     task, options = body.task(server.settings, server.formats, server.defaults), body.options(exchange.call.client)
     generation = await exchange.submit_chat(task, options)

@@ -27,7 +27,7 @@ async def completions(server: Server, request: Request) -> Response:
     """Complete texts."""
     exchange = Exchange.begin(server, request, "cmpl-")
     body = await read_model(request, CompletionRequest, server.settings.max_body_bytes)
-    model, prompts = server.check_model(body.model), body.prompts(server.settings)
+    model, prompts = exchange.check_model(body.model), body.prompts(server.settings)
     params = body.sampling(server.settings, len(prompts), server.defaults)
     options = body.options(exchange.call.client)
     generation = await exchange.submit(prompts, params, options)

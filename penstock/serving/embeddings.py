@@ -52,7 +52,7 @@ async def embeddings(server: Server, request: Request) -> Response:
     """Embed texts."""
     exchange = Exchange.begin(server, request, "embd-")
     body = await read_model(request, EmbeddingRequest, server.settings.max_body_bytes)
-    model, options = server.check_model(body.model), body.options(exchange.call.client)
+    model, options = exchange.check_model(body.model), body.options(exchange.call.client)
     if not isinstance(server.engine, Embedder):
         raise HttpError(404, "this engine gives no embeddings", code="not_found")
     work = server.engine.embed(

@@ -43,6 +43,11 @@ class Exchange:
         call.facts["response_id"] = name
         return cls(server, request, call, name)
 
+    def check_model(self, name: str | None) -> str:
+        """The name under which to answer. Raises a 404 for an unknown one."""
+        self.call.facts["model"] = model = self.server.check_model(name)
+        return model
+
     async def submit(
         self, prompts: Sequence[Prompt], params: SamplingParams, options: Options, suffix: str = ""
     ) -> Generation:
@@ -66,6 +71,7 @@ class Exchange:
             async with cancelled_on_disconnect(self.request.receive, generation.cancel):
                 outputs = await generation.outputs()
         self.call.facts["completion_tokens"] = sum(len(out.token_ids) for output in outputs for out in output.outputs)
+        self._note_ends(generation)
         return outputs
 
     def stream(
@@ -102,3 +108,12 @@ class Exchange:
                 yield error_frame(error)
             finally:
                 self.call.facts["completion_tokens"] = generation.usage().completion_tokens
+                self._note_ends(generation)
+
+    def _note_ends(self, generation: Generation) -> None:
+        reasons = [out.finish_reason for output in generation.ended for out in output.outputs]
+        times = [output.metrics.first_token_s for output in generation.ended]
+        if reasons:
+            self.call.facts["finish_reasons"] = reasons
+        if seconds := [time_s for time_s in times if time_s is not None]:
+            self.call.facts["first_token_s"] = round(min(seconds), 6)

@@ -23,6 +23,7 @@ from penstock.serving.errors import Envelope, Failure, failure_of, openai_envelo
 from penstock.serving.json_response import json_response
 from penstock.serving.origins import check_origin
 from penstock.serving.server import Server
+from penstock.serving.tracing import Outcome
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _VALID_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -74,8 +75,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, headers = route_path(scope), Headers(scope=scope)
-        answer = _Answer(send, _request_id(headers))
+        headers = Headers(scope=scope)
+        with self._server.tracing.request(scope["method"], headers) as outcome:
+            await self._serve(scope, headers, receive, _Answer(send, _request_id(headers)), outcome)
+
+    async def _serve(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer, outcome: Outcome) -> None:
+        path = route_path(scope)
         begin_s, client_name, facts = time.perf_counter(), "", {}
         try:
             with ExitStack() as stack:
@@ -88,11 +93,12 @@ class Gate:
         except Exception as error:
             await self._fail(error, path, scope, receive, answer)
         finally:
-            self._server.metrics.record_response(_route_of(scope), answer.status)
+            outcome.route, outcome.status, outcome.facts = _route_of(scope), answer.status, facts
+            self._server.metrics.record_response(outcome.route, answer.status)
             duration_s = round(time.perf_counter() - begin_s, 6)
             self._server.log.info(
                 "request",
-                **{"request_id": answer.request_id, "method": scope["method"], "path": _route_of(scope)},
+                **{"request_id": answer.request_id, "method": scope["method"], "path": outcome.route},
                 **{"status": answer.status, "key": client_name, "duration_s": duration_s, **facts},
             )
 

@@ -45,6 +45,7 @@ class Generation:
 
     def __init__(self, handles: Sequence[RequestHandle], metrics: Metrics) -> None:
         self.handles = handles
+        self.ended: list[RequestOutput] = []  # results that were read
         self._metrics = metrics
         self._num_tokens = 0
 
@@ -61,7 +62,7 @@ class Generation:
             self.cancel()
             raise
         for output in outputs:
-            self._metrics.record_output(output)
+            self._record(output)
             self._metrics.record_mean_gap(output)
         return outputs
 
@@ -79,7 +80,7 @@ class Generation:
                     previous = now
                 yield number, delta
             for handle in self.handles:
-                metrics.record_output(await handle)
+                self._record(await handle)
         finally:
             self.cancel()
 
@@ -90,6 +91,10 @@ class Generation:
     async def final_usage(self) -> Usage:
         """The tokens of a stream that has ended."""
         return usage_of([await handle for handle in self.handles])
+
+    def _record(self, output: RequestOutput) -> None:
+        self.ended.append(output)
+        self._metrics.record_output(output)
 
     def _merged(self) -> AsyncIterator[tuple[int, Delta]]:
         if len(self.handles) == 1:

@@ -18,6 +18,7 @@ from penstock.serving.metrics import Metrics
 from penstock.serving.model_formats import ModelFormats, formats_of
 from penstock.serving.readiness import Readiness
 from penstock.serving.settings import ServingSettings
+from penstock.serving.tracing import Tracing
 
 
 class Server:
@@ -30,6 +31,7 @@ class Server:
         self.lifecycle = Lifecycle(settings.max_concurrent_requests)
         self.metrics = Metrics(engine, lambda: self.names[0])
         self.readiness = Readiness(settings.stall_s)
+        self.tracing = Tracing(settings.tracing)
         self.log = access_logger()
         self.created = int(time.time())
         self._names = settings.served_model_name

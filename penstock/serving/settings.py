@@ -79,6 +79,7 @@ class ServingKeywords(TypedDict, total=False):
     max_concurrent_requests: int
     ping_interval_s: float
     stall_s: float
+    tracing: bool
     drain_delay_s: float
     drain_timeout_s: float
 
@@ -108,6 +109,7 @@ class ServingSettings(BaseSettings):
     max_concurrent_requests: int = Field(1024, ge=1, description="Maximum open HTTP requests for generation.")
     ping_interval_s: float = Field(5.0, gt=0, description="A stream that was silent for so long sends a comment.")
     stall_s: float = Field(60.0, gt=0, description="Not ready once work has waited for so long without a step.")
+    tracing: bool = Field(False, description="Trace every HTTP request with OpenTelemetry (penstock[otel]).")
     drain_delay_s: float = Field(0.0, ge=0, description="At SIGTERM, seconds during which requests are still accepted.")
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that accepted requests have to finish.")
 

@@ -96,7 +96,7 @@ async def generate(server: Server, request: Request) -> Response:
     """Generate from token ids."""
     exchange = Exchange.begin(server, request, "gen-")
     body = await read_model(request, GenerateRequest, server.settings.max_body_bytes)
-    server.check_model(body.model)
+    exchange.check_model(body.model)
     fields, top = body.sampling_params, body.sampling_params.logprobs
     params = fields.params(
         server.settings,
