@@ -18,8 +18,9 @@ from penstock.errors import RequestAborted
 from penstock.outputs import EmbeddingOutput
 from penstock.serving.body import read_model
 from penstock.serving.completion_request import listed_prompts
-from penstock.serving.endpoint import Exchange, json_answer
+from penstock.serving.endpoint import Exchange
 from penstock.serving.errors import HttpError, invalid
+from penstock.serving.json_response import json_response
 from penstock.serving.sampling_fields import MAX_INT, OptionFields
 from penstock.serving.server import Server
 from penstock.serving.settings import ServingSettings
@@ -73,7 +74,7 @@ async def embeddings(server: Server, request: Request) -> Response:
         for index, output in enumerate(outputs)
     ]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    return json_answer({"object": "list", "data": data, "model": model, "usage": usage})
+    return json_response({"object": "list", "data": data, "model": model, "usage": usage})
 
 
 async def _watched(exchange: Exchange, work: Coroutine[object, object, list[EmbeddingOutput]]) -> list[EmbeddingOutput]:

@@ -128,7 +128,7 @@ def test_a_full_queue_is_a_429() -> None:
     with client_of(max_queue_size=1, max_batch_size=1, step_s=0.05) as client:
         engine = client.app.state.server.engine  # type: ignore[attr-defined]
         handles = [engine.generate("water", _LONG)]
-        while engine.get_stats()["queue"]["num_waiting"]:
+        while not engine.get_stats()["queue"]["num_running"]:
             pass
         handles.append(engine.generate("water", _LONG))
         response = client.post(URL, json={"input": ["a", "b"]})
