@@ -172,8 +172,7 @@ def _prepare(
     refuse_unsupported(module)
     device, dtype = device_and_dtype(module)
     eos, vocabulary = eos_token_ids(module, tokenizer), vocab_size(module)
-    limit = length_limit(text_config(module))
-    max_length = _max_length(limit, config)
+    max_length = _max_length(limit := length_limit(text_config(module)), config)
     defaults, ignored = generation_defaults(module, vocabulary, eos, has_text=tokenizer is not None)
     loaded_bytes = weight_bytes(owner)
     quantizes = config.quantization == "int8"

@@ -195,12 +195,7 @@ class Scheduler:
         seq.draft = ()
         if not row.samples or out.candidates:
             seq.computed = row.end
-            if out.candidates:
-                reports.append((seq.id, out.candidates))
-            reason = FinishReason.STOP if seq.max_len == row.end == seq.prompt_len else None  # it was to be pooled
-            if reason is not None:
-                self._live.finish(seq, reason)
-            return self._events.of_row(row, out, 0, reason, None, weight_version)
+            return self._settle_prompt(seq, row, out, weight_version, reports)
         tokens, num_drafts = out.tokens, len(out.tokens) - 1
         assert 0 <= num_drafts <= len(row.draft)
         count, reason, stop_token, error = accept(seq, tokens)
@@ -219,6 +214,17 @@ class Scheduler:
         if reason is not None:
             self._live.finish(seq, reason)
         return self._events.of_row(row, out, count, reason, stop_token, weight_version)
+
+    def _settle_prompt(
+        self, seq: Sequence, row: Row, out: RowResult, weight_version: int, reports: list[Report]
+    ) -> Event | None:
+        """Take in a row without a token: a part of a prompt, all of one that is pooled, or a beam's candidates."""
+        if out.candidates:
+            reports.append((seq.id, out.candidates))
+        reason = FinishReason.STOP if seq.max_len == row.end == seq.prompt_len else None  # it was to be pooled
+        if reason is not None:
+            self._live.finish(seq, reason)
+        return self._events.of_row(row, out, 0, reason, None, weight_version)
 
     def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Event:
         beams = self._searches.remove(seq)
