@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,16 @@ def test_generate_reports_output_and_speed() -> None:
     assert document["stats"]["tokens_per_s"] > 0
     assert "first token after" in completed.stderr
     assert completed.stderr.count("\n") == 1  # no library's progress bar
+
+
+def test_output_follows_a_schema_an_expression_or_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}')
+    assert json.loads(penstock("generate", "x = ", "--json-schema", str(path)).stdout) in (
+        *([a, b] for a in (1, 2) for b in (1, 2)),
+    )
+    assert re.fullmatch("[0-9]{3}\\n", penstock("generate", "x = ", "--regex", "[0-9]{3}").stdout)
+    assert penstock("generate", "x = ", "--choice", "None", "--choice", "True").stdout in ("None\n", "True\n")
 
 
 def test_ctrl_c_cancels_a_generation() -> None:
@@ -257,6 +268,8 @@ def test_doctor_reports_every_section() -> None:
         (["generate", "--model", "./nowhere", "x"], "there is no model folder ./nowhere"),
         (["generate", "--temperature", "-1", "x"], "temperature must be"),
         (["generate", "--logprobs", "1", "x"], "needs JSON output: add --json"),
+        (["generate", "--json-schema", "./nowhere.json", "x"], "--json-schema nowhere.json: "),
+        (["generate", "--regex", "", "x"], "regex must be a non-empty string"),
         (["bench", "--workloads", "single,huge"], "unknown: 'huge'; choose from single, prefill"),
         (["bench", "--workloads", ","], "the list is empty: choose from single, prefill"),
         (["bench", "--shape", "llama-15m", "--model", "m"], "exclude each other"),
