@@ -175,6 +175,15 @@ async def test_a_fork_whose_appended_tokens_break_the_grammar_is_refused(engine:
     assert (await handle).outputs[0].finish_reason == "stop"
 
 
+async def test_a_fork_with_another_constraint_begins_it_anew(engine: InferenceEngine) -> None:
+    handle = engine.generate("a prompt", greedy(StructuredOutputs(regex="[0-9]{100}"), max_tokens=120))
+    await after(handle, 5)
+    letters = StructuredOutputs(regex="[a-z]{4}")
+    [fork] = handle.fork(1, greedy(letters), at=5)
+    check(letters, (await fork).outputs[0].text)
+    await handle
+
+
 async def test_an_output_is_cut_at_its_length_and_complete_where_it_fits(engine: InferenceEngine) -> None:
     digits = StructuredOutputs(regex="[0-9]{3}")
     cut = await engine.generate("p", greedy(StructuredOutputs(regex="[0-9]{90}"), max_tokens=2))

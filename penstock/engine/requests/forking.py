@@ -90,7 +90,7 @@ class Fork:
             seed=point.sequence.seed,
             sample_indices=point.origin.sample_indices,
             origin=point.sequence,
-            num_continued=point.num_continued,
+            num_continued=point.num_continued if _continues(params, point.sequence.params) else 0,
             namespace=point.origin.namespace,
             priority=point.origin.priority,
             deadline=point.origin.deadline,
@@ -126,6 +126,14 @@ class Fork:
         if self._at is not None and not 0 <= self._at <= seq.num_generated:
             raise RequestError(f"at={self._at} exceeds the {seq.num_generated} tokens generated so far")
         return seq
+
+
+def _continues(params: Params, origin: SamplingParams) -> bool:
+    """Whether a fork goes on with the grammar of its origin, instead of beginning one of its own."""
+    if not isinstance(params, SamplingParams):
+        return False
+    own = params.structured_outputs, params.reasoning_end
+    return own == (origin.structured_outputs, origin.reasoning_end)
 
 
 def _remaining_params(seq: Sequence, at: int, length: int) -> SamplingParams | None:
