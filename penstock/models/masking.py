@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from penstock.constraints.masks import Masks
 from penstock.errors import RequestError
@@ -38,14 +39,16 @@ def mask_rows(rows: Sequence[Row], masks: Masks) -> Tensor:
 
 def rule_out(logits: Tensor, rows: Sequence[Row], masks: Masks) -> None:
     """Rule out what the masks refuse, in `logits` float32 [R, V], in place. Every row has a constraint."""
-    refused = _refused_by_byte()[mask_rows(rows, masks).view(torch.uint8).long()].view(torch.bool).flatten(1)
-    width = min(logits.shape[1], refused.shape[1])
-    logits[:, :width].masked_fill_(refused[:, :width].to(logits.device), -torch.inf)
+    penalties = F.embedding(mask_rows(rows, masks).view(torch.uint8).int(), _penalties_by_byte()).flatten(1)
+    width = min(logits.shape[1], penalties.shape[1])
+    logits[:, :width] += penalties[:, :width].to(logits.device)
     logits[:, width:] = -torch.inf
 
 
-def _refused_by_byte() -> Tensor:
-    """For each value of a byte, the 8 tokens that it refuses as 8 bools, packed: int64 [256]."""
+def _penalties_by_byte() -> Tensor:
+    """For each value of a byte, 0 or -inf for each of its 8 tokens: float32 [256, 8]."""
     values = torch.arange(256, dtype=torch.int64, device="cpu")[:, None]
     places = torch.arange(_BYTE, dtype=torch.int64, device="cpu")
-    return ((values >> places) & 1 == 0).view(torch.int64)[:, 0]
+    return torch.zeros(256, _BYTE, dtype=torch.float32, device="cpu").masked_fill_(
+        (values >> places) & 1 == 0, -torch.inf
+    )

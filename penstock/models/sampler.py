@@ -190,7 +190,7 @@ class Sampler:
         if masks is not None and group.masked:
             rule_out(copy.flat, rows, masks)
             errors |= mask_errors(rows, masks)
-        return copy.refreshed(), errors
+        return copy.refreshed(is_masked=group.masked), errors
 
     def _sample_greedily(self, logits: Tensor, rows: Sequence[Row], masks: Masks | None) -> list[RowResult]:
         """The results of rows that take their greatest logit, of those allowed, and request nothing else."""

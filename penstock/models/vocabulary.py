@@ -9,7 +9,7 @@ A sum is float32 within a chunk and float64 across chunks: exact to 1e-7 relativ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from penstock.kernels.native import LogitSummary
 
 CHUNK = 64
+_LOG2_E = 1.4426950408889634
 _LOW_WORD = 0xFFFFFFFF
 _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are complete
 
@@ -55,7 +56,7 @@ class Vocabulary:
 
     `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. Where logits were
     summarized, `total` is the sum of exp(logit - peak), float64 [R], and `first_peak` the first index of the greatest
-    logit, int64 [R].
+    logit, int64 [R]. `is_masked` says that most logits may be -inf.
     """
 
     chunks: Tensor
@@ -64,6 +65,7 @@ class Vocabulary:
     size: int
     total: Tensor | None = None
     first_peak: Tensor | None = None
+    is_masked: bool = False
 
     @classmethod
     def of(cls, logits: Tensor, summarize: LogitSummarizer | None = None) -> Vocabulary:
@@ -94,11 +96,12 @@ class Vocabulary:
     def take(self, rows: Tensor) -> Vocabulary:
         """A copy of some rows."""
         total, first_peak = (None if x is None else x[rows] for x in (self.total, self.first_peak))
-        return Vocabulary(self.chunks[rows], self.chunk_peaks[rows], self.peak[rows], self.size, total, first_peak)
+        copies = self.chunks[rows], self.chunk_peaks[rows], self.peak[rows]
+        return Vocabulary(*copies, self.size, total, first_peak, self.is_masked)
 
-    def refreshed(self) -> Vocabulary:
+    def refreshed(self, *, is_masked: bool = False) -> Vocabulary:
         """The same logits with their peaks computed again, after `flat` was written to."""
-        return self._of_chunks(self.chunks, self.size)
+        return replace(self._of_chunks(self.chunks, self.size), is_masked=is_masked)
 
     def at(self, tokens: Tensor) -> Tensor:
         """The logits [R] of one token per row; tokens int64 [R]."""
@@ -118,6 +121,8 @@ class Vocabulary:
         shifted = self.chunks - self.peak[:, None, None]
         if temperature is not None:
             shifted /= temperature[:, None, None].to(shifted.dtype)
+        if self.is_masked:  # PyTorch's exp is many times slower for -inf
+            return Weights.of(shifted.mul_(_LOG2_E).exp2_())
         return Weights.of(shifted.exp_())
 
     def log_total(self, weights: Weights | None = None) -> Tensor:
