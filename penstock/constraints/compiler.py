@@ -22,6 +22,11 @@ _Key = tuple[StructuredOutputs, str | None]
 class CompiledGrammar(Protocol):
     """What `compile` returns: makes the constraint of each sequence of a request."""
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether further sequences may begin with it; if not, it has to be compiled again."""
+        ...
+
     def start(self, *, ends_itself: bool) -> Constraint:
         """A constraint for a sequence without output."""
         ...
@@ -42,9 +47,10 @@ class GrammarCompiler:
     def find(self, structured: StructuredOutputs, reasoning_end: str | None) -> CompiledGrammar | None:
         """The grammar, if it was compiled lately."""
         with self._lock:
-            grammar = self._grammars.get((structured, reasoning_end))
-            if grammar is not None:
-                self._grammars.move_to_end((structured, reasoning_end))
+            grammar = self._grammars.pop((structured, reasoning_end), None)
+            if grammar is None or not grammar.is_usable:
+                return None
+            self._grammars[structured, reasoning_end] = grammar  # the latest now
             return grammar
 
     def compile(self, structured: StructuredOutputs, reasoning_end: str | None, tokenizer: object) -> CompiledGrammar:

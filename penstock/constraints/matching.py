@@ -106,6 +106,13 @@ class Grammar:
             ids, words = vocabulary.eos_ids, vocabulary.num_words
             self._marker = Marker(reasoning_end, vocabulary.token_bytes, ids, words)
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether no copy has used up the limits of the lexer that all of them share."""
+        trial = self._template.deep_copy()
+        trial.compute_bitmask()
+        return not trial.is_error()
+
     def start(self, *, ends_itself: bool) -> GrammarMatcher:
         """A constraint for a sequence without output."""
         return GrammarMatcher(self._template.deep_copy(), self._vocabulary, self._marker, ends_itself)
@@ -154,7 +161,10 @@ class GrammarMatcher:
             return tuple(draft[: self._num_asleep(self._marker, draft)])
         ends = [place for place, token in enumerate(draft) if token in self.filler.eos_ids]
         tokens = list(draft[: ends[0]] if ends else draft)
-        return tuple(tokens[: self.grammar.validate_tokens(tokens)])
+        count = self._advance_by(tokens)
+        if count:
+            self.grammar.rollback(count)
+        return tuple(tokens[:count])
 
     def forced(self, max_tokens: int) -> tuple[int, ...]:
         """The next tokens where only one text may follow. See `Constraint`."""
@@ -172,15 +182,24 @@ class GrammarMatcher:
                 state = self._marker.after(state, token) or 0
 
     def _consume(self, tokens: list[int]) -> int:
-        count = self.grammar.try_consume_tokens(tokens) if tokens else 0
-        while count < len(tokens) and not (self.ends_itself and self.is_complete):
-            self.grammar.compute_bitmask()  # renews the fuel, which may be all that was lacking
-            num_more = self.grammar.try_consume_tokens(tokens[count:])
-            if not num_more:
-                self.grammar.consume_tokens(tokens[count:])  # states the reason
-                raise self.error()
-            count += num_more
+        count = self._advance_by(tokens)
+        if count < len(tokens) and not (self.ends_itself and self.is_complete):
+            self.grammar.consume_tokens(tokens[count:])  # states the reason
+            raise self.error()
         return count
+
+    def _advance_by(self, tokens: list[int]) -> int:
+        """Consume tokens up to the first that may not follow; returns how many.
+
+        A mask renews the fuel of the lexer, which all copies of a grammar share and which never recovers from running
+        out. So there is one before each token; before the first, the step's own.
+        """
+        for count, token in enumerate(tokens):
+            if count:
+                self.grammar.compute_bitmask()
+            if not self.grammar.try_consume_tokens([token]):
+                return count
+        return len(tokens)
 
     def _advance_asleep(self, tokens: SequenceOf[int]) -> int:
         """Follow the marker; returns how many tokens belong to the reasoning, the marker's last one included."""

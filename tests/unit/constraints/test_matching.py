@@ -235,6 +235,27 @@ def test_a_failed_constraint_is_reported_and_leaves_the_others_alone() -> None:
     assert bits[good.filler.num_words :].tobytes().strip(b"\0")
 
 
+def exhaust(constraint: Constraint) -> None:
+    """Advance until a limit is reached."""
+    bits = array("i", [0]) * constraint.filler.num_words
+    for _ in range(400):
+        constraint.advance(ids("bc"))
+        if error := constraint.filler.fill([MaskRequest(constraint, 0)], bits).get(0):
+            raise error
+
+
+def test_a_grammar_whose_limits_are_used_up_is_compiled_again() -> None:
+    """All copies of a grammar share a lexer, which never recovers: every later request failed."""
+    structured = StructuredOutputs(regex="(([^a]{1,8}|(?i)h){900}ello)|x")
+    grammar = compiler().compile(structured, None, tokenizer())
+    assert grammar.is_usable
+    with pytest.raises(GrammarError, match="could not be continued"):
+        exhaust(grammar.start(ends_itself=False))
+    assert not grammar.is_usable
+    assert compiler().find(structured, None) is None
+    assert compiler().compile(structured, None, tokenizer()).is_usable
+
+
 def test_a_vocabulary_without_eos_and_of_more_logits_than_tokens_is_usable() -> None:
     model = GrammarCompiler(len(tokenizer()) + 100, frozenset())
     constraint = model.compile(StructuredOutputs(regex="[0-9]{2}"), None, tokenizer()).start(ends_itself=True)
