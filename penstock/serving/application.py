@@ -22,12 +22,16 @@ from starlette.responses import Response
 from penstock import __version__
 from penstock.api.protocols import Engine
 from penstock.serving import admin, chat, completions, embeddings, health, models, tokens
+from penstock.serving.anthropic import endpoints as messages
+from penstock.serving.anthropic.request import CountTokensRequest, MessagesRequest
 from penstock.serving.chat_request import ChatRequest
 from penstock.serving.completion_request import CompletionRequest
 from penstock.serving.errors import HttpError, failure_of
-from penstock.serving.gate import Gate, error_response, route_path
-from penstock.serving.openapi import described, openapi_of
+from penstock.serving.gate import Gate, error_response
+from penstock.serving.openapi import ANTHROPIC_ERROR, ErrorSchema, described, openapi_of
 from penstock.serving.origins import LOCAL, allowed_origins
+from penstock.serving.responses import endpoints as responses
+from penstock.serving.responses.request import InputTokensRequest, ResponsesRequest
 from penstock.serving.server import Server
 from penstock.serving.settings import ServingSettings
 
@@ -45,6 +49,7 @@ class _Route:
     handler: Handler
     body: type[BaseModel] | None = None
     answers: tuple[str, ...] = (_JSON,)
+    errors: ErrorSchema | None = None  # the schema of its errors; None is OpenAI's
 
 
 ROUTES = (
@@ -57,6 +62,14 @@ ROUTES = (
     _Route("POST", "/v1/chat/completions", chat.chat_completions, ChatRequest, _JSON_OR_EVENTS),
     _Route("POST", "/v1/completions", completions.completions, CompletionRequest, _JSON_OR_EVENTS),
     _Route("POST", "/v1/embeddings", embeddings.embeddings, embeddings.EmbeddingRequest),
+    _Route("POST", "/v1/responses", responses.create_response, ResponsesRequest, _JSON_OR_EVENTS),
+    _Route("POST", "/v1/responses/input_tokens", responses.count_input_tokens, InputTokensRequest),
+    _Route("GET", "/v1/responses/{response_id}", responses.retrieve_response),
+    _Route("DELETE", "/v1/responses/{response_id}", responses.delete_response),
+    _Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel_response),
+    _Route("GET", "/v1/responses/{response_id}/input_items", responses.list_input_items),
+    _Route("POST", "/v1/messages", messages.create_message, MessagesRequest, _JSON_OR_EVENTS, ANTHROPIC_ERROR),
+    _Route("POST", "/v1/messages/count_tokens", messages.count_tokens, CountTokensRequest, errors=ANTHROPIC_ERROR),
     _Route("POST", "/tokenize", tokens.tokenize, tokens.TokenizeRequest),
     _Route("POST", "/detokenize", tokens.detokenize, tokens.DetokenizeRequest),
     _Route("POST", "/inference/v1/generate", tokens.generate, tokens.GenerateRequest, _JSON_OR_EVENTS),
@@ -84,7 +97,7 @@ def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies
     )
     api.state.server = server
     for route in ROUTES:
-        extra = described(route.path, route.body, route.answers)
+        extra = described(route.path, route.body, route.answers, route.errors)
         name, endpoint = route.handler.__name__, _endpoint(server, route.handler)
         api.add_api_route(route.path, endpoint, methods=[route.method], name=name, openapi_extra=extra)
     setattr(api, "openapi", openapi_of(api, [route.body for route in ROUTES if route.body is not None]))  # noqa: B010
@@ -114,7 +127,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     """Unknown paths and methods, and what a program's dependencies raise, in the API's own shape."""
     assert isinstance(error, HTTPException)
     refusal = HttpError(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
-    response = error_response(failure_of(refusal), route_path(request.scope))
+    response = error_response(failure_of(refusal), request.scope)
     response.headers.update(error.headers or {})
     return response
 

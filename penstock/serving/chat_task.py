@@ -93,6 +93,11 @@ class OutputReader:
         """The reasoning so far."""
         return "".join(self._reasoning)
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether a tool was called."""
+        return self._has_calls
+
     def read(self, delta: Delta) -> list[Piece]:
         """What a delta of the engine completes, in order."""
         pieces = self._parser.feed(delta.text)

@@ -7,7 +7,7 @@ the client to leave; `stream` sends frames. Both end the engine's requests whate
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -18,13 +18,18 @@ from penstock.errors import PenstockError, described
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
 from penstock.serving.chat_task import ChatTask
-from penstock.serving.errors import Envelope, failure_of, openai_envelope
+from penstock.serving.errors import Failure, failure_of, openai_envelope
 from penstock.serving.gate import Call, call_of
 from penstock.serving.generation import Generation, Options, submit
 from penstock.serving.server import Server
 from penstock.serving.sse import COMMENT, DONE, EventStream, cancelled_on_disconnect, frame
 
-ErrorFrame = Callable[[Mapping[str, object]], bytes]
+FailureFrame = Callable[[Failure], bytes]
+
+
+def openai_failure_frame(failure: Failure) -> bytes:
+    """An error as the last frame of a stream of chats or completions."""
+    return frame(openai_envelope(failure))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +84,12 @@ class Exchange:
         generation: Generation,
         frames: AsyncIterator[bytes],
         *,
-        envelope: Envelope = openai_envelope,
-        error_frame: ErrorFrame = frame,
+        failure_frame: FailureFrame = openai_failure_frame,
         done: bytes = DONE,
         ping: bytes = COMMENT,
     ) -> Response:
-        """The frames as a response. An error becomes the last frame; otherwise `done` is."""
-        guarded = self._guarded(generation, frames, lambda error: error_frame(envelope(failure_of(error))), done)
+        """The frames as a response. An error becomes the last frame; otherwise `done` is, if it is not empty."""
+        guarded = self._guarded(generation, frames, lambda error: failure_frame(failure_of(error)), done)
         interval_s = self.server.settings.ping_interval_s
         return EventStream(guarded, generation.cancel, ping=ping, interval_s=interval_s)
 
@@ -100,7 +104,8 @@ class Exchange:
             try:
                 async for data in frames:
                     yield data
-                yield done
+                if done:
+                    yield done
             except Exception as error:
                 self.call.facts["error"] = type(error).__name__
                 if not isinstance(error, PenstockError):

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.errors import described
+from penstock.serving.anthropic.envelope import anthropic_envelope
 from penstock.serving.auth import Client
 from penstock.serving.errors import Envelope, Failure, failure_of, openai_envelope
 from penstock.serving.json_response import json_response
@@ -27,8 +28,7 @@ from penstock.serving.tracing import Outcome
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _VALID_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-# Paths below these prefixes answer errors in another API's shape.
-ENVELOPES: dict[str, Envelope] = {}
+_MESSAGES, _MODELS = "/v1/messages", "/v1/models"
 
 
 @dataclass(slots=True)
@@ -53,14 +53,21 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(root) or "/" if path.removeprefix(root)[:1] in ("", "/") else path
 
 
-def envelope_of(path: str) -> Envelope:
-    """The shape of errors at a path."""
-    return next((shape for prefix, shape in ENVELOPES.items() if path.startswith(prefix)), openai_envelope)
+def is_anthropic(headers: Mapping[str, str]) -> bool:
+    """Whether the client speaks Anthropic's API, at paths that both APIs have."""
+    return "anthropic-version" in headers
 
 
-def error_response(failure: Failure, path: str) -> Response:
-    """A failure as the response that the path's API prescribes."""
-    return json_response(envelope_of(path)(failure), failure.status, failure.headers)
+def envelope_of(scope: Scope) -> Envelope:
+    """The shape of errors of the API that a request belongs to."""
+    path = f"{route_path(scope)}/"
+    is_shared = path.startswith(f"{_MODELS}/") and is_anthropic(Headers(scope=scope))
+    return anthropic_envelope if is_shared or path.startswith(f"{_MESSAGES}/") else openai_envelope
+
+
+def error_response(failure: Failure, scope: Scope) -> Response:
+    """A failure as the response that its API prescribes."""
+    return json_response(envelope_of(scope)(failure), failure.status, failure.headers)
 
 
 class Gate:
@@ -91,7 +98,7 @@ class Gate:
                     await self._server.load()
                 await self._app(scope, receive, answer)
         except Exception as error:
-            await self._fail(error, path, scope, receive, answer)
+            await self._fail(error, scope, receive, answer)
         finally:
             outcome.route, outcome.status, outcome.facts = _route_of(scope), answer.status, facts
             self._server.metrics.record_response(outcome.route, answer.status)
@@ -115,7 +122,7 @@ class Gate:
             stack.enter_context(self._server.lifecycle.call())
         return client
 
-    async def _fail(self, error: Exception, path: str, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _fail(self, error: Exception, scope: Scope, receive: Receive, answer: _Answer) -> None:
         failure = failure_of(error)
         if failure.status >= 500:
             self._server.log.error(
@@ -126,7 +133,7 @@ class Gate:
             )
         if answer.status:
             raise error
-        await error_response(failure, path)(scope, receive, answer)
+        await error_response(failure, scope)(scope, receive, answer)
 
 
 class _Answer:

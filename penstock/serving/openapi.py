@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +12,8 @@ from pydantic.json_schema import models_json_schema
 
 _REF = "#/components/schemas/{model}"
 _JSON = "application/json"
-_ERROR = {
+ErrorSchema = Mapping[str, object]
+_OPENAI_ERROR: ErrorSchema = {
     "type": "object",
     "required": ["error"],
     "properties": {
@@ -28,11 +29,25 @@ _ERROR = {
         }
     },
 }
+ANTHROPIC_ERROR: ErrorSchema = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 
 
-def described(path: str, model: type[BaseModel] | None, media_types: Sequence[str]) -> dict[str, Any]:
+def described(
+    path: str, model: type[BaseModel] | None, media_types: Sequence[str], error_schema: ErrorSchema | None = None
+) -> dict[str, Any]:
     """What FastAPI adds to an operation: the parameter in its path, its body, what it answers, and the errors."""
-    errors = {"description": "An error.", "content": {_JSON: {"schema": _ERROR}}}
+    errors = {"description": "An error.", "content": {_JSON: {"schema": error_schema or _OPENAI_ERROR}}}
     answer = {"description": "The answer.", "content": {media_type: {} for media_type in media_types}}
     extra: dict[str, Any] = {"responses": {"200": answer, "4XX": errors, "5XX": errors}}
     if "{" in path:

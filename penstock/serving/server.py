@@ -17,6 +17,7 @@ from penstock.serving.logs import access_logger
 from penstock.serving.metrics import Metrics
 from penstock.serving.model_formats import ModelFormats, formats_of
 from penstock.serving.readiness import Readiness
+from penstock.serving.responses.store import ResponseStore
 from penstock.serving.settings import ServingSettings
 from penstock.serving.tracing import Tracing
 
@@ -39,6 +40,7 @@ class Server:
         self._formats = formats_of(engine, settings)  # refuses unknown formats now
         self._defaults: SamplingParams | None = None
         self._is_loaded = False
+        self.responses = ResponseStore(settings.max_stored_responses, settings.max_stored_bytes)
 
     async def load(self) -> None:
         """Wait until the engine is loaded, and learn what it serves. Called before every request that generates."""

@@ -77,6 +77,8 @@ class ServingKeywords(TypedDict, total=False):
     tool_format: str | None
     reasoning_format: str | None
     max_concurrent_requests: int
+    max_stored_responses: int
+    max_stored_bytes: int
     ping_interval_s: float
     stall_s: float
     tracing: bool
@@ -107,6 +109,8 @@ class ServingSettings(BaseSettings):
         None, description='How the model writes its reasoning; None: what its template shows; "none": not at all.'
     )
     max_concurrent_requests: int = Field(1024, ge=1, description="Maximum open HTTP requests for generation.")
+    max_stored_responses: int = Field(1024, ge=0, description="Responses kept for each API key; 0 keeps none.")
+    max_stored_bytes: int = Field(64 << 20, ge=1, description="Maximum bytes of the responses kept for each API key.")
     ping_interval_s: float = Field(5.0, gt=0, description="A stream that was silent for so long sends a comment.")
     stall_s: float = Field(60.0, gt=0, description="Not ready once work has waited for so long without a step.")
     tracing: bool = Field(False, description="Trace every HTTP request with OpenTelemetry (penstock[otel]).")
