@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from penstock import InferenceEngine
 from penstock.models.scripted_replies import ScriptedReplies
@@ -101,7 +103,11 @@ def unlisted(messages: Mapping[str, str], exclusions: Sequence[Exclusion]) -> di
 
 @contextmanager
 def server(
-    replies: Any, settings: ServingSettings, template: str | None = None, max_length: int = 1 << 14
+    replies: Any,
+    settings: ServingSettings,
+    template: str | None = None,
+    max_length: int = 1 << 14,
+    wrap: Callable[[FastAPI], ASGIApp] = lambda api: api,
 ) -> Iterator[str]:
     """The address of a server whose model gives these replies."""
     tokenizer = byte_level()
@@ -116,7 +122,7 @@ def server(
     engine = InferenceEngine(model, tokenizer, batch_timeout_ms=0)
     engine.start()
     try:
-        with running(app(engine, settings)) as uvicorn:
+        with running(wrap(app(engine, settings))) as uvicorn:
             yield f"http://127.0.0.1:{uvicorn.servers[0].sockets[0].getsockname()[1]}"
     finally:
         engine.stop(drain=0)

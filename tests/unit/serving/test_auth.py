@@ -35,7 +35,7 @@ def test_every_route_but_the_open_ones_is_401_without_a_key() -> None:
                     assert response.status_code == 200
                 else:
                     assert response.status_code == 401, path
-                    assert method == "HEAD" or response.json()["error"]["code"] == "invalid_api_key"
+                    assert method == "HEAD" or response.json()["error"]["type"] == "authentication_error"
 
 
 def test_both_headers_carry_a_key() -> None:
