@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 _REF = "#/components/schemas/{model}"
 _JSON = "application/json"
+_PARAMETER = re.compile(r"\{(\w+)")
 ErrorSchema = Mapping[str, object]
 _OPENAI_ERROR: ErrorSchema = {
     "type": "object",
@@ -50,10 +52,9 @@ def described(
     errors = {"description": "An error.", "content": {_JSON: {"schema": error_schema or _OPENAI_ERROR}}}
     answer = {"description": "The answer.", "content": {media_type: {} for media_type in media_types}}
     extra: dict[str, Any] = {"responses": {"200": answer, "4XX": errors, "5XX": errors}}
-    if "{" in path:
-        parameter = path.partition("{")[2].partition(":")[0].rstrip("}")
+    if parameter := _PARAMETER.search(path):
         schema = {"type": "string"}
-        extra["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": schema}]
+        extra["parameters"] = [{"name": parameter[1], "in": "path", "required": True, "schema": schema}]
     if model is not None:
         reference = {"schema": {"$ref": _REF.format(model=model.__name__)}}
         extra["requestBody"] = {"required": True, "content": {_JSON: reference}}
