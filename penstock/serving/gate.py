@@ -147,7 +147,8 @@ class _Answer:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = headers["request-id"] = self.request_id  # OpenAI's name, and Anthropic's
         await self._send(message)
 
 

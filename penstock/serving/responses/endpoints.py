@@ -159,8 +159,12 @@ def _history(server: Server, request: Request, body: InputTokensRequest) -> list
     """The items of the responses that this one continues."""
     if body.previous_response_id is None:
         return []
+    max_bytes = server.settings.max_body_bytes
     try:
-        return server.responses.conversation(_namespace(request), body.previous_response_id)
+        return server.responses.conversation(_namespace(request), body.previous_response_id, max_bytes)
+    except OverflowError:
+        text = f"the conversation has more than {max_bytes} bytes, this server's limit for a request: shorten it"
+        raise invalid(text, "previous_response_id") from None
     except KeyError as error:
         name = str(error.args[0])[:80]
         text = f"the response {name!r} is not stored here: send the whole conversation as input"

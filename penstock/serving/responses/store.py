@@ -89,14 +89,20 @@ class ResponseStore:
         shelf = self._shelves.get(namespace)
         return shelf is not None and shelf.take(response_id) is not None
 
-    def conversation(self, namespace: str, response_id: str) -> list[Item]:
-        """All items up to the end of this response. Raises `KeyError` with the id of one that is not kept."""
+    def conversation(self, namespace: str, response_id: str, max_bytes: int) -> list[Item]:
+        """All items up to the end of this response.
+
+        Raises `KeyError` with the id of one that is not kept, and `OverflowError` beyond `max_bytes`.
+        """
         links: list[StoredResponse] = []
         next_id: str | None = response_id
         while next_id is not None:
             link = self.get(namespace, next_id)
             if link is None:
                 raise KeyError(next_id)
+            max_bytes -= link.num_bytes
+            if max_bytes < 0:
+                raise OverflowError
             links.append(link)
             next_id = link.previous_id
         items: list[Item] = []

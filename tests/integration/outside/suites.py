@@ -77,7 +77,18 @@ def failures(
     root: Path, paths: Sequence[str], environment: Mapping[str, str], report: Path
 ) -> tuple[int, dict[str, str]]:
     """Run the tests: how many passed, and the messages of those that did not."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--tb=native", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "--tb=native",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
     variables = {**os.environ, **environment, "PYTHONPATH": ""}
     done = subprocess.run([*command, *paths], cwd=root, env=variables, capture_output=True, text=True, timeout=100)
     assert report.exists(), done.stdout + done.stderr

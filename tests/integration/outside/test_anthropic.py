@@ -13,11 +13,9 @@ from tests.integration.outside.suites import Exclusion, failures, fetched, serve
 
 MODELS = ("claude-opus-5-5", "model_id", "after_id", "before_id", *DEPRECATED_MODELS)
 PATHS = ("test_messages.py", "test_models.py")
-EXCLUSIONS = (
-    Exclusion(r"\[aiohttp\]$", "needs the optional package httpx_aiohttp, a transport of the client"),
-)
+EXCLUSIONS = (Exclusion(r"\[aiohttp\]$", "needs the optional package httpx_aiohttp, a transport of the client"),)
 # The suite's conftest imports two packages that only its tests of recorded answers need.
-STAND_INS = '''
+STAND_INS = """
 import sys
 from types import ModuleType
 
@@ -32,7 +30,7 @@ sys.modules["inline_snapshot"].Snapshot = list
 sys.modules["http_snapshot"].SnapshotSerializerOptions = dict
 sys.modules["http_snapshot.httpx"].HttpxSyncSnapshotClient = dict
 sys.modules["http_snapshot.httpx"].HttpxAsyncSnapshotClient = dict
-'''
+"""
 
 
 @pytest.fixture(scope="module")

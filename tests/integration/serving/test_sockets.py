@@ -70,13 +70,15 @@ def serve() -> Iterator[Serve]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", [URL, "/v1/completions", "/inference/v1/generate"])
+@pytest.mark.parametrize("path", [URL, "/v1/completions", "/inference/v1/generate", "/v1/responses", "/v1/messages"])
 def test_a_client_that_leaves_ends_its_request_within_two_steps(serve: Serve, path: str, stream: bool) -> None:
     """Other servers went on until the last token."""
     service = serve(step_s=0.05)
     free_blocks = service.num_free_blocks
     body: dict[str, Any] = {"messages": MESSAGES, "prompt": "water", "token_ids": [5], "max_tokens": 4000}
-    body["sampling_params"] = {"max_tokens": 4000}
+    body |= {"sampling_params": {"max_tokens": 4000}}
+    if path == "/v1/responses":
+        body = {"input": "water", "max_output_tokens": 4000}
     connection = service.post(path, **body, stream=stream)
     wait_until(lambda: service.engine.get_stats()["totals"]["steps"] > 2)
     assert service.num_requests == 1
