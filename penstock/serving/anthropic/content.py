@@ -7,6 +7,7 @@ as the API prescribes. A block that is not text is refused, because the models a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from penstock.serving.errors import invalid
 
@@ -16,29 +17,39 @@ _SEPARATORS = {"user": "\n", "assistant": "", "system": "\n"}
 
 def chat_messages(system: Blocks | None, messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """The conversation in the shape of chat completions. Raises `HttpError`."""
-    result: list[dict[str, object]] = []
+    converted: list[dict[str, object]] = []
     if system:
-        result.append({"role": "system", "content": _text(system, "system", "\n")})
+        converted.append({"role": "system", "content": _text(system, "system", "\n")})
     for number, message in enumerate(messages):
         role, where = message.get("role"), f"messages.{number}"
         if role not in ("user", "assistant", "system"):
             raise invalid(f"{where}.role must be user or assistant", f"{where}.role")
         read = _assistant_message if role == "assistant" else _other_messages
-        for converted in read(str(role), message.get("content"), f"{where}.content"):
-            _append(result, converted)
+        converted += read(str(role), message.get("content"), f"{where}.content")
+    result = [_joined(list(group)) for _, group in groupby(converted, _Kinds())]
     if result and result[-1] == {"role": "assistant", "content": ""}:
         result.pop()  # nothing to continue
     return result
 
 
-def _append(result: list[dict[str, object]], message: dict[str, object]) -> None:
-    """Add a message, or join it to the last one of its role."""
-    plain = {"role", "content"}
-    if result and result[-1].get("role") == message["role"] and set(result[-1]) == set(message) == plain:
-        texts = [str(part["content"]) for part in (result[-1], message) if part["content"]]
-        result[-1]["content"] = _SEPARATORS[str(message["role"])].join(texts)
-    else:
-        result.append(message)
+def _joined(messages: Sequence[dict[str, object]]) -> dict[str, object]:
+    """Messages of one kind as one."""
+    if len(messages) == 1:
+        return messages[0]
+    role = str(messages[0]["role"])
+    texts = [str(message["content"]) for message in messages if message["content"]]
+    return {"role": role, "content": _SEPARATORS[role].join(texts)}
+
+
+class _Kinds:
+    """Tells messages apart that must not be joined: those of another role, and those with more than text."""
+
+    def __init__(self) -> None:
+        self._num_messages = 0
+
+    def __call__(self, message: Mapping[str, object]) -> object:
+        self._num_messages += 1
+        return message["role"] if set(message) == {"role", "content"} else self._num_messages
 
 
 def _assistant_message(role: str, content: object, where: str) -> Iterator[dict[str, object]]:

@@ -68,14 +68,15 @@ class CountTokensRequest(TemplateFields):
 
     def chat_task(self, settings: ServingSettings, formats: ModelFormats, params: SamplingParams) -> ChatTask:
         """The conversation as the engine takes it. Raises `HttpError`, `RequestError`."""
-        check_limit("messages", len(self.messages), settings.max_messages, "messages")
+        messages = self._chat_messages()  # more than there were, if tool results are among them
+        check_limit("messages", max(len(messages), len(self.messages)), settings.max_messages, "messages")
         choice, template = self.tool_choice, self._template()
         use = tool_use(
             *(self.tools, None if choice is None else choice.model_dump(exclude_none=True)),
             is_parallel=choice is None or not choice.disable_parallel_tool_use,
             max_tools=settings.max_tools,
         )
-        prompt, structure = template.chat(self._chat_messages()), self._structure()
+        prompt, structure = template.chat(messages), self._structure()
         return prepare(prompt, params, formats, use=use, structure=structure, thinks=template.thinks)
 
     def _chat_messages(self) -> list[dict[str, object]]:

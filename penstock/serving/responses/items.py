@@ -21,20 +21,24 @@ def read_items(value: str | Sequence[Mapping[str, object]]) -> list[Item]:
 
 def chat_messages(instructions: str | None, items: Sequence[Item]) -> list[dict[str, object]]:
     """A conversation as chat messages. System messages at its beginning are joined with the instructions."""
-    conversation = _Conversation(instructions)
-    for item in items:
+    num_leading = next((i for i, item in enumerate(items) if not _is_system(item)), len(items))
+    texts = [text_of(item["content"]) for item in items[:num_leading]]
+    conversation = _Conversation("\n\n".join(filter(None, [instructions, *texts])))
+    for item in items[num_leading:]:
         conversation.add(item)
     return conversation.messages
+
+
+def _is_system(item: Item) -> bool:
+    return item.get("role") in ("system", "developer")
 
 
 class _Conversation:
     """Collects messages. Reasoning, text and calls of one turn become one message of the assistant."""
 
-    def __init__(self, instructions: str | None) -> None:
-        self.messages: list[dict[str, object]] = []
+    def __init__(self, system: str) -> None:
+        self.messages: list[dict[str, object]] = [{"role": "system", "content": system}] if system else []
         self._reasoning = ""
-        if instructions:
-            self.messages.append({"role": "system", "content": instructions})
 
     def add(self, item: Item) -> None:
         """Add an item that was read."""
@@ -52,10 +56,7 @@ class _Conversation:
     def _add_message(self, role: str, text: str) -> None:
         if role == "developer":
             role = "system"  # templates know this name only
-        if role == "system" and [message["role"] for message in self.messages] == ["system"]:
-            self.messages[0]["content"] = f"{self.messages[0]['content']}\n\n{text}"
-        else:
-            self.messages.append({"role": role, "content": text, **self._take_reasoning(role)})
+        self.messages.append({"role": role, "content": text, **self._take_reasoning(role)})
 
     def _add_call(self, item: Item) -> None:
         function = {"name": item["name"], "arguments": item["arguments"]}

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from penstock.errors import DeadlineExceeded, EngineOverloaded, RequestTooLarge
 from penstock.serving import ServingSettings
 from penstock.serving.settings import ApiKey
+from tests.unit.serving.service import client_of
 from tests.unit.serving.split_engine import SplitEngine, cut, named_events, split_client
 from tests.unit.serving.test_responses import CALL, TEXTS
 
@@ -328,6 +329,43 @@ def test_refusals_before_the_endpoint_have_the_apis_own_shape() -> None:
         assert kind(404, method="GET", path="/v1/messages/nothing", headers=header) == "not_found_error"
         version = {"anthropic-version": "2023-06-01"}
         assert kind(404, method="GET", path="/v1/models/nothing", headers=header | version) == "not_found_error"
+
+
+def test_tool_results_count_as_messages() -> None:
+    results = [{"type": "tool_result", "tool_use_id": "c", "content": "x"}, {"type": "text", "text": "x"}] * 3
+    with split_client(settings=ServingSettings(max_messages=5)) as (client, _):
+        answer = client.post("/v1/messages", json={**BODY, "messages": [{"role": "user", "content": results}]})
+        assert answer.status_code == 400
+        assert "6 messages" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_schema_that_cannot_be_enforced_is_refused_by_its_keyword(is_streamed: bool) -> None:
+    """Other servers ignored such keywords. Streams are refused before they begin."""
+    schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    with client_of() as client:
+        body = {**BODY, "stream": is_streamed, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
+        refusals = [
+            client.post("/v1/messages", json=body),
+            client.post("/v1/responses", json={"input": "x", "stream": is_streamed, "text": text}),
+        ]
+        for answer in refusals:
+            assert answer.status_code == 400
+            assert "not" in answer.json()["error"]["message"].replace("cannot", "")
+        assert refusals[1].json()["error"]["code"] == "invalid_grammar"
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_stream() -> None:
+    long = "water " * 1000
+    with client_of() as client:
+        for path, body in (
+            ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": long}]}),
+            ("/v1/responses", {"input": long}),
+        ):
+            answer = client.post(path, json={**body, "stream": True})
+            assert answer.status_code == 400
+            assert "512" in answer.json()["error"]["message"]
 
 
 def test_a_model_that_is_not_served_is_a_404(client: TestClient, engine: SplitEngine) -> None:
