@@ -28,6 +28,7 @@ from penstock.serving.tracing import Outcome
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _VALID_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_CANCELLATION = re.compile("/v1/responses/[^/]+/cancel")  # allowed while what it cancels fills the limit
 _MESSAGES, _MODELS = "/v1/messages", "/v1/models"
 
 
@@ -117,7 +118,7 @@ class Gate:
             return Client()
         client = Client() if path in OPEN_PATHS else keys.client(headers)
         check_origin(self._server.settings, headers)
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and not _CANCELLATION.fullmatch(path):
             stack.enter_context(client.admitted())
             stack.enter_context(self._server.lifecycle.call())
         return client

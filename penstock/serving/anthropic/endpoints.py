@@ -30,7 +30,7 @@ async def create_message(server: Server, request: Request) -> Response:
     """Answer a conversation."""
     exchange = Exchange.begin(server, request, "msg_")
     body = await read_model(request, MessagesRequest, server.settings.max_body_bytes)
-    model = server.check_model(body.model)
+    model = exchange.check_model(body.model)
     task = body.task(server.settings, server.formats, server.defaults)
     generation = await exchange.submit_chat(task, body.options(exchange.call.client))
     answer = MessageAnswer(server, body, exchange.id, model, task)

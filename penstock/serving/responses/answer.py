@@ -117,7 +117,7 @@ class ResponseAnswer:
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,
             "top_logprobs": body.top_logprobs or 0,
-            "truncation": "disabled",
+            "truncation": body.truncation or "disabled",
             "store": body.store is not False,
             "background": False,
             "service_tier": "default",

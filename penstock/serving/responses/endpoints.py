@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from starlette.requests import Request
@@ -22,6 +22,7 @@ from penstock.serving.responses.answer import ResponseAnswer
 from penstock.serving.responses.items import Item
 from penstock.serving.responses.request import InputTokensRequest, ResponsesRequest
 from penstock.serving.responses.store import StoredResponse
+from penstock.serving.responses.truncation import truncated
 from penstock.serving.server import Server
 
 _MAX_PAGE = 100
@@ -32,9 +33,9 @@ async def create_response(server: Server, request: Request) -> Response:
     """Answer a conversation."""
     exchange = Exchange.begin(server, request, "resp_")
     body = await read_model(request, ResponsesRequest, server.settings.max_body_bytes)
-    model = server.check_model(body.model)
+    model = exchange.check_model(body.model)
     items = body.items()
-    conversation = [*_history(server, request, body), *items]
+    conversation = await _conversation(server, request, body, items)
     task = body.task(conversation, server.settings, server.formats, server.defaults)
     generation = await exchange.submit_chat(task, body.options(exchange.call.client))
     answer = ResponseAnswer(body, task, exchange.id, model)
@@ -147,12 +148,28 @@ async def count_input_tokens(server: Server, request: Request) -> Response:
     """The number of tokens of a conversation, as a response would have it."""
     body = await read_model(request, InputTokensRequest, server.settings.max_body_bytes)
     server.check_model(body.model)
-    conversation = [*_history(server, request, body), *body.items()]
+    conversation = await _conversation(server, request, body, body.items())
+    num_tokens = await _num_tokens(server, body, conversation)
+    return json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
+
+
+async def _conversation(
+    server: Server, request: Request, body: InputTokensRequest, items: Sequence[Item]
+) -> Sequence[Item]:
+    """The items of the whole conversation; if the client wishes, of as much of it as fits."""
+    conversation = [*_history(server, request, body), *items]
+    limit = server.max_model_len
+    if body.truncation != "auto" or limit is None:
+        return conversation
+    room = min(body.num_reserved, limit // 2)
+    return await truncated(conversation, limit - room, lambda part: _num_tokens(server, body, part))
+
+
+async def _num_tokens(server: Server, body: InputTokensRequest, items: Sequence[Item]) -> int:
     if not isinstance(server.engine, Tokenizing):
         raise HttpError(501, "this engine does not tokenize")
-    task = body.chat_task(conversation, server.settings, server.formats, SamplingParams())
-    ids = await server.engine.tokenize(task.prompt)
-    return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
+    task = body.chat_task(items, server.settings, server.formats, SamplingParams())
+    return len(await server.engine.tokenize(task.prompt))
 
 
 def _history(server: Server, request: Request, body: InputTokensRequest) -> list[Item]:

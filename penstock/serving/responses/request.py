@@ -72,13 +72,16 @@ class InputTokensRequest(TemplateFields):
     conversation: object = None
     prompt: object = None
 
+    @property
+    def num_reserved(self) -> int:
+        """The number of tokens to leave for the answer when the conversation is truncated."""
+        return 1
+
     def items(self) -> list[Item]:
         """The items of the input. Raises `HttpError`."""
         for name, text in _UNSUPPORTED.items():
             if getattr(self, name):
                 raise invalid(text, name)
-        if self.truncation == "auto":
-            raise invalid("truncation auto is not supported: leave out older items of the input", "truncation")
         if self.input is None or not self.input:
             raise invalid("input is missing: pass a text or a list of items", "input", "missing_required_parameter")
         return read_items(self.input)
@@ -138,6 +141,11 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def num_reserved(self) -> int:
+        """The number of tokens to leave for the answer when the conversation is truncated."""
+        return self.max_output_tokens or 1
 
     @property
     def has_logprobs(self) -> bool:

@@ -164,7 +164,8 @@ def test_a_silent_stream_has_pings_of_its_own_kind() -> None:
 
 
 def test_a_streamed_response_can_be_cancelled_by_its_id() -> None:
-    with held() as (model, url), openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+    settings = {"max_concurrent_requests": 1}  # the stream is the one
+    with held(**settings) as (model, url), openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
         model.release()
         stream = client.responses.create(model="scripted", input="what falls?", max_output_tokens=4000, stream=True)
         created = next(stream)

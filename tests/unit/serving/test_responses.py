@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from penstock.errors import DeadlineExceeded, RequestAborted
 from penstock.serving import ServingSettings
 from penstock.serving.settings import ApiKey
+from tests.unit.serving.service import client_of
 from tests.unit.serving.split_engine import SplitEngine, cut, named_events, split_client
 
 TOOLS = [
@@ -291,7 +292,7 @@ def test_the_least_recently_used_response_goes_first() -> None:
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "x"}}, "prompt"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"),
         ({"input": []}, "input"),
         ({"input": None}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
@@ -360,6 +361,24 @@ def test_a_stream_that_fails_ends_with_the_failed_response(
     assert (response["status"], response["error"]["code"]) == (status, "server_error")
     assert response["output"][0]["content"][0]["text"] == "water falls"
     assert client.get(f"/v1/responses/{response['id']}").json() == response
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_if_the_client_wishes() -> None:
+    items: list[Any] = [{"role": "developer", "content": "be kind"}]
+    for number in range(40):
+        items += [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": "water " * 5}]
+    items.append({"role": "user", "content": "what falls?"})
+    with client_of() as client:
+        refusal = client.post("/v1/responses", json={"input": items, "max_output_tokens": 20})
+        assert refusal.json()["error"]["code"] == "context_length_exceeded"
+        body = {"input": items, "max_output_tokens": 20, "truncation": "auto"}
+        response = client.post("/v1/responses", json=body).json()
+        assert (response["truncation"], response["usage"]["output_tokens"]) == ("auto", 20)
+        assert 512 - 20 - 60 < response["usage"]["input_tokens"] <= 512 - 20
+        del items[0]
+        assert client.post("/v1/responses", json=body).json()["usage"]["input_tokens"] <= 512 - 20
+        body["input"] = "water " * 1000
+        assert client.post("/v1/responses", json=body).json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_input_tokens_are_counted(client: TestClient, engine: SplitEngine) -> None:
