@@ -12,9 +12,10 @@ from typing import Any
 
 from penstock.errors import RequestError, RequestTooLarge
 from penstock.sampling import LARGEST_LENGTH, SamplingParams
-from penstock.values import bare, flag, integer, plain, refused, token_ids
+from penstock.values import bare, flag, integer, plain, refused, suggests_keywords, token_ids
 
 
+@suggests_keywords
 @dataclass(slots=True, kw_only=True)
 class GenerationConfig:
     """The vocabulary of `transformers`-style callers; `sampling_params()` translates it.

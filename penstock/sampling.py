@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
-from penstock import processors
+from penstock import processors, values
 from penstock.outputs import CompletionOutput
 from penstock.structured_outputs import StructuredOutputs
 from penstock.values import LARGEST_COUNT, LARGEST_ID, bare, flag, integer, items, plain, real, refused, text, token_ids
@@ -63,6 +63,7 @@ class OutputKind(Enum):
 _KINDS = tuple(kind.value for kind in OutputKind)
 
 
+@values.suggests_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(processors.ProcessorParams):
     """How to choose the tokens of one request.

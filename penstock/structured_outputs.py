@@ -12,7 +12,7 @@ from json import dumps, loads
 from typing import Any, Literal
 
 from penstock.errors import GrammarError, RequestError, described
-from penstock.values import flag, items, refused, text
+from penstock.values import flag, items, refused, suggests_keywords, text
 
 Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
 KINDS: tuple[Kind, ...] = ("json", "json_object", "regex", "choice", "grammar")
@@ -20,6 +20,7 @@ MAX_CHARACTERS = 1 << 20  # of a schema, a regular expression, a grammar, or all
 MAX_CHOICES = 10_000
 
 
+@suggests_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputs:
     """What the whole output must be: exactly one of `json`, `json_object`, `regex`, `choice` and `grammar`.

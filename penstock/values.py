@@ -8,10 +8,13 @@ A number is an `int`, a `float`, or a scalar of numpy or torch that holds one; n
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from penstock.errors import RequestError, shown
 
@@ -21,12 +24,32 @@ MAX_ITEMS = 1 << 22  # of a list, so that an endless iterator is refused
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
+T = TypeVar("T")
+
+
 class _Scalar(Protocol):
     """A scalar of numpy or torch."""
 
     shape: tuple[int, ...]
 
     def item(self) -> object: ...
+
+
+def suggests_keywords(cls: type[T]) -> type[T]:
+    """A class whose constructor answers an unknown keyword with a `TypeError` that names the nearest known one."""
+    construct = cls.__init__
+    names = list(inspect.signature(cls).parameters)
+
+    @functools.wraps(construct)
+    def explained(self: T, *args: object, **keywords: object) -> None:
+        if unknown := keywords.keys() - names:
+            matches = difflib.get_close_matches(min(unknown), names, n=1)
+            hint = f": did you mean {matches[0]!r}?" if matches else ""
+            raise TypeError(f"{cls.__name__} has no parameter {min(unknown)!r}{hint}")
+        construct(self, *args, **keywords)
+
+    cls.__init__ = explained  # type: ignore[assignment]
+    return cls
 
 
 def plain(value: object) -> object:

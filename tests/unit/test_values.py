@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,7 @@ from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError, RequestError, described, shown, text_of
 from penstock.generation import GenerationConfig
 from penstock.sampling import SamplingParams
+from penstock.structured_outputs import StructuredOutputs
 from penstock.values import flag, integer, items, real, text, token_ids
 
 
@@ -180,3 +182,25 @@ def test_settings_that_cannot_be_represented_are_refused(name: str, value: Any) 
 def test_settings_may_be_numbers_of_numpy() -> None:
     config = EngineConfig(max_batch_size=np.int64(3), gc_threshold=np.float32(0.5))
     assert (config.max_batch_size, config.gc_threshold) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (
+            lambda: SamplingParams(tempature=1),
+            "SamplingParams has no parameter 'tempature': did you mean 'temperature'?",
+        ),  # type: ignore[call-arg]
+        (
+            lambda: GenerationConfig(max_lenght=1),
+            "GenerationConfig has no parameter 'max_lenght': did you mean 'max_length'?",
+        ),  # type: ignore[call-arg]
+        (lambda: StructuredOutputs(xyz=1), "StructuredOutputs has no parameter 'xyz'"),  # type: ignore[call-arg]
+    ],
+)
+def test_an_unknown_keyword_is_answered_with_the_nearest_known_one(
+    construct: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        construct()
+    assert str(caught.value) == message
