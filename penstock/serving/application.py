@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from penstock import __version__
 from penstock.api.protocols import Engine
@@ -129,7 +130,16 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     refusal = HttpError(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
     response = error_response(failure_of(refusal), request.scope)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["allow"] = ", ".join(_methods_at(request))
     return response
+
+
+def _methods_at(request: Request) -> list[str]:
+    """The methods of all routes with the path that fits first; the router names those of one route only."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    path = next((route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE), None)
+    return sorted({method for route in routes if route.path == path for method in route.methods or ()})
 
 
 def _allow_browsers(api: FastAPI, server: Server) -> None:
