@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from numbers import Number
@@ -290,23 +290,29 @@ def canonical(values: Mapping[str, T]) -> dict[str, T]:
 
 
 @contextlib.contextmanager
-def explained(names: Iterable[str]) -> Iterator[None]:
-    """Turn a validation error into a `ConfigurationError` that says what to change; `names` are the valid settings."""
+def explained(names: Iterable[str], secrets: Collection[str] = ()) -> Iterator[None]:
+    """Turn a validation error into a `ConfigurationError` that says what to change.
+
+    `names` are the valid settings. The values of `secrets` do not appear in the message.
+    """
     try:
         yield
     except ValidationError as error:
-        raise ConfigurationError("; ".join(_explain(details, names) for details in error.errors())) from None
+        raise ConfigurationError("; ".join(_explain(details, names, secrets) for details in error.errors())) from None
 
 
-def _explain(details: ErrorDetails, names: Iterable[str]) -> str:
-    name = ".".join(map(str, details["loc"])) or "configuration"
+def _explain(details: ErrorDetails, names: Iterable[str], secrets: Collection[str]) -> str:
+    location = details["loc"]
+    name = ".".join(map(str, location)) or "configuration"
     if details["type"] in ("extra_forbidden", "no_such_attribute"):
         matches = difflib.get_close_matches(name, list(names), n=1)
         return f"unknown setting {name!r}" + (f": did you mean {matches[0]!r}?" if matches else "")
     value = shown(details.get("input"))
     if details["type"] in ("literal_error", "enum"):
         return f"{name}={value} is not available: choose {details['ctx']['expected']}, or leave it out"
-    return f"{name}: {details['msg']} (got {value})"
+    reason = details["msg"].removeprefix("Value error, ")
+    is_shown = bool(location) and location[0] not in secrets  # without a location, the value is all settings
+    return f"{name}: {reason} (got {value})" if is_shown else f"{name}: {reason}"
 
 
 @lru_cache(maxsize=1)

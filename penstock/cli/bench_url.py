@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from penstock import __version__
 from penstock.cli.load import Clients, Exchange, Load, Server, base_url, find_model
-from penstock.cli.load_report import LoadSummary, import_pyplot, load_table, remarks, save_plots, summarize
+from penstock.cli.load_report import LoadSummary, check_plot, load_table, remarks, save_plots, summarize
 from penstock.cli.session import INTERRUPTED, new_runner
 from penstock.cli.terminal import note, print_table, progress_bar, write
 
@@ -22,7 +22,7 @@ from penstock.cli.terminal import note, print_table, progress_bar, write
 def run(args: argparse.Namespace) -> int:
     """The command. Raises `PenstockError`; returns the exit code: 1 if no request was answered."""
     if args.plot:
-        import_pyplot()  # a missing package is reported before the load, not after it
+        check_plot(args.plot)  # what is missing is reported before the load, not after it
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url, exit_code = base_url(args.url), 0

@@ -126,6 +126,17 @@ def save_plots(path: Path, exchanges: Sequence[Exchange], title: str) -> None:
     pyplot.close(figure)
 
 
+def check_plot(path: Path) -> None:
+    """Raise `ConfigurationError` if no picture can be saved there."""
+    pyplot = import_pyplot()
+    formats = pyplot.figure().canvas.get_supported_filetypes()
+    pyplot.close()
+    if path.suffix[1:].lower() not in formats:
+        raise ConfigurationError(f"--plot {path}: the name must end with one of {', '.join(formats)}")
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"--plot {path}: there is no folder {path.parent}")
+
+
 def import_pyplot() -> Any:
     """matplotlib without a display. Raises `ConfigurationError` if it is not installed."""
     try:

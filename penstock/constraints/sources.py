@@ -44,7 +44,8 @@ def grammar_text(structured: StructuredOutputs) -> str:
 
 def refusal(structured: StructuredOutputs, reason: str) -> GrammarError:
     """The error for a constraint that llguidance refused for a reason."""
-    return GrammarError(f"the {_NAMES[structured.kind]} cannot be enforced: {shortened(reason)}")
+    words = "no text satisfies it" if "NoExtensionBias" in reason else shortened(reason)
+    return GrammarError(f"the {_NAMES[structured.kind]} cannot be enforced: {words}")
 
 
 def shortened(reason: str) -> str:

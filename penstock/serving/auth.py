@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, text_of
 from penstock.sampling import RequestPriority
 from penstock.serving.errors import HttpError
 from penstock.serving.settings import ApiKey, ServingSettings
@@ -95,8 +95,13 @@ class KeyRing:
 
 
 def _presented(headers: Mapping[str, str]) -> str:
+    """The key as text; headers are Latin-1 to ASGI, and most clients send UTF-8."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    try:
+        return key.encode("latin-1").decode()
+    except UnicodeError:
+        return key
 
 
 def _unauthorized() -> HttpError:
@@ -113,8 +118,10 @@ def _digest_of(key: ApiKey) -> bytes:
         return bytes.fromhex(key.sha256)
     try:
         secret = _secret_of(key)
-    except (OSError, KeyError) as error:
-        raise ConfigurationError(f"the API key {key.name!r} cannot be read: {error}") from None
+    except KeyError:
+        raise ConfigurationError(f"the API key {key.name!r}: the environment variable {key.env} is not set") from None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the API key {key.name!r} cannot be read: {text_of(error)}") from None
     if not secret:
         raise ConfigurationError(f"the API key {key.name!r} is empty")
     return _digest(secret)

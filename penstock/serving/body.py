@@ -1,11 +1,13 @@
 """Request bodies: read within a limit, parsed strictly, validated against a pydantic model.
 
-Every fault is an `HttpError`: 413 for a long body, with or without a content-length, and 400 for anything that is not
-valid JSON of the right types. NaN, lone surrogates, deep nesting and numbers of thousands of digits are invalid.
+Every fault is an `HttpError`: 413 for a long body, with or without a content-length, 408 for a slow one, and 400 for
+anything that is not valid JSON of the right types. NaN, lone surrogates, deep nesting and numbers of thousands of
+digits are invalid.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, FailFast, ValidationError
@@ -17,6 +19,7 @@ from penstock.serving.errors import CLIENT_CLOSED, HttpError, invalid
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
+BODY_TIMEOUT_S = 60.0  # clients that send slowly would otherwise occupy the open requests of all
 
 
 class _FailFast(FailFast):
@@ -43,7 +46,7 @@ async def read_model(request: Request, model: type[M], max_bytes: int, default: 
         raise _refusal(error) from None
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
     """The whole body."""
     too_large = HttpError(413, f"the body has more than {max_bytes} bytes, this server's limit", code="body_too_large")
     length = request.headers.get("content-length", "")
@@ -51,10 +54,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise too_large
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise too_large
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise HttpError(408, f"the body did not arrive within {timeout_s:g} seconds", code="body_timeout") from None
     except ClientDisconnect:
         raise HttpError(CLIENT_CLOSED, "the client left inside its body") from None
     return bytes(body)

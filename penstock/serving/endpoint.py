@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -56,9 +57,16 @@ class Exchange:
     async def submit(
         self, prompts: Sequence[Prompt], params: SamplingParams, options: Options, suffix: str = ""
     ) -> Generation:
-        """Submit the prompts; returns once all are accepted. The client may leave meanwhile."""
-        name = f"{self.id}{suffix}"
-        generation = await submit(self.server.engine, prompts, params, options, self.server.metrics, name)
+        """Submit the prompts; returns once all are accepted.
+
+        Ends them if one is refused, the client leaves, or an administrator aborts them meanwhile.
+        """
+        name, server = f"{self.id}{suffix}", self.server
+        with ExitStack() as cancels, server.lifecycle.abortable(cancels.close, self.id, self.call.id):
+            async with cancelled_on_disconnect(self.request.receive, cancels.close):
+                handles = await submit(server.engine, prompts, params, options, name, cancels)
+            cancels.pop_all()
+        generation = Generation(handles, server.metrics)
         self.call.facts["prompt_tokens"] = generation.usage().prompt_tokens
         return generation
 

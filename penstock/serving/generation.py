@@ -103,37 +103,36 @@ class Generation:
 
 
 async def submit(
-    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, options: Options, metrics: Metrics, name: str
-) -> Generation:
+    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, options: Options, name: str, cancels: ExitStack
+) -> list[RequestHandle]:
     """Submit every prompt under the id `name`, numbered if there are several; wait until all are accepted.
 
-    A `max_tokens` that does not fit is cut to what fits. Raises the first refusal, after which nothing runs.
+    A `max_tokens` that does not fit is cut to what fits. Raises the first refusal. Whoever closes `cancels`, during the
+    wait or after it, cancels every request.
     """
-    with ExitStack() as stack:
-        ids = [name] if len(prompts) == 1 else [f"{name}-{number}" for number in range(len(prompts))]
+    ids = [name] if len(prompts) == 1 else [f"{name}-{number}" for number in range(len(prompts))]
 
-        def start(prompt: Prompt, request_id: str, params: SamplingParams) -> RequestHandle:
-            handle = engine.generate(
-                *(prompt, params),
-                request_id=request_id,
-                priority=options.priority,
-                deadline=options.deadline,
-                namespace=options.namespace,
-            )
-            stack.callback(handle.cancel)
-            return handle
+    def start(prompt: Prompt, request_id: str, params: SamplingParams) -> RequestHandle:
+        handle = engine.generate(
+            *(prompt, params),
+            request_id=request_id,
+            priority=options.priority,
+            deadline=options.deadline,
+            namespace=options.namespace,
+        )
+        cancels.callback(handle.cancel)
+        return handle
 
-        handles = [start(prompt, request_id, params) for prompt, request_id in zip(prompts, ids, strict=True)]
-        for number, handle in enumerate(handles):
-            try:
-                await handle.admitted()
-            except RequestTooLarge:
-                if params.max_tokens is None:
-                    raise
-                handles[number] = start(prompts[number], ids[number], replace(params, max_tokens=None))
-                await handles[number].admitted()
-        stack.pop_all()
-    return Generation(handles, metrics)
+    handles = [start(prompt, request_id, params) for prompt, request_id in zip(prompts, ids, strict=True)]
+    for number, handle in enumerate(handles):
+        try:
+            await handle.admitted()
+        except RequestTooLarge:
+            if params.max_tokens is None:
+                raise
+            handles[number] = start(prompts[number], ids[number], replace(params, max_tokens=None))
+            await handles[number].admitted()
+    return handles
 
 
 def usage_of(outputs: Sequence[RequestOutput]) -> Usage:

@@ -29,7 +29,7 @@ from penstock.errors import ConfigurationError
 from penstock.serving.application import app
 from penstock.serving.lifecycle import Lifecycle
 from penstock.serving.server import Server
-from penstock.serving.settings import ServingKeywords, ServingSettings
+from penstock.serving.settings import SECRETS, ServingKeywords, ServingSettings
 
 
 class ProcessKeywords(ServingKeywords, total=False):
@@ -54,7 +54,7 @@ class ProcessSettings(ServingSettings):
     access_log: bool = Field(True, description="Log one line per request on stderr, without any text of it.")
 
     def __init__(self, **values: Unpack[ProcessKeywords]) -> None:
-        with explained(ProcessSettings.model_fields):
+        with explained(ProcessSettings.model_fields, secrets=SECRETS):
             super().__init__(**values)  # type: ignore[misc]  # the base takes these fields too: it reads `model_fields`
 
     @classmethod

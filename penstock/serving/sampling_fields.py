@@ -84,6 +84,8 @@ class SamplingFields(OptionFields):
         num_choices = max(self.n or 1, self.best_of or 1) * num_prompts
         check_limit("n", num_choices, settings.max_choices, "completions")
         check_limit("stop", len(stops), settings.max_stop, "stop strings")
+        check_limit("stop", sum(map(len, stops)), settings.max_stop_characters, "characters of stop strings")
+        check_limit("bad_words", len(self.bad_words or ()), settings.max_bad_words, "bad words")
         check_limit("logit_bias", len(self.logit_bias or ()), settings.max_logit_bias, "entries")
         given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
         if stops:

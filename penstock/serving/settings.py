@@ -19,6 +19,7 @@ from penstock.errors import ConfigurationError
 from penstock.sampling import RequestPriority
 
 Names = Annotated[tuple[str, ...], NoDecode]  # from the environment: separated by commas
+SECRETS = ("api_keys", "admin_key")  # settings whose values no message may show
 
 
 class ApiKey(BaseModel):
@@ -71,6 +72,8 @@ class ServingKeywords(TypedDict, total=False):
     max_choices: int
     max_embeddings: int
     max_stop: int
+    max_stop_characters: int
+    max_bad_words: int
     max_logit_bias: int
     max_messages: int
     max_tools: int
@@ -101,6 +104,8 @@ class ServingSettings(BaseSettings):
     max_choices: int = Field(128, ge=1, description="Maximum completions of a request: prompts times n or best_of.")
     max_embeddings: int = Field(2048, ge=1, description="Maximum inputs of a request for embeddings.")
     max_stop: int = Field(16, ge=0, description="Maximum stop strings of a request.")
+    max_stop_characters: int = Field(1 << 14, ge=0, description="Maximum characters of all stop strings of a request.")
+    max_bad_words: int = Field(1024, ge=0, description="Maximum bad_words of a request.")
     max_logit_bias: int = Field(1024, ge=0, le=1 << 14, description="Maximum entries of logit_bias.")
     max_messages: int = Field(4096, ge=1, description="Maximum messages of a chat.")
     max_tools: int = Field(128, ge=0, description="Maximum tools of a chat.")
@@ -118,7 +123,7 @@ class ServingSettings(BaseSettings):
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that accepted requests have to finish.")
 
     def __init__(self, **values: Unpack[ServingKeywords]) -> None:
-        with explained(type(self).model_fields):
+        with explained(type(self).model_fields, secrets=SECRETS):
             super().__init__(**values)
 
     @field_validator("served_model_name", "cors_origins", mode="before")

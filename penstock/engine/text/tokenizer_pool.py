@@ -122,12 +122,8 @@ def encode_words(tokenizer: Tokenizer | None, words: Iterable[str | Sequence[int
 
     Raises `RequestError` for other types, and for strings when `tokenizer` is None.
     """
-    encoded: list[list[int]] = []
-    for word in words:
-        for ids in _encode_word(tokenizer, word):
-            if ids not in encoded:
-                encoded.append(ids)
-    return encoded
+    encoded = (tuple(ids) for word in words for ids in _encode_word(tokenizer, word))
+    return [list(ids) for ids in dict.fromkeys(encoded)]
 
 
 def _encode_word(tokenizer: Tokenizer | None, word: str | Sequence[int]) -> list[list[int]]:

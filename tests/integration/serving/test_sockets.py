@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from penstock import InferenceEngine, SamplingParams, ScriptedModel
+from penstock.engine.requests import input_processor
 from penstock.serving import ServingSettings, app
 from tests.http_sockets import Connection, running, wait_until
 from tests.tokenizers_for_tests import byte_level
@@ -97,6 +99,21 @@ def test_a_client_that_leaves_while_its_prompt_waits_ends_its_request(serve: Ser
         wait_until(lambda: service.num_requests == 1)
         connection.close()
         wait_until(lambda: service.num_requests == 0)
+
+
+def test_a_client_that_leaves_while_its_prompt_is_encoded_ends_its_request(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed open until the encoding ended."""
+    go, service = threading.Event(), serve()
+    monkeypatch.setattr(input_processor, "encode_words", lambda *_: [go.wait(20)][1:])
+    try:
+        connection = service.post(URL, messages=MESSAGES, bad_words=["a"])
+        wait_until(lambda: service.num_requests == 1)
+        connection.close()
+        wait_until(lambda: service.num_requests == 0)
+    finally:
+        go.set()
 
 
 def test_one_of_many_prompts_leaves_nothing_behind(serve: Serve) -> None:

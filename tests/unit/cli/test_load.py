@@ -16,7 +16,7 @@ import pytest
 from penstock import ConfigurationError
 from penstock.cli import main
 from penstock.cli.load import Clients, Exchange, Load, Server, base_url
-from penstock.cli.load_report import load_table, remarks, save_plots, summarize
+from penstock.cli.load_report import check_plot, load_table, remarks, save_plots, summarize
 
 SERVER = Server("http://server/v1", "m", {"Authorization": "Bearer k"})
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -172,6 +172,17 @@ def test_nothing_answered_is_a_summary_too() -> None:
     summary = summarize([])
     assert summary["first_token_s"] is None
     assert load_table(summary, "title").row_count == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("load.txt", "must end with one of"), ("load", "must end"), ("none/load.png", "no folder")]
+)
+def test_a_plot_that_cannot_be_saved_is_refused_beforehand(tmp_path: Path, name: str, says: str) -> None:
+    """The command ended with a traceback after the whole load, and without its report."""
+    pytest.importorskip("matplotlib")
+    check_plot(tmp_path / "load.PNG")
+    with pytest.raises(ConfigurationError, match=says):
+        check_plot(tmp_path / name)
 
 
 def test_plots_are_pictures(tmp_path: Path) -> None:

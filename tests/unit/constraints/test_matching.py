@@ -270,3 +270,10 @@ def test_a_tokenizer_with_byte_tokens_is_usable() -> None:
     state = constraint.start(ends_itself=False)
     byte = other.convert_tokens_to_ids("<0xE6>")
     assert byte in masks(state)[0]
+
+
+@pytest.mark.parametrize("values", [{"json": {"$ref": "#"}}, {"regex": r"[^\s\S]"}, {"grammar": "start: start"}])
+def test_a_constraint_that_nothing_satisfies_is_refused_in_plain_words(values: Any) -> None:
+    """The message was a name from inside the library."""
+    with pytest.raises(GrammarError, match="cannot be enforced: no text satisfies it"):
+        start(**values)

@@ -179,3 +179,23 @@ def test_only_api_routes_exist() -> None:
     with client_of() as client:
         others = {route.path for route in client.app.routes if not isinstance(route, APIRoute)}
         assert others == {"/openapi.json"}
+
+
+def test_a_key_may_have_any_characters() -> None:
+    """Its bytes were compared as UTF-8 with a header that had been read as Latin-1."""
+    with client_of(ServingSettings(api_keys=(ApiKey(name="a", key="schlüssel"),))) as client:
+        for key in ("schlüssel".encode(), "schlüssel".encode("latin-1")):
+            assert client.get("/v1/models", headers={"authorization": b"Bearer " + key}).status_code == 200
+            assert client.get("/v1/models", headers={"x-api-key": key}).status_code == 200
+        assert client.get("/v1/models", headers={"x-api-key": "schluessel"}).status_code == 401
+
+
+def test_a_variable_that_is_not_set_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="key 'a': the environment variable NO_SUCH_KEY is not set"):
+        KeyRing(ServingSettings(api_keys=(ApiKey(name="a", env="NO_SUCH_KEY"),)))
+
+
+def test_a_file_that_is_no_text_holds_no_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="key 'a' cannot be read"):
+        KeyRing(ServingSettings(api_keys=(ApiKey(name="a", file=tmp_path / "key"),)))

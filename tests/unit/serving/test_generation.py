@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -22,7 +23,10 @@ async def engine() -> AsyncIterator[InferenceEngine]:
 
 async def submitted(engine: InferenceEngine, *prompts: list[int], max_tokens: int | None = 5) -> Generation:
     params = SamplingParams(max_tokens=max_tokens, n=2)
-    return await submit(engine, prompts, params, Options(namespace="n"), Metrics(engine, lambda: "m"), "id")
+    with ExitStack() as cancels:
+        handles = await submit(engine, prompts, params, Options(namespace="n"), "id", cancels)
+        cancels.pop_all()
+    return Generation(handles, Metrics(engine, lambda: "m"))
 
 
 def num_requests(engine: InferenceEngine) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from penstock.serving import ServingSettings
+from penstock.serving.body import read_body
+from penstock.serving.errors import HttpError
 from tests.unit.serving.service import CHAT, client_of
 
 MESSAGES = CHAT["messages"]
@@ -154,3 +158,31 @@ def test_unknown_paths_and_methods_have_errors_of_the_same_shape(
     response = client.request(method, path)
     assert response.status_code == status
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stop", "x" * 20_000), ("stop", [f"{number}" * 1_500 for number in range(16)]), ("bad_words", ["a"] * 2_000)],
+)
+def test_stop_strings_and_bad_words_that_would_delay_others_are_refused(
+    client: TestClient, field: str, value: object
+) -> None:
+    """A megabyte of stop strings halted every stream for seconds."""
+    error = refused(client, "/v1/chat/completions", json.dumps({**CHAT, field: value}).encode())
+    assert (error["param"], "more than this server allows" in error["message"]) == (field, True)
+
+
+async def test_a_body_that_does_not_arrive_is_a_408() -> None:
+    """Clients that never finished their bodies occupied the server's open requests."""
+
+    async def receive() -> dict[str, object]:
+        if first:
+            return {"type": "http.request", "body": first.pop(), "more_body": True}
+        await asyncio.Event().wait()
+        return {}
+
+    first = [b'{"messages": ']
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    with pytest.raises(HttpError, match=r"did not arrive within 0\.01 seconds") as caught:
+        await read_body(request, 1_000, timeout_s=0.01)
+    assert caught.value.status == 408

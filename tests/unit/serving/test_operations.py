@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock import SamplingParams
+from penstock.engine.requests import input_processor
 from penstock.serving import ServingSettings
 from penstock.serving.readiness import Readiness
 from tests.unit.serving.service import CHAT, client_of, events
@@ -106,9 +107,9 @@ class Background:
         return self.response
 
 
-def wait_for_open_request(client: Any) -> None:
+def wait_for_open_request(client: Any, state: str = "num_running") -> None:
     engine, pulse = client.app.state.server.engine, threading.Event()
-    while engine.get_stats()["queue"]["num_running"] == 0:
+    while engine.get_stats()["queue"][state] == 0:
         pulse.wait(0.005)
 
 
@@ -126,6 +127,22 @@ def test_an_administrator_aborts_a_request_and_its_client_is_told(stream: bool) 
         else:
             assert response.status_code == 499
         assert client.post("/admin/abort", json={"request_id": "mine"}, headers=ADMIN).status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_drain_ends_a_request_that_is_still_encoded(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drain, or an administrator, could end nothing before the engine had accepted it."""
+    go = threading.Event()
+    monkeypatch.setattr(input_processor, "encode_words", lambda *_: [go.wait(20)][1:])
+    with client_of(ServingSettings(admin_key="root")) as client:
+        try:
+            request = Background(client, {**CHAT, "bad_words": ["a"], "stream": stream})
+            wait_for_open_request(client, "num_requests")
+            drained = client.post("/admin/drain", json={"timeout_s": 0}, headers=ADMIN)
+            assert drained.json() == {"drained": True, "num_aborted": 1}
+            assert request.wait().status_code == 499
+        finally:
+            go.set()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -78,3 +78,23 @@ def test_formats_are_checked_when_the_app_is_made() -> None:
         with pytest.raises((ConfigurationError, RequestError), match="unknown"):
             app(engine, settings)
     engine.stop(0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"api_keys": [{"name": "a", "key": "SECRET"}, {"name": "a", "key": "SECRET"}]},
+        {"api_keys": [{"name": "a", "key": "SECRET", "env": "X"}]},
+        {"api_keys": ["SECRET"]},
+        {"api_keys": {"a": "SECRET"}},
+        {"api_keys": [{"name": "a", "key": ["SECRET"]}]},
+        {"admin_key": ["SECRET"]},
+        {"admin_key": "SECRET", "ssl_certfile": "cert.pem"},
+        {"admin_key": "SECRET", "host": "0.0.0.0"},
+    ],
+)
+def test_no_error_shows_a_key(values: dict[str, Any]) -> None:
+    """Settings that did not fit together were shown with all of their values."""
+    with pytest.raises(ConfigurationError) as caught:
+        ProcessSettings(**values)
+    assert "SECRET" not in str(caught.value)

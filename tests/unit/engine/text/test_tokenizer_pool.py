@@ -8,6 +8,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,14 @@ def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
     assert encode_words(tokenizer, ["turbine", [4, 5]]) == [start, after, [4, 5]]
     assert encode_words(tokenizer, [" turbine", "turbine"]) == [start, after]
     assert encode_words(tokenizer, []) == []
+
+
+def test_many_bad_words_are_compared_by_hash() -> None:
+    """Each was compared with all before it: a list of 100,000 kept the tokenizer busy for hours."""
+    words = [[number, number] for number in range(100_000)]
+    begin_s = perf_counter()
+    assert encode_words(None, [*words, *words]) == words
+    assert perf_counter() - begin_s < 10
 
 
 def test_a_bad_word_of_white_space_stays_what_it_is() -> None:
