@@ -23,7 +23,8 @@ from penstock.structured_outputs import StructuredOutputs
 
 _MAX_MASK_THREADS = 8
 # Deterministic bounds on the work of compiling and of one mask, in llguidance's own units.
-LIMITS = LLParserLimits(verbose_errors=False)
+# Ambiguous grammars reach the library's own bound on items (50,000) only after a second per token.
+LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000, max_items_in_row=500)
 
 
 class GrammarVocabulary:

