@@ -93,14 +93,18 @@ class OpenAIEngine:
         self._num_ended = 0
 
     def start(self) -> None:
-        """Connect, and find the model. Raises `ConfigurationError`, `EngineClosed`."""
+        """Connect, and find the model. Raises `EngineClosed`, or `ConfigurationError`; the engine is then stopped."""
         with self._lock:
             if self._is_closed:
                 raise EngineClosed("the engine was stopped")
             if self._thread is None:
                 self._thread = LoopThread("penstock-openai")
             loop = self._thread.loop
-        asyncio.run_coroutine_threadsafe(self._connect(), loop).result()
+        try:
+            asyncio.run_coroutine_threadsafe(self._connect(), loop).result()
+        except BaseException:
+            self.stop(drain=0.0)  # leaves no thread behind
+            raise
 
     async def _connect(self) -> openai.AsyncOpenAI:
         async with self._connecting:

@@ -350,7 +350,12 @@ asyncio.run(main())
 
 def test_ctrl_c_while_a_model_loads_ends_the_program() -> None:
     """asyncio waited for the thread in which the engine waited for its model."""
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for what runs behind them
+    )
     assert process.stdout is not None
     process.stdout.readline()
     begin = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
@@ -200,6 +201,7 @@ def test_what_the_api_cannot_express_is_refused_by_name(params: SamplingParams) 
 def test_a_server_that_is_not_there_is_one_sentence() -> None:
     with pytest.raises(ConfigurationError, match=r"no model can be found at http://127\.0\.0\.1:9/v1"):
         OpenAIEngine("http://127.0.0.1:9", max_retries=0).start()
+    assert not any(thread.name == "penstock-openai" for thread in threading.enumerate())
 
 
 def test_a_server_without_models_is_one_sentence() -> None:
