@@ -13,8 +13,6 @@ from penstock.serving.sampling_fields import MAX_INT, SamplingFields, TokenId
 from penstock.serving.settings import ServingSettings
 from penstock.serving.structure_fields import StructureFields
 
-DEFAULT_MAX_TOKENS = 16
-
 
 class CompletionRequest(SamplingFields, StructureFields):
     """A text completion. `prompt` is a text, token ids, or a list of either."""
@@ -25,7 +23,7 @@ class CompletionRequest(SamplingFields, StructureFields):
     echo: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(DEFAULT_MAX_TOKENS, ge=0, le=MAX_INT)
+    max_tokens: int | None = Field(16, ge=0, le=MAX_INT)
     logprobs: int | None = Field(None, ge=0, le=MAX_INT)
     user: str | None = None
 

@@ -19,13 +19,15 @@ from penstock import (
     SpeculativeDecoder,
 )
 from penstock.cli.command import make_parser
+from penstock.cli.load import Load
 from penstock.cli.session import params_with
+from penstock.serving.completion_request import CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = re.compile(r"^\| `(\w[\w.]*)` \| (\d+) \|", re.MULTILINE)
 LENGTHS = {"max_tokens", "max_new_tokens", "default_max_tokens", "max_length"}
 # The context of a model, not the length of a request.
-CONTEXTS = {("scripted.py", "max_length"), ("checks.py", "max_length")}
+CONTEXTS = {("scripted.py", "max_length"), ("scripted_replies.py", "max_length"), ("checks.py", "max_length")}
 Default = tuple[str, int]
 
 
@@ -74,6 +76,8 @@ def max_length(function: Callable[..., object]) -> int:
 def test_the_table_states_the_defaults_of_the_code() -> None:
     assert listed() == {
         "EngineConfig.default_max_tokens": EngineConfig().default_max_tokens,
+        "CompletionRequest.max_tokens": CompletionRequest(prompt="x").max_tokens,
+        "Load.max_tokens": Load(1).max_tokens,
         "SamplingParams.max_tokens": SamplingParams().max_tokens,
         "GenerationConfig.max_length": GenerationConfig().max_length,
         "PerformanceOptimizer.optimized_generate.max_length": max_length(PerformanceOptimizer.optimized_generate),
