@@ -125,11 +125,12 @@ def run(args: argparse.Namespace) -> int:
     turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     with server_process(args.step_ms / 1000) as url, progress(1 + 2 * args.repeats) as step:
         step("warm-up")
-        idle = turn(url, Load(args.clients, max_tokens=4, ignore_eos=True))["after"]
+        idle = turn(url, Load(args.clients, rate=args.rate, max_tokens=4, ignore_eos=True))["after"]
         for repeat in range(args.repeats):
             for kind in list(kinds)[:: 1 if repeat % 2 == 0 else -1]:
                 step(kind)
-                load = Load(args.clients, max_tokens=args.tokens, ignore_eos=True, seed=repeat, **kinds[kind])
+                sizes = {"rate": args.rate, "max_tokens": args.tokens, "seed": repeat}
+                load = Load(args.clients, ignore_eos=True, **sizes, **kinds[kind])
                 turns[kind].append(turn(url, load))
     names = ("gap_p50_ms", "gap_p99_ms", "lag_p99_ms", "lag_max_ms", "cpu_us_per_event")
     medians = {kind: {name: median(item[name] for item in items) for name in names} for kind, items in turns.items()}
@@ -152,7 +153,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=500, help="streams at once (default: 500)")
     parser.add_argument("--step-ms", type=float, default=250.0, help="time of a step of the model (default: 250)")
-    parser.add_argument("--tokens", type=int, default=24, help="tokens per stream (default: 24)")
+    parser.add_argument("--tokens", type=int, default=40, help="tokens per stream (default: 40)")
+    parser.add_argument("--rate", type=float, default=100.0, help="arrivals per second (default: 100)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each kind (default: 3)")
     parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
