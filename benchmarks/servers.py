@@ -115,7 +115,7 @@ async def run_in_process(engine: InferenceEngine, load: Load) -> list[Exchange]:
         async with places:
             exchange = Exchange(0.0, sent_s=time.perf_counter() - begin)
             async for delta in engine.generate({"prompt": load.prompt(number)}, params):
-                if delta.text:
+                if delta.token_ids:
                     exchange.chunks_s.append(time.perf_counter() - begin)
                 exchange.num_tokens += len(delta.token_ids)
             exchange.ended_s = time.perf_counter() - begin

@@ -209,14 +209,14 @@ class Clients:
         if error := event.get("error"):
             exchange.error = str(error.get("message", error) if isinstance(error, dict) else error)
             return False
-        if any(_text(choice) for choice in event.get("choices") or ()):
+        if any(_has_text(choice) for choice in event.get("choices") or ()):
             exchange.chunks_s.append(self._now())
         if usage := event.get("usage"):
             exchange.num_tokens, exchange.num_prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
         return False
 
 
-def _text(choice: dict[str, Any]) -> str:
-    """What a choice adds: text of a completion, content or reasoning of a chat."""
+def _has_text(choice: dict[str, Any]) -> bool:
+    """Whether a choice adds to the answer: text of a completion (a token may have none), content or reasoning."""
     delta = choice.get("delta") or {}
-    return choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or ""
+    return "text" in choice or any(delta.get(name) for name in ("content", "reasoning_content", "reasoning"))
