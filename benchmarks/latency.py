@@ -19,9 +19,10 @@ from harness.console import Step, finish, progress, show
 from harness.engines import engine_for, vocabulary_of
 from harness.options import add_model_options, name_of, numbers, parser_for, settings_of, source_of
 from harness.plots import Panel, save
-from harness.stats import percentiles, poisson_arrivals
+from harness.stats import percentiles
 from peers.workloads import WARM_UP, Work, Workload, limits
 from penstock import InferenceEngine, SamplingParams
+from penstock.cli.workloads import poisson_arrivals
 from penstock.errors import PenstockError
 
 EPILOG = """examples:

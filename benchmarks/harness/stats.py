@@ -1,10 +1,8 @@
-"""Percentiles, and the times at which requests arrive. Pure functions of numbers and seeds."""
+"""Percentiles. Pure functions of numbers."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from itertools import accumulate
 from math import ceil
 
 PERCENTILES = (50, 90, 99)
@@ -21,12 +19,3 @@ def percentiles(values: Sequence[float], digits: int = 3) -> dict[str, float] | 
     if not values:
         return None
     return {f"p{q}": round(percentile(values, q), digits) for q in PERCENTILES}
-
-
-def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """When `count` requests arrive, in seconds from the start, at `rate` per second on average, independently.
-
-    The gaps of a Poisson process are exponential. The same seed gives the same pattern at every rate, only faster.
-    """
-    rng = random.Random(seed)
-    return list(accumulate(rng.expovariate(1.0) / rate for _ in range(count)))

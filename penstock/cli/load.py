@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from penstock.cli.workloads import poisson_arrivals
 from penstock.errors import ConfigurationError, described
 
 WORDS = ("amber", "basin", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty", "knoll", "ledge")
@@ -56,11 +57,9 @@ class Load:
 
     def arrivals(self) -> list[float]:
         """When each request is sent, in seconds after the start: a Poisson process."""
-        rng, arrivals, now = random.Random(self.seed), [], 0.0
-        for _ in range(self.num_requests):
-            arrivals.append(now)
-            now += 0.0 if math.isinf(self.rate) else rng.expovariate(self.rate)
-        return arrivals
+        if math.isinf(self.rate):
+            return [0.0] * self.num_requests
+        return poisson_arrivals(self.rate, self.num_requests, self.seed)
 
     def prompt(self, number: int) -> str:
         """The text of a request; no two begin alike."""

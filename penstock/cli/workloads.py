@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from penstock.errors import ConfigurationError
 
@@ -86,3 +87,12 @@ WARM_UP = Workload("warm-up", 2, 0, 32, 8)
 def cache_tokens(works: Sequence[Work], block_size: int) -> int:
     """The size of a K/V cache, in tokens, in which the largest of these workloads fits."""
     return max(sum(-(-(len(prompt) + output) // block_size) * block_size for prompt, output in work) for work in works)
+
+
+def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
+    """When `count` requests arrive, in seconds from the start, at `rate` per second on average, independently.
+
+    The gaps of a Poisson process are exponential. The same seed gives the same pattern at every rate, only faster.
+    """
+    rng = random.Random(seed)
+    return list(accumulate(rng.expovariate(1.0) / rate for _ in range(count)))

@@ -22,11 +22,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from penstock import InferenceEngine
-from penstock.models.scripted_replies import ScriptedReplies
 from penstock.serving import ServingSettings, app
 from tests.http_sockets import running
-from tests.tokenizers_for_tests import byte_level
+from tests.scripted_engine import replying_engine
 
 _UNREACHABLE = re.compile("No matching distribution|Connection|Temporary failure|timed out|Network is unreachable")
 
@@ -121,19 +119,5 @@ def server(
     wrap: Callable[[FastAPI], ASGIApp] = lambda api: api,
 ) -> Iterator[str]:
     """The address of a server whose model gives these replies."""
-    tokenizer = byte_level()
-    if template is not None:
-        tokenizer.chat_template = template
-    model = ScriptedReplies(
-        *(replies, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode),
-        eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
-        vocab_size=len(tokenizer),
-        max_length=max_length,
-    )
-    engine = InferenceEngine(model, tokenizer, batch_timeout_ms=0)
-    engine.start()
-    try:
-        with running(wrap(app(engine, settings))) as uvicorn:
-            yield f"http://127.0.0.1:{uvicorn.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        engine.stop(drain=0)
+    with replying_engine(replies, template, max_length) as engine, running(wrap(app(engine, settings))) as uvicorn:
+        yield f"http://127.0.0.1:{uvicorn.servers[0].sockets[0].getsockname()[1]}"

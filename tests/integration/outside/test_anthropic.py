@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import anthropic
@@ -11,7 +12,7 @@ from anthropic.resources.messages import DEPRECATED_MODELS
 from penstock.serving import ServingSettings
 from tests.integration.outside.suites import Exclusion, failures, fetched, server, unlisted
 
-MODELS = ("claude-opus-5-5", "model_id", "after_id", "before_id", *DEPRECATED_MODELS)
+PAGE = ("model_id", "after_id", "before_id")  # names that the tests of models use
 PATHS = ("test_messages.py", "test_models.py")
 EXCLUSIONS = (
     Exclusion(r"\[aiohttp\]$", "needs the optional package httpx_aiohttp, a transport of the client"),
@@ -45,7 +46,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
 def test_the_anthropic_packages_own_tests_pass(folder: Path, tmp_path: Path) -> None:
     root = fetched("anthropic", anthropic.__version__, folder)
     (root / "stand_ins.py").write_text(STAND_INS)
-    with server(["The water falls."], ServingSettings(served_model_name=MODELS)) as url:
+    names = set(re.findall(r'model="([^"]+)"', (root / "tests" / "api_resources" / PATHS[0]).read_text()))
+    names |= {*PAGE, *DEPRECATED_MODELS}
+    with server(["The water falls."], ServingSettings(served_model_name=tuple(sorted(names)))) as url:
         paths = ["-p", "stand_ins", *(f"tests/api_resources/{path}" for path in PATHS)]
         num_passed, messages = failures(root, paths, {"TEST_API_BASE_URL": url}, tmp_path / "report.xml")
     assert unlisted(messages, EXCLUSIONS) == {}

@@ -40,19 +40,19 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def chatgpt(url: str) -> Iterator[openai.OpenAI]:
+def openai_client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def claude(url: str) -> Iterator[anthropic.Anthropic]:
+def anthropic_client(url: str) -> Iterator[anthropic.Anthropic]:
     with anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as client:
         yield client
 
 
-def test_openais_reader_of_streams_builds_the_whole_response(chatgpt: openai.OpenAI) -> None:
-    with chatgpt.responses.stream(model="scripted", input="weather", tools=[TOOL]) as stream:
+def test_openais_reader_of_streams_builds_the_whole_response(openai_client: openai.OpenAI) -> None:
+    with openai_client.responses.stream(model="scripted", input="weather", tools=[TOOL]) as stream:
         types = [event.type for event in stream]
         response = stream.get_final_response()
     assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
@@ -64,67 +64,69 @@ def test_openais_reader_of_streams_builds_the_whole_response(chatgpt: openai.Ope
     assert response.usage.output_tokens_details.reasoning_tokens > 3
 
 
-def test_an_agents_loop_of_responses_ends_with_the_answer(chatgpt: openai.OpenAI) -> None:
-    first = chatgpt.responses.create(model="scripted", input="weather", tools=[TOOL])
+def test_an_agents_loop_of_responses_ends_with_the_answer(openai_client: openai.OpenAI) -> None:
+    first = openai_client.responses.create(model="scripted", input="weather", tools=[TOOL])
     call = first.output[-1]
     assert call.type == "function_call"
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
-    second = chatgpt.responses.create(model="scripted", input=[result], previous_response_id=first.id)
+    second = openai_client.responses.create(model="scripted", input=[result], previous_response_id=first.id)
     assert second.output_text == "It rains."
-    listed = chatgpt.responses.input_items.list(second.id).data
+    listed = openai_client.responses.input_items.list(second.id).data
     assert [item.type for item in listed] == ["function_call_output"]
-    assert chatgpt.responses.retrieve(second.id).output_text == "It rains."
-    chatgpt.responses.delete(second.id)
+    assert openai_client.responses.retrieve(second.id).output_text == "It rains."
+    openai_client.responses.delete(second.id)
     with pytest.raises(openai.NotFoundError):
-        chatgpt.responses.retrieve(second.id)
+        openai_client.responses.retrieve(second.id)
 
 
-def test_openais_parser_gets_the_schema_of_a_model_through(chatgpt: openai.OpenAI) -> None:
+def test_openais_parser_gets_the_schema_of_a_model_through(openai_client: openai.OpenAI) -> None:
     class Weather(BaseModel):
         city: str
 
-    response = chatgpt.responses.parse(model="scripted", input="where?", text_format=Weather)
+    response = openai_client.responses.parse(model="scripted", input="where?", text_format=Weather)
     assert response.output_parsed == Weather(city="Bern")
 
 
-def test_anthropics_reader_of_streams_builds_the_whole_message(claude: anthropic.Anthropic) -> None:
+def test_anthropics_reader_of_streams_builds_the_whole_message(anthropic_client: anthropic.Anthropic) -> None:
     body: Any = {"model": "scripted", "max_tokens": 500, "messages": [{"role": "user", "content": "weather"}]}
-    with claude.messages.stream(**body, tools=[TOOL_USE]) as stream:
+    with anthropic_client.messages.stream(**body, tools=[TOOL_USE]) as stream:
         list(stream)
         message = stream.get_final_message()
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
-    whole = claude.messages.create(**body, tools=[TOOL_USE])
+    whole = anthropic_client.messages.create(**body, tools=[TOOL_USE])
     streamed, at_once = ([{**block.to_dict(), "id": None} for block in each.content] for each in (message, whole))
     assert streamed == at_once
     assert streamed[-1]["input"] == {"city": "Bern"}
     assert message.stop_reason == whole.stop_reason == "tool_use"
-    counted = claude.messages.count_tokens(model="scripted", messages=body["messages"], tools=[TOOL_USE])
+    counted = anthropic_client.messages.count_tokens(model="scripted", messages=body["messages"], tools=[TOOL_USE])
     usage = message.usage
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
 
 
-def test_an_agents_loop_of_messages_ends_with_the_answer(claude: anthropic.Anthropic) -> None:
+def test_an_agents_loop_of_messages_ends_with_the_answer(anthropic_client: anthropic.Anthropic) -> None:
     messages: list[Any] = [{"role": "user", "content": "weather"}]
-    first = claude.messages.create(model="scripted", max_tokens=500, messages=messages, tools=[TOOL_USE])
+    first = anthropic_client.messages.create(model="scripted", max_tokens=500, messages=messages, tools=[TOOL_USE])
     call = first.content[-1]
     assert call.type == "tool_use"
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "rain"}
     messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
-    second = claude.messages.create(model="scripted", max_tokens=500, messages=messages)
+    second = anthropic_client.messages.create(model="scripted", max_tokens=500, messages=messages)
     (text,) = second.content
     assert text.type == "text"
     assert (text.text, second.stop_reason) == ("It rains.", "end_turn")
 
 
-def test_errors_reach_both_clients_as_their_own(chatgpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+def test_errors_reach_both_clients_as_their_own(
+    openai_client: openai.OpenAI, anthropic_client: anthropic.Anthropic
+) -> None:
     with pytest.raises(anthropic.NotFoundError) as unknown:
-        claude.messages.create(model="claude", max_tokens=5, messages=[{"role": "user", "content": "x"}])
+        anthropic_client.messages.create(model="unknown", max_tokens=5, messages=[{"role": "user", "content": "x"}])
     assert unknown.value.type == "not_found_error"
     assert unknown.value.request_id
     with pytest.raises(openai.BadRequestError) as refused:
-        chatgpt.responses.create(model="scripted", input="x", background=True)
+        openai_client.responses.create(model="scripted", input="x", background=True)
     assert refused.value.param == "background"
-    assert claude.models.list().data[0].id == chatgpt.models.list().data[0].id
+    assert anthropic_client.models.list().data[0].id == openai_client.models.list().data[0].id
 
 
 @contextmanager

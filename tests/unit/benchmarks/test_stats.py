@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 
 from harness.console import cell
-from harness.stats import percentile, percentiles, poisson_arrivals
+from harness.stats import percentile, percentiles
+from penstock.cli.workloads import poisson_arrivals
 
 
 def test_percentile_is_a_value_that_was_measured() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from penstock import InferenceEngine, ScriptedModel
-from penstock.models.scripted_replies import ScriptedReplies
 from penstock.serving import ServingSettings, app
+from tests.scripted_engine import replying_engine
 from tests.tokenizers_for_tests import byte_level
 
 TEXT = "water falls "
@@ -23,22 +23,8 @@ def replying(
     replies: Any, template: str | None = None, settings: ServingSettings | None = None
 ) -> Iterator[TestClient]:
     """A client of an app whose model gives these replies, over a tokenizer with this chat template."""
-    tokenizer = byte_level()
-    if template is not None:
-        tokenizer.chat_template = template
-    model = ScriptedReplies(
-        *(replies, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode),
-        eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
-        vocab_size=len(tokenizer),
-        max_length=4096,
-    )
-    engine = InferenceEngine(model, tokenizer, batch_timeout_ms=0)
-    engine.start()
-    try:
-        with TestClient(app(engine, settings)) as client:
-            yield client
-    finally:
-        engine.stop(drain=0)
+    with replying_engine(replies, template) as engine, TestClient(app(engine, settings)) as client:
+        yield client
 
 
 @contextmanager

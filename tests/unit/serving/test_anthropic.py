@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,24 +22,6 @@ from tests.unit.serving.test_responses import CALL, TEXTS
 TOOLS = [{"name": "add", "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}]
 BODY = {"max_tokens": 100, "messages": [{"role": "user", "content": "what falls?"}]}
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[tuple[TestClient, SplitEngine]]:
-    with split_client() as pair:
-        yield pair
-
-
-@pytest.fixture
-def client(service: tuple[TestClient, SplitEngine]) -> TestClient:
-    return service[0]
-
-
-@pytest.fixture
-def engine(service: tuple[TestClient, SplitEngine]) -> SplitEngine:
-    engine = service[1]
-    engine.chunks, engine.finish_reason, engine.stop_reason, engine.error = ["water ", "falls"], "stop", None, None
-    return engine
 
 
 def create(client: TestClient, **body: Any) -> dict[str, Any]:
@@ -369,7 +350,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_stream() -> None:
 
 
 def test_a_model_that_is_not_served_is_a_404(client: TestClient, engine: SplitEngine) -> None:
-    answer = client.post("/v1/messages", json={**BODY, "model": "claude"})
+    answer = client.post("/v1/messages", json={**BODY, "model": "unknown"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,24 +32,6 @@ TEXTS = (
     '<tool_call>\n{"name": "add", "arguments": {"a": ',
 )
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[tuple[TestClient, SplitEngine]]:
-    with split_client() as pair:
-        yield pair
-
-
-@pytest.fixture
-def client(service: tuple[TestClient, SplitEngine]) -> TestClient:
-    return service[0]
-
-
-@pytest.fixture
-def engine(service: tuple[TestClient, SplitEngine]) -> SplitEngine:
-    engine = service[1]
-    engine.chunks, engine.finish_reason, engine.stop_reason, engine.error = ["water ", "falls"], "stop", None, None
-    return engine
 
 
 def create(client: TestClient, **body: Any) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""A started engine whose model gives scripted replies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from penstock import InferenceEngine
+from penstock.models.scripted_replies import ScriptedReplies
+from tests.tokenizers_for_tests import byte_level
+
+
+@contextmanager
+def replying_engine(replies: Any, template: str | None = None, max_length: int = 4096) -> Iterator[InferenceEngine]:
+    """An engine with these replies, over a tokenizer with this chat template; stopped at the end."""
+    tokenizer = byte_level()
+    if template is not None:
+        tokenizer.chat_template = template
+    model = ScriptedReplies(
+        *(replies, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode),
+        eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        vocab_size=len(tokenizer),
+        max_length=max_length,
+    )
+    engine = InferenceEngine(model, tokenizer, batch_timeout_ms=0)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop(drain=0)
