@@ -330,13 +330,13 @@ def _check_ranking(p: SamplingParams) -> None:
 
 
 def _check_structure(p: SamplingParams) -> None:
-    structured, marker = p.structured_outputs, p.reasoning_end
+    structured, marker = p.structured_outputs, bare(p.reasoning_end)
     is_known = structured is None or isinstance(structured, StructuredOutputs)
     _require(is_known, "structured_outputs", structured, "StructuredOutputs or None")
     if structured is not None:
         _require(not p.use_beam_search, "structured_outputs", structured, "None with use_beam_search")
     if marker is not None:
-        _set(p, "reasoning_end", bare(marker))
         _require(isinstance(marker, str) and len(marker) > 0, "reasoning_end", marker, "None or a non-empty string")
+        _set(p, "reasoning_end", marker)
         _require(not p.use_beam_search, "reasoning_end", marker, "None with use_beam_search")
         _require(p.detokenize, "reasoning_end", marker, "None when detokenize=False: it is looked for in the text")
