@@ -6,7 +6,8 @@ servers, and so is the engine without HTTP, whose readers run in its own process
 output tokens per second and time to the first token, as medians over the repeats. The last line is JSON.
 
     python benchmarks/servers.py --model FOLDER \\
-        --server 'vllm=VENV/bin/vllm serve {model} --port {port} --dtype bfloat16'
+        --server 'vllm=VENV/bin/python -m vllm.entrypoints.openai.api_server --model {model} --port {port} \\
+            --dtype bfloat16 --max-model-len 2048'
 """
 
 from __future__ import annotations
