@@ -133,13 +133,14 @@ class Clients:
         self._load = load
         self._on_end = on_end
         self._transport = transport
+        self._tls = httpx.create_ssl_context()
         self._places = asyncio.Semaphore(load.concurrency or load.num_requests)
         self._start_s = 0.0
 
     async def run(self) -> Sequence[Exchange]:
         """Send every request at its time, and read all answers."""
         rng = random.Random(f"{self._load.seed}/clients")
-        async with self._new_client() as client, asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group:
             self._start_s = time.perf_counter()
             for number, due_s in enumerate(self._load.arrivals()):
                 await asyncio.sleep(max(0.0, due_s - self._now()))
@@ -147,26 +148,24 @@ class Clients:
                 exchange = Exchange(due_s, is_slow=rng.random() < self._load.slow)
                 leaves_at = rng.randint(1, self._load.max_tokens) if rng.random() < self._load.disconnecting else None
                 self.exchanges.append(exchange)
-                group.create_task(self._exchange(client, number, exchange, leaves_at))
+                group.create_task(self._exchange(number, exchange, leaves_at))
         return self.exchanges
 
     def _new_client(self) -> httpx.AsyncClient:
+        """A client of one request. The pool of a shared one walks all its connections whenever a request ends."""
         return httpx.AsyncClient(
             headers=self._server.headers,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             timeout=httpx.Timeout(None, connect=CONNECT_S),
-            transport=self._transport,
+            transport=self._transport or httpx.AsyncHTTPTransport(verify=self._tls),
         )
 
     def _now(self) -> float:
         return time.perf_counter() - self._start_s
 
-    async def _exchange(
-        self, client: httpx.AsyncClient, number: int, exchange: Exchange, leaves_at: int | None
-    ) -> None:
+    async def _exchange(self, number: int, exchange: Exchange, leaves_at: int | None) -> None:
         exchange.sent_s = self._now()
         try:
-            await self._stream(client, number, exchange, leaves_at)
+            await self._stream(number, exchange, leaves_at)
         except Exception as error:  # refused connections, broken streams, invalid JSON: each is a failed request
             exchange.error = described(error)
         finally:
@@ -174,9 +173,9 @@ class Clients:
             self._places.release()
             self._on_end()
 
-    async def _stream(self, client: httpx.AsyncClient, number: int, exchange: Exchange, leaves_at: int | None) -> None:
+    async def _stream(self, number: int, exchange: Exchange, leaves_at: int | None) -> None:
         url = f"{self._server.url}/{ENDPOINTS[self._server.endpoint]}"
-        async with client.stream("POST", url, json=self._body(number)) as response:
+        async with self._new_client() as client, client.stream("POST", url, json=self._body(number)) as response:
             if response.status_code != 200:
                 exchange.error = f"HTTP {response.status_code}"
                 return
