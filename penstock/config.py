@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args
@@ -255,7 +255,7 @@ class EngineConfig(BaseSettings):
         return names
 
     def __init__(self, **values: Unpack[Settings]) -> None:
-        warn_of_misspelled_variables()
+        warn_of_misspelled_variables("PENSTOCK_", tuple(EngineConfig.model_fields))
         with explained((*EngineConfig.model_fields, *ALIASES)):
             super().__init__(**canonical(cast(dict[str, Any], values)))
 
@@ -315,15 +315,16 @@ def _explain(details: ErrorDetails, names: Iterable[str], secrets: Collection[st
     return f"{name}: {reason} (got {value})" if is_shown else f"{name}: {reason}"
 
 
-@lru_cache(maxsize=1)
-def warn_of_misspelled_variables() -> None:
-    """Warn, once per process, of environment variables that look like a setting and are none."""
-    known = [f"PENSTOCK_{name.upper()}" for name in EngineConfig.model_fields]
-    for name in os.environ:
-        is_ours = name.startswith("PENSTOCK_") and name not in known
-        if is_ours and (matches := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
-            text = "the environment variable %s is no setting and has no effect: did you mean %s?"
-            logging.getLogger("penstock").warning(text, name, matches[0])
+@cache
+def warn_of_misspelled_variables(prefix: str, names: tuple[str, ...]) -> None:
+    """Warn, once per process, of environment variables that look like one of these settings and are none."""
+    known = {f"{prefix}{name.upper()}" for name in names}
+    for variable in os.environ:
+        if variable.startswith(prefix) and variable not in known:
+            word = variable.removeprefix(prefix).lower()
+            if matches := difflib.get_close_matches(word, names, n=1, cutoff=0.7):
+                text = "the environment variable %s is no setting and has no effect: did you mean %s?"
+                logging.getLogger("penstock").warning(text, variable, f"{prefix}{matches[0].upper()}")
 
 
 def with_settings(config: EngineConfig | None, settings: EngineSettings) -> EngineConfig:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from penstock.api.event_loop import new_event_loop
 from penstock.api.protocols import Engine
-from penstock.config import explained
+from penstock.config import explained, warn_of_misspelled_variables
 from penstock.errors import ConfigurationError
 from penstock.serving.application import app
 from penstock.serving.lifecycle import Lifecycle
@@ -54,6 +54,7 @@ class ProcessSettings(ServingSettings):
     access_log: bool = Field(True, description="Log one line per request on stderr, without any text of it.")
 
     def __init__(self, **values: Unpack[ProcessKeywords]) -> None:
+        warn_of_misspelled_variables("PENSTOCK_SERVE_", tuple(ProcessSettings.model_fields))
         with explained(ProcessSettings.model_fields, secrets=SECRETS):
             super().__init__(**values)  # type: ignore[misc]  # the base takes these fields too: it reads `model_fields`
 

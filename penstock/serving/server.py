@@ -9,6 +9,7 @@ from pathlib import Path
 from anyio import to_thread
 
 from penstock.api.protocols import Engine, Tokenizing, WithDefaults
+from penstock.demo import MODEL_DIR
 from penstock.sampling import SamplingParams
 from penstock.serving.auth import KeyRing
 from penstock.serving.errors import HttpError
@@ -59,12 +60,12 @@ class Server:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The model's names; the first is the principal one. Without a setting, its folder or hub id."""
+        """The model's names; the first is the principal one. Without a setting, that of its folder or hub id."""
         if not self._names:
             name = self.stats().get("model")
             if not isinstance(name, str) or not name:  # not loaded yet
                 return ("penstock",)
-            self._names = (Path(name).name,)
+            self._names = ("penstock-demo" if Path(name) == MODEL_DIR else Path(name).name,)
         return self._names
 
     @property

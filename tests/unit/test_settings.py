@@ -15,6 +15,7 @@ from harness.processes import own_environment
 from penstock import EngineConfig, FinishReason, InferenceEngine
 from penstock.api.arguments import RequestOptions
 from penstock.config import ALIASES, Settings, warn_of_misspelled_variables
+from penstock.serving.process import ProcessSettings
 
 USER_CODE = """
 import asyncio
@@ -156,6 +157,19 @@ def test_a_misspelled_environment_variable_is_warned_of(
         "the environment variable PENSTOCK_MAX_BATCH_SIEZ is no setting and has no effect: "
         "did you mean PENSTOCK_MAX_BATCH_SIZE?"
     ]
+
+
+def test_a_misspelled_environment_variable_of_the_server_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PENSTOCK_SERVE_PROT", "9000")
+    warn_of_misspelled_variables.cache_clear()
+    EngineConfig()
+    ProcessSettings()
+    (record,) = caplog.records
+    assert record.message.endswith(
+        "PENSTOCK_SERVE_PROT is no setting and has no effect: did you mean PENSTOCK_SERVE_PORT?"
+    )
 
 
 def test_a_finish_reason_equals_its_string() -> None:

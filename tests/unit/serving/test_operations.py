@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
-from penstock import SamplingParams
+from penstock import InferenceEngine, SamplingParams
 from penstock.engine.requests import input_processor
-from penstock.serving import ServingSettings
+from penstock.serving import ServingSettings, app
 from penstock.serving.readiness import Readiness
 from tests.unit.serving.service import CHAT, client_of, events
 
@@ -56,6 +57,13 @@ def test_a_model_says_how_long_its_sequences_may_be() -> None:
         assert client.get("/v1/models/scripted").status_code == 404
         assert client.post(URL, json={**CHAT, "model": "org/mine"}).json()["model"] == "org/mine"
         assert client.post(URL, json=CHAT).json()["model"] == "gpt-4o"
+
+
+def test_the_model_of_the_package_has_a_name_of_its_own_rather_than_its_folders() -> None:
+    engine = InferenceEngine()
+    with TestClient(app(engine)) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        assert model["id"] == "penstock-demo"
 
 
 def test_readiness_ends_when_work_waits_without_progress() -> None:
