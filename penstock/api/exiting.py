@@ -14,6 +14,7 @@ import functools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -36,10 +37,22 @@ def halt_at_exit(*parts: Haltable) -> Callable[[], None]:
     def halt() -> None:
         if os.getpid() == pid:  # a forked child has none of the threads
             for part in parts:
-                part.halt(_until())
+                _halt_despite_interruptions(part)
 
+    # Exit handlers run in reverse order, and that of all finalizers, torch's among them, is registered with the first
+    # one of a process. It must run after this one.
+    weakref.finalize(halt, lambda: None).detach()
     atexit.register(halt)
     return functools.partial(atexit.unregister, halt)
+
+
+def _halt_despite_interruptions(part: Haltable) -> None:
+    """Halt a part although Ctrl-C is pressed meanwhile; the common time limit ends this."""
+    while True:
+        try:
+            return part.halt(_until())
+        except KeyboardInterrupt:
+            continue
 
 
 def block_loop_thread(loop: asyncio.AbstractEventLoop, thread: threading.Thread, until: float) -> None:

@@ -335,6 +335,33 @@ def test_a_program_that_ends_while_the_engine_works_is_gone_soon(busy: str, endi
     assert end - begin < PROMPTLY_S
 
 
+FINALIZED = """
+import atexit, signal, threading, time, weakref
+from penstock import InferenceEngine, SamplingParams
+from penstock.models.scripted import ScriptedModel
+
+class Library:
+    pass
+
+engine = InferenceEngine(ScriptedModel([5], step_s=0.4, max_length=4096), batch_timeout_ms=0)
+handle = engine.generate([1], SamplingParams(max_tokens=1500))
+library = Library()
+weakref.finalize(library, lambda: print([t.name for t in threading.enumerate() if t.name.startswith("penstock-model")]))
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+time.sleep(0.6)
+atexit.register(lambda: signal.setitimer(signal.ITIMER_REAL, {interrupted_after_s}))
+"""
+
+
+@pytest.mark.parametrize("interrupted_after_s", [0, 0.1])
+def test_the_models_thread_has_ended_when_libraries_are_finalized(interrupted_after_s: float) -> None:
+    """The finalizers of torch ran beside its kernels, before the exit handler and after one that Ctrl-C had ended."""
+    code = FINALIZED.format(interrupted_after_s=interrupted_after_s)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
 INTERRUPTED = """
 import asyncio
 from penstock import InferenceEngine
