@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
+from penstock.api.blocking import run
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Message, Prompt, as_batch
 from penstock.api.stats import EngineStats
@@ -17,7 +18,7 @@ from penstock.engine.inference import InferenceEngine
 from penstock.errors import RequestError
 from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
-from penstock.outputs import RequestOutput
+from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.sampling import SamplingParams
 from penstock.values import items
 
@@ -92,6 +93,17 @@ class LLM:
         conversations = messages if several else [messages]
         prompts: list[Prompt] = [{"messages": conversation, **options} for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "mean",
+        dimensions: int | None = None,
+        normalize: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """`InferenceEngine.embed`, which see; blocks until all prompts are embedded."""
+        return run(self.engine.embed(prompts, pooling=pooling, dimensions=dimensions, normalize=normalize))
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from penstock.errors import RequestError
 from penstock.facades.llm import LLM
 from penstock.models.scripted import ScriptedModel
+from penstock.outputs import EmbeddingOutput
 from penstock.sampling import SamplingParams
 
 
@@ -43,6 +45,17 @@ def test_results_come_in_the_order_of_the_prompts_each_with_its_own_parameters(l
 def test_there_is_a_set_of_parameters_for_each_prompt(llm: LLM) -> None:
     with pytest.raises((RequestError, ValueError)):
         generated(llm, [[1], [2]], [SamplingParams(max_tokens=1)])
+
+
+def test_embeddings_are_those_of_the_engine(llm: LLM) -> None:
+    async def embedded() -> list[EmbeddingOutput]:
+        return await llm.engine.embed([[1, 2], [3]], pooling="last", dimensions=4, normalize=False)
+
+    outputs = llm.embed([[1, 2], [3]], pooling="last", dimensions=4, normalize=False)
+    assert outputs == asyncio.run(embedded())
+    assert [len(output.embedding) for output in outputs] == [4, 4]
+    with pytest.raises(RequestError, match="pooling"):
+        llm.embed([1], pooling="max")
 
 
 @pytest.mark.parametrize("several", [False, True])
