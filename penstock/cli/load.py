@@ -156,7 +156,8 @@ class Clients:
         return httpx.AsyncClient(
             headers=self._server.headers,
             timeout=httpx.Timeout(None, connect=CONNECT_S),
-            transport=self._transport or httpx.AsyncHTTPTransport(verify=self._tls),
+            verify=self._tls,
+            transport=self._transport,
         )
 
     def _now(self) -> float:

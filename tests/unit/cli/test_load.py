@@ -55,6 +55,28 @@ def test_arrivals_are_a_poisson_process_of_the_given_rate() -> None:
     assert arrivals == Load(4000, rate=20.0).arrivals() != Load(4000, rate=20.0, seed=1).arrivals()
 
 
+async def test_every_request_has_a_connection_of_its_own() -> None:
+    """A shared pool walks all its connections whenever a request ends: with 500 of them it stood still for seconds."""
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]))
+        body = text() + USAGE + DONE
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        await reader.read()  # kept alive until the client closes it
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        load = Load(3, concurrency=1)  # one after the other: a pool would use the first connection again
+        exchanges = await Clients(Server(f"http://127.0.0.1:{port}/v1", "m", {}), load).run()
+    assert [exchange.error for exchange in exchanges] == [None] * 3
+    assert connections == 3
+
+
 def test_without_a_rate_all_requests_are_sent_at_once() -> None:
     assert Load(3).arrivals() == [0.0, 0.0, 0.0]
 
