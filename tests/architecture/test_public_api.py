@@ -26,7 +26,7 @@ from penstock import errors
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 # Of the time that the light dependencies take (0.15 s on a quiet core): a busy machine slows down both.
-IMPORT_BUDGET = 1.5
+IMPORT_BUDGET = 1.2
 CALLED_BY_SYNTAX = {"__init__", "__call__", "__await__", "__iter__", "__aiter__", "__enter__", "__aenter__"}
 OURS = ("penstock", __name__.split(".")[0])
 HEAVY = ("torch", "transformers")
