@@ -45,13 +45,14 @@ class EchoEngine:
         return handle
 
     async def _echo(self, request_id: str, ids: list[int], deadline: float) -> None:
+        entry = self._running.get(request_id)
         for token in ids:
             await asyncio.sleep(0.001)
             if time.monotonic() > deadline:
                 self._end(request_id, DeadlineExceeded("too late"))
-            if request_id not in self._running:
+            if entry is None or self._running.get(request_id) is not entry:  # the id may be in use again
                 return
-            channel, transcript = self._running[request_id]
+            channel, transcript = entry
             transcript.add(f" {token}", [token], [0.0], [0.0])
             channel.put(transcript, wakeups := Wakeups())
             wakeups.send()
