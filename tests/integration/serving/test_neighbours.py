@@ -81,18 +81,24 @@ class Neighbour:
         self._connection.close()
 
 
+def refuse_at_once(port: int, path: str, body: str) -> None:
+    begin_s = monotonic()
+    connection = send(port, path, body)
+    answer = connection.read()
+    assert 400 <= answer.status < 500, body[:200]
+    assert monotonic() - begin_s < GAP_S, body[:200]
+    assert json.loads(answer.body)["error"]["message"]
+    connection.close()
+
+
 def test_hostile_requests_are_refused_at_once_and_no_stream_stalls(port: int) -> None:
     neighbour = Neighbour(port)
-    for path, body in HOSTILE * 3:
-        begin_s = monotonic()
-        connection = send(port, path, body)
-        answer = connection.read()
-        assert 400 <= answer.status < 500, body[:200]
-        assert monotonic() - begin_s < GAP_S, body[:200]
-        assert json.loads(answer.body)["error"]["message"]
-        connection.close()
+    num_rounds = 0
+    while num_rounds < 3 or len(neighbour.gaps_s) <= 10:  # on a fast machine three rounds end before ten chunks
+        for path, body in HOSTILE:
+            refuse_at_once(port, path, body)
+        num_rounds += 1
     neighbour.close()
-    assert len(neighbour.gaps_s) > 10
     assert max(neighbour.gaps_s) < GAP_S
 
 
