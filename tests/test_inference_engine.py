@@ -215,7 +215,7 @@ class TestInferenceEngineIntegration:
         model.hold()
         running = engine.submit_request([1], GREEDY)
         wait_until(lambda: model.plans == 1)
-        waiting = engine.submit_request([1], GREEDY, deadline=0.05)
+        waiting = engine.submit_request([1], GREEDY, deadline=0.5)
         with pytest.raises(EngineOverloaded, match="Request queue is full"):
             engine.submit_request([1], GREEDY)
         with pytest.raises(DeadlineExceeded):
