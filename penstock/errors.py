@@ -8,7 +8,7 @@
     ├── EngineOverloaded (RuntimeError)     the request queue is full; has retry_after_s
     ├── DeadlineExceeded (TimeoutError)     has the partial output
     ├── RequestAborted                      has the partial output
-    ├── EngineClosed (RuntimeError)         the engine was stopped
+    ├── EngineClosed (RuntimeError)         the engine was stopped; has the partial output
     └── ExecutionError (RuntimeError)       the forward pass failed
         └── OutOfMemory                     "CUDA out of memory" or "out of memory", and what to change
 
@@ -103,8 +103,8 @@ class RequestAborted(_Partial):
     """The request was cancelled; `output` holds what was generated until then."""
 
 
-class EngineClosed(PenstockError, RuntimeError):
-    """The engine was stopped, or its thread failed."""
+class EngineClosed(_Partial, RuntimeError):
+    """The engine was stopped, or its thread failed; `output` holds what a request that this ended had generated."""
 
     http_status = 503
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from penstock.api.event_loop import LoopThread
 from penstock.api.handle import RequestHandle
-from penstock.errors import DeadlineExceeded, RequestAborted, text_of
+from penstock.errors import DeadlineExceeded, EngineClosed, RequestAborted, text_of
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 
 Fail = Callable[[str, BaseException], None]
@@ -171,6 +171,6 @@ async def _outcome(handle: RequestHandle) -> RequestOutput:
 
 def _empty(handle: RequestHandle, error: Exception) -> RequestOutput:
     """The output passed to the callback of a request that failed before it produced any."""
-    reasons = ((RequestAborted, "abort"), (DeadlineExceeded, "deadline"), (Exception, "error"))
+    reasons = ((RequestAborted | EngineClosed, "abort"), (DeadlineExceeded, "deadline"), (Exception, "error"))
     empty = CompletionOutput(finish_reason=next(name for kind, name in reasons if isinstance(error, kind)))
     return RequestOutput(handle.request_id, handle.prompt, handle.prompt_token_ids, [empty], True, error=text_of(error))

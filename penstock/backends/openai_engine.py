@@ -44,7 +44,7 @@ from penstock.sampling import RequestPriority
 
 CONNECT_S = 10.0
 _STATUSES: dict[type, RequestStatus] = {type(None): RequestStatus.COMPLETED, RequestAborted: RequestStatus.CANCELLED}
-_REASONS: dict[type, str] = {RequestAborted: "abort", DeadlineExceeded: "deadline"}
+_REASONS: dict[type, str] = {RequestAborted: "abort", EngineClosed: "abort", DeadlineExceeded: "deadline"}
 
 
 @dataclass(slots=True, eq=False)
@@ -282,7 +282,7 @@ class OpenAIEngine:
         output = RequestOutput(
             channel.request_id, channel.prompt, channel.prompt_token_ids, completions, error is None, metrics=metrics
         )
-        if isinstance(error, RequestAborted | DeadlineExceeded):
+        if isinstance(error, RequestAborted | DeadlineExceeded | EngineClosed):
             error.output = output
         with self._lock:
             del self._requests[channel.request_id]

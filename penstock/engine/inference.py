@@ -224,7 +224,7 @@ class InferenceEngine(Capabilities):
         """
         drain = real("drain", drain, 0.0, math.inf, "seconds, a number >= 0")
         if (calling_request := self._callbacks.current_request()) is not None:
-            self._host.try_post(lambda core: core.abort_after(min(drain, CALLBACK_DRAIN_S), calling_request))
+            self._host.try_post(lambda core: core.close_after(min(drain, CALLBACK_DRAIN_S), calling_request))
         self._host.stop(drain)
         self._finalizer()
 
@@ -235,7 +235,7 @@ class InferenceEngine(Capabilities):
         try:
             await to_thread.run_sync(self.stop, drain, abandon_on_cancel=True)
         except BaseException:  # cancelled by asyncio or trio
-            self._host.try_post(lambda core: core.abort_all())
+            self._host.try_post(lambda core: core.close_all())
             raise
 
     async def __aenter__(self) -> Self:

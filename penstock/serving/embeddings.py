@@ -87,8 +87,8 @@ async def _watched(exchange: Exchange, work: Coroutine[object, object, list[Embe
     with exchange.server.lifecycle.abortable(cancel, exchange.id, exchange.call.id):
         async with cancelled_on_disconnect(exchange.request.receive, cancel):
             await asyncio.wait([task])
-    if task.cancelled():
-        raise RequestAborted("the request was aborted")
+        if task.cancelled():
+            raise RequestAborted("the request was aborted")
     return task.result()
 
 

@@ -108,20 +108,20 @@ class Exchange:
         error_frame: Callable[[BaseException], bytes],
         done: bytes,
     ) -> AsyncGenerator[bytes, None]:
-        with self.server.lifecycle.abortable(generation.cancel, self.id, self.call.id):
-            try:
+        try:
+            with self.server.lifecycle.abortable(generation.cancel, self.id, self.call.id):
                 async for data in frames:
                     yield data
                 if done:
                     yield done
-            except Exception as error:
-                self.call.facts["error"] = type(error).__name__
-                if not isinstance(error, PenstockError):
-                    self.server.log.error("stream failed", response_id=self.id, error=described(error), exc_info=True)
-                yield error_frame(error)
-            finally:
-                self.call.facts["completion_tokens"] = generation.usage().completion_tokens
-                self._note_ends(generation)
+        except Exception as error:
+            self.call.facts["error"] = type(error).__name__
+            if not isinstance(error, PenstockError):
+                self.server.log.error("stream failed", response_id=self.id, error=described(error), exc_info=True)
+            yield error_frame(error)
+        finally:
+            self.call.facts["completion_tokens"] = generation.usage().completion_tokens
+            self._note_ends(generation)
 
     def _note_ends(self, generation: Generation) -> None:
         reasons = [out.finish_reason for output in generation.ended for out in output.outputs]

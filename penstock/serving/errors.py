@@ -93,7 +93,6 @@ _TYPES = {
     403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
-    503: "service_unavailable",
     408: "timeout",
 }
 

@@ -130,7 +130,7 @@ class Gate:
                 "request failed",
                 request_id=answer.request_id,
                 error=described(error),
-                exc_info=failure.type == "server_error",
+                exc_info=failure.status == 500,
             )
         if answer.status:
             raise error

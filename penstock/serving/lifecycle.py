@@ -10,7 +10,10 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 
+from penstock.errors import RequestAborted
 from penstock.serving.errors import HttpError
+
+TOLD_S = 5.0  # time for clients to be told that their request was aborted
 
 
 class Lifecycle:
@@ -23,6 +26,7 @@ class Lifecycle:
         self._idle: asyncio.Event | None = None
         self.is_ready = True  # False before draining begins, so that load balancers turn away first
         self.is_draining = False
+        self._is_aborting = False
 
     @property
     def num_open(self) -> int:
@@ -33,7 +37,7 @@ class Lifecycle:
     def call(self) -> Iterator[None]:
         """Count a call as open. Raises a 503 while draining, and a 429 beyond the limit."""
         if self.is_draining:
-            raise HttpError(503, "the server is shutting down", code="draining", retry_after_s=5)
+            raise _shutting_down()
         if self._num_open >= self._max_open:
             text = f"the server has {self._num_open} open requests, its limit"
             raise HttpError(429, text, code="engine_overloaded", retry_after_s=1)
@@ -47,11 +51,15 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def abortable(self, cancel: Callable[[], None], *request_ids: str) -> Iterator[None]:
-        """Let `abort` end this request, by any of its ids, while the block runs."""
+        """Let `abort` end this request, by any of its ids, while the block runs. Raises a 503 if `abort_all` did."""
         for request_id in request_ids:
             self._cancels[request_id] = cancel
         try:
             yield
+        except RequestAborted:
+            if self._is_aborting:
+                raise _shutting_down() from None
+            raise
         finally:
             for request_id in request_ids:
                 if self._cancels.get(request_id) is cancel:  # clients may use an id twice
@@ -65,7 +73,8 @@ class Lifecycle:
         return cancel is not None
 
     def abort_all(self) -> int:
-        """End all open requests; returns how many."""
+        """End all open requests because the server shuts down; returns how many."""
+        self._is_aborting = True
         cancels = set(self._cancels.values())
         for cancel in cancels:
             cancel()
@@ -77,12 +86,12 @@ class Lifecycle:
         if await self._wait_idle(timeout_s):
             return 0
         num_aborted = self.abort_all()
-        await self._wait_idle(5.0)  # their clients are told
+        await self._wait_idle(TOLD_S)
         return num_aborted
 
     def resume(self) -> None:
         """Accept calls again."""
-        self.is_ready, self.is_draining = True, False
+        self.is_ready, self.is_draining, self._is_aborting = True, False, False
 
     async def _wait_idle(self, timeout_s: float) -> bool:
         self._idle = asyncio.Event()
@@ -91,3 +100,7 @@ class Lifecycle:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         return not self._num_open
+
+
+def _shutting_down() -> HttpError:
+    return HttpError(503, "the server is shutting down", code="draining", retry_after_s=5)

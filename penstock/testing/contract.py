@@ -282,7 +282,11 @@ class EngineContract:
             running = engine.generate(self.prompt, self._params(self.LENGTH))
             await anext(running)
             await asyncio.to_thread(engine.stop, 0)
-            assert isinstance(await _error(running), RequestAborted | EngineClosed)
+            error = await _error(running)
+            assert isinstance(error, EngineClosed)
+            assert error.output is not None
+            assert error.output.generated_ids
+            assert running.status is RequestStatus.FAILED
 
         self._run(main)
 

@@ -24,6 +24,7 @@ from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
 from penstock.engine.loop.worker import Job
 from penstock.engine.observe.metrics import Metrics
+from penstock.engine.requests.endings import closing_error
 from penstock.engine.requests.forking import Fork
 from penstock.engine.requests.input_processor import Encoded, InputProcessor
 from penstock.engine.requests.output_processor import OutputProcessor
@@ -187,14 +188,14 @@ class EngineCore:
         self._outputs.end(request, reason, error)
         self._wake.set()
 
-    def abort_after(self, seconds: float, request_id: str) -> None:
-        """`abort` a request after so many seconds, unless it has ended."""
-        asyncio.get_running_loop().call_later(seconds, self.abort, request_id)
+    def close_after(self, seconds: float, request_id: str) -> None:
+        """End a request after so many seconds, unless it has ended, because the engine is being stopped."""
+        asyncio.get_running_loop().call_later(seconds, self.abort, request_id, FinishReason.ABORT, closing_error())
 
-    def abort_all(self) -> None:
-        """End all requests."""
+    def close_all(self) -> None:
+        """End all requests because the engine is being stopped; the scheduler still works."""
         for request_id in list(self._outputs.requests):
-            self.abort(request_id)
+            self.abort(request_id, FinishReason.ABORT, closing_error())
 
     def stop(self) -> None:
         """Make `run()` return once no request is open."""

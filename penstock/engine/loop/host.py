@@ -138,7 +138,7 @@ class Host:
             self._boot_ended.wait()  # `drain_s` excludes the time to load
             self._thread.join(min(drain_s, threading.TIMEOUT_MAX))
         if self._thread.is_alive():
-            self.try_post(lambda core: core.abort_all())
+            self.try_post(lambda core: core.close_all())
         if may_wait:
             self._thread.join()
 

@@ -47,13 +47,20 @@ def bare_output(request: Request, reason: FinishReason, metrics: RequestMetrics)
     return RequestOutput(request.id, prompt, ids, [CompletionOutput(finish_reason=reason.value)], metrics=metrics)
 
 
-def ending_error(request: Request, reason: FinishReason, output: RequestOutput | None) -> PenstockError:
-    """The error of a request that ended early without an exception."""
+def ending_error(
+    request: Request, reason: FinishReason, output: RequestOutput | None, error: Exception | None
+) -> Exception:
+    """The error of a request that ended early, with its partial output; `error` is what ended it, if anything did."""
+    if isinstance(error, EngineClosed):
+        error.output = output
+    if error is not None:
+        return error
     if reason is FinishReason.DEADLINE:
         return DeadlineExceeded(f"request {request.id} passed its deadline", output)
     return RequestAborted(f"request {request.id} was aborted", output)
 
 
-def closing_error(error: BaseException | None) -> EngineClosed:
+def closing_error(error: BaseException | None = None, output: RequestOutput | None = None) -> EngineClosed:
     """The error of a request whose engine was stopped, or failed with `error`."""
-    return EngineClosed("the engine was stopped" if error is None else f"the engine failed: {text_of(error)}")
+    text = "the engine was stopped" if error is None else f"the engine failed: {text_of(error)}"
+    return EngineClosed(text, output)

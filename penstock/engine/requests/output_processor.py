@@ -141,7 +141,7 @@ class OutputProcessor:
         for request in list(self.requests.values()):
             self._put_final(request, FinishReason.ABORT, wakeups)
             output = self._output(request, FinishReason.ABORT)
-            self._close(request, RequestStatus.FAILED, output, closing_error(error), wakeups)
+            self._close(request, RequestStatus.FAILED, output, closing_error(error, output), wakeups)
         wakeups.send()
 
     def _deliver(self, request: Request, index: int, event: Event, delivery: _Delivery) -> None:
@@ -212,8 +212,9 @@ class OutputProcessor:
             self._finish_sequence(sequence.id, reason)
         self._put_final(request, reason, wakeups)
         output = self._output(request, reason)
-        status = RequestStatus.CANCELLED if reason is FinishReason.ABORT else RequestStatus.FAILED
-        error = error or ending_error(request, reason, output)
+        is_cancelled = reason is FinishReason.ABORT and error is None
+        status = RequestStatus.CANCELLED if is_cancelled else RequestStatus.FAILED
+        error = ending_error(request, reason, output, error)
         if output is not None:
             output.error = text_of(error)
         self._close(request, status, output, error, wakeups)

@@ -16,7 +16,7 @@ from penstock.api.handle import RequestHandle
 from penstock.api.transcript import Transcript
 from penstock.api.waiting import Wakeups
 from penstock.engine.inference import InferenceEngine
-from penstock.errors import EngineClosed, EngineOverloaded, ExecutionError, RequestAborted, RequestError
+from penstock.errors import EngineClosed, EngineOverloaded, ExecutionError, RequestError
 from penstock.models.scripted import ScriptedModel
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.sampling import SamplingParams
@@ -350,7 +350,7 @@ def test_closing_in_a_callback_still_serves_the_other_requests(slow_engine: Infe
     other = slow_engine.generate([1], tokens(200))
     own = slow_engine.generate([1], tokens(1500), callback=stop)
     assert len(other.result(10).generated_ids) == 200
-    with pytest.raises(RequestAborted):
+    with pytest.raises(EngineClosed):
         own.result(10)
 
 

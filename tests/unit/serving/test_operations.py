@@ -100,11 +100,13 @@ def test_draining_refuses_new_requests_and_can_be_ended() -> None:
 class Background:
     """A request on a thread of its own."""
 
-    def __init__(self, client: Any, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, client: Any, body: dict[str, Any], headers: dict[str, str] | None = None, path: str = URL
+    ) -> None:
         self.response: Any = None
 
         def run() -> None:
-            self.response = client.post(URL, json=body, headers=headers)
+            self.response = client.post(path, json=body, headers=headers)
 
         self._thread = threading.Thread(target=run)
         self._thread.start()
@@ -148,7 +150,7 @@ def test_a_drain_ends_a_request_that_is_still_encoded(stream: bool, monkeypatch:
             wait_for_open_request(client, "num_requests")
             drained = client.post("/admin/drain", json={"timeout_s": 0}, headers=ADMIN)
             assert drained.json() == {"drained": True, "num_aborted": 1}
-            assert request.wait().status_code == 499
+            assert request.wait().status_code == 503
         finally:
             go.set()
 
@@ -160,7 +162,29 @@ def test_a_drain_that_takes_too_long_ends_what_is_left_once(stream: bool) -> Non
         wait_for_open_request(client)
         drained = client.post("/admin/drain", json={"timeout_s": 0.05}, headers=ADMIN)
         assert drained.json() == {"drained": True, "num_aborted": 1}
-        assert (200 if stream else 499) == request.wait().status_code
+        response = request.wait()
+        assert response.status_code == (200 if stream else 503)
+        error = events(response)[-1]["error"] if stream else response.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "draining")
+        assert "shutting down" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [URL, "/v1/messages", "/v1/responses"])
+def test_a_request_that_the_engines_end_interrupts_is_the_servers_fault(path: str, stream: bool) -> None:
+    """It was a 499, or in a stream an `invalid_request_error`, which clients take for a fault of their own."""
+    with client_of(step_s=0.01) as client:
+        length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        body = {"input": "water"} if path == "/v1/responses" else {**CHAT, "model": client.app.state.server.names[0]}
+        request = Background(client, {**body, length: 400, "stream": stream}, path=path)
+        wait_for_open_request(client)
+        client.app.state.server.engine.stop(drain=0)
+        response = request.wait()
+        assert response.status_code == (200 if stream else 503)
+        assert "the engine was stopped" in response.text
+        assert "invalid_request_error" not in response.text
+        kinds = {URL: '"type":"server_error"', "/v1/messages": '"type":"api_error"'}
+        assert kinds.get(path, "engine_closed") in response.text.replace(" ", "")
 
 
 def test_a_fault_in_a_stream_is_its_last_frame() -> None:

@@ -66,7 +66,7 @@ class EchoEngine:
             channel, transcript = self._running.pop(request_id)
             transcript.end("", "length" if error is None else "abort")
             output = RequestOutput(request_id, None, channel.prompt_token_ids, [transcript.completion()])
-            if isinstance(error, RequestAborted | DeadlineExceeded):
+            if isinstance(error, RequestAborted | DeadlineExceeded | EngineClosed):
                 error.output = output
             channel.put(transcript, wakeups := Wakeups())
             channel.end(STATUSES.get(type(error), RequestStatus.FAILED), output, error, wakeups)
@@ -82,7 +82,7 @@ class EchoEngine:
         while self._running and time.monotonic() < end:
             time.sleep(0.001)
         for request_id in list(self._running):
-            self.abort(request_id)
+            self._post(request_id, EngineClosed("the engine was stopped"))
         self._callbacks.close()
         self._thread.close(wait=True)
 

@@ -780,11 +780,11 @@ async def test_closing_keeps_published_deltas_that_were_not_taken() -> None:
     assert [delta.finish_reason for delta in deltas] == ["abort"]
 
 
-async def test_abort_all_ends_everything() -> None:
+async def test_close_all_ends_everything() -> None:
     rig = Rig()
     channels = [rig.submit(name=str(i)) for i in range(3)]
-    rig.core.abort_all()
-    assert all(isinstance(ending(channel), RequestAborted) for channel in channels)
+    rig.core.close_all()
+    assert all(isinstance(ending(channel), EngineClosed) for channel in channels)
     await rig.finish()
     assert rig.is_clean()
 

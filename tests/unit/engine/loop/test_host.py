@@ -44,8 +44,8 @@ class Core:
         self.stopping = True
         self.wake.set()
 
-    def abort_all(self) -> None:
-        self.seen.append("abort_all")
+    def close_all(self) -> None:
+        self.seen.append("close_all")
         self.requests.clear()
         self.wake.set()
 
@@ -186,7 +186,7 @@ def test_draining_waits_for_requests_and_then_aborts_them() -> None:
     host.start()
     on_engine(host, lambda core: core.requests.append(request()))
     host.stop(0.05)
-    assert core.seen == ["abort_all", "closed with None"]
+    assert core.seen == ["close_all", "closed with None"]
 
 
 def test_draining_host_takes_aborts_but_no_requests() -> None:
@@ -200,7 +200,7 @@ def test_draining_host_takes_aborts_but_no_requests() -> None:
         stopped.wait(0.001)
     with pytest.raises(EngineClosed):
         host.post(lambda core: None, [request()])
-    on_engine(host, lambda core: core.abort_all())
+    on_engine(host, lambda core: core.close_all())
     stopping.join(10)
     assert not stopping.is_alive()
 
@@ -218,7 +218,7 @@ def test_stop_on_the_engines_own_thread_returns_and_the_loop_ends() -> None:
     host.start()
     on_engine(host, lambda core: host.stop(0))
     host.stop(10)
-    assert core.seen == ["abort_all", "closed with None"]
+    assert core.seen == ["close_all", "closed with None"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
