@@ -16,7 +16,16 @@ from typing import TextIO
 
 from penstock.api.protocols import Engine
 from penstock.cli.options import add_model_options, add_sampling_options, engine_settings, sampling_settings
-from penstock.cli.session import INTERRUPTED, JsonObject, Timing, loaded_engine, new_runner, params_with, stream
+from penstock.cli.session import (
+    INTERRUPTED,
+    JsonObject,
+    Timing,
+    interruptible,
+    loaded_engine,
+    new_runner,
+    params_with,
+    stream,
+)
 from penstock.cli.terminal import dim, note, write
 from penstock.errors import RequestError, RequestTooLarge
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestOutput
@@ -29,8 +38,9 @@ EXAMPLES = """examples:
   penstock generate --n 3 --json 'import ' | jq -r '.outputs[].text'
 
 The prompt is completed as it is; `penstock chat` applies a chat template.
-Ctrl-C cancels the generation (exit code 130). Every setting of the engine is
-also an environment variable, for instance PENSTOCK_MAX_SEQUENCE_LENGTH=8192.
+Ctrl-C cancels the generation (exit code 130); once more, it waits for nothing.
+Every setting of the engine is also an environment variable, for instance
+PENSTOCK_MAX_SEQUENCE_LENGTH=8192.
 """
 
 
@@ -67,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         params = params_with(engine, settings)
         show = (lambda delta: None) if args.json else printer(prompt, params.n)
         try:
-            output, timing = runner.run(_complete(engine, prompt, params, show, "max_tokens" not in settings))
+            completing = _complete(engine, prompt, params, show, may_shorten="max_tokens" not in settings)
+            output, timing = runner.run(interruptible(completing))
         except KeyboardInterrupt:
             note("\ninterrupted: the generation was cancelled")
             return INTERRUPTED

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 from penstock.api.event_loop import new_event_loop
 from penstock.api.prompt import Prompt
@@ -34,6 +36,7 @@ T = TypeVar("T")
 JsonObject = dict[str, Any]  # plain data for a JSON document
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 INTERRUPTED = 130  # the exit code that shells expect after Ctrl-C
+_FLUSH_S = 0.2  # for the last output of a process that ends at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,18 @@ def loaded_engine(model: Any = None, tokenizer: Any = None, **settings: Any) -> 
 
 @contextlib.contextmanager
 def started_engine(engine: InferenceEngine, loading: AbstractContextManager[None] | None = None) -> Iterator[None]:
-    """Start an engine, inside of `loading`; at the end abort all its requests and stop it."""
+    """Start an engine, inside of `loading`; at the end abort all its requests and stop it.
+
+    Ctrl-C ends the process at once while the engine loads, or while it is stopped, which waits for a running step.
+    """
     with exit_on_interrupt(), loading or contextlib.nullcontext():
         quiet_libraries()
         engine.start()
     try:
         yield
     finally:
-        engine.stop(drain=0.0)
+        with exit_on_interrupt():
+            engine.stop(drain=0.0)
 
 
 def loading_line(model: object, config: EngineConfig) -> AbstractContextManager[None]:
@@ -91,10 +98,42 @@ def exit_on_interrupt() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
+        exit_at_once()
+
+
+def exit_at_once() -> NoReturn:
+    """End the process with the exit code of an interruption, even if its output is not read."""
+
+    def flush() -> None:
+        with contextlib.suppress(OSError, ValueError):
             note("\ninterrupted")
             sys.stdout.flush()
-        os._exit(INTERRUPTED)
+
+    thread = threading.Thread(target=flush, daemon=True)  # a full pipe, or a lock of this thread's, may block it
+    thread.start()
+    thread.join(_FLUSH_S)
+    os._exit(INTERRUPTED)
+
+
+async def interruptible(coroutine: Coroutine[object, object, T]) -> T:
+    """Run a coroutine of an `asyncio.Runner`: Ctrl-C cancels it, and once more ends the process at once.
+
+    That holds until the process ends and while this thread is blocked, as by output that nobody reads.
+    """
+    cancel = signal.getsignal(signal.SIGINT)
+    if not callable(cancel) or threading.current_thread() is not threading.main_thread():
+        return await coroutine
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: exit_at_once())
+        cancel(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        return await coroutine
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, cancel)
 
 
 def quiet_libraries() -> None:

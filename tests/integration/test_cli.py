@@ -131,6 +131,64 @@ def test_ctrl_c_cancels_a_generation() -> None:
     assert stderr.strip() == "interrupted: the generation was cancelled"
 
 
+WAITING = """
+import os, sys, threading
+from penstock import InferenceEngine, ScriptedModel
+from penstock.cli.session import interruptible, new_runner, started_engine, stream
+is_held = threading.Event()
+
+class Model(ScriptedModel):
+    def execute(self, plan, masks=None):
+        if self.plans == 2 and sys.argv[1] == "step":
+            self.hold()  # this step never ends, and `engine.stop` waits for it
+            is_held.set()
+        return super().execute(plan, masks)
+
+engine = InferenceEngine(Model([5]), skip_tokenizer_init=True)
+
+def show(delta):
+    if sys.argv[1] == "step":
+        is_held.wait()
+    print("begun", flush=True)
+    if sys.argv[1] == "output":
+        os.read(os.pipe()[0], 1)  # like a write to a pipe that nobody reads
+
+with started_engine(engine), new_runner() as runner:
+    try:
+        runner.run(interruptible(stream(engine, [1], None, show)))
+    except KeyboardInterrupt:
+        print("cancelled", flush=True)
+"""
+
+
+@pytest.mark.parametrize("waits_for", ["step", "output"])
+def test_a_second_ctrl_c_ends_the_process_at_once_where_the_first_one_waits(waits_for: str) -> None:
+    """Ctrl-C waited for the running step, or for the reader of a pipe, and the next one did so too."""
+    command = [sys.executable, "-c", WAITING, waits_for]
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, env=ENVIRONMENT, preexec_fn=accept_ctrl_c, **pipes) as process:
+        try:
+            wait_for("begun", process.stdout)
+            process.send_signal(signal.SIGINT)
+            if waits_for == "step":
+                wait_for("cancelled", process.stdout)
+            assert_interrupted(process)
+        finally:
+            process.kill()
+
+
+def assert_interrupted(process: subprocess.Popen[str]) -> None:
+    """Send Ctrl-C until the process ends: two that arrive at the same time are one."""
+    assert process.stderr is not None
+    for _ in range(10 * TIMEOUT_S):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(0.1) == 130
+            break
+    assert process.returncode == 130
+    assert process.stderr.read().strip() == "interrupted"
+
+
 def test_closed_stdout_ends_a_generation_quietly() -> None:
     with running("generate", "def f():", "--max-tokens", "1900") as process:
         assert process.stdout is not None
