@@ -8,11 +8,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from penstock import EngineOverloaded, InferenceEngine, PenstockError
+from shutdown import closed_by_signals
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, InferenceEngine]]:
-    async with InferenceEngine() as engine:
+    async with InferenceEngine() as engine, closed_by_signals(engine):  # or open streams keep the server from ending
         yield {"engine": engine}  # `request.state.engine` in handlers
 
 

@@ -9,6 +9,7 @@ from fastapi import Depends, FastAPI, Header
 
 from penstock import InferenceEngine, SamplingParams
 from penstock.serving import app as serving_app
+from shutdown import closed_by_signals
 
 engine = InferenceEngine()
 requests_of: Counter[str] = Counter()
@@ -16,12 +17,11 @@ requests_of: Counter[str] = Counter()
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with engine:  # the program owns the engine: a mounted app neither starts nor stops it
+    async with engine, closed_by_signals(engine):  # the program's own: a mounted app neither starts nor stops it
         yield
 
 
-def count(x_tenant: Annotated[str, Header()] = "nobody") -> None:
-    """A dependency of the program, called for every request of the API."""
+def count(x_tenant: Annotated[str, Header()] = "nobody") -> None:  # a dependency, called for every request of the API
     requests_of[x_tenant] += 1
 
 

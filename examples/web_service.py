@@ -5,6 +5,7 @@ from typing import Any
 from asgi import read_body, send_error, send_events, send_text
 from disconnect import cancelled_on_disconnect
 from penstock import InferenceEngine, PenstockError, SamplingParams
+from shutdown import closed_by_signals
 from sse import events, first_delta
 
 PARAMS = SamplingParams(max_tokens=64)
@@ -15,7 +16,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     """Route by path. The engine runs as long as the server."""
     if scope["type"] == "lifespan":
         await receive()
-        async with InferenceEngine() as scope["state"]["engine"]:
+        async with InferenceEngine() as scope["state"]["engine"], closed_by_signals(scope["state"]["engine"]):
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})

@@ -27,8 +27,8 @@ EXAMPLES = """examples:
   penstock serve --model scripted:answers.yaml for tests of agents
 
 Every option is also an environment variable: PENSTOCK_SERVE_PORT=9000 for the
-server, PENSTOCK_MAX_BATCH_SIZE=8 for the engine. SIGTERM lets open requests
-finish.
+server, PENSTOCK_MAX_BATCH_SIZE=8 for the engine. Ctrl-C and SIGTERM let open
+requests finish for --drain-timeout-s seconds; a second one aborts them.
 """
 _SCRIPTED = "scripted:"
 _SERVER = (
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         loaded_engine(model, tokenizer, **engine_settings) as engine,
         _requests_on_stderr(settings.access_log),
     ):
-        return serve(engine, settings, listener, lambda url, name: _announce(url, name, bool(settings.api_keys)))
+        return serve(engine, settings, listener, lambda url, name: _announce(url, name, bool(settings.api_keys)), note)
 
 
 def _model_and_tokenizer(model: str | None, settings: JsonObject) -> tuple[object, object]:

@@ -1,7 +1,7 @@
 """A server process: uvicorn around the app, TLS, signals, and the drain at its end. Called by `penstock serve`.
 
-SIGTERM and SIGINT make the server not ready, then refuse new calls, then wait for the open ones; a second signal ends
-it at once. Imports uvicorn only when it serves.
+SIGTERM and SIGINT make the server not ready, then refuse new calls, then wait for the open ones; a second signal aborts
+them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from penstock.api.protocols import Engine
 from penstock.config import explained, warn_of_misspelled_variables
 from penstock.errors import ConfigurationError
 from penstock.serving.application import app
+from penstock.serving.draining import Drain
 from penstock.serving.lifecycle import Lifecycle
 from penstock.serving.server import Server
 from penstock.serving.settings import SECRETS, ServingKeywords, ServingSettings
@@ -77,16 +78,23 @@ class ProcessSettings(ServingSettings):
 
 
 def serve(
-    engine: Engine, settings: ProcessSettings, listener: socket.socket, on_ready: Callable[[str, str], None]
+    engine: Engine,
+    settings: ProcessSettings,
+    listener: socket.socket,
+    on_ready: Callable[[str, str], None],
+    say: Callable[[str], None],
 ) -> int:
-    """Serve on a socket of `listen` until a signal; returns the exit code. `on_ready(url, name)` announces the port."""
+    """Serve on a socket of `listen` until a signal; returns the exit code.
+
+    `on_ready(url, name)` announces the port; `say` receives what happens at the end, in lines.
+    """
     api = app(engine, settings)
     parts: Server = api.state.server
 
     def announce() -> None:
         on_ready(_url(listener, settings), parts.names[0])
 
-    server = _Server(_config(api, settings), parts.lifecycle, settings, announce)
+    server = _Server(_config(api, settings), parts.lifecycle, settings, announce, say)
     gc.collect()
     gc.freeze()  # what was loaded stays: later collections need not look at it, which takes a tenth of a second
     with contextlib.closing(listener), asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -98,13 +106,17 @@ class _Server(uvicorn.Server):
     """uvicorn with signal handlers that drain, and that leave no signal behind to kill the process."""
 
     def __init__(
-        self, config: uvicorn.Config, lifecycle: Lifecycle, settings: ServingSettings, on_ready: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        lifecycle: Lifecycle,
+        settings: ServingSettings,
+        on_ready: Callable[[], None],
+        say: Callable[[str], None],
     ) -> None:
         super().__init__(config)
         self._lifecycle = lifecycle
-        self._settings = settings
+        self._drain = Drain(lifecycle, settings, say, self._end)
         self._on_ready = on_ready
-        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port."""
@@ -125,18 +137,18 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; the second time, end at once."""
-        if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
-        else:
-            self._lifecycle.abort_all()
-            self.force_exit = self.should_exit = True
+        """Begin to drain, or go on with that. uvicorn's `force_exit` would leave tasks that end in a traceback."""
+        self._drain.signal()
 
-    async def _drain(self) -> None:
-        self._lifecycle.is_ready = False
-        await asyncio.sleep(self._settings.drain_delay_s)
-        await self._lifecycle.drain(self._settings.drain_timeout_s)
+    def _end(self) -> None:
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the port and all connections; at once if a client does not read that its request was aborted."""
+        if self._lifecycle.num_open:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        await super().shutdown(sockets)
 
 
 def _config(api: ASGIApp, settings: ProcessSettings) -> uvicorn.Config:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ PROMPTLY_S = 1.0
 TEXT = "water falls "
 ENDLESS = 5000
 EXAMPLES = ("web_service", "fastapi_service")
-MODULES = ("web_service", "asgi", "fastapi_service", "fastapi_app", "disconnect", "sse")
+MODULES = ("web_service", "asgi", "fastapi_service", "fastapi_app", "disconnect", "sse", "shutdown")
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,54 @@ def test_a_stopped_engine_is_503_and_unhealthy(serve: Serve, endpoint: Endpoint)
     health = service.get("/health")
     assert (health.status, b"stopped" in health.body) == (503, True)
     assert service.ask(endpoint, "water").status == 503
+
+
+SERVE = """
+import sys
+import shutdown, uvicorn
+from penstock import InferenceEngine, SamplingParams, ScriptedModel
+from tests.tokenizers_for_tests import byte_level
+
+name, owner = sys.argv[1:]
+tokenizer = byte_level()
+script = tokenizer.encode("water falls ", add_special_tokens=False)
+engine = InferenceEngine(ScriptedModel(script, step_s=0.05), tokenizer, max_sequence_length=20_000)
+example = __import__(name)
+sys.modules[owner].InferenceEngine = lambda: engine
+shutdown.DRAIN_S = 0.2
+example.PARAMS, example.DEADLINE_S = SamplingParams(max_tokens=10_000), 3600.0
+uvicorn.run(example.app, port=0, lifespan="on")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("endpoint", [PLAIN, STREAM], ids=lambda endpoint: endpoint.example)
+def test_a_signal_ends_the_server_although_a_stream_is_open(endpoint: Endpoint, number: signal.Signals) -> None:
+    """uvicorn waited for the stream, here for 500 s, and the stream for the engine, which the lifespan's end closes."""
+    owner = {"web_service": "web_service", "fastapi_service": "fastapi_app"}[endpoint.example]
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    command = [sys.executable, "-c", SERVE, endpoint.example, owner]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | paths) as server:
+        try:
+            assert server.stderr is not None
+            addresses = (re.search(r"running on http://127\.0\.0\.1:(\d+)", line) for line in server.stderr)
+            connection = Connection(int(next(address for address in addresses if address)[1]))
+            body = endpoint.body("what falls?", 10_000, 3600.0)
+            connection.send_head("POST", endpoint.path, len(body))
+            connection.send(body)
+            assert connection.read_head().status == 200
+            chunks = [connection.read_chunk()]
+            server.send_signal(number)
+            while chunks[-1]:
+                chunks.append(connection.read_chunk())
+            connection.close()
+            assert chunks[-2] == b'event: error\ndata: "the engine was stopped"\n\n'
+            log = server.stderr.read()
+            server.wait(PATIENCE_S)
+            assert "Application shutdown complete" in log
+            assert "Traceback" not in log
+        finally:
+            server.kill()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

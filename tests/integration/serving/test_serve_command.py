@@ -97,6 +97,28 @@ def test_it_serves_scripted_answers_and_drains_at_a_signal(answers: str, tmp_pat
         assert server.wait(20) == 0
 
 
+def test_it_says_what_it_waits_for_and_a_second_ctrl_c_ends_it(answers: str) -> None:
+    """It was silent for half a minute, and the second Ctrl-C printed a traceback of uvicorn's."""
+    limits = ("--max-sequence-length", "4096", "--drain-timeout-s", "600")
+    with process("--model", answers, "--port", "0", *limits) as server:
+        assert server.stderr is not None
+        url = next(match[1] for line in server.stderr if (match := re.search(r"at (https?://\S+)/v1", line)))
+        body = json.dumps({"prompt": "weather", "max_tokens": 4000, "stream": True, "ignore_eos": True}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=60) as response:
+            assert response.readline().startswith(b"data: ")
+            server.send_signal(signal.SIGINT)
+            waiting = next(line for line in server.stderr if "waiting" in line)
+            assert "waiting for 1 open request, for at most 600 s; Ctrl-C again" in waiting
+            server.send_signal(signal.SIGINT)
+            *_, last = (line for line in response.read().decode().split("\n\n") if line)
+        error = json.loads(last.strip().removeprefix("data: "))["error"]
+        assert (error["type"], error["code"]) == ("server_error", "draining")
+        rest = drained(server.stderr)
+        assert server.wait(60) == 0
+        assert any("aborting 1 open request" in line for line in rest)
+        assert not [line for line in rest if "Traceback" in line or "CancelledError" in line]
+
+
 def get(url: str) -> bytes:
     request = urllib.request.Request(url, headers={"x-api-key": "k1"})
     with urllib.request.urlopen(request, timeout=20) as response:
