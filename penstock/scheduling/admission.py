@@ -66,6 +66,7 @@ class Admission:
         self._lock = threading.RLock()
         self._num_requests = 0
         self._num_tokens = 0
+        self._num_refused = 0
         self._classes: dict[int, _Class] = {}
         self._numbers = itertools.count()
 
@@ -78,6 +79,11 @@ class Admission:
     def num_tokens(self) -> int:
         """Prompt tokens that wait."""
         return self._num_tokens
+
+    @property
+    def num_refused(self) -> int:
+        """Requests that found the queue full, so far."""
+        return self._num_refused
 
     def reserve(self, places: Sequence[QueuePlace]) -> list[QueuePlace]:
         """Count requests of one class in before they are tokenized, all or none; token counts may be estimates.
@@ -95,6 +101,7 @@ class Admission:
                 for place in places:
                     self._add(place)
                 return victims
+            self._num_refused += len(places)
         raise self._refusal(*shortage)
 
     def has_room(self, num_tokens: int, priority: int) -> bool:

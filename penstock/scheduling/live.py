@@ -15,6 +15,7 @@ from collections.abc import Sequence as SequenceOf
 
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
+from penstock.errors import EngineOverloaded
 from penstock.scheduling.policy import AgingPolicy, Key, Policy
 from penstock.scheduling.queue import WaitingQueue
 from penstock.sequence import FinishReason, Sequence, Status
@@ -134,6 +135,7 @@ class LiveSequences:
         self.num_preemptions = 0
         self.num_shortages = 0
         self.num_finished: Counter[FinishReason] = Counter()
+        self.num_displaced = 0  # gave their place in the queue to a higher class
         self.used_fractions: deque[float] = deque(maxlen=_NUM_FRACTIONS)  # tokens generated of those allowed
         self._preemption_counts: dict[int, int] = {}
         self._siblings: dict[int, list[Sequence]] = {}  # by the sequence whose first sample they wait for
@@ -202,7 +204,7 @@ class LiveSequences:
             self.preempt(seq)
             self.waiting.remove(seq.id)
 
-    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+    def finish(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         """End a sequence that no executing plan names: release its blocks and forget it."""
         self._cache.release(seq)
         seq.draft = ()
@@ -216,7 +218,10 @@ class LiveSequences:
         self.deadlines.discard(seq.id)
         self._preemption_counts.pop(seq.id, None)
         del self.by_id[seq.id]
-        self.num_finished[reason] += 1
+        if isinstance(error, EngineOverloaded):
+            self.num_displaced += 1
+        else:
+            self.num_finished[reason] += 1
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and seq.max_len > seq.prompt_len:
             self.used_fractions.append(seq.num_generated / (seq.max_len - seq.prompt_len))
 

@@ -229,7 +229,7 @@ class Scheduler:
     def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Event:
         beams = self._searches.remove(seq)
         self._beam_endings += [(beam, reason, error) for beam in beams if beam is not seq]
-        self._live.finish(seq, reason)
+        self._live.finish(seq, reason, error)
         return self._events.of_end(seq, reason, error)
 
     def _end_beams(self) -> list[Event]:
@@ -285,11 +285,11 @@ class Scheduler:
         return [seq for seq in self._live.running.sequences if seq.takes_draft]
 
     def stats(self) -> dict[str, int]:
-        """Counts: num_waiting and num_running now, num_preemptions and num_finished_<reason> since the start."""
+        """Counts: num_waiting and num_running now, and of events since the start; see `EngineStats`."""
         live = self._live
         finished = {f"num_finished_{reason.value}": live.num_finished[reason] for reason in FinishReason}
         current = {"num_waiting": self.num_waiting, "num_running": self.num_running}
-        return {**current, "num_preemptions": live.num_preemptions, **finished}
+        return {**current, "num_preemptions": live.num_preemptions, "num_displaced": live.num_displaced, **finished}
 
 
 def accept(seq: Sequence, tokens: SequenceOf[int]) -> Accepted:

@@ -164,9 +164,14 @@ class Metrics(Collector):
             ("vllm:prefix_cache_hits", "Prompt tokens found.", cache.get("hit_tokens", 0)),
             ("vllm:spec_decode_num_draft_tokens", "Drafted tokens.", totals.get("drafted_tokens", 0)),
             ("vllm:spec_decode_num_accepted_tokens", "Accepted draft tokens.", totals.get("accepted_tokens", 0)),
+            ("penstock:displaced_requests", "Displaced by a higher class.", totals.get("displaced_requests", 0)),
             ("penstock:steps", "Steps of the engine.", totals.get("steps", 0)),
         ):
             yield self._counter(name, text, value)
+        refused = CounterMetricFamily("penstock:refused_requests", "Refusals.", labels=["model_name", "error"])
+        for error, count in _numbers(stats.get("refusals")).items():
+            refused.add_metric([*self._labels.values(), error], count)
+        yield refused
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=list(self._labels))

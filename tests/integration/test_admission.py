@@ -13,6 +13,7 @@ import pytest
 from penstock import (
     EngineOverloaded,
     InferenceEngine,
+    RequestError,
     RequestHandle,
     RequestPriority,
     RequestStatus,
@@ -161,7 +162,36 @@ def test_many_threads_and_classes_lose_nobody_and_never_overfill_the_queue(make:
     assert (queue["num_requests"], queue["num_queued_requests"], queue["num_queued_tokens"]) == (0, 0, 0)
     assert {told for _, told in tally} == {"refused", "displaced", "2 tokens"}
     assert (CRITICAL, "displaced") not in tally
+    totals, refusals = engine.get_stats()["totals"], engine.get_stats()["refusals"]
+    assert refusals == {"EngineOverloaded": [told for _, told in tally].count("refused")}
+    assert totals["displaced_requests"] >= [told for _, told in tally].count("displaced")
+    assert totals["requests"] + totals["displaced_requests"] + refusals["EngineOverloaded"] == 6 * 60
+    assert queue["num_finished_error"] == 0
     assert most[0] <= 8
+
+
+def test_refusals_and_displaced_requests_have_counts_of_their_own(make: Make) -> None:
+    """Displaced requests were counted as failed ones, and refusals as requests, or not at all."""
+    engine, model = make(max_queue_size=2, max_batch_size=1, max_sequence_length=100)
+    first = running(engine, model, 2)
+    waiting = [engine.generate([1], SamplingParams(max_tokens=2, n=2)) for _ in range(2)]
+    wait_until(lambda: engine.get_stats()["queue"]["num_waiting"] >= 2)
+    with pytest.raises(EngineOverloaded):
+        engine.generate([1])
+    urgent = engine.generate([1], SamplingParams(max_tokens=2), priority=CRITICAL)
+    with pytest.raises(EngineOverloaded):
+        waiting[1].result(PATIENCE_S)
+    model.release()
+    assert len(waiting[0].result(PATIENCE_S).outputs) == 2
+    assert len(first.result(PATIENCE_S).generated_ids) == len(urgent.result(PATIENCE_S).generated_ids) == 2
+    for prompt in ([1] * 200, [1] * 99, [1 << 20]):  # two are too long, and the last has no such token
+        with pytest.raises(RequestError):
+            engine.generate(prompt, SamplingParams(max_tokens=2)).result(PATIENCE_S)
+    stats = engine.get_stats()
+    assert stats["refusals"] == {"EngineOverloaded": 1, "RequestTooLarge": 2, "RequestError": 1}
+    assert (stats["totals"]["requests"], stats["totals"]["displaced_requests"]) == (3, 1)
+    queue = stats["queue"]
+    assert (queue["num_finished_length"], queue["num_displaced"], queue["num_finished_error"]) == (4, 2, 0)
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["requests", "prompt tokens"])

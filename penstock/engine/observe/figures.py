@@ -26,6 +26,7 @@ def figures(
         "cache_info": {**parts.cache.stats(), **parts.wanted_blocks} if parts else {"num_entries": 0, "total_size": 0},
         "performance_metrics": metrics.summaries(),
         "totals": dict(metrics.totals),
+        "refusals": {"EngineOverloaded": admission.num_refused, **metrics.refusals},
         "memory_usage": parts.runner.memory_usage() if parts else 0.0,
         "device": spec.device if spec else config.device,
         "model": spec.name if spec else None,

@@ -6,13 +6,14 @@ Written by the engine's thread at every step; read from any thread. Times are se
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 
 from penstock.api.log import Logger
 from penstock.api.statistics import WINDOW, rate_statistics, statistics
 from penstock.config import BatchingStrategy, EngineConfig
 from penstock.engine.loop.tuning import Tuning
+from penstock.errors import EngineOverloaded, RequestError
 from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.scheduling.forecast import Forecast
 from penstock.scheduling.packing import strategy_of
@@ -50,7 +51,8 @@ class Metrics:
         self._steps: deque[StepRecord] = deque(maxlen=WINDOW)
         self._prompt_steps: deque[StepRecord] = deque(maxlen=WINDOW)  # those in which prompt tokens were computed
         self._num_prompt_steps = 0
-        self.totals = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
+        self.refusals: Counter[str] = Counter()  # of requests that passed `Admission`, by the name of their error
+        self.totals = {"requests": 0, "displaced_requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
         self.totals |= {"drafted_tokens": 0, "accepted_tokens": 0}
 
     def record(self, name: str, *values: float) -> None:
@@ -62,6 +64,15 @@ class Metrics:
         """Add to a total."""
         if self.enabled:
             self.totals[name] += amount
+
+    def end_request(self, error: Exception | None, *, was_accepted: bool) -> None:
+        """Count a request as ended, as displaced from the queue, or as refused."""
+        if isinstance(error, EngineOverloaded):
+            self.count("displaced_requests", 1)
+        elif was_accepted or not isinstance(error, RequestError):
+            self.count("requests", 1)
+        elif self.enabled:
+            self.refusals[type(error).__name__] += 1
 
     def step(self, record: StepRecord) -> None:
         """Record one step."""

@@ -209,7 +209,7 @@ class OutputProcessor:
     def _end(self, request: Request, reason: FinishReason, error: Exception | None, wakeups: Wakeups) -> None:
         """End a request that did not complete, with its output so far."""
         for sequence in request.sequences:
-            self._finish_sequence(sequence.id, reason)
+            self._finish_sequence(sequence.id, reason, error)
         self._put_final(request, reason, wakeups)
         output = self._output(request, reason)
         is_cancelled = reason is FinishReason.ABORT and error is None
@@ -219,10 +219,10 @@ class OutputProcessor:
             output.error = text_of(error)
         self._close(request, status, output, error, wakeups)
 
-    def _finish_sequence(self, seq_id: int, reason: FinishReason) -> None:
+    def _finish_sequence(self, seq_id: int, reason: FinishReason, error: Exception | None = None) -> None:
         """Deliver no more of a sequence; remove it from the scheduler if it still runs."""
         self._owners.pop(seq_id, None)
-        self._unpublished += self._scheduler.finish(seq_id, reason)
+        self._unpublished += self._scheduler.finish(seq_id, reason, error)
 
     def _put_final(self, request: Request, reason: FinishReason, wakeups: Wakeups) -> None:
         """Publish the last deltas of a request that did not complete; without its text if that fails."""
@@ -255,7 +255,7 @@ class OutputProcessor:
             self.requests.pop(request.id, None)
             self._on_end(request.id)
             self._admission.release(request.place)
-            self._metrics.count("requests", 1)
+            self._metrics.end_request(error, was_accepted=bool(request.sequences))
         finally:
             request.channel.end(status, output, error, wakeups)
         self._log.debug("request ended", request_id=request.id, status=status.value)
