@@ -12,14 +12,16 @@
     └── ExecutionError (RuntimeError)       the forward pass failed
         └── OutOfMemory                     "CUDA out of memory" or "out of memory", and what to change
 
-An error message states what is wrong and what to change. `assert` is only for bugs in this package. Callers' values and
-exceptions enter a message through `shown`, `text_of` and `described`, which never fail.
+An error message states what is wrong and what the caller can change. What the engine's settings can change is a note of
+the exception (`with_hint`): tracebacks show it, and a web service leaves it out by answering with `str(error)`.
+`assert` is only for bugs in this package. Callers' values and exceptions enter a message through `shown`, `text_of` and
+`described`, which never fail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from penstock.outputs import RequestOutput
 
@@ -55,6 +57,12 @@ class PenstockError(Exception):
     """Base of every error that Penstock raises on purpose. `http_status` is what a web service answers with it."""
 
     http_status: ClassVar[int] = 500
+
+    def with_hint(self, hint: str) -> Self:
+        """Add a note that says what to change in the engine's settings; "" adds nothing."""
+        if hint:
+            self.add_note(hint)
+        return self
 
 
 class ConfigurationError(PenstockError, ValueError):

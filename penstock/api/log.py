@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from penstock.config import EngineConfig
@@ -31,9 +31,18 @@ def make_logger(level: str, *, is_explicit: bool = False) -> Logger:
     return structlog.wrap_logger(
         _Unfailing(logging.getLogger("penstock"), _stderr_logger() if is_explicit else None),
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        processors=[structlog.processors.KeyValueRenderer(key_order=["event"], drop_missing=True)],
+        processors=[_render],
         context_class=dict,
     ).bind()
+
+
+def _render(logger: object, level: str, event: MutableMapping[str, Any]) -> str:
+    """An event as a line: `step failed (rows=3, error='...')`."""
+    text = event.pop("event", "")
+    values = [
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in event.items()
+    ]
+    return f"{text} ({', '.join(values)})" if values else str(text)
 
 
 class _Unfailing:

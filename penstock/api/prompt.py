@@ -22,7 +22,7 @@ Message = Mapping[str, object]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, object]
 
 KINDS = 'a string, token ids, chat messages, {"prompt": str}, {"prompt_token_ids": [...]} or {"messages": [...]}'
-EMPTY = "the prompt is empty: pass at least one character, or token ids"
+EMPTY = "the prompt is empty: pass at least one character, token id or chat message"
 _TEXT_KEYS = frozenset({"prompt", "prompt_token_ids"})
 _CHAT_KEYS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
@@ -186,7 +186,7 @@ def read_ids(prompt: object) -> list[int]:
     if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray):
         raise RequestError(f"a prompt cannot be a {type(prompt).__name__}: pass {KINDS}")
     if not values:
-        raise RequestError("the prompt is empty: pass at least one token id")
+        raise RequestError(EMPTY)
     try:
         ids = list(map(index, values))
     except TypeError as error:

@@ -193,7 +193,7 @@ def _answer(
     except EngineClosed:
         raise
     except PenstockError as error:
-        note(("\n" if parts else "") + f"error: {one_line(error)}")
+        note("\n".join([("\n" if parts else "") + f"error: {one_line(error)}", *getattr(error, "__notes__", ())]))
     conversation.add(text, "".join(parts))
 
 

@@ -132,10 +132,10 @@ def _build_parts(
 
 
 def _remedy(spec: ModelSpec, longest: int, capacity: int) -> str:
-    """How to allow longer sequences, as the end of an error message."""
+    """How to allow longer sequences, as a hint."""
     if capacity < longest:
-        return ", or raise memory_pool_size or kv_cache_tokens"
-    return f"; {spec.max_length_reason}" if spec.max_length_reason else ", or raise max_sequence_length"
+        return "To allow more, raise memory_pool_size or kv_cache_tokens."
+    return spec.max_length_reason or "To allow more, raise max_sequence_length; None is the model's own limit."
 
 
 def _make_cache(

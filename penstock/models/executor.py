@@ -285,7 +285,6 @@ def _take(logits: Tensor, indices: list[int]) -> Tensor:
 
 
 def _out_of_memory(device: torch.device, error: BaseException) -> OutOfMemory:
-    return OutOfMemory(
-        f"{device.type.upper()} out of memory in a step: lower max_num_batched_tokens, max_batch_size or "
-        f"memory_pool_size, or use a smaller model ({text_of(error)})"
+    return OutOfMemory(f"{device.type.upper()} out of memory in a step ({text_of(error)})").with_hint(
+        "Lower max_num_batched_tokens, max_batch_size or memory_pool_size, or use a smaller model."
     )

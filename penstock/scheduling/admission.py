@@ -147,13 +147,13 @@ class Admission:
         max_requests, max_tokens = self._config.max_queue_size, self._config.max_queued_tokens
         excess = num_requests + len(places) - max_requests
         if excess > 0:
-            return f"{self._num_requests} of {max_requests} requests wait (max_queue_size)", excess, 0
+            return f"{self._num_requests} of {max_requests} requests wait", excess, 0
         if max_tokens is None or not num_requests:
             return None
         excess = num_tokens + sum(place.num_tokens for place in places) - max_tokens
         if excess <= 0:
             return None
-        return f"{self._num_tokens} of {max_tokens} tokens wait (max_queued_tokens)", 0, excess
+        return f"{self._num_tokens} of {max_tokens} prompt tokens wait", 0, excess
 
     def _evict(self, places: Sequence[QueuePlace]) -> list[QueuePlace]:
         """Take places of lower classes, worst first, until these fit; the caller has checked that they will."""
@@ -199,9 +199,9 @@ class Admission:
             advice = "How long the queue takes is not known yet: retry in a second"
         else:
             advice = f"Retry in about {wait_s:.2g} s"
-        return EngineOverloaded(
-            f"Request queue is full: {cause}. {advice}, or raise the limit.", wait_s or _UNKNOWN_RETRY_S
-        )
+        setting = "max_queued_tokens" if num_tokens else "max_queue_size"
+        error = EngineOverloaded(f"Request queue is full: {cause}. {advice}.", wait_s or _UNKNOWN_RETRY_S)
+        return error.with_hint(f"To let more requests wait, raise {setting}; `wait_for_room` waits until one may.")
 
     def _wait_s(self, num_requests: int, num_tokens: int) -> float | None:
         """Seconds until so many have left the queue, if all waiting requests have prompts of the same length."""

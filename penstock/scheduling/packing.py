@@ -158,9 +158,9 @@ class MemoryAware(Continuous):
         cost_mb = self._cost_mb([seq.max_len])
         if cost_mb > self._limit_mb:
             raise RequestTooLarge(
-                f"a batch of this request alone, {seq.max_len} tokens, needs {cost_mb:,.1f} MiB and memory_limit_mb is "
-                f"{self._limit_mb:,.1f}: ask for fewer tokens, or raise the limit"
-            )
+                f"a batch of this request alone, {seq.max_len} tokens, needs {cost_mb:,.1f} MiB, and the limit is "
+                f"{self._limit_mb:,.1f}: ask for fewer tokens"
+            ).with_hint("To allow more, raise memory_limit_mb.")
 
     def permits(self, seq: Queued, running: Group, leaving: Group = ()) -> bool:
         """Whether the limit holds with it until everything has ended."""

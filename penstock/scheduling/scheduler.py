@@ -66,8 +66,8 @@ class Scheduler:
         if seq.max_len > self._cache.capacity:
             raise RequestTooLarge(
                 f"{seq.prompt_len} prompt tokens and {seq.max_len - seq.prompt_len} new ones are {seq.max_len}, and "
-                f"the K/V cache holds {self._cache.capacity}: ask for less or raise memory_pool_size"
-            )
+                f"the K/V cache holds {self._cache.capacity}: ask for less"
+            ).with_hint("To allow more, raise memory_pool_size.")
         self._packing.check(seq)
         self._live.add(seq, now)
 

@@ -326,7 +326,7 @@ def test_a_full_queue_says_so_at_once(scripted: Make) -> None:
     wait_until(lambda: model.plans == 1)
     waiting = [engine.generate([1], GREEDY) for _ in range(2)]
     error = refusal(
-        EngineOverloaded, RuntimeError, "Request queue is full.*max_queue_size", lambda: engine.generate([1])
+        EngineOverloaded, RuntimeError, r"Request queue is full.*\n.*max_queue_size", lambda: engine.generate([1])
     )
     assert isinstance(error, EngineOverloaded)
     assert error.retry_after_s > 0
@@ -632,6 +632,31 @@ def test_more_completions_than_may_wait_are_refused(scripted: Make) -> None:
     engine, _ = scripted(max_queue_size=4)
     many = SamplingParams(n=5, max_tokens=1)
     failure(RequestTooLarge, ValueError, "5 completions", lambda: engine.generate([1], many).result(PATIENCE_S))
+
+
+def test_what_only_settings_can_change_is_a_note_and_no_part_of_the_message(scripted: Make) -> None:
+    """Web services answer with `str(error)`, and told their clients to raise `max_sequence_length`."""
+    engine, model = scripted(max_batch_size=1, max_queue_size=2, max_logprobs=3)
+    beams = SamplingParams(use_beam_search=True, best_of=2, temperature=0.0)
+    many = (SamplingParams(n=3), SamplingParams(logprobs=5), SamplingParams(max_tokens=64), beams)
+    calls = [lambda params=params: engine.generate([1], params).result(PATIENCE_S) for params in many]  # type: ignore[misc]
+    hints: list[str] = []
+    for call in calls:
+        with pytest.raises(RequestError) as caught:
+            call()
+        hints += caught.value.__notes__
+        assert not re.search("_size|_length|max_logprobs", str(caught.value))
+    model.hold()
+    handles = [engine.generate([1], GREEDY)]
+    wait_until(lambda: model.plans == 1)
+    handles += [engine.generate([1], GREEDY) for _ in range(2)]
+    with pytest.raises(EngineOverloaded) as full:
+        engine.generate([1])
+    assert "max_" not in str(full.value)
+    hints += full.value.__notes__
+    settings = ("max_queue_size", "max_logprobs", "max_sequence_length", "max_batch_size", "max_queue_size")
+    assert [hint for hint, name in zip(hints, settings, strict=True) if name not in hint] == []
+    model.release()
 
 
 @pytest.mark.parametrize(

@@ -787,7 +787,7 @@ def test_debug_mode_logs_every_step(caplog: pytest.LogCaptureFixture) -> None:
     found = run(DEBUG, model=model, tokenizer=TOKENIZER, InferenceEngine=InferenceEngine)
     asyncio.run(found.engine.submit_request_async("a", GenerationConfig(max_length=3)))
     found.engine.stop()
-    steps = [record for record in caplog.records if "event='step'" in record.getMessage()]
+    steps = [record for record in caplog.records if record.getMessage().startswith("step (")]
     assert len(steps) == 3
     assert logging.getLogger().level == level
     assert torch.is_grad_enabled()
@@ -806,5 +806,5 @@ def test_debug_mode_prints_every_step_although_the_program_configures_no_logging
     ran = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=100, check=True)
     assert ran.stdout.startswith("Detailed stats: {'engine_status': 'running'")
     lines = ran.stderr.splitlines()
-    assert sum(" penstock: event='step' rows=1 tokens=1 seconds=" in line for line in lines) == 3
-    assert sum("INFO penstock: event='Model weights loaded.'" in line for line in lines) == 1
+    assert sum(" penstock: step (rows=1, tokens=1, seconds=" in line for line in lines) == 3
+    assert sum("INFO penstock: Model weights loaded." in line for line in lines) == 1

@@ -206,7 +206,8 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(serve: Serve, endpoint: 
     answer = service.ask(endpoint, "water")
     assert answer.status == 429
     assert int(answer.headers["retry-after"]) >= 1
-    assert b"max_queue_size" in answer.body
+    assert b"1 of 1 requests wait" in answer.body
+    assert b"max_queue_size" not in answer.body  # which a client cannot change
 
 
 @each_endpoint

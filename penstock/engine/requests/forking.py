@@ -153,10 +153,9 @@ def check_num_forks(n: int, max_queue_size: int) -> int:
     n = integer("n", n, 1, rule="an integer >= 1")
     if n > max_queue_size:
         raise EngineOverloaded(
-            f"Request queue is full: {n} forks exceed max_queue_size={max_queue_size}. "
-            "Ask for fewer, or raise the limit.",
+            f"Request queue is full: {n} forks, and at most {max_queue_size} requests may wait. Ask for fewer.",
             _RETRY_AFTER_S,
-        )
+        ).with_hint("To let more requests wait, raise max_queue_size.")
     return n
 
 

@@ -55,7 +55,7 @@ class Encoded(NamedTuple):
 class InputProcessor:
     """Admits requests for one model.
 
-    `limit` is the maximum length of a sequence in tokens; `remedy` says how to raise it, as the end of a sentence.
+    `limit` is the maximum length of a sequence in tokens; `remedy` says how to raise it, as a hint.
     `tokenizer` is the engine thread's own copy; None accepts token ids only. Parameters without effect are logged as
     warnings, each of them once.
     """
@@ -165,8 +165,8 @@ class InputProcessor:
         if room < (0 if isinstance(params, PoolingParams) else 1):
             raise RequestTooLarge(
                 f"the prompt has {prompt_len} tokens and the limit is {self.limit} for prompt and output together: "
-                f"shorten the prompt{self._remedy}"
-            )
+                "shorten the prompt"
+            ).with_hint(self._remedy)
         if params is None:
             params = default_params(self._spec.defaults, self._config.default_max_tokens, prompt_len)
             max_tokens = min(room, params.max_tokens or room)
@@ -177,8 +177,8 @@ class InputProcessor:
         if max_tokens > room:
             raise RequestTooLarge(
                 f"{prompt_len} prompt tokens and max_tokens={max_tokens} exceed the limit of {self.limit}: "
-                f"ask for at most {room}, or max_tokens=None for what fits{self._remedy}"
-            )
+                f"ask for at most {room}, or max_tokens=None for what fits"
+            ).with_hint(self._remedy)
         self._check_numbers(params)
         self._check_effects(params)
         return resolved(params, max_tokens, bad_words)
@@ -188,20 +188,19 @@ class InputProcessor:
         if params.num_samples > self._config.max_queue_size:
             raise RequestTooLarge(
                 f"{params.num_samples} completions of one prompt exceed the queue's limit "
-                f"({self._config.max_queue_size}): ask for fewer, or raise max_queue_size"
-            )
+                f"({self._config.max_queue_size}): ask for fewer"
+            ).with_hint("To allow more, raise max_queue_size.")
         if params.num_beams and params.num_beams > (max_rows := ceilings(self._config).max_batch_size):
             raise RequestTooLarge(
-                f"{params.num_beams} beams exceed the maximum per step ({max_rows}): "
-                "search with fewer, or raise max_batch_size"
-            )
+                f"{params.num_beams} beams exceed the maximum per step ({max_rows}): search with fewer"
+            ).with_hint("To allow more, raise max_batch_size.")
         max_logprobs = self._config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name) or 0
             if max_logprobs >= 0 and not 0 <= value <= max_logprobs:
                 raise RequestError(
-                    f"{name}={value} is more than this engine allows ({max_logprobs}): raise max_logprobs"
-                )
+                    f"{name}={value} is more than this engine allows: ask for at most {max_logprobs}"
+                ).with_hint("To allow more, raise max_logprobs.")
 
     def _check_effects(self, params: SamplingParams) -> None:
         """Refuse parameters that certainly have no effect, and warn about those that probably have none."""

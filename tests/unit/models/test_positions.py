@@ -144,7 +144,9 @@ def test_a_length_beyond_the_model_is_cut_with_a_reason(tmp_path: Path, caplog: 
 
 def test_a_limit_of_the_settings_says_so(tmp_path: Path) -> None:
     folder = saved(tmp_path, rope_parameters=YARN)
-    with pytest.raises(RequestTooLarge, match="shorten the prompt, or raise max_sequence_length"):
+    with pytest.raises(RequestTooLarge, match="shorten the prompt\nTo allow more, raise max_sequence_length"):
         generate(folder, max_sequence_length=64)
-    with pytest.raises(RequestTooLarge, match="shorten the prompt, or raise memory_pool_size or kv_cache_tokens"):
+    with pytest.raises(
+        RequestTooLarge, match="shorten the prompt\nTo allow more, raise memory_pool_size or kv_cache_tokens"
+    ):
         generate(folder, kv_cache_tokens=64)
