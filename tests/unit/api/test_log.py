@@ -81,7 +81,7 @@ def test_a_filter_that_raises_ends_no_engine(broken: None) -> None:
 
 def test_profile_performance_prints_every_step_in_a_program_without_handlers() -> None:
     lines = stderr_of("serve(profile_performance=True)")
-    assert count(" step (", lines) == 2
+    assert count("step (", lines) == 2
     assert all(" INFO penstock: " in line for line in lines)
 
 
@@ -93,7 +93,7 @@ def test_an_explicit_log_level_prints_in_a_program_without_handlers() -> None:
 
 def test_an_engine_that_was_not_asked_prints_nothing() -> None:
     assert stderr_of("serve()") == []
-    assert count(" step (", stderr_of("serve(profile_performance=True); serve(); serve()")) == 2
+    assert count("step (", stderr_of("serve(profile_performance=True); serve(); serve()")) == 2
 
 
 @pytest.mark.parametrize("order", ["basicConfig(level='DEBUG'); serve({0})", "serve({0}); basicConfig(level='DEBUG')"])
@@ -101,7 +101,7 @@ def test_a_program_with_handlers_gets_no_line_twice(order: str) -> None:
     body = order.format("log_level='DEBUG', profile_performance=True").replace("basicConfig", "logging.basicConfig")
     lines = stderr_of(body)
     assert count("request ended (", lines) == 1
-    assert count(" step (", lines) == 2
+    assert count("step (", lines) == 2
 
 
 def test_handlers_that_a_program_adds_later_take_over() -> None:
