@@ -88,4 +88,6 @@ def _refusal(error: ValidationError) -> HttpError:
     value = _brief(details.get("input"))
     if details["type"] == "missing":
         return invalid(f"{param} is missing", param or None)
+    if details["type"] == "too_short" and not details.get("input"):
+        return invalid(f"{param} is empty: pass at least one", param or None)
     return invalid(f"{param or 'the body'}: {details['msg']}, got {value}", param or None)

@@ -39,7 +39,7 @@ class CompletionRequest(SamplingFields, StructureFields):
             raise invalid("max_tokens=0 generates nothing: it needs echo", "max_tokens")
         prompts = listed_prompts(self.prompt)
         if not prompts or not all(prompts):
-            raise invalid("the prompt is empty: pass at least one character, or token ids", "prompt")
+            raise invalid("the prompt is empty: pass at least one character or token id", "prompt")
         if len(prompts) > settings.max_choices:
             raise invalid(f"{len(prompts)} prompts are more than this server allows ({settings.max_choices})", "prompt")
         return [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]

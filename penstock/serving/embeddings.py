@@ -42,7 +42,7 @@ class EmbeddingRequest(OptionFields):
         """The inputs as the engine takes them. Raises `HttpError`."""
         prompts = listed_prompts(self.input)
         if not prompts or not all(prompts):
-            raise invalid("the input is empty: pass at least one character, or token ids", "input")
+            raise invalid("the input is empty: pass at least one character or token id", "input")
         if len(prompts) > settings.max_embeddings:
             limit = settings.max_embeddings
             raise invalid(f"{len(prompts)} inputs are more than this server allows ({limit})", "input")

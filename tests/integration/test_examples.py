@@ -122,7 +122,7 @@ SERVICES = {
     ),
     "web_service": ("/", "Write the function close.", 'event: text\ndata: "'),
 }
-HELPERS = {"asgi", "disconnect", "fastapi_app", "sse"}  # the services import them
+HELPERS = {"asgi", "disconnect", "fastapi_app", "shutdown", "sse"}  # the services import them
 
 
 def test_every_example_is_run() -> None:

@@ -176,7 +176,7 @@ class InputProcessor:
             max_tokens = room if params.max_tokens is None else params.max_tokens
         if max_tokens > room:
             raise RequestTooLarge(
-                f"{prompt_len} prompt tokens and max_tokens={max_tokens} exceed the limit of {self.limit}: "
+                f"a prompt of {prompt_len} tokens and max_tokens={max_tokens} exceed the limit of {self.limit}: "
                 f"ask for at most {room}, or max_tokens=None for what fits"
             ).with_hint(self._remedy)
         self._check_numbers(params)

@@ -288,3 +288,21 @@ def test_what_a_request_does_not_say_is_what_the_model_says() -> None:
         for body in (CHAT, {**CHAT, "temperature": 0.0, "stop": "x"}):
             assert client.post(URL, json=body).status_code == 200
         assert [(params.temperature, params.top_k, params.max_tokens) for params in seen] == [(0.3, 7, 6), (0.0, 7, 6)]
+
+
+@pytest.mark.parametrize(("path", "rest"), [(URL, {}), ("/v1/messages", {"max_tokens": 4})])
+def test_a_chat_without_messages_is_refused_in_plain_words(path: str, rest: dict[str, int]) -> None:
+    """It said "List should have at least 1 item after validation, not 0, got []"."""
+    with client_of() as client:
+        name = client.app.state.server.names[0]
+        response = client.post(path, json={"model": name, "messages": [], **rest})
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == "messages is empty: pass at least one"
+
+
+def test_refused_and_displaced_requests_are_metrics() -> None:
+    with client_of(max_sequence_length=64) as client:
+        assert client.post(URL, json={"messages": [{"role": "user", "content": "x" * 100}]}).status_code == 400
+        text = client.get("/metrics").text
+        assert re.search(r'penstock:refused_requests_total\{error="RequestTooLarge",model_name="[^"]*"\} [12]\.0', text)
+        assert "penstock:displaced_requests_total" in text
