@@ -148,7 +148,7 @@ def test_generation_config_is_cut_to_the_room() -> None:
     ("prompt", "params", "says"),
     [
         ([1] * LIMIT, SamplingParams(max_tokens=1), "the prompt has 40 tokens and the limit is 40"),
-        ([1] * 30, SamplingParams(max_tokens=11), "30 prompt tokens and max_tokens=11 exceed the limit of 40"),
+        ([1] * 30, SamplingParams(max_tokens=11), "a prompt of 30 tokens and max_tokens=11 exceed the limit of 40"),
     ],
 )
 def test_what_can_never_fit_is_refused_with_the_numbers(prompt: list[int], params: Params, says: str) -> None:
