@@ -653,7 +653,7 @@ async def test_totals_count_requests_and_tokens() -> None:
     rig.submit(name="a")
     rig.submit(name="b")
     await rig.finish()
-    expected = {"requests": 2, "prompt_tokens": 6, "generated_tokens": 4, "steps": 2}
+    expected = {"requests": 2, "displaced_requests": 0, "prompt_tokens": 6, "generated_tokens": 4, "steps": 2}
     assert rig.metrics.totals == expected | {"drafted_tokens": 0, "accepted_tokens": 0}
 
 
