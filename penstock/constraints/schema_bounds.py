@@ -1,7 +1,7 @@
 """Deterministic bounds on what compiling a JSON schema costs, which the limits of llguidance do not cover.
 
-Its compiler takes seconds for an object of thousands of properties, for multiples of a large number, and for a text that
-must match many patterns at once; a thread is busy for so long and nothing can interrupt it. Such schemas are refused
+Its compiler takes seconds for an object of thousands of properties, for multiples of a large number, and for a text
+that must match many patterns at once; nothing can interrupt it. Such schemas are refused
 before they are compiled. Pure functions. Called by `check_bounds`.
 """
 
