@@ -15,6 +15,8 @@ from typing import Any
 
 import uvicorn
 
+from penstock.serving.http_protocol import HttpProtocol
+
 PATIENCE_S = 20.0
 
 
@@ -89,7 +91,9 @@ def wait_until(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> N
 @contextmanager
 def running(app: Any) -> Iterator[uvicorn.Server]:
     """uvicorn in a thread of its own, on a free port."""
-    config = uvicorn.Config(app, port=0, lifespan="on", ws="none", log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, port=0, http=HttpProtocol, lifespan="on", ws="none", log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
 
     def run() -> None:

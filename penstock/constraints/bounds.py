@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Iterator
 
+from penstock.constraints.schema_bounds import check_schema
 from penstock.errors import GrammarError
 from penstock.structured_outputs import StructuredOutputs
 
 MAX_TERMINAL = 10_000  # characters that one literal, or one regular expression with its repetitions, has at least
+MAX_TEXT = 1 << 17  # characters of a regular expression or a grammar: a megabyte takes seconds to compile
 _MAX_DEPTH = 200  # of a schema
 _ANNOTATIONS = frozenset({"title", "description", "$comment", "default", "examples", "$id", "$schema"})
 _LARK_TERMINAL = re.compile(r"^[ \t]*(_?[A-Z][A-Z0-9_]*)[^:\n]*:", re.MULTILINE)
@@ -32,13 +34,17 @@ def check_bounds(structured: StructuredOutputs) -> None:
         for choice in structured.choice:
             _check("a choice", len(choice))
     elif structured.regex is not None:
+        _check_size("the regular expression", structured.regex)
         _check("the regular expression", expanded_length(structured.regex))
     elif structured.grammar is not None:
+        _check_size("the grammar", structured.grammar)
         for name, length in _lark_lengths(structured.grammar).items():
             _check(f"the terminal {name}", length)
     else:
-        for keyword, length in _schema_lengths(json.loads(structured.source)):
+        schema = json.loads(structured.source)
+        for keyword, length in _schema_lengths(schema):
             _check(keyword, length)
+        check_schema(schema)
         if structured.whitespace_pattern is not None:
             _check("whitespace_pattern", expanded_length(structured.whitespace_pattern))
 
@@ -131,3 +137,8 @@ def _check(what: str, length: int) -> None:
             f"{what} describes text of more than {MAX_TERMINAL} characters at a stretch, which would slow down every "
             "request of a step: shorten it, or repeat it fewer times"
         )
+
+
+def _check_size(what: str, text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise GrammarError(f"{what} has {len(text)} characters, which would take long to compile: at most {MAX_TEXT}")

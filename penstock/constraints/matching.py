@@ -23,8 +23,10 @@ from penstock.structured_outputs import StructuredOutputs
 
 _MAX_MASK_THREADS = 8
 # Deterministic bounds on the work of compiling and of one mask, in llguidance's own units.
-# Ambiguous grammars reach the library's own bound on items (50,000) only after a second per token.
+# Ambiguous grammars reach the library's own bound on items (50,000) only after a second per token. The values of a JSON
+# schema are delimited, so its rows may be long and are not repeated: 2,000 items take 10 ms.
 LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000, max_items_in_row=500)
+_SCHEMA_LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000, max_items_in_row=2_000)
 
 
 class GrammarVocabulary:
@@ -95,7 +97,8 @@ class Grammar:
             text = grammar_text(structured)
         except ValueError as error:
             raise error if isinstance(error, GrammarError) else refusal(structured, str(error)) from None
-        self._template = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LIMITS)
+        limits = _SCHEMA_LIMITS if structured.kind == "json" else LIMITS
+        self._template = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)
         self._vocabulary = vocabulary
         self._template.compute_bitmask()  # some limits are reached only by the first mask
         if self._template.is_error():

@@ -1,13 +1,15 @@
 """Request bodies: read within a limit, parsed strictly, validated against a pydantic model.
 
 Every fault is an `HttpError`: 413 for a long body, with or without a content-length, 408 for a slow one, and 400 for
-anything that is not valid JSON of the right types. NaN, lone surrogates, deep nesting and numbers of thousands of
-digits are invalid.
+anything that is not valid JSON of the right types. NaN, lone surrogates, deep nesting, tens of thousands of lists and
+numbers of thousands of digits are invalid.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Iterator, Sequence
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, FailFast, ValidationError
@@ -19,6 +21,8 @@ from penstock.serving.errors import CLIENT_CLOSED, HttpError, invalid
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
+MAX_CONTAINERS = 25_000  # objects and lists of a body; the longest chats that are allowed have half as many
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 BODY_TIMEOUT_S = 60.0  # clients that send slowly would otherwise occupy the open requests of all
 
 
@@ -43,7 +47,7 @@ async def read_model(request: Request, model: type[M], max_bytes: int, default: 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, values) from None
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
@@ -68,6 +72,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
 
 def parse(body: bytes) -> object:
     """The JSON value of a body."""
+    _check_containers(body)
     try:
         return from_json(body, allow_inf_nan=False, cache_strings="none")  # a cache of a million keys is slow
     except ValueError as error:
@@ -81,13 +86,36 @@ def _brief(value: object) -> str:
     return shown(value[:200] if isinstance(value, str) else value)[:200]
 
 
-def _refusal(error: ValidationError) -> HttpError:
+def _check_containers(body: bytes) -> None:
+    """Refuse more objects and lists than a request needs: it takes a second to build a megabyte of them."""
+    if body.count(b"{") + body.count(b"[") > MAX_CONTAINERS:
+        bare = _STRING.sub(b"", body)
+        count = bare.count(b"{") + bare.count(b"[")
+        if count > MAX_CONTAINERS:
+            text = f"the body has {count} objects and lists: at most {MAX_CONTAINERS} are read"
+            raise invalid(text, code="body_too_complex")
+
+
+def _refusal(error: ValidationError, body: object) -> HttpError:
     """The first fault of a body, preferring the one that lies deepest, which is what the sender meant."""
     details = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
-    param = ".".join(map(str, details["loc"]))
+    param = ".".join(_place(details["loc"], body, is_missing=details["type"] == "missing"))
     value = _brief(details.get("input"))
     if details["type"] == "missing":
         return invalid(f"{param} is missing", param or None)
     if details["type"] == "too_short" and not details.get("input"):
         return invalid(f"{param} is empty: pass at least one", param or None)
     return invalid(f"{param or 'the body'}: {details['msg']}, got {value}", param or None)
+
+
+def _place(location: Sequence[int | str], body: object, *, is_missing: bool) -> Iterator[str]:
+    """Pydantic's location without what is in no body: the alternatives of unions, and marks of keys."""
+    value = body
+    for number, name in enumerate(location):
+        if isinstance(value, dict) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and isinstance(name, int):
+            value = value[name] if name < len(value) else None
+        elif not (is_missing and number == len(location) - 1):
+            continue
+        yield str(name)

@@ -16,7 +16,7 @@ from penstock.api.prompt import Prompt
 from penstock.api.protocols import Embedder
 from penstock.errors import RequestAborted
 from penstock.outputs import EmbeddingOutput
-from penstock.serving.body import read_model
+from penstock.serving.body import Listed, read_model
 from penstock.serving.completion_request import listed_prompts
 from penstock.serving.endpoint import Exchange
 from penstock.serving.errors import HttpError, invalid
@@ -30,7 +30,7 @@ from penstock.serving.sse import cancelled_on_disconnect
 class EmbeddingRequest(OptionFields):
     """`input` is a text, token ids, or a list of either. `pooling` and `normalize` are extensions."""
 
-    input: str | list[int] | list[str] | list[list[int]]
+    input: str | Listed[int] | Listed[str] | Listed[Listed[int]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(None, ge=1, le=MAX_INT)

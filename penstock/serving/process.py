@@ -28,6 +28,7 @@ from penstock.config import explained, warn_of_misspelled_variables
 from penstock.errors import ConfigurationError
 from penstock.serving.application import app
 from penstock.serving.draining import Drain
+from penstock.serving.http_protocol import HttpProtocol
 from penstock.serving.lifecycle import Lifecycle
 from penstock.serving.server import Server
 from penstock.serving.settings import SECRETS, ServingKeywords, ServingSettings
@@ -155,6 +156,7 @@ def _config(api: ASGIApp, settings: ProcessSettings) -> uvicorn.Config:
     return uvicorn.Config(
         api,
         loop="none",
+        http=HttpProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

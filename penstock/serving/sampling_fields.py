@@ -18,7 +18,7 @@ from penstock.serving.settings import ServingSettings
 MAX_INT = 2**31 - 1
 FLOATS = 1e9
 MAX_BIASES = 1 << 14  # whatever the settings say
-
+MAX_TOKEN_IDS = 1 << 14  # of each list of them that steers sampling
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]  # JSON has string keys only
@@ -29,6 +29,16 @@ def _bounded(biases: object) -> object:
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         raise ValueError(f"{len(biases)} entries are more than {MAX_BIASES}")
     return biases
+
+
+def _bounded_ids(ids: object) -> object:
+    """Refuse a long list before all of it is looked at."""
+    if isinstance(ids, list) and len(ids) > MAX_TOKEN_IDS:
+        raise ValueError(f"{len(ids)} token ids are more than {MAX_TOKEN_IDS}")
+    return ids
+
+
+TokenIds = Annotated[Listed[TokenId] | None, BeforeValidator(_bounded_ids)]
 
 
 class OptionFields(RequestModel):
@@ -62,8 +72,8 @@ class SamplingFields(OptionFields):
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
     logit_bias: Annotated[dict[TokenKey, float] | None, BeforeValidator(_bounded)] = None
     stop: str | Listed[str] | None = None
-    stop_token_ids: Listed[TokenId] | None = None
-    allowed_token_ids: Listed[TokenId] | None = None
+    stop_token_ids: TokenIds = None
+    allowed_token_ids: TokenIds = None
     bad_words: Listed[str] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

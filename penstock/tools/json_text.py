@@ -19,7 +19,7 @@ _WS = r"[ \t\n\r]*+"
 _NUMBER = r"-?+(?:0|[1-9]\d{0,120}+)(?:\.\d{1,120}+)?+(?:[eE][+-]?+\d{1,4}+)?+"
 _STRING_BODY = r'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+'
 _SCALAR = rf"(?:{_NUMBER}(?![\w.+-])|(?:true|false|null)(?!\w)|\"{_STRING_BODY}\")"
-_BULK_DEPTH = 3
+_BULK_DEPTH = 5  # each level doubles the pattern
 
 
 def _nested(value: str) -> str:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from penstock.sampling import SamplingParams
 from penstock.serving.anthropic.content import chat_messages
-from penstock.serving.body import RequestModel
+from penstock.serving.body import Listed, RequestModel
 from penstock.serving.chat_request import TemplateFields
 from penstock.serving.chat_task import ChatTask, prepare, tool_use
 from penstock.serving.errors import invalid
@@ -58,10 +58,10 @@ class ToolChoiceFields(RequestModel):
 class CountTokensRequest(TemplateFields):
     """A conversation."""
 
-    messages: list[dict[str, object]] = Field(min_length=1)
+    messages: Listed[dict[str, object]] = Field(min_length=1)
     model: str | None = None
-    system: str | list[TextBlock] | None = None
-    tools: list[dict[str, object]] | None = None
+    system: str | Listed[TextBlock] | None = None
+    tools: Listed[dict[str, object]] | None = None
     tool_choice: ToolChoiceFields | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -105,7 +105,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
     """A message to create."""
 
     max_tokens: int = Field(ge=1, le=MAX_INT)
-    stop_sequences: list[str] | None = None
+    stop_sequences: Listed[str] | None = None
     stream: bool | None = False
     metadata: dict[str, object] | None = None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from penstock.sampling import SamplingParams
-from penstock.serving.body import RequestModel
+from penstock.serving.body import Listed, RequestModel
 from penstock.serving.chat_request import TemplateFields
 from penstock.serving.chat_task import ChatTask, ToolUse, prepare, tool_use
 from penstock.serving.errors import invalid
@@ -58,13 +58,13 @@ class TextConfig(RequestModel):
 class InputTokensRequest(TemplateFields):
     """A conversation."""
 
-    input: str | list[dict[str, object]] | None = None
+    input: str | Listed[dict[str, object]] | None = None
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
-    tools: list[dict[str, object]] | None = None
+    tools: Listed[dict[str, object]] | None = None
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = True
     truncation: Literal["auto", "disabled"] | None = None
@@ -136,7 +136,7 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     max_tool_calls: int | None = Field(None, ge=0, le=MAX_INT)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    include: list[str] | None = None
+    include: Listed[str] | None = None
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     user: str | None = None
     safety_identifier: str | None = None

@@ -9,12 +9,18 @@ from time import perf_counter
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from penstock.serving import ServingSettings
+from penstock.serving.anthropic.request import MessagesRequest
 from penstock.serving.body import read_body
+from penstock.serving.chat_request import ChatRequest
+from penstock.serving.completion_request import CompletionRequest
+from penstock.serving.embeddings import EmbeddingRequest
 from penstock.serving.errors import HttpError
+from penstock.serving.responses.request import ResponsesRequest
 from tests.unit.serving.service import CHAT, client_of
 
 MESSAGES = CHAT["messages"]
@@ -186,3 +192,77 @@ async def test_a_body_that_does_not_arrive_is_a_408() -> None:
     with pytest.raises(HttpError, match=r"did not arrive within 0\.01 seconds") as caught:
         await read_body(request, 1_000, timeout_s=0.01)
     assert caught.value.status == 408
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {**CHAT, "stop": 5}, "stop"),
+        ("/v1/chat/completions", {**CHAT, "stop": ["a", 5]}, "stop.1"),
+        ("/v1/chat/completions", {**CHAT, "tool_choice": 5}, "tool_choice"),
+        ("/v1/chat/completions", {**CHAT, "logit_bias": {"foo": 1}}, "logit_bias.foo"),
+        ("/v1/chat/completions", {**CHAT, "priority": []}, "priority"),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            "response_format.json_schema.schema",
+        ),
+        ("/v1/completions", {"prompt": {}}, "prompt"),
+        ("/v1/completions", {"prompt": [[1], [-1]]}, "prompt.1.0"),
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/embeddings", {"input": [[1], ["a"]]}, "input.1.0"),
+        ("/v1/responses", {"input": [1]}, "input.0"),
+    ],
+)
+def test_an_error_names_the_place_in_the_body_and_no_type_of_the_server(
+    client: TestClient, path: str, body: dict[str, Any], param: str
+) -> None:
+    """`param` was "stop.list[str].1" and "prompt.list[list[constrained-int]].1.0", which no client sent."""
+    error = refused(client, path, json.dumps(body).encode())
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/v1/completions", "/v1/chat/completions"])
+def test_more_objects_and_lists_than_a_request_needs_are_refused(path: str) -> None:
+    """A megabyte of short lists took seconds to build and to refuse one by one, and every stream waited."""
+    with client_of(ServingSettings()) as client:
+        for name in ("input", "prompt", "messages", "whatever"):
+            body = json.dumps({name: [[1]] * 100_000}).encode()
+            response = client.post(path, content=body)
+            assert response.status_code == 400
+            assert response.json()["error"]["code"] == "body_too_complex"
+
+
+def test_brackets_in_a_text_are_no_lists() -> None:
+    with client_of(ServingSettings()) as client:
+        text = '[{"' * 30_000
+        response = client.post("/tokenize", json={"prompt": text})
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "value"),
+    [
+        (EmbeddingRequest, "input", [None] * 20_000),
+        (EmbeddingRequest, "input", [[None]] * 20_000),
+        (ResponsesRequest, "input", [1] * 20_000),
+        (ResponsesRequest, "include", [1] * 20_000),
+        (CompletionRequest, "prompt", [None] * 20_000),
+        (MessagesRequest, "messages", [1] * 20_000),
+        (MessagesRequest, "system", [1] * 20_000),
+        (ChatRequest, "stop", [1] * 20_000),
+    ],
+)
+def test_one_fault_of_a_long_list_is_enough(model: type[BaseModel], field: str, value: object) -> None:
+    """A description of each of 600,000 faults took five seconds, during which every stream stood still."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({"messages": MESSAGES, field: value})
+    assert caught.value.error_count() < 10
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
+def test_more_token_ids_than_steer_anything_are_refused(client: TestClient, field: str) -> None:
+    """400,000 of them were looked at one by one on the loop of all streams."""
+    error = refused(client, "/v1/chat/completions", json.dumps({**CHAT, field: [5] * 20_000}).encode())
+    assert (error["param"], "20000 token ids are more than 16384" in error["message"]) == (field, True)

@@ -317,6 +317,8 @@ HOSTILE: dict[str, Callable[[str], tuple[str, str]]] = {  # a head, and what fol
     "many numbers": lambda head: (head + CALL + '{"a":[', "1,"),
     "many lists": lambda head: (head + CALL + '{"a":[', "[[[[[]]]]],"),
     "many objects": lambda head: (head + CALL + '{"a":[', '[{"a":[{"a":1}]}],'),
+    "values five deep": lambda head: (head + CALL + '{"a":[', '{"k":{"k":{"k":{"k":{"b":1}}}},"l":[1,[2]]},'),
+    "values ten deep": lambda head: (head + CALL + '{"a":[', '{"k":[' * 5 + '{"b":1}' + "]}" * 5 + ","),
     "many members": lambda head: (head + '{"name":"search"', ',"a":1'),
     "many calls": lambda head: ("", head + CALL + "{}}"),
     "names": lambda head: ("", '{"name":"'),
