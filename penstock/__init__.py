@@ -26,6 +26,7 @@ from penstock.errors import (
     RequestAborted,
     RequestError,
     RequestTooLarge,
+    WeightsError,
 )
 from penstock.facades.async_llm import AsyncEngineArgs, AsyncLLMEngine
 from penstock.facades.controller import AdaptiveInferenceController
@@ -103,6 +104,7 @@ __all__ = [
     "StructuredOutputs",
     "ToolCall",
     "ToolCallParser",
+    "WeightsError",
     "__version__",
     "calculate_padding_efficiency",
     "create_padded_batch",

@@ -9,6 +9,7 @@
     ├── DeadlineExceeded (TimeoutError)     has the partial output
     ├── RequestAborted                      has the partial output
     ├── EngineClosed (RuntimeError)         the engine was stopped
+    ├── WeightsError (RuntimeError)         weights could not be updated
     └── ExecutionError (RuntimeError)       the forward pass failed
         └── OutOfMemory                     "CUDA out of memory" or "out of memory", and what to change
 
@@ -107,6 +108,10 @@ class EngineClosed(PenstockError, RuntimeError):
     """The engine was stopped, or its thread failed."""
 
     http_status = 503
+
+
+class WeightsError(PenstockError, RuntimeError):
+    """The weights could not be updated; says what to do about it."""
 
 
 class ExecutionError(PenstockError, RuntimeError):
