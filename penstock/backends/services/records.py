@@ -1,4 +1,4 @@
-"""The `nexrl_train` record of one sample: prompt tokens, response tokens and their log probabilities, all of the engine.
+"""The `nexrl_train` record of one sample: prompt tokens, response tokens, log probabilities, all of the engine's own.
 
 Tokens and log probabilities of a response have equal lengths, or there is no record but an error. Nothing here encodes
 text again: whoever lacks an id says so.

@@ -1,4 +1,4 @@
-"""`RemoteApiInferenceServiceClient`: a service client over a service holder (Tinker, Weaver, an engine of this process)."""
+"""`RemoteApiInferenceServiceClient`: a service client over a service holder: Tinker, Weaver, or a local engine."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def _twin(holder: Any, name: str, **arguments: Any) -> Json:
 def _new_holder(config: ServiceConfig) -> TinkerServiceHolder | WeaverServiceHolder:
     if config.backend not in ("tinker", "weaver"):
         raise ConfigurationError(
-            f'backend {shown(config.backend)} has no service holder: set "tinker" or "weaver", or call set_service_holder'
+            f'backend {shown(config.backend)} has no holder: set "tinker" or "weaver", or call set_service_holder'
         )
     kind = TinkerServiceHolder if config.backend == "tinker" else WeaverServiceHolder
     return kind(

@@ -1,4 +1,4 @@
-"""`SdkServiceHolder`: what the holders of training services share: lazily made clients, and the path that is sampled."""
+"""`SdkServiceHolder`: what the holders of training services share: their clients, and the path that is sampled."""
 
 from __future__ import annotations
 

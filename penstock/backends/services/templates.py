@@ -32,7 +32,7 @@ def render_chat(
 
 
 def with_arguments_as_objects(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Copies of the messages whose tool calls have their arguments as objects, as templates expect, not as JSON text."""
+    """Copies of the messages. Arguments of tool calls that are JSON text become objects, as templates expect."""
     return [_with_objects(dict(message)) for message in messages]
 
 

@@ -1,4 +1,4 @@
-"""`TinkerServiceHolder`: Tinker, or a service that is compatible with it, through the `tinker` package (0.38 or newer)."""
+"""`TinkerServiceHolder`: Tinker, or a compatible service, through the `tinker` package (0.38 or newer)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`WeaverServiceHolder`: Weaver, through the package `nex-weaver` (1.19 or newer), which must be installed separately."""
+"""`WeaverServiceHolder`: Weaver, through the package `nex-weaver` (1.19 or newer), which no extra installs."""
 
 from __future__ import annotations
 
