@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Engine, Templated
 from penstock.backends.services.hf_tokenizer import Tokenizer
-from penstock.backends.services.holder import Sample, Sampling, ServiceHolder, Tools, text_of_tokens
+from penstock.backends.services.holder import Sample, Sampling, ServiceHolder, Tools
 from penstock.backends.services.openai_style import Messages
 from penstock.backends.services.records import TrainRecord
-from penstock.errors import ConfigurationError
+from penstock.errors import ConfigurationError, RequestTooLarge
 from penstock.outputs import CompletionOutput, RequestOutput
 from penstock.sampling import SamplingParams
 
@@ -19,7 +20,8 @@ from penstock.sampling import SamplingParams
 class EngineServiceHolder(ServiceHolder):
     """Samples from an engine that gives token ids and log probabilities. The caller starts and stops the engine.
 
-    The engine renders and encodes prompts. `tokenizer` is needed only for an engine without one of its own.
+    The engine renders and encodes prompts; of `max_tokens`, what fits behind the prompt is generated. `tokenizer` is
+    needed only for an engine without one of its own.
     """
 
     def __init__(
@@ -45,25 +47,40 @@ class EngineServiceHolder(ServiceHolder):
         return self._tokenizer
 
     def _sample(self, prompt: Prompt, sampling: Sampling) -> list[Sample]:
-        return self._samples(self._engine.generate(prompt, _params(sampling)).result())
+        prompt = _explicit(prompt)
+        try:
+            output = self._engine.generate(prompt, _params(sampling)).result()
+        except RequestTooLarge:
+            output = self._engine.generate(prompt, _params(replace(sampling, max_tokens=None))).result()
+        return _samples(output)
 
     async def _asample(self, prompt: Prompt, sampling: Sampling) -> list[Sample]:
-        return self._samples(await self._engine.generate(prompt, _params(sampling)))
+        prompt = _explicit(prompt)
+        try:
+            output = await self._engine.generate(prompt, _params(sampling))
+        except RequestTooLarge:
+            output = await self._engine.generate(prompt, _params(replace(sampling, max_tokens=None)))
+        return _samples(output)
 
     def _chat_prompt(self, messages: Messages, tools: Tools | None) -> Prompt:
         chat: Mapping[str, object] = {"messages": messages}
         return {**chat, "tools": tools} if tools else chat
 
-    def _samples(self, output: RequestOutput) -> list[Sample]:
-        return [self._sample_of(output, completion) for completion in output.outputs]
 
-    def _sample_of(self, output: RequestOutput, completion: CompletionOutput) -> Sample:
-        reason = completion.finish_reason or "stop"
-        text = text_of_tokens(self.get_tokenizer(), completion.token_ids, reason)
-        record = TrainRecord(
-            output.prompt_token_ids, completion.token_ids, completion.token_logprobs, completion.weight_versions
-        )
-        return Sample(record, text, reason)
+def _explicit(prompt: Prompt) -> Prompt:
+    """A text as a prompt to be continued, which an engine of a chat model would otherwise take for a mistake."""
+    return {"prompt": prompt} if isinstance(prompt, str) else prompt
+
+
+def _samples(output: RequestOutput) -> list[Sample]:
+    return [_sample_of(output, completion) for completion in output.outputs]
+
+
+def _sample_of(output: RequestOutput, completion: CompletionOutput) -> Sample:
+    record = TrainRecord(
+        output.prompt_token_ids, completion.token_ids, completion.token_logprobs, completion.weight_versions
+    )
+    return Sample(record, completion.finish_reason or "stop")
 
 
 def _params(sampling: Sampling) -> SamplingParams:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -25,7 +24,9 @@ class Tokenizer(Protocol):
         """The token ids of a text, with the special tokens of a prompt."""
         ...
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = True
+    ) -> str:
         """The text of token ids."""
         ...
 
@@ -35,12 +36,9 @@ class Tokenizer(Protocol):
 
 
 def set_pad_token_id(tokenizer: Tokenizer) -> None:
-    """Let a tokenizer without a padding token pad with its end token, and warn of it."""
+    """Let a tokenizer without a padding token pad with its end token."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-        warnings.warn(
-            f"the tokenizer has no pad_token_id: now {tokenizer.eos_token_id}, its eos_token_id", stacklevel=2
-        )
 
 
 def hf_tokenizer(

@@ -25,9 +25,9 @@ _PROMPT_END = 64  # tokens of a prompt that decide whether its template has begu
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How samples are drawn, in the words of the services: `top_k` -1 keeps all tokens."""
+    """How samples are drawn, in the words of the services: `top_k` -1 and `max_tokens` None are no limit."""
 
-    max_tokens: int
+    max_tokens: int | None
     temperature: float = 1.0
     num_samples: int = 1
     stop: Sequence[str] = ()
@@ -38,10 +38,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: its record, its text with special tokens, and why it ended ("stop", "length", "abort")."""
+    """One sample: its record, and why it ended ("stop", "length", "abort")."""
 
     record: TrainRecord
-    text: str
     finish_reason: str
 
 
@@ -78,7 +77,7 @@ class ServiceHolder(ABC):
     ) -> Json:
         """Complete a prompt. `more` has further fields of `Sampling`. Raises `PenstockError`."""
         sampling = _sampling(max_tokens, temperature, num_samples, more)
-        return _result([_plain(sample) for sample in self._sample(prompt, sampling)], num_samples)
+        return _result([self._plain(sample) for sample in self._sample(prompt, sampling)], num_samples)
 
     async def asample_from_prompt(
         self,
@@ -90,7 +89,7 @@ class ServiceHolder(ABC):
     ) -> Json:
         """`sample_from_prompt` for event loops."""
         sampling = _sampling(max_tokens, temperature, num_samples, more)
-        return _result([_plain(sample) for sample in await self._asample(prompt, sampling)], num_samples)
+        return _result([self._plain(sample) for sample in await self._asample(prompt, sampling)], num_samples)
 
     def sample_from_messages(
         self,
@@ -135,12 +134,15 @@ class ServiceHolder(ABC):
         """What `_sample` is given for a chat: its token ids."""
         return self.apply_chat_template(messages, tools, tokenize=True)
 
+    def _plain(self, sample: Sample) -> Json:
+        return _sample_json(sample, Answer(text_of_tokens(self.get_tokenizer(), sample.record.response_tokens)))
+
     def _parsed(self, sample: Sample, tools: Tools | None) -> Json:
-        tokenizer = self.get_tokenizer()
+        tokenizer, tokens = self.get_tokenizer(), sample.record.response_tokens
         formats = OutputFormats.of_template(tokenizer.chat_template, self.tool_parser, self.reasoning_parser)
         looks_for_calls = tools is not None or self.tool_parser is not None
         answer = read_answer(
-            sample.text,
+            text_of_tokens(tokenizer, tokens, sample.finish_reason),
             formats,
             read_tools(tools) if looks_for_calls else None,
             prompt=tokenizer.decode(list(sample.record.prompt_tokens[-_PROMPT_END:])),
@@ -149,22 +151,18 @@ class ServiceHolder(ABC):
         return _sample_json(sample, answer)
 
 
-def text_of_tokens(tokenizer: Tokenizer, tokens: Sequence[int], finish_reason: str) -> str:
-    """The text of sampled tokens with special tokens, but without those that ended it."""
+def text_of_tokens(tokenizer: Tokenizer, tokens: Sequence[int], finish_reason: str = "") -> str:
+    """The text of sampled tokens with special tokens, but after "stop" without those that ended it."""
     end = len(tokens)
     while finish_reason == "stop" and end > 0 and tokens[end - 1] in tokenizer.all_special_ids:
         end -= 1
-    return tokenizer.decode(list(tokens[:end]), skip_special_tokens=False)
+    return tokenizer.decode(list(tokens[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _sampling(max_tokens: int, temperature: float, num_samples: int, more: Mapping[str, object]) -> Sampling:
     stop = more.get("stop")
     stops = {"stop": (stop,) if isinstance(stop, str) else tuple(stop or ())} if "stop" in more else {}  # type: ignore[arg-type]
     return Sampling(max_tokens, temperature, num_samples, **{**more, **stops})  # type: ignore[arg-type]
-
-
-def _plain(sample: Sample) -> Json:
-    return _sample_json(sample, Answer(sample.text))
 
 
 def _sample_json(sample: Sample, answer: Answer) -> Json:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from penstock.api.prompt import Prompt
 from penstock.backends.services.hf_tokenizer import Tokenizer
-from penstock.backends.services.holder import Sample, Sampling, text_of_tokens
+from penstock.backends.services.holder import Sample, Sampling
 from penstock.backends.services.records import TrainRecord
 from penstock.backends.services.sdk_holder import Client, SdkServiceHolder, sdk_errors
 from penstock.errors import ConfigurationError
@@ -43,13 +43,13 @@ class TinkerServiceHolder(SdkServiceHolder):
     def _sample(self, prompt: Prompt, sampling: Sampling) -> list[Sample]:
         ids = self._ids_of(prompt)
         with sdk_errors("Tinker"):
-            return self._samples(ids, self._submit(ids, sampling).result())
+            return _samples(ids, self._submit(ids, sampling).result())
 
     async def _asample(self, prompt: Prompt, sampling: Sampling) -> list[Sample]:
         with sdk_errors("Tinker"):
             ids = await asyncio.to_thread(self._ids_of, prompt)
             future = await asyncio.to_thread(self._submit, ids, sampling)
-            return self._samples(ids, await future)
+            return _samples(ids, await future)
 
     def compute_logprobs(self, tokens: Sequence[int]) -> list[float | None]:
         """The log probability of each token after those before it; None for the first."""
@@ -119,13 +119,12 @@ class TinkerServiceHolder(SdkServiceHolder):
         prompt = types.ModelInput.from_ints(list(ids))
         return self.get_sampling_client().sample(prompt, sampling.num_samples, params)
 
-    def _samples(self, ids: Sequence[int], response: Any) -> list[Sample]:
-        samples = []
-        for sequence in response.sequences:
-            record = TrainRecord(ids, list(sequence.tokens), sequence.logprobs or ())
-            text = text_of_tokens(self.get_tokenizer(), record.response_tokens, sequence.stop_reason)
-            samples.append(Sample(record, text, sequence.stop_reason))
-        return samples
+
+def _samples(ids: Sequence[int], response: Any) -> list[Sample]:
+    return [
+        Sample(TrainRecord(ids, list(sequence.tokens), sequence.logprobs or ()), sequence.stop_reason)
+        for sequence in response.sequences
+    ]
 
 
 def _datum(datum: object) -> object:

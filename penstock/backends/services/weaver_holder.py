@@ -9,7 +9,7 @@ from typing import Any
 
 from penstock.api.prompt import Prompt
 from penstock.backends.services.hf_tokenizer import Tokenizer, shared_tokenizer
-from penstock.backends.services.holder import Sample, Sampling, text_of_tokens
+from penstock.backends.services.holder import Sample, Sampling
 from penstock.backends.services.records import TrainRecord
 from penstock.backends.services.sdk_holder import Client, SdkServiceHolder, sdk_errors
 
@@ -45,7 +45,7 @@ class WeaverServiceHolder(SdkServiceHolder):
             client, prompt = self.get_sampling_client(), types.ModelInput.from_ints(ids)
             result = client.sample(prompt=prompt, sampling_params=params, num_samples=sampling.num_samples)
         versions = () if result.get("weight_version") is None else (result["weight_version"],)
-        return [self._sample_of(ids, sequence, versions) for sequence in result.get("sequences", ())]
+        return [_sample_of(ids, sequence, versions) for sequence in result.get("sequences", ())]
 
     async def _asample(self, prompt: Prompt, sampling: Sampling) -> list[Sample]:
         return await asyncio.to_thread(self._sample, prompt, sampling)
@@ -106,12 +106,12 @@ class WeaverServiceHolder(SdkServiceHolder):
     def _service_tokenizer(self) -> Tokenizer:
         return shared_tokenizer(self.get_sampling_client().tokenizer_path or self.base_model)
 
-    def _sample_of(self, ids: Sequence[int], sequence: Mapping[str, Any], versions: Sequence[int | str]) -> Sample:
-        version = sequence.get("weight_version")
-        tokens, logprobs = sequence["tokens"], sequence.get("logprobs") or ()
-        record = TrainRecord(ids, tokens, logprobs, versions if version is None else (version,))
-        reason = sequence.get("stop_reason") or "stop"
-        return Sample(record, text_of_tokens(self.get_tokenizer(), tokens, reason), reason)
+
+def _sample_of(ids: Sequence[int], sequence: Mapping[str, Any], versions: Sequence[int | str]) -> Sample:
+    version = sequence.get("weight_version")
+    versions = versions if version is None else (version,)
+    record = TrainRecord(ids, sequence["tokens"], sequence.get("logprobs") or (), versions)
+    return Sample(record, sequence.get("stop_reason") or "stop")
 
 
 def _weaver() -> Any:

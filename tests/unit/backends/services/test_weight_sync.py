@@ -125,10 +125,7 @@ async def test_a_failed_update_is_told_to_the_trainer_and_to_every_request(is_as
 
     controller = WeightSyncController(update=fail)
     with pytest.raises(WeightsError, match="updating the weights of 'policy' failed: OSError: the disk is full"):
-        if is_async:
-            await controller.async_weight_to_rollout_service(TAG)
-        else:
-            controller.sync_weight_to_rollout_service(TAG)
+        await update(controller, is_async)
     with pytest.raises(WeightsError, match="the disk is full"):
         controller.check_rollout_service_status(TAG)
     with pytest.raises(WeightsError, match="the disk is full"):
@@ -137,6 +134,13 @@ async def test_a_failed_update_is_told_to_the_trainer_and_to_every_request(is_as
     controller.sync_weight_to_rollout_service(TAG)
     await controller.await_for_weight_sync(TAG)
     assert controller.get_rollout_model_version(TAG) == 1
+
+
+async def update(controller: WeightSyncController, is_async: bool) -> None:
+    if is_async:
+        await controller.async_weight_to_rollout_service(TAG)
+    else:
+        controller.sync_weight_to_rollout_service(TAG)
 
 
 async def test_a_cancelled_update_that_had_begun_counts_as_failed_because_weights_may_be_half_written() -> None:
