@@ -15,15 +15,38 @@ from penstock.tools.definitions import Tool
 from penstock.tools.output_parser import format_named, parse_output
 from penstock.tools.pieces import ToolCall
 
-# What begins a call beyond doubt, and what ends it. In the other formats, what is no complete call may be prose.
+# What begins a call beyond doubt, and what ends it. In JSON without a marker, what is no complete call may be data.
 _MARKERS: Mapping[str, tuple[str, str]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "qwen3_coder": ("<tool_call>|<function=", "</tool_call>"),
     "mistral": (r"\[TOOL_CALLS\]", r"(?!)"),
     "llama3": (r"<\|python_tag\|>", r"(?!)"),
     "xml": ("<function_calls>|<invoke", "</function_calls>"),
+    "json": (r"(?!)", r"(?!)"),
 }
-_NEVER = (r"(?!)", r"(?!)")
+_SPACES = re.compile(r"\s*+")
+
+
+@dataclass(frozen=True, slots=True)
+class _Markers:
+    """Where attempts begin and end in a text; a group of `opening` is the name that it calls."""
+
+    opening: re.Pattern[str]
+    closing: re.Pattern[str]
+
+    @classmethod
+    def of(cls, format: str, tools: Sequence[Tool]) -> _Markers:
+        """The markers of a format. Calls in Python begin with the name of a tool."""
+        names = "|".join(re.escape(tool.name) for tool in tools) or r"(?!)"
+        opening, closing = _MARKERS.get(format, (rf"(?<![\w.])({names})\(", r"\)"))
+        return cls(re.compile(opening), re.compile(closing))
+
+    def end_of(self, text: str, start: int, limit: int) -> int:
+        """Where an attempt ends: behind its closing marker, or before the next opening one."""
+        following = self.opening.search(text, start, limit)
+        limit = following.start() if following else limit
+        match = self.closing.search(text, start, limit)
+        return match.end() if match else limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +84,19 @@ def read_attempts(
     `is_cut` says that the model was stopped (`finish_reason` "length"), so that an attempt which reaches the end of the
     text was cut off; otherwise it is malformed.
     """
-    opening, closing = (re.compile(marker) for marker in _MARKERS.get(format_named(format).name, _NEVER))
-    attempts: list[ToolAttempt] = []
+    markers = _Markers.of(format_named(format).name, tools)
     calls = parse_output(text, format, tools).tool_calls
-    starts = [call.start_pos for call in calls[1:]] + [len(text)]
-    attempts += _failed(text, 0, calls[0].start_pos if calls else len(text), opening, closing, is_cut)
-    for call, limit in zip(calls, starts, strict=bool(calls)):
-        attempt = _attempt(text, call, limit, opening, closing, is_cut)
-        attempts.append(attempt)
-        attempts += _failed(text, attempt.end_pos, limit, opening, closing, is_cut)
+    starts = [call.start_pos for call in calls] + [len(text)]
+    attempts = list(_failed(text, 0, starts[0], markers, is_cut))
+    for call, limit in zip(calls, starts[1:], strict=True):
+        attempt = _attempt(text, call, limit, markers, is_cut)
+        attempts += [attempt, *_failed(text, attempt.end_pos, limit, markers, is_cut)]
     return tuple(attempts)
 
 
-def _attempt(
-    text: str, call: ToolCall, limit: int, opening: re.Pattern[str], closing: re.Pattern[str], is_cut: bool
-) -> ToolAttempt:
+def _attempt(text: str, call: ToolCall, limit: int, markers: _Markers, is_cut: bool) -> ToolAttempt:
     """A call that was read up to its arguments; one that is incomplete takes the text up to its end with it."""
-    end = call.end_pos if call.is_complete else _end_of(text, call.end_pos, limit, opening, closing)
+    end = call.end_pos if call.is_complete else markers.end_of(text, call.end_pos, limit)
     status: Literal["complete", "malformed", "cut"] = "malformed"
     if call.is_complete:
         status = "complete"
@@ -87,22 +106,14 @@ def _attempt(
     return ToolAttempt(status, raw_text, call.start_pos, end, call.name, call.arguments, call.arguments_json)
 
 
-def _failed(
-    text: str, start: int, limit: int, opening: re.Pattern[str], closing: re.Pattern[str], is_cut: bool
-) -> Iterator[ToolAttempt]:
-    """The attempts in a stretch of text without a call: markers that no name followed."""
-    while (match := opening.search(text, start, limit)) is not None:
-        content = re.compile(r"\s*").match(text, match.end(), limit)
-        nested = opening.match(text, content.end(), limit) if content else None
-        end = _end_of(text, nested.end() if nested else match.end(), limit, opening, closing)
-        is_open = end == len(text) and closing.search(text, match.end(), end) is None
-        yield ToolAttempt("cut" if is_cut and is_open else "malformed", text[match.start() : end], match.start(), end)
+def _failed(text: str, start: int, limit: int, markers: _Markers, is_cut: bool) -> Iterator[ToolAttempt]:
+    """The attempts in a stretch of text without a call: openings that led to none."""
+    while (match := markers.opening.search(text, start, limit)) is not None:
+        spaces = _SPACES.match(text, match.end())
+        nested = markers.opening.match(text, spaces.end() if spaces else limit, limit)
+        end = markers.end_of(text, nested.end() if nested else match.end(), limit)
+        is_open = end == len(text) and markers.closing.search(text, match.end(), end) is None
+        status: Literal["malformed", "cut"] = "cut" if is_cut and is_open else "malformed"
+        name = match[1] if match.re.groups else None
+        yield ToolAttempt(status, text[match.start() : end], match.start(), end, name)
         start = end
-
-
-def _end_of(text: str, start: int, limit: int, opening: re.Pattern[str], closing: re.Pattern[str]) -> int:
-    """Where an attempt ends: behind its closing marker, or before the next opening one."""
-    following = opening.search(text, start, limit)
-    limit = following.start() if following else limit
-    match = closing.search(text, start, limit)
-    return match.end() if match else limit

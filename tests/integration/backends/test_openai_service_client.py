@@ -28,8 +28,10 @@ from penstock import (
 from penstock.backends import OpenAIInferenceServiceClient, WeightSyncController, create_inference_service_client
 from penstock.serving import app
 from tests.http_sockets import running, wait_until
+from tests.malformed_tool_calls import FAILURES
 from tests.scripted_engine import replying_engine
 from tests.tokenizers_for_tests import byte_level
+from tests.unit.tools.texts import TOOLS
 
 Answer = Callable[[dict[str, Any]], Response]
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -431,6 +433,33 @@ def test_a_stream_is_refused_and_an_unknown_backend_too(folder: str) -> None:
     with pytest.raises(ConfigurationError, match="backend must be one of openai"):
         create_inference_service_client({"inference_service": {"model": "m", "backend": "carrier pigeon"}})
     client.close()
+
+
+def test_malformed_calls_in_what_a_server_answers_are_attempts_with_a_status(folder: str) -> None:
+    """T19: a malformed tool call ended a rollout."""
+    tools = [tool.to_dict() for tool in TOOLS]
+    with replying_engine([failure.text for failure in FAILURES]) as engine, running(app(engine)) as server:
+        for failure in FAILURES:
+            client = client_of(address(server), tokenizer=folder, tool_parser=failure.format)
+            (choice,) = client.generate(HELLO, tools=tools)["choices"]
+            attempts = [(attempt["status"], attempt["name"]) for attempt in choice["tool_attempts"]]
+            assert attempts == [*failure.attempts]
+            assert choice["nexrl_train"]["response_tokens"][-1] == 2
+            client.close()
+
+
+def test_calls_that_the_server_has_parsed_are_attempts_too() -> None:
+    calls = [
+        {"id": f"call_{index}", "type": "function", "function": {"name": "search", "arguments": arguments}}
+        for index, arguments in enumerate(('{"query": "tea"}', '{"query": te', "[]"))
+    ]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    with fake(chat(message=message, finish_reason="tool_calls")) as (url, _):
+        client = client_of(url)
+        (choice,) = client.generate(HELLO, tools=[tool.to_dict() for tool in TOOLS])["choices"]
+        client.close()
+    assert [attempt["status"] for attempt in choice["tool_attempts"]] == ["complete", "malformed", "malformed"]
+    assert [call["id"] for call in choice["message"]["tool_calls"]] == ["call_0", "call_1", "call_2"]
 
 
 def test_templates_are_rendered_here_with_arguments_as_objects(folder: str, tmp_path: Path) -> None:
