@@ -58,10 +58,10 @@ def hf_tokenizer(
         raise ConfigurationError(
             f"no tokenizer can be loaded from {name_or_path!r}: {hint} ({described(error)})"
         ) from error
-    if correct_gemma2 and isinstance(name_or_path, str) and _GEMMA2 in name_or_path:
-        tokenizer.eos_token, tokenizer.eos_token_id = _GEMMA2_END, _GEMMA2_END_ID  # type: ignore[attr-defined]
     if correct_pad_token:
         set_pad_token_id(tokenizer)
+    if correct_gemma2 and isinstance(name_or_path, str) and _GEMMA2 in name_or_path:
+        tokenizer.eos_token, tokenizer.eos_token_id = _GEMMA2_END, _GEMMA2_END_ID  # type: ignore[attr-defined]
     return tokenizer
 
 
