@@ -88,7 +88,7 @@ class TinkerServiceHolder(SdkServiceHolder):
         try:
             import tinker
         except ImportError:
-            raise ImportError("TinkerServiceHolder needs the package tinker: pip install tinker") from None
+            raise ImportError("TinkerServiceHolder needs the package tinker: pip install 'penstock[tinker]'") from None
         return tinker.ServiceClient(base_url=self.base_url)
 
     def _new_training(self, service: Client) -> Client:
