@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
@@ -41,7 +42,7 @@ class EngineServiceHolder(ServiceHolder):
         """The given tokenizer, or that of the engine. Raises `ConfigurationError` if there is none."""
         if self._tokenizer is None and isinstance(self._engine, Templated):
             self._engine.start()  # loads the model
-            self._tokenizer = cast(Tokenizer | None, self._engine.tokenizer)
+            self._tokenizer = copy.deepcopy(cast(Tokenizer | None, self._engine.tokenizer))  # the engine uses its own
         if self._tokenizer is None:
             raise ConfigurationError("the engine has no tokenizer: pass one to EngineServiceHolder")
         return self._tokenizer

@@ -74,7 +74,7 @@ class OpenAIInferenceServiceClient(InferenceServiceClient):
         async with self._ain_service() as version:
             with _errors(self._url):
                 response = await self._async_llm().completions.create(**call.arguments)
-        return self._read(call, response, version)
+        return await self._aread(call, response, version)
 
     def generate(self, messages: Messages, **kwargs: Any) -> Json:
         """Answer a chat: see `InferenceServiceClient.generate`."""
@@ -89,7 +89,7 @@ class OpenAIInferenceServiceClient(InferenceServiceClient):
         async with self._ain_service() as version:
             with _errors(self._url):
                 response = await self._async_llm().chat.completions.create(**call.arguments)
-        return self._read(call, response, version)
+        return await self._aread(call, response, version)
 
     def apply_chat_template(
         self,
@@ -127,6 +127,11 @@ class OpenAIInferenceServiceClient(InferenceServiceClient):
 
     def _read(self, call: Call, response: Any, version: int | None) -> Json:
         return AnswerReader(self.config, lambda: self.tokenizer).read(call, response.model_dump(), version)
+
+    async def _aread(self, call: Call, response: Any, version: int | None) -> Json:
+        if self.config.tool_parser is None:
+            return self._read(call, response, version)
+        return await asyncio.to_thread(self._read, call, response, version)  # may load a tokenizer
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from penstock.errors import ConfigurationError, described, shown
 def read_section(config: object, section: str, record: type) -> dict[str, object]:
     """The values of the record's fields in `config[section]`, or in `config` itself where it has no such section.
 
+    A `section` of "" is the top level.
+
     Raises `ConfigurationError` for a misspelled key, and for values that cannot be read.
     """
     try:
@@ -29,7 +31,7 @@ def read_section(config: object, section: str, record: type) -> dict[str, object
     except ConfigurationError:
         raise
     except Exception as error:  # omegaconf: a missing value, or an interpolation that leads nowhere
-        raise ConfigurationError(f"the section {section!r} of the config cannot be read: {described(error)}") from error
+        raise ConfigurationError(f"{section or 'the config'} cannot be read: {described(error)}") from error
 
 
 def _mapping(value: object, name: str) -> Mapping[str, object]:
@@ -41,4 +43,4 @@ def _mapping(value: object, name: str) -> Mapping[str, object]:
 def _check_spelling(keys: list[str], names: list[str], section: str) -> None:
     for key in keys:
         if key not in names and (matches := difflib.get_close_matches(key, names, n=1, cutoff=0.85)):
-            raise ConfigurationError(f"{section} has no key {key!r}: did you mean {matches[0]!r}?")
+            raise ConfigurationError(f"{section or 'the config'} has no key {key!r}: did you mean {matches[0]!r}?")

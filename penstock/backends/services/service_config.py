@@ -48,13 +48,19 @@ class ServiceConfig:
         return self.identifier or self.model_tag
 
 
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    """What is read from beside the section."""
+
+    temperature: float = 1.0
+
+
 def read_config(config: Mapping[str, object]) -> ServiceConfig:
     """The config of a client, from a mapping or a `DictConfig`. Raises `ConfigurationError`."""
     values = read_section(config, SECTION, ServiceConfig)
-    if "temperature" in values and SECTION in config:
+    if SECTION in config and "temperature" in values:
         raise ConfigurationError(f"temperature belongs beside {SECTION}, not into it: move it to the top level")
-    if (temperature := config.get("temperature")) is not None:
-        values["temperature"] = temperature
+    values |= read_section(config, "", _Defaults)
     if not values.get("model"):
         raise ConfigurationError(f"{SECTION}.model is missing: name the model to call")
     try:

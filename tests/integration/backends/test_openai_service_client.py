@@ -410,6 +410,24 @@ async def test_controllers_of_the_program_are_waited_for_in_either_form() -> Non
     assert (telling.answers, len(bodies)) == ([], 4)
 
 
+def test_no_update_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls gave up after 60 s, while an update may take 3,000."""
+    pauses = list[float]()
+
+    class Telling:
+        def check_rollout_service_status(self, model_tag: str) -> str:
+            return "block" if sum(pauses) < 3000 else "continue"
+
+    monkeypatch.setattr("penstock.backends.services.client.time.sleep", pauses.append)
+    with fake(FINE) as (url, bodies):
+        client = client_of(url)
+        client.set_weight_sync_controller(Telling(), "policy")
+        client.completion("2+2?")
+        client.close()
+    assert sum(pauses) >= 3000
+    assert len(bodies) == 1
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -418,6 +436,9 @@ async def test_controllers_of_the_program_are_waited_for_in_either_form() -> Non
         ({"inference_service": {"model": "m", "temperature": 0.5}}, "temperature belongs beside inference_service"),
         ({"inference_service": {"model": "m", "max_tokens": "many"}}, "max_tokens"),
         ({"inference_service": {"model": "???"}}, "cannot be read"),
+        ({"inference_service": {"model": "m"}, "temperature": "???"}, "cannot be read"),
+        ({"inference_service": {"model": "m"}, "tempreature": 0.5}, "did you mean 'temperature'"),
+        ({"inference_service": {"model": "m"}, "temperature": "hot"}, "temperature"),
         ({"inference_service": {"model": "m", "backend": "tinker"}}, "use create_inference_service_client"),
     ],
 )
