@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from penstock.backends import (
     WeightSyncController,
     create_inference_service_client,
 )
-from penstock.backends.services import holder_update
+from penstock.backends.services import WeightUpdate, holder_update
 from tests.malformed_tool_calls import FAILURES, Failure
 from tests.scripted_engine import replying_engine
 from tests.unit.backends.services.sdk import EOS, TOKENIZER, Sequenced, Service, tinker_with, tokens_of, weaver_with
@@ -365,3 +368,90 @@ def test_the_sdk_of_weaver_takes_the_arguments_that_are_passed() -> None:
 
     inspect.signature(SamplingClient.sample).bind(None, prompt=1, sampling_params=2, num_samples=3)
     inspect.signature(SamplingClient.compute_logprobs).bind(None, prompt=1)
+
+
+class Weights:
+    """A service whose weights change in the middle of whatever runs across an update."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.version = 0
+        self.steps = list[asyncio.Future[None]]()
+
+    async def step(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self.steps.append(future)
+        await future
+
+    def advance(self) -> None:
+        self.steps = [future for future in self.steps if not future.done()]
+        if self.steps:
+            self.chance.choice(self.steps).set_result(None)
+
+    async def asample_from_prompt(self, prompt: str, **sampling: Any) -> dict[str, Any]:
+        """A token at each step, which is the version of the weights that made it."""
+        tokens = list[int]()
+        for _ in range(self.chance.randrange(1, 4)):
+            tokens.append(self.version)
+            await self.step()
+        logprobs = [0.0] * len(tokens)
+        return {"response": "", "prompt_tokens": [1], "response_tokens": tokens, "response_logprobs": logprobs}
+
+    def sample_from_prompt(self, prompt: str, **sampling: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    sample_from_messages = sample_from_prompt
+
+    async def update(self, task: WeightUpdate) -> None:
+        """Overwrite the weights in two steps; some updates fail."""
+        self.version = -1
+        await self.step()
+        if self.chance.random() < 0.3:
+            raise OSError("no space left")
+        self.version = task.version
+
+
+@pytest.mark.parametrize("mode", ["sync", "batch-async", "fully-async"])
+async def test_no_response_mixes_weights_whatever_happens_to_clients_and_trainers(mode: str, folder: str) -> None:
+    """100 seeds for each mode; the schedule is virtual."""
+    outcomes = Counter[str]()
+    for seed in range(100):
+        chance = random.Random(seed)
+        weights, tasks = Weights(chance), list[asyncio.Task[Any]]()
+        controller = WeightSyncController(sync_mode=mode, update=weights.update)
+        client = client_of(folder)
+        client.set_service_holder(weights)
+        client.set_weight_sync_controller(controller, "policy")
+        for _ in range(40):
+            action = chance.choice(("call", "call", "update", "batch", "cancel", "step", "step", "step", "step"))
+            if action == "call":
+                tasks.append(asyncio.create_task(client.acompletion("2+2?")))
+            elif action == "update":
+                tasks.append(asyncio.create_task(controller.async_weight_to_rollout_service("policy")))
+            elif action == "batch":
+                controller.trajectory_pool_notify_batch_ready("policy")
+            elif action == "cancel" and tasks:
+                chance.choice(tasks).cancel()
+            else:
+                weights.advance()
+            for _ in range(chance.choice((0, 1, 15))):
+                await asyncio.sleep(0)
+        outcomes += await finished(tasks, weights, controller)
+    assert min(outcomes[name] for name in ("dict", "bool", "WeightsError", "CancelledError")) > 20
+
+
+async def finished(tasks: list[asyncio.Task[Any]], weights: Weights, controller: WeightSyncController) -> Counter[str]:
+    """What came of the tasks, all of which end once the last update has succeeded."""
+    last: asyncio.Task[bool] | None = None
+    while not all(task.done() for task in tasks) or not controller.gate("policy").is_open:
+        if last is None or last.done():
+            last = asyncio.create_task(controller.async_weight_to_rollout_service("policy"))
+        weights.advance()
+        for _ in range(15):
+            await asyncio.sleep(0)
+    outcomes = await asyncio.gather(*tasks, *([last] if last else []), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, dict):
+            record = outcome["nexrl_train"]
+            assert set(record["response_tokens"]) == {record["weight_version"]}
+    return Counter(type(outcome).__name__ for outcome in outcomes)
