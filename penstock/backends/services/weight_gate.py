@@ -8,17 +8,33 @@ loops wait alike, without polling and without a time limit. Knows no model and n
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 from penstock.api.waiting import result_of
-from penstock.errors import WeightsError, described
+from penstock.errors import EngineStateError, WeightsError, described
 
 Waiting = deque[Future[int]]
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A request that was let in. It has ended when nobody holds it."""
+
+    version: int
+    owner: int  # the task or thread that waited for it
+    num_holders: int = 1
+
+
+# Of the running task or thread; tasks that it starts are part of the request while that goes on.
+_leases: ContextVar[Mapping[object, _Lease]] = ContextVar("_leases", default={})  # noqa: B039 (it is never changed)
 
 
 class WeightGate:
@@ -86,35 +102,42 @@ class WeightGate:
 
     @contextmanager
     def request(self) -> Iterator[int]:
-        """Run a request: waits, and gives the version that it will run with to its end. Raises `WeightsError`."""
-        place = self._enter(self._requests)
-        try:
-            version = place.result()
-        except BaseException:
-            self._abandon(place, self._requests, self._leave)
-            raise
-        try:
-            yield version
-        finally:
-            self._leave()
+        """Run a request: waits, and gives the version that it will run with to its end. Raises `WeightsError`.
+
+        A request inside of another one of the same task or thread belongs to it, and does not wait.
+        """
+        lease = self._joined()
+        if lease is None:
+            place = self._enter(self._requests)
+            try:
+                lease = _Lease(place.result(), _running())
+            except BaseException:
+                self._abandon(place, self._requests, self._leave)
+                raise
+        with self._holding(lease):
+            yield lease.version
 
     @asynccontextmanager
     async def arequest(self) -> AsyncIterator[int]:
         """`request` for event loops."""
-        place = self._enter(self._requests)
-        try:
-            version = await result_of(place)
-        except BaseException:
-            self._abandon(place, self._requests, self._leave)
-            raise
-        try:
-            yield version
-        finally:
-            self._leave()
+        lease = self._joined()
+        if lease is None:
+            place = self._enter(self._requests)
+            try:
+                lease = _Lease(await result_of(place), _running())
+            except BaseException:
+                self._abandon(place, self._requests, self._leave)
+                raise
+        with self._holding(lease):
+            yield lease.version
 
     @contextmanager
     def update(self) -> Iterator[int]:
-        """Run an update: waits until no request runs, and gives the version that it makes. An exception fails it."""
+        """Run an update: waits until no request runs, and gives the version that it makes. An exception fails it.
+
+        Raises `EngineStateError` inside of a request.
+        """
+        self._check_update()
         place = self._enter(self._updates)
         try:
             target = place.result()
@@ -127,6 +150,7 @@ class WeightGate:
     @asynccontextmanager
     async def aupdate(self) -> AsyncIterator[int]:
         """`update` for event loops."""
+        self._check_update()
         place = self._enter(self._updates)
         try:
             target = await result_of(place)
@@ -144,6 +168,35 @@ class WeightGate:
             self._end_update(error)
             raise
         self._end_update(None)
+
+    def _joined(self) -> _Lease | None:
+        """The request that this code runs in already, with one holder more."""
+        with self._lock:
+            lease = _leases.get().get(self)
+            if lease is None or lease.num_holders == 0:
+                return None
+            lease.num_holders += 1
+            return lease
+
+    @contextmanager
+    def _holding(self, lease: _Lease) -> Iterator[None]:
+        outer = _leases.get()
+        _leases.set({**outer, self: lease})
+        try:
+            yield
+        finally:
+            _leases.set(outer)
+            with self._lock:
+                lease.num_holders -= 1
+                has_ended = lease.num_holders == 0
+            if has_ended:
+                self._leave()
+
+    def _check_update(self) -> None:
+        """Raise `EngineStateError` for an update that would wait for itself."""
+        lease = _leases.get().get(self)
+        if lease is not None and lease.num_holders > 0 and lease.owner == _running():
+            raise EngineStateError("an update inside of a request of the same service would never begin: move it out")
 
     @property
     def _is_updating(self) -> bool:
@@ -225,6 +278,15 @@ class WeightGate:
                 self._target = max(self._version + 1, self._num_trained)
                 return update
         return None
+
+
+def _running() -> int:
+    """What runs this code: an asyncio task, or else a thread."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.get_ident() if task is None else id(task)
 
 
 def _refusal(cause: BaseException | None) -> WeightsError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from penstock import WeightsError
+from penstock import EngineStateError, WeightsError
 from penstock.backends.services.weight_gate import WeightGate
 from tests.http_sockets import wait_until
 
@@ -27,13 +28,16 @@ async def settle() -> None:
 
 async def test_requests_run_together_and_an_update_runs_alone() -> None:
     gate, order = WeightGate(), list[str]()
-    async with gate.arequest() as first, gate.arequest() as second:
+    async with gate.arequest() as first:
+        other = asyncio.create_task(held(gate, may_end := asyncio.Event()), context=contextvars.Context())
+        await settle()
         update = asyncio.create_task(updated(gate, order))
         await settle()
-        late = asyncio.create_task(requested(gate, order))
+        late = asyncio.create_task(requested(gate, order), context=contextvars.Context())
         await settle()
-        assert (first, second, order, gate.num_running, gate.is_open) == (0, 0, [], 2, False)
-    await asyncio.gather(update, late)
+        assert (first, order, gate.num_running, gate.is_open) == (0, [], 2, False)
+    may_end.set()
+    await asyncio.gather(other, update, late)
     assert order == ["update 1", "request 1"]
 
 
@@ -105,8 +109,9 @@ async def test_a_cancelled_update_lets_the_requests_in_that_it_held_back() -> No
     async with gate.arequest():
         update = asyncio.create_task(updated(gate, order))
         await settle()
-        waiting = asyncio.create_task(requested(gate, order))
+        waiting = asyncio.create_task(requested(gate, order), context=contextvars.Context())
         await settle()
+        assert not waiting.done()
         update.cancel()
         await settle()
         assert waiting.done()
@@ -156,6 +161,61 @@ async def test_further_updates_for_one_batch_do_not_loosen_the_bound() -> None:
     assert not gate.is_open
 
 
+async def test_a_request_inside_of_another_belongs_to_it_so_an_update_in_between_blocks_nothing() -> None:
+    """An episode of several calls may hold one lease around all of them."""
+    gate, order = WeightGate(), list[str]()
+    async with gate.arequest():
+        update = asyncio.create_task(updated(gate, order))
+        await settle()
+        await requested(gate, order)
+        await asyncio.to_thread(blocking_request, gate, order)
+        child = asyncio.create_task(held(gate, may_end := asyncio.Event()))
+        await settle()
+        assert gate.num_running == 1
+    await settle()
+    assert order == ["request 0", "request 0"]  # the child still runs with these weights
+    may_end.set()
+    assert await child == 0
+    await update
+    assert (order[-1], gate.num_running) == ("update 1", 0)
+
+
+async def test_a_task_that_outlives_the_request_that_started_it_makes_requests_of_its_own() -> None:
+    gate, order, may_begin = WeightGate(), list[str](), asyncio.Event()
+
+    async def late() -> None:
+        await may_begin.wait()
+        await requested(gate, order)
+
+    async with gate.arequest():
+        task = asyncio.create_task(late())
+    async with gate.aupdate():
+        may_begin.set()
+        await settle()
+        assert order == []
+    await task
+    assert order == ["request 1"]
+
+
+def blocking_request(gate: WeightGate, order: list[str]) -> None:
+    with gate.request() as version:
+        order.append(f"request {version}")
+
+
+async def held(gate: WeightGate, may_end: asyncio.Event) -> int:
+    async with gate.arequest() as version:
+        await may_end.wait()
+        return version
+
+
+async def test_an_update_inside_of_a_request_is_refused_because_it_would_wait_for_itself() -> None:
+    gate = WeightGate()
+    async with gate.arequest():
+        with pytest.raises(EngineStateError, match="would never begin"):
+            await updated(gate, [])
+    await updated(gate, [])
+
+
 def test_threads_wait_for_an_update_as_event_loops_do() -> None:
     gate, versions, has_begun, may_end = WeightGate(), list[int](), threading.Event(), threading.Event()
 
@@ -201,6 +261,8 @@ class World:
             self.num_inside += 1
             try:
                 for _ in range(self.random.randrange(4)):
+                    async with self.gate.arequest() as inner:
+                        assert inner == version
                     await self.step("request")
                     assert self.num_updating == 0
                     assert self.gate.version == version
