@@ -51,7 +51,7 @@ class AnswerReader:
         versions = versions_of(response) or (() if version is None else (version,))
         choices = response["choices"]
         prompt = prompt_tokens_of(response, choices[0]) or self._prompt_tokens(call, response)
-        add_records(response, [record_of_choice(choice, prompt, versions) for choice in choices])
+        add_records(response, [record_of_choice(choice, prompt, versions) for choice in choices], version)
 
     def _prompt_tokens(self, call: Call, response: Mapping[str, Any]) -> Sequence[int]:
         """The ids of the prompt by the tokenizer on this side, for a server that does not return them."""

@@ -53,11 +53,15 @@ class TrainRecord:
         return record
 
 
-def add_records(response: Json, records: Sequence[TrainRecord]) -> Json:
-    """The response with the record of each choice in the choice, and that of the first one also beside the choices."""
+def add_records(response: Json, records: Sequence[TrainRecord], version: int | None) -> Json:
+    """The response with the record of each choice in the choice, and that of the first one also beside the choices.
+
+    `version` is that of the controller: in the records `rollout_model_version`, if there is one.
+    """
+    known = {} if version is None else {"rollout_model_version": version}
     for choice, record in zip(response["choices"], records, strict=True):
-        choice["nexrl_train"] = record.to_dict()
-    response["nexrl_train"] = records[0].to_dict()
+        choice["nexrl_train"] = record.to_dict() | known
+    response["nexrl_train"] = records[0].to_dict() | known
     return response
 
 

@@ -46,7 +46,7 @@ def _response(
             "total_tokens": num_prompt + num_sampled,
         },
     }
-    return add_records(response, [_record(sample, version) for sample in samples])
+    return add_records(response, [_record(sample, version) for sample in samples], version)
 
 
 def _record(sample: Json, version: int | None) -> TrainRecord:

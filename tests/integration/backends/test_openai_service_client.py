@@ -272,7 +272,7 @@ def test_the_version_of_the_weights_is_that_of_the_server_or_else_of_the_control
     with fake(text(["token_id:7"], [-0.5], **more)) as (url, _):
         client = client_of(url)
         client.set_weight_sync_controller(WeightSyncController(), "default")
-        assert client.completion("2+2?")["nexrl_train"].items() >= expected.items()
+        assert client.completion("2+2?")["nexrl_train"].items() >= (expected | {"rollout_model_version": 0}).items()
         client.close()
 
 
