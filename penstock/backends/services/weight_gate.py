@@ -292,6 +292,8 @@ def _running() -> int:
 def _refusal(cause: BaseException | None) -> WeightsError:
     """A new error for each request: they raise it on threads of their own."""
     reason = described(cause) if cause is not None else "unknown"
-    error = WeightsError(f"the weights could not be updated ({reason}): update them again, or call resume")
+    is_mixed = isinstance(cause, WeightsError) and cause.is_mixed
+    text = f"the weights could not be updated ({reason}): update them again, or call resume"
+    error = WeightsError(text, is_mixed=is_mixed)
     error.__cause__ = cause
     return error

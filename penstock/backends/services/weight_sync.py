@@ -185,7 +185,8 @@ class WeightSyncController:
 
     def _failed(self, model_tag: str, error: Exception) -> WeightsError:
         self._log.error("weight update failed", model_tag=model_tag, error=described(error))
-        return WeightsError(f"updating the weights of {shown(model_tag)} failed: {described(error)}")
+        is_mixed = isinstance(error, WeightsError) and error.is_mixed
+        return WeightsError(f"updating the weights of {shown(model_tag)} failed: {described(error)}", is_mixed=is_mixed)
 
 
 async def _awaited(awaitable: Awaitable[object]) -> object:

@@ -143,6 +143,17 @@ async def update(controller: WeightSyncController, is_async: bool) -> None:
         controller.sync_weight_to_rollout_service(TAG)
 
 
+async def test_weights_that_an_engine_calls_mixed_are_called_so_to_everyone() -> None:
+    def fail(update: WeightUpdate) -> None:
+        raise WeightsError("half of them", is_mixed=True)
+
+    controller = WeightSyncController(update=fail)
+    for call in (controller.async_weight_to_rollout_service, controller.await_for_weight_sync):
+        with pytest.raises(WeightsError, match="half of them") as caught:
+            await call(TAG)
+        assert caught.value.is_mixed
+
+
 async def test_a_cancelled_update_that_had_begun_counts_as_failed_because_weights_may_be_half_written() -> None:
     begun = asyncio.Event()
 
