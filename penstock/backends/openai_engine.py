@@ -25,17 +25,17 @@ from penstock.api.prompt import Prompt
 from penstock.api.protocols import Callback
 from penstock.api.transcript import Transcript
 from penstock.api.waiting import Wakeups, call_on_loop
+from penstock.backends.addresses import api_url
+from penstock.backends.openai_errors import penstock_error
 from penstock.backends.openai_request import Body, request_body
 from penstock.errors import (
     ConfigurationError,
     DeadlineExceeded,
     EngineClosed,
-    EngineOverloaded,
     ExecutionError,
     PenstockError,
     RequestAborted,
     RequestError,
-    RequestTooLarge,
     described,
 )
 from penstock.generation import Params
@@ -78,7 +78,7 @@ class OpenAIEngine:
         max_retries: int = 2,
         return_token_ids: bool = False,
     ) -> None:
-        self.url = url if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
+        self.url = api_url(url)
         self.model = model
         self._api_key = api_key
         self._max_retries = max_retries
@@ -197,7 +197,7 @@ class OpenAIEngine:
             await self._stream_until_deadline(request)
         except BaseException as error:
             if request.error is None:
-                request.error = self._error_of(error)
+                request.error = penstock_error(error, self.url)
 
     async def _stream_until_deadline(self, request: _Request) -> None:
         first = min(request.arguments.deadline, request.arguments.ttft_deadline)
@@ -250,24 +250,6 @@ class OpenAIEngine:
                 has_tokens = True
         wakeups.send()
         return has_tokens
-
-    def _error_of(self, error: BaseException) -> PenstockError:
-        """The engine's error for one of the client library."""
-        if isinstance(error, PenstockError):
-            return error
-        if isinstance(error, openai.RateLimitError):
-            pause = error.response.headers.get("retry-after", "")
-            return EngineOverloaded(
-                f"{self.url} is overloaded: {error.message}", float(pause) if pause.isdigit() else 1.0
-            )
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return RequestError(f"{self.url} requires a valid key: pass api_key ({error.message})")
-        if isinstance(error, openai.APIStatusError) and 400 <= error.status_code < 500:
-            kind = RequestTooLarge if error.code == "context_length_exceeded" else RequestError
-            return kind(f"{self.url} refused the request: {error.message}")
-        if isinstance(error, asyncio.CancelledError):
-            return EngineClosed("the engine was stopped")
-        return ExecutionError(f"{self.url} failed: {described(error)}")
 
     def _end(self, request: _Request) -> None:
         channel, error, wakeups = request.channel, request.error, Wakeups()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.outputs import CompletionOutput, Delta, RequestOutput
+from penstock.outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from penstock.serving.body import read_model
 from penstock.serving.chat_message import delta_of, message_of
 from penstock.serving.chat_request import ChatRequest
@@ -86,7 +86,7 @@ class ChatAnswer:
             parts = [{"content": ""}]
         choices = [_delta_choice(delta.index, part) for part in parts]
         if has_logprobs:
-            choices[0]["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs, self.body.top_logprobs or 0)
+            choices[0]["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)
         if has_ids and choices:
             choices[0]["token_ids"] = delta.token_ids
         if delta.finish_reason in REGULAR_ENDS:
@@ -95,9 +95,9 @@ class ChatAnswer:
         return choices
 
     def _choice(self, completion: CompletionOutput, reader: OutputReader) -> dict[str, object]:
-        top, logprobs = self.body.top_logprobs or 0, None
+        logprobs = None
         if completion.logprobs is not None:
-            logprobs = chat_logprobs(completion.token_ids, completion.logprobs, top)
+            logprobs = self._logprobs(completion.token_ids, completion.logprobs)
         message = message_of(reader.read_whole(completion))
         choice: dict[str, object] = {
             "index": completion.index,
@@ -107,8 +107,11 @@ class ChatAnswer:
             "stop_reason": completion.stop_reason,
         }
         if self.body.return_token_ids:
-            choice["token_ids"] = completion.token_ids
+            choice |= {"token_ids": completion.token_ids, "weight_versions": completion.weight_versions}
         return choice
+
+    def _logprobs(self, ids: Sequence[int], entries: Sequence[Mapping[int, Logprob]]) -> dict[str, object]:
+        return chat_logprobs(ids, entries, self.body.top_logprobs or 0, self.body.return_tokens_as_token_ids)
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}

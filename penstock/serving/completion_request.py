@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from penstock.api.prompt import Prompt
 from penstock.sampling import SamplingParams
@@ -12,6 +14,11 @@ from penstock.serving.errors import invalid
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, TokenId
 from penstock.serving.settings import ServingSettings
 from penstock.serving.structure_fields import StructureFields
+
+
+def _count(logprobs: object) -> object:
+    """True, as chats have it, asks for the chosen tokens only."""
+    return (0 if logprobs else None) if isinstance(logprobs, bool) else logprobs
 
 
 class CompletionRequest(SamplingFields, StructureFields):
@@ -24,7 +31,7 @@ class CompletionRequest(SamplingFields, StructureFields):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(16, ge=0, le=MAX_INT)
-    logprobs: int | None = Field(None, ge=0, le=MAX_INT)
+    logprobs: Annotated[int | None, BeforeValidator(_count), Field(ge=0, le=MAX_INT)] = None
     user: str | None = None
 
     def prompts(self, settings: ServingSettings) -> list[Prompt]:

@@ -79,7 +79,7 @@ class CompletionAnswer:
             text, ids, entries = "", [], []
         logprobs = None
         if self.body.logprobs is not None:
-            builder, all_ids, all_entries = CompletionLogprobs(self.body.logprobs), ids, [*entries]
+            builder, all_ids, all_entries = self._logprobs(self.body.logprobs), ids, [*entries]
             if self.body.echo and output.prompt_logprobs is not None:
                 all_ids, all_entries = output.prompt_token_ids + ids, [*output.prompt_logprobs, *entries]  # type: ignore[list-item]
             logprobs = builder.add(all_ids, all_entries, self.first_texts[number] if self.body.echo else "")
@@ -92,6 +92,7 @@ class CompletionAnswer:
         }
         if self.body.return_token_ids:
             choice |= {"token_ids": ids, "prompt_token_ids": output.prompt_token_ids}
+            choice |= {"weight_versions": completion.weight_versions[: len(ids)]}
         return choice
 
     def _delta_choice(self, index: int, delta: Delta) -> dict[str, object] | None:
@@ -103,13 +104,16 @@ class CompletionAnswer:
             return _text_choice(index, "", finish_reason="length") if reason else None
         logprobs = None
         if self.body.logprobs is not None and delta.token_ids:
-            builder = self.logprobs.setdefault(index, CompletionLogprobs(self.body.logprobs))
+            builder = self.logprobs.setdefault(index, self._logprobs(self.body.logprobs))
             logprobs = builder.add(delta.token_ids, delta.logprobs)
         choice = _text_choice(index, delta.text, logprobs, reason)
         choice["stop_reason"] = delta.stop_reason if reason else None
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice
+
+    def _logprobs(self, top: int) -> CompletionLogprobs:
+        return CompletionLogprobs(top, as_ids=self.body.return_tokens_as_token_ids)
 
     def _head(self) -> dict[str, object]:
         return {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": self.model}

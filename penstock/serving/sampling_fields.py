@@ -82,6 +82,7 @@ class SamplingFields(OptionFields):
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     def params(
         self, settings: ServingSettings, num_prompts: int = 1, base: SamplingParams | None = None, **more: object

@@ -3,6 +3,7 @@
 Pure Python over strings: knows no engine and no server. `docs/tools.md` shows how the parts fit together.
 """
 
+from penstock.tools.attempts import ToolAttempt, read_attempts
 from penstock.tools.constraint import constraint
 from penstock.tools.definitions import MAX_TOOLS, Tool, ToolChoice, read_tool_choice, read_tools
 from penstock.tools.output_parser import FORMATS, OutputParser, format_named, parse_output
@@ -32,6 +33,7 @@ __all__ = [
     "ReasoningFormat",
     "ReasoningSplitter",
     "Tool",
+    "ToolAttempt",
     "ToolCall",
     "ToolCallDelta",
     "ToolCallParser",
@@ -41,6 +43,7 @@ __all__ = [
     "joined",
     "parse_output",
     "random_id",
+    "read_attempts",
     "read_tool_choice",
     "read_tools",
     "reasoning_format_named",

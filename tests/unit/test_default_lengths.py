@@ -18,6 +18,7 @@ from penstock import (
     ScriptedModel,
     SpeculativeDecoder,
 )
+from penstock.backends.services.service_config import ServiceConfig
 from penstock.cli.command import make_parser
 from penstock.cli.load import Load
 from penstock.cli.session import params_with
@@ -78,6 +79,7 @@ def test_the_table_states_the_defaults_of_the_code() -> None:
         "EngineConfig.default_max_tokens": EngineConfig().default_max_tokens,
         "CompletionRequest.max_tokens": CompletionRequest(prompt="x").max_tokens,
         "Load.max_tokens": Load(1).max_tokens,
+        "ServiceConfig.max_tokens": ServiceConfig().max_tokens,
         "SamplingParams.max_tokens": SamplingParams().max_tokens,
         "GenerationConfig.max_length": GenerationConfig().max_length,
         "PerformanceOptimizer.optimized_generate.max_length": max_length(PerformanceOptimizer.optimized_generate),

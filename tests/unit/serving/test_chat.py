@@ -124,7 +124,12 @@ def test_text_parts_are_joined(client: TestClient) -> None:
 
 
 def test_a_chats_token_ids_come_back_on_request(client: TestClient) -> None:
-    answer = client.post("/v1/chat/completions", json={**CHAT, "return_token_ids": True}).json()
+    options = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": True}
+    answer = client.post("/v1/chat/completions", json={**CHAT, **options}).json()
+    (choice,) = answer["choices"]
+    names = [entry["token"] for entry in choice["logprobs"]["content"]]
+    assert names == [f"token_id:{token}" for token in choice["token_ids"]]
+    assert choice["weight_versions"] == [0] * len(names)
     *chunks, _ = events(client.post("/v1/chat/completions", json={**CHAT, "return_token_ids": True, "stream": True}))
     ids = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
     assert ids == answer["choices"][0]["token_ids"]

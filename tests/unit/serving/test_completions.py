@@ -97,6 +97,20 @@ def test_token_ids_come_back_on_request(client: TestClient) -> None:
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == ids
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_tokens_are_named_by_their_ids_on_request(client: TestClient, is_streamed: bool) -> None:
+    body = {"prompt": [5, 6], "max_tokens": 3, "logprobs": True, "stream": is_streamed}
+    options = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    response = client.post(URL, json={**body, **options})
+    chunks = events(response)[:-1] if is_streamed else [response.json()]
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0].get("token_ids")]
+    names = [name for choice in choices for name in choice["logprobs"]["tokens"]]
+    assert names == [f"token_id:{token}" for choice in choices for token in choice["token_ids"]]
+    assert len(names) == 3
+    if not is_streamed:
+        assert choices[0]["weight_versions"] == [0, 0, 0]
+
+
 def test_usage_counts_all_prompts(client: TestClient) -> None:
     body = {"prompt": [[5], [6, 7]], "n": 2, "max_tokens": 3, "temperature": 1}
     usage = client.post(URL, json=body).json()["usage"]
