@@ -257,7 +257,7 @@ class StreamedEngine(ABC, Generic[W]):
         channel, error, wakeups = request.channel, request.error, Wakeups()
         if request.timer is not None:
             request.timer.cancel()
-        for transcript in list(request.transcripts.values()) or [Transcript(channel.request_id)]:
+        for transcript in map(request.transcript, range(request.num_completions)):
             if error is not None and transcript.finish_reason is None:
                 transcript.end("", _REASONS.get(type(error), "error"))
                 channel.put(transcript, wakeups)

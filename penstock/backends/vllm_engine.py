@@ -219,7 +219,8 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
         async for output in outputs:
             if scoring is not None and output.prompt_logprobs:
                 scoring.entries = output.prompt_logprobs
-            self._publish(request, add_output(request, params, output, self.weight_version))
+            with_prompt = params.prompt_logprobs is not None and scoring is None
+            self._publish(request, add_output(request, params, output, self.weight_version, with_prompt=with_prompt))
 
     def _vllm_params(self, work: VLLMWork) -> Any:
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams

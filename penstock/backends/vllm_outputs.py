@@ -43,11 +43,14 @@ class Output(Protocol):
 
 
 def add_output(
-    request: StreamedRequest[Any], params: SamplingParams, output: Output, weight_version: int
+    request: StreamedRequest[Any], params: SamplingParams, output: Output, weight_version: int, *, with_prompt: bool
 ) -> list[Transcript]:
-    """The transcripts to which an output added something. Raises `ExecutionError` for a completion that failed."""
+    """The transcripts to which an output added something. `with_prompt` keeps the log probabilities of the prompt.
+
+    Raises `ExecutionError` for a completion that failed.
+    """
     request.num_cached_tokens = output.num_cached_tokens or request.num_cached_tokens
-    if params.prompt_logprobs is not None and output.prompt_logprobs and request.prompt_logprobs is None:
+    if with_prompt and output.prompt_logprobs and request.prompt_logprobs is None:
         request.prompt_logprobs = [None if entry is None else by_token(entry) for entry in output.prompt_logprobs]
     added = []
     for choice in output.outputs:

@@ -24,8 +24,8 @@ SAME = (
 )
 # The same in another form.
 TRANSLATED = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logit_bias", "seed", "structured_outputs")
-# Without effect on what is generated: the form of a stream, and a limit on drafts.
-IGNORED = ("output_kind", "speculation_length")
+# Without effect on what is generated: the form of a stream, a limit on drafts, and what counts for beams and ranks only.
+IGNORED = ("output_kind", "speculation_length", "early_stopping", "length_penalty", "renormalize_logits")
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # vLLM raises a lower one to the first, and refuses a higher one
 _DEFAULTS = SamplingParams()
 
