@@ -24,7 +24,7 @@ from penstock.backends.vllm_outputs import add_output
 from penstock.backends.vllm_params import check_params, resolve, structure_arguments, vllm_arguments, vllm_priority
 from penstock.backends.vllm_process import check_options, start_vllm
 from penstock.backends.vllm_scores import Scoring
-from penstock.backends.vllm_weights import VLLMWeights, dead
+from penstock.backends.vllm_weights import VLLMWeights, alive, dead
 from penstock.errors import (
     EngineOverloaded,
     ExecutionError,
@@ -34,7 +34,7 @@ from penstock.errors import (
     described,
     text_of,
 )
-from penstock.generation import Params
+from penstock.generation import Params, default_params
 from penstock.sampling import SamplingParams
 from penstock.scores import Score
 
@@ -94,6 +94,19 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
     async def detokenize(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids. Raises `RequestError`."""
         return await self._run(lambda: self._encoding().decode(ids, skip_special_tokens))
+
+    def default_params(self, max_tokens: int | None = None) -> SamplingParams:
+        """The parameters of a request without any. Starts the engine."""
+        self.start()
+        config = self._llm.model_config
+        return default_params(config.get_diff_sampling_param(), max_tokens or config.max_model_len)
+
+    def reset_prefix_cache(self) -> None:
+        """Reuse nothing computed so far; blocks until vLLM has forgotten it."""
+        self.start()
+        with self._lock:
+            loop = self._loop()
+        asyncio.run_coroutine_threadsafe(alive(self._llm, self._llm.reset_prefix_cache()), loop).result()
 
     async def score(
         self,

@@ -24,7 +24,7 @@ SAME = (
 )
 # The same in another form.
 TRANSLATED = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logit_bias", "seed", "structured_outputs")
-# Without effect on what is generated: the form of a stream, a limit on drafts, and what counts for beams and ranks only.
+# Without effect on what is generated: the form of a stream, a limit on drafts, and what concerns beams and ranks only.
 IGNORED = ("output_kind", "speculation_length", "early_stopping", "length_penalty", "renormalize_logits")
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # vLLM raises a lower one to the first, and refuses a higher one
 _DEFAULTS = SamplingParams()
@@ -48,6 +48,9 @@ def check_params(params: Params) -> None:
     if plain.temperature and not LOWEST_TEMPERATURE <= plain.temperature <= HIGHEST_TEMPERATURE:
         rule = f"0, or from {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE} with vLLM"
         raise refused("temperature", plain.temperature, rule)
+    if plain.structured_outputs is not None and plain.structured_outputs.whitespace_pattern is not None:
+        pattern = plain.structured_outputs.whitespace_pattern
+        raise refused("whitespace_pattern", pattern, "None with vLLM, which has one setting for all requests")
     for word in plain.bad_words:
         if not isinstance(word, str):
             raise refused("bad_words", word, "strings with vLLM, which takes no token ids there")
@@ -108,10 +111,7 @@ def vllm_arguments(params: SamplingParams, *, with_logprobs: bool) -> Arguments:
 def structure_arguments(structured: StructuredOutputs) -> Arguments:
     """The arguments of `vllm.sampling_params.StructuredOutputsParams`."""
     value = getattr(structured, structured.kind)
-    arguments: Arguments = {structured.kind: list(value) if structured.kind == "choice" else value}
-    if structured.whitespace_pattern is not None:
-        arguments["whitespace_pattern"] = structured.whitespace_pattern
-    return arguments
+    return {structured.kind: list(value) if structured.kind == "choice" else value}
 
 
 def vllm_priority(priority: RequestPriority) -> int:

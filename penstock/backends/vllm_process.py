@@ -17,8 +17,14 @@ from typing import Any
 
 from penstock.errors import ConfigurationError, described
 
-# Priorities count under this policy only; any number of log probabilities may be asked for.
-DEFAULTS = {"scheduling_policy": "priority", "max_logprobs": -1, "disable_log_stats": True}
+# Priorities count under this policy only; any number of log probabilities may be asked for; grammars are those of the
+# native engine, and a model cannot go on with spaces between the parts of JSON.
+DEFAULTS: Mapping[str, object] = {
+    "scheduling_policy": "priority",
+    "max_logprobs": -1,
+    "disable_log_stats": True,
+    "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
+}
 LOGPROBS_MODES = ("raw_logprobs", "raw_logits")
 
 _starting = threading.Lock()  # the environment belongs to the process
@@ -53,7 +59,7 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
             hint = f": did you mean {nearest[0]!r}?" if nearest else ""
             raise ConfigurationError(f"vLLM has no option {min(unknown)!r}{hint}")
         try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **(DEFAULTS | dict(options))))
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **{**DEFAULTS, **options}))
         except Exception as error:
             raise ConfigurationError(f"vLLM cannot start {model}: {described(error)}") from error
 

@@ -102,6 +102,7 @@ async def test_the_models_defaults_hold_for_a_request_without_parameters(engine:
         SamplingParams(temperature=2.5),
         SamplingParams(temperature=0.001),
         SamplingParams(bad_words=[[1, 2]]),
+        SamplingParams(structured_outputs=StructuredOutputs(json_object=True, whitespace_pattern=" ?")),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_before_anything_runs(
