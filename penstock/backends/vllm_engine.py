@@ -35,10 +35,11 @@ from penstock.errors import (
     text_of,
 )
 from penstock.generation import Params, default_params
-from penstock.sampling import SamplingParams
+from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scores import Score
 
 T = TypeVar("T")
+Completion = str | Sequence[int]  # a text without special tokens, or token ids
 ABORT_S = 1.0  # the longest that vLLM is given to hand out what an aborted request has
 
 
@@ -111,34 +112,41 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
     async def score(
         self,
         prompts: Prompt | Sequence[Prompt],
-        completions: Sequence[Sequence[int]],
+        completions: Completion | Sequence[Completion],
         *,
-        params: SamplingParams | None = None,
+        params: Params = None,
         logits: bool = False,
         entropies: bool = False,
         namespace: str = "",
+        priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None,
     ) -> list[Score]:
         """The log probabilities of a completion after each prompt. Of `params` only the temperature may be set.
 
         `logits` needs an engine with `logprobs_mode="raw_logits"`. Raises `RequestError`, and whatever awaiting a
         request raises.
         """
-        batch = as_batch(prompts)
-        if len(batch) != len(completions):
-            raise RequestError(f"{len(batch)} prompts and {len(completions)} completions: pass one for each")
-        mode = self._options.get("logprobs_mode") if self._llm is None else self._llm.model_config.logprobs_mode
-        works = [
-            VLLMWork(scoring=Scoring.of(completion, params, mode == "raw_logits", logits, entropies))
-            for completion in completions
+        batch, completed = as_batch(prompts), as_batch(completions)
+        if len(batch) != len(completed):
+            raise RequestError(f"{len(batch)} prompts and {len(completed)} completions: pass one for each")
+        arguments = [
+            read_arguments(prompt, params, namespace=namespace, priority=priority, deadline=deadline)
+            for prompt in batch
         ]
-        arguments = [read_arguments(prompt, namespace=namespace) for prompt in batch]
+        mode = self._options.get("logprobs_mode") if self._llm is None else self._llm.model_config.logprobs_mode
+        wishes = (arguments[0].params if arguments else None, mode == "raw_logits", logits, entropies)
+        ids = [await self._completion_ids(completion) for completion in completed]
+        works = [VLLMWork(scoring=Scoring.of(tokens, *wishes)) for tokens in ids]
         handles = [self._submit_work(*pair) for pair in zip(arguments, works, strict=True)]
         for handle in handles:
             await handle
         return [work.scoring.score() for work in works if work.scoring is not None]
 
+    async def _completion_ids(self, completion: Prompt) -> object:
+        return await self.tokenize(completion, add_special_tokens=False) if isinstance(completion, str) else completion
+
     def _submit_work(self, arguments: Arguments, work: VLLMWork) -> RequestHandle:
-        channel = Channel(f"score-{id(work):x}", arguments.priority)
+        channel = Channel(f"score-{id(work):x}", arguments.priority, arguments.deadline)
         self._submit(StreamedRequest(channel, arguments, work))
         return RequestHandle(channel, self)
 
@@ -149,8 +157,8 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
         """How often the weights were updated."""
         return 0 if self._weights is None else self._weights.version
 
-    async def pause(self, mode: str = "wait") -> None:
-        """Start no more requests. "wait" first serves what runs, "abort" ends it, "keep" leaves it for later.
+    async def pause(self, mode: str = "abort") -> None:
+        """Start no more requests. "abort" ends what runs, "wait" serves it first, "keep" leaves it for later.
 
         Raises `EngineStateError` if the engine is paused already.
         """
@@ -160,10 +168,10 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
         """Go on after `pause`. Raises `EngineStateError` if the engine is not paused."""
         await self._run(lambda: self._opened_weights().resume())
 
-    async def update_weights(self, source: str | os.PathLike[str], *, mode: str = "wait") -> int:
+    async def update_weights(self, source: object, *, mode: str = "abort") -> int:
         """Load the weights in a folder of safetensors, and return their version; K/V of older weights is not reused.
 
-        `mode` says what happens to running requests: "wait" serves them before, "abort" ends them. "keep" is refused,
+        `mode` says what happens to running requests: "abort" ends them, "wait" serves them first. "keep" is refused,
         because their K/V would be of the old weights. Raises `WeightsError` for weights that do not fit: nothing was
         changed then, unless it has `is_mixed`.
         """

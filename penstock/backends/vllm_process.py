@@ -50,6 +50,7 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
     The environment variables that vLLM sets for its processes are removed again. Raises `ConfigurationError`.
     """
     with _starting, _restored_environment():
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -58,8 +59,11 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
             nearest = difflib.get_close_matches(min(unknown), names, n=1)
             hint = f": did you mean {nearest[0]!r}?" if nearest else ""
             raise ConfigurationError(f"vLLM has no option {min(unknown)!r}{hint}")
+        options = {**DEFAULTS, **options}
         try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **{**DEFAULTS, **options}))
+            if isinstance(structured := options["structured_outputs_config"], Mapping):
+                options = {**options, "structured_outputs_config": StructuredOutputsConfig(**structured)}
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **options))
         except Exception as error:
             raise ConfigurationError(f"vLLM cannot start {model}: {described(error)}") from error
 

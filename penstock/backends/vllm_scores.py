@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from penstock.errors import ExecutionError, RequestError
+from penstock.generation import GenerationConfig, Params
 from penstock.sampling import SamplingParams
 from penstock.scores import FloatArray, Score
 from penstock.values import token_ids
@@ -30,15 +31,15 @@ class Scoring:
     entries: Any = None
 
     @classmethod
-    def of(
-        cls, completion: Sequence[int], params: SamplingParams | None, are_logits: bool, logits: bool, entropies: bool
-    ) -> Scoring:
+    def of(cls, completion: object, params: Params, are_logits: bool, logits: bool, entropies: bool) -> Scoring:
         """Raises `RequestError` for what vLLM cannot score."""
         ids = token_ids("completion", completion)
         if not ids:
             raise RequestError("score needs at least one token id in every completion")
         if logits and not are_logits:
             raise RequestError('this engine has no logits: make it with logprobs_mode="raw_logits"')
+        if isinstance(params, GenerationConfig):
+            params = params.sampling_params()
         if params is not None:
             _check_params(params)
         return cls(ids, None if params is None else params.temperature, are_logits, logits, entropies)

@@ -242,11 +242,11 @@ async def test_new_weights_are_loaded_and_bad_ones_refused(engine: VLLMEngine, t
 async def test_an_update_waits_for_what_runs_or_aborts_it(engine: VLLMEngine) -> None:
     handle = engine.generate(CHAT, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     await anext(handle)
-    version = await engine.update_weights(MODEL)
+    version = await engine.update_weights(MODEL, mode="wait")
     assert (await handle).outputs[0].weight_versions == [version - 1] * 60
     handle = engine.generate(CHAT, SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True))
     await anext(handle)
-    await engine.update_weights(MODEL, mode="abort")
+    await engine.update_weights(MODEL)
     with pytest.raises(RequestAborted) as caught:
         await handle
     assert caught.value.output is not None

@@ -49,7 +49,7 @@ async def test_starting_changes_nothing_and_a_dead_process_fails_every_waiter() 
     for handle in handles:
         await anext(handle)
     waiters: list[asyncio.Future[Any]] = [asyncio.ensure_future(handle) for handle in handles]
-    waiters.append(asyncio.ensure_future(engine.update_weights(MODEL)))  # waits for the four
+    waiters.append(asyncio.ensure_future(engine.update_weights(MODEL, mode="wait")))  # waits for the four
     (child,) = [process for process in multiprocessing.active_children() if "EngineCore" in process.name]
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)

@@ -29,6 +29,8 @@ METHODS = {
     "reset_prefix_cache": "reset_prefix_cache",
     "pause": "pause, resume",
     "update_weights": "update_weights",
+    "updating": "updating (a block in which weights change in place)",
+    "sleep": "sleep, wake",
 }
 # A value for every parameter that is not its default.
 VALUES: dict[str, Any] = {

@@ -165,7 +165,7 @@ async def test_a_dead_process_fails_every_waiter(tmp_path: Path) -> None:
     llm = FakeLLM(step=lambda: never().wait(), model=str(folder(tmp_path / "model")))
     async with VLLMEngine(llm) as engine:
         waiters: list[Any] = [asyncio.ensure_future(engine.generate([1], PARAMS)) for _ in range(3)]
-        waiters.append(asyncio.ensure_future(engine.update_weights(tmp_path / "model")))
+        waiters.append(asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait")))
         await asyncio.to_thread(llm.paused.wait)
         llm.die()
         results = await asyncio.gather(*waiters, return_exceptions=True)
@@ -207,6 +207,8 @@ async def test_a_score_is_that_of_the_completion_alone(engine: VLLMEngine, llm: 
     assert first.logprobs.dtype == np.float32
     assert llm.calls[0].prompt["prompt_token_ids"] == [9, 9, 9, 1, 2]
     assert llm.calls[0].prompt["cache_salt"] == "n"
+    (text,) = await engine.score("a", "bc")
+    assert text.logprobs.tolist() == [-98.0, -99.0]
     assert (llm.calls[0].params.prompt_logprobs, llm.calls[0].params.max_tokens) == (0, 1)
 
 
@@ -239,7 +241,7 @@ async def test_an_update_pauses_loads_and_resumes(tmp_path: Path) -> None:
     llm = FakeLLM(model=str(folder(tmp_path / "model")))
     new = folder(tmp_path / "new")
     async with VLLMEngine(llm) as engine:
-        assert await engine.update_weights(new) == engine.weight_version == 1
+        assert await engine.update_weights(new, mode="wait") == engine.weight_version == 1
         output = await engine.generate([1], PARAMS)
     assert output.outputs[0].weight_versions == [1] * 4
     assert llm.log == [("pause", "wait", True), ("reload_weights", str(new)), "reset", ("version", "1"), "resume"]
@@ -298,7 +300,7 @@ async def test_bad_folders_never_reach_vllm(tmp_path: Path) -> None:
             with pytest.raises(WeightsError, match=words):
                 await engine.update_weights(bad)
         with pytest.raises(WeightsError, match="must be a folder"):
-            await engine.update_weights({"a": 1})  # type: ignore[arg-type]
+            await engine.update_weights({"a": 1})
         with pytest.raises(RequestError, match="old K/V"):
             await engine.update_weights(tmp_path / "model", mode="keep")
     assert not llm.log
