@@ -19,6 +19,7 @@ from penstock.errors import (
     DeadlineExceeded,
     EngineClosed,
     EngineOverloaded,
+    EngineStateError,
     ExecutionError,
     GrammarError,
     OutOfMemory,
@@ -26,6 +27,7 @@ from penstock.errors import (
     RequestAborted,
     RequestError,
     RequestTooLarge,
+    WeightsError,
 )
 from penstock.facades.async_llm import AsyncEngineArgs, AsyncLLMEngine
 from penstock.facades.controller import AdaptiveInferenceController
@@ -68,6 +70,7 @@ __all__ = [
     "EngineConfig",
     "EngineOverloaded",
     "EngineSettings",
+    "EngineStateError",
     "EngineStats",
     "ExecutionError",
     "FinishReason",
@@ -103,6 +106,7 @@ __all__ = [
     "StructuredOutputs",
     "ToolCall",
     "ToolCallParser",
+    "WeightsError",
     "__version__",
     "calculate_padding_efficiency",
     "create_padded_batch",

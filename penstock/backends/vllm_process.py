@@ -47,7 +47,8 @@ def check_options(options: Mapping[str, object]) -> None:
 def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
     """An `AsyncLLM` for a model, with its engine process. `options` are fields of vLLM's `AsyncEngineArgs`.
 
-    The environment variables that vLLM sets for its processes are removed again. Raises `ConfigurationError`.
+    Called where no event loop runs: the `AsyncLLM` then belongs to the loop of its first request. The environment
+    variables that vLLM sets for its processes are removed again. Raises `ConfigurationError`.
     """
     with _starting, _restored_environment():
         from vllm.config import StructuredOutputsConfig

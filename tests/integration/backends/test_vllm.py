@@ -181,7 +181,14 @@ async def test_stop_strings_and_stop_tokens_end_the_text(engine: VLLMEngine) -> 
         (StructuredOutputs(choice=["yes", "no"]), lambda text: text in ("yes", "no")),
         (StructuredOutputs(regex="[0-9]{3}"), lambda text: text.isdigit() and len(text) == 3),
         (
-            StructuredOutputs(json={"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}),
+            StructuredOutputs(
+                json={
+                    "type": "object",
+                    "properties": {"a": {"type": "boolean"}},
+                    "required": ["a"],
+                    "additionalProperties": False,
+                }
+            ),
             lambda text: isinstance(json.loads(text)["a"], bool),
         ),
     ],
@@ -269,13 +276,24 @@ async def test_a_paused_engine_starts_nothing(engine: VLLMEngine) -> None:
         await engine.resume()
 
 
-async def test_logits_agree_with_the_native_engine_and_the_higher_priority_goes_first(
-    native_engine: InferenceEngine,
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[tuple[Any, asyncio.AbstractEventLoop]]:
+    with running_llm(logprobs_mode="raw_logits", max_num_seqs=1) as llm_and_loop:
+        yield llm_and_loop
+
+
+async def test_logits_agree_with_the_native_engine(
+    narrow: tuple[Any, asyncio.AbstractEventLoop], native_engine: InferenceEngine
 ) -> None:
-    with running_llm(logprobs_mode="raw_logits", max_num_seqs=1) as (llm, loop):
-        async with VLLMEngine(llm, loop=loop) as engine:
-            await check_logits(engine, native_engine)
-            await check_priorities(engine)
+    llm, loop = narrow
+    async with VLLMEngine(llm, loop=loop) as engine:
+        await check_logits(engine, native_engine)
+
+
+async def test_the_higher_priority_goes_first(narrow: tuple[Any, asyncio.AbstractEventLoop]) -> None:
+    llm, loop = narrow
+    async with VLLMEngine(llm, loop=loop) as engine:
+        await check_priorities(engine)
 
 
 async def check_logits(engine: VLLMEngine, native_engine: InferenceEngine) -> None:

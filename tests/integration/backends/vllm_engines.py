@@ -48,4 +48,4 @@ def running_llm(**options: Any) -> Iterator[tuple[Any, asyncio.AbstractEventLoop
 
 def native(model: str = MODEL) -> InferenceEngine:
     """The native engine on the same weights, in fp32."""
-    return InferenceEngine(model, dtype="float32", device="cpu")
+    return InferenceEngine(model, dtype="float32", device="cpu", max_logprobs=-1)
