@@ -21,7 +21,14 @@ from penstock.api.waiting import result_of
 from penstock.backends.encoding import Encoder
 from penstock.backends.streamed import StreamedEngine, StreamedRequest
 from penstock.backends.vllm_outputs import add_output
-from penstock.backends.vllm_params import check_params, resolve, structure_arguments, vllm_arguments, vllm_priority
+from penstock.backends.vllm_params import (
+    NEW_TOKENS,
+    check_params,
+    resolve,
+    structure_arguments,
+    vllm_arguments,
+    vllm_priority,
+)
 from penstock.backends.vllm_process import check_options, start_vllm
 from penstock.backends.vllm_scores import Scoring
 from penstock.backends.vllm_weights import VLLMWeights, alive, dead
@@ -99,8 +106,7 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
     def default_params(self, max_tokens: int | None = None) -> SamplingParams:
         """The parameters of a request without any. Starts the engine."""
         self.start()
-        config = self._llm.model_config
-        return default_params(config.get_diff_sampling_param(), max_tokens or config.max_model_len)
+        return default_params(self._llm.model_config.get_diff_sampling_param(), max_tokens or NEW_TOKENS)
 
     def reset_prefix_cache(self) -> None:
         """Reuse nothing computed so far; blocks until vLLM has forgotten it."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from penstock.config import EngineConfig
 from penstock.errors import RequestError, RequestTooLarge
 from penstock.generation import GenerationConfig, Params, default_params
 from penstock.sampling import RequestPriority, SamplingParams
@@ -27,6 +28,8 @@ TRANSLATED = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logit
 # Without effect on what is generated: the form of a stream, a limit on drafts, and what concerns beams and ranks only.
 IGNORED = ("output_kind", "speculation_length", "early_stopping", "length_penalty", "renormalize_logits")
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # vLLM raises a lower one to the first, and refuses a higher one
+# New tokens of a request without parameters, unless the model's generation config limits them: as in the native engine.
+NEW_TOKENS: int = EngineConfig.model_fields["default_max_tokens"].default
 _DEFAULTS = SamplingParams()
 
 Arguments = dict[str, Any]  # of `vllm.SamplingParams`, whose values are of many types
@@ -70,7 +73,7 @@ def resolve(params: Params, prompt_len: int, max_len: int, defaults: Mapping[str
     if room < 1:
         raise RequestTooLarge(f"the prompt has {prompt_len} tokens and max_model_len is {max_len}: shorten the prompt")
     if params is None:
-        params = default_params(defaults, room, prompt_len)
+        params = default_params(defaults, NEW_TOKENS, prompt_len)
         max_tokens = min(room, params.max_tokens or room)
     else:
         if isinstance(params, GenerationConfig):

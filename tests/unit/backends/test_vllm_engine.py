@@ -86,8 +86,10 @@ async def test_the_models_defaults_hold_for_a_request_without_parameters(engine:
     handle = engine.generate([1] * 1990)
     assert len((await handle).generated_ids) == 10
     assert llm.calls[0].params.top_k == 7
+    assert len((await engine.generate([1])).generated_ids) == 256
     await engine.generate([1], GenerationConfig(max_length=5, do_sample=False))
-    assert (llm.calls[1].params.max_tokens, llm.calls[1].params.temperature) == (5, 0)
+    assert (llm.calls[2].params.max_tokens, llm.calls[2].params.temperature) == (5, 0)
+    assert engine.default_params().top_k == 7
 
 
 @pytest.mark.parametrize(
