@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,7 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
     Called where no event loop runs: the `AsyncLLM` then belongs to the loop of its first request. The environment
     variables that vLLM sets for its processes are removed again. Raises `ConfigurationError`.
     """
-    with _starting, _restored_environment():
+    with _starting, _restored_process():
         from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -70,11 +71,14 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _restored_environment() -> Iterator[None]:
-    before = dict(os.environ)
+def _restored_process() -> Iterator[None]:
+    """Take back changes of the environment, and the choice of a start method for processes, if there was none."""
+    before, start_method = dict(os.environ), multiprocessing.get_start_method(allow_none=True)
     try:
         yield
     finally:
+        if start_method is None:
+            multiprocessing.set_start_method(None, force=True)
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         for name, value in before.items():

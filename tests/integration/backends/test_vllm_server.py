@@ -31,7 +31,7 @@ class TestVLLMServer(EngineContract):
         port, log = free_port(), tmp_path_factory.mktemp("vllm") / "log"
         options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items() if value is not True]
         flags = [f"--{name.replace('_', '-')}" for name, value in OPTIONS.items() if value is True]
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", MODEL, f"--port={port}"]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, f"--port={port}"]
         with log.open("w") as output:
             server = subprocess.Popen([*command, *options, *flags], stdout=output, stderr=output)
         cls.url = f"http://127.0.0.1:{port}"
