@@ -24,7 +24,10 @@ _EXTENSIONS = {
     )
 }
 # Sent in a form of their own, without effect on what a server generates, or derived from others.
-_OTHERS = {"max_tokens", "stop", "seed", "logit_bias", "output_kind", "speculation_length", "detokenize"}
+_OTHERS = {
+    *("max_tokens", "stop", "seed", "logit_bias", "output_kind", "speculation_length", "detokenize"),
+    *("early_stopping", "length_penalty", "renormalize_logits"),  # of beams and ranks, which are refused
+}
 _DEFAULTS = SamplingParams()
 
 Body = dict[str, Any]  # JSON

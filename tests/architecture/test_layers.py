@@ -30,6 +30,7 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
         "generation",
         "sampling",
         "pooling",
+        "scores",
         "processors",
         "structured_outputs",
         "values",

@@ -22,6 +22,7 @@ from penstock import (
     EngineClosed,
     EngineOverloaded,
     ExecutionError,
+    GenerationConfig,
     InferenceEngine,
     RequestError,
     RequestTooLarge,
@@ -105,16 +106,18 @@ async def test_a_chat_is_sent_with_what_the_caller_chose_and_nothing_else() -> N
     with fake(answer) as url:
         async with OpenAIEngine(url) as engine:
             output = await engine.generate(MESSAGES)
+            await engine.generate(MESSAGES, GenerationConfig(max_length=7))
             params = SamplingParams(temperature=0.5, top_k=5, stop=["x"], seed=3, max_tokens=None)
             deltas = [delta async for delta in engine.generate({"messages": MESSAGES, "tools": []}, params)]
     assert output.text == "".join(delta.text for delta in deltas) == "hello"
     assert output.outputs[0].finish_reason == "stop"
     assert bodies[0] == {"model": "m", "stream": True, "messages": MESSAGES}
-    assert {name: bodies[1][name] for name in ("temperature", "top_k", "stop", "seed", "tools", "top_p")} == {
+    assert bodies[1]["max_tokens"] == 7
+    assert {name: bodies[2][name] for name in ("temperature", "top_k", "stop", "seed", "tools", "top_p")} == {
         **{"temperature": 0.5, "top_k": 5, "stop": ["x"], "seed": 3},
         **{"tools": [], "top_p": 1.0},
     }
-    assert "max_tokens" not in bodies[1]
+    assert "max_tokens" not in bodies[2]
 
 
 @pytest.mark.parametrize(

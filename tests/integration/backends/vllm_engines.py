@@ -1,0 +1,51 @@
+"""Real vLLM engines on the shipped model, for the tests that run in an environment with vLLM (`scripts/test-vllm`)."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import penstock
+from penstock import InferenceEngine
+from penstock.api.event_loop import LoopThread
+from penstock.backends.vllm_process import start_vllm
+
+MODEL = str(Path(penstock.__file__).parent / "demo" / "model")
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2**28,
+    "gpu_memory_utilization": 0.2,
+}
+
+needs_vllm = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: scripts/test-vllm installs it"
+    ),
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own
+]
+
+
+@contextmanager
+def running_llm(**options: Any) -> Iterator[tuple[Any, asyncio.AbstractEventLoop]]:
+    """An `AsyncLLM`, and the loop on which it runs."""
+    thread = LoopThread("vllm")
+    llm = start_vllm(MODEL, OPTIONS | options)
+    try:
+        yield llm, thread.loop
+    finally:
+        llm.shutdown()
+        thread.close(wait=True)
+
+
+def native(model: str = MODEL) -> InferenceEngine:
+    """The native engine on the same weights, in fp32."""
+    return InferenceEngine(model, dtype="float32", device="cpu", max_logprobs=-1)

@@ -1,0 +1,203 @@
+"""A stand-in for vLLM: the modules that `penstock.backends` imports of it, and an `AsyncLLM` that counts up.
+
+Where vLLM has rules that matter here, it has them too: an abort hands out what is left, closing a stream loses it; a
+call into a dead process never returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+class VLLMClientError(Exception):
+    pass
+
+
+class GracefulHTTPError(Exception):
+    pass
+
+
+class EngineDeadError(Exception):
+    pass
+
+
+class RequestOutputKind(Enum):
+    DELTA = 1
+
+
+@dataclass
+class FlatLogprobs:
+    """One entry per position, of the token itself."""
+
+    logprobs: list[float]
+    token_ids: list[int]
+
+    @property
+    def start_indices(self) -> list[int]:
+        return list(range(len(self.logprobs)))
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `import vllm` find this module's classes."""
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {},
+        "vllm.exceptions": {"VLLMClientError": VLLMClientError, "GracefulHTTPError": GracefulHTTPError},
+        "vllm.sampling_params": {
+            "SamplingParams": SimpleNamespace,
+            "RequestOutputKind": RequestOutputKind,
+            "StructuredOutputsParams": SimpleNamespace,
+        },
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.exceptions": {"EngineDeadError": EngineDeadError},
+    }
+    for name, members in contents.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+class Tokenizer:
+    """One token per character."""
+
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(map(chr, ids))
+
+
+@dataclass
+class Call:
+    """One call of `generate`."""
+
+    prompt: dict[str, Any]
+    params: Any
+    request_id: str
+    priority: int
+    is_closed: bool = False
+
+
+class FakeLLM:
+    """`step` is awaited before every token; `reload` is called by `collective_rpc`."""
+
+    def __init__(
+        self,
+        step: Callable[[], Any] | None = None,
+        reload: Callable[[str], None] = lambda path: None,
+        logprobs_mode: str = "raw_logprobs",
+        policy: str = "priority",
+        model: str = "fake",
+    ) -> None:
+        self.model_config = SimpleNamespace(
+            model=model, max_model_len=2000, logprobs_mode=logprobs_mode, get_diff_sampling_param=lambda: {"top_k": 7}
+        )
+        self.scheduler_config = SimpleNamespace(policy=policy)
+        self.calls: list[Call] = []
+        self.log: list[Any] = []  # of what is not a request
+        self.errored = False
+        self.paused = threading.Event()
+        self.is_shut_down = False
+        self._step = step or (lambda: asyncio.sleep(0.001))
+        self._reload = reload
+        self._queues: dict[str, list[Any]] = {}
+        self._death = asyncio.Event()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return Tokenizer()
+
+    async def generate(
+        self, prompt: dict[str, Any], params: Any, request_id: str, *, priority: int = 0
+    ) -> AsyncIterator[Any]:
+        call = Call(prompt, params, request_id, priority)
+        self.calls.append(call)
+        ids = prompt["prompt_token_ids"]
+        if max(ids) > 10**6:
+            raise VLLMClientError(f"token id {max(ids)} is out of the vocabulary")
+        entries = None if params.prompt_logprobs is None else FlatLogprobs([-float(token) for token in ids], ids)
+        left: list[Any] = []
+        self._queues[request_id] = left
+        try:
+            for place in range(params.max_tokens):
+                step, death = asyncio.ensure_future(self._step()), asyncio.ensure_future(self._death.wait())
+                try:
+                    await asyncio.wait([step, death], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    step.cancel()
+                    death.cancel()
+                if self.errored:
+                    raise EngineDeadError
+                is_last = place == params.max_tokens - 1
+                choices = [choice(index, params, [place + index], is_last) for index in range(params.n)]
+                if left:
+                    choices = [choice(index, params, [place + index, 99], "abort") for index in range(params.n)]
+                yield SimpleNamespace(outputs=choices, prompt_logprobs=None if place else entries, num_cached_tokens=0)
+                if left:
+                    return
+        finally:
+            call.is_closed = True
+            self._queues.pop(request_id, None)
+
+    async def abort(self, request_id: str) -> None:
+        if request_id in self._queues:
+            self._queues[request_id].append("abort")
+
+    def die(self) -> None:
+        """The engine's process ends."""
+        self.errored = True
+        self._death.set()
+
+    async def collective_rpc(self, method: str, kwargs: dict[str, str]) -> None:
+        self.log.append((method, kwargs["weights_path"]))
+        if self.errored:
+            await asyncio.Event().wait()
+        self._reload(kwargs["weights_path"])
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self.log.append(("pause", mode, clear_cache))
+        self.paused.set()
+        if mode == "wait":
+            while self._queues:  # noqa: ASYNC110 - polling is simple enough for a stand-in
+                await asyncio.sleep(0.001)
+        if self.errored:
+            await asyncio.Event().wait()
+
+    async def resume_generation(self) -> None:
+        self.log.append("resume")
+
+    async def reset_prefix_cache(self) -> None:
+        self.log.append("reset")
+
+    async def update_weight_version(self, version: str) -> None:
+        self.log.append(("version", version))
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+
+def choice(index: int, params: Any, tokens: list[int], end: bool | str) -> SimpleNamespace:
+    """What is new of a completion; every token has the log probability of -1 and another one is likelier."""
+    entry = SimpleNamespace(logprob=-1.0, rank=2, decoded_token="a")
+    likelier = {500: SimpleNamespace(logprob=-0.5, rank=1, decoded_token="b")} if params.logprobs else {}
+    return SimpleNamespace(
+        index=index,
+        text="".join(f" {token}" for token in tokens),
+        token_ids=tokens,
+        logprobs=None if params.logprobs is None else [{token: entry, **likelier} for token in tokens],
+        finish_reason=end if isinstance(end, str) else "length" if end else None,
+        stop_reason=None,
+    )
