@@ -10,7 +10,7 @@ from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import InferenceRequest
 from penstock.api.prompt import Prompt
-from penstock.api.protocols import Embedder, Engine, Scorer
+from penstock.api.protocols import Embedder, Engine, Scorer, Trainable
 from penstock.api.stats import EngineStats
 from penstock.config import BatchingStrategy, EngineConfig, EngineSettings
 from penstock.engine.inference import InferenceEngine
@@ -19,6 +19,7 @@ from penstock.errors import (
     DeadlineExceeded,
     EngineClosed,
     EngineOverloaded,
+    EngineStateError,
     ExecutionError,
     GrammarError,
     OutOfMemory,
@@ -26,6 +27,7 @@ from penstock.errors import (
     RequestAborted,
     RequestError,
     RequestTooLarge,
+    WeightsError,
 )
 from penstock.facades.async_llm import AsyncEngineArgs, AsyncLLMEngine
 from penstock.facades.controller import AdaptiveInferenceController
@@ -68,6 +70,7 @@ __all__ = [
     "EngineConfig",
     "EngineOverloaded",
     "EngineSettings",
+    "EngineStateError",
     "EngineStats",
     "ExecutionError",
     "FinishReason",
@@ -103,6 +106,8 @@ __all__ = [
     "StructuredOutputs",
     "ToolCall",
     "ToolCallParser",
+    "Trainable",
+    "WeightsError",
     "__version__",
     "calculate_padding_efficiency",
     "create_padded_batch",

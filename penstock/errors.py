@@ -9,6 +9,8 @@
     ├── DeadlineExceeded (TimeoutError)     has the partial output
     ├── RequestAborted                      has the partial output
     ├── EngineClosed (RuntimeError)         the engine was stopped
+    ├── EngineStateError (RuntimeError)     out of order: paused twice, two updates at once, not asleep
+    ├── WeightsError (ValueError)           weights that do not fit; is_mixed: the engine must be closed
     └── ExecutionError (RuntimeError)       the forward pass failed
         └── OutOfMemory                     "CUDA out of memory" or "out of memory", and what to change
 
@@ -107,6 +109,25 @@ class EngineClosed(PenstockError, RuntimeError):
     """The engine was stopped, or its thread failed."""
 
     http_status = 503
+
+
+class EngineStateError(PenstockError, RuntimeError):
+    """An update, pause, resume, sleep or wake that the engine's present state does not allow. Nothing was changed."""
+
+    http_status = 409
+
+
+class WeightsError(PenstockError, ValueError):
+    """New weights could not be taken over.
+
+    The old weights are in force, unless `is_mixed`: then old and new ones are mixed, and the engine must be closed.
+    """
+
+    http_status = 400
+
+    def __init__(self, message: str, *, is_mixed: bool = False) -> None:
+        super().__init__(message)
+        self.is_mixed = is_mixed
 
 
 class ExecutionError(PenstockError, RuntimeError):

@@ -7,6 +7,8 @@ from typing import Literal, TypedDict
 
 from penstock.config import Value
 
+EngineStatus = Literal["stopped", "loading", "running", "paused", "asleep", "failed"]
+
 
 class TunerChange(TypedDict):
     """A limit that the tuner changed at a step, and the reason."""
@@ -39,7 +41,7 @@ class EngineStats(TypedDict):
     a fraction from 0 to 1. `max_sequence_length` is the longest sequence that is accepted, in tokens.
     """
 
-    engine_status: Literal["stopped", "loading", "running", "failed"]
+    engine_status: EngineStatus
     queue: dict[str, int]
     cache_info: dict[str, float]
     performance_metrics: dict[str, dict[str, float]]
@@ -48,6 +50,7 @@ class EngineStats(TypedDict):
     device: str
     model: str | None
     max_sequence_length: int | None
+    weight_version: int
     weight_bytes: int
     kernels: str | None
     rewrites: tuple[str, ...]
