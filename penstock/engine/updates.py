@@ -50,7 +50,7 @@ class UpdateBlock:
     ) -> None:
         stale_kv = self._stale_kv
         try:
-            await _carry_out(self._engine, lambda gate: gate.end_update(stale_kv))
+            await _carry_out(self._engine, lambda gate: gate.end_update(stale_kv), can_be_cancelled=False)
         except Exception as failure:
             if error is None:
                 raise
@@ -118,13 +118,15 @@ class Updates:
         await _carry_out(self, lambda gate: gate.wake())
 
 
-async def _carry_out(engine: _Loading, order: Order) -> None:
+async def _carry_out(engine: _Loading, order: Order, *, can_be_cancelled: bool = True) -> None:
     """Have the engine's loop carry out an order. If the caller is cancelled, give up what can be given up."""
-    await engine._loaded_soon()
+    if can_be_cancelled:
+        await engine._loaded_soon()
     host, outcome = engine._host, Future[None]()
     host.post(lambda core: core.gate.start(order(core.gate), outcome))
     try:
         await result_of(outcome)
     except BaseException:
-        host.try_post(lambda core: core.gate.cancel(outcome))
+        if can_be_cancelled:
+            host.try_post(lambda core: core.gate.cancel(outcome))
         raise

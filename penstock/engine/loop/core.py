@@ -20,7 +20,7 @@ from penstock.api.log import Logger
 from penstock.api.waiting import Wakeups, call_on_loop
 from penstock.constraints.masks import Masks
 from penstock.engine.loop.deadlines import DeadlineTimers
-from penstock.engine.loop.gate import Gate, GateParts, ModelJobs
+from penstock.engine.loop.gate import Gate, ModelJobs
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
 from penstock.engine.loop.worker import Job
@@ -101,20 +101,12 @@ class EngineCore:
             forget=parts.jobs.runner.forget,
             on_end=self._forget,
         )
-        self.gate = Gate(
-            GateParts(
-                jobs=parts.jobs,
-                scheduler=parts.scheduler,
-                outputs=self._outputs,
-                abort_all=self.abort_all,
-                forget_drafts=lambda: None if self._speculator is None else self._speculator.forget_all(),
-                wake=self._rouse,
-            )
-        )
+        self._wake = asyncio.Event()
+        wake = self._wake.set
+        self.gate = Gate(parts.jobs, parts.scheduler, self._outputs, parts.speculator, self.abort_all, wake)
         self._encoding: dict[str, Future[Encoded]] = {}
         self._timers = DeadlineTimers(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
         self._num_arrivals = 0
-        self._wake = asyncio.Event()
         self._stopping = False
         self._busy_since: float | None = None
         self._seq_ids = itertools.count()
@@ -316,10 +308,6 @@ class EngineCore:
             gate.note_stopped()
             self._wake.clear()
             await self._wake.wait()
-
-    def _rouse(self) -> None:
-        """Make `run()` look at what has changed."""
-        self._wake.set()
 
     async def _await_burst(self) -> None:
         limits = self.scheduler.limits.resolve()

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Protocol, TypeVar, TypeVarTuple
 
 from penstock.api.weights import SleepLevel, UpdateMode, WeightSource
+from penstock.engine.loop.speculator import Speculator
 from penstock.engine.loop.worker import Job
 from penstock.engine.requests.output_processor import OutputProcessor
 from penstock.errors import (
@@ -81,39 +82,37 @@ class ModelJobs:
     reload: Callable[[SleepLevel], None] = lambda level: None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateParts:
-    """The collaborators of a `Gate`.
-
-    `abort_all(make_error)` ends all requests, with an error made from the id of each. `forget_drafts()` drops what a
-    drafter knows, `wake()` wakes `EngineCore.run`.
-    """
-
-    jobs: ModelJobs
-    scheduler: Scheduler
-    outputs: OutputProcessor
-    abort_all: Callable[[Callable[[str], PenstockError]], None]
-    forget_drafts: Callable[[], None]
-    wake: Callable[[], None]
-
-
 class Gate:
     """One order at a time: any other raises `EngineStateError`.
 
-    `is_closing` is true from the beginning of an order that stops the steps until they go on.
+    `is_closing` is true from the beginning of an order that stops the steps until they go on. `abort_all(make_error)`
+    ends all requests, with an error made from the id of each; `wake()` wakes `EngineCore.run`.
     """
 
-    def __init__(self, parts: GateParts) -> None:
+    def __init__(
+        self,
+        jobs: ModelJobs,
+        scheduler: Scheduler,
+        outputs: OutputProcessor,
+        speculator: Speculator | None,
+        abort_all: Callable[[Callable[[str], PenstockError]], None],
+        wake: Callable[[], None],
+    ) -> None:
         self.state = EngineState.RUNNING
         self.is_closing = False
         self.fault: str | None = None  # why all requests are refused, once weights are mixed
-        self._parts = parts
+        self._jobs = jobs
+        self._scheduler = scheduler
+        self._outputs = outputs
+        self._speculator = speculator
+        self._abort_all = abort_all
+        self._wake = wake
         self._resting = EngineState.RUNNING  # the state to which an update returns
         self._awake = EngineState.RUNNING  # the state to which `wake` returns
         self._level: SleepLevel = "all"
         self._stopped: asyncio.Future[None] | None = None  # completed by `EngineCore.run`
         self._is_draining = False
-        self._is_revocable = False  # whether the order that is being carried out can be given up without a trace
+        self._writing: asyncio.Task[None] | None = None  # the order that changes weights or memory, and has to end
         self._begun: Future[None] | None = None  # the order that began the present or the latest update
         self._tasks: dict[Future[None], asyncio.Task[None]] = {}
 
@@ -122,7 +121,7 @@ class Gate:
     @property
     def steps_are_over(self) -> bool:
         """Whether no step has to run before the order that closes the gate."""
-        return not self._is_draining or self._parts.scheduler.is_drained
+        return not self._is_draining or self._scheduler.is_drained
 
     def note_stopped(self) -> None:
         """No step runs, and none will before the gate opens."""
@@ -148,8 +147,10 @@ class Gate:
         Where the caller left just when its update had begun, that ends.
         """
         task = self._tasks.get(outcome)
-        if task is not None:
-            if self._is_revocable:
+        if task is not None and task.done():  # `_complete` is about to be called
+            asyncio.get_running_loop().call_soon(self.cancel, outcome)
+        elif task is not None:
+            if task is not self._writing:
                 task.cancel()
         elif self.state is EngineState.UPDATING and outcome is self._begun:
             self._rest()
@@ -203,13 +204,13 @@ class Gate:
         """Stop the steps until `wake`, and release memory. Raises `WeightsError` where weights cannot be released."""
         await self._enter("sleep")
         await self._stop_steps(mode)
-        parts, jobs, self._awake, self._level = self._parts, self._parts.jobs, self._resting, level
+        self._awake, self._level = self._resting, level
         try:
             if level != "weights":
-                parts.scheduler.recompute()
-                parts.outputs.restart_prompts()
-                parts.forget_drafts()
-            await jobs.run(jobs.unload, level).done
+                self._recompute()
+                if self._speculator is not None:
+                    self._speculator.forget_all()
+            await self._change(self._jobs.unload, level)
         except BaseException:
             self._rest()
             raise
@@ -218,9 +219,8 @@ class Gate:
     async def wake(self) -> None:
         """Take the memory back, and return to the state before `sleep`. Raises `OutOfMemory`, and then stays asleep."""
         await self._enter("wake")
-        jobs = self._parts.jobs
         try:
-            await jobs.run(jobs.reload, self._level).done
+            await self._change(self._jobs.reload, self._level)
         except BaseException:
             self._rest(EngineState.ASLEEP)
             raise
@@ -237,22 +237,18 @@ class Gate:
         self._require(verb)
         self._resting, self.state = self.state, EngineState.CHANGING
         if prepare is not None:
-            self._is_revocable = True
             try:
                 await prepare()
             except BaseException:
                 self.state = self._resting
                 raise
-            finally:
-                self._is_revocable = False
 
     async def _read(self, source: WeightSource) -> WeightSource:
-        jobs = self._parts.jobs
-        return await jobs.run(jobs.runner.read_weights, source).done
+        return await self._jobs.run(self._jobs.runner.read_weights, source).done
 
     async def _stop_steps(self, mode: UpdateMode) -> None:
         """Return once no step runs: after the running one, or with "wait" after the last of the started requests."""
-        started = self._parts.outputs.started_sequences()
+        started = self._outputs.started_sequences()
         if self.is_closing and mode == "wait" and started:
             self.state = self._resting
             raise EngineStateError(
@@ -260,40 +256,49 @@ class Gate:
                 f"{_REMEDIES[self.state]}"
             )
         if mode == "abort":
-            self._parts.abort_all(_aborted)
+            self._abort_all(_aborted)
         if self.is_closing:
             return
         if mode == "wait":
-            self._parts.scheduler.hold(started)
+            self._scheduler.hold(started)
         self._is_draining = mode == "wait"
         self.is_closing = True
         self._stopped = asyncio.get_running_loop().create_future()
-        self._is_revocable = True
-        self._parts.wake()
+        self._wake()
         try:
             await self._stopped
         except BaseException:
             self._rest()
             raise
         finally:
-            self._stopped, self._is_revocable = None, False
+            self._stopped = None
 
     async def _update(self, source: WeightSource, stale_kv: bool) -> None:
-        parts, jobs, self.state = self._parts, self._parts.jobs, EngineState.CHANGING
+        self.state, runner = EngineState.CHANGING, self._jobs.runner
         try:
-            await jobs.run(jobs.runner.update_weights, source).done
+            await self._change(runner.update_weights, source)
         except Exception as error:
             if isinstance(error, WeightsError) and not error.is_mixed:
                 self._rest()
                 raise
             raise self._mixed(error) from error
-        version = jobs.runner.weight_version
         if stale_kv:
-            parts.outputs.mark_stale(parts.scheduler.keep_stale(version))
+            self._outputs.mark_stale(self._scheduler.keep_stale(runner.weight_version))
         else:
-            parts.scheduler.recompute(version)
-            parts.outputs.restart_prompts()
+            self._recompute(runner.weight_version)
         self._rest()
+
+    async def _change(self, function: Callable[[T], None], argument: T) -> None:
+        """Run what cannot be given up on the model's thread."""
+        self._writing = asyncio.current_task()
+        try:
+            await self._jobs.run(function, argument).done
+        finally:
+            self._writing = None
+
+    def _recompute(self, weight_version: int | None = None) -> None:
+        self._scheduler.recompute(weight_version)
+        self._outputs.restart_prompts()
 
     def _mixed(self, error: Exception) -> WeightsError:
         """Refuse everything from here on; the error to report."""
@@ -302,7 +307,7 @@ class Gate:
             error = WeightsError(text, is_mixed=True)
         self.state = EngineState.MIXED
         self.fault = fault = f"an update of the weights failed half way, close the engine: {text_of(error)}"
-        self._parts.abort_all(lambda request_id: EngineClosed(fault))
+        self._abort_all(lambda request_id: EngineClosed(fault))
         return error
 
     def _rest(self, state: EngineState | None = None) -> None:
@@ -310,8 +315,8 @@ class Gate:
         self.state = self._resting if state is None else state
         if self.state is EngineState.RUNNING:
             self.is_closing = self._is_draining = False
-            self._parts.scheduler.release_held()
-            self._parts.wake()
+            self._scheduler.release_held()
+            self._wake()
 
 
 def _aborted(request_id: str) -> RequestAborted:
