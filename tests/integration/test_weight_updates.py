@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
+import itertools
 import random
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,22 +57,35 @@ def noisy(values: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     }
 
 
+def watched(model: nn.Module, on_forward: Callable[[], None]) -> nn.Module:
+    """The model with a class of its own, whose passes call a function first, in a view of it as well."""
+    kind = type(model)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        on_forward()
+        return kind.forward(self, *args, **options)
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return model
+
+
 class Run:
     """Clients that submit one request after another, while the weights change; `versions` are the weights so far."""
 
     def __init__(self, seed: int, model: nn.Module, num_updates: int = NUM_UPDATES) -> None:
         self.num_updates = num_updates
         self.rng = random.Random(seed)
-        self.model = model
+        self.model = watched(model, self.note_pass)
         self.versions = [snapshot(model)]
         self.records: list[Record] = []
         self.is_over = self.is_writing = False
-        self.num_overlaps = 0
+        self.num_passes = self.num_overlaps = 0
         self.num_tokens = 0
         self.progress = asyncio.Event()
-        model.register_forward_pre_hook(self.note_overlap)
 
-    def note_overlap(self, *_: object) -> None:
+    def note_pass(self) -> None:
+        self.num_passes += 1
         self.num_overlaps += self.is_writing
 
     async def client(self, engine: InferenceEngine, number: int) -> None:
@@ -129,6 +145,7 @@ class Run:
 
     def check_records(self) -> None:
         """Equal lengths, versions that never go back, and no forward pass during a write."""
+        assert self.num_passes > self.num_updates
         assert self.num_overlaps == 0
         for _, out in self.records:
             lengths = {len(out.token_ids), len(out.token_logprobs), len(out.sampled_logprobs), len(out.weight_versions)}
@@ -304,24 +321,30 @@ async def test_sleep_gives_the_cache_back_and_requests_go_on_after_it() -> None:
 
 async def test_prompt_logprobs_come_from_one_version_of_the_weights() -> None:
     """Those of the chunks before an update were of the old weights, and those after it of the new ones."""
-    model = build("llama")
-    prompt = [2 + i % 150 for i in range(400)]
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    armed, begun, may_go_on = threading.Event(), threading.Event(), threading.Event()
+    num_passes = itertools.count()
+
+    def wait_in_the_fifth() -> None:
+        if armed.is_set() and next(num_passes) == 4:
+            begun.set()
+            may_go_on.wait(60)
+
+    model = watched(build("llama"), wait_in_the_fifth)
+    prompt = [2 + i % 150 for i in range(400)]  # of 25 steps
     async with engine_of(model, max_num_batched_tokens=16, kv_cache_tokens=4096) as engine:
-        steps = engine.generate([7, 8], SamplingParams(max_tokens=2000 // 10, ignore_eos=True))
-        await anext(steps)
-        handle = engine.generate(prompt, params)
-        for _ in range(4):
-            await anext(steps)
-        await engine.update_weights(noisy(snapshot(model), 1), mode="keep")
+        armed.set()
+        handle = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+        await asyncio.to_thread(begun.wait, 60)
+        update = asyncio.ensure_future(engine.update_weights(noisy(snapshot(model), 1), mode="keep"))
+        await asyncio.sleep(0)
+        may_go_on.set()
+        assert await update == 1
         output = await handle
-    version = output.outputs[0].weight_versions
-    entries = output.prompt_logprobs
-    assert entries is not None
-    assert len(entries) == len(prompt)
-    if version == [1]:
-        found = [entry[token].logprob for entry, token in zip(entries[1:], prompt[1:], strict=True) if entry]
-        assert found == pytest.approx(logprobs_by_transformers(model, prompt[:1], prompt[1:]), abs=2e-4)
+    assert output.outputs[0].weight_versions == [1]
+    assert output.prompt_logprobs is not None
+    entries = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+    found = [entry[token].logprob for entry, token in entries if entry]
+    assert found == pytest.approx(logprobs_by_transformers(model, prompt[:1], prompt[1:]), abs=2e-4)
 
 
 async def test_packed_copies_of_weights_are_refused_until_they_can_follow() -> None:
