@@ -104,6 +104,8 @@ class Executor:
     def read_weights(self, source: WeightSource) -> WeightSource:
         """Check the weights of a source, without writing any; what to pass on. Raises `WeightsError`."""
         self._require_unpacked()
+        if source is None and self._borrowed is None:
+            raise WeightsError("this engine loaded its model itself, so nobody else changes its weights: pass a source")
         return read_source(self._weights(), source)
 
     def update_weights(self, source: WeightSource) -> None:

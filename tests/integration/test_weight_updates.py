@@ -32,6 +32,8 @@ from penstock import (
     WeightsError,
 )
 from penstock.api.weights import UpdateMode
+from penstock.kernels import native
+from penstock.models.memory import resident_bytes
 from tests.drive import logprobs_by_transformers
 from tests.tiny_models import VOCAB, build
 
@@ -82,6 +84,7 @@ class Run:
         self.is_over = self.is_writing = False
         self.num_passes = self.num_overlaps = 0
         self.num_tokens = 0
+        self.num_samples = [1]
         self.progress = asyncio.Event()
 
     def note_pass(self) -> None:
@@ -93,11 +96,11 @@ class Run:
         common = [2 + i % 150 for i in range(24)]
         while not self.is_over:
             prompt = common[: rng.randint(0, 24)] + [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 12))]
-            sampling = {"temperature": rng.choice([0.0, 1.0]), "seed": number, "ignore_eos": True}
-            handle = engine.generate(prompt, SamplingParams(max_tokens=rng.randint(1, 24), **sampling))
+            sampling = {"temperature": rng.choice([0.0, 1.0]), "seed": number, "n": rng.choice(self.num_samples)}
+            handle = engine.generate(prompt, SamplingParams(max_tokens=rng.randint(1, 24), ignore_eos=True, **sampling))
             output = await self.result_of(handle, streams=rng.random() < 0.5)
             self.note_progress(1)
-            self.records.append((prompt, output.outputs[0]))
+            self.records += [(prompt, completion) for completion in output.outputs]
 
     async def result_of(self, handle: RequestHandle, *, streams: bool) -> RequestOutput:
         """The output of a request, partial if an update ended it."""
@@ -192,6 +195,7 @@ async def test_every_logprob_equals_a_recomputation_under_the_version_of_its_tok
     """64 concurrent requests, 100 updates: what is kept is computed again, also where blocks are scarce."""
     oracle, model = build("llama"), build("llama")
     run = Run(seed, model)
+    run.num_samples = [1, 1, 1, 3]
     await run.serve(["abort", "wait", "keep", "keep"], kv_cache_tokens=4 * (600 if seed else 300))
     run.check_records()
     assert any(map(spans, run.records))
@@ -203,6 +207,7 @@ async def test_every_logprob_equals_a_recomputation_under_the_version_of_its_tok
 
 async def test_rollouts_span_no_update_that_waits_for_them() -> None:
     run = Run(2, build("llama"), num_updates=20)
+    run.num_samples = [1, 3]
     await run.serve(["wait"])
     run.check_records()
     assert not any(map(spans, run.records))
@@ -280,6 +285,8 @@ async def test_a_folder_and_an_engine_that_loaded_its_model(tmp_path: Path) -> N
         assert await engine.update_weights(tmp_path / "b") == 1
         out = (await engine.generate(prompt, params)).outputs[0]
         assert out.token_logprobs == pytest.approx(logprobs_by_transformers(other, prompt, out.token_ids), abs=1e-4)
+        with pytest.raises(WeightsError, match="pass a source"):
+            await engine.update_weights()
         with pytest.raises(WeightsError, match="no folder"):
             await engine.update_weights(tmp_path / "c")
         with pytest.raises(WeightsError, match="no weight"):
@@ -307,12 +314,17 @@ async def test_an_iterator_that_breaks_off_never_leaves_a_mix_in_service() -> No
 async def test_sleep_gives_the_cache_back_and_requests_go_on_after_it() -> None:
     model = build("llama")
     prompt, params = list(range(5, 50)), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    async with engine_of(model, kv_cache_tokens=4096) as engine:
+    num_tokens = 200_000
+    async with engine_of(model, kv_cache_tokens=num_tokens, preallocate_kv_cache=True) as engine:
         expected = await engine.generate(prompt, params)
         for level in ("cache", "weights", "all"):
             handle = engine.generate(prompt, params)
             await anext(handle)
+            bytes_before = resident_bytes(torch.device("cpu"))
             await engine.sleep(level, mode="keep")
+            if native.available() and level != "weights":
+                cache_bytes = num_tokens * 256  # two layers of two heads of 8 channels, keys and values in float32
+                assert bytes_before - resident_bytes(torch.device("cpu")) > 0.9 * cache_bytes
             await engine.wake()
             output = await handle
             assert output.generated_ids == expected.generated_ids
