@@ -32,6 +32,7 @@ from penstock.api.prompt import PromptInput
 from penstock.demo import MODEL_DIR
 from penstock.engine.assembly import Parts, assemble
 from penstock.engine.loop.core import CoreParts, EngineCore
+from penstock.engine.loop.gate import ModelJobs
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.worker import Job, Worker
 from penstock.engine.observe.metrics import Metrics
@@ -143,10 +144,11 @@ def make_core(
         job.done.set_result(model.execute(plan))
         return job
 
-    housekeeper = Housekeeper(config, model, parts.cache, time.monotonic, Worker("penstock-model").run)
+    worker = Worker("penstock-model")
+    housekeeper = Housekeeper(config, model, parts.cache, time.monotonic, worker.run)
     metrics = Metrics()
     core_parts = CoreParts(
-        runner=model,
+        jobs=ModelJobs(runner=model, run=worker.run),
         scheduler=scheduler,
         admission=admission,
         inputs=parts.inputs,

@@ -23,11 +23,11 @@ def main() -> None:
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        with llm.updating():  # no request runs meanwhile, and none finds K/V of the old weights
+            optimizer.step()
         if step % 13 == 0:
             print(f"step {step:2}: loss {loss.item():.3f}")
 
-    llm.engine.reset_prefix_cache()  # K/V of the old weights
     print("after: ", llm.generate(LESSON[:3], params, use_tqdm=False)[0].generated_ids)
     print("target:", LESSON[3:])
     llm.stop()

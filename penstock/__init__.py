@@ -10,7 +10,7 @@ from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import InferenceRequest
 from penstock.api.prompt import Prompt
-from penstock.api.protocols import Embedder, Engine, Scorer
+from penstock.api.protocols import Embedder, Engine, Scorer, Trainable
 from penstock.api.stats import EngineStats
 from penstock.config import BatchingStrategy, EngineConfig, EngineSettings
 from penstock.engine.inference import InferenceEngine
@@ -106,6 +106,7 @@ __all__ = [
     "StructuredOutputs",
     "ToolCall",
     "ToolCallParser",
+    "Trainable",
     "WeightsError",
     "__version__",
     "calculate_padding_efficiency",

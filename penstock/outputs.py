@@ -23,7 +23,8 @@ class Logprob:
 class Delta:
     """What is new since the last delta: text, tokens and, in the last one, the finish reason.
 
-    `index` is the number of the completion (n > 1). Text is held back while it could become part of a stop string or is
+    `index` is the number of the completion (n > 1). `weight_versions` holds, for each token, the version of the weights
+    that it was sampled with. Text is held back while it could become part of a stop string or is
     an incomplete character, so `text` may be shorter than the decoded `token_ids`; the joined texts are exact.
     """
 
@@ -35,6 +36,7 @@ class Delta:
     token_logprobs: tuple[float, ...] = ()
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    weight_versions: tuple[int, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -47,7 +49,9 @@ class CompletionOutput:
     """One completion. `logprobs[i]` maps token id to `Logprob` at output position i.
 
     `token_logprobs` are the log probabilities of the chosen tokens under the model, `sampled_logprobs` those under the
-    distribution actually sampled; both are always present, one per token. `cumulative_logprob` is the sum of the first.
+    distribution actually sampled, `weight_versions` the versions of the weights that the tokens were sampled with; all
+    are always present, one per token. `stale_kv` says that tokens attended to keys and values of older weights, because
+    an update was made with `stale_kv=True`. `cumulative_logprob` is the sum of `token_logprobs`.
     `score` is the value by which completions were ranked, if they were (`best_of`, `rank_by`, beam search); higher is
     better. With speculation, `num_drafted_tokens` counts draft tokens and `num_accepted_tokens` those accepted.
     """
@@ -62,6 +66,7 @@ class CompletionOutput:
     token_logprobs: list[float] = field(default_factory=list)
     sampled_logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    stale_kv: bool = False
     score: float | None = None
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0

@@ -144,7 +144,8 @@ class Event(NamedTuple):
     """What one step changed for one sequence. `reason` is set on exactly one event, the last one.
 
     `error` comes with FinishReason.ERROR, and with DEADLINE if there are details. Of the step's `num_drafted_tokens`
-    draft tokens, `num_accepted_tokens` were accepted and are among `tokens`.
+    draft tokens, `num_accepted_tokens` were accepted and are among `tokens`. `weight_version` made the tokens; those of
+    a beam come from several steps, whose versions are `weight_versions`.
     """
 
     seq_id: int
@@ -159,6 +160,7 @@ class Event(NamedTuple):
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     pooled: array[float] | None = None
+    weight_versions: tuple[int, ...] = ()
 
 
 def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], seconds: float, waiting: int) -> StepRecord:

@@ -7,11 +7,13 @@ An engine implements only the protocols of what it can do. Code that makes no en
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
+from penstock.api.weights import SleepLevel, UpdateMode, WeightSource
 from penstock.generation import Params
 from penstock.outputs import Delta, EmbeddingOutput
 from penstock.sampling import RequestPriority, SamplingParams
@@ -134,4 +136,45 @@ class Scorer(Protocol):
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""
     ) -> list[float]:
         """The model's log probability of each completion token after the prompt."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """An engine whose weights can change while it serves.
+
+    `mode` says what becomes of requests: "abort" ends them with what they have, "wait" lets those that have started
+    end first, "keep" lets those that run go on, under the new weights. An order that does not fit the engine's state
+    raises `EngineStateError`.
+    """
+
+    @property
+    def weight_version(self) -> int:
+        """How often the weights have changed; every token has the version that it was sampled with."""
+        ...
+
+    def updating(self, mode: UpdateMode = "abort", *, stale_kv: bool = False) -> AbstractAsyncContextManager[None]:
+        """A block in which the owner of the weights changes them, while no step runs."""
+        ...
+
+    async def update_weights(
+        self, source: WeightSource = None, *, mode: UpdateMode = "abort", stale_kv: bool = False
+    ) -> int:
+        """Give the model new weights; returns the new version. Raises `WeightsError`."""
+        ...
+
+    async def pause(self, mode: UpdateMode = "abort") -> None:
+        """Run no step until `resume()`."""
+        ...
+
+    async def resume(self) -> None:
+        """Let the steps go on after `pause()`."""
+        ...
+
+    async def sleep(self, level: SleepLevel = "all", *, mode: UpdateMode = "abort") -> None:
+        """Run no step until `wake()`, and release memory."""
+        ...
+
+    async def wake(self) -> None:
+        """Take back what `sleep()` released."""
         ...

@@ -7,6 +7,8 @@ from typing import Literal, TypedDict
 
 from penstock.config import Value
 
+EngineStatus = Literal["stopped", "loading", "running", "paused", "asleep", "failed"]
+
 
 class TunerChange(TypedDict):
     """A limit that the tuner changed at a step, and the reason."""
@@ -42,7 +44,7 @@ class EngineStats(TypedDict):
     sequence that is accepted, in tokens.
     """
 
-    engine_status: Literal["stopped", "loading", "running", "failed"]
+    engine_status: EngineStatus
     queue: dict[str, int]
     cache_info: dict[str, float]
     performance_metrics: dict[str, dict[str, float]]
@@ -52,6 +54,7 @@ class EngineStats(TypedDict):
     device: str
     model: str | None
     max_sequence_length: int | None
+    weight_version: int
     weight_bytes: int
     kernels: str | None
     rewrites: tuple[str, ...]

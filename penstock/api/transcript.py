@@ -28,6 +28,7 @@ class Transcript:
         "request_id",
         "sampled_logprobs",
         "score",
+        "stale_kv",
         "stop_reason",
         "texts",
         "token_ids",
@@ -47,6 +48,7 @@ class Transcript:
         self.logprobs = logprobs
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self.stale_kv = False  # set by an update that keeps K/V
         self.score: float | None = None  # set when the completions are ranked
         self._shown: _Mark = (0, 0, None, None)
         self._taken = (0, 0)
@@ -58,12 +60,16 @@ class Transcript:
         logprobs: Iterable[float] = (),
         sampled_logprobs: Iterable[float] = (),
         weight_version: int = 0,
+        weight_versions: Sequence[int] = (),
     ) -> None:
-        """Append final text, accepted tokens, and their log probabilities: under the model, and as sampled."""
+        """Append final text, accepted tokens, and their log probabilities: under the model, and as sampled.
+
+        `weight_versions`, one per token or more, take precedence over the one `weight_version` of all.
+        """
         if text:
             self.texts.append(text)
         self.token_ids += tokens
-        self.weight_versions += [weight_version] * len(tokens)
+        self.weight_versions += weight_versions[: len(tokens)] or [weight_version] * len(tokens)
         self.token_logprobs += logprobs
         self.sampled_logprobs += sampled_logprobs
 
@@ -94,6 +100,7 @@ class Transcript:
             tuple(self.token_logprobs[ids:ids_end]),
             finish_reason,
             stop_reason,
+            tuple(self.weight_versions[ids:ids_end]),
         )
 
     def completion(self) -> CompletionOutput:
@@ -109,6 +116,7 @@ class Transcript:
             token_logprobs=list(self.token_logprobs),
             sampled_logprobs=list(self.sampled_logprobs),
             weight_versions=list(self.weight_versions),
+            stale_kv=self.stale_kv,
             score=self.score,
             num_drafted_tokens=self.num_drafted_tokens,
             num_accepted_tokens=self.num_accepted_tokens,

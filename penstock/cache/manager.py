@@ -60,6 +60,7 @@ class CacheManager:
         num_host_blocks: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self._pool = BlockPool(num_blocks)
         self._prefix = PrefixCache(

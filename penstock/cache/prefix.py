@@ -1,7 +1,7 @@
 """`PrefixIndex`: which block holds the K/V of which tokens, given everything before them; `Chains`: their digests.
 
-Owns the map from chained digests to blocks and back. A digest covers the namespace, the weight version and every
-token up to the block's end, so equal digests mean equal K/V. Never counts references. Called by `PrefixCache` and
+Owns the map from chained digests to blocks and back. A digest covers the namespace, the weight version, the adapter and
+every token up to the block's end, so equal digests mean equal K/V. Never counts references. Called by `PrefixCache` and
 `CacheManager`.
 """
 
@@ -37,9 +37,13 @@ class PrefixIndex:
         """The registered blocks, oldest registration first."""
         return iter(self._digests)
 
-    def root(self, *scope: object) -> bytes:
-        """Digest of the empty prefix in a scope (a namespace, or one request of it), under the current weights."""
-        text = repr((self.weight_version, *scope)).encode()
+    def root(self, namespace: str, adapter: str = "", ancestor_id: int | None = None) -> bytes:
+        """Digest of the empty prefix in a namespace, under the current weights and an adapter ("": none).
+
+        `adapter` names the adapter and its generation. With `ancestor_id`, the prefix is found only by the sequences of
+        one request, of which that is the first. Everything besides tokens that K/V depend on is in here.
+        """
+        text = repr((self.weight_version, namespace, adapter, ancestor_id)).encode()
         return blake2b(text, digest_size=DIGEST_BYTES, person=b"penstock-root").digest()
 
     def get(self, key: bytes) -> int | None:
@@ -77,8 +81,8 @@ class Chains:
     def of(self, seq: Sequence) -> list[bytes]:
         """The chain of a sequence, as far as it is known; `extend` makes it longer."""
         if self._latest[0] != seq.id:
-            scope = (seq.namespace,) if self._shared else (seq.namespace, _ancestor_id(seq))
-            self._latest = (seq.id, [self._index.root(*scope)])
+            ancestor_id = None if self._shared else _ancestor_id(seq)
+            self._latest = (seq.id, [self._index.root(seq.namespace, ancestor_id=ancestor_id)])
         return self._latest[1]
 
     def extend(self, chain: list[bytes], seq: Sequence, num_blocks: int) -> None:

@@ -16,11 +16,13 @@ from typing import TypeGuard, cast
 
 from penstock.api.callbacks import Callbacks
 from penstock.api.log import Logger
+from penstock.api.weights import SleepLevel
 from penstock.cache.manager import CacheManager
 from penstock.cache.sizing import num_blocks, num_host_blocks
 from penstock.config import EngineConfig
 from penstock.engine.drafting import load_draft_model, make_drafter
 from penstock.engine.loop.core import CoreParts, EngineCore
+from penstock.engine.loop.gate import ModelJobs
 from penstock.engine.loop.host import Host
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
@@ -67,6 +69,23 @@ class Parts:
         if self.draft is None or not isinstance(self.drafter, ModelDrafter):
             return 0
         return self.draft.trim_memory(self.drafter.unused_blocks())
+
+    def unload(self, level: SleepLevel) -> None:
+        """Free what an engine that is asleep does without. On the model's thread. Raises `WeightsError`."""
+        self.runner.unload(cache=level != "weights", weights=level != "cache")
+        if self.draft is not None and level != "weights":
+            self.draft.unload(cache=True, weights=False)
+
+    def reload(self, level: SleepLevel) -> None:
+        """Take back what `unload` freed. On the model's thread. Raises `OutOfMemory`."""
+        if level != "cache":
+            self.runner.reload()
+        if level == "weights":
+            return
+        cache = self.cache
+        self.runner.allocate(cache.num_blocks, cache.block_size, cache.num_host_blocks)
+        if self.draft is not None:
+            self.draft.allocate(cache.num_blocks, cache.block_size)
 
     def close(self) -> None:
         """Release the models, their memory and the tokenizer threads."""
@@ -220,7 +239,7 @@ class Assembly:
         observer = StepObserver(config, parts.scheduler, self._metrics, parts.tuning, self._advisor, log)
         admission.estimate_wait = observer.forecast.wait_s
         core_parts = CoreParts(
-            runner=parts.runner,
+            jobs=ModelJobs(runner=parts.runner, run=worker.run, unload=parts.unload, reload=parts.reload),
             scheduler=parts.scheduler,
             admission=admission,
             inputs=parts.inputs,

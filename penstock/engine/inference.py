@@ -36,6 +36,7 @@ from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.forking import Fork, check_num_forks, forkable
 from penstock.engine.requests.request import Request, new_request
 from penstock.engine.requests.room import RoomQueue
+from penstock.engine.updates import Updates
 from penstock.errors import EngineClosed, RequestError
 from penstock.generation import Params, default_params
 from penstock.sampling import RequestPriority, SamplingParams
@@ -48,7 +49,7 @@ KEPT_REQUESTS = 1024
 CALLBACK_DRAIN_S = 0.5  # for a request whose callback stops the engine
 
 
-class InferenceEngine(Capabilities):
+class InferenceEngine(Capabilities, Updates):
     """Serves one model to many callers at once.
 
     `model` is a hub id, a folder, a live `nn.Module` (borrowed: it is not modified and stays trainable), a
@@ -248,6 +249,14 @@ class InferenceEngine(Capabilities):
         await self.aclose(30.0 if error is None else 0.0)
 
     @property
+    def weight_version(self) -> int:
+        """The version of the weights that steps run with: 0 at first, and one more after every update.
+
+        A borrowed module whose adapters, hooks or submodules were changed outside of an update counts as updated.
+        """
+        return 0 if self._assembly.parts is None else self._assembly.parts.runner.weight_version
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, which two threads must not use at once; None before loading, or if skipped."""
         return None if self._assembly.parts is None else self._assembly.parts.tokenizer
@@ -274,7 +283,7 @@ class InferenceEngine(Capabilities):
         return self._advisor
 
     def reset_prefix_cache(self) -> None:
-        """Reuse no K/V computed so far, for instance after changing the weights of a borrowed module.
+        """Reuse no K/V computed so far, for instance after changing weights outside of `updating`.
 
         Running requests keep their K/V; whatever they add from now on is not shared with new requests.
         """

@@ -91,6 +91,7 @@ def _from_delta(delta: Delta) -> CompletionOutput:
         finish_reason=delta.finish_reason,
         stop_reason=delta.stop_reason,
         token_logprobs=list(delta.token_logprobs),
+        weight_versions=list(delta.weight_versions),
     )
 
 
@@ -103,6 +104,7 @@ def _extended(previous: CompletionOutput | None, delta: Delta) -> CompletionOutp
     completion.token_ids = previous.token_ids + completion.token_ids
     completion.cumulative_logprob += previous.cumulative_logprob
     completion.token_logprobs = previous.token_logprobs + completion.token_logprobs
+    completion.weight_versions = previous.weight_versions + completion.weight_versions
     if previous.logprobs or completion.logprobs:
         completion.logprobs = (previous.logprobs or []) + (completion.logprobs or [])
     return completion

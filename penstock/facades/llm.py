@@ -6,13 +6,15 @@ A thin facade of `InferenceEngine`: it never schedules, samples or caches.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Unpack
 
 from penstock.api.blocking import run
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Message, Prompt, as_batch
 from penstock.api.stats import EngineStats
+from penstock.api.weights import SleepLevel, UpdateMode, WeightSource
 from penstock.config import EngineSettings
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import RequestError
@@ -104,6 +106,43 @@ class LLM:
     ) -> list[EmbeddingOutput]:
         """`InferenceEngine.embed`, which see; blocks until all prompts are embedded."""
         return run(self.engine.embed(prompts, pooling=pooling, dimensions=dimensions, normalize=normalize))
+
+    @contextmanager
+    def updating(self, mode: UpdateMode = "abort", *, stale_kv: bool = False) -> Iterator[None]:
+        """`InferenceEngine.updating` for a `with` block: `with llm.updating(): optimizer.step()`."""
+        block = self.engine.updating(mode, stale_kv=stale_kv)
+        run(block.__aenter__())
+        try:
+            yield
+        except BaseException as error:
+            run(block.__aexit__(type(error), error, error.__traceback__))
+            raise
+        run(block.__aexit__(None, None, None))
+
+    def update_weights(self, source: WeightSource = None, *, mode: UpdateMode = "abort", stale_kv: bool = False) -> int:
+        """`InferenceEngine.update_weights`, which see; blocks until the weights are in force."""
+        return run(self.engine.update_weights(source, mode=mode, stale_kv=stale_kv))
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights that steps run with."""
+        return self.engine.weight_version
+
+    def pause(self, mode: UpdateMode = "abort") -> None:
+        """`InferenceEngine.pause`; blocks until no step runs."""
+        run(self.engine.pause(mode))
+
+    def resume(self) -> None:
+        """`InferenceEngine.resume`."""
+        run(self.engine.resume())
+
+    def sleep(self, level: SleepLevel = "all", *, mode: UpdateMode = "abort") -> None:
+        """`InferenceEngine.sleep`; blocks until the memory is released."""
+        run(self.engine.sleep(level, mode=mode))
+
+    def wake(self) -> None:
+        """`InferenceEngine.wake`; blocks until requests are served again."""
+        run(self.engine.wake())
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""

@@ -35,13 +35,14 @@ _DROPPED = frozenset(
 
 
 class Borrowed:
-    """A live module, and `view`, the latest view of it. With `packed`, the view computes with copies of the weights.
+    """A live module (`owner`), and `view`, the latest view of it.
 
+    With `packed`, the view computes with copies of the weights.
     After construction, used on the thread that runs the model only. Raises `ConfigurationError`.
     """
 
     def __init__(self, owner: nn.Module, *, packed: bool = False) -> None:
-        self._owner = owner
+        self.owner = owner
         self._packed_computation = computation_of(owner) if packed else None
         self._watch: Watch | None
         self._watch, self.view = _watched_view(owner)
@@ -68,7 +69,7 @@ class Borrowed:
             return False
         self._watch = None
         try:
-            watch, view = _watched_view(self._owner)
+            watch, view = _watched_view(self.owner)
             attach(view)
         except ConfigurationError as error:
             raise ExecutionError(
@@ -79,7 +80,7 @@ class Borrowed:
 
     def check_placement(self) -> None:
         """Raise `ExecutionError` where the module was moved to another device or dtype: the cache was not."""
-        placement = device_and_dtype(self._owner)
+        placement = device_and_dtype(self.owner)
         if placement != self._placement:
             current, original = (f"{device} in {dtype}" for device, dtype in (placement, self._placement))
             raise ExecutionError(
@@ -88,13 +89,13 @@ class Borrowed:
             )
 
     def _require_computation(self, computation: list[tuple[object, ...]]) -> None:
-        if computation_of(self._owner) != computation:
+        if computation_of(self.owner) != computation:
             raise ExecutionError(
                 "the borrowed module has other adapters, hooks or submodules than when it was loaded, and with "
                 "compile_model=True the engine serves packed copies of what it was then: change it back, make a new "
                 "engine, or leave compile_model out"
             )
-        self._watch = Watch(self._owner)
+        self._watch = Watch(self.owner)
 
 
 def _watched_view(owner: nn.Module) -> tuple[Watch, nn.Module]:

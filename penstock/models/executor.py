@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,8 +18,9 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
-from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
+from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, WeightsError, described, text_of
 from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.beam_sampler import BeamSampler
 from penstock.models.borrow import Borrowed
@@ -30,6 +31,7 @@ from penstock.models.pooling import HiddenStates, Pooler
 from penstock.models.preparation import PreparedModel
 from penstock.models.protocol import ModelChanged, ModelSpec
 from penstock.models.sampler import Sampler
+from penstock.models.updates import named_weights, read_source, write
 from penstock.optimizers.speculation.verification import positions, verified
 from penstock.pooling import PoolingParams
 from penstock.step import Row, RowResult, StepPlan, StepResult
@@ -59,6 +61,7 @@ class Executor:
         self, model: PreparedModel, spec: ModelSpec, logits_chunk_bytes: int, borrowed: Borrowed | None = None
     ) -> None:
         self.spec = spec
+        self.weight_version = 0
         self._borrowed = borrowed
         self._module = model.module
         self._layers = model.layers
@@ -97,6 +100,47 @@ class Executor:
     def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         """Allocate `num_blocks` K/V blocks, and `num_host_blocks` in the host tier. Raises `OutOfMemory`."""
         self._storage = self._backend.storage(self._shapes, num_blocks, block_size, num_host_blocks)
+
+    def read_weights(self, source: WeightSource) -> WeightSource:
+        """Check the weights of a source, without writing any; what to pass on. Raises `WeightsError`."""
+        self._require_unpacked()
+        if source is None and self._borrowed is None:
+            raise WeightsError("this engine loaded its model itself, so nobody else changes its weights: pass a source")
+        return read_source(self._weights(), source)
+
+    def update_weights(self, source: WeightSource) -> None:
+        """Write weights that were read, or take over what the owner wrote (None), and raise `weight_version`."""
+        names = None if source is None else write(self._weights(), source)  # type: ignore[arg-type]  # no folder
+        self.refresh_weights(names)
+        self.weight_version += 1
+
+    def refresh_weights(self, names: Collection[str] | None = None) -> None:
+        """Bring what is derived from these weights (None: from any) up to date. Raises `WeightsError`.
+
+        A view that shares its owner's tensors, and a model that was not rewritten, have nothing of the kind.
+        """
+        self._require_unpacked()
+
+    def unload(self, *, cache: bool, weights: bool) -> None:
+        """Free the K/V storage until `allocate`, and packed copies of weights until `reload`. Raises `WeightsError`."""
+        if weights:
+            self._require_unpacked()
+        if cache:
+            self._storage = None
+        self.trim_memory()
+
+    def reload(self) -> None:
+        """Make released copies of weights again."""
+
+    def _weights(self) -> dict[str, Tensor]:
+        return named_weights(self._module if self._borrowed is None else self._borrowed.owner)
+
+    def _require_unpacked(self) -> None:
+        if self.spec.rewrites:
+            raise WeightsError(
+                "this engine computes with packed copies of its weights, which cannot be made again: lend it a live "
+                "module without compile_model, or load the model with disabled_rewrites=('kernels',)"
+            )
 
     def forget(self, seq_id: int) -> None:
         """Drop the state of a sequence that ended."""
@@ -155,7 +199,7 @@ class Executor:
             if output.hidden is not None:
                 rows = self._pooler.pooled(output.plan.rows, rows, output.hidden)
             self._workspaces.return_all()
-        return StepResult(rows, timings_s={**output.timings_s, "sample": time.perf_counter() - begin})
+        return StepResult(rows, self.weight_version, {**output.timings_s, "sample": time.perf_counter() - begin})
 
     def compute(self, layout: StepLayout, attention: StepAttention) -> Tensor:
         """Logits [L, vocab] after the tokens at `layout.logit_indices`, by the module's own forward."""
@@ -208,6 +252,7 @@ class Executor:
         """Raise `ModelChanged` once the module runs as its owner has changed it, `ExecutionError` where it cannot."""
         borrowed = self._borrowed
         if borrowed is not None and borrowed.changed(thorough=thorough) and borrowed.renew(self._attach):
+            self.weight_version += 1
             raise ModelChanged
 
     def _attach(self, view: nn.Module) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
 from penstock.step import StepPlan, StepResult
 
@@ -50,9 +51,13 @@ class ModelChanged(Exception):
 
 
 class ModelRunner(Protocol):
-    """Runs step plans. Implemented by `Executor` for real models and by `ScriptedModel` for tests."""
+    """Runs step plans. Implemented by `Executor` for real models and by `ScriptedModel` for tests.
+
+    `weight_version` is in every `StepResult`. It is raised by `update_weights`, and before `ModelChanged` is raised.
+    """
 
     spec: ModelSpec
+    weight_version: int
 
     def free_bytes(self) -> int:
         """Memory that a K/V cache could take now."""
@@ -87,6 +92,29 @@ class ModelRunner(Protocol):
 
         Called between steps, on the thread that runs them; the next step may use the blocks and places again.
         """
+        ...
+
+    def read_weights(self, source: WeightSource) -> WeightSource:
+        """Check the weights of a source, without writing any; returns what to pass to `update_weights`.
+
+        None stands for weights that their owner changes. Raises `WeightsError`.
+        """
+        ...
+
+    def update_weights(self, source: WeightSource) -> None:
+        """Write the weights of a source that was read, refresh what is derived from them, raise `weight_version`.
+
+        Called between steps, on the thread that runs them. Raises
+        `WeightsError`, which says whether old and new weights are mixed.
+        """
+        ...
+
+    def unload(self, *, cache: bool, weights: bool) -> None:
+        """Free the K/V storage until `allocate`, and packed copies of weights until `reload`. Raises `WeightsError`."""
+        ...
+
+    def reload(self) -> None:
+        """Make released copies of weights again, from the weights of now. Raises `OutOfMemory`."""
         ...
 
     def close(self) -> None:

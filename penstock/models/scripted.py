@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import repeat
 
+from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
 from penstock.models.protocol import ModelSpec
 from penstock.pooling import PoolingParams
@@ -28,8 +29,8 @@ class ScriptedModel:
 
     Every token, of prompts too, has the log probability 0. Every step sleeps for `step_s` plus `token_s` per token, in
     seconds. An embedding has `hidden_size` numbers; number j of token t is cos((t + 1) (j + 1)). `fail_next(error)`
-    makes the next step raise; `plans` counts steps. `vocab_size`, `max_length` and `eos_token_ids` are those of the
-    spec.
+    makes the next step or update raise. `plans` counts steps, `weight_version` updates, whose sources are in `updates`.
+    `vocab_size`, `max_length` and `eos_token_ids` are those of the spec.
     """
 
     def __init__(
@@ -53,17 +54,19 @@ class ScriptedModel:
         self.step_s = step_s
         self.token_s = token_s
         self.plans = 0
+        self.weight_version = 0
+        self.updates: list[WeightSource] = []
         self._script = script
         self._errors: deque[Exception] = deque()
         self._running = threading.Event()
         self._running.set()
 
     def fail_next(self, error: Exception) -> None:
-        """Make the next step raise `error`."""
+        """Make the next step, or the next update, raise `error`."""
         self._errors.append(error)
 
     def hold(self) -> None:
-        """Make steps wait until `release()`."""
+        """Make steps and updates wait until `release()`."""
         self._running.clear()
 
     def release(self) -> None:
@@ -95,7 +98,25 @@ class ScriptedModel:
             raise self._errors.popleft()
         if masks is not None:
             masks.wait()
-        return StepResult(tuple(self._result(row, masks) for row in plan.rows))
+        return StepResult(tuple(self._result(row, masks) for row in plan.rows), self.weight_version)
+
+    def read_weights(self, source: WeightSource) -> WeightSource:
+        """Any source will do."""
+        return source
+
+    def update_weights(self, source: WeightSource) -> None:
+        """Remember the source."""
+        self._running.wait()
+        if self._errors:
+            raise self._errors.popleft()
+        self.updates.append(source)
+        self.weight_version += 1
+
+    def unload(self, *, cache: bool, weights: bool) -> None:
+        """There is nothing to free."""
+
+    def reload(self) -> None:
+        """There is nothing to make again."""
 
     def forget(self, seq_id: int) -> None:
         """There is no state."""

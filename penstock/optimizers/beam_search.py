@@ -143,6 +143,12 @@ class BeamSearch:
         assert slot in self._beams
         self._reports[slot] = candidates
 
+    def forget_reports(self) -> list[int]:
+        """Drop the continuations reported since the last advance; the slots that have to report again."""
+        slots = list(self._reports)
+        self._reports.clear()
+        return slots
+
     def advance(self) -> list[Move]:
         """Advance by one token, once all beams have reported; moves that change the slot come first.
 

@@ -6,6 +6,8 @@ sequence starts, and by `Scheduler` and `Searches` when a step is committed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from penstock.sequence import FinishReason, Sequence
 from penstock.step import Event, Row, RowResult, TokenLogprobs
 
@@ -39,12 +41,23 @@ class EventBuilder:
         return event._replace(num_drafted_tokens=len(row.draft), num_accepted_tokens=min(count, out.num_accepted))
 
     def of_hypothesis(
-        self, seq: Sequence, entries: tuple[TokenLogprobs, ...], reason: FinishReason, stop: int | None, version: int
+        self,
+        seq: Sequence,
+        entries: tuple[TokenLogprobs, ...],
+        reason: FinishReason,
+        stop: int | None,
+        versions: tuple[int, ...],
     ) -> Event:
-        """The only event of a beam: all its tokens at the end of its search."""
+        """The only event of a beam: all its tokens at the end of its search, with the version of each."""
         tokens = tuple(entry.token for entry in entries)
         self._num_scored.pop(seq.id, None)
-        return Event(seq.id, tokens, entries, (), reason, stop, None, self._num_cached.pop(seq.id, 0), version)
+        num_cached = self._num_cached.pop(seq.id, 0)
+        return Event(seq.id, tokens, entries, (), reason, stop, None, num_cached, weight_versions=versions)
+
+    def forget_scores(self, seq_ids: Iterable[int]) -> None:
+        """The weights were changed: the prompt logprobs of these are reported again from the first one."""
+        for seq_id in seq_ids:
+            self._num_scored.pop(seq_id, None)
 
     def of_end(self, seq: Sequence, reason: FinishReason, error: Exception | None) -> Event:
         """The terminal event of a sequence that ends without a token."""

@@ -119,6 +119,7 @@ class Deadlines:
 class LiveSequences:
     """Every live sequence is either in `waiting`, or in `running`, or withheld until others of its request are ready.
 
+    Between `hold` and `release_held`, sequences that were not running or had run by then are kept out of `waiting`.
     Without a `policy` of the caller's, it is an `AgingPolicy` that follows the configuration.
     """
 
@@ -139,6 +140,8 @@ class LiveSequences:
         self.used_fractions: deque[float] = deque(maxlen=_NUM_FRACTIONS)  # tokens generated of those allowed
         self._preemption_counts: dict[int, int] = {}
         self._siblings: dict[int, list[Sequence]] = {}  # by the sequence whose first sample they wait for
+        self._admitted: frozenset[int] | None = None  # ids of the sequences that may enter the queue; None: all
+        self._held: dict[int, Sequence] = {}  # those that wait for `release_held`
 
     def add(self, seq: Sequence, now: float) -> None:
         """Queue a new sequence, or withhold it until its parent samples, if it samples from the same logits."""
@@ -147,8 +150,10 @@ class LiveSequences:
         parent = seq.parent
         if parent is not None and parent.id in self.by_id and _shares_first_sample(parent, seq):
             self._siblings.setdefault(parent.id, []).append(seq)
-        else:
+        elif self._admitted is None:
             self.waiting.push(seq, now)
+        else:
+            self.enqueue(seq)
 
     def withhold(self, seqs: Iterable[Sequence]) -> None:
         """Take in new sequences that stay out of the queue until `enqueue`."""
@@ -159,7 +164,28 @@ class LiveSequences:
 
     def enqueue(self, seq: Sequence) -> None:
         """Queue a sequence that was withheld."""
-        self.waiting.push(seq, self.now)
+        if self._admitted is None or seq.id in self._admitted:
+            self.waiting.push(seq, self.now)
+        else:
+            self._held[seq.id] = seq
+
+    def hold(self, admitted: Iterable[int]) -> None:
+        """Keep all sequences but these out of the queue until `release_held`, those in it now and later ones."""
+        self._admitted = frozenset(admitted)
+        for seq in [seq for seq in self.waiting if seq.id not in self._admitted]:
+            self.waiting.remove(seq.id)
+            self._held[seq.id] = seq
+
+    def release_held(self) -> None:
+        """Queue the sequences that were held."""
+        self._admitted = None
+        held, self._held = self._held, {}
+        for seq in held.values():
+            self.enqueue(seq)
+
+    def is_any_admitted(self) -> bool:
+        """Whether a sequence that `hold` admitted has not ended."""
+        return any(seq_id in self.by_id for seq_id in self._admitted or ())
 
     def has_waiting(self) -> bool:
         """Whether any sequence waits, in the queue or withheld."""
@@ -212,7 +238,7 @@ class LiveSequences:
         self.enqueue_siblings(seq)
         if seq.id in self.running:
             self.running.remove(seq.id)
-        elif not self.waiting.remove(seq.id) and seq.parent is not None:
+        elif not self.waiting.remove(seq.id) and not self._held.pop(seq.id, None) and seq.parent is not None:
             siblings = self._siblings.get(seq.parent.id, [])
             siblings[:] = [sibling for sibling in siblings if sibling is not seq]
         self.deadlines.discard(seq.id)

@@ -7,6 +7,7 @@ between.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 from penstock.cache.manager import CacheManager
@@ -168,7 +169,7 @@ class Scheduler:
             events.append(self._end(seq, *self._endings.pop(seq.id, (FinishReason.ERROR, error))))
         return events + self._end_beams()
 
-    def restart(self, plan: StepPlan) -> list[Event]:
+    def restart(self, plan: StepPlan, weight_version: int | None = None) -> list[Event]:
         """The model was changed: the step does not count, and every sequence's K/V are computed anew."""
         assert plan is self._executing
         self._executing = None
@@ -176,11 +177,42 @@ class Scheduler:
         sequences = [self._live.by_id[row.seq_id] for row in plan.rows]
         for seq in sequences:
             seq.in_flight = 0
-        self._cache.reset()
-        for seq in list(self._live.running.sequences):
-            self._live.preempt(seq)
+        self.recompute(weight_version)
         endings = [(seq, *self._endings.pop(seq.id)) for seq in sequences if seq.id in self._endings]
         return [self._end(*ending) for ending in endings] + self._end_beams()
+
+    def recompute(self, weight_version: int | None = None) -> None:
+        """The weights were changed between two steps: no K/V are reused, and every sequence's are computed anew."""
+        assert self._executing is None
+        self._cache.reset(weight_version)
+        self._searches.forget_reports()
+        self._events.forget_scores(seq.id for seq in self._live.by_id.values() if not seq.num_generated)
+        for seq in list(self._live.running.sequences):
+            self._live.preempt(seq)
+
+    def keep_stale(self, weight_version: int) -> list[int]:
+        """The weights were changed between two steps, and running sequences go on with their K/V; returns their ids.
+
+        Nobody else finds these K/V, nor what is computed after them.
+        """
+        assert self._executing is None
+        self._cache.reset(weight_version)
+        return [seq.id for seq in self._live.running.sequences]
+
+    # Updates.
+
+    def hold(self, admitted: Iterable[int]) -> None:
+        """Start no sequences but these until `release_held`."""
+        self._live.hold(admitted)
+
+    def release_held(self) -> None:
+        """Queue the sequences that were held."""
+        self._live.release_held()
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether every sequence that `hold` admitted has ended."""
+        return not self._live.is_any_admitted()
 
     def _settle(self, row: Row, out: RowResult, weight_version: int, reports: list[Report]) -> Event | None:
         """Take in one row: accept its tokens, or hand the candidates of a beam on as one of `reports`."""

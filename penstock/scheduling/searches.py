@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.cache.manager import CacheManager
 from penstock.optimizers.beam_search import BeamSearch, Move
@@ -24,10 +24,14 @@ Report = tuple[int, SequenceOf[TokenLogprobs]]  # id of a beam, and the candidat
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Beams:
-    """A search and its sequences, one for each slot. They end together."""
+    """A search and its sequences, one for each slot. They end together.
+
+    `weight_versions` holds, for each generated position, the version of the weights whose step completed it.
+    """
 
     search: BeamSearch
     members: SequenceOf[Sequence]
+    weight_versions: list[int] = field(default_factory=list)
 
 
 class Searches:
@@ -80,6 +84,7 @@ class Searches:
                 # Some beams were not in the step. The others hold no blocks meanwhile, so that those find room.
                 self._suspend(beams, beams.search.reported)
                 continue
+            beams.weight_versions.append(weight_version)
             try:
                 moves = beams.search.advance()
             except Exception as error:  # of a caller's stop strings
@@ -88,8 +93,15 @@ class Searches:
             if moves:
                 self._carry_on(beams, moves)
             else:
-                events += self._conclude(beams, weight_version)
+                events += self._conclude(beams)
         return events, failures
+
+    def forget_reports(self) -> None:
+        """The weights were changed: beams that wait for others of their search compute their candidates again."""
+        leaders = [beams for beams, slot in self._slots.values() if not slot]
+        for beams in leaders:
+            for slot in beams.search.forget_reports():
+                self._live.enqueue(beams.members[slot])
 
     def _suspend(self, beams: Beams, slots: Iterable[int]) -> None:
         for slot in slots:
@@ -114,7 +126,7 @@ class Searches:
         elif not seq.blocks:
             self._live.preempt(seq)
 
-    def _conclude(self, beams: Beams, weight_version: int) -> list[Event]:
+    def _conclude(self, beams: Beams) -> list[Event]:
         """End each sequence with one of the resulting hypotheses, the first one with the best."""
         self.remove(beams.members[0])
         events = []
@@ -125,5 +137,6 @@ class Searches:
             stop = None if hypothesis is None else hypothesis.stop
             seq.tokens[seq.prompt_len :] = [entry.token for entry in entries]
             self._live.finish(seq, reason)
-            events.append(self._events.of_hypothesis(seq, entries, reason, stop, weight_version))
+            versions = tuple(beams.weight_versions[: len(entries)])
+            events.append(self._events.of_hypothesis(seq, entries, reason, stop, versions))
         return events

@@ -75,6 +75,7 @@ class Model(RuleBasedStateMachine):
         self.started: list[int] = []
         self.oldest_version: dict[int, int] = {}
         self.beams: dict[int, Beams] = {}
+        self.is_holding, self.admitted = False, set[int]()
 
     @rule(
         start=starts,
@@ -234,11 +235,16 @@ class Model(RuleBasedStateMachine):
     @rule()
     def make_plan(self) -> None:
         had_work = self.scheduler.has_work
+        if self.is_holding:
+            had_work = any(seq.id in self.admitted for seq in self.scheduler.sequences())
+            assert had_work == (not self.scheduler.is_drained)
         running = [seq for seq in self.scheduler.sequences() if seq.status is Status.RUNNING]
         decoding = [seq for seq in running if seq.computed + 1 == seq.length]
         plan = self.scheduler.plan(self.now)
         self.started += [seq.id for seq in self.scheduler.take_started()]
         assert bool(plan.rows) == had_work, "a plan must make progress whenever there is work"
+        if self.is_holding:
+            assert {row.seq_id for row in plan.rows} <= self.admitted
         self.check_budget(plan)
         self.check_decodes(plan, decoding)
         for seq in self.scheduler.sequences():
@@ -344,7 +350,46 @@ class Model(RuleBasedStateMachine):
         self.slots.spoil(plan)
         self.version += 1
         self.take(self.scheduler.restart(plan))
+        self.check_recomputation()
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def update_weights(self) -> None:
+        """Between two steps, and every sequence is computed again."""
+        self.version += 1
+        self.scheduler.recompute(self.version)
+        self.check_recomputation()
+
+    def check_recomputation(self) -> None:
         assert not any(seq.blocks or seq.computed for seq in self.scheduler.sequences())
+        for seq in self.scheduler.sequences():
+            self.oldest_version[seq.id] = self.version
+            if not seq.num_generated:
+                self.scored[seq.id].clear()  # its prompt logprobs come from one version of the weights
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def update_weights_and_keep(self) -> None:
+        """Between two steps, and running sequences go on with the K/V that they have."""
+        self.version += 1
+        running = {seq.id for seq in self.scheduler.sequences() if seq.status is Status.RUNNING}
+        assert set(self.scheduler.keep_stale(self.version)) == running
+
+    @precondition(lambda self: not self.is_holding)
+    @rule(seed=st.integers(0, 50))
+    def hold(self, seed: int) -> None:
+        """Only sequences that have started, and a few others, may start from now on."""
+        rng = random.Random(seed)
+        live = self.scheduler.sequences()
+        admitted = [seq.id for seq in live if seq.id in self.started or seq.id in self.beams or rng.random() < 0.3]
+        self.scheduler.hold(admitted)
+        self.is_holding, self.admitted = True, set(admitted)
+
+    @precondition(lambda self: self.is_holding)
+    @rule()
+    def release_held(self) -> None:
+        self.scheduler.release_held()
+        self.is_holding = False
 
     def take_plan(self) -> StepPlan:
         plan, self.plan = self.plan, None
@@ -386,6 +431,8 @@ class Model(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
+        self.scheduler.release_held()
+        self.is_holding = False
         max_steps = 20 + 40 * sum(seq.max_len for seq in self.scheduler.sequences())
         while self.scheduler.has_work and max_steps:
             if self.plan is None:

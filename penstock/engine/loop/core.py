@@ -20,6 +20,7 @@ from penstock.api.log import Logger
 from penstock.api.waiting import Wakeups, call_on_loop
 from penstock.constraints.masks import Masks
 from penstock.engine.loop.deadlines import DeadlineTimers
+from penstock.engine.loop.gate import Gate, ModelJobs
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.speculator import Speculator
 from penstock.engine.loop.worker import Job
@@ -29,8 +30,17 @@ from penstock.engine.requests.forking import Fork
 from penstock.engine.requests.input_processor import Encoded, InputProcessor
 from penstock.engine.requests.output_processor import OutputProcessor
 from penstock.engine.requests.request import Request
-from penstock.errors import DeadlineExceeded, ExecutionError, PenstockError, RequestError, described, text_of
-from penstock.models.protocol import ModelChanged, ModelRunner
+from penstock.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    ExecutionError,
+    PenstockError,
+    RequestAborted,
+    RequestError,
+    described,
+    text_of,
+)
+from penstock.models.protocol import ModelChanged
 from penstock.scheduling.admission import Admission, QueuePlace
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams
@@ -55,7 +65,7 @@ class Execute(Protocol):
 class CoreParts:
     """The collaborators of an `EngineCore`. `observe` is called after every step."""
 
-    runner: ModelRunner
+    jobs: ModelJobs
     scheduler: Scheduler
     admission: Admission
     inputs: InputProcessor
@@ -82,20 +92,22 @@ class EngineCore:
         self.scheduler = parts.scheduler
         self.housekeeper = parts.housekeeper
         self._admission, self._inputs, self._log = parts.admission, parts.inputs, parts.log
-        self._observe_step = parts.observe
+        self._runner, self._observe_step = parts.jobs.runner, parts.observe
         self._speculator = parts.speculator
         self._execute = execute
         self._clock = clock
         self._sleep = sleep
         self._outputs = OutputProcessor(
             *(parts.scheduler, parts.admission, clock, parts.metrics, parts.log),
-            forget=parts.runner.forget,
+            forget=parts.jobs.runner.forget,
             on_end=self._forget,
         )
+        self._wake = asyncio.Event()
+        wake = self._wake.set
+        self.gate = Gate(parts.jobs, parts.scheduler, self._outputs, parts.speculator, self.abort_all, wake)
         self._encoding: dict[str, Future[Encoded]] = {}
         self._timers = DeadlineTimers(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
         self._num_arrivals = 0
-        self._wake = asyncio.Event()
         self._stopping = False
         self._busy_since: float | None = None
         self._seq_ids = itertools.count()
@@ -130,6 +142,8 @@ class EngineCore:
         try:
             if fault is not None:
                 raise fault
+            if self.gate.fault is not None:
+                raise EngineClosed(self.gate.fault)
             if request.place.is_lost:
                 raise self._admission.displaced()
             if min(request.deadline, request.ttft_deadline) < math.inf:
@@ -197,9 +211,18 @@ class EngineCore:
         for request_id in list(self._outputs.requests):
             self.abort(request_id, FinishReason.ABORT, closing_error())
 
+    def abort_all(self, make_error: Callable[[str], PenstockError]) -> None:
+        """End all requests; `make_error` makes the error of each from its id."""
+        for request_id in list(self._outputs.requests):
+            error = make_error(request_id)
+            reason = FinishReason.ABORT if isinstance(error, RequestAborted) else FinishReason.ERROR
+            self.abort(request_id, reason, error)
+
     def stop(self) -> None:
-        """Make `run()` return once no request is open."""
+        """Make `run()` return once no request is open; those of an engine that is paused or asleep end at once."""
         self._stopping = True
+        if self.gate.is_at_rest:
+            self.close_all()
         self._wake.set()
 
     def close(self, error: BaseException | None) -> None:
@@ -223,8 +246,13 @@ class EngineCore:
     async def run(self) -> None:
         """Serve until `stop()`."""
         while not (self._stopping and not self._outputs.requests):
+            if self.gate.is_closing and self.gate.steps_are_over:
+                await self._wait_at_gate()
+                continue
             if not self.scheduler.has_work:
                 await self._idle()
+                if self.gate.is_closing:
+                    continue
             if not await self.step() and self.scheduler.has_work:
                 # There is work, but nothing could run: wait for an event, or for RETRY_S.
                 self._wake.clear()
@@ -272,11 +300,20 @@ class EngineCore:
         if self._speculator is not None:
             self._speculator.forget_ended()
         await self.housekeeper.tidy()
-        while not self.scheduler.has_work and not (self._stopping and not self._outputs.requests):
+        while not (self.scheduler.has_work or self.gate.is_closing or (self._stopping and not self._outputs.requests)):
             self._outputs.publish()
             self._wake.clear()
             await self._wake.wait()
             await self._await_burst()
+
+    async def _wait_at_gate(self) -> None:
+        """Run no step until the gate opens. Requests still arrive, and end, meanwhile."""
+        self._busy_since, gate = None, self.gate
+        while gate.is_closing and gate.steps_are_over and not (self._stopping and not self._outputs.requests):
+            self._outputs.publish()
+            gate.note_stopped()
+            self._wake.clear()
+            await self._wake.wait()
 
     async def _await_burst(self) -> None:
         limits = self.scheduler.limits.resolve()
@@ -290,7 +327,8 @@ class EngineCore:
     def _restart(self, plan: StepPlan) -> None:
         self._busy_since = None
         self._log.info("the borrowed module was changed: recomputing all K/V", rows=len(plan.rows))
-        self._outputs.add_events(self.scheduler.restart(plan))
+        self._outputs.add_events(self.scheduler.restart(plan, self._runner.weight_version))
+        self._outputs.restart_prompts()
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[Event]:
         if not isinstance(error, PenstockError):

@@ -18,6 +18,7 @@ from penstock.api.event_loop import new_event_loop
 from penstock.api.exiting import EXIT_S, block_loop_thread
 from penstock.api.waiting import Waiter, Wakeups, new_waiter
 from penstock.engine.loop.core import EngineCore
+from penstock.engine.loop.gate import EngineState
 from penstock.engine.loop.worker import Worker
 from penstock.engine.requests.request import Request
 from penstock.errors import EngineClosed, PenstockError, RequestError, described, text_of
@@ -86,6 +87,11 @@ class Host:
     def num_requests(self) -> int:
         """The number of requests on the engine's thread that have not ended."""
         return 0 if self._core is None else self._core.num_requests
+
+    @property
+    def state(self) -> EngineState:
+        """What the engine is doing; RUNNING before it is loaded."""
+        return EngineState.RUNNING if self._core is None else self._core.gate.state
 
     @property
     def closed(self) -> bool:

@@ -98,6 +98,10 @@ class Speculator:
         """Drop the state of sequences that have ended."""
         self._forget_all_but(seq.id for seq in self._scheduler.sequences())
 
+    def forget_all(self) -> None:
+        """Drop the state of all sequences, for instance because a draft model loses its K/V."""
+        self._forget_all_but(())
+
     def _forget_all_but(self, live: Iterable[int]) -> None:
         for seq_id in self._controller.forget_all_but(live):
             self._drafter.forget(seq_id)

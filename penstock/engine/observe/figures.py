@@ -5,11 +5,10 @@ Changes nothing and stores nothing. Called by `InferenceEngine`, from any thread
 
 from __future__ import annotations
 
-from typing import Literal
-
-from penstock.api.stats import EngineStats
+from penstock.api.stats import EngineStats, EngineStatus
 from penstock.config import EngineConfig
 from penstock.engine.assembly import Parts
+from penstock.engine.loop.gate import EngineState
 from penstock.engine.loop.host import Host
 from penstock.engine.observe.metrics import Metrics
 from penstock.scheduling.admission import Admission
@@ -31,6 +30,7 @@ def figures(
         "device": spec.device if spec else config.device,
         "model": spec.name if spec else None,
         "max_sequence_length": parts.inputs.limit if parts else None,
+        "weight_version": parts.runner.weight_version if parts else 0,
         "weight_bytes": spec.weight_bytes if spec else 0,
         "kernels": spec.kernels if spec else None,
         "rewrites": spec.rewrites if spec else (),
@@ -49,9 +49,11 @@ def _queue(host: Host, admission: Admission, parts: Parts | None) -> dict[str, i
     }
 
 
-def _status(host: Host) -> Literal["stopped", "loading", "running", "failed"]:
-    if host.error is not None:
+def _status(host: Host) -> EngineStatus:
+    if host.error is not None or host.state is EngineState.MIXED:
         return "failed"
     if host.closed or not host.started:
         return "stopped"
+    if host.state in (EngineState.PAUSED, EngineState.ASLEEP):
+        return "paused" if host.state is EngineState.PAUSED else "asleep"
     return "running" if host.ready else "loading"

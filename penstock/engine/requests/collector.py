@@ -85,7 +85,7 @@ class Collector:
         else:
             logprobs, sampled = tuple(map(_LOGPROB, entries)), tuple(map(_SAMPLED, entries))
         for transcript in transcripts:
-            transcript.add(new_text, tokens, logprobs, sampled, event.weight_version)
+            transcript.add(new_text, tokens, logprobs, sampled, event.weight_version, event.weight_versions)
             if event.num_drafted_tokens:
                 transcript.count_draft(event.num_drafted_tokens, min(event.num_accepted_tokens, len(tokens)))
             if transcript.logprobs is not None:
@@ -135,6 +135,17 @@ class Collector:
             metrics=metrics,
             pooled=self._pooled,
         )
+
+    def mark_stale(self, index: int | None) -> None:
+        """The tokens of this completion (None: of all) to come attend to K/V of older weights."""
+        for number, (_, transcripts) in enumerate(self._completions):
+            for transcript in transcripts if index in (None, number) else ():
+                transcript.stale_kv = True
+
+    def restart_prompt(self) -> None:
+        """Prompt logprobs will be reported from the first one again."""
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs = [None]
 
     def close(self, reason: FinishReason) -> list[Transcript]:
         """End the remaining completions from outside, with the text held back; returns the transcripts to deliver."""

@@ -51,7 +51,7 @@ def ending_error(
     request: Request, reason: FinishReason, output: RequestOutput | None, error: Exception | None
 ) -> Exception:
     """The error of a request that ended early, with its partial output; `error` is what ended it, if anything did."""
-    if isinstance(error, EngineClosed):
+    if isinstance(error, EngineClosed | RequestAborted):
         error.output = output
     if error is not None:
         return error

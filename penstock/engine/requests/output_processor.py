@@ -27,7 +27,7 @@ from penstock.engine.requests.endings import (
 )
 from penstock.engine.requests.request import Request
 from penstock.engine.text.stream import text_fault
-from penstock.errors import RequestError, text_of
+from penstock.errors import EngineClosed, RequestError, text_of
 from penstock.outputs import RequestOutput
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.scheduler import Scheduler
@@ -106,6 +106,24 @@ class OutputProcessor:
             request.channel.status = RequestStatus.PROCESSING
             self._admission.release(request.place)
             self._metrics.record("queue_time", now - request.arrival)
+
+    def started_sequences(self) -> list[int]:
+        """The ids of all sequences of open requests that have started."""
+        started = (request for request in self.requests.values() if request.started is not None)
+        return [seq.id for request in started for seq in request.sequences]
+
+    def mark_stale(self, seq_ids: Iterable[int]) -> None:
+        """These sequences go on with K/V of older weights; their completions will say so."""
+        for seq_id in seq_ids:
+            if (owner := self._owners.get(seq_id)) is not None and owner[0].collector is not None:
+                request, index = owner
+                owner[0].collector.mark_stale(None if request.search is not None else index)
+
+    def restart_prompts(self) -> None:
+        """All K/V are computed anew: prompt logprobs of requests without a token will be reported from the first."""
+        for request in self.requests.values():
+            if request.collector is not None and request.sequences and not request.sequences[0].num_generated:
+                request.collector.restart_prompt()
 
     def publish(self) -> None:
         """Deliver every event to its reader, with one call per reader's loop."""
@@ -212,7 +230,7 @@ class OutputProcessor:
             self._finish_sequence(sequence.id, reason, error)
         self._put_final(request, reason, wakeups)
         output = self._output(request, reason)
-        is_cancelled = reason is FinishReason.ABORT and error is None
+        is_cancelled = reason is FinishReason.ABORT and not isinstance(error, EngineClosed)
         status = RequestStatus.CANCELLED if is_cancelled else RequestStatus.FAILED
         error = ending_error(request, reason, output, error)
         if output is not None:
@@ -235,13 +253,15 @@ class OutputProcessor:
 
     def _output(self, request: Request, reason: FinishReason) -> RequestOutput | None:
         """The partial output of a request; without its completions if they cannot be assembled."""
-        if request.collector is None:
+        if request.collector is None and reason is not FinishReason.ABORT:
             return None
         metrics = metrics_of(request, self._clock())
         try:
-            return request.collector.output(metrics)
+            if request.collector is not None:
+                return request.collector.output(metrics)
         except BaseException:
-            return bare_output(request, reason, metrics)
+            pass  # perhaps the same error that ends the request
+        return bare_output(request, reason, metrics)
 
     def _close(
         self,

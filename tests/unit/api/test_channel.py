@@ -36,7 +36,7 @@ def write(transcript: Transcript, token: int) -> None:
 
 def delta(token: int, index: int = 0) -> Delta:
     """What a reader receives for `written`."""
-    return Delta("a", index, f"<{token}>", (token,), ({token: Logprob(-0.5, 1)},), (-0.5,))
+    return Delta("a", index, f"<{token}>", (token,), ({token: Logprob(-0.5, 1)},), (-0.5,), weight_versions=(0,))
 
 
 def put(channel: Channel, *transcripts: Transcript) -> None:

@@ -25,10 +25,10 @@ def cut(transcript: Transcript) -> Delta:
 def test_cut_gives_what_was_shown_since_the_last_one() -> None:
     transcript = Transcript("r", 1)
     write(transcript, "ab", 1, 2)
-    assert cut(transcript) == Delta("r", 1, "ab", (1, 2), (), (-1.0, -2.0))
+    assert cut(transcript) == Delta("r", 1, "ab", (1, 2), (), (-1.0, -2.0), weight_versions=(0, 0))
     write(transcript, "c", 3)
-    write(transcript, "", 4)
-    assert cut(transcript) == Delta("r", 1, "c", (3, 4), (), (-3.0, -4.0))
+    write(transcript, "", 4, version=7)
+    assert cut(transcript) == Delta("r", 1, "c", (3, 4), (), (-3.0, -4.0), weight_versions=(0, 7))
     assert cut(transcript) == Delta("r", 1)
 
 
@@ -38,8 +38,8 @@ def test_cut_leaves_what_was_not_shown() -> None:
     transcript.show()
     write(transcript, "b", 2)
     transcript.end("c", "stop", "d")
-    assert transcript.take() == Delta("r", 0, "a", (1,), (), (-1.0,))
-    assert cut(transcript) == Delta("r", 0, "bc", (2,), (), (-2.0,), "stop", "d")
+    assert transcript.take() == Delta("r", 0, "a", (1,), (), (-1.0,), weight_versions=(0,))
+    assert cut(transcript) == Delta("r", 0, "bc", (2,), (), (-2.0,), "stop", "d", (0,))
 
 
 def test_logprobs_are_cut_like_tokens_if_they_were_asked_for() -> None:
@@ -67,6 +67,12 @@ def test_completion_is_all_of_it_whatever_was_cut() -> None:
         sampled_logprobs=[-0.5, -1.0, -1.5],
         weight_versions=[0, 0, 7],
     )
+
+
+def test_tokens_of_several_steps_may_come_with_a_version_each() -> None:
+    transcript = Transcript("r")
+    transcript.add("ab", [1, 2], weight_versions=(4, 5, 6))
+    assert transcript.completion().weight_versions == [4, 5]
 
 
 def test_draft_tokens_are_added_up() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from penstock.cache.prefix import Chains, PrefixIndex, digest
@@ -21,10 +23,11 @@ def test_digest_covers_parent_order_and_width_of_tokens() -> None:
     assert digest(root, [1, 2]) == digest(root, [1, 2])
 
 
-def test_roots_differ_by_scope_and_by_weights() -> None:
+def test_roots_differ_by_namespace_adapter_request_and_weights() -> None:
     index, newer = PrefixIndex(), PrefixIndex(weight_version=1)
-    roots = [index.root(""), index.root("a"), index.root("a", 1), index.root("a, 1"), newer.root("")]
-    assert len(set(roots)) == 5
+    scopes: list[tuple[Any, ...]] = [("",), ("a",), ("", "a"), ("", "a, 1"), ("a", "", 1), ("", "a", 1), ("a, '', 1",)]
+    roots = [root.root(*scope) for root in (index, newer) for scope in scopes]
+    assert len(set(roots)) == len(roots)
     assert index.root("") == PrefixIndex(weight_version=0).root("")
 
 

@@ -9,11 +9,17 @@ import pytest
 from penstock import InferenceEngine, RequestError, ScriptedModel
 from penstock.api.protocols import Engine, Scorer
 from penstock.testing.contract import EngineContract
+from penstock.testing.training import TrainableContract, TrainableEngine
 from tests.unit.testing.echo import EchoEngine
 
 
 class TestNativeEngine(EngineContract):
     def make_engine(self) -> Engine:
+        return InferenceEngine(ScriptedModel(lambda tokens, index: len(tokens) % 30, vocab_size=32, step_s=0.001))
+
+
+class TestTrainableNativeEngine(TrainableContract):
+    def make_engine(self) -> TrainableEngine:
         return InferenceEngine(ScriptedModel(lambda tokens, index: len(tokens) % 30, vocab_size=32, step_s=0.001))
 
 

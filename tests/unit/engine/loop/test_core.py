@@ -18,6 +18,7 @@ from penstock.api.waiting import Wakeups
 from penstock.cache.manager import CacheManager
 from penstock.config import EngineConfig
 from penstock.engine.loop.core import CoreParts, EngineCore
+from penstock.engine.loop.gate import ModelJobs
 from penstock.engine.loop.housekeeping import Housekeeper
 from penstock.engine.loop.worker import Job
 from penstock.engine.observe.metrics import Metrics
@@ -140,7 +141,7 @@ class Rig:
         spec, log = self.model.spec, make_logger("CRITICAL")
         self.housekeeper = Housekeeper(self.config, self.model, self.cache, lambda: self.now, self.run_job)
         parts = CoreParts(
-            runner=self.model,
+            jobs=ModelJobs(runner=self.model, run=self.run_job),
             scheduler=self.scheduler,
             admission=self.admission,
             inputs=InputProcessor(self.config, spec, spec.max_length, tokenizer, pool, self.admission),
@@ -152,12 +153,15 @@ class Rig:
         )
         self.core = EngineCore(parts, self.execute, lambda: self.now, self.sleep)
 
-    def run_job(self, function: Callable[..., int], *arguments: Any) -> Job[int]:
+    def run_job(self, function: Callable[..., Any], *arguments: Any) -> Job[Any]:
         """A job on an idle model thread."""
         self.trace.append("job")
         loop = asyncio.get_running_loop()
-        job: Job[int] = Job(loop.create_future(), loop.create_future())
-        job.done.set_result(function(*arguments))
+        job: Job[Any] = Job(loop.create_future(), loop.create_future())
+        try:
+            job.done.set_result(function(*arguments))
+        except Exception as error:
+            job.done.set_exception(error)
         return job
 
     def execute(self, plan: StepPlan) -> Job[StepResult]:

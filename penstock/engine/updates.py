@@ -1,0 +1,132 @@
+"""`Updates`: new weights while an engine serves, and pauses: the methods of `Trainable`.
+
+Orders go to the `Gate` on the engine's loop, from any thread and event loop. Holds no state but that of one `async
+with` block. The base of `InferenceEngine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Protocol
+
+from penstock.api.waiting import result_of
+from penstock.api.weights import SleepLevel, UpdateMode, WeightSource, check_level, check_mode
+from penstock.engine.assembly import Parts
+from penstock.engine.loop.gate import Gate
+from penstock.engine.loop.host import Host
+from penstock.errors import described
+
+Order = Callable[[Gate], Coroutine[object, object, None]]
+
+
+class _Loading(Protocol):
+    """An engine that loads its model when it is first used."""
+
+    _host: Host
+
+    async def _loaded_soon(self) -> Parts: ...
+
+    @property
+    def weight_version(self) -> int: ...
+
+
+class UpdateBlock:
+    """The block of `Updates.updating`: no step runs inside of it."""
+
+    def __init__(self, engine: _Loading, mode: UpdateMode, stale_kv: bool) -> None:
+        check_mode(mode, stale_kv)
+        self._engine = engine
+        self._mode = mode
+        self._stale_kv = stale_kv
+
+    async def __aenter__(self) -> None:
+        mode = self._mode
+        await _carry_out(self._engine, lambda gate: gate.begin_update(mode))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stale_kv = self._stale_kv
+        try:
+            await _carry_out(self._engine, lambda gate: gate.end_update(stale_kv), can_be_cancelled=False)
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"The end of the weight update failed as well: {described(failure)}")
+
+
+class Updates:
+    """Methods of `InferenceEngine`.
+
+    `mode` says what becomes of the requests. "abort": all of them, waiting ones too, end with `RequestAborted`, whose
+    `output` has what was generated, with as many ids as logprobs and versions. "wait": those that have started end
+    first, while new ones wait. "keep": those that run go on afterwards, after their K/V have been computed again. An
+    order that does not fit the engine's state raises `EngineStateError`; cancelling one that still waits undoes it.
+    """
+
+    def updating(self: _Loading, mode: UpdateMode = "abort", *, stale_kv: bool = False) -> UpdateBlock:
+        """A block for a change of the live module's weights: `async with engine.updating(): optimizer.step()`.
+
+        No step runs inside the block; requests wait. At its end, whether or not an exception leaves it, copies of
+        weights are refreshed, `weight_version` rises by one, and earlier K/V are not found any more: the engine serves
+        the module as it is then. With mode "keep" and `stale_kv`, running requests go on with the K/V of the old
+        weights, which is faster and no longer exact; their outputs have `stale_kv=True`. Do not await a request inside
+        the block. Raises `RequestError`, `EngineStateError`, `EngineClosed`, and `WeightsError` where this engine
+        cannot follow its module.
+        """
+        return UpdateBlock(self, mode, stale_kv)
+
+    async def update_weights(
+        self: _Loading, source: WeightSource = None, *, mode: UpdateMode = "abort", stale_kv: bool = False
+    ) -> int:
+        """Give the model new weights between two steps, on the model's thread; returns the new `weight_version`.
+
+        `source` is a state dict, a folder of safetensors that `save_pretrained` wrote, (name, tensor) pairs, or None
+        for a live module that was changed already. A borrowed module's own tensors are written. Names and shapes are
+        checked before requests are disturbed, those of an iterator as its tensors come; it is read on the model's
+        thread. A folder has to hold all weights; what other sources do not name stays. `mode` and `stale_kv` are those
+        of `updating`. Raises `WeightsError`: the old weights stay, unless its `is_mixed` says that the engine must be
+        closed; also `RequestError`, `EngineStateError`, `EngineClosed`.
+        """
+        check_mode(mode, stale_kv)
+        await _carry_out(self, lambda gate: gate.update(source, mode, stale_kv))
+        return self.weight_version
+
+    async def pause(self: _Loading, mode: UpdateMode = "abort") -> None:
+        """Run no step until `resume()`; new requests wait. With mode "keep", running ones go on later as they are."""
+        check_mode(mode)
+        await _carry_out(self, lambda gate: gate.pause(mode))
+
+    async def resume(self: _Loading) -> None:
+        """Let the steps go on after `pause()`."""
+        await _carry_out(self, lambda gate: gate.resume())
+
+    async def sleep(self: _Loading, level: SleepLevel = "all", *, mode: UpdateMode = "abort") -> None:
+        """Run no step until `wake()`, and release memory: the K/V "cache", packed copies of the "weights", or "all".
+
+        Cached prefixes are lost, except with level "weights". Weights can be updated meanwhile. Raises `WeightsError`
+        where packed weights could not be made again.
+        """
+        check_mode(mode)
+        check_level(level)
+        await _carry_out(self, lambda gate: gate.sleep(level, mode))
+
+    async def wake(self: _Loading) -> None:
+        """Take back what `sleep()` released. Raises `OutOfMemory`, and then stays asleep."""
+        await _carry_out(self, lambda gate: gate.wake())
+
+
+async def _carry_out(engine: _Loading, order: Order, *, can_be_cancelled: bool = True) -> None:
+    """Have the engine's loop carry out an order. If the caller is cancelled, give up what can be given up."""
+    if can_be_cancelled:
+        await engine._loaded_soon()
+    host, outcome = engine._host, Future[None]()
+    host.post(lambda core: core.gate.start(order(core.gate), outcome))
+    try:
+        await result_of(outcome)
+    except BaseException:
+        if can_be_cancelled:
+            host.try_post(lambda core: core.gate.cancel(outcome))
+        raise

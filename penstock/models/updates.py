@@ -1,0 +1,132 @@
+"""New values for the weights of a module: `named_weights`, `read_source`, `write`.
+
+Everything that can be checked is checked before the first tensor is written. Writes in place, so that whoever shares
+the tensors sees the new values. Called by `Executor` on the model's thread, between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from penstock.api.weights import WeightSource
+from penstock.config import EngineConfig
+from penstock.errors import ConfigurationError, WeightsError, described, shown
+from penstock.models.completeness import listed
+from penstock.models.folder import check_source
+from penstock.models.reading import read_module
+
+Weights = Mapping[str, Tensor]
+
+
+def named_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer under each of its names; tied ones appear under several."""
+    weights: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in part._non_persistent_buffers_set:
+                weights[f"{prefix}.{name}" if prefix else name] = buffer
+    return weights
+
+
+def read_source(weights: Weights, source: WeightSource) -> WeightSource:
+    """Check a source, and read its files if it has any; returns what to `write`.
+
+    Reads nothing of an iterator, whose tensors are checked as they come. Raises `WeightsError` for names, shapes or
+    types that do not fit.
+    """
+    if isinstance(source, str | PathLike):
+        return _read_folder(weights, Path(source))
+    if isinstance(source, list | tuple):
+        source = dict(map(_pair, source))
+    if isinstance(source, Mapping):
+        _check_all(weights, source)
+    elif source is not None and not isinstance(source, Iterable):
+        raise WeightsError(
+            f"weights cannot come from a {type(source).__name__}: pass a state dict, a folder of safetensors, "
+            "(name, tensor) pairs, or nothing for the live module"
+        )
+    return source
+
+
+def write(weights: Weights, source: Mapping[str, object] | Iterable[tuple[str, object]]) -> set[str]:
+    """Write the tensors of a source that was read; their names. Tensors that it does not name keep their values.
+
+    Raises `WeightsError`: with `is_mixed` once a tensor has been written, since the others have their old values.
+    """
+    names: set[str] = set()
+    try:
+        for name, tensor in map(_pair, source.items() if isinstance(source, Mapping) else source):
+            target = _checked(weights, name, tensor)
+            names.add(name)
+            with torch.no_grad():
+                target.copy_(tensor)
+    except Exception as error:
+        raise _write_error(error, len(names)) from error
+    return names
+
+
+def _pair(pair: object) -> tuple[str, Tensor]:
+    match pair:
+        case (str(name), Tensor() as tensor):
+            return name, tensor
+        case (str(name), value):
+            raise WeightsError(f"{name} is a {type(value).__name__}: pass tensors")
+    raise WeightsError(f"weights are pairs of a name and a tensor, got a {type(pair).__name__}")
+
+
+def _checked(weights: Weights, name: str, tensor: Tensor) -> Tensor:
+    """The tensor that is to get these values. Raises `WeightsError` where they do not fit."""
+    target = weights.get(name)
+    if target is None:
+        raise WeightsError(f"the model has no weight {shown(name)}: names are those of the module's state_dict()")
+    if target.shape != tensor.shape:
+        raise WeightsError(f"{name} has the shape {list(tensor.shape)}, and {list(target.shape)} in the model")
+    if target.dtype != tensor.dtype and not (target.is_floating_point() and tensor.is_floating_point()):
+        raise WeightsError(f"{name} is {tensor.dtype}, and {target.dtype} in the model: convert it first")
+    return target
+
+
+def _check_all(weights: Weights, named: Mapping[str, object]) -> None:
+    """Check all tensors of a mapping, also that tied weights get one value."""
+    values: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in map(_pair, named.items()):
+        target = _checked(weights, name, tensor)
+        if tensor.is_meta:
+            raise WeightsError(f"{name} is on the meta device and has no values")
+        earlier_name, value = values.setdefault(target.data_ptr() if target.numel() else id(target), (name, tensor))
+        if value.data_ptr() != tensor.data_ptr() and not torch.equal(value.to(tensor), tensor):
+            raise WeightsError(f"{earlier_name} and {name} are one tensor in the model, and differ in the source")
+
+
+def _read_folder(weights: Weights, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder that `save_pretrained` wrote, under the module's names; those of every weight."""
+    if not folder.is_dir():
+        raise WeightsError(f"there is no folder {folder}: pass one with config.json and safetensors")
+    try:
+        check_source(str(folder.absolute()))
+        module = read_module(str(folder), "auto", EngineConfig(load_format="safetensors"))
+    except ConfigurationError as error:
+        raise WeightsError(str(error)) from error
+    except Exception as error:
+        raise WeightsError(f"the weights in {folder} cannot be read: {described(error)}") from error
+    named = named_weights(module)
+    if missing := weights.keys() - named.keys():
+        raise WeightsError(f"{folder} lacks weights of the model ({listed(missing)}): it holds another model's")
+    _check_all(weights, named)
+    return named
+
+
+def _write_error(error: Exception, num_written: int) -> WeightsError:
+    reason = str(error) if isinstance(error, WeightsError) else f"writing the weights failed: {described(error)}"
+    if not num_written:
+        return WeightsError(f"{reason}; nothing was written")
+    tensors = f"{num_written} tensor{'s' if num_written > 1 else ''}"
+    return WeightsError(
+        f"{reason}; {tensors} had been written already, so old and new weights are mixed: close the engine",
+        is_mixed=True,
+    )

@@ -1,0 +1,392 @@
+"""Updates of a borrowed module while it serves: every token comes from the weights whose version it has.
+
+The oracle is the module's own forward pass under a copy of the weights of each version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import itertools
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from penstock import (
+    CompletionOutput,
+    InferenceEngine,
+    RequestAborted,
+    RequestError,
+    RequestHandle,
+    RequestOutput,
+    SamplingParams,
+    WeightsError,
+)
+from penstock.api.weights import UpdateMode
+from penstock.kernels import native
+from penstock.models.memory import resident_bytes
+from tests.drive import logprobs_by_transformers
+from tests.tiny_models import VOCAB, build
+
+NUM_CLIENTS, NUM_UPDATES = 64, 100
+Record = tuple[list[int], CompletionOutput]
+
+
+def engine_of(model: nn.Module, **settings: Any) -> InferenceEngine:
+    options = {"skip_tokenizer_init": True, "num_threads": 1, "batch_timeout_ms": 0, "block_size": 4}
+    return InferenceEngine(model, **{**options, **settings})
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def noisy(values: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Other weights, different enough to show in every logprob."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value + 0.1 * value.abs().mean() * torch.randn(value.shape, generator=generator)
+        for name, value in values.items()
+    }
+
+
+def watched(model: nn.Module, on_forward: Callable[[], None]) -> nn.Module:
+    """The model with a class of its own, whose passes call a function first, in a view of it as well."""
+    kind = type(model)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        on_forward()
+        return kind.forward(self, *args, **options)
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return model
+
+
+class Run:
+    """Clients that submit one request after another, while the weights change; `versions` are the weights so far."""
+
+    def __init__(self, seed: int, model: nn.Module, num_updates: int = NUM_UPDATES) -> None:
+        self.num_updates = num_updates
+        self.rng = random.Random(seed)
+        self.model = watched(model, self.note_pass)
+        self.versions = [snapshot(model)]
+        self.records: list[Record] = []
+        self.is_over = self.is_writing = False
+        self.num_passes = self.num_overlaps = 0
+        self.num_tokens = 0
+        self.num_samples = [1]
+        self.progress = asyncio.Event()
+
+    def note_pass(self) -> None:
+        self.num_passes += 1
+        self.num_overlaps += self.is_writing
+
+    async def client(self, engine: InferenceEngine, number: int) -> None:
+        rng = random.Random(number)
+        common = [2 + i % 150 for i in range(24)]
+        while not self.is_over:
+            prompt = common[: rng.randint(0, 24)] + [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 12))]
+            sampling = {"temperature": rng.choice([0.0, 1.0]), "seed": number, "n": rng.choice(self.num_samples)}
+            handle = engine.generate(prompt, SamplingParams(max_tokens=rng.randint(1, 24), ignore_eos=True, **sampling))
+            output = await self.result_of(handle, streams=rng.random() < 0.5)
+            self.note_progress(1)
+            self.records += [(prompt, completion) for completion in output.outputs]
+
+    async def result_of(self, handle: RequestHandle, *, streams: bool) -> RequestOutput:
+        """The output of a request, partial if an update ended it."""
+        try:
+            if streams:
+                async for delta in handle:
+                    self.note_progress(len(delta.token_ids))
+            return await handle
+        except RequestAborted as error:
+            return cast(RequestOutput, error.output)
+
+    def note_progress(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        self.progress.set()
+
+    async def update(self, engine: InferenceEngine, mode: UpdateMode, stale_kv: bool) -> None:
+        values = noisy(self.versions[0], len(self.versions))
+        source = self.rng.choice(["block", "mapping", "iterator"])
+        self.versions.append(values)
+        if source == "block":
+            async with engine.updating(mode, stale_kv=stale_kv):
+                self.is_writing = True
+                await asyncio.to_thread(self.write, values)
+                self.is_writing = False
+        else:
+            given = values if source == "mapping" else iter(values.items())
+            assert await engine.update_weights(given, mode=mode, stale_kv=stale_kv) == len(self.versions) - 1
+
+    def write(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(values[name])
+
+    async def serve(self, modes: list[UpdateMode], *, stale_kv: bool = False, **settings: Any) -> None:
+        async with engine_of(self.model, **settings) as engine, asyncio.TaskGroup() as tasks:
+            for number in range(NUM_CLIENTS):
+                tasks.create_task(self.client(engine, number))
+            for _ in range(self.num_updates):
+                target = self.num_tokens + self.rng.randrange(80)
+                while self.num_tokens < target:
+                    self.progress.clear()
+                    await self.progress.wait()
+                await self.update(engine, self.rng.choice(modes), stale_kv)
+            self.is_over = True
+
+    def check_records(self) -> None:
+        """Equal lengths, versions that never go back, and no forward pass during a write."""
+        assert self.num_passes > self.num_updates
+        assert self.num_overlaps == 0
+        for _, out in self.records:
+            lengths = {len(out.token_ids), len(out.token_logprobs), len(out.sampled_logprobs), len(out.weight_versions)}
+            assert len(lengths) == 1
+            assert out.weight_versions == sorted(out.weight_versions)
+        assert len({version for _, out in self.records for version in out.weight_versions}) > self.num_updates / 2
+
+
+def spans(record: Record) -> bool:
+    return len(set(record[1].weight_versions)) > 1
+
+
+def largest_difference(run: Run, oracle: nn.Module, shift: int = 0) -> float:
+    """Between the records' logprobs and recomputations under the weights of each token's version plus `shift`."""
+    by_version: defaultdict[int, list[Record]] = defaultdict(list)
+    for record in run.records:
+        for version in set(record[1].weight_versions):
+            by_version[version + shift].append(record)
+    largest = 0.0
+    for version, records in by_version.items():
+        if version < len(run.versions):
+            oracle.load_state_dict(run.versions[version], strict=False)
+            for (_, out), expected in zip(records, recomputed(oracle, records), strict=True):
+                triples = zip(out.weight_versions, out.token_logprobs, expected, strict=True)
+                largest = max([largest, *(abs(a - b) for v, a, b in triples if v + shift == version)])
+    return largest
+
+
+def recomputed(oracle: nn.Module, records: list[Record]) -> list[list[float]]:
+    """The logprobs of all outputs by one forward pass over the whole texts; causal, so padding changes nothing."""
+    texts = [torch.tensor(prompt + out.token_ids) for prompt, out in records]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(oracle(ids).logits.float(), dim=-1)
+    chosen = logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    return [
+        row[len(prompt) - 1 : len(prompt) - 1 + len(out.token_ids)].tolist()
+        for row, (prompt, out) in zip(chosen, records, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+async def test_every_logprob_equals_a_recomputation_under_the_version_of_its_token(seed: int) -> None:
+    """64 concurrent requests, 100 updates: what is kept is computed again, also where blocks are scarce."""
+    oracle, model = build("llama"), build("llama")
+    run = Run(seed, model)
+    run.num_samples = [1, 1, 1, 3]
+    await run.serve(["abort", "wait", "keep", "keep"], kv_cache_tokens=4 * (600 if seed else 300))
+    run.check_records()
+    assert any(map(spans, run.records))
+    assert not any(out.stale_kv for _, out in run.records)
+    assert any(out.finish_reason == "abort" for _, out in run.records)
+    assert largest_difference(run, oracle) < 2e-4
+    assert largest_difference(run, oracle, shift=1) > 0.1, "the weights differ too little to tell versions apart"
+
+
+async def test_rollouts_span_no_update_that_waits_for_them() -> None:
+    run = Run(2, build("llama"), num_updates=20)
+    run.num_samples = [1, 3]
+    await run.serve(["wait"])
+    run.check_records()
+    assert not any(map(spans, run.records))
+    assert all(out.finish_reason == "length" for _, out in run.records)
+
+
+def replayed(run: Run, oracle: nn.Module, record: Record) -> list[float]:
+    """The logprobs of a request whose K/V stay what they were when they were computed."""
+    prompt, out = record
+    cache, ids, logprobs = DynamicCache(), prompt, []
+    for token, version in zip(out.token_ids, out.weight_versions, strict=True):
+        oracle.load_state_dict(run.versions[version], strict=False)
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]
+        logprobs.append(float(torch.log_softmax(logits.float(), -1)[token]))
+        ids = [token]
+    return logprobs
+
+
+async def test_requests_that_keep_stale_kv_equal_their_replay_and_say_so() -> None:
+    oracle, run = build("llama"), Run(3, build("llama"))
+    await run.serve(["keep"], stale_kv=True)
+    run.check_records()
+    assert all(out.stale_kv == spans(record) for record in run.records for out in [record[1]])
+    assert any(map(spans, run.records))
+    for record in run.records[:200]:
+        assert record[1].token_logprobs == pytest.approx(replayed(run, oracle, record), abs=2e-4)
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+async def test_after_an_update_a_repeated_prompt_equals_a_fresh_engine_bitwise(mode: UpdateMode) -> None:
+    model = build("llama")
+    prompt, params = list(range(5, 50)), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    async with engine_of(model) as engine:
+        before = (await engine.generate(prompt, params)).outputs[0]
+        beside = engine.generate(prompt[:7], params)
+        await engine.update_weights(noisy(snapshot(model), 1), mode=mode)
+        if mode == "abort":
+            with pytest.raises(RequestAborted):
+                await beside
+        else:
+            assert len((await beside).generated_ids) == 20
+        after = (await engine.generate(prompt, params)).outputs[0]
+    async with engine_of(copy.deepcopy(model)) as fresh:
+        expected = (await fresh.generate(prompt, params)).outputs[0]
+    assert (after.token_ids, after.token_logprobs) == (expected.token_ids, expected.token_logprobs)
+    assert after.token_logprobs != before.token_logprobs
+
+
+async def test_an_optimizer_step_in_a_block_is_what_the_engine_serves_next() -> None:
+    model = build("llama").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    async with engine_of(model) as engine:
+        for step in range(3):
+            out = (await engine.generate(prompt, params)).outputs[0]
+            assert out.weight_versions == [step] * 8
+            expected = logprobs_by_transformers(copy.deepcopy(model).eval(), prompt, out.token_ids)
+            assert out.token_logprobs == pytest.approx(expected, abs=1e-4)
+            ids = torch.tensor([prompt + out.token_ids])
+            model(ids, labels=ids).loss.backward()
+            async with engine.updating():
+                optimizer.step()
+                optimizer.zero_grad()
+        assert model.training
+
+
+async def test_a_folder_and_an_engine_that_loaded_its_model(tmp_path: Path) -> None:
+    model, other = build("llama"), build("llama")
+    other.load_state_dict(noisy(snapshot(other), 5), strict=False)
+    for folder, module in (("a", model), ("b", other)):
+        module.save_pretrained(tmp_path / folder)  # type: ignore[operator]
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    async with engine_of(cast(Any, str(tmp_path / "a")), disabled_rewrites=("kernels",)) as engine:
+        assert await engine.update_weights(tmp_path / "b") == 1
+        out = (await engine.generate(prompt, params)).outputs[0]
+        assert out.token_logprobs == pytest.approx(logprobs_by_transformers(other, prompt, out.token_ids), abs=1e-4)
+        with pytest.raises(WeightsError, match="pass a source"):
+            await engine.update_weights()
+        with pytest.raises(WeightsError, match="no folder"):
+            await engine.update_weights(tmp_path / "c")
+        with pytest.raises(WeightsError, match="no weight"):
+            await engine.update_weights({"no.such.weight": torch.ones(1)})
+        again = (await engine.generate(prompt, params)).outputs[0]
+        assert again.weight_versions == [1] * 8
+        assert again.token_logprobs == pytest.approx(out.token_logprobs, abs=1e-6)
+
+
+def broken(values: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield from list(values.items())[:3]
+    raise ValueError("a shard is missing")
+
+
+async def test_an_iterator_that_breaks_off_never_leaves_a_mix_in_service() -> None:
+    model = build("llama")
+    async with engine_of(model) as engine:
+        with pytest.raises(WeightsError, match="close the engine") as caught:
+            await engine.update_weights(broken(noisy(snapshot(model), 1)))
+        assert caught.value.is_mixed
+        with pytest.raises(Exception, match="half way"):
+            await engine.generate([5, 6], SamplingParams(max_tokens=1))
+
+
+async def test_sleep_gives_the_cache_back_and_requests_go_on_after_it() -> None:
+    model = build("llama")
+    prompt, params = list(range(5, 50)), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    num_tokens = 200_000
+    async with engine_of(model, kv_cache_tokens=num_tokens, preallocate_kv_cache=True) as engine:
+        expected = await engine.generate(prompt, params)
+        for level in ("cache", "weights", "all"):
+            handle = engine.generate(prompt, params)
+            await anext(handle)
+            bytes_before = resident_bytes(torch.device("cpu"))
+            await engine.sleep(level, mode="keep")
+            if native.available() and level != "weights":
+                cache_bytes = num_tokens * 256  # two layers of two heads of 8 channels, keys and values in float32
+                assert bytes_before - resident_bytes(torch.device("cpu")) > 0.9 * cache_bytes
+            await engine.wake()
+            output = await handle
+            assert output.generated_ids == expected.generated_ids
+            assert output.outputs[0].token_logprobs == pytest.approx(expected.outputs[0].token_logprobs, abs=1e-5)
+
+
+async def test_prompt_logprobs_come_from_one_version_of_the_weights() -> None:
+    """Those of the chunks before an update were of the old weights, and those after it of the new ones."""
+    armed, begun, may_go_on = threading.Event(), threading.Event(), threading.Event()
+    num_passes = itertools.count()
+
+    def wait_in_the_fifth() -> None:
+        if armed.is_set() and next(num_passes) == 4:
+            begun.set()
+            may_go_on.wait(60)
+
+    model = watched(build("llama"), wait_in_the_fifth)
+    prompt = [2 + i % 150 for i in range(400)]  # of 25 steps
+    async with engine_of(model, max_num_batched_tokens=16, kv_cache_tokens=4096) as engine:
+        armed.set()
+        handle = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+        await asyncio.to_thread(begun.wait, 60)
+        update = asyncio.ensure_future(engine.update_weights(noisy(snapshot(model), 1), mode="keep"))
+        await asyncio.sleep(0)
+        may_go_on.set()
+        assert await update == 1
+        output = await handle
+    assert output.outputs[0].weight_versions == [1]
+    assert output.prompt_logprobs is not None
+    entries = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+    found = [entry[token].logprob for entry, token in entries if entry]
+    assert found == pytest.approx(logprobs_by_transformers(model, prompt[:1], prompt[1:]), abs=2e-4)
+
+
+async def test_packed_copies_of_weights_are_refused_until_they_can_follow() -> None:
+    model = build("llama")
+    async with engine_of(model, compile_model=True) as engine:
+        if engine.get_stats()["rewrites"]:
+            for order in (engine.update_weights, engine.updating().__aenter__, engine.sleep):
+                with pytest.raises(WeightsError, match="packed copies"):
+                    await order()
+            assert (await engine.generate([5, 6], SamplingParams(max_tokens=1))).outputs[0].weight_versions == [0]
+
+
+async def test_updates_of_a_draft_model_engine_keep_its_drafts_apart(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)  # type: ignore[operator]
+    model = build("llama")
+    settings = {"draft_model": str(tmp_path), "enable_speculative_decoding": True, "kv_cache_tokens": 4096}
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    async with engine_of(model, **settings) as engine:
+        handle = engine.generate(prompt, params)
+        await anext(handle)
+        await engine.sleep("cache", mode="keep")
+        await engine.wake()
+        async with engine.updating("keep"):
+            model.load_state_dict(noisy(snapshot(model), 1), strict=False)
+        out = (await handle).outputs[0]
+        fresh = (await engine.generate(prompt, params)).outputs[0]
+    assert fresh.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, fresh.token_ids), abs=1e-4)
+    assert len(out.token_ids) == len(out.weight_versions) == 40
+
+
+def test_modes_are_checked_at_once() -> None:
+    with pytest.raises(RequestError, match="unknown"):
+        engine_of(build("llama")).updating("later")  # type: ignore[arg-type]
