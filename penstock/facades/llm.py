@@ -12,6 +12,7 @@ from typing import Any, Unpack
 from penstock.api.blocking import run
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Message, Prompt, as_batch
+from penstock.api.protocols import Completion
 from penstock.api.stats import EngineStats
 from penstock.config import EngineSettings
 from penstock.engine.inference import InferenceEngine
@@ -20,6 +21,7 @@ from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
 from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.sampling import SamplingParams
+from penstock.scores import Score
 from penstock.values import items
 
 _DEFAULTS: EngineSettings = {
@@ -104,6 +106,18 @@ class LLM:
     ) -> list[EmbeddingOutput]:
         """`InferenceEngine.embed`, which see; blocks until all prompts are embedded."""
         return run(self.engine.embed(prompts, pooling=pooling, dimensions=dimensions, normalize=normalize))
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Completion | Sequence[Completion],
+        *,
+        params: Params = None,
+        logits: bool = False,
+        entropies: bool = False,
+    ) -> list[Score]:
+        """`InferenceEngine.score`, which see; blocks until all completions are scored."""
+        return run(self.engine.score(prompts, completions, params=params, logits=logits, entropies=entropies))
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""

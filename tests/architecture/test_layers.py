@@ -30,6 +30,8 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
         "generation",
         "sampling",
         "pooling",
+        "scores",
+        "scoring",
         "processors",
         "structured_outputs",
         "values",

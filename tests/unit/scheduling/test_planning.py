@@ -6,7 +6,10 @@ import pytest
 
 from penstock.errors import RequestTooLarge
 from penstock.sampling import SamplingParams
-from penstock.sequence import Status
+from penstock.scores import Score, ScorePart
+from penstock.scoring import ScoringParams
+from penstock.sequence import FinishReason, Status
+from penstock.step import Event, RowResult
 from tests.unit.scheduling.world import CRITICAL, HIGH, LOW, NORMAL, World
 
 
