@@ -113,6 +113,28 @@ async def test_a_prompt_that_was_generated_from_serves_the_score_of_its_output()
         assert engine.get_stats()["cache_info"]["hit_tokens"] - hits == 96
 
 
+async def test_a_score_finds_no_prefix_of_another_namespace() -> None:
+    async with InferenceEngine(model_of("llama"), **ENGINE, block_size=4) as engine:
+        for namespace, num_cached in (("a", 0), ("b", 0), ("a", 80)):
+            hits = engine.get_stats()["cache_info"]["hit_tokens"]
+            await engine.score(TEXTS[-1][:81], [5, 6], namespace=namespace)
+            assert engine.get_stats()["cache_info"]["hit_tokens"] - hits == num_cached
+
+
+async def test_weights_changed_in_place_show_in_the_next_score() -> None:
+    """T4: nothing of the old weights is read again once the cache is reset."""
+    model = build("llama")
+    async with InferenceEngine(model, **ENGINE, block_size=4) as engine:
+        before = await engine.score(PROMPTS, COMPLETIONS)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
+        engine.reset_prefix_cache()
+        after = await engine.score(PROMPTS, COMPLETIONS)
+    async with InferenceEngine(model, **ENGINE, block_size=4) as engine:
+        assert difference(after, await engine.score(PROMPTS, COMPLETIONS)) == 0
+    assert difference(after, before) > 0.01
+
+
 async def test_a_group_computes_its_shared_prompt_once() -> None:
     async with InferenceEngine(model_of("llama"), **ENGINE, block_size=4) as engine:
         prompt, group = TEXTS[-1][:81], [[2 + i, 3, 4] for i in range(8)]
