@@ -272,20 +272,20 @@ class LiveBytes(TorchDispatchMode):
         self._storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
                 self._add(leaf.untyped_storage())
         return out
 
     def _add(self, storage: Any) -> None:
-        if storage._cdata in self._storages:
+        if storage.data_ptr() in self._storages:
             return
-        self._storages.add(storage._cdata)
+        self._storages.add(storage.data_ptr())
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+        weakref.finalize(storage, self._drop, storage.data_ptr(), storage.nbytes())
 
     def _drop(self, key: int, num_bytes: int) -> None:
         self._storages.discard(key)
