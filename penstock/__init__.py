@@ -44,6 +44,7 @@ from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.scheduling.batching import BatchingConfig, ContinuousBatcher, DynamicBatcher
 from penstock.scheduling.bucketing import SequenceBucketer, calculate_padding_efficiency, create_padded_batch
 from penstock.scheduling.estimator import MemoryEstimator
+from penstock.scores import Score
 from penstock.sequence import FinishReason
 from penstock.structured_outputs import StructuredOutputs
 from penstock.tools.pieces import ToolCall
@@ -99,6 +100,7 @@ __all__ = [
     "RequestStatus",
     "RequestTooLarge",
     "SamplingParams",
+    "Score",
     "Scorer",
     "ScriptedModel",
     "SequenceBucketer",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from penstock.scores import ScorePart
+
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
@@ -85,7 +87,8 @@ class RequestMetrics:
 class RequestOutput:
     """The result of a request so far. `finished`: whether it is complete. `error`: what ended it early, if anything.
 
-    `pooled` is the pooled hidden state of the prompt, where that was requested in place of a completion.
+    In place of a completion, `pooled` is the pooled hidden state of the prompt, or `score_parts` are the scores of its
+    end, where those were requested.
     """
 
     request_id: str
@@ -98,6 +101,7 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
     pooled: Sequence[float] | None = None
+    score_parts: list[ScorePart] = field(default_factory=list)
 
     @property
     def text(self) -> str:

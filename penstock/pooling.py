@@ -7,6 +7,7 @@ other sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from penstock.sampling import SamplingParams
 from penstock.values import bare, refused
@@ -21,6 +22,7 @@ class PoolingParams(SamplingParams):
     `max_tokens` is 0 and `detokenize` False, whatever is passed. Raises `RequestError` naming the invalid value.
     """
 
+    generates: ClassVar[bool] = False
     pooling: str = "mean"
 
     def __post_init__(self) -> None:

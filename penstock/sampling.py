@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from penstock import processors, values
 from penstock.outputs import CompletionOutput
@@ -99,6 +99,7 @@ class SamplingParams(processors.ProcessorParams):
     tokens cannot be EOS, and whether sampling is restricted by more than top-k, top-p and min-p.
     """
 
+    generates: ClassVar[bool] = True  # whether a request with such parameters makes new tokens
     n: int = 1
     best_of: int | None = None
     temperature: float = 1.0

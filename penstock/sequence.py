@@ -9,6 +9,7 @@ enforces the writers that are named next to the fields.
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -16,6 +17,7 @@ from enum import Enum, StrEnum
 from penstock.constraint import Constraint
 from penstock.pooling import PoolingParams
 from penstock.sampling import RequestPriority, SamplingParams
+from penstock.scoring import ScoringParams
 
 
 class Status(Enum):
@@ -63,7 +65,8 @@ class Sequence:
     parent: Sequence | None = field(default=None, repr=False)
     constraint: Constraint | None = field(default=None, repr=False)  # advanced by Scheduler.commit
     prompt_len: int = field(init=False)
-    computes_whole_prompt: bool = field(init=False)  # every position, so that no cached prefix is of use
+    scored: range = field(init=False)  # positions of the tokens whose log probabilities are wanted, at the prompt's end
+    max_cached: int = field(init=False)  # how many of its first tokens may be a cached prefix
 
     # Progress. The same table, with the reasons, is in docs/design.md.
     draft: tuple[int, ...] = ()  # unverified tokens: Scheduler.offer; cleared by commit, plan, preempt and finish
@@ -75,8 +78,15 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)
-        pools_all = isinstance(self.params, PoolingParams) and self.params.pooling == "mean"
-        self.computes_whole_prompt = pools_all or self.params.prompt_logprobs is not None
+        params, begin = self.params, self.prompt_len
+        if isinstance(params, ScoringParams):
+            begin -= params.num_scored
+        elif params.prompt_logprobs is not None:
+            begin = 1  # nothing precedes the first token
+        self.scored = range(begin, self.prompt_len)
+        pools_all = isinstance(params, PoolingParams) and params.pooling == "mean"
+        # A score needs the logits of the token before it.
+        self.max_cached = 0 if pools_all else begin - 1 if self.scored else sys.maxsize
 
     @property
     def length(self) -> int:
@@ -115,6 +125,6 @@ class Sequence:
         return is_idle and self.computed == newest >= self.prompt_len and not self.params.use_beam_search
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether its next tokens need logits at every position, for prompt logprobs."""
-        return self.params.prompt_logprobs is not None and self.computed + 1 < self.prompt_len
+    def is_scoring(self) -> bool:
+        """Whether some of the tokens that are left to compute have a scored token after them."""
+        return bool(self.scored) and self.computed + 1 < self.scored.stop

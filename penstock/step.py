@@ -16,7 +16,10 @@ from typing import NamedTuple
 
 from penstock.constraint import Constraint
 from penstock.sampling import SamplingParams
+from penstock.scores import ScorePart
 from penstock.sequence import FinishReason
+
+NO_POSITIONS = range(0)
 
 
 class Row(NamedTuple):
@@ -24,7 +27,8 @@ class Row(NamedTuple):
 
     Positions from `len(tokens)` on, if any, are `draft` tokens. `samples` says whether the step reaches the newest
     token, so that a token is sampled after position end-1 (and after each draft). K/V of position p is in block
-    `blocks[p // block_size]`, slot `p % block_size`. With `prompt_logprobs`, logits of all positions are needed.
+    `blocks[p // block_size]`, slot `p % block_size`. `scored` are the positions of the tokens whose log probabilities
+    are wanted from this row, each from the logits one position before it: [start, end) holds those.
     `siblings` are rows without tokens of their own, whose first token is sampled from the same logits. The masks of a
     `constraint` are filled while the step runs.
     """
@@ -43,6 +47,7 @@ class Row(NamedTuple):
     draft: tuple[int, ...] = ()
     siblings: tuple[Row, ...] = ()
     constraint: Constraint | None = None
+    scored: range = NO_POSITIONS
 
     @property
     def num_tokens(self) -> int:
@@ -89,9 +94,10 @@ class TokenLogprobs(NamedTuple):
 class RowResult(NamedTuple):
     """What one row produced: accepted tokens in order (none while prefilling), or the error that ends its request.
 
-    `prompt_logprobs[i]` belongs to the prompt token at position start + 1 + i. `candidates` are the best continuations
-    of a beam, best first; a beam samples no token. `siblings` are the results of the row's siblings. `pooled` is the
-    embedding of a prompt that this row completes, float32, as it was pooled.
+    `prompt_logprobs[i]` belongs to the prompt token at position `scored[i]`, and `scores` to all of `scored`: which of
+    the two a row has depends on its parameters. `candidates` are the best continuations of a beam, best first; a beam
+    samples no token. `siblings` are the results of the row's siblings. `pooled` is the embedding of a prompt that this
+    row completes, float32, as it was pooled.
     """
 
     tokens: tuple[int, ...] = ()
@@ -101,6 +107,7 @@ class RowResult(NamedTuple):
     candidates: tuple[TokenLogprobs, ...] = ()
     siblings: tuple[RowResult, ...] = ()
     pooled: array[float] | None = None
+    scores: ScorePart | None = None
 
     @property
     def num_accepted(self) -> int:
@@ -161,6 +168,7 @@ class Event(NamedTuple):
     num_accepted_tokens: int = 0
     pooled: array[float] | None = None
     weight_versions: tuple[int, ...] = ()
+    scores: ScorePart | None = None
 
 
 def record_of(plan: StepPlan, result: StepResult, events: Iterable[Event], seconds: float, waiting: int) -> StepRecord:

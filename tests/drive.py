@@ -16,6 +16,7 @@ from penstock.models.executor import Executor
 from penstock.models.loading import load
 from penstock.sampling import SamplingParams
 from penstock.scheduling.scheduler import Scheduler
+from penstock.scores import ScorePart
 from penstock.sequence import Sequence
 from penstock.step import TokenLogprobs
 
@@ -43,6 +44,7 @@ class Driver:
         num_blocks: int = 1024,
         block_size: int = 4,
         num_host_blocks: int = 0,
+        max_logit_rows: int = 4096,
         **settings: Any,
     ) -> None:
         settings = {"max_sequence_length": None, "max_num_batched_tokens": 4096} | settings
@@ -55,9 +57,10 @@ class Driver:
             enable_prefix_caching=config.enable_kv_cache,
             num_host_blocks=num_host_blocks,
         )
-        self.scheduler = Scheduler(config, self.cache, max_logit_rows=4096)
+        self.scheduler = Scheduler(config, self.cache, max_logit_rows=max_logit_rows)
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.score_parts: dict[int, list[ScorePart]] = {}
         self.guess: Guess | None = None
         self.num_drafted = self.num_accepted = 0
 
@@ -79,6 +82,8 @@ class Driver:
                 self.num_accepted += event.num_accepted_tokens
                 self.logprobs.setdefault(event.seq_id, []).extend(event.logprobs)
                 self.prompt_logprobs.setdefault(event.seq_id, []).extend(event.prompt_logprobs)
+                if event.scores is not None:
+                    self.score_parts.setdefault(event.seq_id, []).append(event.scores)
             self.cache.check(list(self.scheduler.sequences()))
         return [sequence.tokens[sequence.prompt_len :] for sequence in sequences]
 
@@ -92,12 +97,13 @@ class Driver:
 def sequence(number: int, prompt: list[int], params: SamplingParams, **fields: Any) -> Sequence:
     """A sequence as the engine's door would make it, without EOS."""
     assert params.max_tokens is not None
+    new_tokens = params.max_tokens if params.generates else 0
     return Sequence(
         id=number,
         request_id=fields.pop("request_id", f"r{number}"),
         params=params,
         tokens=list(prompt),
-        max_len=len(prompt) + params.max_tokens,
+        max_len=len(prompt) + new_tokens,
         seed=params.seed or 0,
         **fields,
     )

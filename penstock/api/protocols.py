@@ -17,8 +17,10 @@ from penstock.api.weights import SleepLevel, UpdateMode, WeightSource
 from penstock.generation import Params
 from penstock.outputs import Delta, EmbeddingOutput
 from penstock.sampling import RequestPriority, SamplingParams
+from penstock.scores import Score
 
 Callback = Callable[[Delta], Awaitable[None] | None]
+Completion = str | Sequence[int]  # a text without special tokens, or token ids
 
 
 class Engine(Protocol):
@@ -129,13 +131,27 @@ class Embedder(Protocol):
         ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
-    """Returns the log probabilities of given tokens."""
+    """Returns the log probabilities of given completions."""
 
     async def score(
-        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""
-    ) -> list[float]:
-        """The model's log probability of each completion token after the prompt."""
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Completion | Sequence[Completion],
+        *,
+        params: Params = None,
+        logits: bool = False,
+        entropies: bool = False,
+        namespace: str = "",
+        priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None,
+    ) -> list[Score]:
+        """The log probability of each token of a completion after its prompt, for one pair or many.
+
+        With the `params` of a request, also under the distribution that such a request samples from. `logits` and
+        `entropies` request these. Raises `RequestError`, and whatever awaiting a request raises.
+        """
         ...
 
 

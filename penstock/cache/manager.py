@@ -92,11 +92,11 @@ class CacheManager:
 
     def lookup(self, seq: Sequence) -> int:
         """How many tokens `attach` would find for this sequence. Changes nothing."""
-        return len(self._match(seq)) * self.block_size
+        return len(self._prefix.match(seq)) * self.block_size
 
     def fits(self, seq: Sequence, spare: int = 0) -> bool:
         """Whether `attach` and then `reserve` of all its tokens would leave `spare` free blocks. Changes nothing."""
-        hits = [block for block in self._match(seq) if block != ON_HOST]
+        hits = [block for block in self._prefix.match(seq) if block != ON_HOST]
         num_free_hits = sum(self._pool.refs(block) == 0 for block in hits)
         return self._num_blocks(seq.length) - len(hits) + num_free_hits + spare <= self._pool.num_free
 
@@ -109,10 +109,10 @@ class CacheManager:
         """Give a sequence without blocks, which `fits`, every block that it can share or have read back.
 
         Returns the number of tokens whose K/V are in them. At least the newest token is left to compute, because its
-        logits are needed; with prompt logprobs or a mean of hidden states, all are.
+        logits are needed, and whatever comes after the sequence's `max_cached` tokens.
         """
         assert not seq.blocks
-        hits = self._match(seq)
+        hits = self._prefix.match(seq)
         chain = self._prefix.chains.of(seq)[: len(hits) + 1]
         seq.blocks.extend(self._prefix.take(chain[1:], hits))
         computed = max(len(hits) * self.block_size, self._share_tail(seq, len(hits)))
@@ -247,15 +247,12 @@ class CacheManager:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _match(self, seq: Sequence) -> list[int]:
-        return [] if seq.computes_whole_prompt else self._prefix.match(seq)
-
     def _share_tail(self, seq: Sequence, num_hits: int) -> int:
         """Share what a live parent has settled of this prompt beyond the full blocks of the match."""
         parent = seq.parent
-        if parent is None or seq.computes_whole_prompt or not self._same_root(parent, seq):
+        if parent is None or not self._same_root(parent, seq):
             return 0
-        limit = min(parent.computed, seq.prompt_len, seq.length - 1)
+        limit = min(parent.computed, seq.prompt_len, seq.length - 1, seq.max_cached)
         if limit <= num_hits * self.block_size or seq.tokens[:limit] != parent.tokens[:limit]:
             return 0
         self._take_shares(seq, parent.blocks[num_hits : self._num_blocks(limit)])

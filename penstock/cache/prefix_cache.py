@@ -41,7 +41,7 @@ class PrefixCache:
     def match(self, seq: Sequence) -> list[int]:
         """The blocks of the longest prefix that is worth sharing; ON_HOST for each that has to be read back."""
         chain, hits = self.chains.of(seq), list[int]()
-        for i in range((seq.length - 1) // self._block_size):
+        for i in range(min(seq.length - 1, seq.max_cached) // self._block_size):
             self.chains.extend(chain, seq, i + 1)
             block = self._index.get(chain[i + 1])
             if block is None and chain[i + 1] not in self._tier:

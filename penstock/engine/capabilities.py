@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from penstock.api.prompt import Prompt, read_prompt
-from penstock.api.protocols import Engine
+from penstock.api.prompt import Prompt, PromptInput, read_prompt
+from penstock.api.protocols import Completion, Engine
 from penstock.api.waiting import result_of
 from penstock.engine.assembly import Parts
+from penstock.engine.requests.batch import BatchOptions
 from penstock.engine.requests.embedding import Embedding, embed
-from penstock.engine.requests.scoring import score
+from penstock.engine.requests.scoring import Wishes, read_pairs, score
 from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids
+from penstock.generation import Params
 from penstock.outputs import EmbeddingOutput
 from penstock.sampling import RequestPriority
+from penstock.scores import Score
 from penstock.values import token_ids
 
 
@@ -31,13 +34,35 @@ class Capabilities:
     """Methods of `InferenceEngine`."""
 
     async def score(
-        self: Engine, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, namespace: str = ""
-    ) -> list[float]:
-        """The model's log probability of each completion token after the prompt, batched with other requests.
+        self: _Loading,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Completion | Sequence[Completion],
+        *,
+        params: Params = None,
+        logits: bool = False,
+        entropies: bool = False,
+        namespace: str = "",
+        priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None,
+    ) -> list[Score]:
+        """The log probability of each token of a completion (a string or ids) after its prompt, for one pair or many.
 
-        Both arguments are token ids, at least one each. Raises `RequestError`, and whatever awaiting a request raises.
+        Runs in the same steps as generation, computes no logits for the prompt, and finds its K/V in the cache. A
+        completion's text is encoded by itself, without special tokens. A pair may be as long as the model allows. With
+        the `params` of a request, `Score.tempered` has the log probabilities under what such a request samples from.
+        `logits` and `entropies` request these. `deadline` is in seconds from now, effective once the model is loaded.
+        Pairs beyond the size of the queue wait for the earlier ones. Raises `RequestError` (for an empty completion
+        too), and whatever awaiting a request raises: the first error, after which nothing runs on.
         """
-        return await score(self, prompt_ids, completion_ids, namespace)
+        pairs, wishes = read_pairs(prompts, completions), Wishes(params, logits, entropies)
+        options = BatchOptions(namespace, priority, deadline)
+        wishes.scoring_params(1)  # refuses what cannot be applied before the model is loaded
+
+        async def encode(prompt: PromptInput, add_special_tokens: bool) -> list[int]:
+            pool = (await self._loaded_soon()).pool
+            return await result_of(pool.submit(encode_ids, prompt, add_special_tokens))
+
+        return await score(self, pairs, wishes, options, encode)
 
     async def embed(
         self: _Loading,
@@ -57,7 +82,7 @@ class Capabilities:
         the length of the vector. `deadline` is in seconds from now, effective once the model is loaded. Prompts beyond
         the size of the queue wait for the earlier ones. Raises `RequestError`, and whatever awaiting a request raises.
         """
-        embedding = Embedding(pooling, dimensions, normalize, namespace, priority, deadline)
+        embedding = Embedding(pooling, dimensions, normalize, BatchOptions(namespace, priority, deadline))
         embedding.check_size((await self._loaded_soon()).runner.spec.hidden_size)
         return await embed(self, prompts, embedding)
 

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 from penstock.api.blocking import run
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Message, Prompt, as_batch
+from penstock.api.protocols import Completion
 from penstock.api.stats import EngineStats
 from penstock.api.weights import SleepLevel, UpdateMode, WeightSource
 from penstock.config import EngineSettings
@@ -22,6 +23,7 @@ from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
 from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.sampling import SamplingParams
+from penstock.scores import Score
 from penstock.values import items
 
 _DEFAULTS: EngineSettings = {
@@ -143,6 +145,18 @@ class LLM:
     def wake(self) -> None:
         """`InferenceEngine.wake`; blocks until requests are served again."""
         run(self.engine.wake())
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Completion | Sequence[Completion],
+        *,
+        params: Params = None,
+        logits: bool = False,
+        entropies: bool = False,
+    ) -> list[Score]:
+        """`InferenceEngine.score`, which see; blocks until all completions are scored."""
+        return run(self.engine.score(prompts, completions, params=params, logits=logits, entropies=entropies))
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""

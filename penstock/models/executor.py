@@ -25,12 +25,13 @@ from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.beam_sampler import BeamSampler
 from penstock.models.borrow import Borrowed
 from penstock.models.checks import probe, vocab_size
-from penstock.models.layout import StepLayout, scores_prompt
+from penstock.models.layout import StepLayout
 from penstock.models.memory import free_bytes, host_free_bytes, memory_usage, resident_bytes, trim_memory
 from penstock.models.pooling import HiddenStates, Pooler
 from penstock.models.preparation import PreparedModel
 from penstock.models.protocol import ModelChanged, ModelSpec
 from penstock.models.sampler import Sampler
+from penstock.models.scoring import RowScorer
 from penstock.models.updates import named_weights, read_source, write
 from penstock.optimizers.speculation.verification import positions, verified
 from penstock.pooling import PoolingParams
@@ -73,6 +74,8 @@ class Executor:
         summarize = model.backend.summarize_logits
         kernels = summarize, model.backend.argmax_allowed
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, *kernels)
+        # The scheduler leaves the other half to the logits that are scored.
+        self._scorer = RowScorer(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes // 2, *kernels)
         self._pooler = Pooler()
         self._beam_sampler = BeamSampler(spec.eos_token_ids, logits_chunk_bytes, summarize)
 
@@ -145,6 +148,7 @@ class Executor:
     def forget(self, seq_id: int) -> None:
         """Drop the state of a sequence that ended."""
         self._sampler.forget(seq_id)
+        self._scorer.forget(seq_id)
         self._pooler.forget(seq_id)
 
     def close(self) -> None:
@@ -265,15 +269,15 @@ class Executor:
         self._module, self._layers = view, probed.layers
 
     def _results(self, output: ForwardOutput, masks: Masks | None) -> tuple[RowResult, ...]:
-        """Split the logits by row: prompt logprobs where requested, and draws for each row that samples."""
+        """Split the logits by row: scores of its scored range, and draws for each row that samples."""
         rows, logits = output.plan.rows, output.logits
         scores: dict[int, RowResult] = {}
         samplers: list[int] = []
         newest: list[int] = []  # index of each sampler's last logits
         begin = 0
         for i, (row, count) in enumerate(zip(rows, output.num_logits, strict=True)):
-            if count and scores_prompt(row):
-                scores[i] = self._sampler.prompt_logprobs(logits[begin : begin + count], row)
+            if row.scored:
+                scores[i] = self._scorer.score(logits[begin : begin + len(row.scored)], row)
             begin += count
             if row.samples:
                 samplers.append(i)

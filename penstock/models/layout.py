@@ -19,7 +19,8 @@ class StepLayout:
     """Index tensors of one step, on the model's device; T tokens, row after row.
 
     `input_ids` and `positions` are int64 [T]; `write_slots` int64 [T] says where each token's K/V goes. Logits are
-    needed after the tokens at `logit_indices`, int64 [L], of which `num_logits[i]` belong to row i.
+    needed after the tokens at `logit_indices`, int64 [L], of which `num_logits[i]` belong to row i: those in front of
+    its scored tokens, then those that it draws from.
     """
 
     rows: tuple[Row, ...]
@@ -41,8 +42,11 @@ class StepLayout:
                 ids += row.draft[max(0, row.start - len(row.tokens)) : row.end - len(row.tokens)]
             slots.append(slots_of(row, row.start, block_size))
             positions.append(np.arange(row.start, row.end))
-            count = num_logits_of(row)
-            num_logits.append(count)
+            if row.scored:
+                first = len(ids) - row.end + row.scored.start - 1  # the logits before the first scored token
+                logit_indices.append(np.arange(first, first + len(row.scored)))
+            count = num_draws_of(row)
+            num_logits.append(len(row.scored) + count)
             logit_indices.append(np.arange(len(ids) - count, len(ids)))
         return cls(
             rows,
@@ -68,13 +72,6 @@ def on_device(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
-def num_logits_of(row: Row) -> int:
-    """After how many of its tokens a row needs logits: all if its prompt is scored, else the newest and each draft."""
-    if scores_prompt(row):
-        return row.end - row.start
+def num_draws_of(row: Row) -> int:
+    """After how many of its last tokens a row draws the next one: after the newest and each draft, if it samples."""
     return 1 + len(row.draft) if row.samples else 0
-
-
-def scores_prompt(row: Row) -> bool:
-    """Whether the row has prompt tokens whose logprobs the request asks for."""
-    return row.params.prompt_logprobs is not None and row.start + 1 < row.prompt_len

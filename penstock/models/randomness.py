@@ -50,8 +50,13 @@ def draw_from_candidates(ids: Tensor, weights: Tensor, uniforms: Tensor) -> tupl
     ids int64 [R, W]; weights float64 [R, W], 0 for what must not be drawn. Returns tokens int64 [R] and the weights'
     sums float64 [R]. Candidates of weight 0 change nothing, so neither does their number.
     """
-    ids, order = ids.sort(-1)
-    cumulative = weights.gather(1, order).cumsum(-1)
+    ids, cumulative = in_vocabulary_order(ids, weights)
     total = cumulative[:, -1]
     index, _ = locate(cumulative, uniforms * total)
     return ids.gather(1, index[:, None])[:, 0], total
+
+
+def in_vocabulary_order(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's candidates [R, W] sorted by id, and the running sum of their weights float64 [R, W] in that order."""
+    ids, order = ids.sort(-1)
+    return ids, weights.gather(1, order).cumsum(-1)

@@ -18,6 +18,8 @@ from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
 from penstock.models.protocol import ModelSpec
 from penstock.pooling import PoolingParams
+from penstock.scores import FloatArray, Score, ScorePart
+from penstock.scoring import ScoringParams
 from penstock.step import Row, RowResult, StepPlan, StepResult, TokenLogprobs
 
 # A fixed list of output tokens, repeated as needed, or (all tokens so far, sample index) -> next token.
@@ -136,10 +138,26 @@ class ScriptedModel:
     def _result(self, row: Row, masks: Masks | None) -> RowResult:
         if isinstance(row.params, PoolingParams):
             return self._pooled(row, row.params.pooling)
-        if row.params.prompt_logprobs is None:
+        if not row.scored:
             return self._sample(row, masks)
-        prompt = row.tokens[row.start + 1 : min(row.end + 1, row.prompt_len)]
+        if isinstance(row.params, ScoringParams):
+            return self._scored(row, row.params)
+        prompt = row.tokens[row.scored.start : row.scored.stop]
         return self._sample(row, masks)._replace(prompt_logprobs=tuple(map(_certain, prompt)))
+
+    def _scored(self, row: Row, params: ScoringParams) -> RowResult:
+        import numpy as np  # not imported with the package, because that takes long
+
+        zeros, count = np.zeros, len(row.scored)
+        tempered, entropies = (
+            zeros(count, np.float32) if wanted else None for wanted in (params.tempers, params.wants_entropies)
+        )
+        logits: FloatArray = None
+        if params.wants_logits:
+            logits = np.full((count, self.spec.vocab_size), -np.float32(np.inf))
+            logits[range(count), row.tokens[row.scored.start : row.scored.stop]] = 0.0
+        begin = row.scored.start - (row.prompt_len - params.num_scored)
+        return RowResult(scores=ScorePart(begin, Score(zeros(count, np.float32), tempered, logits, entropies)))
 
     def _pooled(self, row: Row, pooling: str) -> RowResult:
         if row.end < row.prompt_len:

@@ -132,6 +132,12 @@ class Vocabulary:
             total = (self.weights() if weights is None else weights).total
         return self.peak.double() + total.log()
 
+    def entropy(self) -> Tensor:
+        """The entropy of the distribution that softmax makes of each row, in nats, float64 [R]."""
+        weights = self.weights()
+        terms: Tensor = torch.special.entr(weights.values).sum(-1).sum(-1, dtype=torch.float64)
+        return weights.total.log() + terms / weights.total
+
     def num_above(self, logits: Tensor) -> Tensor:
         """How many of the row's logits are strictly greater than `logits` [R], int64 [R]."""
         above = torch.empty_like(self.chunks)

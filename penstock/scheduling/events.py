@@ -29,13 +29,14 @@ class EventBuilder:
     ) -> Event | None:
         """The event of a row of which `count` tokens were accepted; None if there is nothing to report."""
         scores = self._unreported(row, out.prompt_logprobs) if out.prompt_logprobs else ()
-        if not count and not scores and reason is None:
+        if not count and not scores and out.scores is None and reason is None:
             return None
         if reason is not None:
             self._num_scored.pop(row.seq_id, None)
         num_cached = self._num_cached.pop(row.seq_id, 0)
         tokens, logprobs = out.tokens[:count], out.logprobs[:count]
-        event = Event(row.seq_id, tokens, logprobs, scores, reason, stop, None, num_cached, version, pooled=out.pooled)
+        fixed = (row.seq_id, tokens, logprobs, scores, reason, stop, None, num_cached, version)
+        event = Event(*fixed, pooled=out.pooled, scores=out.scores)
         if not row.draft:
             return event
         return event._replace(num_drafted_tokens=len(row.draft), num_accepted_tokens=min(count, out.num_accepted))

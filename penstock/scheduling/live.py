@@ -270,4 +270,4 @@ class LiveSequences:
 def _shares_first_sample(parent: Sequence, seq: Sequence) -> bool:
     """Whether both take their first sample after the same prompt. A sequence with prompt logprobs runs by itself."""
     is_sibling = parent.request_id == seq.request_id and not parent.num_generated
-    return is_sibling and seq.params.prompt_logprobs is None and parent.tokens == seq.tokens
+    return is_sibling and not seq.scored and parent.tokens == seq.tokens

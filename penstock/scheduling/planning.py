@@ -9,28 +9,29 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from penstock.cache.manager import CacheManager
-from penstock.pooling import PoolingParams
 from penstock.scheduling.events import EventBuilder
 from penstock.scheduling.limits import StepLimits
 from penstock.scheduling.live import LiveSequences
 from penstock.scheduling.packing import Packing
 from penstock.scheduling.searches import Searches
 from penstock.sequence import Sequence, Status
-from penstock.step import Row
+from penstock.step import NO_POSITIONS, Row
 
 
 class Budget:
     """What is left of a step. `reserved` holds back one token with its logits for each decoding sequence yet to come.
 
-    A logit row is a position whose logits are computed.
+    A logit row is a position whose logits are computed. Scores take half of them at most, which leaves the memory of
+    the other half to the temporary tensors of scoring.
     """
 
-    __slots__ = ("logit_rows", "reserved", "rows", "tokens")
+    __slots__ = ("logit_rows", "reserved", "rows", "scored_rows", "tokens")
 
     def __init__(self, tokens: int, rows: int, logit_rows: int | None, num_decoding: int) -> None:
         self.tokens = tokens
         self.rows = rows
         self.logit_rows = tokens if logit_rows is None else logit_rows
+        self.scored_rows = max(1, self.logit_rows // 2)
         self.reserved = min(num_decoding, self.tokens, self.rows, self.logit_rows)
 
     def is_open(self, num_leaving: int = 0) -> bool:
@@ -52,22 +53,24 @@ class Budget:
         self.logit_rows -= 1
         return True
 
-    def grant(self, num_todo: int, num_draft: int, all_logits: bool) -> int:
-        """How many of `num_todo` tokens (the last `num_draft` of them drafts) a row gets; 0 for none.
+    def grant(self, num_todo: int, num_without_logits: int, scores: bool = False) -> int:
+        """How many of `num_todo` tokens a row gets; 0 for none. Those after the first `num_without_logits` need logits.
 
-        A row needs logits of the newest token and of each draft, or, with `all_logits`, of every token.
+        `scores` says whether these are for scores.
         """
         if not self.rows:
             return 0
         logit_rows = self.logit_rows - self.reserved
-        num_within_logits = logit_rows if all_logits else num_todo - num_draft - 1 + logit_rows
-        return max(0, min(num_todo, self.tokens - self.reserved, num_within_logits))
+        if scores:
+            logit_rows = min(logit_rows, self.scored_rows)
+        return max(0, min(num_todo, self.tokens - self.reserved, num_without_logits + logit_rows))
 
-    def spend(self, tokens: int, logit_rows: int) -> None:
-        """Take one planned row off."""
+    def spend(self, tokens: int, logit_rows: int, scored_rows: int = 0) -> None:
+        """Take one planned row off; `scored_rows` of its logit rows are for scores."""
         self.tokens -= tokens
         self.rows -= 1
         self.logit_rows -= logit_rows
+        self.scored_rows -= scored_rows
 
 
 class StepPlanner:
@@ -211,8 +214,8 @@ class StepPlanner:
 
     def _extend(self, seq: Sequence) -> None:
         """Plan as many tokens of a running sequence as the budget allows; for want of blocks, preempt the worst."""
-        live = self._live
-        while num_tokens := self._budget.grant(seq.todo, len(seq.draft), seq.scores_prompt):
+        live, scores = self._live, seq.is_scoring
+        while num_tokens := self._budget.grant(seq.todo, _num_without_logits(seq, scores), scores):
             if self._cache.reserve(seq, seq.computed + num_tokens):
                 self._add_row(seq, num_tokens)
                 return
@@ -229,12 +232,13 @@ class StepPlanner:
         """Add a row with the next tokens of a sequence whose blocks are reserved, and with its waiting siblings."""
         start, length = seq.computed, len(seq.tokens)
         end = start + num_tokens
-        self._budget.spend(num_tokens, num_tokens if seq.scores_prompt else max(0, end - length + 1))
         draft = seq.draft[: end - length] if end > length else ()
-        samples = end >= length and not isinstance(seq.params, PoolingParams)
+        samples = end >= length and seq.params.generates
+        scored = range(max(seq.scored.start, start + 1), min(seq.scored.stop, end + 1)) if seq.scored else NO_POSITIONS
+        self._budget.spend(num_tokens, len(scored) + (end - length + 1 if samples else 0), len(scored))
         siblings = self._live.siblings_of(seq) if samples else ()
         sibling_rows = tuple(_row(sibling, end, end, True) for sibling in siblings)
-        self.rows.append(_row(seq, start, end, samples, draft, sibling_rows))
+        self.rows.append(_row(seq, start, end, samples, draft, sibling_rows, scored))
         self.is_constrained |= seq.constraint is not None
         self._cache.seal(seq, min(end, length))
         seq.in_flight = num_tokens
@@ -246,8 +250,21 @@ class StepPlanner:
         self._live.preempt(victim, for_blocks=for_blocks)
 
 
+def _num_without_logits(seq: Sequence, scores: bool) -> int:
+    """How many of the next tokens come before the first one whose logits are needed."""
+    if scores:
+        return max(0, seq.scored.start - 1 - seq.computed)
+    return seq.todo - len(seq.draft) - 1
+
+
 def _row(
-    seq: Sequence, start: int, end: int, samples: bool, draft: tuple[int, ...] = (), siblings: tuple[Row, ...] = ()
+    seq: Sequence,
+    start: int,
+    end: int,
+    samples: bool,
+    draft: tuple[int, ...] = (),
+    siblings: tuple[Row, ...] = (),
+    scored: range = NO_POSITIONS,
 ) -> Row:
     fixed = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
-    return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *fixed, draft, siblings, seq.constraint)
+    return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *fixed, draft, siblings, seq.constraint, scored)

@@ -31,6 +31,7 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
         "sampling",
         "pooling",
         "scores",
+        "scoring",
         "processors",
         "structured_outputs",
         "values",

@@ -34,7 +34,7 @@ WRITERS: dict[str, dict[str, set[str]]] = {
 FIXED_AT_BIRTH = (
     *("id", "request_id", "params", "max_len", "stop_ids", "seed", "sample_index", "priority"),
     *("arrival", "deadline", "ttft_deadline", "namespace", "parent", "constraint", "prompt_len"),
-    "computes_whole_prompt",
+    *("scored", "max_cached"),
 )
 WRITERS |= {name: {CONSTRUCTOR: {"__post_init__"}} for name in FIXED_AT_BIRTH}
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from penstock import InferenceEngine, RequestError, SamplingParams
-from tests.drive import greedy_by_transformers, logprobs_by_transformers, prompts
+from penstock import InferenceEngine, SamplingParams
+from tests.drive import greedy_by_transformers, prompts
 from tests.tiny_models import VOCAB, build
 
 PROMPTS = prompts(24, 200, VOCAB, seed=1)
@@ -23,16 +23,6 @@ async def test_concurrent_callers_get_what_each_would_get_alone(name: str) -> No
         assert engine.get_stats()["queue"]["num_preemptions"] > 0
     expected = [greedy_by_transformers(model, prompt, 30) for prompt in PROMPTS]
     assert [output.generated_ids for output in outputs] == expected
-
-
-async def test_scores_are_those_of_a_plain_forward_pass() -> None:
-    model, texts = build("qwen2"), [prompt for prompt in PROMPTS if len(prompt) > 5][:3]
-    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
-        results = await asyncio.gather(*(engine.score(text[:5], text[5:]) for text in texts))
-        with pytest.raises(RequestError, match="at least one"):
-            await engine.score([], [1])
-    for text, scores in zip(texts, results, strict=True):
-        assert scores == pytest.approx(logprobs_by_transformers(model, text[:5], text[5:]), abs=1e-4)
 
 
 async def test_scoring_a_prompt_gives_the_same_cold_and_chunked() -> None:

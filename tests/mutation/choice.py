@@ -19,7 +19,8 @@ PACKAGES: Mapping[str, Sequence[str]] = {
     "engine": ("penstock/engine/**/*.py", "penstock/api/*.py", "penstock/facades/*.py"),
     "speculation": ("penstock/optimizers/speculation/*.py",),
     "sampler": tuple(
-        f"penstock/models/{name}.py" for name in ("sampler", "rules", "filters", "vocabulary", "randomness")
+        f"penstock/models/{name}.py"
+        for name in ("sampler", "choice", "scoring", "rules", "filters", "vocabulary", "randomness")
     ),
 }
 

@@ -19,6 +19,8 @@ from penstock.optimizers.beam_search import BeamSearch
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.scheduler import Scheduler
 from penstock.scheduling.searches import Beams
+from penstock.scores import Score, ScorePart
+from penstock.scoring import ScoringParams
 from penstock.sequence import FinishReason, Sequence, Status
 from penstock.step import Event, Row, RowResult, StepPlan, StepResult, TokenLogprobs
 from tests.unit.scheduling.slots import Slots
@@ -118,6 +120,27 @@ class Model(RuleBasedStateMachine):
             )
             first = first or seq
             self.add_one(seq)
+
+    @rule(
+        start=starts,
+        suffix=tokens_of,
+        num_scored=st.integers(1, 24),
+        namespace=st.sampled_from(["", "tenant"]),
+        priority=st.sampled_from(RequestPriority),
+        deadline=st.sampled_from([math.inf, math.inf, 3.0, 20.0]),
+    )
+    def score(
+        self,
+        start: list[int],
+        suffix: list[int],
+        num_scored: int,
+        namespace: str,
+        priority: RequestPriority,
+        deadline: float,
+    ) -> None:
+        params = ScoringParams(num_scored=min(num_scored, len(start) + len(suffix)))
+        fields = {"request_id": str(self.next_id), "namespace": namespace, "priority": priority, "arrival": self.now}
+        self.add_one(self.sequence([2, *start, *suffix], params, 0, deadline=self.now + deadline, **fields))
 
     def add_one(self, seq: Sequence) -> None:
         try:
@@ -260,11 +283,12 @@ class Model(RuleBasedStateMachine):
         for row in plan.rows:
             assert row.num_tokens > 0
             assert row.end <= self.born[row.seq_id].max_len
-            assert row.samples == (row.end >= len(row.tokens))
+            assert row.samples == (row.end >= len(row.tokens) and row.params.generates)
+            scored = self.born[row.seq_id].scored
+            assert [*row.scored] == [p for p in scored if row.start < p <= row.end]
             assert row.end == len(row.tokens) + len(row.draft) or (not row.draft and row.end <= len(row.tokens))
             assert not row.draft or not (row.siblings or row.params.use_beam_search)
-            scoring = row.params.prompt_logprobs is not None and row.start + 1 < row.prompt_len
-            logit_rows += row.num_tokens if scoring else row.samples * (1 + len(row.draft))
+            logit_rows += len(row.scored) + row.samples * (1 + len(row.draft))
         assert self.logit_rows is None or logit_rows <= self.logit_rows
 
     def check_decodes(self, plan: StepPlan, decoding: list[Sequence]) -> None:
@@ -319,8 +343,10 @@ class Model(RuleBasedStateMachine):
         siblings = tuple(self.result_of(sibling, choose) for sibling in row.siblings)
         if choose([False] * 19 + [True]):
             return RowResult(error=RuntimeError("a logits processor raised"), siblings=siblings)
-        last = min(row.end, row.prompt_len - 1) if row.params.prompt_logprobs is not None else 0
-        scores = tuple(TokenLogprobs(p + 1, 0.0, 0.0) for p in range(row.start, last))
+        if isinstance(row.params, ScoringParams):
+            begin = row.scored.start - self.born[row.seq_id].scored.start
+            return RowResult(scores=ScorePart(begin, Score([*row.scored])) if row.scored else None)
+        scores = tuple(TokenLogprobs(position, 0.0, 0.0) for position in row.scored)
         if not row.samples:
             return RowResult(prompt_logprobs=scores)
         if row.params.use_beam_search:
@@ -399,7 +425,10 @@ class Model(RuleBasedStateMachine):
     def take(self, events: list[Event]) -> None:
         for event in events:
             assert event.seq_id not in self.ended, "news after the terminal event"
-            assert event.reason or event.tokens or event.prompt_logprobs
+            assert event.reason or event.tokens or event.prompt_logprobs or event.scores
+            if event.scores is not None:
+                del self.scored[event.seq_id][event.scores.begin :]
+                self.scored[event.seq_id] += event.scores.score.logprobs
             self.reported[event.seq_id] += event.tokens
             self.scored[event.seq_id] += [score.token for score in event.prompt_logprobs]
             if event.reason is not None:
@@ -415,7 +444,9 @@ class Model(RuleBasedStateMachine):
         reported = self.reported[seq.id]
         assert reported == output or (seq.id in self.beams and not reported), "a beam tells all or nothing"
         assert seq.length <= seq.max_len
-        assert self.scored[seq.id] == list(range(1, len(self.scored[seq.id]) + 1))
+        assert self.scored[seq.id] == [*seq.scored][: len(self.scored[seq.id])]
+        if not seq.params.generates and seq.computed == seq.length:
+            assert len(self.scored[seq.id]) == len(seq.scored)
         if seq.reason is FinishReason.LENGTH:
             assert seq.length == seq.max_len
             assert seq.params.prompt_logprobs is None or len(self.scored[seq.id]) == seq.prompt_len - 1
@@ -468,6 +499,15 @@ def burst(model: Model, rng: random.Random) -> None:
             deadline=rng.choice([math.inf] * 5 + [5.0]),
             ttft=rng.choice([math.inf] * 9 + [2.0]),
             prompt_logprobs=rng.choice([None] * 5 + [0]),
+        )
+    for _ in range(rng.randint(0, 2)):
+        model.score(
+            start=rng.choice([[], [0] * 8, [0, 1, 2] * 5]),
+            suffix=[rng.randrange(3) for _ in range(rng.randint(1, 12))],
+            num_scored=rng.randint(1, 20),
+            namespace=rng.choice(["", "", "tenant"]),
+            priority=rng.choice(list(RequestPriority)),
+            deadline=rng.choice([math.inf] * 5 + [5.0]),
         )
     for _ in range(rng.randint(0, 2)):
         model.add_beams(

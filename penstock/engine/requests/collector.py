@@ -17,6 +17,7 @@ from penstock.engine.requests.ranking import likelihood, scores_of
 from penstock.engine.text.stream import Text, TextDelta
 from penstock.outputs import Logprob, RequestMetrics, RequestOutput
 from penstock.sampling import SamplingParams
+from penstock.scores import ScorePart
 from penstock.sequence import FinishReason
 from penstock.step import Event, TokenLogprobs
 
@@ -53,6 +54,7 @@ class Collector:
         self._prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
         self._num_cached_tokens = 0
         self._pooled: array[float] | None = None
+        self._score_parts: list[ScorePart] = []
         self.streams = not params.is_ranked
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None]
@@ -70,7 +72,7 @@ class Collector:
     def push(self, index: int, event: Event) -> SequenceOf[Transcript]:
         """Process one event. Returns the transcripts it extended; a stop string in the text may have ended them."""
         text, transcripts = self._completions[index]
-        if index == 0 and (event.num_cached_tokens or event.prompt_logprobs or event.pooled):
+        if index == 0 and (event.num_cached_tokens or event.prompt_logprobs or event.pooled or event.scores):
             self._record_prompt(event)
         new_text, stop, count = text.push(event.tokens if event.stop_token is None else self._visible(event))
         tokens, entries = event.tokens, event.logprobs
@@ -134,6 +136,7 @@ class Collector:
             num_cached_tokens=self._num_cached_tokens,
             metrics=metrics,
             pooled=self._pooled,
+            score_parts=self._score_parts,
         )
 
     def mark_stale(self, index: int | None) -> None:
@@ -165,6 +168,10 @@ class Collector:
     def _record_prompt(self, event: Event) -> None:
         self._num_cached_tokens += event.num_cached_tokens
         self._pooled = event.pooled
+        if event.scores is not None:
+            if event.scores.begin == 0:
+                self._score_parts = []
+            self._score_parts.append(event.scores)
         if event.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs += map(self._by_token, event.prompt_logprobs)
 

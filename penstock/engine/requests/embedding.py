@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt, as_batch
 from penstock.api.protocols import Engine
-from penstock.errors import EngineOverloaded, ExecutionError, RequestError
+from penstock.engine.requests.batch import Batch, BatchOptions
+from penstock.errors import ExecutionError, RequestError
 from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.pooling import PoolingParams
-from penstock.sampling import RequestPriority
-from penstock.values import flag, integer, real
+from penstock.values import flag, integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +25,13 @@ class Embedding:
     pooling: str
     dimensions: int | None
     normalize: bool
-    namespace: str
-    priority: RequestPriority
-    deadline: float | None
+    options: BatchOptions
     params: PoolingParams = field(init=False)
 
     def __post_init__(self) -> None:
         if self.dimensions is not None:
             object.__setattr__(self, "dimensions", integer("dimensions", self.dimensions, 1, rule="an integer >= 1"))
         object.__setattr__(self, "normalize", flag("normalize", self.normalize))
-        if self.deadline is not None:
-            deadline = real("deadline", self.deadline, -math.inf, math.inf, "seconds from now")
-            object.__setattr__(self, "deadline", deadline)
         object.__setattr__(self, "params", PoolingParams(pooling=self.pooling))
 
     def check_size(self, hidden_size: int) -> None:
@@ -60,37 +53,10 @@ class Embedding:
 
 
 async def embed(engine: Engine, prompts: Prompt | Sequence[Prompt], embedding: Embedding) -> list[EmbeddingOutput]:
-    """`InferenceEngine.embed`. A batch that is longer than the queue waits for its own earlier prompts.
-
-    Raises the first error, after which nothing runs on.
-    """
-    handles: list[RequestHandle] = []
-    begin = time.monotonic()
-    try:
+    """`InferenceEngine.embed`. Raises the first error, after which nothing runs on."""
+    with Batch(engine, embedding.options) as batch:
         for prompt in as_batch(prompts):
-            handles.append(await _submitted(engine, prompt, embedding, begin, handles))
-        return [embedding.output(await handle) for handle in handles]
-    finally:
-        for handle in handles:
-            handle.cancel()
-
-
-async def _submitted(
-    engine: Engine, prompt: Prompt, embedding: Embedding, begin: float, earlier: Sequence[RequestHandle]
-) -> RequestHandle:
-    # The warning for a bare string, which a model for chats rarely continues as meant, does not apply.
-    given = {"prompt": prompt} if isinstance(prompt, str) and prompt else prompt
-    deadline = embedding.deadline
-    for running in (*(handle for handle in earlier if not handle.done()), None):
-        try:
-            return engine.generate(
-                *(given, embedding.params),
-                namespace=embedding.namespace,
-                priority=embedding.priority,
-                deadline=None if deadline is None else deadline - (time.monotonic() - begin),
-            )
-        except EngineOverloaded:
-            if running is None:
-                raise
-            await running
-    raise AssertionError("the loop ends with None")
+            # The warning for a bare string, which a model for chats rarely continues as meant, does not apply.
+            given = {"prompt": prompt} if isinstance(prompt, str) and prompt else prompt
+            await batch.submit(given, embedding.params)
+        return [embedding.output(await handle) for handle in batch.handles]

@@ -34,9 +34,9 @@ from penstock.generation import GenerationConfig, Params, default_params
 from penstock.models.protocol import ModelSpec
 from penstock.optimizers.beam_search import BeamSearch
 from penstock.optimizers.tuning.tuner import ceilings
-from penstock.pooling import PoolingParams
 from penstock.sampling import SamplingParams, resolved, without_prompt_logprobs
 from penstock.scheduling.admission import Admission
+from penstock.scoring import ScoringParams
 from penstock.sequence import Sequence
 
 # Number of tokens before a fork whose text may depend on later tokens: more than any character has.
@@ -162,13 +162,17 @@ class InputProcessor:
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
         """The parameters with a definite `max_tokens` that fits."""
         room = self.limit - prompt_len
-        if room < (0 if isinstance(params, PoolingParams) else 1):
+        if room < (0 if isinstance(params, SamplingParams) and not params.generates else 1):
+            subject = "the prompt has" if not isinstance(params, ScoringParams) else "prompt and completion have"
             raise RequestTooLarge(
-                f"the prompt has {prompt_len} tokens and the limit is {self.limit} for prompt and output together: "
+                f"{subject} {prompt_len} tokens and the limit is {self.limit} for prompt and output together: "
                 "shorten the prompt"
             ).with_hint(self._remedy)
         if params is None:
             params = default_params(self._spec.defaults, self._config.default_max_tokens, prompt_len)
+            max_tokens = min(room, params.max_tokens or room)
+        elif isinstance(params, ScoringParams):
+            room += params.num_scored  # which a request with these parameters could have generated
             max_tokens = min(room, params.max_tokens or room)
         else:
             if isinstance(params, GenerationConfig):
@@ -232,7 +236,7 @@ class InputProcessor:
                 if first_sequence is None
                 else without_prompt_logprobs(params),  # the prompt is scored once
                 tokens=list(ids),
-                max_len=len(ids) + params.max_tokens,
+                max_len=len(ids) + params.max_tokens if params.generates else len(ids),
                 stop_ids=eos | stops | frozenset(params.stop_token_ids or ()),
                 seed=request.seed if params.seed is None else params.seed,
                 sample_index=next(request.sample_indices),

@@ -6,7 +6,7 @@ from array import array
 
 import torch
 
-from penstock.models.layout import StepLayout, num_logits_of
+from penstock.models.layout import StepLayout, num_draws_of
 from penstock.sampling import SamplingParams
 from penstock.step import Row
 
@@ -31,12 +31,20 @@ def test_tokens_positions_and_slots_follow_the_block_table() -> None:
 def test_logits_are_needed_after_the_newest_token_only() -> None:
     chunk, final_chunk = row([1, 2, 3, 4, 5, 6], 0, 3, [0, 1]), row([1, 2, 3], 0, 3, [2])
     assert layout(chunk, final_chunk).logit_indices.tolist() == [5]
-    assert (num_logits_of(chunk), num_logits_of(final_chunk)) == (0, 1)
+    assert (num_draws_of(chunk), num_draws_of(final_chunk)) == (0, 1)
 
 
-def test_prompt_logprobs_need_logits_after_every_token() -> None:
-    scored = row([1, 2, 3, 4, 5, 6], 0, 3, [0, 1], params=SamplingParams(prompt_logprobs=0))
-    assert layout(row([1], 0, 1, [3]), scored).logit_indices.tolist() == [0, 1, 2, 3]
+def test_scores_need_the_logits_before_each_scored_token() -> None:
+    scored = row([1, 2, 3, 4, 5, 6], 1, 5, [0, 1], scored=range(3, 6))
+    result = layout(row([1], 0, 1, [3]), scored)
+    assert result.logit_indices.tolist() == [0, 2, 3, 4]
+    assert result.num_logits == [1, 3]
+
+
+def test_logits_for_scores_come_before_those_for_draws() -> None:
+    """A preempted sequence computes both its prompt, with scores, and its output."""
+    both = row([1, 2, 3, 4, 5, 6], 0, 8, [0, 1], scored=range(1, 3), draft=(8, 9))
+    assert layout(both).logit_indices.tolist() == [0, 1, 5, 6, 7]
 
 
 def test_drafts_follow_the_tokens_and_need_logits_too() -> None:

@@ -292,16 +292,6 @@ def test_logits_that_are_not_numbers_end_their_own_row_only(bad: float, way: dic
     assert [results[0], results[2]] == [clean[0], clean[2]]
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_prompt_logprobs_of_logits_that_are_not_numbers_are_an_error(bad: float) -> None:
-    """The caller got NaN as log probabilities."""
-    row = row_of(0, tokens=[1, 2, 3, 4], prompt_logprobs=0)._replace(start=0, end=4, prompt_len=4)
-    logits = logits_of(4, 100)
-    assert len(Sampler(100, EOS).prompt_logprobs(logits, row).prompt_logprobs) == 3
-    logits[1, 17] = bad
-    assert isinstance(Sampler(100, EOS).prompt_logprobs(logits, row).error, ExecutionError)
-
-
 def mixture(num_rows: int) -> list[Row]:
     """Rows of every kind, each with its own parameters."""
     ways = [*WAYS, {"temperature": 0.0}, {"temperature": 0.0, "logprobs": 3}, {"logprobs": 7, "top_p": 0.7}]
@@ -337,9 +327,6 @@ def test_neighbours_never_change_a_bit_of_a_row(dtype: torch.dtype, size: int, n
 def test_chunks_do_not_change_a_bit(chunk_bytes: int) -> None:
     logits, rows = logits_of(40, 1000), mixture(40)
     assert sample(logits, *rows, chunk_bytes=chunk_bytes) == sample(logits, *rows)
-    row = row_of(tokens=range(40), prompt_len=40, prompt_logprobs=3)._replace(start=0)
-    at_once = Sampler(1000, EOS).prompt_logprobs(logits, row)
-    assert Sampler(1000, EOS, chunk_bytes).prompt_logprobs(logits, row) == at_once
 
 
 def test_logits_in_any_memory_layout_give_the_same_results() -> None:
@@ -374,31 +361,6 @@ def test_the_caller_s_logits_are_left_alone() -> None:
 
 def test_no_rows_give_no_results() -> None:
     assert sample(torch.zeros(0, 10)) == []
-
-
-@pytest.mark.parametrize(("start", "end", "scored"), [(0, 6, 5), (0, 3, 3), (3, 6, 2), (2, 8, 3), (5, 6, 0), (6, 8, 0)])
-def test_prompt_logprobs_are_those_of_log_softmax(start: int, end: int, scored: int) -> None:
-    """A prompt of 6: position 0 has no logprob, the last of the prompt is scored by the position before it."""
-    tokens = [11, 12, 13, 14, 15, 16, 17, 18]
-    logits = logits_of(end - start, 100)
-    row = row_of(tokens=tokens, prompt_len=6, prompt_logprobs=2)._replace(start=start, end=end)
-    entries = Sampler(100, EOS).prompt_logprobs(logits, row).prompt_logprobs
-    exact = logits.double().log_softmax(-1)
-    assert [entry.token for entry in entries] == tokens[start + 1 : start + 1 + scored]
-    for i, entry in enumerate(entries):
-        assert entry.logprob == entry.sampled == pytest.approx(exact[i, entry.token].item(), abs=1e-6)
-        assert entry.rank == (exact[i] > exact[i, entry.token]).sum().item() + 1
-        best = exact[i].topk(2)
-        assert [token for token, _, _ in entry.top] == best.indices.tolist()
-        assert [p for _, p, _ in entry.top] == pytest.approx(best.values.tolist(), abs=1e-6)
-        assert [rank for _, _, rank in entry.top] == [1, 2]
-
-
-@pytest.mark.parametrize(("count", "length"), [(0, 0), (1, 1), (-1, 20)])
-def test_prompt_logprobs_have_a_rank_always_and_as_many_tops_as_asked(count: int, length: int) -> None:
-    row = row_of(tokens=[1, 2, 3], prompt_len=3, prompt_logprobs=count)._replace(start=0)
-    entries = Sampler(20, EOS).prompt_logprobs(logits_of(3, 20), row).prompt_logprobs
-    assert [(len(entry.top), entry.rank > 0) for entry in entries] == [(length, True)] * 2
 
 
 def test_a_forgotten_sequence_leaves_no_state() -> None:

@@ -26,4 +26,6 @@ def test_a_script_answers_prompt_logprobs(chunk: int, n: int) -> None:
 async def test_a_script_scores_completions_as_certain() -> None:
     """`score()` raised a ValueError of `zip`."""
     async with InferenceEngine(ScriptedModel([5, 6]), max_num_batched_tokens=4) as engine:
-        assert await engine.score([1, 2, 3], [4, 5, 6, 7]) == [0.0] * 4
+        (score,) = await engine.score([1, 2, 3], [4, 5, 6, 7], params=SamplingParams(), logits=True, entropies=True)
+        assert score.logprobs.tolist() == score.tempered.tolist() == score.entropies.tolist() == [0.0] * 4
+        assert score.logits.argmax(-1).tolist() == [4, 5, 6, 7]

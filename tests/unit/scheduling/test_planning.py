@@ -6,7 +6,10 @@ import pytest
 
 from penstock.errors import RequestTooLarge
 from penstock.sampling import SamplingParams
-from penstock.sequence import Status
+from penstock.scores import Score, ScorePart
+from penstock.scoring import ScoringParams
+from penstock.sequence import FinishReason, Status
+from penstock.step import Event, RowResult
 from tests.unit.scheduling.world import CRITICAL, HIGH, LOW, NORMAL, World
 
 
@@ -109,14 +112,50 @@ def test_two_requests_share_a_prefix_within_one_step() -> None:
     assert world.cache.num_free_blocks == 6
 
 
-def test_scored_prompts_are_chunked_by_logit_rows() -> None:
-    world = World(max_logit_rows=4)
+def test_scored_prompts_are_chunked_by_half_of_the_logit_rows() -> None:
+    world = World(max_logit_rows=6)
     world.add(1, 3, new=9)
     world.step()
     world.add(2, 9, new=1, params=SamplingParams(max_tokens=1, prompt_logprobs=0))
-    assert world.step() == {1: (3, 4), 2: (0, 3)}
-    assert world.step() == {1: (4, 5), 2: (3, 6)}
-    assert world.step() == {1: (5, 6), 2: (6, 9)}
+    scored = []
+    for planned in ({1: (3, 4), 2: (0, 3)}, {1: (4, 5), 2: (3, 6)}, {1: (5, 6), 2: (6, 9)}):
+        assert world.step() == planned
+        scored.append(world.plan.rows[1].scored)
+    assert scored == [range(1, 4), range(4, 7), range(7, 9)]
+
+
+def test_a_score_reads_cached_blocks_before_its_range_and_samples_nothing() -> None:
+    world = World()
+    world.add(1, [*range(9)], new=1)
+    world.drain()
+    seq = world.add(2, [*range(9), 50, 51], new=0, params=ScoringParams(num_scored=2))
+    assert (seq.scored, seq.max_cached) == (range(9, 11), 8)
+    assert world.begin() == {2: (8, 11)}
+    (row,) = world.plan.rows
+    assert (row.scored, row.samples) == (range(9, 11), False)
+    scores = ScorePart(0, Score([-1.0, -2.0]))
+    assert world.end({2: RowResult(scores=scores)}) == [
+        Event(2, reason=FinishReason.STOP, num_cached_tokens=8, scores=scores)
+    ]
+    assert not world.scheduler.has_work
+
+
+def test_a_score_never_reads_its_own_range_from_the_cache() -> None:
+    world = World()
+    world.add(1, [*range(9)], new=1)
+    world.drain()
+    world.add(2, [*range(9)], new=0, params=ScoringParams(num_scored=4))
+    assert world.begin() == {2: (4, 9)}, "the logits in front of position 5 are needed"
+    assert world.plan.rows[0].scored == range(5, 9)
+
+
+def test_the_part_of_a_prompt_before_a_score_is_not_bounded_by_logits() -> None:
+    world = World(max_logit_rows=4)
+    world.add(1, 12, new=0, params=ScoringParams(num_scored=3))
+    assert world.step() == {1: (0, 10)}
+    assert world.plan.rows[0].scored == range(9, 11)
+    assert world.step() == {1: (10, 12)}
+    assert world.plan.rows[0].scored == range(11, 12)
 
 
 def test_unscored_prompts_cost_one_logit_row() -> None:

@@ -42,7 +42,7 @@ class World:
         arrival = number / 1000 if now is None else now
         values: dict[str, Any] = {
             "request_id": str(number),
-            "params": SamplingParams(max_tokens=new),
+            "params": SamplingParams(max_tokens=new or 1),  # parameters that generate nothing are in `fields`
             "arrival": arrival,
         } | fields
         seq = Sequence(id=number, tokens=tokens, max_len=len(tokens) + new, **values)

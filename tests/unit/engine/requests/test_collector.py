@@ -14,6 +14,7 @@ from penstock.engine.text.stops import StopStrings
 from penstock.engine.text.stream import TextStream
 from penstock.outputs import Delta, Logprob, RequestMetrics
 from penstock.sampling import SamplingParams
+from penstock.scores import Score, ScorePart
 from penstock.sequence import FinishReason
 from penstock.step import Event, TokenLogprobs
 from tests.letters import LetterTokenizer
@@ -149,6 +150,15 @@ def test_prompt_logprobs_begin_with_none_and_are_taken_once() -> None:
     assert output.prompt_logprobs[0] is None
     assert len(output.prompt_logprobs) == 2
     assert output.num_cached_tokens == 4
+
+
+def test_a_score_that_begins_again_voids_its_earlier_parts() -> None:
+    """After a preemption, or because the weights changed."""
+    collector = make()
+    parts = [ScorePart(begin, Score([0.0] * 2)) for begin in (0, 2, 0, 2, 4)]
+    for part in parts:
+        collector.push(0, event(scores=part))
+    assert collector.output(RequestMetrics()).score_parts == parts[2:]
 
 
 def test_best_candidates_are_chosen_by_likelihood() -> None:
