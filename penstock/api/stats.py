@@ -36,7 +36,8 @@ class EngineStats(TypedDict):
     (num_queued_requests, num_queued_tokens). `cache_info` counts blocks (num_*, swapped_*, evictions) and tokens
     (*_tokens, total_size); usage and hit_rate range from 0 to 1. `performance_metrics` maps each name to count, mean,
     min, max, latest, p50, p90, p95 and p99 of latencies in seconds, batch sizes and rates per second. `memory_usage` is
-    a fraction from 0 to 1. `max_sequence_length` is the longest sequence that is accepted, in tokens.
+    a fraction from 0 to 1. `max_sequence_length` is the longest sequence that is accepted, in tokens. `weight_mode` is
+    "packed" if the model runs on `packed_bytes` of copies of its weights.
     """
 
     engine_status: Literal["stopped", "loading", "running", "failed"]
@@ -49,6 +50,8 @@ class EngineStats(TypedDict):
     model: str | None
     max_sequence_length: int | None
     weight_bytes: int
+    weight_mode: Literal["shared", "packed"] | None
+    packed_bytes: int
     kernels: str | None
     rewrites: tuple[str, ...]
     tuner: TunerStats

@@ -117,7 +117,7 @@ def _draft_source(settings: Mapping[str, Value]) -> str:
 def compiled(settings: Mapping[str, Value], stats: EngineStats) -> str:
     """Whether the model runs on compiled kernels, and on which."""
     passes = ", ".join(stats["rewrites"])
-    if not settings["compile_model"]:
+    if settings["weight_mode"] == "shared":
         return f"off: layers run unchanged; kernels: {stats['kernels']}"
     return f"on: {passes} ({stats['kernels']})" if passes else f"nothing was compiled: {stats['kernels']}"
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +30,8 @@ from penstock.models.pooling import HiddenStates, Pooler
 from penstock.models.preparation import PreparedModel
 from penstock.models.protocol import ModelChanged, ModelSpec
 from penstock.models.sampler import Sampler
+from penstock.models.wrappers import unwrapped_name
+from penstock.optimizers.rewrites.recipes import DerivedWeights
 from penstock.optimizers.speculation.verification import positions, verified
 from penstock.pooling import PoolingParams
 from penstock.step import Row, RowResult, StepPlan, StepResult
@@ -61,6 +63,7 @@ class Executor:
         self.spec = spec
         self._borrowed = borrowed
         self._module = model.module
+        self._weights: DerivedWeights | None = model.weights
         self._layers = model.layers
         self._shapes = model.shapes
         self._backend = model.backend
@@ -98,6 +101,25 @@ class Executor:
         """Allocate `num_blocks` K/V blocks, and `num_host_blocks` in the host tier. Raises `OutOfMemory`."""
         self._storage = self._backend.storage(self._shapes, num_blocks, block_size, num_host_blocks)
 
+    def refresh_weights(self, names: Collection[str] | None = None, source: Mapping[str, Tensor] | None = None) -> int:
+        """Have everything follow the parameters `names` (None: all) of the borrowed module as they are now.
+
+        For a model that the engine loaded, `source` has the new values, of any floating dtype; None changes nothing.
+        Runs on the model's thread, between steps; allocates less than the largest packed unit. Returns how many packed
+        units were written. Raises `ConfigurationError` before anything is written, `ExecutionError` for a module that
+        was changed otherwise.
+        """
+        assert self._weights is not None, "the executor is closed"
+        if self._borrowed is not None:
+            assert source is None, "a borrowed module is its own source"
+            source = self._borrowed.parameters() if self.spec.weight_mode == "packed" else None
+        if source is None:
+            return 0
+        if names is not None:
+            names = [name if name in source else unwrapped_name(name) for name in names]
+        with torch.inference_mode():
+            return self._weights.refresh(source, names)
+
     def forget(self, seq_id: int) -> None:
         """Drop the state of a sequence that ended."""
         self._sampler.forget(seq_id)
@@ -105,7 +127,7 @@ class Executor:
 
     def close(self) -> None:
         """Free the cache and let go of the weights."""
-        self._storage = self._borrowed = None
+        self._storage = self._borrowed = self._weights = None
         self._module = nn.Module()
         self._backend.close()
         self.trim_memory()

@@ -6,9 +6,9 @@ else before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from penstock.constraints.masks import Masks
 from penstock.step import StepPlan, StepResult
@@ -21,7 +21,8 @@ class ModelSpec:
     `max_length_reason` says why the model cannot do more, and what to change; "" where the settings limit it further.
     `hidden_size` is the length of an embedding; 0 where the model gives none.
     `kernels` describes the implementation of its hot operations, `rewrites` what was replaced in it for speed.
-    `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
+    `weight_mode`: "packed" if kernels run on `packed_bytes` of copies of the weights, "shared" if the weights are used
+    where they are. `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
     `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
     `min_length`, which include the prompt.
     """
@@ -34,6 +35,8 @@ class ModelSpec:
     hidden_size: int = 0
     kv_bytes_per_token: int = 1
     weight_bytes: int = 0
+    weight_mode: Literal["shared", "packed"] = "shared"
+    packed_bytes: int = 0
     device: str = "cpu"
     dtype: str = "float32"
     kernels: str = "none"
@@ -86,6 +89,15 @@ class ModelRunner(Protocol):
         """Give unused memory back, that of these blocks and host places included; returns the number of bytes.
 
         Called between steps, on the thread that runs them; the next step may use the blocks and places again.
+        """
+        ...
+
+    def refresh_weights(self, names: Collection[str] | None = None) -> int:
+        """Have everything follow these parameters of a borrowed module (None: all) as they are now.
+
+        Called between steps, on the thread that runs them. Returns how many packed units were written: 0 where the
+        weights are shared. Raises `ConfigurationError` before anything is written, `ExecutionError` for a module that
+        was changed otherwise.
         """
         ...
 
