@@ -189,7 +189,9 @@ class Linear:
     def _check_shapes(self, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
         for size, weight, bias in zip(self._sizes, weights, biases, strict=True):
             if weight is not None and weight.shape != (size, self.k):
-                raise AssertionError(f"a kernel was given a matrix {tuple(weight.shape)} where it takes ({size}, {self.k})")
+                raise AssertionError(
+                    f"a kernel was given a matrix {tuple(weight.shape)} where it takes ({size}, {self.k})"
+                )
             if bias is not None and bias.shape != (size,):
                 raise AssertionError(f"a bias {tuple(bias.shape)} does not fit {size} outputs")
 

@@ -223,11 +223,13 @@ def _copy_attribute(name: str, value: Any, memo: dict[int, object]) -> object:
     if name in _GRADIENT_HOOKS or (isinstance(value, dict) and not value):
         return type(value)()
     if name == "_modules":
-        return {child: part and _copy_module(part, memo) for child, part in list(value.items())}
+        return {child: None if part is None else _copy_module(part, memo) for child, part in list(value.items())}
     if name == "_parameters":
         return dict(value)
     if name in _FORWARD_HOOKS:
         return _weight_hooks(value)
+    if isinstance(value, Tensor) and value.grad_fn is not None:  # left over from a forward pass
+        return value.detach()
     return copy.deepcopy(value, memo)
 
 

@@ -105,7 +105,8 @@ def computation_of(module: nn.Module) -> list[tuple[object, ...]]:
             adapter_parts.update(part.modules())
             parts.append((type(part), *_active_adapters(state)))
         elif part not in adapter_parts:
-            parts.append((type(part), [child and unwrapped(child) for child in list(state["_modules"].values())]))
+            children = list(state["_modules"].values())
+            parts.append((type(part), [None if child is None else unwrapped(child) for child in children]))
     return parts
 
 

@@ -18,7 +18,7 @@ STATS = {
         "drafter": "auto",
         "enable_memory_pooling": False,
         "logits_chunk_bytes": 2**20,
-        "compile_model": True,
+        "weight_mode": "packed",
         "target": "latency",
     },
     "kernels": "compiled",
@@ -84,7 +84,7 @@ def test_a_draft_model_is_named_where_it_drafts(drafter: str, who: str) -> None:
 def test_what_could_not_be_compiled_is_said() -> None:
     plain = {**STATS, "rewrites": (), "kernels": "plain torch: no compiler"}
     assert features(OptimizationConfig(), plain)["compile_model"] == "nothing was compiled: plain torch: no compiler"
-    off = {**plain, "config": {**STATS["config"], "compile_model": False}}  # type: ignore[dict-item]
+    off = {**plain, "config": {**STATS["config"], "weight_mode": "shared"}}  # type: ignore[dict-item]
     assert features(OptimizationConfig(), off)["compile_model"].startswith("off: ")
 
 
