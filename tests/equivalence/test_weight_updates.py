@@ -6,6 +6,7 @@ The oracle is the module's own forward pass. Each parameter is changed alone, so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from penstock import InferenceEngine
 from penstock.errors import ConfigurationError
 from penstock.kernels.native import available
 from penstock.models.executor import Executor
@@ -199,3 +201,73 @@ def test_what_is_no_parameter_or_has_another_shape_is_refused_before_anything_is
     module.lm_head.weight = nn.Parameter(torch.zeros(160, 32))
     engine.refresh(["lm_head.weight"])
     assert distance(engine.logprobs(), before) > 0.1
+
+
+MIB = 2**20
+WIDE: Settings = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1024}
+LARGE: dict[str, tuple[str, Settings, Settings]] = {
+    "float32": ("llama", WIDE, {}),
+    "bfloat16": ("llama", WIDE, {"dtype": "bfloat16"}),
+    "int8": ("llama", WIDE, {"quantization": "int8"}),
+    "transposed int8": ("gpt2", {"vocab_size": 8000, "n_embd": 512}, {"quantization": "int8"}),
+}
+
+
+def resident(field: str) -> int:
+    """Bytes of memory that this process has ("VmRSS") or had at most ("VmHWM")."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("copies", LARGE)
+def test_a_refresh_needs_less_memory_than_the_largest_packed_unit(copies: str) -> None:
+    """Modules of 30 MiB and more, whose output head is the largest unit: 4 to 16 MiB."""
+    peak = Path("/proc/self/clear_refs")
+    name, shape, settings = LARGE[copies]
+    engine = Engine(build(name, **shape), **PACKED, **settings)
+    engine.refresh()  # the pool's threads have their scratch
+    try:
+        peak.write_text("5")
+    except OSError:
+        pytest.skip("this system does not reset the peak")
+    before = resident("VmRSS")
+    assert engine.refresh() > 4
+    weights = engine.runner.spec.packed_bytes
+    assert resident("VmHWM") - before < 4 * MIB <= weights / 2
+
+
+@pytest.mark.parametrize("mode", ["shared", "packed"])
+def test_ten_training_steps_beside_generation_leave_the_same_weights(mode: str) -> None:
+    """Bit for bit those of ten steps without an engine."""
+    alone, served = train(build("llama")), build("llama")
+    engine = InferenceEngine(served, skip_tokenizer_init=True, num_threads=1, batch_timeout_ms=0, weight_mode=mode)
+    engine.start()
+    num_tokens = 0
+
+    def generate(step: int) -> None:
+        nonlocal num_tokens
+        handles.append(engine.generate(PROMPT[step:], SamplingParams(max_tokens=60, ignore_eos=True, seed=step)))
+        if step >= 3:  # so that three requests run at any time
+            num_tokens += len(handles[step - 3].result(60).outputs[0].token_ids)
+
+    handles: list[Any] = []
+    train(served, generate)
+    engine.stop()
+    assert num_tokens == 7 * 60
+    weights, expected = served.state_dict(), alone.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def train(module: Any, beside: Callable[[int], None] = lambda step: None) -> Any:
+    """Ten steps of AdamW, with a call of `beside` before each."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(3)
+    module.train()
+    for step in range(10):
+        beside(step)
+        ids = torch.randint(2, 150, (4, 16), generator=generator)
+        module(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module
