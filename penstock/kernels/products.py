@@ -37,7 +37,7 @@ _RANK = 16  # directions of a calibration: RANK in cpu/packing.c
 _OVERSAMPLING, _ITERATIONS = 8, 2
 _DAMPING = 0.1  # share of the energy that is never taken for known: a few inputs say little about others
 _KEPT = 1  # in place of a row's address: the column stays as it is packed (KEPT in cpu/packing.c)
-_COPIED_BYTES = 1 << 22  # of a matrix whose rows are not contiguous, at once
+_COPIED_BYTES = 1 << 20  # of a matrix whose rows are not contiguous, at once
 
 
 class Norm:

@@ -209,7 +209,7 @@ LARGE: dict[str, tuple[str, Settings, Settings]] = {
     "float32": ("llama", WIDE, {}),
     "bfloat16": ("llama", WIDE, {"dtype": "bfloat16"}),
     "int8": ("llama", WIDE, {"quantization": "int8"}),
-    "transposed int8": ("gpt2", {"vocab_size": 8000, "n_embd": 512}, {"quantization": "int8"}),
+    "transposed int8": ("gpt2", {"vocab_size": 8000, "n_embd": 1024, "n_head": 8}, {"quantization": "int8"}),
 }
 
 

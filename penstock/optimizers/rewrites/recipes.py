@@ -96,11 +96,6 @@ class DerivedWeights:
             if parameter is not None and id(parameter) in self._entries
         ]
 
-    @property
-    def names(self) -> Collection[str]:
-        """The names of all parameters."""
-        return self._ids.keys()
-
     def refresh(self, source: Mapping[str, Tensor], names: Collection[str] | None = None) -> int:
         """Write all that follows from the parameters `names` of `source` (None: all of it); how many units.
 
