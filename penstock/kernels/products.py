@@ -147,14 +147,13 @@ class Linear:
             raise AssertionError(f"a norm of {norm.width} numbers is no norm of {self.k}")
         if any(w.dtype != dtype for w in weights):
             raise AssertionError(f"a kernel was given matrices of several dtypes, {[w.dtype for w in weights]}")
-        format = self._format = TYPES[torch.int8 if quantize else dtype]
+        self._format = TYPES[torch.int8 if quantize else dtype]
         self._weights, self._scales, self._lows = self._allocated()
         self.num_bytes = self._weights.numel()
-        has_bias = any(bias is not None for bias in biases)
-        self._bias = self._column_floats() if has_bias else None
+        self._bias = self._column_floats() if any(bias is not None for bias in biases) else None
         self.write(weights, biases)
         self._struct = LinearStruct(
-            n=self.n, k=self.k, format=format, mode=mode, act=ACTIVATIONS.index(epilogue.activation),
+            n=self.n, k=self.k, format=self._format, mode=mode, act=ACTIVATIONS.index(epilogue.activation),
             in_type=TYPES[dtype], out_type=TYPES[self.dtype], norm_kind=norm.kind if norm else NO_NORM,
             scale=epilogue.scale, eps=norm.eps if norm else 0.0, weights=address(self._weights),
             bias=address(self._bias), scales=address(self._scales), lows=address(self._lows),

@@ -113,6 +113,8 @@ class Executor:
         if self._borrowed is not None:
             assert source is None, "a borrowed module is its own source"
             source = self._borrowed.parameters() if self.spec.weight_mode == "packed" else None
+        elif source is not None and names is None:
+            names = source.keys()  # each must have a place
         if source is None:
             return 0
         if names is not None:

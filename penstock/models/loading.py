@@ -180,10 +180,7 @@ def _packed_dtype(module: nn.Module, config: EngineConfig) -> torch.dtype | None
 def _prepare(
     module: nn.Module, borrowed: Borrowed | None, tokenizer: object, config: EngineConfig, name: str
 ) -> tuple[PreparedModel, ModelSpec, list[str]]:
-    """The module ready to run, its facts, and the fields of its generation config that have no effect, in words.
-
-    `borrowed` if the module is a view of somebody's.
-    """
+    """The module ready to run, its facts, and the fields of its generation config that have no effect, in words."""
     refuse_unsupported(module)
     device, dtype = device_and_dtype(module)
     eos, vocabulary = eos_token_ids(module, tokenizer), vocab_size(module)
@@ -193,7 +190,6 @@ def _prepare(
     quantizes = config.quantization == "int8"
     text_ids = calibration_ids(tokenizer, max_length, vocabulary, device) if quantizes else None
     prepared = _try_to_prepare(module, borrowed, device, max_length, config, text_ids)
-    packed_bytes = prepared.packed_bytes + (weight_bytes(module) if borrowed is not None and borrowed.is_cast else 0)
     spec = ModelSpec(
         name=name,
         vocab_size=vocabulary,
@@ -204,8 +200,7 @@ def _prepare(
         kv_bytes_per_token=prepared.kv_bytes_per_token,
         # A head tied to the embedding counts once.
         weight_bytes=min(loaded_bytes, weight_bytes(module) + prepared.packed_bytes),
-        weight_mode="packed" if packed_bytes else "shared",
-        packed_bytes=packed_bytes,
+        packed_bytes=prepared.packed_bytes + (weight_bytes(module) if borrowed and borrowed.is_cast else 0),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         kernels=prepared.kernels,
@@ -236,6 +231,7 @@ def _try_to_prepare(
     try:
         with torch.inference_mode(), PinnedDefaults(torch.float32):
             prepared = prepare(module, weights, device, max_length, config, packs=packs, text_ids=text_ids)
+            weights.follow()
             if borrowed is not None and borrowed.is_cast:
                 weights.refresh(borrowed.parameters())  # the passes worked with copies that were rounded already
             return prepared

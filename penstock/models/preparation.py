@@ -94,7 +94,6 @@ def prepare(
             raise
     workspaces.return_all()
     workspaces.clear_pool()  # of what the trial passes took
-    weights.follow()
     is_invariant = kernels is not None and packs and not _parts_outside_kernels(module, probed)
     parts = (probed.layers, probed.shapes, backend, workspaces)
     return PreparedModel(module, weights, device, *parts, description, rewrites, is_invariant)

@@ -21,8 +21,8 @@ class ModelSpec:
     `max_length_reason` says why the model cannot do more, and what to change; "" where the settings limit it further.
     `hidden_size` is the length of an embedding; 0 where the model gives none.
     `kernels` describes the implementation of its hot operations, `rewrites` what was replaced in it for speed.
-    `weight_mode`: "packed" if kernels run on `packed_bytes` of copies of the weights, "shared" if the weights are used
-    where they are. `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
+    `packed_bytes` are copies of weights; 0 where these are used where they are.
+    `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
     `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
     `min_length`, which include the prompt.
     """
@@ -35,7 +35,6 @@ class ModelSpec:
     hidden_size: int = 0
     kv_bytes_per_token: int = 1
     weight_bytes: int = 0
-    weight_mode: Literal["shared", "packed"] = "shared"
     packed_bytes: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -43,6 +42,11 @@ class ModelSpec:
     rewrites: tuple[str, ...] = ()
     is_batch_invariant: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values of any parameter
+
+    @property
+    def weight_mode(self) -> Literal["shared", "packed"]:
+        """Whether kernels run on packed copies of the weights, or on the weights where they are."""
+        return "packed" if self.packed_bytes else "shared"
 
 
 class ModelChanged(Exception):

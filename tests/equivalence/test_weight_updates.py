@@ -196,7 +196,7 @@ def test_what_is_no_parameter_or_has_another_shape_is_refused_before_anything_is
     with pytest.raises(ConfigurationError, match=r"'lm_head.wight' is no parameter of the model"):
         engine.refresh([*names, "lm_head.wight"])
     module.lm_head.weight = nn.Parameter(torch.zeros(170, 32))
-    with pytest.raises(ConfigurationError, match=r"lm_head.weight has the shape \(170, 32\), and was \(160, 32\)"):
+    with pytest.raises(ConfigurationError, match=r"lm_head.weight is .* \(170, 32\) .* was \(160, 32\) on cpu"):
         engine.refresh([*names, "lm_head.weight"])
     module.lm_head.weight = nn.Parameter(torch.zeros(160, 32))
     engine.refresh(["lm_head.weight"])
@@ -209,7 +209,7 @@ LARGE: dict[str, tuple[str, Settings, Settings]] = {
     "float32": ("llama", WIDE, {}),
     "bfloat16": ("llama", WIDE, {"dtype": "bfloat16"}),
     "int8": ("llama", WIDE, {"quantization": "int8"}),
-    "transposed int8": ("gpt2", {"vocab_size": 8000, "n_embd": 1024, "n_head": 8}, {"quantization": "int8"}),
+    "transposed int8": ("gpt2", {"vocab_size": 1000, "n_embd": 1024, "n_head": 8}, {"quantization": "int8"}),
 }
 
 
@@ -221,7 +221,7 @@ def resident(field: str) -> int:
 
 @pytest.mark.parametrize("copies", LARGE)
 def test_a_refresh_needs_less_memory_than_the_largest_packed_unit(copies: str) -> None:
-    """Modules of 30 MiB and more, whose output head is the largest unit: 4 to 16 MiB."""
+    """Their largest unit, the output head or the first matrix of the MLP, has 4 to 16 MiB."""
     peak = Path("/proc/self/clear_refs")
     name, shape, settings = LARGE[copies]
     engine = Engine(build(name, **shape), **PACKED, **settings)

@@ -253,6 +253,7 @@ def test_merged_adapters_are_not_packed_a_second_time() -> None:
     with pytest.raises(ExecutionError, match=r"were merged or unmerged since it was loaded.*undo that"):
         runner.refresh_weights()
     model.unmerge_adapter()
+    add_third(model)
     assert runner.refresh_weights() > 0
     runner.close()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError
+from penstock.kernels.native import FLOATS
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -64,10 +65,11 @@ class PackedUnit:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A parameter of the model as it was before the rewrites: its names (several if it is tied) and its shape."""
+    """A parameter of the model as it was before the rewrites: its names (several if it is tied), shape and device."""
 
     names: list[str]
     shape: torch.Size
+    device: torch.device
 
 
 class DerivedWeights:
@@ -80,7 +82,7 @@ class DerivedWeights:
         self._module, self._shares = module, shares
         self._entries: dict[int, _Entry] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            self._entries.setdefault(id(parameter), _Entry([], parameter.shape)).names.append(name)
+            self._entries.setdefault(id(parameter), _Entry([], parameter.shape, parameter.device)).names.append(name)
         self._ids = {name: key for key, entry in self._entries.items() for name in entry.names}
         self._places: list[tuple[nn.Module, str, int]] = []
         self._units: list[PackedUnit] = []
@@ -97,11 +99,11 @@ class DerivedWeights:
         ]
 
     def refresh(self, source: Mapping[str, Tensor], names: Collection[str] | None = None) -> int:
-        """Write all that follows from the parameters `names` of `source` (None: all of it); how many units.
+        """Write all that follows from the parameters `names` of `source`, in place, one unit at a time; how many units.
 
-        In place, one unit at a time. Raises `ConfigurationError` before anything is written.
+        None: from all that the model has, too. Raises `ConfigurationError` before anything is written.
         """
-        values = self._checked(source, source if names is None else names)
+        values = self._checked(source, source.keys() & self._ids.keys() if names is None else names)
         for part, leaf, key in self._places:
             if key in values:
                 self._place(part, leaf, values[key])
@@ -122,11 +124,12 @@ class DerivedWeights:
             key, value = self._ids.get(name), source.get(name)
             if key is None or value is None:
                 raise ConfigurationError(f"{name!r} is no parameter of the model: its names are {_some(self._ids)}")
-            if value.shape != self._entries[key].shape:
-                expected = tuple(self._entries[key].shape)
+            entry = self._entries[key]
+            actual, expected = (tuple(value.shape), value.device), (tuple(entry.shape), entry.device)
+            if actual != expected or value.dtype not in FLOATS:
                 raise ConfigurationError(
-                    f"{name} has the shape {tuple(value.shape)}, and was {expected} when the model was loaded: "
-                    "make a new engine"
+                    f"{name} is {value.dtype} {actual[0]} on {actual[1]} and was {expected[0]} on {expected[1]} when "
+                    "the model was loaded: a floating dtype of up to 32 bits is needed, in the same shape and place"
                 )
             values[key] = value
         return values
