@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from penstock import InferenceEngine
 from penstock.errors import ConfigurationError
 from penstock.kernels.native import available
+from penstock.models.borrow import weight_bytes
 from penstock.models.executor import Executor
 from penstock.sampling import SamplingParams
 from tests.drive import Driver, logprobs_by_transformers, sequence
@@ -201,6 +202,33 @@ def test_what_is_no_parameter_or_has_another_shape_is_refused_before_anything_is
     module.lm_head.weight = nn.Parameter(torch.zeros(160, 32))
     engine.refresh(["lm_head.weight"])
     assert distance(engine.logprobs(), before) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_live", "of_loaded"),
+    [({}, "shared", "packed"), ({"weight_mode": "shared"}, "shared", "shared"), (PACKED, "packed", "packed")],
+)
+def test_the_mode_of_the_weights_is_a_fact_of_the_loaded_model(
+    settings: Settings, of_live: str, of_loaded: str, tmp_path: Path
+) -> None:
+    module = build("llama")
+    module.save_pretrained(tmp_path)  # type: ignore[operator]
+    live, loaded = (Engine(model, **settings).runner.spec for model in (module, str(tmp_path)))
+    assert [spec.weight_mode for spec in (live, loaded)] == [of_live, of_loaded]
+    for spec in (live, loaded):
+        assert (spec.packed_bytes > 0.5 * weight_bytes(module)) == (spec.weight_mode == "packed")
+
+
+def test_without_kernels_weights_are_shared() -> None:
+    engine = Engine(build("llama"), disabled_rewrites=("kernels",), **PACKED)
+    assert (engine.runner.spec.weight_mode, engine.refresh()) == ("shared", 0)
+
+
+async def test_statistics_name_the_mode_and_the_packed_bytes() -> None:
+    async with InferenceEngine(build("llama"), skip_tokenizer_init=True, weight_mode="packed") as engine:
+        stats = engine.get_stats()
+    assert stats["weight_mode"] == "packed"
+    assert stats["packed_bytes"] > 2 * 4 * 3 * 32 * 64
 
 
 MIB = 2**20
