@@ -197,7 +197,7 @@ def _copy_module(module: nn.Module, memo: dict[int, object]) -> nn.Module:
         return earlier_copy
     kind = type(module)
     if hasattr(kind, "__deepcopy__") or kind.__setstate__ is not nn.Module.__setstate__:
-        return _with_own_forwards(copy.deepcopy(module, memo))
+        return _with_own_forwards(copy.deepcopy(module, memo), set(module.modules()))
     module_copy = kind.__new__(kind)
     memo[id(module)] = memo[id(wrapper)] = module_copy
     attributes = [(name, value) for name, value in vars(module).items() if name not in REPLACEMENTS]
@@ -205,9 +205,12 @@ def _copy_module(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     return module_copy
 
 
-def _with_own_forwards(module: nn.Module) -> nn.Module:
-    """The copy of a module, without what replaced or surrounded the forward methods of its parts."""
-    for part in module.modules():
+def _with_own_forwards(module: nn.Module, originals: set[nn.Module]) -> nn.Module:
+    """The copy of a module, without what replaced or surrounded the forward methods of its parts.
+
+    A part whose class refuses to be copied is one of the originals, and stays as it is.
+    """
+    for part in set(module.modules()) - originals:
         state = vars(part)
         for name in REPLACEMENTS & state.keys():
             del state[name]
