@@ -110,7 +110,7 @@ class EngineSettings(TypedDict, total=False):
     draft_model: str | None
     num_threads: int | None
     deterministic: bool
-    compile_model: bool
+    weight_mode: Literal["shared", "packed"] | None
     disabled_rewrites: Sequence[str]
     enable_memory_pooling: bool
     gc_threshold: float
@@ -180,7 +180,7 @@ class EngineConfig(BaseSettings):
 
     # Model, read at load
     device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1".')
-    dtype: str = Field("auto", description='"auto" (the checkpoint\'s), "float32", "float16" or "bfloat16".')
+    dtype: str = Field("auto", description='"auto" (the checkpoint\'s), "float32", "float16" or "bfloat16"; of a live module, the dtype of its packed copies.')
     tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer; None: the model's.")
     tokenizer_mode: Literal["auto", "slow"] = Field("auto", description='"slow" loads the Python tokenizer, for debugging.')
     skip_tokenizer_init: bool = Field(False, description="Serve token ids only, without loading a tokenizer.")
@@ -205,7 +205,7 @@ class EngineConfig(BaseSettings):
     draft_model: str | None = Field(None, description="Folder or hub id of a smaller model with the same vocabulary. Loaded at start if enable_speculative_decoding is True by then; otherwise ngram drafts.")
     num_threads: int | None = Field(None, ge=1, description="Number of CPU threads; None: one for each core that this process may use. Read at load.")
     deterministic: bool = Field(False, description="Guarantee that a request's tokens and logprobs are bitwise the same whatever else is in the batch (CPU); models that cannot guarantee it are refused. Read at load.")
-    compile_model: bool = Field(False, description="Run a live module's layers on the compiled CPU kernels too, over packed copies of its weights: several times faster, but changes of the weights after loading have no effect, and changed adapters or hooks end the requests. A model that the engine loads itself always runs this way. Read at load.")
+    weight_mode: Literal["shared", "packed"] | None = Field(None, description='"shared" runs on the weights where they are: no further bytes, and changes of a live module show at once. "packed" runs on one copy in the layout of the compiled CPU kernels, several times faster; changes of a live module show once the copy is written again. Without these kernels weights stay shared. None: packed for a model that the engine loads, shared for a live module. Read at load.')
     disabled_rewrites: tuple[str, ...] = Field((), description='Rewrites to leave out when a model is loaded: "kernels" (all of them), "fused_layers", "packed_linears", "packed_norms".')
     enable_memory_pooling: bool = Field(True, description="Keep the memory of a step's logits for the next step. Read at load.")
     gc_threshold: float = Field(0.8, gt=0, le=1, description="Fraction of memory use above which an engine that becomes idle releases unused memory, as optimize_memory() does; cached prefixes stay.")

@@ -41,7 +41,8 @@ class EngineStats(TypedDict):
     a fraction from 0 to 1. `totals` counts each request once, as one of `requests` (accepted and ended, for whatever
     reason) or `displaced_requests` (whose place in a full queue a higher class took), unless it was refused: `refusals`
     counts those by the name of their error, EngineOverloaded for a full queue. `max_sequence_length` is the longest
-    sequence that is accepted, in tokens.
+    sequence that is accepted, in tokens. `weight_mode` is "packed" if the model runs on
+    `packed_bytes` of copies of its weights.
     """
 
     engine_status: EngineStatus
@@ -56,6 +57,8 @@ class EngineStats(TypedDict):
     max_sequence_length: int | None
     weight_version: int
     weight_bytes: int
+    weight_mode: Literal["shared", "packed"] | None
+    packed_bytes: int
     kernels: str | None
     rewrites: tuple[str, ...]
     tuner: TunerStats

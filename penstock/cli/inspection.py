@@ -128,6 +128,7 @@ def _model(config: EngineConfig, loaded: list[LoadedModel]) -> JsonObject:
         "device": spec.device,
         "dtype": spec.dtype,
         "weight_bytes": spec.weight_bytes,
+        "weight_mode": spec.weight_mode,
         "kernels": spec.kernels,
         "rewrites": ", ".join(spec.rewrites) or "none",
     }

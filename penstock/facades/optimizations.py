@@ -115,11 +115,13 @@ def _draft_source(settings: Mapping[str, Value]) -> str:
 
 
 def compiled(settings: Mapping[str, Value], stats: EngineStats) -> str:
-    """Whether the model runs on compiled kernels, and on which."""
+    """Whether the model runs on compiled kernels, on which, and on whose weights."""
     passes = ", ".join(stats["rewrites"])
-    if not settings["compile_model"]:
-        return f"off: layers run unchanged; kernels: {stats['kernels']}"
-    return f"on: {passes} ({stats['kernels']})" if passes else f"nothing was compiled: {stats['kernels']}"
+    if settings["weight_mode"] == "shared":
+        return f"off: layers run unchanged, with shared weights; kernels: {stats['kernels']}"
+    if not passes:
+        return f"nothing was compiled: {stats['kernels']}"
+    return f"on: {passes}; {stats['packed_bytes'] / MIB:.0f} MiB of packed weights ({stats['kernels']})"
 
 
 def describe(stats: Mapping[str, Any]) -> str:

@@ -142,6 +142,15 @@ def floats(x: Tensor) -> Tensor:
     return x.detach().float().contiguous().clone()
 
 
+def write_floats(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    """Copy the second tensor of each pair into the first, of the same shape, where there is one."""
+    for target, value in pairs:
+        if value is not None:
+            if target is None or target.shape != value.shape:
+                raise AssertionError(f"{tuple(value.shape)} is no replacement for {target and tuple(target.shape)}")
+            target.copy_(value.detach())
+
+
 def check(status: int) -> None:
     """Raise `MemoryError` if a kernel returned 0: it could not allocate its scratch."""
     if not status:

@@ -1,7 +1,7 @@
 """Linear layers with packed weights, and norms, over the compiled kernels: `Linear` and `Norm`.
 
-Owns the packed copies of weights; every other tensor is the caller's. Used by the rewrites of `optimizers`. The
-layout of packed weights is documented in `cpu/linear.c`.
+Owns the packed copies of weights, which `write` fills again in place, in part or in whole; every other tensor is the
+caller's. Used by the rewrites of `optimizers`. The layout of packed weights is documented in `cpu/linear.c`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,24 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import TYPES, Kernels, address, check, floats, operand, pages, strided
+from penstock.kernels.native import (
+    FLOATS,
+    TYPES,
+    Kernels,
+    address,
+    check,
+    floats,
+    operand,
+    pages,
+    strided,
+    write_floats,
+)
 from penstock.kernels.structures import LinearStruct, NormStruct, PackingStruct
 
 ACTIVATIONS = ("identity", "silu", "gelu_tanh", "gelu", "relu")
@@ -24,6 +36,8 @@ NO_NORM, RMS, LAYER = 0, 1, 2
 _RANK = 16  # directions of a calibration: RANK in cpu/packing.c
 _OVERSAMPLING, _ITERATIONS = 8, 2
 _DAMPING = 0.1  # share of the energy that is never taken for known: a few inputs say little about others
+_KEPT = 1  # in place of a row's address: the column stays as it is packed (KEPT in cpu/packing.c)
+_COPIED_BYTES = 1 << 20  # of a matrix whose rows are not contiguous, at once
 
 
 class Norm:
@@ -40,6 +54,10 @@ class Norm:
         self._kernels, self._dtype = kernels, dtype
         self._struct = NormStruct(len(weight), kind, TYPES[dtype], eps, scale, address(self.weight), address(self.bias))
         self.pointer = ctypes.addressof(self._struct)
+
+    def write(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Replace weight and bias [N], of any dtype, in place; None keeps what is there."""
+        write_floats((self.weight, weight), (self.bias, bias))
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The norm of x [M, N]; into `out` if given."""
@@ -123,17 +141,19 @@ class Linear:
         self.n, self.k = sum(len(w) for w in weights), weights[0].shape[1]
         self.width = self.n // 2 if mode == GATED else self.n
         self._in_dtype, self.dtype = dtype, epilogue.dtype or dtype
-        self.num_bytes = 0
-        self._kernels = kernels
-        self._norm = norm
+        self._kernels, self._norm, self._calibration = kernels, norm, calibration if quantize else None
+        self._sizes, self._mode = [len(w) for w in weights], mode
         if norm is not None and norm.width != self.k:
             raise AssertionError(f"a norm of {norm.width} numbers is no norm of {self.k}")
-        rows = self._packed_rows(weights, mode)
-        self._bias = self._packed_biases(biases, weights, mode)
-        format = TYPES[torch.int8 if quantize else dtype]
-        self._pack(rows, dtype, format, calibration)
+        if any(w.dtype != dtype for w in weights):
+            raise AssertionError(f"a kernel was given matrices of several dtypes, {[w.dtype for w in weights]}")
+        self._format = TYPES[torch.int8 if quantize else dtype]
+        self._weights, self._scales, self._lows = self._allocated()
+        self.num_bytes = self._weights.numel()
+        self._bias = self._column_floats() if any(bias is not None for bias in biases) else None
+        self.write(weights, biases)
         self._struct = LinearStruct(
-            n=self.n, k=self.k, format=format, mode=mode, act=ACTIVATIONS.index(epilogue.activation),
+            n=self.n, k=self.k, format=self._format, mode=mode, act=ACTIVATIONS.index(epilogue.activation),
             in_type=TYPES[dtype], out_type=TYPES[self.dtype], norm_kind=norm.kind if norm else NO_NORM,
             scale=epilogue.scale, eps=norm.eps if norm else 0.0, weights=address(self._weights),
             bias=address(self._bias), scales=address(self._scales), lows=address(self._lows),
@@ -150,45 +170,88 @@ class Linear:
         check(k.library.ps_linear(k.pool, self.pointer, source, rows, x.stride(0), target, out.stride(0)))
         return out
 
-    def _order(self, mode: int) -> np.ndarray:
+    @property
+    def memory(self) -> Tensor:
+        """The memory of the packed matrices, uint8."""
+        return self._weights
+
+    def write(self, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
+        """Pack these matrices [N, K] and biases [N], of any floating dtype, over the earlier ones; None keeps those.
+
+        Needs no memory in the size of a matrix.
+        """
+        self._check_shapes(weights, biases)
+        firsts = [0, *accumulate(self._sizes[:-1])]
+        for dtype in {w.dtype for w in weights if w is not None}:
+            self._write_rows(
+                [(i, w) for i, w in zip(firsts, weights, strict=True) if w is not None and w.dtype == dtype]
+            )
+        for first, bias in zip(firsts, biases, strict=True):
+            if bias is not None:
+                self._write_bias(first, bias)
+
+    def _check_shapes(self, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
+        for size, weight, bias in zip(self._sizes, weights, biases, strict=True):
+            if weight is not None and weight.shape != (size, self.k):
+                raise AssertionError(
+                    f"a kernel was given a matrix {tuple(weight.shape)} where it takes ({size}, {self.k})"
+                )
+            if bias is not None and bias.shape != (size,):
+                raise AssertionError(f"a bias {tuple(bias.shape)} does not fit {size} outputs")
+
+    def _write_bias(self, first: int, bias: Tensor) -> None:
+        """Write the bias of the outputs from `first` on."""
+        if self._bias is None:
+            raise AssertionError("a product without a bias was given one")
+        order = torch.from_numpy(self._order())
+        columns = ((order >= first) & (order < first + len(bias))).nonzero()[:, 0]
+        self._bias[columns] = bias.detach().float()[order[columns] - first]
+
+    def _order(self) -> np.ndarray:
         """The output of each packed column; -1 for padding. GATED panels alternate `lanes` gates and `lanes` ups."""
         columns = self._kernels.columns(self.n)
         order = np.arange(columns)
-        if mode == GATED:
+        if self._mode == GATED:
             lanes, half = self._kernels.lanes, self.n // 2
             panel, lane = order // (2 * lanes), order % (2 * lanes)
             output = panel * lanes + lane % lanes
             return np.where(output < half, output + (lane >= lanes) * half, -1)
         return np.where(order < self.n, order, -1)
 
-    def _packed_rows(self, weights: Sequence[Tensor], mode: int) -> np.ndarray:
-        """The address of the row of weights of each packed column; 0 for padding."""
-        starts = [strided(w, self._in_dtype, len(w), self.k) for w in weights]
-        rows = [
-            np.arange(len(w)) * (w.stride(0) * w.element_size()) + start
-            for w, start in zip(weights, starts, strict=True)
-        ]
-        order = self._order(mode)
-        return np.where(order >= 0, np.concatenate(rows).astype(np.int64)[order], 0)
+    def _allocated(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Zeroed memory for packed weights, and for the scale and minimum of each int8 column."""
+        columns, per_word = self._kernels.columns(self.n), {1: 2, 3: 4}.get(self._format, 1)
+        weights = pages(columns * -(-self.k // per_word) * (2 if self._format == 2 else 4))
+        if self._format != TYPES[torch.int8]:
+            return weights, None, None
+        return weights, self._column_floats(), self._column_floats()
 
-    def _packed_biases(self, biases: Sequence[Tensor | None], weights: Sequence[Tensor], mode: int) -> Tensor | None:
-        if all(bias is None for bias in biases):
-            return None
-        flat = torch.cat([_bias_of(w, bias) for w, bias in zip(weights, biases, strict=True)])
-        order = torch.from_numpy(self._order(mode))
-        return torch.where(order >= 0, flat[order], 0.0).contiguous()
+    def _column_floats(self) -> Tensor:
+        return torch.zeros(self._kernels.columns(self.n), dtype=torch.float32, device="cpu")
 
-    def _pack(self, rows: np.ndarray, dtype: torch.dtype, format: int, calibration: Calibration | None) -> None:
-        columns, per_word = len(rows), {1: 2, 3: 4}.get(format, 1)
-        self._weights = pages(columns * -(-self.k // per_word) * (2 if format == 2 else 4))
-        quantized = format == TYPES[torch.int8]
-        self._scales = torch.zeros(columns, dtype=torch.float32, device="cpu") if quantized else None
-        self._lows = torch.zeros(columns, dtype=torch.float32, device="cpu") if quantized else None
-        feedback = self._feedback(calibration) if quantized and calibration is not None else (None, None)
-        self.num_bytes = self._weights.numel()
+    def _write_rows(self, matrices: Sequence[tuple[int, Tensor]]) -> None:
+        """Pack matrices of one dtype at the outputs where they begin; all other columns stay as they are."""
+        contiguous = [(first, w) for first, w in matrices if w.stride(-1) == 1 or self.k == 1]
+        if contiguous:
+            self._pack(contiguous)
+        for first, w in matrices:
+            if not (w.stride(-1) == 1 or self.k == 1):
+                rows = max(1, _COPIED_BYTES // (self.k * w.element_size()))
+                for begin in range(0, len(w), rows):
+                    self._pack([(first + begin, w[begin : begin + rows].contiguous())])
+
+    def _pack(self, matrices: Sequence[tuple[int, Tensor]]) -> None:
+        dtype = matrices[0][1].dtype
+        addresses = np.full(self.n + 1, _KEPT, dtype=np.int64)  # by output, and the last for padding
+        addresses[-1] = 0
+        for first, w in matrices:
+            start = strided(w, dtype, len(w), self.k)
+            addresses[first : first + len(w)] = np.arange(len(w)) * (w.stride(0) * w.element_size()) + start
+        rows = addresses[self._order()]
+        feedback = (None, None) if self._calibration is None else self._feedback(self._calibration)
         packing = PackingStruct(
-            rows.ctypes.data, columns, self.k, TYPES[dtype], format, address(self._weights), address(self._scales),
-            address(self._lows), *map(address, feedback),
+            rows.ctypes.data, len(rows), self.k, FLOATS[dtype], self._format, address(self._weights),
+            address(self._scales), address(self._lows), *map(address, feedback),
         )  # fmt: skip
         check(self._kernels.library.ps_pack(self._kernels.pool, ctypes.byref(packing)))
 
@@ -199,12 +262,3 @@ class Linear:
         directions = rotated.T.contiguous()
         energy = directions.square().sum(1, keepdim=True) + calibration.residual
         return directions, directions / energy.clamp(min=1e-30)
-
-
-def _bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """float32 [N]; zeros if there is no bias."""
-    if bias is None:
-        return torch.zeros(len(weight), dtype=torch.float32, device="cpu")
-    if bias.shape != weight.shape[:1]:
-        raise AssertionError(f"a bias {tuple(bias.shape)} does not fit {len(weight)} outputs")
-    return bias.detach().float()

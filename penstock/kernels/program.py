@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import FLOATS, Kernels, address, check, floats, operand
+from penstock.kernels.native import FLOATS, Kernels, address, check, floats, operand, write_floats
 from penstock.kernels.paged import MAX_HEAD, AttentionMetadata, AttentionOptions, CacheTable
 from penstock.kernels.products import Linear, Norm
 from penstock.kernels.structures import AttentionStruct, OperationStruct, ProgramStruct, Ptr, RotaryStruct
@@ -41,6 +41,10 @@ class Rotary:
         self._weights = [None if w is None else floats(w) for w in (query_norm, key_norm)]
         self._struct = RotaryStruct(norm, 0, int(rotates), eps, *map(address, self._weights), None, None)
         self.pointer = ctypes.addressof(self._struct)
+
+    def write(self, query_norm: Tensor | None, key_norm: Tensor | None) -> None:
+        """Replace the weights of the norms in place; None keeps what is there."""
+        write_floats(*zip(self._weights, (query_norm, key_norm), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,10 @@ class Attention:
             softcap=options.softcap or 0.0, window=options.window or 0, sinks=address(self._sinks), layer=layer,
         )  # fmt: skip
         self.pointer = ctypes.addressof(self._struct)
+
+    def write(self, sinks: Tensor | None) -> None:
+        """Replace the sink logits [H] in place; None keeps what is there."""
+        write_floats((self._sinks, sinks))
 
 
 Operation = Linear | Norm | Attention

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,16 +134,19 @@ def _converted(
 
 def _dtypes(module: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of every entry of the state dict: the structure's, or float32 where the model demands that."""
+    return {name: place.dtype for name, place in module.state_dict().items()} | dtype_exceptions(module, dtype)
+
+
+def dtype_exceptions(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The entries of the state dict that have another dtype where the model's is `dtype`, by transformers' rules."""
     from transformers.core_model_loading import build_glob_alternation
 
-    dtypes = {name: place.dtype for name, place in module.state_dict().items()}
-    plan = module._get_dtype_plan(dtype)
-    if plan:
-        pattern, plan_keys, _ = build_glob_alternation(list(plan))
-        for name in dtypes:
-            if match := pattern.search(name):
-                dtypes[name] = plan[plan_keys[str(match.lastgroup)]]
-    return dtypes
+    plan = cast(PreTrainedModel, module)._get_dtype_plan(dtype) if hasattr(module, "_get_dtype_plan") else {}
+    if not plan:
+        return {}
+    pattern, plan_keys, _ = build_glob_alternation(list(plan))
+    matches = ((name, pattern.search(name)) for name in module.state_dict())
+    return {name: plan[plan_keys[str(match.lastgroup)]] for name, match in matches if match}
 
 
 def _put(module: nn.Module, name: str, value: Tensor, findings: Findings) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
-from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, WeightsError, described, text_of
+from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
 from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.beam_sampler import BeamSampler
 from penstock.models.borrow import Borrowed
@@ -32,7 +32,7 @@ from penstock.models.preparation import PreparedModel
 from penstock.models.protocol import ModelChanged, ModelSpec
 from penstock.models.sampler import Sampler
 from penstock.models.scoring import RowScorer
-from penstock.models.updates import named_weights, read_source, write
+from penstock.models.weights import ModelWeights
 from penstock.optimizers.speculation.verification import positions, verified
 from penstock.pooling import PoolingParams
 from penstock.step import Row, RowResult, StepPlan, StepResult
@@ -65,6 +65,7 @@ class Executor:
         self.weight_version = 0
         self._borrowed = borrowed
         self._module = model.module
+        self._weights = ModelWeights(model.module, model.weights, borrowed, is_packed=spec.weight_mode == "packed")
         self._layers = model.layers
         self._shapes = model.shapes
         self._backend = model.backend
@@ -104,46 +105,30 @@ class Executor:
         """Allocate `num_blocks` K/V blocks, and `num_host_blocks` in the host tier. Raises `OutOfMemory`."""
         self._storage = self._backend.storage(self._shapes, num_blocks, block_size, num_host_blocks)
 
+    def refresh_weights(self, names: Collection[str] | None = None, source: Mapping[str, Tensor] | None = None) -> int:
+        """`ModelWeights.refresh`, on the model's thread, between steps."""
+        return self._weights.refresh(names, source)
+
     def read_weights(self, source: WeightSource) -> WeightSource:
         """Check the weights of a source, without writing any; what to pass on. Raises `WeightsError`."""
-        self._require_unpacked()
-        if source is None and self._borrowed is None:
-            raise WeightsError("this engine loaded its model itself, so nobody else changes its weights: pass a source")
-        return read_source(self._weights(), source)
+        return self._weights.read(source)
 
     def update_weights(self, source: WeightSource) -> None:
         """Write weights that were read, or take over what the owner wrote (None), and raise `weight_version`."""
-        names = None if source is None else write(self._weights(), source)  # type: ignore[arg-type]  # no folder
-        self.refresh_weights(names)
+        self._weights.update(source)
         self.weight_version += 1
-
-    def refresh_weights(self, names: Collection[str] | None = None) -> None:
-        """Bring what is derived from these weights (None: from any) up to date. Raises `WeightsError`.
-
-        A view that shares its owner's tensors, and a model that was not rewritten, have nothing of the kind.
-        """
-        self._require_unpacked()
 
     def unload(self, *, cache: bool, weights: bool) -> None:
         """Free the K/V storage until `allocate`, and packed copies of weights until `reload`. Raises `WeightsError`."""
         if weights:
-            self._require_unpacked()
+            self._weights.release()
         if cache:
             self._storage = None
         self.trim_memory()
 
     def reload(self) -> None:
-        """Make released copies of weights again."""
-
-    def _weights(self) -> dict[str, Tensor]:
-        return named_weights(self._module if self._borrowed is None else self._borrowed.owner)
-
-    def _require_unpacked(self) -> None:
-        if self.spec.rewrites:
-            raise WeightsError(
-                "this engine computes with packed copies of its weights, which cannot be made again: lend it a live "
-                "module without compile_model, or load the model with disabled_rewrites=('kernels',)"
-            )
+        """Make released copies of weights again, from the weights of now. Raises `WeightsError`."""
+        self._weights.follow_owner()
 
     def forget(self, seq_id: int) -> None:
         """Drop the state of a sequence that ended."""
@@ -154,6 +139,7 @@ class Executor:
     def close(self) -> None:
         """Free the cache and let go of the weights."""
         self._storage = self._borrowed = None
+        self._weights.close()
         self._module = nn.Module()
         self._backend.close()
         self.trim_memory()

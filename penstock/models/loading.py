@@ -31,6 +31,8 @@ from penstock.models.positions import LengthLimit, length_limit
 from penstock.models.preparation import PreparedModel, prepare
 from penstock.models.protocol import ModelSpec
 from penstock.models.reading import read_module, read_tokenizer
+from penstock.models.wrappers import unwrapped
+from penstock.optimizers.rewrites.recipes import DerivedWeights
 
 ONE_THREAD_BYTES = 16 * 1024**2
 DTYPES = {
@@ -62,17 +64,17 @@ def load(model: str | Path | nn.Module | None, tokenizer: object, config: Engine
     borrowed: Borrowed | None = None
     if isinstance(model, nn.Module):
         tokenizer = _tokenizer_for(None, tokenizer, config)
-        borrowed = Borrowed(model, packed=config.compile_model)
+        model = unwrapped(model)
+        borrowed = Borrowed(model, packed=config.weight_mode == "packed", dtype=_packed_dtype(model, config))
         module = borrowed.view
-        owner = module if config.compile_model else model  # packed weights belong to the view
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     else:
         name = expanded(str(MODEL_DIR if model is None else model))
         if tokenizer is None and config.tokenizer is None and not config.skip_tokenizer_init:
             check_tokenizer_files(name)
-        module = owner = load_bare(name, config)
+        module = load_bare(name, config)
         tokenizer = _tokenizer_for(name, tokenizer, config)
-    prepared, spec, ignored = _prepare(module, owner, tokenizer, config, name)
+    prepared, spec, ignored = _prepare(module, borrowed, tokenizer, config, name)
     runner = Executor(prepared, spec, config.logits_chunk_bytes, borrowed)
     if ignored:
         log.warning("the generation config of %s is not followed in: %s", name, "; ".join(ignored))
@@ -86,7 +88,7 @@ def load_draft(source: str, target: ModelSpec, config: EngineConfig) -> DraftRun
     model, which runs on the same thread of the program, keeps as many of PyTorch's threads as it has.
     """
     overrides = {"max_sequence_length": None, "revision": None, "deterministic": False, "skip_tokenizer_init": True}
-    config = config.model_copy(update=overrides)
+    config = config.model_copy(update=overrides | {"weight_mode": None})
     module = load_bare(source, config)
     if weight_bytes(module) <= ONE_THREAD_BYTES:
         config.num_threads = 1
@@ -96,7 +98,7 @@ def load_draft(source: str, target: ModelSpec, config: EngineConfig) -> DraftRun
             f"{target.vocab_size}: choose a smaller model of the same family, or drafter='ngram'"
         )
     with torch_threads_kept():
-        prepared, spec, _ = _prepare(module, module, None, config, source)
+        prepared, spec, _ = _prepare(module, None, None, config, source)
         return DraftRunner(prepared, spec, config.logits_chunk_bytes)
 
 
@@ -162,22 +164,32 @@ def _tokenizer_for(source: str | None, tokenizer: object, config: EngineConfig) 
         ) from error
 
 
-def _prepare(
-    module: nn.Module, owner: nn.Module, tokenizer: object, config: EngineConfig, name: str
-) -> tuple[PreparedModel, ModelSpec, list[str]]:
-    """The module ready to run, its facts, and the fields of its generation config that have no effect, in words.
+def _packed_dtype(module: nn.Module, config: EngineConfig) -> torch.dtype | None:
+    """The dtype of packed copies of a live module, where it is not the module's own."""
+    dtype = resolve_dtype(config.dtype)
+    if not isinstance(dtype, torch.dtype) or dtype == device_and_dtype(module)[1]:
+        return None
+    if config.weight_mode != "packed":
+        raise ConfigurationError(
+            f"dtype={config.dtype!r} needs copies of the weights, and the engine shares those of a live module: set "
+            "weight_mode='packed', or leave dtype out"
+        )
+    return dtype
 
-    `owner` has the weights: `module` itself, unless that is a view of somebody's module.
-    """
+
+def _prepare(
+    module: nn.Module, borrowed: Borrowed | None, tokenizer: object, config: EngineConfig, name: str
+) -> tuple[PreparedModel, ModelSpec, list[str]]:
+    """The module ready to run, its facts, and the fields of its generation config that have no effect, in words."""
     refuse_unsupported(module)
     device, dtype = device_and_dtype(module)
     eos, vocabulary = eos_token_ids(module, tokenizer), vocab_size(module)
     max_length = _max_length(limit := length_limit(text_config(module)), config)
     defaults, ignored = generation_defaults(module, vocabulary, eos, has_text=tokenizer is not None)
-    loaded_bytes = weight_bytes(owner)
+    loaded_bytes = weight_bytes(module)
     quantizes = config.quantization == "int8"
     text_ids = calibration_ids(tokenizer, max_length, vocabulary, device) if quantizes else None
-    prepared = _try_to_prepare(module, device, max_length, config, owned=module is owner, text_ids=text_ids)
+    prepared = _try_to_prepare(module, borrowed, device, max_length, config, text_ids)
     spec = ModelSpec(
         name=name,
         vocab_size=vocabulary,
@@ -187,7 +199,8 @@ def _prepare(
         hidden_size=hidden_size(module),
         kv_bytes_per_token=prepared.kv_bytes_per_token,
         # A head tied to the embedding counts once.
-        weight_bytes=min(loaded_bytes, weight_bytes(owner) + prepared.packed_bytes),
+        weight_bytes=min(loaded_bytes, weight_bytes(module) + prepared.packed_bytes),
+        packed_bytes=prepared.packed_bytes + (weight_bytes(module) if borrowed and borrowed.is_cast else 0),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         kernels=prepared.kernels,
@@ -207,16 +220,21 @@ def _max_length(limit: LengthLimit, config: EngineConfig) -> int:
 
 def _try_to_prepare(
     module: nn.Module,
+    borrowed: Borrowed | None,
     device: torch.device,
     max_length: int,
     config: EngineConfig,
-    *,
-    owned: bool,
     text_ids: Tensor | None,
 ) -> PreparedModel:
+    packs = (config.weight_mode or ("packed" if borrowed is None else "shared")) == "packed"
+    weights = DerivedWeights(module, shares=borrowed is not None and not borrowed.is_cast)
     try:
         with torch.inference_mode(), PinnedDefaults(torch.float32):
-            return prepare(module, device, max_length, config, owned=owned, text_ids=text_ids)
+            prepared = prepare(module, weights, device, max_length, config, packs=packs, text_ids=text_ids)
+            weights.follow()
+            if borrowed is not None and borrowed.is_cast:
+                weights.refresh(borrowed.parameters())  # the passes worked with copies that were rounded already
+            return prepared
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"{device.type.upper()} out of memory while trying the model: use a smaller one") from error
     except PenstockError:

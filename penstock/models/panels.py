@@ -93,7 +93,6 @@ class PanelStorage:
         self.block_size = block_size
         self._num_blocks = num_blocks
         self._touched = False
-        self._sinks: dict[int, Tensor] = {}
         panels = -(-(num_blocks + num_host_blocks) * block_size // PANEL)
         try:
             self.caches = [_cache(kernels, panels, shape, int8) for shape in shapes]
@@ -130,12 +129,6 @@ class PanelStorage:
         """The attention of one step over this storage."""
         metadata = metadata_of(layout.rows, self.block_size, layout.write_slots.numpy())
         return PanelAttention(self, layers, metadata, self.table)
-
-    def sinks_of(self, layer: int, sinks: Tensor) -> Tensor:
-        """A layer's sink logits in float32, converted once."""
-        if layer not in self._sinks:
-            self._sinks[layer] = sinks.detach().float().contiguous()
-        return self._sinks[layer]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, destination) in every layer."""
@@ -203,7 +196,7 @@ class PanelAttention:
             scaling=options.scaling,
             window=options.window,
             softcap=options.softcap,
-            sinks=None if options.sinks is None else self.storage.sinks_of(layer, options.sinks),
+            sinks=None if options.sinks is None else options.sinks.detach().float().contiguous(),
         )
         return out
 

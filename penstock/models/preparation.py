@@ -27,6 +27,7 @@ from penstock.optimizers.rewrites.calibration import calibrated
 from penstock.optimizers.rewrites.fused_layer import FusedLayer
 from penstock.optimizers.rewrites.memory_pool import MemoryPool
 from penstock.optimizers.rewrites.passes import rewrite
+from penstock.optimizers.rewrites.recipes import DerivedWeights
 
 log = logging.getLogger("penstock")
 
@@ -35,11 +36,13 @@ log = logging.getLogger("penstock")
 class PreparedModel:
     """A module that was switched to paged attention, and what an executor runs it with.
 
-    `layers` has the layer of each attention module, by the module's id; `shapes` what each layer stores.
-    `is_batch_invariant`: nothing runs outside the kernels, whose results do not depend on the other rows of a step.
+    `layers` has the layer of each attention module, by the module's id; `shapes` what each layer stores. `weights` are
+    written again after an update. `is_batch_invariant`: nothing runs outside the kernels, whose results do not depend
+    on the other rows of a step.
     """
 
     module: nn.Module
+    weights: DerivedWeights
     device: torch.device
     layers: dict[int, int]
     shapes: list[LayerShape]
@@ -57,14 +60,14 @@ class PreparedModel:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the weights that rewrites packed."""
-        return sum(getattr(part, "num_bytes", 0) for part in self.module.modules())
+        return sum(vars(part).get("num_bytes", 0) for part in self.module.modules())
 
 
 def prepare(
-    module: nn.Module, device: torch.device, max_length: int, config: EngineConfig, *,
-    owned: bool, text_ids: Tensor | None = None,
+    module: nn.Module, weights: DerivedWeights, device: torch.device, max_length: int, config: EngineConfig, *,
+    packs: bool, text_ids: Tensor | None = None,
 ) -> PreparedModel:  # fmt: skip
-    """Switch `module` to paged attention and, on a CPU with kernels, rewrite it in place if it is `owned`.
+    """Switch `module` to paged attention and, on a CPU with kernels and if it `packs`, rewrite it in place.
 
     Quantization is calibrated with `text_ids`. Raises `ConfigurationError` for a model that cannot run as configured.
     """
@@ -81,7 +84,7 @@ def prepare(
         backend = PanelBackend(kernels, config.kv_cache_dtype == "int8", touch=config.preallocate_kv_cache)
         description = f"{native.note()}, {kernels.threads} threads"
         try:
-            if owned:
+            if packs:
                 rewrites = _rewrite(module, probed, kernels, backend, workspaces, config, text_ids)
             else:
                 _refuse_rewriting_settings(config)
@@ -91,9 +94,9 @@ def prepare(
             raise
     workspaces.return_all()
     workspaces.clear_pool()  # of what the trial passes took
-    is_invariant = kernels is not None and owned and not _parts_outside_kernels(module, probed)
+    is_invariant = kernels is not None and packs and not _parts_outside_kernels(module, probed)
     parts = (probed.layers, probed.shapes, backend, workspaces)
-    return PreparedModel(module, device, *parts, description, rewrites, is_invariant)
+    return PreparedModel(module, weights, device, *parts, description, rewrites, is_invariant)
 
 
 def _quantized_settings(config: EngineConfig) -> list[str]:
@@ -160,12 +163,11 @@ def _refuse_kernel_settings(config: EngineConfig) -> None:
 
 
 def _refuse_rewriting_settings(config: EngineConfig) -> None:
-    """Raise `ConfigurationError` for a setting that rewrites the weights of a module that the caller owns."""
+    """Raise `ConfigurationError` for a setting that works on packed weights alone."""
     for name in ("quantization", "deterministic"):
         if getattr(config, name):
             raise ConfigurationError(
-                f"{name} rewrites the weights, and this module is yours: set compile_model=True to work on "
-                "packed copies, or save it with save_pretrained and pass the folder"
+                f"{name} needs packed copies of the weights, and the engine shares them: set weight_mode='packed'"
             )
 
 

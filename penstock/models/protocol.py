@@ -6,9 +6,9 @@ else before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
@@ -22,6 +22,7 @@ class ModelSpec:
     `max_length_reason` says why the model cannot do more, and what to change; "" where the settings limit it further.
     `hidden_size` is the length of an embedding; 0 where the model gives none.
     `kernels` describes the implementation of its hot operations, `rewrites` what was replaced in it for speed.
+    `packed_bytes` are copies of weights; 0 where these are used where they are.
     `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
     `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
     `min_length`, which include the prompt.
@@ -35,12 +36,18 @@ class ModelSpec:
     hidden_size: int = 0
     kv_bytes_per_token: int = 1
     weight_bytes: int = 0
+    packed_bytes: int = 0
     device: str = "cpu"
     dtype: str = "float32"
     kernels: str = "none"
     rewrites: tuple[str, ...] = ()
     is_batch_invariant: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values of any parameter
+
+    @property
+    def weight_mode(self) -> Literal["shared", "packed"]:
+        """Whether kernels run on packed copies of the weights, or on the weights where they are."""
+        return "packed" if self.packed_bytes else "shared"
 
 
 class ModelChanged(Exception):
@@ -94,6 +101,15 @@ class ModelRunner(Protocol):
         """
         ...
 
+    def refresh_weights(self, names: Collection[str] | None = None) -> int:
+        """Have everything follow these parameters of a borrowed module (None: all) as they are now.
+
+        Called between steps, on the thread that runs them. Returns how many packed units were written: 0 where the
+        weights are shared. Raises `ConfigurationError` before anything is written, `ExecutionError` for a module that
+        was changed otherwise.
+        """
+        ...
+
     def read_weights(self, source: WeightSource) -> WeightSource:
         """Check the weights of a source, without writing any; returns what to pass to `update_weights`.
 
@@ -104,8 +120,8 @@ class ModelRunner(Protocol):
     def update_weights(self, source: WeightSource) -> None:
         """Write the weights of a source that was read, refresh what is derived from them, raise `weight_version`.
 
-        Called between steps, on the thread that runs them. Raises
-        `WeightsError`, which says whether old and new weights are mixed.
+        Called between steps, on the thread that runs them. Raises `WeightsError`, which says whether old and new
+        weights are mixed.
         """
         ...
 

@@ -1,12 +1,12 @@
 """New values for the weights of a module: `named_weights`, `read_source`, `write`.
 
 Everything that can be checked is checked before the first tensor is written. Writes in place, so that whoever shares
-the tensors sees the new values. Called by `Executor` on the model's thread, between steps.
+the tensors sees the new values. Called by `ModelWeights` on the model's thread, between steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from penstock.models.folder import check_source
 from penstock.models.reading import read_module
 
 Weights = Mapping[str, Tensor]
+Put = Callable[[str, Tensor, Tensor], None]  # name, place, new value
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -53,8 +54,14 @@ def read_source(weights: Weights, source: WeightSource) -> WeightSource:
     return source
 
 
-def write(weights: Weights, source: Mapping[str, object] | Iterable[tuple[str, object]]) -> set[str]:
-    """Write the tensors of a source that was read; their names. Tensors that it does not name keep their values.
+def copy_into(name: str, place: Tensor, value: Tensor) -> None:
+    """Write a weight where it is."""
+    with torch.no_grad():
+        place.copy_(value)
+
+
+def write(weights: Weights, source: Mapping[str, object] | Iterable[tuple[str, object]], put: Put) -> set[str]:
+    """Write the tensors of a source that was read, each with `put`; their names. Others keep their values.
 
     Raises `WeightsError`: with `is_mixed` once a tensor has been written, since the others have their old values.
     """
@@ -63,8 +70,7 @@ def write(weights: Weights, source: Mapping[str, object] | Iterable[tuple[str, o
         for name, tensor in map(_pair, source.items() if isinstance(source, Mapping) else source):
             target = _checked(weights, name, tensor)
             names.add(name)
-            with torch.no_grad():
-                target.copy_(tensor)
+            put(name, target, tensor)
     except Exception as error:
         raise _write_error(error, len(names)) from error
     return names
@@ -98,7 +104,7 @@ def _check_all(weights: Weights, named: Mapping[str, object]) -> None:
         target = _checked(weights, name, tensor)
         if tensor.is_meta:
             raise WeightsError(f"{name} is on the meta device and has no values")
-        earlier_name, value = values.setdefault(target.data_ptr() if target.numel() else id(target), (name, tensor))
+        earlier_name, value = values.setdefault(target.data_ptr() or id(target), (name, tensor))
         if value.data_ptr() != tensor.data_ptr() and not torch.equal(value.to(tensor), tensor):
             raise WeightsError(f"{earlier_name} and {name} are one tensor in the model, and differ in the source")
 

@@ -1,7 +1,7 @@
 """`Watch` detects changes of a live module in anything that decides what it computes, but for the values of tensors.
 
-Compares adapters (peft's), hooks, submodules, parameters and attributes with an earlier state. Never changes the module
-and never reads a tensor. Called by `borrow` once per step, so most of it is comparisons that run in C.
+Compares adapters (peft's), submodules, parameters and attributes with an earlier state. Never changes the module and
+never reads a tensor. Called by `borrow` once per step, so most of it is comparisons that run in C.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Attributes that do not affect what a module computes in eval mode, and those that are compared in another way.
-_NOT_COMPARED = frozenset(
-    {
-        *HOOKS, "training", "generation_config", "gradient_checkpointing", "_gradient_checkpointing_func",
-        "_require_grads_hook",
-        "_require_grads_hooks", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set",
-        "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
-        "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-    }
-)  # fmt: skip
-# Forward hooks of transformers and peft that affect gradients only.
-_GRADIENT_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
+from penstock.models.wrappers import unwrapped
+
+# What training loops and compilers put over or around the forward method of one instance: views do without.
+REPLACEMENTS = frozenset({"forward", "_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"})
+# Attributes that do not affect what a view computes, and those that are compared in another way.
+_NOT_COMPARED = REPLACEMENTS | {
+    "training", "generation_config", "gradient_checkpointing", "_gradient_checkpointing_func",
+    "_require_grads_hook", "_require_grads_hooks", "model_tags", "warnings_issued",
+    "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_forward_hooks", "_forward_pre_hooks",
+    "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+}  # fmt: skip
 # What changes in peft's adapter layers when adapters are enabled, selected, merged, scaled, added or deleted.
 _SWITCHES = itemgetter("_disable_adapters", "_active_adapter")
 _CONTENTS = ("merged_adapters", "scaling")
@@ -34,24 +32,19 @@ _CONTENTS = ("merged_adapters", "scaling")
 PORTION = 8
 SWITCH_PORTION = 64
 
-Hooks = dict[int, Callable[..., object]]  # by the number that PyTorch gave each
 State = Mapping[str, Any]  # the attributes of a module, by name
 
 
 class Watch:
     """The state of `module` at construction; `changed` compares it with the current one.
 
-    Every call compares hooks and what all adapter layers have merged, and in turn a portion of everything else; a
-    method of peft's model switches all layers, which shows in any portion. `thorough` compares everything.
+    Every call compares what all adapter layers have merged, and in turn a portion of everything else; a method of
+    peft's model switches all layers, which shows in any portion. `thorough` compares everything.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._num_handles = RemovableHandle.next_id  # before anything is read
         self._modules = list(module.modules())
         states = [vars(part) for part in self._modules]
-        self._hooks: list[Hooks] = [state[name] for state in states for name in HOOKS]
-        self._initial_hooks = [effective_hooks(hooks) for hooks in self._hooks]
-        self._hook_copies = [(hooks, dict(hooks)) for hooks in self._hooks if hooks]
         self._adapters = [state for state in states if _has_switches(state)]
         self._initial_switches = list(map(_SWITCHES, self._adapters))
         self._contents = [state[name] for state in self._adapters for name in _CONTENTS if name in state]
@@ -65,7 +58,7 @@ class Watch:
     def changed(self, *, thorough: bool = False) -> bool:
         """Whether anything differs in what this call compares."""
         try:
-            if self._contents != self._initial_contents or self._hooks_changed():
+            if self._contents != self._initial_contents:
                 return True
             return self._switches_changed(thorough) or self._parts_changed(thorough)
         except Exception:  # an attribute was removed, or now has a value that cannot be compared
@@ -74,15 +67,6 @@ class Watch:
     def _switches_changed(self, thorough: bool) -> bool:
         turn, self._next_switches = _next_turn(self._next_switches, SWITCH_PORTION, len(self._adapters), thorough)
         return list(map(_SWITCHES, self._adapters[turn])) != self._initial_switches[turn]
-
-    def _hooks_changed(self) -> bool:
-        """PyTorch numbers all hooks of a process: without a new number, modules without hooks still have none."""
-        next_number = RemovableHandle.next_id
-        if next_number == self._num_handles and all(hooks == earlier for hooks, earlier in self._hook_copies):
-            return False
-        self._num_handles = next_number
-        self._hook_copies = [(hooks, dict(hooks)) for hooks in self._hooks if hooks]
-        return list(map(effective_hooks, self._hooks)) != self._initial_hooks
 
     def _parts_changed(self, thorough: bool) -> bool:
         turn, self._next_parts = _next_turn(self._next_parts, PORTION, len(self._modules), thorough)
@@ -101,11 +85,6 @@ class Watch:
         return False
 
 
-def effective_hooks(hooks: Hooks) -> Hooks:
-    """The hooks that may change what a module computes."""
-    return {number: hook for number, hook in hooks.items() if getattr(hook, "__name__", "") not in _GRADIENT_HOOKS}
-
-
 def is_adapter_layer(module: nn.Module) -> bool:
     """Whether this is a layer of peft that wraps a layer of the model in adapters."""
     return _has_switches(vars(module))
@@ -114,19 +93,26 @@ def is_adapter_layer(module: nn.Module) -> bool:
 def computation_of(module: nn.Module) -> list[tuple[object, ...]]:
     """What `module` computes with its weights as they are: equal lists mean equal functions.
 
-    Merging an adapter, and adding one that is not active, leave it as it was.
+    Wrappers, merging an adapter, and adding one that is not active leave it as it was.
     """
     parts: list[tuple[object, ...]] = []
     adapter_parts: set[nn.Module] = set()
     for part in module.modules():
         state = vars(part)
-        hooks = [effective_hooks(state[name]) for name in HOOKS]
+        if unwrapped(part) is not part:
+            continue
         if is_adapter_layer(part):
             adapter_parts.update(part.modules())
-            parts.append((type(part), hooks, *_active_adapters(state)))
+            parts.append((type(part), *_active_adapters(state)))
         elif part not in adapter_parts:
-            parts.append((type(part), hooks, list(state["_modules"].values()), state.get("forward")))
+            children = list(state["_modules"].values())
+            parts.append((type(part), [None if child is None else unwrapped(child) for child in children]))
     return parts
+
+
+def merged_adapters_of(module: nn.Module) -> list[list[str]]:
+    """The names of the adapters that each adapter layer has merged into its weight."""
+    return [list(vars(part)["merged_adapters"]) for part in module.modules() if is_adapter_layer(part)]
 
 
 def _active_adapters(state: State) -> tuple[bool, list[str], list[object]]:

@@ -174,8 +174,8 @@ class OptimizationConfig(BaseModel):
             "speculation_length": self.speculation_length,
             "draft_model": self.draft_model,
             "enable_memory_pooling": self.enable_memory_pooling,
-            "compile_model": self.compile_model,
-            "disabled_rewrites": self._disabled_rewrites(),
+            "weight_mode": "packed" if self.compile_model else "shared",
+            "disabled_rewrites": () if self.enable_kernel_fusion else ("fused_layers",),
             "target": goal if self.enable_adaptive_batching else None,
             "enable_gradient_checkpointing": self.enable_gradient_checkpointing,
             "profile_performance": self.profile_performance,
@@ -195,12 +195,6 @@ class OptimizationConfig(BaseModel):
     def _follow_level(self) -> None:
         explicit = {name: getattr(self, name) for name in self.model_fields_set}
         self.__dict__.update(OptimizationConfig(**explicit).__dict__)
-
-    def _disabled_rewrites(self) -> tuple[str, ...]:
-        """The rewrites to disable."""
-        if not self.compile_model:
-            return ("fused_layers", "packed_linears", "packed_norms")
-        return () if self.enable_kernel_fusion else ("fused_layers",)
 
 
 def ranking_of(aggregation: str | RankFunction) -> str | RankFunction | None:

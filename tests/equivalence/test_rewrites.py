@@ -178,7 +178,7 @@ def test_deterministic_is_refused_without_a_rewrite(left_out: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"deterministic": True}, {"quantization": "int8"}], ids=str)
 def test_a_borrowed_module_is_not_rewritten(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="this module is yours: set compile_model=True"):
+    with pytest.raises(ConfigurationError, match=r"the engine shares them: set weight_mode='packed'"):
         Driver(build("llama"), **settings)
 
 

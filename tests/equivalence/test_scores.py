@@ -185,7 +185,7 @@ SAMPLED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("way", SAMPLED)
 async def test_in_deterministic_mode_scores_are_the_bits_of_the_generation(way: dict[str, Any]) -> None:
     """Raw and tempered, cold and cached, in another batch than the one that generated."""
-    settings = {**ENGINE, "deterministic": True, "compile_model": True}
+    settings = {**ENGINE, "deterministic": True, "weight_mode": "packed"}
     async with InferenceEngine(model_of("qwen3"), **settings) as engine:
         params = [SamplingParams(**way, max_tokens=24, seed=i) for i in range(len(TEXTS))]
         outputs = await asyncio.gather(*map(engine.generate, TEXTS, params))
@@ -242,7 +242,7 @@ async def test_t20_scores_are_constant_over_200_rounds_however_the_completions_a
     """T20: "drift" at learning rate 0 was a wrong index into a shuffled batch."""
     rng, order = random.Random(0), [*range(8)]
     pairs = [(TEXTS[-1][:30], TEXTS[i][: 3 + i]) for i in order]
-    async with InferenceEngine(model_of("llama"), **ENGINE, deterministic=True, compile_model=True) as engine:
+    async with InferenceEngine(model_of("llama"), **ENGINE, deterministic=True, weight_mode="packed") as engine:
         expected = await engine.score([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
         for _ in range(200):
             rng.shuffle(order)

@@ -1,4 +1,4 @@
-"""A borrowed module is served as what it is now: adapters of peft, hooks and layers that its owner changes later.
+"""A borrowed module is served as what it is now: adapters of peft and layers that its owner changes later.
 
 The oracle is the module's own forward pass, over the whole text, after every change and in the middle of requests.
 """
@@ -15,7 +15,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from penstock import ConfigurationError, ExecutionError, InferenceEngine, SamplingParams
+from penstock.config import EngineConfig
 from penstock.models.borrow import Borrowed
+from penstock.models.loading import load
 from tests.tiny_models import build
 
 PROMPT = list(range(10, 50))  # whole blocks of it stay cached
@@ -126,21 +128,32 @@ def test_a_request_that_runs_goes_on_with_the_adapters_of_now() -> None:
     engine.stop()
 
 
-def test_a_step_during_which_adapters_are_merged_does_not_count() -> None:
+class Watched(nn.Module):
+    """An activation that calls a function before it computes, in the module and in views of it."""
+
+    call: Callable[[], None] = staticmethod(lambda: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Watched.call()
+        return nn.functional.silu(x)
+
+
+def test_a_step_during_which_adapters_are_merged_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first layer was computed with the adapter, its second with the adapter twice."""
     model = with_adapters()
+    model.base_model.model.model.layers[0].mlp.act_fn = Watched()
     prompts = [PROMPT[:length] for length in (5, 17, 33)]
     greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     calls: list[int] = []
 
-    def change(*_: Any) -> None:
+    def change() -> None:
         calls.append(len(calls))
         if len(calls) in (10, 20):
             model.merge_adapter() if len(calls) == 10 else model.unmerge_adapter()
 
     engine = engine_of(model)
     expected = [engine.generate(ids, greedy).result(30).generated_ids for ids in prompts]
-    model.base_model.model.model.layers[0].register_forward_hook(change)
+    monkeypatch.setattr(Watched, "call", staticmethod(change))
     handles = [engine.generate(ids, greedy) for ids in prompts]
     assert [handle.result(30).generated_ids for handle in handles] == expected
     assert len(calls) > 20
@@ -170,23 +183,12 @@ class Doubling(nn.Module):
         return weight * 2
 
 
-def test_hooks_and_parts_that_change_later_act_as_in_the_module() -> None:
+def test_parts_that_change_later_act_as_in_the_module() -> None:
     """They were silently ignored: a view was made once and for all."""
     model: Any = build("llama")
     engine = engine_of(model)
     check(engine, model)
     layers = model.model.layers
-    handle = layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
-    check(engine, model)
-    handle.remove()
-    check(engine, model)
-    pre = layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
-    check(engine, model)
-    pre.remove()
-    layers[1].mlp.forward = lambda x: x * 2
-    check(engine, model)
-    del layers[1].mlp.forward
-    check(engine, model)
     layers[0].mlp = nn.Identity()
     check(engine, model)
     torch.nn.utils.parametrize.register_parametrization(layers[1].self_attn.q_proj, "weight", Doubling())
@@ -228,30 +230,38 @@ def test_training_beside_the_engine_is_no_change() -> None:
 
 
 def test_packed_copies_refuse_other_adapters_and_serve_merged_ones() -> None:
-    """With compile_model=True a module with adapters could not be loaded at all."""
+    """With packed weights a module with adapters could not be loaded at all."""
     model = with_adapters(rank=16)
-    engine = engine_of(model, compile_model=True)
+    engine = engine_of(model, weight_mode="packed")
     check(engine, model)
     model.merge_adapter()
     check(engine, model)
     model.unmerge_adapter()
     add_third(model)
     check(engine, model)
-    with model.disable_adapter(), pytest.raises(ExecutionError, match="leave compile_model out"):
+    with model.disable_adapter(), pytest.raises(ExecutionError, match="set weight_mode='shared'"):
         engine.generate(PROMPT, SamplingParams(max_tokens=1)).result(30)
-    check(engine, model)
-    handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *args: None)
-    with pytest.raises(ExecutionError, match="leave compile_model out"):
-        engine.generate(PROMPT, SamplingParams(max_tokens=1)).result(30)
-    handle.remove()
     check(engine, model)
     engine.stop()
+
+
+def test_merged_adapters_are_not_packed_a_second_time() -> None:
+    """The packed copy of a merged weight would have the adapter in it, and the view adds it."""
+    model = with_adapters()
+    runner = load(model, None, EngineConfig(skip_tokenizer_init=True, weight_mode="packed")).runner
+    model.merge_adapter()
+    with pytest.raises(ExecutionError, match=r"were merged or unmerged since it was loaded.*undo that"):
+        runner.refresh_weights()
+    model.unmerge_adapter()
+    add_third(model)
+    assert runner.refresh_weights() > 0
+    runner.close()
 
 
 def test_a_module_that_was_moved_is_refused_with_the_remedy() -> None:
     """Requests ended with what failed first in the pass: an assertion about a kernel."""
     model = build("llama")
-    engine = engine_of(model, compile_model=True)
+    engine = engine_of(model, weight_mode="packed")
     check(engine, model)
     model.to(torch.bfloat16)
     with pytest.raises(ExecutionError, match=r"is on cpu in torch\.bfloat16.*move it back, or make a new engine"):

@@ -17,6 +17,7 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from penstock import (
@@ -77,31 +78,23 @@ def scripted() -> Iterator[Callable[..., tuple[InferenceEngine, ScriptedModel]]]
 Make = Callable[..., tuple[InferenceEngine, ScriptedModel]]
 
 
-class Fault:
-    """A hook that makes one forward pass of a module raise when armed. Copies of the module share it."""
+class Fault(nn.Module):
+    """An activation that makes one forward pass raise when the class is armed."""
 
-    def __init__(self) -> None:
-        self.armed = False
+    armed = False
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.armed:
-            self.armed = False
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if Fault.armed:
+            Fault.armed = False
             raise RuntimeError("a kernel failed")
-
-    def __deepcopy__(self, memo: Any) -> Fault:
-        return self
+        return nn.functional.silu(x)
 
 
 @pytest.fixture(scope="module")
-def fault() -> Fault:
-    return Fault()
-
-
-@pytest.fixture(scope="module")
-def tiny(fault: Fault) -> Iterator[InferenceEngine]:
+def tiny() -> Iterator[InferenceEngine]:
     """A real model, token ids only, whose forward pass can be made to fail."""
-    model = build("llama")
-    model.register_forward_pre_hook(fault)
+    model: Any = build("llama")
+    model.model.layers[0].mlp.act_fn = Fault()
     engine = InferenceEngine(model, skip_tokenizer_init=True, max_batch_size=8)
     engine.start()
     yield engine
@@ -529,16 +522,16 @@ def test_a_failing_tokenizer_fails_its_request_alone(scripted: Make) -> None:
     nothing_leaks(engine)
 
 
-def test_a_failed_forward_pass_fails_its_batch_and_the_engine_serves_on(tiny: InferenceEngine, fault: Fault) -> None:
+def test_a_failed_forward_pass_fails_its_batch_and_the_engine_serves_on(tiny: InferenceEngine) -> None:
     wanted = tokens_of(tiny)
-    fault.armed = True
+    Fault.armed = True
     failure(
         ExecutionError,
         RuntimeError,
         "RuntimeError: a kernel failed",
         lambda: tiny.generate([3, 4, 5]).result(PATIENCE_S),
     )
-    assert not fault.armed
+    assert not Fault.armed
     assert tokens_of(tiny) == wanted
     nothing_leaks(tiny)
 

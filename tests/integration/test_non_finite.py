@@ -24,12 +24,12 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logit_b
 PLAIN = {"disabled_rewrites": ("kernels",)}
 BF16, FP16 = torch.bfloat16, torch.float16
 WAYS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
-    "fused": ("llama", torch.float32, {"compile_model": True}),
-    "fused, bfloat16": ("llama", BF16, {"compile_model": True}),
-    "fused, float16": ("llama", FP16, {"compile_model": True}),
-    "fused, int8 cache": ("llama", BF16, {"compile_model": True, "kv_cache_dtype": "int8"}),
-    "fused, ReLU": ("opt", torch.float32, {"compile_model": True}),
-    "fused, windows and soft caps": ("gemma2", torch.float32, {"compile_model": True}),
+    "fused": ("llama", torch.float32, {"weight_mode": "packed"}),
+    "fused, bfloat16": ("llama", BF16, {"weight_mode": "packed"}),
+    "fused, float16": ("llama", FP16, {"weight_mode": "packed"}),
+    "fused, int8 cache": ("llama", BF16, {"weight_mode": "packed", "kv_cache_dtype": "int8"}),
+    "fused, ReLU": ("opt", torch.float32, {"weight_mode": "packed"}),
+    "fused, windows and soft caps": ("gemma2", torch.float32, {"weight_mode": "packed"}),
     "kernels": ("llama", torch.float32, {}),
     "kernels, windows and sinks": ("gpt_oss", torch.float32, {}),
     "kernels, small blocks": ("mistral", torch.float32, {"block_size": 4}),

@@ -350,7 +350,7 @@ def test_what_is_read_at_load_cannot_be_assigned_later(model: nn.Module) -> None
     config = OptimizationConfig()
     optimizer = PerformanceOptimizer(model, config)
     config.compile_model = False
-    with pytest.raises(ConfigurationError, match=r"disabled_rewrites.* create a new PerformanceOptimizer"):
+    with pytest.raises(ConfigurationError, match=r"weight_mode.* create a new PerformanceOptimizer"):
         optimizer.optimized_generate([PROMPT])
     config.compile_model = True
     assert optimizer.optimized_generate([PROMPT], 2)[1]["tokens_generated"] == 2

@@ -30,7 +30,7 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"use_beam_search": True, "best_of": 3, "temperature": 0.0, "logit_bias": {5: 1.0}, "logprobs": 1},
     {"n": 2, "min_p": 0.1},
 )
-WAYS: dict[str, dict[str, Any]] = {"kernels": {"compile_model": True}, "plain": {"disabled_rewrites": ("kernels",)}}
+WAYS: dict[str, dict[str, Any]] = {"kernels": {"weight_mode": "packed"}, "plain": {"disabled_rewrites": ("kernels",)}}
 
 
 @contextmanager

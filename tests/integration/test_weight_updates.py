@@ -359,14 +359,67 @@ async def test_prompt_logprobs_come_from_one_version_of_the_weights() -> None:
     assert found == pytest.approx(logprobs_by_transformers(model, prompt[:1], prompt[1:]), abs=2e-4)
 
 
-async def test_packed_copies_of_weights_are_refused_until_they_can_follow() -> None:
+@pytest.mark.parametrize("how", ["in place", "state dict", "one by one"])
+async def test_packed_copies_follow_every_kind_of_update(how: str) -> None:
     model = build("llama")
-    async with engine_of(model, compile_model=True) as engine:
-        if engine.get_stats()["rewrites"]:
-            for order in (engine.update_weights, engine.updating().__aenter__, engine.sleep):
-                with pytest.raises(WeightsError, match="packed copies"):
-                    await order()
-            assert (await engine.generate([5, 6], SamplingParams(max_tokens=1))).outputs[0].weight_versions == [0]
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    async with engine_of(model, weight_mode="packed") as engine:
+        await engine.generate(prompt, params)
+        weights = noisy(snapshot(model), 1)
+        if how == "in place":
+            async with engine.updating():
+                model.load_state_dict(weights, strict=False)
+        else:
+            await engine.update_weights(weights if how == "state dict" else iter(weights.items()))
+        out = (await engine.generate(prompt, params)).outputs[0]
+    assert out.weight_versions == [1] * 12
+    assert out.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, out.token_ids), abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["state dict", "one by one", "folder"])
+async def test_a_model_that_the_engine_loaded_takes_new_weights(how: str, tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path / "old")  # type: ignore[operator]
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    weights = noisy(snapshot(model), 1)
+    model.load_state_dict(weights, strict=False)
+    model.save_pretrained(tmp_path / "new")  # type: ignore[operator]
+    source = {"state dict": weights, "one by one": iter(weights.items()), "folder": tmp_path / "new"}[how]
+    async with engine_of(tmp_path / "old") as engine:
+        await engine.generate(prompt, params)
+        assert await engine.update_weights(source) == 1
+        out = (await engine.generate(prompt, params)).outputs[0]
+    async with engine_of(tmp_path / "new") as fresh:
+        expected = (await fresh.generate(prompt, params)).outputs[0]
+    assert out.token_logprobs == expected.token_logprobs
+    assert out.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, out.token_ids), abs=1e-4)
+
+
+async def test_packed_copies_are_released_in_sleep_and_made_again_from_the_weights_of_then() -> None:
+    model = build("llama")
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    async with engine_of(model, weight_mode="packed") as engine:
+        before = (await engine.generate(prompt, params)).outputs[0]
+        await engine.sleep()
+        await engine.wake()
+        assert (await engine.generate(prompt, params)).outputs[0].token_logprobs == before.token_logprobs
+        await engine.sleep()
+        async with engine.updating():
+            model.load_state_dict(noisy(snapshot(model), 1), strict=False)
+        await engine.wake()
+        out = (await engine.generate(prompt, params)).outputs[0]
+    assert out.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, out.token_ids), abs=1e-4)
+
+
+async def test_an_engine_that_has_only_packed_weights_does_not_release_them(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)  # type: ignore[operator]
+    async with engine_of(tmp_path) as engine:
+        if engine.get_stats()["weight_mode"] == "packed":
+            with pytest.raises(WeightsError, match="level='cache'"):
+                await engine.sleep("weights")
+        await engine.sleep("cache")
+        await engine.wake()
+        assert (await engine.generate([5, 6], SamplingParams(max_tokens=1))).outputs[0].weight_versions == [0]
 
 
 async def test_updates_of_a_draft_model_engine_keep_its_drafts_apart(tmp_path: Path) -> None:

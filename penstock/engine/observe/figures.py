@@ -32,6 +32,8 @@ def figures(
         "max_sequence_length": parts.inputs.limit if parts else None,
         "weight_version": parts.runner.weight_version if parts else 0,
         "weight_bytes": spec.weight_bytes if spec else 0,
+        "weight_mode": spec.weight_mode if spec else None,
+        "packed_bytes": spec.packed_bytes if spec else 0,
         "kernels": spec.kernels if spec else None,
         "rewrites": spec.rewrites if spec else (),
         "tuner": parts.tuning.stats() if parts else {},

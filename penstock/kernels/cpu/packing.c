@@ -1,4 +1,4 @@
-/* Packing of weights, once per load; the layout is described in linear.c.
+/* Packing of weights, at load and after each update; the layout is described in linear.c.
  *
  * int8 columns are rotated and rounded to a scale and a minimum each. With a calibration, rounding diffuses its error
  * (Floyd and Steinberg 1976; GPTQ, Frantar et al. 2022, arXiv 2210.17323, does so for all directions): the errors so far,
@@ -8,7 +8,7 @@
 enum { RANK = 16 };
 
 typedef struct {
-    const char *const *rows; /* one source row per packed column; NULL is a column of zeros */
+    const char *const *rows; /* one source row per packed column; NULL is a column of zeros, KEPT one that stays */
     long n, k;
     int32_t type, format;
     char *weights;
@@ -16,10 +16,13 @@ typedef struct {
     const float *directions, *feedback; /* [k][RANK] each: rotated directions, and divided by their energy; or NULL */
 } packing;
 
+static const char *const KEPT = (const char *)1;
+
 static void pack_column(const packing *g, long n, float *row, uint8_t *bytes)
 {
     long per = per_word(g->format), k = (g->k + per - 1) / per, size = g->format == F16 ? 2 : 4;
     char *dst = g->weights + (n / NR) * k * NR * size + (n % NR) * size;
+    if (g->rows[n] == KEPT) return;
     memset(row, 0, (g->k + 8) * sizeof *row);
     if (g->rows[n]) widen(row, g->rows[n], g->k, g->type);
     if (g->format != F32) narrow(bytes, row, g->k + 1, g->format);
@@ -27,9 +30,14 @@ static void pack_column(const packing *g, long n, float *row, uint8_t *bytes)
     for (long i = 0; i < k; i++) memcpy(dst + i * NR * size, src + i * size, size);
 }
 
-/* Rotate the row of packed column n into `lane` of x[k][VL]; a scale of NaN if a number is NaN or infinite. */
+/* Rotate the row of packed column n into `lane` of x[k][VL]; a scale of NaN if a number is NaN or infinite. A column
+ * that is kept is zeros there. */
 static void rotate_column(const packing *g, long n, float *row, float *x, long lane)
 {
+    if (g->rows[n] == KEPT) {
+        for (long i = 0; i < g->k; i++) x[i * VL + lane] = 0;
+        return;
+    }
     if (g->rows[n]) widen(row, g->rows[n], g->k, g->type);
     else memset(row, 0, g->k * sizeof *row);
     rotate_blocks(row, g->k);
@@ -44,8 +52,8 @@ static void rotate_column(const packing *g, long n, float *row, float *x, long l
     g->lows[n] = low;
 }
 
-/* Round x[k][VL] to bytes, the words of VL packed columns. */
-static void quantize_columns(const packing *g, const float *x, vf scale, vf low, char *dst)
+/* Round x[k][VL] to bytes, the words of VL packed columns; all bits of a lane of `kept` leave its words as they are. */
+static void quantize_columns(const packing *g, const float *x, vf scale, vf low, vi kept, char *dst)
 {
     const vf inverse = blend(scale > 0.0f, 1.0f / scale, splat(0.0f));
     vf error[RANK] = {0};
@@ -59,7 +67,8 @@ static void quantize_columns(const packing *g, const float *x, vf scale, vf low,
         for (int r = 0; g->feedback && r < RANK; r++) error[r] += change * g->directions[i * RANK + r];
         word |= (__builtin_convertvector(rounded, vi) & 255) << (i % 4 * 8);
         if (i % 4 < 3 && i + 1 < g->k) continue;
-        *(vi *)(dst + i / 4 * NR * 4) = word;
+        vi *words = (vi *)(dst + i / 4 * NR * 4);
+        *words = (*words & kept) | (word & ~kept);
         word = splati(0);
     }
 }
@@ -68,8 +77,12 @@ static void quantize_columns(const packing *g, const float *x, vf scale, vf low,
 static void pack_int8_columns(const packing *g, long n, float *row, float *x)
 {
     char *dst = g->weights + n / NR * ((g->k + 3) / 4) * NR * 4 + n % NR * 4;
+    int32_t kept[VL] __attribute__((aligned(64)));
+    long num_kept = 0;
+    for (long lane = 0; lane < VL; lane++) num_kept -= kept[lane] = g->rows[n + lane] == KEPT ? -1 : 0;
+    if (num_kept == VL) return;
     for (long lane = 0; lane < VL; lane++) rotate_column(g, n + lane, row, x, lane);
-    quantize_columns(g, x, *(const vf *)(g->scales + n), *(const vf *)(g->lows + n), dst);
+    quantize_columns(g, x, *(const vf *)(g->scales + n), *(const vf *)(g->lows + n), *(const vi *)kept, dst);
 }
 
 static void pack_run(pool *p, void *arg, int id)

@@ -17,6 +17,8 @@ from penstock.kernels.paged import AttentionOptions
 from penstock.kernels.products import ADD, GATED, STORE, STORE_ONLY, Epilogue, Linear, Norm
 from penstock.kernels.program import STREAM, Attention, HeadGeometry, Paged, Program, Rotary
 from penstock.optimizers.rewrites.layer_parts import LayerParts, LinearWeights
+from penstock.optimizers.rewrites.packing import packed_linear, packed_norm
+from penstock.optimizers.rewrites.recipes import PackedUnit, Recipe
 from penstock.optimizers.rewrites.recognition import NormFacts
 
 # Registers of a layer's program besides the stream.
@@ -48,7 +50,7 @@ class FusedLayer(nn.Module):
             builder.mlp()
         else:
             self._mlp_norm, self._output_norm = builder.norm(parts.norms[2]), builder.norm(parts.norms[3])
-        self._program, self.num_bytes = builder.program, builder.num_bytes
+        self._program, self.num_bytes, self.packed_units = builder.program, builder.num_bytes, builder.units
         self.num_layers = 1
 
     def forward(
@@ -74,6 +76,7 @@ class FusedLayer(nn.Module):
         self._program.extend(following._program)
         self.num_layers += following.num_layers
         self.num_bytes += following.num_bytes
+        self.packed_units += following.packed_units
         return True
 
     def _add_unfused_mlp(self, x: Tensor) -> None:
@@ -102,11 +105,15 @@ class _ProgramBuilder:
         self._dtype = parts.o.weight.dtype
         self.program = Program(kernels, self._dtype)
         self.num_bytes = 0
+        self.units: list[PackedUnit] = []
 
     def attend(self, shape: AttentionShape) -> None:
         """x += scale * post(o(attention(qkv(pre(x)))))."""
-        parts = self._parts
-        attention = Attention(shape.layer, shape.geometry, shape.options, _rotary(parts, shape), self._dtype)
+        parts, sinks = self._parts, shape.options.sinks
+        rotary = self._rotary(shape)
+        attention = Attention(shape.layer, shape.geometry, shape.options, rotary, self._dtype)
+        if isinstance(sinks, nn.Parameter):
+            self.units.append(PackedUnit([Recipe.of(sinks)], lambda tensors: attention.write(*tensors)))
         qkv = self._linear(parts.qkv, norm=self.norm(parts.norms[0]))
         self.program.linear(qkv, STREAM, _QKV)
         self.program.attention(attention, _QKV, _ATTENDED)
@@ -125,8 +132,9 @@ class _ProgramBuilder:
         """A norm of the layer, with the layer's scale for what it adds."""
         if facts is None:
             return None
-        kind, weight, bias, eps = facts.kind, facts.weight, facts.bias, facts.eps
-        return Norm(self._kernels, kind, weight, bias, eps, self._dtype, self._parts.scale)
+        norm, unit = packed_norm(self._kernels, facts, self._dtype, self._parts.scale)
+        self.units.append(unit)
+        return norm
 
     def _add(self, weights: LinearWeights, source: int, facts: NormFacts | None) -> None:
         """x += scale * norm(linear(source))."""
@@ -141,22 +149,17 @@ class _ProgramBuilder:
     def _linear(
         self, weights: Sequence[LinearWeights], *, norm: Norm | None = None, epilogue: Epilogue = STORE_ONLY
     ) -> Linear:
-        linear = Linear(
-            self._kernels,
-            [part.weight for part in weights],
-            [part.bias for part in weights],
-            norm=norm,
-            quantize=self._quantize,
-            calibration=weights[0].calibration,  # all of them have the same inputs
-            epilogue=epilogue,
-        )
+        linear, unit = packed_linear(self._kernels, weights, self._quantize, norm=norm, epilogue=epilogue)
         self.num_bytes += linear.num_bytes
+        self.units.append(unit)
         return linear
 
-
-def _rotary(parts: LayerParts, shape: AttentionShape) -> Rotary:
-    query, key = parts.query_norm, parts.key_norm
-    if query is None or key is None:
-        return Rotary(0, 0.0, None, None, rotates=shape.rotates)
-    spans_heads = len(query.weight) != shape.geometry.key_dim
-    return Rotary(2 if spans_heads else 1, query.eps, query.weight, key.weight, rotates=shape.rotates)
+    def _rotary(self, shape: AttentionShape) -> Rotary:
+        query, key = self._parts.query_norm, self._parts.key_norm
+        if query is None or key is None:
+            return Rotary(0, 0.0, None, None, rotates=shape.rotates)
+        spans_heads = len(query.weight) != shape.geometry.key_dim
+        rotary = Rotary(2 if spans_heads else 1, query.eps, query.weight, key.weight, rotates=shape.rotates)
+        recipes = [query.recipes[0], key.recipes[0]]
+        self.units.append(PackedUnit(recipes, lambda tensors: rotary.write(*tensors)))
+        return rotary

@@ -192,6 +192,8 @@ def _is_consistent(parts: LayerParts, width: int) -> bool:
 def _shapes(parts: LayerParts, probed: ProbedAttention, layer: int) -> Iterator[AttentionShape]:
     """The ways this layer may attend: with and without rotary positions, scaled by the attention or before it."""
     stored, options = probed.shapes[layer], probed.options[layer]
+    if options.sinks is not None and not isinstance(options.sinks, nn.Parameter):
+        return  # nobody knows what they follow from
     rows = sum(len(matrix.weight) for matrix in parts.qkv)
     heads = (rows - stored.heads * (stored.key_dim + stored.value_dim)) // stored.key_dim
     if heads < stored.heads or heads % stored.heads or parts.o.weight.shape[1] != heads * stored.value_dim:

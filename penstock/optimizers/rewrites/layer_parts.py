@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from penstock.kernels.products import Calibration
+from penstock.optimizers.rewrites.recipes import Recipe, unchanged
 from penstock.optimizers.rewrites.recognition import NormFacts, activation_of, norm_of
 
 
 @dataclass(frozen=True, slots=True)
 class LinearWeights:
-    """Weight [N, K] and bias [N] of one projection, and a calibration with its inputs if there was one."""
+    """Weight [N, K] and bias [N] of one projection, their recipes, and a calibration with its inputs if there was one.
+
+    The rows of the weight may not be contiguous.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    recipes: tuple[Recipe, Recipe | None]
     calibration: Calibration | None = None
 
 
@@ -103,10 +108,23 @@ def _gated(mlp: nn.Module | None) -> tuple[Sequence[LinearWeights], LinearWeight
         return (), None, "identity"
     if hasattr(mlp, "gate_proj"):
         return (gate, _weights(_child(mlp, "up_proj"))), down, act
-    half = len(gate.weight) // 2
-    biases = (None, None) if gate.bias is None else (gate.bias[:half], gate.bias[half:])
-    halves = zip((gate.weight[:half], gate.weight[half:]), biases, strict=True)
-    return [LinearWeights(weight, bias, gate.calibration) for weight, bias in halves], down, act
+    return [_rows(gate, half) for half in (_first_half, _second_half)], down, act
+
+
+def _rows(weights: LinearWeights, select: Callable[[Tensor], Tensor]) -> LinearWeights:
+    """Some of the outputs of a projection."""
+    of_weight, of_bias = weights.recipes
+    recipes = of_weight.then(select), of_bias and of_bias.then(select)
+    bias = None if weights.bias is None else select(weights.bias)
+    return LinearWeights(select(weights.weight), bias, recipes, weights.calibration)
+
+
+def _first_half(x: Tensor) -> Tensor:
+    return x[: len(x) // 2]
+
+
+def _second_half(x: Tensor) -> Tensor:
+    return x[len(x) // 2 :]
 
 
 def _gpt2(layer: nn.Module) -> LayerParts:
@@ -158,12 +176,17 @@ def _weights(module: nn.Module) -> LinearWeights:
 
 
 def linear_weights_of(module: nn.Module) -> LinearWeights | None:
-    """Weight and bias of a plain linear module: `nn.Linear`, or GPT-2's transposed `Conv1D`; else None."""
-    if not is_linear(module):
+    """Weight and bias of a plain linear module: `nn.Linear`, or GPT-2's transposed `Conv1D`; else None.
+
+    None, too, where these are computed instead of being parameters.
+    """
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if not is_linear(module) or weight is None or (bias is None and getattr(module, "bias", None) is not None):
         return None
-    weight, bias = cast(Tensor, module.weight).detach(), getattr(module, "bias", None)
-    rows = weight if type(module) is nn.Linear else weight.t().contiguous()
-    return LinearWeights(rows, None if bias is None else bias.detach(), getattr(module, "calibration", None))
+    recipe = Recipe.of(weight, unchanged if type(module) is nn.Linear else torch.t)
+    recipes = recipe, None if bias is None else Recipe.of(bias)
+    rows = recipe.transform(weight.detach())
+    return LinearWeights(rows, None if bias is None else bias.detach(), recipes, getattr(module, "calibration", None))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from penstock.kernels.native import TYPES, Kernels
-from penstock.kernels.products import Epilogue, Linear, Norm
+from penstock.kernels.products import Epilogue
 from penstock.optimizers.rewrites.layer_parts import LinearWeights, linear_weights_of
 from penstock.optimizers.rewrites.memory_pool import MemoryPool
-from penstock.optimizers.rewrites.recognition import norm_of
+from penstock.optimizers.rewrites.packing import packed_linear, packed_norm
+from penstock.optimizers.rewrites.recognition import NormFacts, norm_of
 
 MIN_WEIGHTS = 256  # routers and other small matrices stay as they are
 
@@ -33,16 +34,8 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._dtype = weights.weight.dtype
-        epilogue = Epilogue(dtype=out_dtype)
-        self._linear = Linear(
-            kernels,
-            [weights.weight],
-            [weights.bias],
-            quantize=quantize,
-            calibration=weights.calibration,
-            epilogue=epilogue,
-        )
-        self.num_bytes = self._linear.num_bytes
+        self._linear, unit = packed_linear(kernels, [weights], quantize, epilogue=Epilogue(dtype=out_dtype))
+        self.packed_units, self.num_bytes = [unit], self._linear.num_bytes
         self.in_features, self.out_features = self._linear.k, self._linear.n
         self._out_dtype, self._workspaces = out_dtype, workspaces
 
@@ -59,9 +52,10 @@ class PackedLinear(nn.Module):
 class PackedNorm(nn.Module):
     """A norm over the last dimension."""
 
-    def __init__(self, norm: Norm, dtype: torch.dtype) -> None:
+    def __init__(self, kernels: Kernels, facts: NormFacts, dtype: torch.dtype) -> None:
         super().__init__()
-        self._norm, self._dtype = norm, dtype
+        self._norm, unit = packed_norm(kernels, facts, dtype)
+        self._dtype, self.packed_units = dtype, [unit]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension."""
@@ -92,10 +86,7 @@ def pack_norms(module: nn.Module, kernels: Kernels) -> int:
 
     def packed(part: nn.Module) -> nn.Module | None:
         facts = norm_of(part) if not list(part.children()) else None
-        if facts is None:
-            return None
-        dtype = part.weight.dtype
-        return PackedNorm(Norm(kernels, facts.kind, facts.weight, facts.bias, facts.eps, dtype), dtype)  # type: ignore[arg-type]
+        return None if facts is None else PackedNorm(kernels, facts, part.weight.dtype)  # type: ignore[arg-type]
 
     return _replace(module, packed)
 

@@ -1,7 +1,7 @@
 """Rewrites a loaded model for the CPU kernels: `rewrite` runs the passes, `PASSES` describes them by name.
 
 Owns the order of the passes and the report. A pass verifies itself or is verified by the caller, who compares the
-logits before and after. Only for models that the engine itself loaded: packed weights are copies.
+logits before and after. Packed weights are copies, which `recipes` writes again after an update.
 """
 
 from __future__ import annotations

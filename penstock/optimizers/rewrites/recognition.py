@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.kernels.products import LAYER, RMS
+from penstock.optimizers.rewrites.recipes import Recipe
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -26,18 +27,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class NormFacts:
-    """A norm over the last dimension: kind (`RMS` or `LAYER`), weight [N] and bias [N] in float32, eps."""
+    """A norm over the last dimension: kind (`RMS` or `LAYER`), weight [N] and bias [N] in float32, eps, recipes."""
 
     kind: int
     weight: Tensor
     bias: Tensor | None
     eps: float
+    recipes: tuple[Recipe, Recipe | None]
 
 
 def norm_of(module: nn.Module | None) -> NormFacts | None:
     """The norm that `module` computes, or None if it is no known norm."""
     weight = getattr(module, "weight", None)
-    if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
+    if module is None or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return None
     x = torch.linspace(-2.0, 3.0, len(weight), dtype=torch.float32, device=weight.device).sin().mul(1.7).add(0.3)
     x = torch.stack([x, x * 1e-3]).to(weight.dtype)  # small numbers reveal eps
@@ -64,13 +66,21 @@ def activation_of(module: Callable[[Tensor], Tensor] | None) -> str | None:
     return next(matches, None)
 
 
-def _norm_candidates(module: nn.Module, weight: Tensor) -> Iterator[NormFacts]:
-    eps = next(_epsilons(module), 1e-6)
-    raw, bias = weight.detach().float(), getattr(module, "bias", None)
-    bias = bias.detach().float() if isinstance(bias, Tensor) else None
+def _norm_candidates(module: nn.Module, weight: nn.Parameter) -> Iterator[NormFacts]:
+    eps, bias = next(_epsilons(module), 1e-6), module._parameters.get("bias")
+    bias_floats, of_bias = (None, None) if bias is None else (_floats(bias.detach()), Recipe.of(bias, _floats))
     for kind in (RMS, LAYER):
-        yield NormFacts(kind, raw, bias, eps)
-        yield NormFacts(kind, raw + 1.0, bias, eps)
+        for transform in (_floats, _one_more):
+            recipes = Recipe.of(weight, transform), of_bias
+            yield NormFacts(kind, transform(weight.detach()), bias_floats, eps, recipes)
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.float()
+
+
+def _one_more(x: Tensor) -> Tensor:
+    return x.float() + 1.0
 
 
 def _epsilons(module: nn.Module) -> Iterator[float]:

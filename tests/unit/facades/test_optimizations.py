@@ -18,11 +18,12 @@ STATS = {
         "drafter": "auto",
         "enable_memory_pooling": False,
         "logits_chunk_bytes": 2**20,
-        "compile_model": True,
+        "weight_mode": "packed",
         "target": "latency",
     },
     "kernels": "compiled",
     "rewrites": ("fused_layers 2/2", "packed_linears 1"),
+    "packed_bytes": 7 * 2**20,
 }
 
 
@@ -67,7 +68,7 @@ def test_features_say_what_is_on_and_what_was_compiled() -> None:
     )
     assert found["enable_parallel_sampling"] == "on: best of 3 by best; greedy: one"
     assert found["enable_memory_pooling"] == "off"
-    assert found["compile_model"] == "on: fused_layers 2/2, packed_linears 1 (compiled)"
+    assert found["compile_model"] == ("on: fused_layers 2/2, packed_linears 1; 7 MiB of packed weights (compiled)")
     assert found["enable_adaptive_batching"] == "on: toward latency"
     assert found["enable_gradient_checkpointing"].startswith("no effect: ")
 
@@ -84,8 +85,10 @@ def test_a_draft_model_is_named_where_it_drafts(drafter: str, who: str) -> None:
 def test_what_could_not_be_compiled_is_said() -> None:
     plain = {**STATS, "rewrites": (), "kernels": "plain torch: no compiler"}
     assert features(OptimizationConfig(), plain)["compile_model"] == "nothing was compiled: plain torch: no compiler"
-    off = {**plain, "config": {**STATS["config"], "compile_model": False}}  # type: ignore[dict-item]
-    assert features(OptimizationConfig(), off)["compile_model"].startswith("off: ")
+    off = {**plain, "config": {**STATS["config"], "weight_mode": "shared"}}  # type: ignore[dict-item]
+    assert features(OptimizationConfig(), off)["compile_model"].startswith(
+        "off: layers run unchanged, with shared weights"
+    )
 
 
 def test_the_description_has_level_features_settings_and_figures() -> None:

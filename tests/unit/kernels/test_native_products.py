@@ -7,6 +7,7 @@ each scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.kernels.native import Kernels
-from penstock.kernels.products import ADD, GATED, LAYER, RMS, Calibration, Epilogue, Linear, Norm
+from penstock.kernels.products import ADD, GATED, LAYER, RMS, STORE, Calibration, Epilogue, Linear, Norm
 from tests.unit.kernels.hand import BLOCK, ROUNDING, rotated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -293,3 +294,65 @@ def test_no_activation_makes_a_number_of_nan(kernels: Kernels, dtype: torch.dtyp
     found = Linear(kernels, [weight], [None], epilogue=Epilogue(activation=act))(x)
     assert found[1].isnan().all()
     assert found[[0, 2, 3]].isfinite().all()
+
+
+FORMATS = [(torch.float32, False), (torch.bfloat16, False), (torch.float16, False), (torch.float32, True)]
+
+
+@pytest.mark.parametrize("mode", [STORE, GATED])
+@pytest.mark.parametrize(("dtype", "quantize"), FORMATS, ids=str)
+def test_a_matrix_that_is_written_again_leaves_those_beside_it(
+    kernels: Kernels, dtype: torch.dtype, quantize: bool, mode: int
+) -> None:
+    """Their columns share panels, and with int8 weights words: 21 outputs are no whole panel."""
+    old, kept, new = (randn(21, 37, dtype=dtype, seed=seed) for seed in range(3))
+    bias, new_bias = randn(21, seed=4), randn(21, seed=5)
+    made = partial(Linear, kernels, quantize=quantize, epilogue=Epilogue(mode))
+    x = randn(13, 37, dtype=dtype, seed=6)
+    first, second = made([old, kept], [bias, None]), made([kept, old], [None, bias])
+    first.write([new, None], [new_bias, None])
+    second.write([None, new], [None, None])
+    assert torch.equal(first(x), made([new, kept], [new_bias, None])(x))
+    assert torch.equal(second(x), made([kept, new], [None, bias])(x))
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_weights_of_another_dtype_are_rounded_once(kernels: Kernels, quantize: bool) -> None:
+    """As master weights in float32 are, for a product in bfloat16."""
+    weight, x = randn(40, 300), randn(5, 300, dtype=torch.bfloat16, seed=1)
+    linear = Linear(kernels, [torch.zeros(40, 300, dtype=torch.bfloat16)], [None], quantize=quantize)
+    linear.write([weight], [None])
+    if quantize:
+        wanted = Linear(kernels, [weight], [None], quantize=True)(x.float()).bfloat16()
+    else:
+        wanted = Linear(kernels, [weight.bfloat16()], [None])(x)
+    assert torch.equal(linear(x), wanted)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_columns_are_packed_as_rows(kernels: Kernels, quantize: bool) -> None:
+    """Several pieces of a megabyte of a transposed matrix, as GPT-2 stores its own."""
+    weight, x = randn(700, 1000), randn(3, 700, seed=1)
+    transposed, rows = (Linear(kernels, [w], [None], quantize=quantize) for w in (weight.T, weight.T.contiguous()))
+    assert torch.equal(transposed(x), rows(x))
+
+
+def test_a_norm_is_written_in_place_for_the_product_that_it_is_part_of(kernels: Kernels) -> None:
+    weight, x = randn(20, 24), randn(5, 24, seed=1)
+    norm = Norm(kernels, LAYER, randn(24, seed=2), randn(24, seed=3), 1e-5, torch.float32)
+    linear = Linear(kernels, [weight], [None], norm=norm)
+    new = randn(24, seed=4)
+    norm.write(new.bfloat16(), None)
+    wanted = Norm(kernels, LAYER, new.bfloat16().float(), randn(24, seed=3), 1e-5, torch.float32)
+    assert torch.equal(linear(x), Linear(kernels, [weight], [None], norm=wanted)(x))
+
+
+def test_what_does_not_fit_is_not_written(kernels: Kernels) -> None:
+    linear, x = Linear(kernels, [randn(20, 24)], [None]), randn(5, 24, seed=1)
+    before = linear(x)
+    for weights, biases in (([randn(21, 24)], [None]), ([None], [randn(20)]), ([randn(20, 25)], [None])):
+        with pytest.raises(AssertionError, match=r"a kernel was given a matrix|without a bias was given one"):
+            linear.write(weights, biases)
+    with pytest.raises(AssertionError, match="is no replacement for"):
+        Norm(kernels, RMS, randn(24), None, 1e-5, torch.float32).write(randn(24), randn(24))
+    assert torch.equal(linear(x), before)

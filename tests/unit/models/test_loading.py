@@ -126,10 +126,11 @@ def test_an_error_that_cannot_say_what_it_is_does_not_hide_what_failed_at_load()
         def __str__(self) -> str:
             raise SystemExit(9)
 
-    def refuse(*args: object) -> None:
-        raise MuteError
+    class Refusing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise MuteError
 
     model = build("llama")
-    model.model.layers[0].register_forward_pre_hook(refuse)
+    model.model.layers[0].mlp.act_fn = Refusing()
     with pytest.raises(ConfigurationError, match="a trial pass of the model failed: MuteError"):
         load(model, None, EngineConfig(**IDS_ONLY))

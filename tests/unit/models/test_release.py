@@ -43,7 +43,7 @@ def test_closing_frees_a_model_without_a_full_collection(
         return view
 
     monkeypatch.setattr("penstock.models.borrow.view_of", watched)
-    runner = load(build("llama"), None, EngineConfig(skip_tokenizer_init=True, compile_model=True)).runner
+    runner = load(build("llama"), None, EngineConfig(skip_tokenizer_init=True, weight_mode="packed")).runner
     runner.allocate(4, 16)
     runner.close()
     assert parts

@@ -42,7 +42,7 @@ def test_no_two_levels_are_the_same() -> None:
 def test_basic_changes_no_setting_but_the_flags() -> None:
     plain = EngineConfig().model_dump()
     changed = {name for name, value in OptimizationConfig().engine_settings().items() if value != plain[name]}
-    assert changed <= {"enable_speculative_decoding", "speculation_length", "compile_model"}
+    assert changed <= {"enable_speculative_decoding", "speculation_length", "weight_mode"}
 
 
 def test_a_flag_that_was_given_goes_before_the_level() -> None:
@@ -187,12 +187,11 @@ def test_an_ensemble_is_a_consensus_and_a_random_candidate_is_one_sample() -> No
     assert OptimizationConfig(sample_aggregation="random").sampling() == {"ignore_eos": False}
 
 
-def test_fusion_and_compiling_leave_out_their_rewrites() -> None:
+def test_fusion_is_a_rewrite_and_compiled_models_run_on_packed_weights() -> None:
     assert OptimizationConfig().engine_settings()["disabled_rewrites"] == ()
     assert OptimizationConfig(enable_kernel_fusion=False).engine_settings()["disabled_rewrites"] == ("fused_layers",)
-    without = OptimizationConfig(compile_model=False).engine_settings()
-    assert without["disabled_rewrites"] == ("fused_layers", "packed_linears", "packed_norms")
-    assert without["compile_model"] is False
+    modes = [OptimizationConfig(compile_model=on).engine_settings()["weight_mode"] for on in (True, False)]
+    assert modes == ["packed", "shared"]
 
 
 def test_adaptive_batching_follows_the_goal_of_the_level() -> None:
