@@ -58,7 +58,7 @@ def test_a_full_queue_refuses_and_counts_nothing() -> None:
 def test_tokens_are_limited_except_for_the_only_one_that_waits() -> None:
     room = Room(max_queued_tokens=100)
     first = room.enter(1000)
-    with pytest.raises(EngineOverloaded, match="1000 of 100 tokens"):
+    with pytest.raises(EngineOverloaded, match="1000 of 100 prompt tokens"):
         room.enter(1)
     room.admission.adjust(first, 50)
     room.enter(50)
@@ -122,7 +122,7 @@ def test_tokens_of_lower_classes_give_way_too_and_no_more_than_needed() -> None:
         room.enter(25, priority)
     assert room.displaced(30, NORMAL) == ["r3", "r2"]
     assert room.counts == (3, 80)
-    with pytest.raises(EngineOverloaded, match="80 of 100 tokens"):
+    with pytest.raises(EngineOverloaded, match="80 of 100 prompt tokens"):
         room.displaced(50, NORMAL)
     assert room.counts == (3, 80)
 

@@ -241,7 +241,7 @@ def test_what_fits_passes_the_first_in_line_until_that_has_waited() -> None:
 
 def test_what_never_fits_is_refused_when_it_arrives() -> None:
     world = Packed(batching_strategy="memory_aware", memory_limit_mb=16)
-    with pytest.raises(RequestTooLarge, match=r"needs 20\.0 MiB and memory_limit_mb is 16\.0"):
+    with pytest.raises(RequestTooLarge, match=r"needs 20\.0 MiB, and the limit is 16\.0"):
         world.add(1, 4, new=13)
     assert not world.scheduler.has_work
     world.add(2, 4, new=12)
