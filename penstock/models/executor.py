@@ -106,11 +106,11 @@ class Executor:
         self._require_unpacked()
         if source is None and self._borrowed is None:
             raise WeightsError("this engine loaded its model itself, so nobody else changes its weights: pass a source")
-        return read_source(self._weights(), source)
+        return read_source(self._named_weights(), source)
 
     def update_weights(self, source: WeightSource) -> None:
         """Write weights that were read, or take over what the owner wrote (None), and raise `weight_version`."""
-        names = None if source is None else write(self._weights(), source)  # type: ignore[arg-type]  # no folder
+        names = None if source is None else write(self._named_weights(), source)  # type: ignore[arg-type]  # no folder
         self.refresh_weights(names)
         self.weight_version += 1
 
@@ -132,7 +132,7 @@ class Executor:
     def reload(self) -> None:
         """Make released copies of weights again."""
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _named_weights(self) -> dict[str, Tensor]:
         return named_weights(self._module if self._borrowed is None else self._borrowed.owner)
 
     def _require_unpacked(self) -> None:
