@@ -90,3 +90,28 @@ def test_awaiting_outside_an_event_loop_says_so() -> None:
     with pytest.raises(RuntimeError, match="async"):
         handle.__await__().send(None)
     served.stop()
+
+
+def test_weights_are_updated_under_trio_and_a_cancelled_scope_lets_the_engine_go_on() -> None:
+    """In a cancelled scope of trio every await raises at once, also that for the end of the update."""
+
+    async def main() -> list[list[int]]:
+        async with engine() as served:
+            running = served.generate([1], MANY)
+            await anext(running)
+            with trio.CancelScope() as waiting:
+                waiting.cancel()
+                await served.update_weights(mode="wait")
+            with trio.CancelScope() as inside:
+                async with served.updating("keep"):
+                    inside.cancel()
+                    await trio.sleep_forever()
+            assert waiting.cancelled_caught
+            assert inside.cancelled_caught
+            first = await served.generate([1, 2], FEW)
+            await served.update_weights(mode="keep")
+            second = await served.generate([1, 2], FEW)
+            running.cancel()
+            return [output.outputs[0].weight_versions for output in (first, second)]
+
+    assert trio.run(main) == [[1] * 4, [2] * 4]
