@@ -57,8 +57,8 @@ LIBRARIES = {
 # Consumers of an engine are written against `api`; only these name the native engine, and nothing of it but its class.
 ENGINE_MAKERS = frozenset({"penstock", "cli", "facades", "training"})
 ENGINE_CLASS = "penstock.engine.inference"
-# Admission counts requests on the callers' threads, before the engine's thread sees them.
-EXCEPTIONS = frozenset({("penstock.scheduling.admission", "threading")})
+# Admission counts requests on the callers' threads, before the engine's thread sees them; results are kept for callers.
+EXCEPTIONS = frozenset({("penstock.scheduling.admission", "threading"), ("penstock.cache.responses", "threading")})
 LAZILY = {"torch": ENGINE_AND_ABOVE, "transformers": ENGINE_AND_ABOVE}
 WEIGHT_HALF = "penstock.backends.weight"  # of the backends only this may import torch at module level
 
