@@ -52,23 +52,24 @@ def grouped_attention(
     scaling: float,
     softcap: float | None = None,
     sinks_K_Q: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention in which all query heads of a group (and their positions) are one run of Q queries: [B, K, Q, V].
 
     `visible` is boolean, broadcastable to [B, K, Q, L]; None sees everything. `softcap` squashes scores as Gemma 2
     does (arXiv 2408.00118); `sinks_K_Q` are per-query logits that take probability mass and give no value, as in
-    gpt-oss. Softmax is in float32.
+    gpt-oss. Softmax is in float32. `dropout` is the probability to drop a weight, in training.
     """
     if softcap is None and sinks_K_Q is None and key_B_K_L_D.shape[-1] == value_B_K_L_V.shape[-1]:
         return F.scaled_dot_product_attention(
-            query_B_K_Q_D, key_B_K_L_D, value_B_K_L_V, attn_mask=visible, scale=scaling
+            query_B_K_Q_D, key_B_K_L_D, value_B_K_L_V, attn_mask=visible, scale=scaling, dropout_p=dropout
         )
     scores = torch.matmul(query_B_K_Q_D, key_B_K_L_D.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
-    weights = _softmax(scores, sinks_K_Q).to(value_B_K_L_V.dtype)
+    weights = F.dropout(_softmax(scores, sinks_K_Q).to(value_B_K_L_V.dtype), dropout)
     return torch.matmul(weights, value_B_K_L_V)
 
 

@@ -1,0 +1,182 @@
+"""`DifferentiableScorer`: log probabilities of completions, as tensors whose `backward()` fills a module's gradients.
+
+Owns no weights: each call makes a view of the caller's module, in its owner's mode (dropout included), over the same
+parameters. Runs on the calling thread, under its autocast and gradient modes, never beside an update of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from penstock.errors import ConfigurationError, RequestError
+from penstock.models.borrow import device_and_dtype, view_of
+from penstock.models.checks import refuse_unsupported, vocab_size
+from penstock.models.gradients.attention import IMPLEMENTATION, SegmentAttention
+from penstock.models.gradients.head import Head
+from penstock.models.gradients.packing import IntArray, PackedRow, pack
+
+DEFAULT_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DifferentiableScore:
+    """Of one completion: `logprobs` and `entropies`, float32 [its tokens]; both carry gradients.
+
+    `drift` is set where the values are the engine's: how far the module's own are from them, float32, no gradients.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    drift: Tensor | None = None
+
+
+class DifferentiableScorer:
+    """Scores (prompt, completion) pairs with gradients through `owner`, a live transformers module.
+
+    `checkpoint_layers` recomputes each layer in the backward pass instead of keeping its activations.
+    `logits_chunk_bytes` bounds the logits that exist at once. Raises `ConfigurationError` for a module that cannot be
+    scored this way.
+    """
+
+    def __init__(
+        self, owner: nn.Module, *, checkpoint_layers: bool = False, logits_chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    ) -> None:
+        _refuse_wrapped(owner)
+        refuse_unsupported(owner)
+        self._owner = owner
+        self._checkpoint_layers = checkpoint_layers
+        self._chunk_bytes = logits_chunk_bytes
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+        values: Sequence[npt.NDArray[np.float32]] | None = None,
+        share_prefixes: bool = True,
+    ) -> list[DifferentiableScore]:
+        """A score for every pair of token ids; prompts are not empty, completions may be.
+
+        The log probabilities are those at `temperature`. With `values`, one array per completion, they have these
+        values and the module's gradients. `share_prefixes=False` runs a shared prompt once per pair. Raises
+        `RequestError`.
+        """
+        pairs = _checked(prompts, completions, temperature, values)
+        _check_vocabulary(pairs, vocab_size(self._owner))
+        device, _ = device_and_dtype(self._owner)
+        row = pack([np.concatenate(pair)[:-1] for pair in pairs], share_prefixes=share_prefixes)
+        indices = np.concatenate(
+            [place[len(prompt) - 1 :] for (prompt, _), place in zip(pairs, row.places, strict=True)]
+        )
+        targets = np.concatenate([completion for _, completion in pairs])
+        view = self._view()
+        ids = torch.from_numpy(row.input_ids).to(device)
+        output = self._run_decoder(view, ids, row)
+        states = cast(Tensor, output["last_hidden_state"])[0, torch.from_numpy(indices).to(device)]
+        head = Head(view, output, ids, self._chunk_bytes)
+        scores = head.logprobs(states, torch.from_numpy(targets).to(device), temperature)
+        lengths = [len(completion) for _, completion in pairs]
+        return _scores(*(tensor.split(lengths) for tensor in scores), values)
+
+    def _view(self) -> nn.Module:
+        """A view that attends along segments, and trains or not as its owner does."""
+        view = view_of(self._owner)
+        for part, original in zip(view.modules(), self._owner.modules(), strict=True):
+            part.training = original.training
+        cast(PreTrainedModel, view).set_attn_implementation(IMPLEMENTATION)
+        if self._checkpoint_layers:
+            for part in view.modules():
+                if isinstance(part, GradientCheckpointingLayer):
+                    part.gradient_checkpointing = False
+                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
+        return view
+
+    def _run_decoder(self, view: nn.Module, ids: Tensor, row: PackedRow) -> ModelOutput:
+        """The output of the decoder after its last norm, by the model's own forward pass."""
+        outputs: list[ModelOutput] = []
+        hook = cast(PreTrainedModel, view).get_decoder().register_forward_hook(lambda *args: outputs.append(args[-1]))
+        with hook:
+            view(
+                input_ids=ids[None],
+                position_ids=torch.from_numpy(row.positions).to(ids.device)[None],
+                use_cache=False,
+                logits_to_keep=ids.new_zeros(1),
+                segments=SegmentAttention(row.segments, ids.device),
+            )
+        return outputs[0]
+
+
+def _refuse_wrapped(owner: nn.Module) -> None:
+    """Such wrappers average gradients or gather weights in their own forward pass, which a view does not call."""
+    kinds = {kind.__name__ for part in owner.modules() for kind in type(part).__mro__}
+    if isinstance(owner, DistributedDataParallel):
+        raise ConfigurationError(
+            "gradients through a view of a DistributedDataParallel module would not be averaged over its processes: "
+            "pass its .module and average them yourself, or compute log probabilities with its own forward pass"
+        )
+    if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+        raise ConfigurationError(
+            "the weights of an FSDP module are gathered by its own forward pass, which a view does not call: "
+            "compute log probabilities with its own forward pass"
+        )
+
+
+def _checked(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    temperature: float,
+    values: Sequence[npt.NDArray[np.float32]] | None,
+) -> list[tuple[IntArray, IntArray]]:
+    if not prompts or len(prompts) != len(completions):
+        raise RequestError(f"{len(prompts)} prompts and {len(completions)} completions: pass one completion per prompt")
+    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+        raise RequestError(f"temperature must be a finite number above 0 for scores with gradients, not {temperature}")
+    pairs = [(_ids(prompt), _ids(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+    for i, (prompt, _) in enumerate(pairs):
+        if not len(prompt):
+            raise RequestError(f"prompt {i} is empty: a completion's first token is scored after its prompt's last")
+    lengths = [len(completion) for _, completion in pairs]
+    if values is not None and [np.shape(each) for each in values] != [(length,) for length in lengths]:
+        raise RequestError("values must hold one number for every token of every completion")
+    return pairs
+
+
+def _check_vocabulary(pairs: Sequence[tuple[IntArray, IntArray]], size: int) -> None:
+    tokens = np.concatenate([part for pair in pairs for part in pair])
+    if tokens.min() < 0 or tokens.max() >= size:
+        outside = tokens[(tokens < 0) | (tokens >= size)][0]
+        raise RequestError(f"token id {outside} is outside the model's vocabulary of {size}")
+
+
+def _ids(tokens: Sequence[int]) -> IntArray:
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise RequestError("prompts and completions must be lists of token ids")
+    return ids.astype(np.int64)
+
+
+def _scores(
+    logprobs: Sequence[Tensor], entropies: Sequence[Tensor], values: Sequence[npt.NDArray[np.float32]] | None
+) -> list[DifferentiableScore]:
+    if values is None:
+        return [DifferentiableScore(*pair) for pair in zip(logprobs, entropies, strict=True)]
+    scores = []
+    for own, entropy, value in zip(logprobs, entropies, values, strict=True):
+        given = torch.from_numpy(np.array(value, dtype=np.float32)).to(own.device)
+        detached = own.detach()
+        scores.append(DifferentiableScore(given + (own - detached), entropy, detached - given))
+    return scores
