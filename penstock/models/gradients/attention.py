@@ -67,8 +67,8 @@ class SegmentAttention:
         name = segment.begin, window
         if name not in self._masks:
             length = segment.position + segment.end - segment.begin
-            query = torch.arange(segment.position, length, device=self._device)[:, None]
-            context = torch.arange(length, device=self._device)[None, :]
+            query = torch.arange(segment.position, length, dtype=torch.int64, device=self._device)[:, None]
+            context = torch.arange(length, dtype=torch.int64, device=self._device)[None, :]
             visible = context <= query
             if window is not None:
                 visible &= context > query - window

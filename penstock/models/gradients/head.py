@@ -26,7 +26,7 @@ class _GivenOutput(nn.Module):
         super().__init__()
         self._output = dict(output)
         self._kind = type(output)
-        self.states = torch.empty(0)
+        self.states = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def forward(self, *_: object, **__: object) -> ModelOutput:
         return self._kind(**{**self._output, "last_hidden_state": self.states})
