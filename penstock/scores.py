@@ -1,5 +1,7 @@
 """`Score`: what `Scorer.score` returns for one prompt and completion; `ScorePart`: what one step contributes to it.
 
+`DifferentiableScore` is a score whose log probabilities carry gradients.
+
 Owns how parts become a whole. Built by the model's thread, joined on the caller's; never refers to an engine.
 """
 
@@ -10,6 +12,8 @@ from typing import Any
 
 # A float32 numpy array. Importing numpy with the package would take longer than the package itself.
 FloatArray = Any
+# A tensor of torch, which is imported with the first model.
+Tensor = Any
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +33,19 @@ class Score:
 
     def __len__(self) -> int:
         return len(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DifferentiableScore:
+    """The log probabilities of a completion of R tokens, in nats, as torch tensors that carry gradients.
+
+    `logprobs` and `entropies`, float32 [R], are those of the model's distribution at the temperature asked for. Where
+    the values are the engine's, `drift` [R] tells how much higher the module's own are; it carries no gradients.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

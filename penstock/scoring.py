@@ -19,7 +19,8 @@ _WITHOUT_EFFECT = frozenset(
         *("logprobs", "prompt_logprobs", "detokenize", "output_kind", "reasoning_end", "structured_outputs"),
     }
 )
-_DRAWN_FROM = tuple(f.name for f in fields(SamplingParams) if f.init and f.name not in _WITHOUT_EFFECT)
+# The parameters that a token is drawn from.
+DRAWN_FROM = tuple(f.name for f in fields(SamplingParams) if f.init and f.name not in _WITHOUT_EFFECT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,6 @@ class ScoringParams(SamplingParams):
         if params is not None and (params.structured_outputs is not None or params.use_beam_search):
             name = "use_beam_search" if params.use_beam_search else "structured_outputs"
             raise RequestError(f"a score does not apply {name}: leave it out of params, or leave params out")
-        values: dict[str, Any] = {} if params is None else {name: getattr(params, name) for name in _DRAWN_FROM}
+        values: dict[str, Any] = {} if params is None else {name: getattr(params, name) for name in DRAWN_FROM}
         values |= {"tempers": params is not None, "wants_logits": logits, "wants_entropies": entropies}
         return cls(num_scored=num_scored, **values)

@@ -7,7 +7,7 @@ Scores and embeddings are requests of `generate`; texts are encoded by the token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, overload
 
 from penstock.api.prompt import Prompt, PromptInput, read_prompt
 from penstock.api.protocols import Completion, Engine
@@ -15,13 +15,17 @@ from penstock.api.waiting import result_of
 from penstock.engine.assembly import Parts
 from penstock.engine.requests.batch import BatchOptions
 from penstock.engine.requests.embedding import Embedding, embed
+from penstock.engine.requests.gradients import GradientOptions, score_with_gradients
 from penstock.engine.requests.scoring import Wishes, read_pairs, score
 from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids, prompt_text
 from penstock.generation import Params
 from penstock.outputs import EmbeddingOutput
 from penstock.sampling import RequestPriority
-from penstock.scores import Score
-from penstock.values import token_ids
+from penstock.scores import DifferentiableScore, Score
+from penstock.values import flag, token_ids
+
+Prompts = Prompt | Sequence[Prompt]
+Completions = Completion | Sequence[Completion]
 
 
 class _Loading(Engine, Protocol):
@@ -33,18 +37,25 @@ class _Loading(Engine, Protocol):
 class Capabilities:
     """Methods of `InferenceEngine`."""
 
+    @overload
     async def score(
-        self: _Loading,
-        prompts: Prompt | Sequence[Prompt],
-        completions: Completion | Sequence[Completion],
-        *,
-        params: Params = None,
-        logits: bool = False,
-        entropies: bool = False,
-        namespace: str = "",
-        priority: RequestPriority = RequestPriority.NORMAL,
-        deadline: float | None = None,
-    ) -> list[Score]:
+        self: _Loading, prompts: Prompts, completions: Completions, *, params: Params = None, logits: bool = False,
+        entropies: bool = False, namespace: str = "", priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None, requires_grad: Literal[False] = False,
+    ) -> list[Score]: ...  # fmt: skip
+
+    @overload
+    async def score(
+        self: _Loading, prompts: Prompts, completions: Completions, *, params: Params = None,
+        requires_grad: Literal[True], values: Literal["module", "engine"] = "module", checkpoint_layers: bool = False,
+    ) -> list[DifferentiableScore]: ...  # fmt: skip
+
+    async def score(
+        self: _Loading, prompts: Prompts, completions: Completions, *, params: Params = None, logits: bool = False,
+        entropies: bool = False, namespace: str = "", priority: RequestPriority = RequestPriority.NORMAL,
+        deadline: float | None = None, requires_grad: bool = False,
+        values: Literal["module", "engine"] = "module", checkpoint_layers: bool = False,
+    ) -> list[Score] | list[DifferentiableScore]:  # fmt: skip
         """The log probability of each token of a completion (a string or ids) after its prompt, for one pair or many.
 
         Runs in the same steps as generation, computes no logits for the prompt, and finds its K/V in the cache. A
@@ -53,15 +64,25 @@ class Capabilities:
         `logits` and `entropies` request these. `deadline` is in seconds from now, effective once the model is loaded.
         Pairs beyond the size of the queue wait for the earlier ones. Raises `RequestError` (for an empty completion
         too), and whatever awaiting a request raises: the first error, after which nothing runs on.
+
+        With `requires_grad`, the scores are tensors whose `backward()` fills the gradients of the live module that the
+        engine borrows, computed outside the engine's steps, a shared prompt once; `params` may then hold a temperature
+        alone. `values="engine"` gives the tensors the values that the engine scores, so that the ratio to them is
+        exactly 1. `checkpoint_layers` saves the memory of activations. Raises `ConfigurationError` where there is no
+        live module.
         """
         pairs, wishes = read_pairs(prompts, completions), Wishes(params, logits, entropies)
         options = BatchOptions(namespace, priority, deadline)
         wishes.scoring_params(1)  # refuses what cannot be applied before the model is loaded
+        gradients = GradientOptions(params, values, checkpoint_layers) if flag("requires_grad", requires_grad) else None
 
         async def encode(prompt: PromptInput, add_special_tokens: bool) -> list[int]:
             pool = (await self._loaded_soon()).pool
             return await result_of(pool.submit(encode_ids, prompt, add_special_tokens))
 
+        if gradients is not None:
+            runner = (await self._loaded_soon()).runner
+            return await score_with_gradients(self, runner, pairs, gradients, encode)
         return await score(self, pairs, wishes, options, encode)
 
     async def embed(

@@ -25,6 +25,7 @@ from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.beam_sampler import BeamSampler
 from penstock.models.borrow import Borrowed
 from penstock.models.checks import probe, vocab_size
+from penstock.models.gradients.scorer import DifferentiableScorer
 from penstock.models.layout import StepLayout
 from penstock.models.memory import free_bytes, host_free_bytes, memory_usage, resident_bytes, trim_memory
 from penstock.models.pooling import HiddenStates, Pooler
@@ -64,6 +65,7 @@ class Executor:
         self.spec = spec
         self.weight_version = 0
         self._borrowed = borrowed
+        self._chunk_bytes = logits_chunk_bytes
         self._module = model.module
         self._weights = ModelWeights(model.module, model.weights, borrowed, is_packed=spec.weight_mode == "packed")
         self._layers = model.layers
@@ -129,6 +131,17 @@ class Executor:
     def reload(self) -> None:
         """Make released copies of weights again, from the weights of now. Raises `WeightsError`."""
         self._weights.follow_owner()
+
+    def gradient_scorer(self, *, checkpoint_layers: bool) -> DifferentiableScorer:
+        """Scores with gradients through the borrowed module, for any thread. Raises `ConfigurationError`."""
+        if self._borrowed is None:
+            raise ConfigurationError(
+                "gradients need a live module, and this engine loaded its weights for inference alone: load the module "
+                "with transformers and pass it, InferenceEngine(module, tokenizer)"
+            )
+        return DifferentiableScorer(
+            self._borrowed.owner, checkpoint_layers=checkpoint_layers, logits_chunk_bytes=self._chunk_bytes
+        )
 
     def forget(self, seq_id: int) -> None:
         """Drop the state of a sequence that ended."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
+from penstock.scores import DifferentiableScore, FloatArray
 from penstock.step import StepPlan, StepResult
 
 
@@ -135,6 +136,30 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """Free the cache and let go of the weights."""
+        ...
+
+
+class GradientScorer(Protocol):
+    """Scores pairs of prompt and completion, as token ids, with gradients. Implemented by `DifferentiableScorer`."""
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+        values: Sequence[FloatArray] | None = None,
+    ) -> list[DifferentiableScore]:
+        """A score for every pair. With `values`, float32, the log probabilities have these values. Any thread."""
+        ...
+
+
+@runtime_checkable
+class DifferentiableRunner(Protocol):
+    """A runner of a model that can be trained. Implemented by `Executor`."""
+
+    def gradient_scorer(self, *, checkpoint_layers: bool) -> GradientScorer:
+        """Scores under the gradient and autocast modes of the calling thread. Raises `ConfigurationError`."""
         ...
 
 

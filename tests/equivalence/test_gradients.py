@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError, RequestError
-from penstock.models.gradients.scorer import DifferentiableScore, DifferentiableScorer
+from penstock.models.gradients.scorer import DifferentiableScorer
+from penstock.scores import DifferentiableScore
 from tests.tiny_models import ARCHITECTURES, VOCAB, build
 
 Pair = tuple[list[int], list[int]]

@@ -55,11 +55,16 @@ async def score(
 ) -> list[Score]:
     """The scores of `pairs` of prompt and completion. Raises the first error, after which nothing runs on."""
     with Batch(engine, options) as batch:
-        for prompt, completion in pairs:
-            ids = prompt.token_ids or await encode(prompt, True)
-            scored = completion.token_ids or await encode(completion, False)
+        for pair in pairs:
+            ids, scored = await encoded(pair, encode)
             await batch.submit([*ids, *scored], wishes.scoring_params(len(scored)))
         return [_score_of(await handle) for handle in batch.handles]
+
+
+async def encoded(pair: tuple[PromptInput, PromptInput], encode: Encode) -> tuple[list[int], list[int]]:
+    """The token ids of a prompt and of its completion."""
+    prompt, completion = pair
+    return prompt.token_ids or await encode(prompt, True), completion.token_ids or await encode(completion, False)
 
 
 def read_pairs(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from penstock.errors import ConfigurationError
 from penstock.models.checks import vocab_size
@@ -39,7 +39,7 @@ class Head:
         self._view = view
         self._ids = ids[None, :1]  # some models look at the shape of their input
         self._given = _GivenOutput(output)
-        self._chunk_bytes = chunk_bytes
+        self._chunk_rows = max(1, chunk_bytes // (4 * vocab_size(view)))
         _replace_decoder(view, self._given)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -52,10 +52,9 @@ class Head:
         """Log probability of each target [T] and entropy, both float32 [T]."""
         if not len(targets):
             return states.new_zeros(0, dtype=torch.float32), states.new_zeros(0, dtype=torch.float32)
-        rows = max(1, self._chunk_bytes // (4 * vocab_size(self._view)))
         chunks = [
             checkpoint(self._chunk, *pair, temperature, use_reentrant=False, preserve_rng_state=False)
-            for pair in zip(states.split(rows), targets.split(rows), strict=True)
+            for pair in zip(states.split(self._chunk_rows), targets.split(self._chunk_rows), strict=True)
         ]
         logprobs, entropies = zip(*chunks, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)

@@ -1,13 +1,13 @@
 """`DifferentiableScorer`: log probabilities of completions, as tensors whose `backward()` fills a module's gradients.
 
 Owns no weights: each call makes a view of the caller's module, in its owner's mode (dropout included), over the same
-parameters. Runs on the calling thread, under its autocast and gradient modes, never beside an update of the weights.
+parameters. Must not run beside an update of the weights. Made by the executor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from penstock.errors import ConfigurationError, RequestError
 from penstock.models.borrow import device_and_dtype, view_of
@@ -27,36 +27,43 @@ from penstock.models.checks import refuse_unsupported, vocab_size
 from penstock.models.gradients.attention import IMPLEMENTATION, SegmentAttention
 from penstock.models.gradients.head import Head
 from penstock.models.gradients.packing import IntArray, PackedRow, pack
+from penstock.models.wrappers import unwrapped
+from penstock.scores import DifferentiableScore
 
 DEFAULT_CHUNK_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DifferentiableScore:
-    """Of one completion: `logprobs` and `entropies`, float32 [its tokens]; both carry gradients.
+class _Modes:
+    """The gradient and autocast modes of the thread that constructs this, for another thread."""
 
-    `drift` is set where the values are the engine's: how far the module's own are from them, float32, no gradients.
-    """
+    def __init__(self, device: torch.device) -> None:
+        self._gradients = torch.is_grad_enabled()
+        self._device = device.type
+        self._autocast = torch.is_autocast_enabled(device.type)
+        self._dtype = torch.get_autocast_dtype(device.type)
 
-    logprobs: Tensor
-    entropies: Tensor
-    drift: Tensor | None = None
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with torch.set_grad_enabled(self._gradients), torch.autocast(self._device, self._dtype, self._autocast):
+            yield
 
 
 class DifferentiableScorer:
     """Scores (prompt, completion) pairs with gradients through `owner`, a live transformers module.
 
     `checkpoint_layers` recomputes each layer in the backward pass instead of keeping its activations.
-    `logits_chunk_bytes` bounds the logits that exist at once. Raises `ConfigurationError` for a module that cannot be
-    scored this way.
+    `logits_chunk_bytes` bounds the logits that exist at once. Scores on any thread, under the gradient and autocast
+    modes of the one that constructs this. Raises `ConfigurationError` for a module that cannot be scored this way.
     """
 
     def __init__(
         self, owner: nn.Module, *, checkpoint_layers: bool = False, logits_chunk_bytes: int = DEFAULT_CHUNK_BYTES
     ) -> None:
-        _refuse_wrapped(owner)
+        _refuse_distributed(owner)
+        self._owner = owner = unwrapped(owner)
         refuse_unsupported(owner)
-        self._owner = owner
+        self._device, _ = device_and_dtype(owner)
+        self._modes = _Modes(self._device)
         self._checkpoint_layers = checkpoint_layers
         self._chunk_bytes = logits_chunk_bytes
 
@@ -77,20 +84,26 @@ class DifferentiableScorer:
         """
         pairs = _checked(prompts, completions, temperature, values)
         _check_vocabulary(pairs, vocab_size(self._owner))
-        device, _ = device_and_dtype(self._owner)
         row = pack([np.concatenate(pair)[:-1] for pair in pairs], share_prefixes=share_prefixes)
-        indices = np.concatenate(
-            [place[len(prompt) - 1 :] for (prompt, _), place in zip(pairs, row.places, strict=True)]
-        )
-        targets = np.concatenate([completion for _, completion in pairs])
-        view = self._view()
-        ids = torch.from_numpy(row.input_ids).to(device)
-        output = self._run_decoder(view, ids, row)
-        states = cast(Tensor, output["last_hidden_state"])[0, torch.from_numpy(indices).to(device)]
-        head = Head(view, output, ids, self._chunk_bytes)
-        scores = head.logprobs(states, torch.from_numpy(targets).to(device), temperature)
+        with self._modes.applied():
+            scores = self._score(pairs, row, temperature)
         lengths = [len(completion) for _, completion in pairs]
-        return _scores(*(tensor.split(lengths) for tensor in scores), values)
+        logprobs, entropies = (tensor.split(lengths) for tensor in scores)
+        return _scores(logprobs, entropies, values)
+
+    def _score(
+        self, pairs: Sequence[tuple[IntArray, IntArray]], row: PackedRow, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log probabilities and entropies, float32, of all completions, one after the other."""
+        predicting = [place[len(prompt) - 1 :] for (prompt, _), place in zip(pairs, row.places, strict=True)]
+        targets = np.concatenate([completion for _, completion in pairs])
+        ids, indices, targets_R = (
+            torch.from_numpy(array).to(self._device) for array in (row.input_ids, np.concatenate(predicting), targets)
+        )
+        view = self._view()
+        output = self._run_decoder(view, ids, row)
+        head = Head(view, output, ids, self._chunk_bytes)
+        return head.logprobs(cast(Tensor, output["last_hidden_state"])[0, indices], targets_R, temperature)
 
     def _view(self) -> nn.Module:
         """A view that attends along segments, and trains or not as its owner does."""
@@ -102,7 +115,7 @@ class DifferentiableScorer:
             for part in view.modules():
                 if isinstance(part, GradientCheckpointingLayer):
                     part.gradient_checkpointing = False
-                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
+                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)
         return view
 
     def _run_decoder(self, view: nn.Module, ids: Tensor, row: PackedRow) -> ModelOutput:
@@ -120,7 +133,7 @@ class DifferentiableScorer:
         return outputs[0]
 
 
-def _refuse_wrapped(owner: nn.Module) -> None:
+def _refuse_distributed(owner: nn.Module) -> None:
     """Such wrappers average gradients or gather weights in their own forward pass, which a view does not call."""
     kinds = {kind.__name__ for part in owner.modules() for kind in type(part).__mro__}
     if isinstance(owner, DistributedDataParallel):

@@ -1,0 +1,108 @@
+"""`engine.score(requires_grad=True)`: rollouts, scores and gradients over one copy of the weights."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from penstock import ConfigurationError, InferenceEngine, RequestError, SamplingParams, ScriptedModel
+from tests.tiny_models import build
+
+PARAMS = SamplingParams(temperature=0.8, max_tokens=6, ignore_eos=True, seed=1, logprobs=0)
+PROMPT = [5, 6, 7, 8, 9, 10]
+
+
+async def test_the_ratio_of_a_fresh_rollout_is_one_and_its_gradient_is_the_module_s() -> None:
+    model = build("llama")
+    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
+        outputs = await asyncio.gather(*(engine.generate(PROMPT, PARAMS) for _ in range(3)))
+        completions = [output.generated_ids for output in outputs]
+        own, engine_valued = [
+            await engine.score(
+                [PROMPT] * 3, completions, params=SamplingParams(temperature=0.8), requires_grad=True, values=values
+            )
+            for values in ("module", "engine")
+        ]
+        scores = await engine.score([PROMPT] * 3, completions, params=SamplingParams(temperature=0.8))
+    for score, valued, exact in zip(own, engine_valued, scores, strict=True):
+        torch.testing.assert_close(score.logprobs.detach(), torch.from_numpy(exact.tempered), atol=1e-5, rtol=0)
+        assert torch.equal(valued.logprobs.detach(), torch.from_numpy(exact.tempered))
+        assert float(valued.drift.abs().max()) < 1e-5
+    torch.cat([score.logprobs for score in engine_valued]).sum().backward()
+    gradient = model.get_parameter("lm_head.weight").grad
+    assert gradient is not None
+    assert float(gradient.abs().max()) > 0
+
+
+async def test_training_steps_between_rollouts_show_in_the_next_scores() -> None:
+    model = build("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
+        losses = []
+        for _ in range(4):
+            (score,) = await engine.score(PROMPT[:3], PROMPT[3:], requires_grad=True)
+            loss = -score.logprobs.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        (after,) = await engine.score(PROMPT[:3], PROMPT[3:], namespace="after")
+    assert losses == sorted(losses, reverse=True)
+    assert -float(after.logprobs.sum()) < losses[-1]
+
+
+async def test_the_event_loop_runs_while_gradients_are_scored() -> None:
+    model = build("llama")
+    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counter = asyncio.create_task(count())
+        await engine.score(PROMPT, PROMPT, requires_grad=True)
+        counter.cancel()
+    assert turns > 1
+
+
+async def test_the_caller_s_modes_hold_on_the_other_thread() -> None:
+    model = build("llama")
+    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
+        with torch.no_grad():
+            (score,) = await engine.score(PROMPT, PROMPT, requires_grad=True)
+        assert not score.logprobs.requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            (rounded,) = await engine.score(PROMPT, PROMPT, requires_grad=True)
+    assert rounded.logprobs.dtype == torch.float32
+    assert not torch.equal(rounded.logprobs.detach(), score.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"params": SamplingParams(top_p=0.9)}, "does not apply top_p"),
+        ({"params": SamplingParams(temperature=0)}, "above 0"),
+        ({"values": "mine"}, "'module' or 'engine'"),
+        ({"checkpoint_layers": "yes"}, "checkpoint_layers"),
+        ({"requires_grad": 2}, "requires_grad"),
+    ],
+)
+async def test_bad_options_are_refused_before_anything_is_computed(options: dict[str, Any], words: str) -> None:
+    async with InferenceEngine(build("llama"), skip_tokenizer_init=True) as engine:
+        with pytest.raises(RequestError, match=words):
+            await engine.score(PROMPT, PROMPT, **{"requires_grad": True, **options})
+
+
+async def test_an_engine_without_a_live_module_says_what_to_pass() -> None:
+    async with InferenceEngine() as engine:
+        with pytest.raises(ConfigurationError, match=r"InferenceEngine\(module, tokenizer\)"):
+            await engine.score("a", "b", requires_grad=True)
+    async with InferenceEngine(ScriptedModel([5])) as engine:
+        with pytest.raises(ConfigurationError, match="live transformers module"):
+            await engine.score([1], [2], requires_grad=True)
