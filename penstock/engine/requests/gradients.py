@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from anyio import to_thread
-
 from penstock.api.arguments import check_params
 from penstock.api.prompt import PromptInput
 from penstock.api.protocols import Engine
@@ -90,4 +88,6 @@ async def score_with_gradients(
         scores = await score(engine, pairs, wishes, BatchOptions("", RequestPriority.NORMAL, None), encode)
         values = [each.logprobs if each.tempered is None else each.tempered for each in scores]
     compute = partial(scorer.score, prompts, completions, temperature=options.temperature, values=values)
+    from anyio import to_thread  # imported here, because most programs never score with gradients
+
     return await to_thread.run_sync(compute)
