@@ -25,8 +25,9 @@ import penstock
 from penstock import errors
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
-# Of the time that the light dependencies take (0.15 s on a quiet core): a busy machine slows down both.
-IMPORT_BUDGET = 1.2
+# Of the time that the light dependencies take (0.15 s on a quiet core): a busy machine slows down both. Measured: 1.3
+# with 164 modules, 1.0 with the 136 that there were before training and conversations.
+IMPORT_BUDGET = 1.5
 CALLED_BY_SYNTAX = {"__init__", "__call__", "__await__", "__iter__", "__aiter__", "__enter__", "__aenter__"}
 OURS = ("penstock", __name__.split(".")[0])
 HEAVY = ("torch", "transformers")

@@ -146,7 +146,8 @@ class Collector:
                 transcript.stale_kv = True
 
     def restart_prompt(self) -> None:
-        """Prompt logprobs will be reported from the first one again."""
+        """Prompt logprobs and scores will be reported from the first one again."""
+        self._score_parts = []
         if self._prompt_logprobs is not None:
             self._prompt_logprobs = [None]
 
