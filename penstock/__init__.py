@@ -47,6 +47,7 @@ from penstock.scheduling.estimator import MemoryEstimator
 from penstock.scores import Score
 from penstock.sequence import FinishReason
 from penstock.structured_outputs import StructuredOutputs
+from penstock.tools.conversation import Conversation
 from penstock.tools.pieces import ToolCall
 from penstock.tools.tool_call_parser import ToolCallParser
 
@@ -61,6 +62,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigurationError",
     "ContinuousBatcher",
+    "Conversation",
     "DeadlineExceeded",
     "Delta",
     "DynamicBatcher",

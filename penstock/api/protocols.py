@@ -81,6 +81,15 @@ class Tokenizing(Protocol):
 
 
 @runtime_checkable
+class Rendering(Protocol):
+    """An engine that tells the text of a prompt before it is encoded."""
+
+    async def render(self, prompt: Prompt) -> str:
+        """The text of a string or of chat messages, for which the chat template writes it. Raises `RequestError`."""
+        ...
+
+
+@runtime_checkable
 class Templated(Protocol):
     """An engine whose tokenizer has a chat template."""
 

@@ -16,7 +16,7 @@ from penstock.engine.assembly import Parts
 from penstock.engine.requests.batch import BatchOptions
 from penstock.engine.requests.embedding import Embedding, embed
 from penstock.engine.requests.scoring import Wishes, read_pairs, score
-from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids
+from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids, prompt_text
 from penstock.generation import Params
 from penstock.outputs import EmbeddingOutput
 from penstock.sampling import RequestPriority
@@ -90,6 +90,11 @@ class Capabilities:
         """The token ids that `generate` computes for a prompt. Loads the model. Raises `RequestError`."""
         pool = (await self._loaded_soon()).pool
         return await result_of(pool.submit(encode_ids, read_prompt(prompt), add_special_tokens))
+
+    async def render(self: _Loading, prompt: Prompt) -> str:
+        """The text of a string or of chat messages, for which the chat template writes it. Raises `RequestError`."""
+        pool = (await self._loaded_soon()).pool
+        return await result_of(pool.submit(prompt_text, read_prompt(prompt)))
 
     async def detokenize(self: _Loading, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids. Loads the model. Raises `RequestError`."""

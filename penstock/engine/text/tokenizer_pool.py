@@ -105,6 +105,15 @@ def encode_prompt(
     return prompt.text, _encode_text(tokenizer, prompt.text or "", add_special_tokens)
 
 
+def prompt_text(tokenizer: Tokenizer | None, prompt: PromptInput) -> str:
+    """The text of a prompt, before it is encoded. Raises `RequestError` for token ids."""
+    if prompt.chat is not None:
+        return _render(tokenizer, prompt.chat)
+    if prompt.token_ids is not None:
+        raise RequestError("token ids have no template to render: pass a string or chat messages, or use detokenize")
+    return prompt.text or ""
+
+
 def encode_ids(tokenizer: Tokenizer | None, prompt: PromptInput, add_special_tokens: bool) -> list[int]:
     """The token ids of a prompt. Raises `RequestError`."""
     return encode_prompt(tokenizer, prompt, add_special_tokens=add_special_tokens)[1]

@@ -17,7 +17,7 @@ import torch
 from tokenizers import normalizers
 
 from penstock.api.prompt import read_prompt
-from penstock.engine.text.tokenizer_pool import TokenizerPool, encode_words
+from penstock.engine.text.tokenizer_pool import TokenizerPool, encode_words, prompt_text
 from penstock.engine.text.tokenizer_pool import encode_prompt as encode_input
 from penstock.errors import EngineClosed, RequestError
 from tests.tokenizers_for_tests import TEXT, byte_fallback, byte_level
@@ -58,6 +58,15 @@ def test_chat_messages_go_through_the_template_once(make: Callable[[], Any]) -> 
     assert text == "<s><|user|>Where does the water go?<end><|assistant|>"
     assert ids == tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_text_of_a_prompt_is_what_is_encoded() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    assert prompt_text(tokenizer, read_prompt([{"role": "user", "content": "tea"}])) == "<tea>"
+    assert prompt_text(tokenizer, read_prompt("tea")) == "tea"
+    with pytest.raises(RequestError, match="no template to render"):
+        prompt_text(tokenizer, read_prompt([1, 2]))
 
 
 @pytest.mark.parametrize(
