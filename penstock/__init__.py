@@ -50,6 +50,10 @@ from penstock.structured_outputs import StructuredOutputs
 from penstock.tools.conversation import Conversation
 from penstock.tools.pieces import ToolCall
 from penstock.tools.tool_call_parser import ToolCallParser
+from penstock.training.backend import InferenceBackend
+from penstock.training.huggingface import HuggingFaceBackend
+from penstock.training.inference_module import InferenceModule, create_inference_module
+from penstock.training.results import GenerationResult
 
 __all__ = [
     "LLM",
@@ -78,8 +82,12 @@ __all__ = [
     "ExecutionError",
     "FinishReason",
     "GenerationConfig",
+    "GenerationResult",
     "GrammarError",
+    "HuggingFaceBackend",
+    "InferenceBackend",
     "InferenceEngine",
+    "InferenceModule",
     "InferenceRequest",
     "Logprob",
     "MemoryEstimator",
@@ -114,5 +122,6 @@ __all__ = [
     "WeightsError",
     "__version__",
     "calculate_padding_efficiency",
+    "create_inference_module",
     "create_padded_batch",
 ]

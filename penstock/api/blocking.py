@@ -1,4 +1,4 @@
-"""`run`: the result of a coroutine, for a caller that blocks.
+"""`run`: the result of a coroutine, for a caller that blocks; `entered` and `blocking`: blocks and functions, likewise.
 
 Called by the synchronous faces of asynchronous methods. Where the calling thread already runs an event loop, as in a
 notebook, the coroutine runs on a loop of another thread, and the calling loop is blocked until it has ended.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import ParamSpec, TypeVar
 
 from penstock.api.waiting import call_on_loop
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def run(coroutine: Coroutine[object, object, T]) -> T:
@@ -28,6 +31,28 @@ def run(coroutine: Coroutine[object, object, T]) -> T:
     except RuntimeError:
         return asyncio.run(_awaited(coroutine))
     return _run_on_thread(coroutine)
+
+
+def blocking(function: Callable[P, Coroutine[object, object, T]]) -> Callable[P, T]:
+    """The function of the same signature that blocks until the coroutine has ended."""
+
+    @functools.wraps(function)
+    def blocks(*args: P.args, **options: P.kwargs) -> T:
+        return run(function(*args, **options))
+
+    return blocks
+
+
+@contextmanager
+def entered(block: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """An asynchronous block as a `with` block. Its exit suppresses no exception. Raises what the block raises."""
+    value = run(block.__aenter__())
+    try:
+        yield value
+    except BaseException as error:
+        run(block.__aexit__(type(error), error, error.__traceback__))
+        raise
+    run(block.__aexit__(None, None, None))
 
 
 def _run_on_thread(coroutine: Coroutine[object, object, T]) -> T:

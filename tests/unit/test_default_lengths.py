@@ -11,7 +11,9 @@ from pathlib import Path
 from penstock import (
     EngineConfig,
     GenerationConfig,
+    HuggingFaceBackend,
     InferenceEngine,
+    InferenceModule,
     ParallelSampler,
     PerformanceOptimizer,
     SamplingParams,
@@ -74,6 +76,11 @@ def max_length(function: Callable[..., object]) -> int:
     return int(inspect.signature(function).parameters["max_length"].default)
 
 
+def max_new_tokens(function: Callable[..., object]) -> int:
+    """The default of the argument `max_new_tokens`."""
+    return int(inspect.signature(function).parameters["max_new_tokens"].default)
+
+
 def test_the_table_states_the_defaults_of_the_code() -> None:
     assert listed() == {
         "EngineConfig.default_max_tokens": EngineConfig().default_max_tokens,
@@ -85,6 +92,10 @@ def test_the_table_states_the_defaults_of_the_code() -> None:
         "PerformanceOptimizer.optimized_generate.max_length": max_length(PerformanceOptimizer.optimized_generate),
         "SpeculativeDecoder.speculative_generate.max_length": max_length(SpeculativeDecoder.speculative_generate),
         "ParallelSampler.parallel_generate.max_length": max_length(ParallelSampler.parallel_generate),
+        "HuggingFaceBackend.agenerate.max_new_tokens": max_new_tokens(HuggingFaceBackend.generate),
+        "InferenceModule.batch_generate_with_tools.max_new_tokens": max_new_tokens(
+            InferenceModule.batch_generate_with_tools
+        ),
     }
 
 
