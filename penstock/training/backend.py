@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
-
-from anyio import to_thread
+from typing import Any, Protocol, TypeVar
 
 from penstock.api.blocking import blocking, entered
 from penstock.api.prompt import Prompt, as_batch
@@ -28,6 +26,7 @@ from penstock.training.parameters import ENGINE_OPTIONS, sampling_params, seeded
 from penstock.training.results import GenerationResult, result_of
 from penstock.values import items
 
+T = TypeVar("T")
 Prompts = Prompt | Sequence[Prompt]
 Responses = Completion | Sequence[Completion]
 Tensor = Any  # a torch.Tensor; importing torch with the package would take seconds
@@ -53,15 +52,15 @@ class InferenceBackend(ABC):
 
     async def agenerate(self, prompts: Prompts, **options: Any) -> GenerationResult:
         """`generate` without blocking the event loop."""
-        return await to_thread.run_sync(partial(self.generate, prompts, **options))
+        return await _on_thread(partial(self.generate, prompts, **options))
 
     async def aget_logits(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
         """`get_logits` without blocking the event loop."""
-        return await to_thread.run_sync(partial(self.get_logits, prompts, responses, return_mask=return_mask))
+        return await _on_thread(partial(self.get_logits, prompts, responses, return_mask=return_mask))
 
     async def aget_logprobs(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
         """`get_logprobs` without blocking the event loop."""
-        return await to_thread.run_sync(partial(self.get_logprobs, prompts, responses, return_mask=return_mask))
+        return await _on_thread(partial(self.get_logprobs, prompts, responses, return_mask=return_mask))
 
     @property
     def weight_version(self) -> int:
@@ -193,6 +192,13 @@ class EngineBackend(InferenceBackend):
             for number, score in zip(numbers, await self.engine.score(*scored, logits=logits), strict=True):
                 rows[number] = score.logits if logits else score.logprobs
         return rows
+
+
+async def _on_thread(function: Callable[[], T]) -> T:
+    """The result of a function that blocks."""
+    from anyio import to_thread  # imported here, because the native engine needs no thread
+
+    return await to_thread.run_sync(function)
 
 
 def _ordinals(prompts: Sequence[Prompt]) -> list[int]:
