@@ -156,7 +156,10 @@ class WeightSyncController:
         update = self._update_of(model_tag)
         async with self.gate(model_tag).aupdate() as version:
             try:
-                result = await asyncio.to_thread(update, self._task(model_tag, version))
+                task = self._task(model_tag, version)
+                # On a thread, a coroutine could be made and never awaited, if this task is cancelled meanwhile.
+                is_async = inspect.iscoroutinefunction(update)
+                result = update(task) if is_async else await asyncio.to_thread(update, task)
                 if inspect.isawaitable(result):
                     await result
             except Exception as error:
