@@ -22,7 +22,7 @@ from starlette.routing import Match, Route
 
 from penstock import __version__
 from penstock.api.protocols import Engine
-from penstock.serving import admin, chat, completions, embeddings, health, models, tokens
+from penstock.serving import admin, chat, completions, embeddings, health, models, tokens, weights
 from penstock.serving.anthropic import endpoints as messages
 from penstock.serving.anthropic.request import CountTokensRequest, MessagesRequest
 from penstock.serving.chat_request import ChatRequest
@@ -55,6 +55,7 @@ class _Route:
 
 ROUTES = (
     _Route("GET", "/health", health.health),
+    _Route("GET", "/liveness", health.health),
     _Route("GET", "/ready", health.ready),
     _Route("GET", "/metrics", health.metrics, answers=("text/plain",)),
     _Route("GET", "/version", health.version),
@@ -78,6 +79,13 @@ ROUTES = (
     _Route("POST", "/admin/resume", admin.resume),
     _Route("POST", "/admin/reset_prefix_cache", admin.reset_prefix_cache),
     _Route("POST", "/admin/abort", admin.abort, admin.AbortRequest),
+    _Route("POST", "/update_weights", weights.update_weights, weights.UpdateRequest),
+    _Route("POST", "/pause", weights.pause),
+    _Route("POST", "/resume", weights.resume),
+    _Route("GET", "/is_paused", weights.is_paused),
+    _Route("POST", "/sleep", weights.sleep),
+    _Route("POST", "/wake_up", weights.wake_up),
+    _Route("GET", "/is_sleeping", weights.is_sleeping),
 )
 
 

@@ -14,12 +14,14 @@ from penstock.errors import (
     DeadlineExceeded,
     EngineClosed,
     EngineOverloaded,
+    EngineStateError,
     ExecutionError,
     GrammarError,
     PenstockError,
     RequestAborted,
     RequestError,
     RequestTooLarge,
+    WeightsError,
     text_of,
 )
 
@@ -61,6 +63,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, HttpError):
         headers = _retry_after(error.retry_after_s) if error.retry_after_s else {}
         return Failure(error.status, text_of(error), _type_of(error.status), error.code, error.param, headers)
+    if isinstance(error, WeightsError) and error.is_mixed:
+        return Failure(500, text_of(error), "server_error", "mixed_weights")
     for kind, (status, code) in _ANSWERS.items():
         if isinstance(error, kind):
             headers = _retry_after(error.retry_after_s) if isinstance(error, EngineOverloaded) else {}
@@ -85,6 +89,8 @@ _ANSWERS: Mapping[type[PenstockError], tuple[int, str | None]] = {
     DeadlineExceeded: (408, "deadline_exceeded"),  # the request set it itself
     RequestAborted: (CLIENT_CLOSED, "request_aborted"),
     EngineClosed: (503, "engine_closed"),
+    EngineStateError: (409, "engine_state"),
+    WeightsError: (400, "invalid_weights"),
     ExecutionError: (500, "execution_error"),
 }
 

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.errors import described
+from penstock.serving import weights
 from penstock.serving.anthropic.envelope import anthropic_envelope
 from penstock.serving.auth import Client
 from penstock.serving.errors import Envelope, Failure, failure_of, openai_envelope
@@ -113,7 +114,7 @@ class Gate:
     def _admit(self, scope: Scope, path: str, headers: Headers, stack: ExitStack) -> Client:
         """The client, with its open call counted. Raises `HttpError`."""
         keys = self._server.keys
-        if path.startswith("/admin/"):
+        if path.startswith("/admin/") or path in weights.PATHS:
             keys.check_admin(headers)
             return Client()
         client = Client() if path in OPEN_PATHS else keys.client(headers)
