@@ -115,6 +115,12 @@ def scores_and_updates(out: str) -> None:
     assert float(printed["divergence after an update"]) > 0
 
 
+def trains_with_both(out: str) -> None:
+    updates = re.findall(r"^(\w+): (\d) updates, log probabilities within (\S+)$", out, re.MULTILINE)
+    assert [(name, number) for name, number, _ in updates] == [("GRPOTrainer", "4"), ("RLOOTrainer", "4")]
+    assert all(float(difference) < 5e-5 for _, _, difference in updates)
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "batch": completes_fifty,
     "callbacks": calls_back_for_each,
@@ -128,6 +134,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "structured_output": follows_every_constraint,
     "tool_calling": calls_a_tool,
     "tree_search": goes_on_from_the_likeliest,
+    "trl_trainers": trains_with_both,
 }
 # What uvicorn serves: a path, a body to post there, and how the answer begins. test_web_examples.py has the rest.
 SERVICES = {

@@ -1,0 +1,98 @@
+"""`generate_with`: TRL's own GRPOTrainer and RLOOTrainer, unmodified, with an engine of this process as generator.
+
+The engine borrows the trainer's model, so no weights are sent: after each optimizer step it takes over what changed.
+Stands in for the vLLM client of the trainers (TRL 1.16). Imports nothing of TRL.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from penstock.api.blocking import run
+from penstock.engine.inference import InferenceEngine
+from penstock.errors import ConfigurationError, RequestError
+from penstock.sampling import SamplingParams
+
+Trainer = Any  # a GRPOTrainer or RLOOTrainer, whose package is not installed with this one
+Rows = list[list[list[float]]]
+
+
+@contextmanager
+def generate_with(trainer: Trainer, **settings: Any) -> Iterator[InferenceEngine]:
+    """Inside the block, the trainer samples its completions from an engine that borrows its model.
+
+    `settings` are those of `EngineConfig`. Sampling follows the trainer's arguments, its seed included, and GRPO's
+    importance ratios are those of the engine's log probabilities to the trainer's own. Raises `ConfigurationError`
+    for a trainer that has a generator already, or none.
+    """
+    if not hasattr(trainer, "use_vllm") or trainer.use_vllm or getattr(trainer, "rollout_func", None) is not None:
+        raise ConfigurationError(
+            "generate_with takes a GRPOTrainer or RLOOTrainer with use_vllm=False and without a rollout_func"
+        )
+    engine = InferenceEngine(trainer.model, trainer.processing_class, **settings)
+    try:
+        engine.start()
+        trainer.vllm_generation = EngineGeneration(engine, params_of(trainer), trainer.args.seed)
+        trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "server", -1
+        yield engine
+    finally:
+        trainer.use_vllm = False
+        engine.stop(0.0)
+
+
+def params_of(trainer: Trainer) -> SamplingParams:
+    """What the trainer samples from."""
+    return SamplingParams(
+        temperature=trainer.temperature,
+        top_p=trainer.top_p,
+        top_k=trainer.top_k or 0,
+        min_p=trainer.min_p or 0.0,
+        repetition_penalty=trainer.repetition_penalty,
+        max_tokens=trainer.max_completion_length,
+        detokenize=False,
+        logprobs=0,
+    )
+
+
+class EngineGeneration:
+    """What a trainer asks of its vLLM client."""
+
+    def __init__(self, engine: InferenceEngine, params: SamplingParams, seed: int) -> None:
+        self._engine = engine
+        self._params = params
+        self._seeds = random.Random(seed)
+
+    def sync_weights(self) -> None:
+        """Take over what the optimizer changed."""
+        run(self._engine.update_weights())
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: object,
+        num_generations: int,
+        profiler: AbstractContextManager[object] | None = None,
+    ) -> tuple[list[list[int]], list[list[int]], Rows, list[list[list[int]]]]:
+        """Prompt ids, completion ids, and the log probability and id of each token, one row per prompt.
+
+        The trainers repeat a prompt `num_generations` times themselves. Raises `RequestError` for images.
+        """
+        if images is not None:
+            raise RequestError("this engine generates from text alone: train without images")
+        handles = []
+        with profiler or nullcontext():
+            try:
+                for prompt in prompts:
+                    params = replace(self._params, seed=self._seeds.getrandbits(63))
+                    handles.append(self._engine.generate(list(prompt), params))
+                outputs = [handle.result().outputs[0] for handle in handles]
+            finally:
+                for handle in handles:
+                    handle.cancel()
+        ids = [output.token_ids for output in outputs]
+        logprobs = [[[value] for value in output.sampled_logprobs or ()] for output in outputs]
+        return [list(prompt) for prompt in prompts], ids, logprobs, [[[token] for token in row] for row in ids]

@@ -1,0 +1,63 @@
+"""What TRL's trainers ask of their generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from penstock import ConfigurationError, InferenceEngine, RequestError, SamplingParams, ScriptedModel
+from penstock.training.trl import EngineGeneration, generate_with, params_of
+
+SETTINGS = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": None, "repetition_penalty": 1.1}
+
+
+@pytest.fixture
+def engine() -> Iterator[InferenceEngine]:
+    engine = InferenceEngine(ScriptedModel([5, 6, 7]), batch_timeout_ms=0)
+    yield engine
+    engine.stop(0)
+
+
+def trainer_of(**changes: Any) -> SimpleNamespace:
+    args = SimpleNamespace(seed=3)
+    return SimpleNamespace(**{"use_vllm": False, "args": args, "max_completion_length": 4, **SETTINGS, **changes})
+
+
+def test_prompts_that_are_repeated_already_give_one_row_each(engine: InferenceEngine) -> None:
+    """They were expanded once more: a group of n became one of n times n."""
+    params = SamplingParams(max_tokens=2, logprobs=0, detokenize=False)
+    prompts = [[1, 2], [1, 2], [3], [3]]
+    rows = EngineGeneration(engine, params, seed=0).generate(prompts, None, num_generations=2)
+    assert rows[0] == prompts
+    assert [len(row) for row in rows[1]] == [2, 2, 2, 2]
+    assert [[len(entry) for entry in row] for row in rows[2]] == [[1, 1]] * 4
+    assert rows[3] == [[[token] for token in row] for row in rows[1]]
+
+
+def test_each_optimizer_step_is_a_version_of_the_weights(engine: InferenceEngine) -> None:
+    generation = EngineGeneration(engine, SamplingParams(max_tokens=1, logprobs=0), seed=0)
+    generation.sync_weights()
+    generation.sync_weights()
+    assert engine.weight_version == 2
+
+
+def test_images_are_refused(engine: InferenceEngine) -> None:
+    with pytest.raises(RequestError, match="text alone"):
+        EngineGeneration(engine, SamplingParams(), seed=0).generate([[1]], [["image"]], 1)
+
+
+def test_sampling_follows_the_trainer() -> None:
+    params = params_of(trainer_of())
+    assert (params.temperature, params.top_p, params.repetition_penalty, params.max_tokens) == (0.7, 0.9, 1.1, 4)
+    assert (params.top_k, params.min_p, params.logprobs) == (0, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "trainer", [object(), trainer_of(use_vllm=True), trainer_of(rollout_func=print)], ids=["other", "vllm", "rollout"]
+)
+def test_a_trainer_with_another_generator_is_refused(trainer: object) -> None:
+    with pytest.raises(ConfigurationError, match="use_vllm=False"), generate_with(trainer):
+        pass
