@@ -31,7 +31,7 @@ class CompletionRequest(SamplingFields, StructureFields):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(16, ge=0, le=MAX_INT)
-    logprobs: Annotated[int | None, BeforeValidator(_count), Field(ge=0, le=MAX_INT)] = None
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_INT)] | None, BeforeValidator(_count)] = None
     user: str | None = None
 
     def prompts(self, settings: ServingSettings) -> list[Prompt]:

@@ -620,7 +620,7 @@ def test_future_enhancements_of_the_specification_are_options_of_generate(infere
 
 def test_quantized_module_is_an_option(inference: InferenceModule) -> None:
     """000-65, 000-72: `quantization` and speculation are settings of the engine."""
-    module = InferenceModule(MODEL, quantization="int8", compile_model=True)
+    module = InferenceModule(MODEL, quantization="int8", weight_mode="packed")
     assert module.generate("def f", max_new_tokens=4, ignore_eos=True).lengths == [4]
     module.close()
     speculating = InferenceModule(MODEL, enable_speculative_decoding=True)

@@ -122,3 +122,11 @@ def test_usage_counts_all_prompts(client: TestClient) -> None:
 
 def test_the_default_length_is_sixteen(client: TestClient) -> None:
     assert client.post(URL, json={"prompt": "a"}).json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("logprobs", [False, None])
+def test_logprobs_may_be_declined_in_words(logprobs: bool | None) -> None:
+    """`false` was compared with a number, which failed as an error of the server."""
+    with client_of() as client:
+        answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "logprobs": logprobs})
+    assert answer.json()["choices"][0]["logprobs"] is None
