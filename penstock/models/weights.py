@@ -27,7 +27,7 @@ class ModelWeights:
         self, module: nn.Module, derived: DerivedWeights, borrowed: Borrowed | None, *, is_packed: bool
     ) -> None:
         self._module: nn.Module | None = module
-        self._derived = derived
+        self._derivations: DerivedWeights | None = derived
         self._borrowed = borrowed
         self._is_packed = is_packed
 
@@ -92,7 +92,12 @@ class ModelWeights:
 
     def close(self) -> None:
         """Let go of all weights."""
-        self._module = self._borrowed = None
+        self._module = self._borrowed = self._derivations = None
+
+    @property
+    def _derived(self) -> DerivedWeights:
+        assert self._derivations is not None, "the executor is closed"
+        return self._derivations
 
     def _places(self) -> dict[str, Tensor]:
         """What a source is compared with, by name; parameters of a model that the engine loaded have no values."""

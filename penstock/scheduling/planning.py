@@ -102,14 +102,17 @@ class StepPlanner:
 
     def plan(self) -> None:
         """Plan the running sequences, then the waiting ones, in the order of the packing."""
-        live = self._live
-        had_waiting = live.has_waiting()
-        self._plan_running(had_waiting)
-        # The second test is for victims. The first is for a queue that `_plan_above` emptied: a static batch has to
-        # see what was started before its turn.
-        if had_waiting or live.has_waiting():
-            for seq in self._packing.select(live.waiting, live.running, self._has_room):
-                self._start(seq)
+        live, num_preemptions = self._live, -1
+        # Again where the step's last token was held back for a sequence that was preempted when its turn came.
+        while not self.rows and live.num_preemptions != num_preemptions:
+            num_preemptions = live.num_preemptions
+            had_waiting = live.has_waiting()
+            self._plan_running(had_waiting)
+            # The second test is for victims. The first is for a queue that `_plan_above` emptied: a static batch has to
+            # see what was started before its turn.
+            if had_waiting or live.has_waiting():
+                for seq in self._packing.select(live.waiting, live.running, self._has_room):
+                    self._start(seq)
 
     def _new_budget(self, max_logit_rows: int | None) -> Budget:
         running, limits = self._live.running.sequences, self._limits
