@@ -155,7 +155,7 @@ async def test_t5_a_cache_reset_is_never_a_no_op_while_requests_run() -> None:
 
 async def test_t6_waiting_never_lets_a_rollout_span_an_update() -> None:
     """Of a group of three samples one has not started, and the request after it neither."""
-    model = Model()
+    model = Model(step_s=0.01)  # a hundred steps take longer than the update needs to be ordered
     async with engine_of(model, max_batch_size=2) as engine:
         group = engine.generate(PROMPT, SamplingParams(n=3, max_tokens=40, ignore_eos=True, seed=1))
         later = engine.generate(PROMPT, params(5))

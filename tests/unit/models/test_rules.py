@@ -399,3 +399,4 @@ def test_a_processor_cannot_change_the_modes_of_autograd_for_the_others(mode: An
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         run_processor(meddle, [], torch.zeros(4))
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
+        left_open.clear()  # it restores the modes of its block, so not after that

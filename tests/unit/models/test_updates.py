@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import WeightsError
-from penstock.models.updates import named_weights, read_source, write
+from penstock.models.updates import copy_into, named_weights, read_source, write
 from tests.tiny_models import build
 
 
@@ -32,7 +32,7 @@ def is_equal(model: nn.Module, values: dict[str, Tensor]) -> bool:
 def update(model: nn.Module, source: Any) -> set[str]:
     """Read, then write, as an engine does."""
     weights = named_weights(model)
-    return write(weights, read_source(weights, source))  # type: ignore[arg-type]
+    return write(weights, read_source(weights, source), copy_into)  # type: ignore[arg-type]
 
 
 class WithBuffers(nn.Module):
