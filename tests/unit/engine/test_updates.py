@@ -158,8 +158,8 @@ async def test_t6_waiting_never_lets_a_rollout_span_an_update() -> None:
     model = Model(step_s=0.01)  # a hundred steps take longer than the update needs to be ordered
     async with engine_of(model, max_batch_size=2) as engine:
         group = engine.generate(PROMPT, SamplingParams(n=3, max_tokens=40, ignore_eos=True, seed=1))
+        await anext(group)  # now two of its samples have taken all rows
         later = engine.generate(PROMPT, params(5))
-        await anext(group)
         assert await engine.update_weights(mode="wait") == 1
         versions = [out.weight_versions for out in (await group).outputs]
         assert versions == [[0] * 40] * 3
