@@ -52,8 +52,9 @@ class DifferentiableScorer:
     """Scores (prompt, completion) pairs with gradients through `owner`, a live transformers module.
 
     `checkpoint_layers` recomputes each layer in the backward pass instead of keeping its activations.
-    `logits_chunk_bytes` bounds the logits that exist at once, `max_length` the tokens of a pair. Scores on any thread, under the gradient and autocast
-    modes of the one that constructs this. Raises `ConfigurationError` for a module that cannot be scored this way.
+    `logits_chunk_bytes` bounds the logits that exist at once, and `max_length` the tokens of a pair. Scores on any
+    thread, under the gradient and autocast modes of the one that constructs this. Raises `ConfigurationError` for a
+    module that cannot be scored this way.
     """
 
     def __init__(
