@@ -106,6 +106,8 @@ class DifferentiableScorer:
         )
         view = self._view()
         output = self._run_decoder(view, ids, row)
+        for part in view.modules():  # a module that refers to itself would keep activations until garbage is collected
+            vars(part).pop("forward", None)
         head = Head(view, output, ids, self._chunk_bytes)
         return head.logprobs(cast(Tensor, output["last_hidden_state"])[0, indices], targets_R, temperature)
 
