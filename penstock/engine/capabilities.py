@@ -82,8 +82,7 @@ class Capabilities:
 
         if gradients is not None:
             refuse_without_effect(wishes, options)
-            runner = (await self._loaded_soon()).runner
-            return await score_with_gradients(self, runner, pairs, gradients, encode)
+            return await score_with_gradients(self, (await self._loaded_soon()).runner, pairs, gradients, encode)
         return await score(self, pairs, wishes, options, encode)
 
     async def embed(
