@@ -15,7 +15,7 @@ from penstock.api.waiting import result_of
 from penstock.engine.assembly import Parts
 from penstock.engine.requests.batch import BatchOptions
 from penstock.engine.requests.embedding import Embedding, embed
-from penstock.engine.requests.gradients import GradientOptions, score_with_gradients
+from penstock.engine.requests.gradients import GradientOptions, refuse_without_effect, score_with_gradients
 from penstock.engine.requests.scoring import Wishes, read_pairs, score
 from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids, prompt_text
 from penstock.generation import Params
@@ -81,8 +81,8 @@ class Capabilities:
             return await result_of(pool.submit(encode_ids, prompt, add_special_tokens))
 
         if gradients is not None:
-            runner = (await self._loaded_soon()).runner
-            return await score_with_gradients(self, runner, pairs, gradients, encode)
+            refuse_without_effect(wishes, options)
+            return await score_with_gradients(self, (await self._loaded_soon()).runner, pairs, gradients, encode)
         return await score(self, pairs, wishes, options, encode)
 
     async def embed(

@@ -140,8 +140,9 @@ class Executor:
                 "with transformers and pass it, InferenceEngine(module, tokenizer)"
             )
         return DifferentiableScorer(
-            self._borrowed.owner, checkpoint_layers=checkpoint_layers, logits_chunk_bytes=self._chunk_bytes
-        )
+            self._borrowed.owner, checkpoint_layers=checkpoint_layers, logits_chunk_bytes=self._chunk_bytes,
+            max_length=self.spec.max_length,
+        )  # fmt: skip
 
     def forget(self, seq_id: int) -> None:
         """Drop the state of a sequence that ended."""

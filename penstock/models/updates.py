@@ -94,6 +94,8 @@ def _checked(weights: Weights, name: str, tensor: Tensor) -> Tensor:
         raise WeightsError(f"{name} has the shape {list(tensor.shape)}, and {list(target.shape)} in the model")
     if target.dtype != tensor.dtype and not (target.is_floating_point() and tensor.is_floating_point()):
         raise WeightsError(f"{name} is {tensor.dtype}, and {target.dtype} in the model: convert it first")
+    if tensor.is_meta:
+        raise WeightsError(f"{name} is on the meta device and has no values")
     return target
 
 
@@ -102,8 +104,6 @@ def _check_all(weights: Weights, named: Mapping[str, object]) -> None:
     values: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in map(_pair, named.items()):
         target = _checked(weights, name, tensor)
-        if tensor.is_meta:
-            raise WeightsError(f"{name} is on the meta device and has no values")
         earlier_name, value = values.setdefault(target.data_ptr() or id(target), (name, tensor))
         if value.data_ptr() != tensor.data_ptr() and not torch.equal(value.to(tensor), tensor):
             raise WeightsError(f"{earlier_name} and {name} are one tensor in the model, and differ in the source")

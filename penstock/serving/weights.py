@@ -7,8 +7,9 @@ Need the admin key, as `/admin` does. `mode` is a query parameter: what becomes 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
+from pydantic import AliasChoices, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,10 +25,16 @@ PATHS = frozenset({"/update_weights", "/pause", "/resume", "/is_paused", "/sleep
 _LEVELS = {"1": "all", "2": "all"}  # vLLM's numbers: this engine makes packed copies again from where they came from
 
 
-class UpdateRequest(RequestModel):
-    """A folder that `save_pretrained` wrote, on the server's machine; None: the live module was changed already."""
+class UpdateRequest(RequestModel, extra="forbid"):
+    """A folder that `save_pretrained` wrote, on the server's machine; None: the live module was changed already.
 
-    weight_dir: str | None = None
+    `weight_path`, `model_name` and `weight_type` are the words of the service clients. A field of another name is
+    refused: ignoring it would be reported as an update, with the old weights.
+    """
+
+    weight_dir: str | None = Field(None, validation_alias=AliasChoices("weight_dir", "weight_path"))
+    model_name: str | None = None
+    weight_type: Literal["full"] = "full"
 
 
 async def update_weights(server: Server, request: Request) -> Response:

@@ -62,7 +62,7 @@ class Conversation:
             raise RequestError(f"on_fork must be one of {', '.join(map(repr, _ON_FORK))}, got {shown(on_fork)}")
         self._engine = engine
         self._text = chat_text(engine, tokenizer)
-        self._opening = tuple(map(dict, messages))
+        self._opening = _read_opening(messages)
         self._params = params
         self._tools = read_tools(tools)
         self._on_fork = on_fork
@@ -229,6 +229,12 @@ class Conversation:
     async def _render(self, messages: Sequence[Message]) -> str:
         tools = {"tools": [tool.to_dict() for tool in self._tools]} if self._tools else {}
         return await self._text.render(messages, {**tools, "chat_template_kwargs": self._arguments})
+
+
+def _read_opening(messages: Sequence[Message]) -> tuple[Message, ...]:
+    if isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages):
+        return tuple(map(dict, messages))
+    raise RequestError(f"messages must be a list of chat messages, got {shown(messages)}")
 
 
 def _read_messages(message: str | Message | Sequence[Message]) -> tuple[Message, ...]:

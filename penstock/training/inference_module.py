@@ -194,6 +194,6 @@ def _backend(model_name: object, backend: str | InferenceBackend, options: Mappi
         if model_name is not None or options:
             raise ConfigurationError("a backend that exists already takes no model and no settings: leave them out")
         return backend
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ConfigurationError(f"there is no backend {shown(backend)}: use {', '.join(map(repr, BACKENDS))}")
     return BACKENDS[backend](model_name, **options)

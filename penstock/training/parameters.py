@@ -14,6 +14,7 @@ from penstock.values import flag, plain
 
 # Keywords that `Engine.generate` takes, all others being fields of `SamplingParams`.
 ENGINE_OPTIONS = frozenset({"priority", "deadline", "ttft_deadline", "namespace"})
+_OTHER_NAMES = {"max_tokens": "max_new_tokens", "n": "num_return_sequences"}  # of `SamplingParams`
 _SEEDS = 1 << 64
 
 
@@ -30,6 +31,9 @@ def sampling_params(
 
     Raises `RequestError` for values, and `TypeError` for fields that `SamplingParams` does not have.
     """
+    if given := _OTHER_NAMES.keys() & fields.keys():
+        name = min(given)
+        raise TypeError(f"generate has no parameter {name!r}: its name is {_OTHER_NAMES[name]!r}")
     is_sampled = flag("do_sample", do_sample)
     return SamplingParams(
         max_tokens=max_new_tokens,

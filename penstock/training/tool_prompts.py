@@ -14,7 +14,9 @@ from penstock.tools import Tool, read_tools, renders_tools, tool_format_of, tool
 
 def read_available_tools(tools: Sequence[object] | None) -> list[Tool]:
     """Tools in any of the shapes that `read_tools` takes, or as names alone. Raises `RequestError`."""
-    return read_tools([{"name": tool} if isinstance(tool, str) else tool for tool in tools or ()])
+    if isinstance(tools, str) or not isinstance(tools, Sequence):  # `read_tools` says what is wrong
+        return read_tools(tools)
+    return read_tools([{"name": tool} if isinstance(tool, str) else tool for tool in tools])
 
 
 def with_tools(prompt: Prompt, tools: Sequence[Tool], format: str, template: str | None) -> Prompt:

@@ -19,6 +19,7 @@ from penstock.sampling import SamplingParams
 
 Trainer = Any  # a GRPOTrainer or RLOOTrainer, whose package is not installed with this one
 Rows = list[list[list[float]]]
+_ATTRIBUTES = frozenset({"use_vllm", "vllm_mode", "vllm_generation", "_last_loaded_step"})  # that the block has set
 
 
 @contextmanager
@@ -33,6 +34,7 @@ def generate_with(trainer: Trainer, **settings: Any) -> Iterator[InferenceEngine
         raise ConfigurationError(
             "generate_with takes a GRPOTrainer or RLOOTrainer with use_vllm=False and without a rollout_func"
         )
+    before = {name: value for name, value in vars(trainer).items() if name in _ATTRIBUTES}
     engine = InferenceEngine(trainer.model, trainer.processing_class, **settings)
     try:
         engine.start()
@@ -40,7 +42,10 @@ def generate_with(trainer: Trainer, **settings: Any) -> Iterator[InferenceEngine
         trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "server", -1
         yield engine
     finally:
-        trainer.use_vllm = False
+        for name in _ATTRIBUTES & vars(trainer).keys():
+            delattr(trainer, name)
+        for name, value in before.items():
+            setattr(trainer, name, value)
         engine.stop(0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -212,3 +213,21 @@ def test_scores_are_kept_one_per_pair_in_order() -> None:
     scores = DifferentiableScorer(build("llama")).score(*split(PAIRS))
     assert all(isinstance(score, DifferentiableScore) for score in scores)
     assert [len(score.logprobs) for score in scores] == [len(completion) for _, completion in PAIRS]
+
+
+def test_a_view_of_checkpointed_layers_does_not_wait_for_garbage_collection() -> None:
+    """Its layers referred to themselves, and so activations without a backward pass stayed in memory."""
+    model = build("llama")
+
+    def num_modules() -> int:
+        return sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects())
+
+    scored(model, checkpoint_layers=True)  # what is kept for good is made now
+    gc.collect()
+    gc.disable()
+    try:
+        count = num_modules()
+        scored(model, checkpoint_layers=True)
+        assert num_modules() == count
+    finally:
+        gc.enable()

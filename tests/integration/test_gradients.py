@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from penstock import ConfigurationError, InferenceEngine, RequestError, SamplingParams, ScriptedModel
+from penstock import (
+    ConfigurationError,
+    InferenceEngine,
+    RequestError,
+    RequestPriority,
+    RequestTooLarge,
+    SamplingParams,
+    ScriptedModel,
+)
 from tests.tiny_models import build
 
 PARAMS = SamplingParams(temperature=0.8, max_tokens=6, ignore_eos=True, seed=1, logprobs=0)
@@ -94,6 +102,10 @@ async def test_the_caller_s_modes_hold_on_the_other_thread() -> None:
         ({"values": "mine"}, "'module' or 'engine'"),
         ({"checkpoint_layers": "yes"}, "checkpoint_layers"),
         ({"requires_grad": 2}, "requires_grad"),
+        ({"logits": True}, "logits cannot be combined with requires_grad"),  # these four were ignored
+        ({"namespace": "a"}, "namespace cannot be combined"),
+        ({"priority": RequestPriority.HIGH}, "priority cannot be combined"),
+        ({"deadline": 0.0}, "deadline cannot be combined"),
     ],
 )
 async def test_bad_options_are_refused_before_anything_is_computed(options: dict[str, Any], words: str) -> None:
@@ -109,3 +121,17 @@ async def test_an_engine_without_a_live_module_says_what_to_pass() -> None:
     async with InferenceEngine(ScriptedModel([5])) as engine:
         with pytest.raises(ConfigurationError, match="live transformers module"):
             await engine.score([1], [2], requires_grad=True)
+
+
+async def test_no_pairs_have_no_scores() -> None:
+    """With gradients, an empty batch raised `ValueError`; without, its result was an empty list."""
+    async with InferenceEngine(build("llama"), skip_tokenizer_init=True) as engine:
+        assert await engine.score([], [], requires_grad=True) == []
+
+
+async def test_a_pair_longer_than_the_model_allows_is_refused_with_gradients_too() -> None:
+    """It was scored at positions that the model was never trained for."""
+    async with InferenceEngine(build("llama"), skip_tokenizer_init=True, max_sequence_length=8) as engine:
+        with pytest.raises(RequestTooLarge, match="9 tokens and the limit is 8"):
+            await engine.score(PROMPT, [5, 6, 7], requires_grad=True)
+        assert len(await engine.score(PROMPT, [5, 6], requires_grad=True)) == 1

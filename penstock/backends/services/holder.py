@@ -18,6 +18,7 @@ from penstock.backends.services.records import Json, TrainRecord
 from penstock.backends.services.templates import render_chat
 from penstock.errors import ExecutionError
 from penstock.tools import read_tools
+from penstock.values import items
 
 Tools = Sequence[Mapping[str, object]]
 _PROMPT_END = 64  # tokens of a prompt that decide whether its template has begun the reasoning
@@ -161,7 +162,7 @@ def text_of_tokens(tokenizer: Tokenizer, tokens: Sequence[int], finish_reason: s
 
 def _sampling(max_tokens: int, temperature: float, num_samples: int, more: Mapping[str, object]) -> Sampling:
     stop = more.get("stop")
-    stops = {"stop": (stop,) if isinstance(stop, str) else tuple(stop or ())} if "stop" in more else {}  # type: ignore[arg-type]
+    stops = {"stop": (stop,) if isinstance(stop, str) else items("stop", stop)} if "stop" in more else {}
     return Sampling(max_tokens, temperature, num_samples, **{**more, **stops})  # type: ignore[arg-type]
 
 

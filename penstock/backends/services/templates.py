@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from penstock.backends.services.hf_tokenizer import Tokenizer
-from penstock.errors import RequestError, described
+from penstock.errors import RequestError, described, shown
 from penstock.tools import read_tools
+from penstock.values import items
 
 
 def render_chat(
@@ -32,8 +33,20 @@ def render_chat(
 
 
 def with_arguments_as_objects(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Copies of the messages. Arguments of tool calls that are JSON text become objects, as templates expect."""
-    return [_with_objects(dict(message)) for message in messages]
+    """Copies of the messages. Arguments of tool calls that are JSON text become objects, as templates expect.
+
+    Raises `RequestError` for what is no list of messages.
+    """
+    return [_with_objects(_copy(*numbered)) for numbered in enumerate(items("messages", messages))]
+
+
+def _copy(number: int, message: object) -> dict[str, object]:
+    try:
+        return dict(cast(Mapping[str, object], message))  # or an object of an SDK
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"message {number} must be an object with a role and content, not {shown(message)}"
+        ) from None
 
 
 def _with_objects(message: dict[str, object]) -> dict[str, object]:

@@ -36,31 +36,32 @@ def holder_update(holder: SamplerHolder) -> Update:
     return update
 
 
-def network_update(base_url: str, model: str, weight_type: str = "full") -> Update:
-    """Ask a server to load the weights at `sync_weight_path`: POST /update_weights."""
+def network_update(base_url: str, model: str, weight_type: str = "full", *, api_key: str = "") -> Update:
+    """Ask a server to load the weights at `sync_weight_path`: POST /update_weights, with this key if it needs one."""
 
     def update(task: WeightUpdate) -> None:
         body = {"model_name": model, "weight_type": weight_type, "weight_path": task.path}
-        _post(base_url, "update_weights", body)
+        _post(base_url, "update_weights", body, api_key)
 
     return update
 
 
-def disk_update(base_url: str) -> Update:
+def disk_update(base_url: str, *, api_key: str = "") -> Update:
     """Ask an SGLang server to load the folder at `sync_weight_path`: POST /update_weights_from_disk."""
 
     def update(task: WeightUpdate) -> None:
-        _post(base_url, "update_weights_from_disk", {"model_path": task.path})
+        _post(base_url, "update_weights_from_disk", {"model_path": task.path}, api_key)
 
     return update
 
 
-def _post(base_url: str, route: str, body: Mapping[str, object]) -> None:
+def _post(base_url: str, route: str, body: Mapping[str, object], api_key: str) -> None:
     """Post, and wait for as long as the update takes."""
     import httpx  # of the extra `client`
 
     url = f"{server_root(base_url)}/{route}"
-    response = httpx.post(url, json=body, timeout=httpx.Timeout(None, connect=10.0))
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    response = httpx.post(url, json=body, headers=headers, timeout=httpx.Timeout(None, connect=10.0))
     if response.status_code >= 400:
         raise ExecutionError(f"{url} answered {response.status_code}: {response.text[:500]}")
     values = response.json() if "json" in response.headers.get("content-type", "") else {}

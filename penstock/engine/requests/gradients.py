@@ -67,6 +67,18 @@ class GradientOptions:
         return self.params.temperature if isinstance(self.params, SamplingParams) else 1.0
 
 
+def refuse_without_effect(wishes: Wishes, options: BatchOptions) -> None:
+    """Raise `RequestError` for what a score with gradients could only ignore; entropies it always has."""
+    given = {
+        "logits": wishes.logits,
+        "namespace": options.namespace != "",
+        "priority": options.priority != RequestPriority.NORMAL,
+        "deadline": options.deadline is not None,
+    }
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise RequestError(f"{' and '.join(names)} cannot be combined with requires_grad: leave {names[0]} out")
+
+
 _RESTRICTING = tuple(name for name in DRAWN_FROM if name not in _WITHOUT_EFFECT)
 
 
@@ -78,6 +90,8 @@ async def score_with_gradients(
     encode: Encode,
 ) -> list[DifferentiableScore]:
     """A score for every pair of prompt and completion. Raises `RequestError`, `ConfigurationError`."""
+    if not pairs:
+        return []
     if not isinstance(runner, DifferentiableRunner):
         raise ConfigurationError("this model computes no gradients: pass a live transformers module to InferenceEngine")
     scorer = runner.gradient_scorer(checkpoint_layers=options.checkpoint_layers)

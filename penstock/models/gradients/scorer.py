@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
-from penstock.errors import ConfigurationError, RequestError
+from penstock.errors import ConfigurationError, RequestError, RequestTooLarge
 from penstock.models.borrow import device_and_dtype, view_of
 from penstock.models.checks import refuse_unsupported, vocab_size
 from penstock.models.gradients.attention import IMPLEMENTATION, SegmentAttention
@@ -52,13 +52,15 @@ class DifferentiableScorer:
     """Scores (prompt, completion) pairs with gradients through `owner`, a live transformers module.
 
     `checkpoint_layers` recomputes each layer in the backward pass instead of keeping its activations.
-    `logits_chunk_bytes` bounds the logits that exist at once. Scores on any thread, under the gradient and autocast
-    modes of the one that constructs this. Raises `ConfigurationError` for a module that cannot be scored this way.
+    `logits_chunk_bytes` bounds the logits that exist at once, and `max_length` the tokens of a pair. Scores on any
+    thread, under the gradient and autocast modes of the one that constructs this. Raises `ConfigurationError` for a
+    module that cannot be scored this way.
     """
 
     def __init__(
-        self, owner: nn.Module, *, checkpoint_layers: bool = False, logits_chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    ) -> None:
+        self, owner: nn.Module, *, checkpoint_layers: bool = False, logits_chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        max_length: int | None = None,
+    ) -> None:  # fmt: skip
         _refuse_distributed(owner)
         self._owner = owner = unwrapped(owner)
         refuse_unsupported(owner)
@@ -66,6 +68,7 @@ class DifferentiableScorer:
         self._modes = _Modes(self._device)
         self._checkpoint_layers = checkpoint_layers
         self._chunk_bytes = logits_chunk_bytes
+        self._max_length = max_length
 
     def score(
         self,
@@ -84,6 +87,7 @@ class DifferentiableScorer:
         """
         pairs = _checked(prompts, completions, temperature, values)
         _check_vocabulary(pairs, vocab_size(self._owner))
+        _check_lengths(pairs, self._max_length)
         row = pack([np.concatenate(pair)[:-1] for pair in pairs], share_prefixes=share_prefixes)
         with self._modes.applied():
             scores = self._score(pairs, row, temperature)
@@ -102,6 +106,8 @@ class DifferentiableScorer:
         )
         view = self._view()
         output = self._run_decoder(view, ids, row)
+        for part in view.modules():  # a module that refers to itself would keep activations until garbage is collected
+            vars(part).pop("forward", None)
         head = Head(view, output, ids, self._chunk_bytes)
         return head.logprobs(cast(Tensor, output["last_hidden_state"])[0, indices], targets_R, temperature)
 
@@ -173,6 +179,15 @@ def _check_vocabulary(pairs: Sequence[tuple[IntArray, IntArray]], size: int) -> 
     if tokens.min() < 0 or tokens.max() >= size:
         outside = tokens[(tokens < 0) | (tokens >= size)][0]
         raise RequestError(f"token id {outside} is outside the model's vocabulary of {size}")
+
+
+def _check_lengths(pairs: Sequence[tuple[IntArray, IntArray]], limit: int | None) -> None:
+    for i, (prompt, completion) in enumerate(pairs):
+        if limit is not None and len(prompt) + len(completion) > limit:
+            raise RequestTooLarge(
+                f"prompt and completion {i} have {len(prompt) + len(completion)} tokens and the limit is {limit} for "
+                "both together: shorten the prompt, or leave the pair out"
+            )
 
 
 def _ids(tokens: Sequence[int]) -> IntArray:

@@ -158,3 +158,14 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="corrupt"):
         update(model, tmp_path)
     assert is_equal(model, values)
+
+
+def test_a_first_tensor_without_values_mixes_nothing() -> None:
+    """An iterator's was found out while it was written, and the engine had to be closed for it."""
+    model = build("llama")
+    before = values_of(model)
+    pairs = iter([("model.norm.weight", torch.ones(32, device="meta"))])
+    with pytest.raises(WeightsError, match="on the meta device and has no values; nothing was written") as caught:
+        update(model, pairs)
+    assert not caught.value.is_mixed
+    assert is_equal(model, before)

@@ -43,6 +43,24 @@ def test_a_folder_becomes_the_weights_that_requests_are_answered_with(tmp_path: 
     engine.stop(0)
 
 
+def test_a_folder_has_the_name_that_service_clients_give_it_and_no_other(tmp_path: Path) -> None:
+    """Both were ignored: the answer was 200 with a new version, and a borrowed module kept its old weights."""
+    model, old = build("llama"), build("llama")
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    engine = InferenceEngine(old, skip_tokenizer_init=True, kv_cache_tokens=4096)
+    with TestClient(app(engine, WITH_ADMIN)) as client:
+        misspelled = client.post("/update_weights", json={"model_path": str(tmp_path)}, headers=ADMIN)
+        assert misspelled.status_code == 400
+        assert engine.weight_version == 0
+        body = {"model_name": "m", "weight_type": "full", "weight_path": str(tmp_path)}
+        assert client.post("/update_weights", json=body, headers=ADMIN).json()["weight_version"] == 1
+    engine.stop(0)
+    for ours, theirs in zip(old.parameters(), model.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
 def test_the_engine_is_told_what_becomes_of_requests() -> None:
     with client_of(WITH_ADMIN) as client:
         for version, mode in enumerate(("abort", "wait", "keep"), 1):

@@ -416,3 +416,10 @@ def test_wrong_arguments_are_refused(engine: RecordingEngine) -> None:
         assert conversation.turns == ()
 
     asyncio.run(talk())
+
+
+@pytest.mark.parametrize("messages", ["Be brief.", SYSTEM, None, 3, ["Be brief."]])
+def test_messages_that_are_no_list_of_messages_are_refused_by_name(messages: Any, engine: RecordingEngine) -> None:
+    """These raised `TypeError` or `ValueError` of Python itself."""
+    with pytest.raises(RequestError, match="messages must be a list of chat messages"):
+        Conversation(engine, messages)

@@ -21,6 +21,12 @@ def test_tools_are_mappings_or_names() -> None:
     assert read_available_tools(None) == []
 
 
+def test_a_name_that_is_not_in_a_list_is_refused() -> None:
+    """A string was read as one tool for each of its characters."""
+    with pytest.raises(RequestError, match="must be a list of tools, not 'go'"):
+        read_available_tools("go")
+
+
 @pytest.mark.parametrize("format", ["json", "xml", "function", "hermes"])
 def test_instructions_are_those_of_the_format_that_is_read(format: str) -> None:
     """B0-13: the prompt asked for JSON, whatever the parser read."""

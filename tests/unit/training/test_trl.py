@@ -61,3 +61,12 @@ def test_sampling_follows_the_trainer() -> None:
 def test_a_trainer_with_another_generator_is_refused(trainer: object) -> None:
     with pytest.raises(ConfigurationError, match="use_vllm=False"), generate_with(trainer):
         pass
+
+
+def test_the_trainer_is_left_as_it_was() -> None:
+    """It kept the stopped engine, and settings of a server that it never had."""
+    trainer = trainer_of(model=ScriptedModel([5]), processing_class=None, _last_loaded_step=7)
+    before = dict(vars(trainer))
+    with pytest.raises(ZeroDivisionError), generate_with(trainer):
+        raise ZeroDivisionError
+    assert vars(trainer) == before

@@ -213,6 +213,25 @@ def test_what_a_service_cannot_do_is_refused_before_anything_is_sampled(
     assert service.calls == []
 
 
+@pytest.mark.parametrize(
+    ("messages", "options", "words"),
+    [
+        (None, {}, "the conversation is empty"),
+        (3, {}, "messages must be a list"),
+        ("Hello!", {}, "messages must be a list"),
+        ([3], {}, "message 0 must be an object"),
+        (HELLO, {"stop": 3}, "stop must be a list"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_name(messages: Any, options: dict[str, Any], words: str) -> None:
+    """These raised `TypeError` or `ValueError` of Python itself."""
+    client = RemoteApiInferenceServiceClient({"inference_service": {"model": "m"}})
+    with replying_engine(["Hi."]) as engine:
+        client.set_service_holder(EngineServiceHolder(engine))
+        with pytest.raises(RequestError, match=words):
+            client.generate(messages, **options)
+
+
 async def test_errors_of_the_sdk_have_the_types_of_the_package(
     client: RemoteApiInferenceServiceClient, service: Service
 ) -> None:

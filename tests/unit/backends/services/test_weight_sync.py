@@ -174,9 +174,10 @@ async def test_a_cancelled_update_that_had_begun_counts_as_failed_because_weight
 
 
 async def test_weights_are_moved_over_http_and_failures_of_the_server_are_told() -> None:
-    bodies = list[tuple[str, Any]]()
+    bodies, keys = list[tuple[str, Any]](), list[str | None]()
 
     async def answer(request: Request) -> Response:
+        keys.append(request.headers.get("Authorization"))
         bodies.append((request.url.path, await request.json()))
         if "bad" in str(bodies[-1][1].values()):
             return JSONResponse({"success": False, "message": "no such folder"})
@@ -185,13 +186,14 @@ async def test_weights_are_moved_over_http_and_failures_of_the_server_are_told()
     routes = [Route(path, answer, methods=["POST"]) for path in ("/update_weights", "/update_weights_from_disk")]
     with running(Starlette(routes=routes)) as server:
         url = f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        network, disk = network_update(url, "m", "lora"), disk_update(f"http://{url}/v1")
+        network, disk = network_update(url, "m", "lora", api_key="root"), disk_update(f"http://{url}/v1")
         network(WeightUpdate(TAG, 1, "/w"))
         disk(WeightUpdate(TAG, 1, "/w"))
         with pytest.raises(ExecutionError, match="no such folder"):
             disk(WeightUpdate(TAG, 1, "bad"))
         with pytest.raises(ExecutionError, match="answered 500"):
             disk(WeightUpdate(TAG, 1, "broken"))
+    assert keys[:2] == ["Bearer root", None]  # no key could be sent, and so no update reached a server that needs one
     assert bodies[:2] == [
         ("/update_weights", {"model_name": "m", "weight_type": "lora", "weight_path": "/w"}),
         ("/update_weights_from_disk", {"model_path": "/w"}),
