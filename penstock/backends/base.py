@@ -146,6 +146,11 @@ class BaseBackend:
         engine = self._loaded().engine
         return engine.tokenizer if isinstance(engine, Templated) else None
 
+    @property
+    def backend(self) -> EngineBackend:
+        """What runs the model, with its `engine` and, if it is one of this process, its `model`; loads it."""
+        return self._loaded()
+
     def __repr__(self) -> str:
         return f"<BaseBackend over {self.config.backend_type}, {'loaded' if self.is_loaded() else 'not loaded'}>"
 
@@ -164,12 +169,11 @@ class BaseBackend:
     def _scores(self, prompts: Prompts, responses: Responses, logits: bool, gradients: bool) -> list[Any]:
         """One array of each response, or one tensor with gradients."""
         backend = self._loaded()
-        if gradients:
-            return run(backend.ascore_with_gradients(prompts, responses, logits=logits))
         completions = as_responses(responses)
         # An empty response has no tokens to score: that of another one tells how wide its rows are.
         scored = [response if len(response) else [0] for response in completions]
-        rows = run(backend.ascore(prompts, scored, logits=logits))
+        score = backend.ascore_with_gradients if gradients else backend.ascore
+        rows: list[Any] = run(score(prompts, scored, logits=logits))
         pairs: list[tuple[Any, Completion]] = list(zip(rows, completions, strict=True))
         return [row if len(response) else row[:0] for row, response in pairs]
 

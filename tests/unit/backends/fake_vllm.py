@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -138,7 +138,9 @@ class Call:
 
 
 class FakeLLM:
-    """`step` is awaited before every token; `reload` is called by `collective_rpc`."""
+    """`step` is awaited before every token; `reload` is called by `collective_rpc`. `made`: those made from options."""
+
+    made: ClassVar[list[FakeLLM]] = []
 
     def __init__(
         self,
@@ -167,6 +169,7 @@ class FakeLLM:
     def from_engine_args(cls, arguments: AsyncEngineArgs) -> FakeLLM:
         llm = cls(logprobs_mode=arguments.logprobs_mode, model=arguments.model)
         llm.arguments = arguments
+        cls.made.append(llm)
         return llm
 
     def get_tokenizer(self) -> Tokenizer:
