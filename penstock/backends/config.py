@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NoReturn, Protocol, Self
 
 from penstock.backends.vllm_process import check_options
 from penstock.config import EngineConfig
@@ -147,14 +147,13 @@ class SGLangBackendConfig:
         _check_fraction("mem_fraction_static", self.mem_fraction_static)
         _check_count("context_length", self.context_length)
 
-    def check_available(self) -> None:
+    def check_available(self) -> NoReturn:
         """Raises `ConfigurationError`."""
         raise ConfigurationError("backend_type 'sglang' is not available yet: use 'vllm' or 'huggingface'")
 
     def open(self, model: str | None) -> EngineBackend:
         """Raises `ConfigurationError`."""
         self.check_available()
-        raise AssertionError("unreachable")
 
 
 BACKEND_TYPES: Mapping[str, type[Any]] = {
@@ -253,15 +252,15 @@ def _device_of(device_map: object) -> str:
 
 def _check_count(name: str, value: object) -> None:
     if value is not None:
-        _checked(integer, name, value, 1, _LARGEST)
+        _check(integer, name, value, 1, _LARGEST)
 
 
 def _check_fraction(name: str, value: object) -> None:
     if value is not None:
-        _checked(real, name, value, 1e-6, 1.0, "a number above 0 and at most 1")
+        _check(real, name, value, 1e-6, 1.0, "a number above 0 and at most 1")
 
 
-def _checked(check: Any, *arguments: Any) -> None:
+def _check(check: Any, *arguments: Any) -> None:
     """Run a check of `penstock.values`. Raises `ConfigurationError` for what it refuses."""
     try:
         check(*arguments)
