@@ -226,7 +226,7 @@ def _mapping(name: str, values: object) -> dict[str, Any]:
 
 def _check_keys(place: str, values: Mapping[str, object], known: Any) -> None:
     """Raises `ConfigurationError` for a key that is not known here."""
-    for key in values.keys() - set(known):
+    for key in sorted(values.keys() - set(known)):
         matches = difflib.get_close_matches(key, known, n=1)
         owners = [name for name, kind in BACKEND_TYPES.items() if key in (each.name for each in fields(kind))]
         hint = f": it is one of backend_specific of {' and '.join(owners)}" if owners else ""
