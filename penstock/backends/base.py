@@ -18,7 +18,7 @@ from penstock.backends.config import BackendConfig
 from penstock.errors import ConfigurationError, RequestError, shown
 from penstock.training.backend import EngineBackend, Prompts, Responses, as_responses
 from penstock.training.results import GenerationResult
-from penstock.values import real
+from penstock.values import plain, real
 
 TokenIds = Sequence[int]
 
@@ -82,22 +82,22 @@ class BaseBackend:
         top_k: int | None = None,
         top_p: float | None = None,
         do_sample: bool = True,
-        stop_strings: Sequence[str] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
         return_logits: bool = False,
         return_probs: bool = False,
         compute_gradients: bool = False,
         **options: Any,
     ) -> Any:
-        """A completion of at most `max_length` new tokens of each prompt: its text, without the stop string.
+        """A completion of at most `max_length` new tokens of each prompt: its text, up to the first stop string.
 
         With one of the last three flags it is a mapping instead, with `text`, `token_ids`, `finish_reason` and, as
-        asked for, `logits` [tokens, vocab], which are the model's own, and `probs` of the same shape, which are those
-        at `temperature`, before filters (at 1 if greedy). With `compute_gradients` they are tensors with gradients
-        instead of float32 arrays, and `logprobs` [tokens] of the model are there too. `do_sample=False` is greedy.
-        `options` are further fields of `SamplingParams`, such as `seed`. Raises `RequestError`, and whatever a request
-        raises.
+        asked for, `logits` [tokens, vocab], the model's own in front of each of `token_ids`, and `probs` of the same
+        shape, which are those at `temperature`, before filters (at 1 if greedy). With `compute_gradients` they are
+        tensors with gradients instead of float32 arrays, and `logprobs` [tokens] of the model are there too.
+        `do_sample=False` is greedy. `options` are further fields of `SamplingParams`, such as `seed`. Raises
+        `RequestError`, and whatever a request raises.
         """
-        options |= {} if stop_strings is None else {"stop": list(stop_strings)}
+        options |= {} if stop_strings is None else {"stop": stop_strings}
         filters = {"top_k": 0 if top_k is None else top_k, "top_p": 1.0 if top_p is None else top_p}
         sampling = {"temperature": temperature, "do_sample": do_sample, **filters}
         result = self._loaded().generate(prompts, max_new_tokens=max_length, **sampling, **options)
@@ -136,7 +136,7 @@ class BaseBackend:
 
     def decode(self, token_ids: TokenIds | Sequence[TokenIds]) -> Any:
         """The text of token ids, without special tokens; of each list in a list."""
-        if any(hasattr(item, "__len__") for item in token_ids):
+        if any(hasattr(plain(item), "__len__") for item in token_ids):
             return [self.decode(ids) for ids in token_ids]  # type: ignore[arg-type]
         ids: TokenIds = token_ids  # type: ignore[assignment]
         return run(self._tokenizing().detokenize(ids, skip_special_tokens=True)) if len(ids) else ""

@@ -66,6 +66,7 @@ class HuggingFaceBackendConfig:
         _check_count("tp_size", self.tp_size)
         _check_count("num_gpus", self.num_gpus)
         self._refuse_parallel(self.tp_size or 1, self.num_gpus or 1)
+        _mapping("options", self.options)
         if taken := {"device", "dtype"} & self.options.keys():
             raise ConfigurationError(
                 f"{min(taken)} does not belong into options: set device or torch_dtype beside them"
@@ -81,7 +82,7 @@ class HuggingFaceBackendConfig:
 
     def _settings(self) -> dict[str, Any]:
         device = _device_of(self.device_map) if self.device_map is not None else self.device
-        return {**self.options, "device": device or "auto", "dtype": self.torch_dtype or "auto"}
+        return {**self.options, "device": "auto" if device is None else device, "dtype": self.torch_dtype or "auto"}
 
     def _refuse_parallel(self, tp_size: int, num_gpus: int) -> None:
         if self.num_gpus is not None and num_gpus % tp_size:
@@ -113,6 +114,7 @@ class VLLMBackendConfig:
         _check_count("tensor_parallel_size", self.tensor_parallel_size)
         _check_fraction("gpu_memory_utilization", self.gpu_memory_utilization)
         _check_count("max_model_len", self.max_model_len)
+        _mapping("options", self.options)
         if taken := {"tensor_parallel_size", "gpu_memory_utilization", "max_model_len"} & self.options.keys():
             raise ConfigurationError(f"{min(taken)} does not belong into options: set it beside them")
 

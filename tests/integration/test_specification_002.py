@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import penstock
@@ -161,6 +162,8 @@ backend.load()
     )
     assert names["backend"].config.model_name == MODEL
     names["backend"].close()
+    section = OmegaConf.create({"backend": NATIVE}).backend
+    assert create_backend(section).config == names["backend"].config
     assert create_backend({}).config == BackendConfig("huggingface", None)
 
 
@@ -187,6 +190,9 @@ def test_a_config_is_read_from_json_and_comes_back_from_a_dict(tmp_path: Path) -
         ({"backend_specific": {"devise": "cpu"}}, "backend_specific of huggingface has no key 'devise'; .*'device'"),
         ({"backend_specific": {"tensor_parallel_size": 2}}, "it is one of backend_specific of vllm"),
         ({"backend_type": "vllm", "backend_specific": {"tp_size": 2}}, "of huggingface and native and sglang"),
+        ({"backend_specific": {"options": None}}, "options must be a mapping, not None"),
+        ({"backend_type": "vllm", "backend_specific": {"options": [1]}}, "options must be a mapping"),
+        ({"backend_specific": {"device": 0}}, "device: Input should be a valid string"),
         ({"backend_specific": 3}, "backend_specific must be a mapping, not 3"),
         ({"model_name": 3}, "model_name must be a name"),
         ({"backend_specific": {"torch_dtype": "float7"}}, "torch_dtype='float7': use float32"),
@@ -337,6 +343,17 @@ response = backend.generate(
     assert names["greedy"] == backend.generate("The answer is", max_length=50, temperature=0)
 
 
+def test_one_stop_string_is_no_list_of_letters(backend: BaseBackend) -> None:
+    """002-35: whatever was generated after it, logits and ids are those of the tokens up to its end."""
+    whole = backend.generate(PROMPTS[0], max_length=12, do_sample=False)
+    result = backend.generate(PROMPTS[0], 12, do_sample=False, stop_strings="self.", return_logits=True)
+    assert "self." in whole
+    assert result["text"] == whole.partition("self.")[0]
+    assert result["finish_reason"] == "stop"
+    assert len(result["logits"]) == len(result["token_ids"])
+    assert backend.decode(result["token_ids"]).startswith(result["text"] + "self.")
+
+
 def test_more_than_the_specification_can_be_asked_for(backend: BaseBackend) -> None:
     """A seed repeats; unknown options are refused; several samples of one prompt are a list."""
     one, other = (backend.generate("x", max_length=8, seed=4) for _ in range(2))
@@ -480,6 +497,7 @@ def test_texts_are_encoded_without_special_tokens(backend: BaseBackend, tokenize
     assert ids == tokenizer.encode("Hello, world!", add_special_tokens=False)
     assert backend.decode(ids) == "Hello, world!"
     assert backend.decode([*ids, tokenizer.eos_token_id]) == "Hello, world!"
+    assert backend.decode(torch.tensor(ids)) == backend.decode(np.array(ids)) == "Hello, world!"
     names = run_snippet(
         """
 token_ids_list = backend.encode(["Hello", "World"])
