@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from penstock import RequestError
+from penstock import InferenceModule, RequestError
 from penstock.backends import BackendConfig, BaseBackend, HuggingFaceBackendConfig, VLLMBackendConfig, create_backend
 from tests.integration.backends.vllm_engines import MODEL, OPTIONS, needs_vllm
 
@@ -54,6 +54,17 @@ def test_generation_agrees_with_the_native_engine(vllm: BaseBackend, native: Bas
         np.testing.assert_allclose(found["probs"], expected["probs"], atol=TOLERANCE)
     stopped = [each.generate(PROMPTS[0], 40, do_sample=False, stop_strings=[" the"]) for each in (native, vllm)]
     assert stopped[0] == stopped[1]
+
+
+def test_an_inference_module_runs_over_it(vllm: BaseBackend, native: BaseBackend) -> None:
+    flags = {"max_new_tokens": 8, "do_sample": False, "return_logits": True, "return_logprobs": True}
+    expected, found = (InferenceModule(backend=each.backend).generate(PROMPTS, **flags) for each in (native, vllm))
+    assert found.token_ids == expected.token_ids
+    for own, other in ((expected.logprobs, found.logprobs), (expected.logits, found.logits)):
+        assert own is not None
+        assert other is not None
+        for values, others in zip(own, other, strict=True):
+            np.testing.assert_allclose(others, values, atol=TOLERANCE)
 
 
 def test_texts_are_encoded_alike(vllm: BaseBackend, native: BaseBackend) -> None:
