@@ -23,6 +23,7 @@ from penstock.errors import (
     ExecutionError,
     GrammarError,
     OutOfMemory,
+    PackageMissing,
     PenstockError,
     RequestAborted,
     RequestError,
@@ -54,6 +55,7 @@ from penstock.training.backend import InferenceBackend
 from penstock.training.huggingface import HuggingFaceBackend
 from penstock.training.inference_module import InferenceModule, create_inference_module
 from penstock.training.results import GenerationResult
+from penstock.training.vllm import VLLMBackend
 
 __all__ = [
     "LLM",
@@ -96,6 +98,7 @@ __all__ = [
     "OptimizationLevel",
     "OutOfMemory",
     "OutputKind",
+    "PackageMissing",
     "ParallelSampler",
     "Params",
     "PenstockError",
@@ -119,6 +122,7 @@ __all__ = [
     "ToolCall",
     "ToolCallParser",
     "Trainable",
+    "VLLMBackend",
     "WeightsError",
     "__version__",
     "calculate_padding_efficiency",

@@ -2,6 +2,7 @@
 
     PenstockError
     ├── ConfigurationError (ValueError)     bad engine configuration, unknown key, unusable model
+    │   └── PackageMissing (ImportError)    an optional package is not installed
     ├── RequestError (ValueError)           bad parameters, empty prompt, unknown adapter
     │   ├── RequestTooLarge                 can never fit; names prompt, max_tokens and limit
     │   └── GrammarError                    schema, grammar or regular expression refused
@@ -69,6 +70,10 @@ class PenstockError(Exception):
 
 class ConfigurationError(PenstockError, ValueError):
     """The engine cannot be built with this configuration."""
+
+
+class PackageMissing(ConfigurationError, ImportError):
+    """An optional package is not installed; names how to install it."""
 
 
 class RequestError(PenstockError, ValueError):

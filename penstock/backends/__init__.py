@@ -1,5 +1,12 @@
-"""Other engines behind the `Engine` protocol, and clients of inference services."""
+"""Other engines behind the `Engine` protocol, one interface to all (`create_backend`), and clients of services."""
 
+from penstock.backends.base import BaseBackend, create_backend
+from penstock.backends.config import (
+    BackendConfig,
+    HuggingFaceBackendConfig,
+    SGLangBackendConfig,
+    VLLMBackendConfig,
+)
 from penstock.backends.services import (
     EngineServiceHolder,
     InferenceServiceClient,
@@ -15,14 +22,20 @@ from penstock.backends.services import (
 )
 
 __all__ = [
+    "BackendConfig",
+    "BaseBackend",
     "EngineServiceHolder",
+    "HuggingFaceBackendConfig",
     "InferenceServiceClient",
     "OpenAIInferenceServiceClient",
     "RemoteApiInferenceServiceClient",
+    "SGLangBackendConfig",
     "ServiceHolder",
     "TinkerServiceHolder",
+    "VLLMBackendConfig",
     "WeaverServiceHolder",
     "WeightSyncController",
+    "create_backend",
     "create_inference_service_client",
     "hf_tokenizer",
     "set_pad_token_id",

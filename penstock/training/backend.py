@@ -124,17 +124,40 @@ class EngineBackend(InferenceBackend):
         length, count = max_new_tokens, num_return_sequences
         params = sampling_params(length, temperature, top_p, top_k, do_sample, count, **options)
         result = result_of(await self._outputs(prompts, params, engine_options), with_logprobs=return_logprobs)
+        if return_logprobs and any(map(len, result.token_ids)) and not any(map(len, result.logprobs or [])):
+            # An engine that returns logits returns no log probabilities beside its tokens.
+            result.logprobs = await self.ascore(result.metadata["prompt_token_ids"], result.token_ids, logits=False)
         if return_logits:
-            result.logits = await self._scored(result.metadata["prompt_token_ids"], result.token_ids, logits=True)
+            result.logits = await self.ascore(result.metadata["prompt_token_ids"], result.token_ids, logits=True)
         return result
 
     async def aget_logits(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
         """`get_logits`, which blocks."""
-        return self._tensor(await self._scored(prompts, responses, logits=True), return_mask)
+        return self._tensor(await self.ascore(prompts, responses, logits=True), return_mask)
 
     async def aget_logprobs(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
         """`get_logprobs`, which blocks."""
-        return self._tensor(await self._scored(prompts, responses, logits=False), return_mask)
+        return self._tensor(await self.ascore(prompts, responses, logits=False), return_mask)
+
+    async def ascore(self, prompts: Prompts, responses: Responses, *, logits: bool) -> list[FloatArray | None]:
+        """The raw logits [R, vocab] or log probabilities [R] of each response of R tokens; None for an empty one."""
+        batch, completions = as_batch(prompts), as_responses(responses)
+        if len(batch) != len(completions):
+            raise RequestError(f"{len(completions)} responses for {len(batch)} prompts: pass one for each")
+        numbers = [number for number, completion in enumerate(completions) if len(completion) > 0]
+        rows: list[FloatArray | None] = [None] * len(batch)
+        if numbers:
+            scored = [batch[i] for i in numbers], [completions[i] for i in numbers]
+            for number, score in zip(numbers, await self.engine.score(*scored, logits=logits), strict=True):
+                rows[number] = score.logits if logits else score.logprobs
+        return rows
+
+    async def ascore_with_gradients(self, prompts: Prompts, responses: Responses, *, logits: bool) -> list[Tensor]:
+        """`ascore` as tensors with gradients; an empty response has an empty one.
+
+        Raises `RequestError` where there are none.
+        """
+        raise RequestError("this engine computes no gradients: use the huggingface backend, in one process")
 
     # mypy expects `self` to be of the base class.
     generate = blocking(agenerate)  # type: ignore[arg-type]
@@ -180,19 +203,6 @@ class EngineBackend(InferenceBackend):
         values, mask = padded(rows, self.device)
         return (values, mask) if return_mask else values
 
-    async def _scored(self, prompts: Prompts, responses: Responses, *, logits: bool) -> list[FloatArray | None]:
-        """The raw logits [R, vocab] or log probabilities [R] of each response of R tokens; None for an empty one."""
-        batch, completions = as_batch(prompts), _as_responses(responses)
-        if len(batch) != len(completions):
-            raise RequestError(f"{len(completions)} responses for {len(batch)} prompts: pass one for each")
-        numbers = [number for number, completion in enumerate(completions) if len(completion) > 0]
-        rows: list[FloatArray | None] = [None] * len(batch)
-        if numbers:
-            scored = [batch[i] for i in numbers], [completions[i] for i in numbers]
-            for number, score in zip(numbers, await self.engine.score(*scored, logits=logits), strict=True):
-                rows[number] = score.logits if logits else score.logprobs
-        return rows
-
 
 async def _on_thread(function: Callable[[], T]) -> T:
     """The result of a function that blocks."""
@@ -215,7 +225,7 @@ def _ordinals(prompts: Sequence[Prompt]) -> list[int]:
     return ordinals
 
 
-def _as_responses(responses: Responses) -> list[Completion]:
+def as_responses(responses: Responses) -> list[Completion]:
     """The responses as a list: a text, or token ids, are a single one."""
     if isinstance(responses, str):
         return [responses]

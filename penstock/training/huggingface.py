@@ -6,15 +6,19 @@ Called by `InferenceModule`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from penstock.api.prompt import as_batch
+from penstock.api.protocols import Completion
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError, shown
 from penstock.models.folder import check_source, check_tokenizer_files
-from penstock.training.backend import EngineBackend
+from penstock.training.backend import EngineBackend, Prompts, Responses, Tensor, as_responses
+from penstock.values import token_ids
 
 Module = Any  # a torch.nn.Module; importing torch with the package would take seconds
 # The queue holds any batch.
@@ -63,6 +67,25 @@ class HuggingFaceBackend(EngineBackend):
         from penstock.training.tensors import device_of
 
         return device_of(self.model)
+
+    async def ascore_with_gradients(self, prompts: Prompts, responses: Responses, *, logits: bool) -> list[Tensor]:
+        """Through the module, in the mode (train or eval) that it is in, beside the engine's steps.
+
+        Must not run beside an update of the weights. Raises `RequestError`.
+        """
+        from penstock.models.gradients.scorer import DifferentiableScorer
+
+        prompt_ids = [await self.engine.tokenize(prompt) for prompt in as_batch(prompts)]
+        response_ids = [await self._ids(response) for response in as_responses(responses)]
+        scorer = DifferentiableScorer(self.model)
+        if logits:
+            return scorer.logits(prompt_ids, response_ids)
+        return [score.logprobs for score in scorer.score(prompt_ids, response_ids)]
+
+    async def _ids(self, response: Completion) -> Sequence[int]:
+        if isinstance(response, str):
+            return await self.engine.tokenize(response, add_special_tokens=False) if response else []
+        return token_ids("response", response)
 
 
 def _module(model: object, config: EngineConfig) -> Module:

@@ -21,10 +21,11 @@ from penstock.training.huggingface import HuggingFaceBackend
 from penstock.training.parameters import is_repeatable
 from penstock.training.results import GenerationResult
 from penstock.training.tool_prompts import read_available_tools, with_tools
+from penstock.training.vllm import VLLMBackend, best_backend
 from penstock.values import integer
 
 DEFAULT_CACHE_SIZE = 1000
-BACKENDS: Mapping[str, Callable[..., InferenceBackend]] = {"huggingface": HuggingFaceBackend}
+BACKENDS: Mapping[str, Callable[..., InferenceBackend]] = {"huggingface": HuggingFaceBackend, "vllm": VLLMBackend}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +186,11 @@ class InferenceModule:
 
 
 def create_inference_module(model_name: object = None, backend: str = "auto", **options: Any) -> InferenceModule:
-    """An `InferenceModule`; with `backend="auto"` over this package's own engine. Raises `ConfigurationError`."""
-    return InferenceModule(model_name, "huggingface" if backend == "auto" else backend, **options)
+    """An `InferenceModule`; with `backend="auto"` over vLLM or this package's own engine (`best_backend`).
+
+    Raises `ConfigurationError`.
+    """
+    return InferenceModule(model_name, best_backend(model_name, options) if backend == "auto" else backend, **options)
 
 
 def _backend(model_name: object, backend: str | InferenceBackend, options: Mapping[str, Any]) -> InferenceBackend:

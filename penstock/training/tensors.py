@@ -33,3 +33,8 @@ def padded(rows: Sequence[FloatArray | None], device: str) -> tuple[Tensor, Tens
 def device_of(module: nn.Module) -> str:
     """Where the module's parameters are."""
     return str(device_and_dtype(module)[0])
+
+
+def has_gpu() -> bool:
+    """Whether there is a CUDA device."""
+    return torch.cuda.is_available()

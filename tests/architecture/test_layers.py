@@ -15,7 +15,7 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
     ("penstock", "__main__"),
     ("cli",),
     frozenset({"serving", "facades", "testing", "utils"}),
-    frozenset({"training", "backends"}),
+    ("backends", "training"),
     ("engine", "tools"),
     frozenset({"scheduling", "models"}),
     frozenset({"cache", "optimizers", "constraints"}),

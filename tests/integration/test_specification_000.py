@@ -74,13 +74,14 @@ def run_snippet(snippet: str, **names: Any) -> dict[str, Any]:
 
 
 def test_names_of_the_specification_are_exported() -> None:
-    """000-14, but for `VLLMBackend`."""
+    """000-14."""
     names = run_snippet(
         """
 from rl_primitives import (
     InferenceModule,
     InferenceBackend,
     HuggingFaceBackend,
+    VLLMBackend,
     GenerationResult,
     ToolCall,
     ToolCallParser,

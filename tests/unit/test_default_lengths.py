@@ -20,6 +20,7 @@ from penstock import (
     ScriptedModel,
     SpeculativeDecoder,
 )
+from penstock.backends import BaseBackend
 from penstock.backends.services.service_config import ServiceConfig
 from penstock.cli.command import make_parser
 from penstock.cli.load import Load
@@ -93,6 +94,7 @@ def test_the_table_states_the_defaults_of_the_code() -> None:
         "SpeculativeDecoder.speculative_generate.max_length": max_length(SpeculativeDecoder.speculative_generate),
         "ParallelSampler.parallel_generate.max_length": max_length(ParallelSampler.parallel_generate),
         "HuggingFaceBackend.agenerate.max_new_tokens": max_new_tokens(HuggingFaceBackend.generate),
+        "BaseBackend.generate.max_length": max_length(BaseBackend.generate),
         "InferenceModule.batch_generate_with_tools.max_new_tokens": max_new_tokens(
             InferenceModule.batch_generate_with_tools
         ),

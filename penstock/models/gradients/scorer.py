@@ -95,21 +95,38 @@ class DifferentiableScorer:
         logprobs, entropies = (tensor.split(lengths) for tensor in scores)
         return _scores(logprobs, entropies, values)
 
+    def logits(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The module's own logits [R, vocab] in front of each token of each completion, float32, with gradients.
+
+        All of them exist at once. Raises `RequestError`.
+        """
+        pairs = _checked(prompts, completions, 1.0, None)
+        _check_vocabulary(pairs, vocab_size(self._owner))
+        row = pack([np.concatenate(pair)[:-1] for pair in pairs], share_prefixes=True)
+        with self._modes.applied():
+            head, states = self._run(pairs, row)
+            logits = head.logits(states).float()
+        return list(logits.split([len(completion) for _, completion in pairs]))
+
     def _score(
         self, pairs: Sequence[tuple[IntArray, IntArray]], row: PackedRow, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log probabilities and entropies, float32, of all completions, one after the other."""
+        head, states = self._run(pairs, row)
+        targets = torch.from_numpy(np.concatenate([completion for _, completion in pairs])).to(self._device)
+        return head.logprobs(states, targets, temperature)
+
+    def _run(self, pairs: Sequence[tuple[IntArray, IntArray]], row: PackedRow) -> tuple[Head, Tensor]:
+        """The head, and the hidden states in front of all tokens of all completions, one after the other."""
         predicting = [place[len(prompt) - 1 :] for (prompt, _), place in zip(pairs, row.places, strict=True)]
-        targets = np.concatenate([completion for _, completion in pairs])
-        ids, indices, targets_R = (
-            torch.from_numpy(array).to(self._device) for array in (row.input_ids, np.concatenate(predicting), targets)
+        ids, indices = (
+            torch.from_numpy(array).to(self._device) for array in (row.input_ids, np.concatenate(predicting))
         )
         view = self._view()
         output = self._run_decoder(view, ids, row)
         for part in view.modules():  # a module that refers to itself would keep activations until garbage is collected
             vars(part).pop("forward", None)
-        head = Head(view, output, ids, self._chunk_bytes)
-        return head.logprobs(cast(Tensor, output["last_hidden_state"])[0, indices], targets_R, temperature)
+        return Head(view, output, ids, self._chunk_bytes), cast(Tensor, output["last_hidden_state"])[0, indices]
 
     def _view(self) -> nn.Module:
         """A view that attends along segments, and trains or not as its owner does."""

@@ -12,8 +12,9 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -36,17 +37,40 @@ class RequestOutputKind(Enum):
 
 @dataclass
 class FlatLogprobs:
-    """One entry per position, of the token itself."""
+    """`width` entries per position, of the token itself first."""
 
     logprobs: list[float]
     token_ids: list[int]
+    width: int = 1
 
     @property
     def start_indices(self) -> list[int]:
-        return list(range(len(self.logprobs)))
+        return list(range(0, len(self.logprobs), self.width))
+
+    @property
+    def end_indices(self) -> list[int]:
+        return [start + self.width for start in self.start_indices]
 
     def __len__(self) -> int:
-        return len(self.logprobs)
+        return len(self.start_indices)
+
+
+VOCAB_SIZE = 128
+
+
+def logits_after(token: int) -> list[float]:
+    """The logits after a token, of an engine that returns logits."""
+    return [float((token * 7 + other * 3) % 11) for other in range(VOCAB_SIZE)]
+
+
+def flat_logits(ids: list[int]) -> FlatLogprobs:
+    """The logits in front of every token: that of the token itself, then those of the vocabulary."""
+    flat = FlatLogprobs([], [], 1 + VOCAB_SIZE)
+    for before, token in zip([0, *ids], ids, strict=False):
+        row = logits_after(before)
+        flat.logprobs += [row[token], *row]
+        flat.token_ids += [token, *range(VOCAB_SIZE)]
+    return flat
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,14 +83,35 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
             "RequestOutputKind": RequestOutputKind,
             "StructuredOutputsParams": SimpleNamespace,
         },
+        "vllm.config": {"StructuredOutputsConfig": SimpleNamespace},
+        "vllm.engine": {},
+        "vllm.engine.arg_utils": {"AsyncEngineArgs": AsyncEngineArgs},
         "vllm.v1": {},
+        "vllm.v1.engine.async_llm": {"AsyncLLM": FakeLLM},
         "vllm.v1.engine": {},
         "vllm.v1.engine.exceptions": {"EngineDeadError": EngineDeadError},
     }
     for name, members in contents.items():
         module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
+
+
+@dataclass
+class AsyncEngineArgs:
+    """Some of vLLM's options."""
+
+    model: str
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    scheduling_policy: str = "fcfs"
+    max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
+    disable_log_stats: bool = False
+    structured_outputs_config: Any = None
 
 
 class Tokenizer:
@@ -93,7 +138,9 @@ class Call:
 
 
 class FakeLLM:
-    """`step` is awaited before every token; `reload` is called by `collective_rpc`."""
+    """`step` is awaited before every token; `reload` is called by `collective_rpc`. `made`: those made from options."""
+
+    made: ClassVar[list[FakeLLM]] = []
 
     def __init__(
         self,
@@ -109,6 +156,7 @@ class FakeLLM:
         self.scheduler_config = SimpleNamespace(policy=policy)
         self.calls: list[Call] = []
         self.log: list[Any] = []  # of what is not a request
+        self.arguments: AsyncEngineArgs | None = None
         self.errored = False
         self.paused = threading.Event()
         self.is_shut_down = False
@@ -116,6 +164,13 @@ class FakeLLM:
         self._reload = reload
         self._queues: dict[str, list[Any]] = {}
         self._death = asyncio.Event()
+
+    @classmethod
+    def from_engine_args(cls, arguments: AsyncEngineArgs) -> FakeLLM:
+        llm = cls(logprobs_mode=arguments.logprobs_mode, model=arguments.model)
+        llm.arguments = arguments
+        cls.made.append(llm)
+        return llm
 
     def get_tokenizer(self) -> Tokenizer:
         return Tokenizer()
@@ -128,7 +183,9 @@ class FakeLLM:
         ids = prompt["prompt_token_ids"]
         if max(ids) > 10**6:
             raise VLLMClientError(f"token id {max(ids)} is out of the vocabulary")
-        entries = None if params.prompt_logprobs is None else FlatLogprobs([-float(token) for token in ids], ids)
+        has_logits = self.model_config.logprobs_mode == "raw_logits"
+        own = flat_logits(ids) if has_logits else FlatLogprobs([-float(token) for token in ids], ids)
+        entries = None if params.prompt_logprobs is None else own
         left: list[Any] = []
         self._queues[request_id] = left
         try:
