@@ -6,7 +6,7 @@ else before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -99,15 +99,6 @@ class ModelRunner(Protocol):
         """Give unused memory back, that of these blocks and host places included; returns the number of bytes.
 
         Called between steps, on the thread that runs them; the next step may use the blocks and places again.
-        """
-        ...
-
-    def refresh_weights(self, names: Collection[str] | None = None) -> int:
-        """Have everything follow these parameters of a borrowed module (None: all) as they are now.
-
-        Called between steps, on the thread that runs them. Returns how many packed units were written: 0 where the
-        weights are shared. Raises `ConfigurationError` before anything is written, `ExecutionError` for a module that
-        was changed otherwise.
         """
         ...
 

@@ -11,7 +11,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 
 from penstock.api.weights import WeightSource
@@ -129,10 +129,6 @@ class ScriptedModel:
 
     def trim_memory(self, blocks: Sequence[int] = (), places: Sequence[int] = ()) -> int:
         """There is nothing to give back."""
-        return 0
-
-    def refresh_weights(self, names: Collection[str] | None = None) -> int:
-        """There are no weights."""
         return 0
 
     def close(self) -> None:

@@ -76,7 +76,8 @@ class ModelWeights:
         try:
             self.refresh(names)
         except (ConfigurationError, ExecutionError) as error:
-            raise WeightsError(f"{error}; the engine goes on with its copies of the old weights") from error
+            # What no pass packed is the owner's own and new already, while the copies are old.
+            raise WeightsError(f"{error}; close the engine: old and new weights are mixed", is_mixed=True) from error
 
     def release(self) -> None:
         """Free the memory of packed copies until `follow_owner`. Raises `WeightsError`."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import ConfigurationError, RequestError
+from penstock.errors import ConfigurationError, RequestError, RequestTooLarge
 from penstock.models.gradients.scorer import DifferentiableScorer
 from penstock.scores import DifferentiableScore
 from tests.tiny_models import ARCHITECTURES, VOCAB, build
@@ -231,3 +231,10 @@ def test_a_view_of_checkpointed_layers_does_not_wait_for_garbage_collection() ->
         assert num_modules() == count
     finally:
         gc.enable()
+
+
+def test_logits_with_gradients_have_the_limit_of_scores() -> None:
+    scorer = DifferentiableScorer(build("llama"), max_length=4)
+    for compute in (scorer.score, scorer.logits):
+        with pytest.raises(RequestTooLarge, match="5 tokens and the limit is 4"):
+            compute([[1, 2, 3]], [[4, 5]])

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from penstock import (
     CompletionOutput,
+    EngineClosed,
     InferenceEngine,
     RequestAborted,
     RequestError,
@@ -409,6 +410,19 @@ async def test_packed_copies_are_released_in_sleep_and_made_again_from_the_weigh
         await engine.wake()
         out = (await engine.generate(prompt, params)).outputs[0]
     assert out.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, out.token_ids), abs=1e-4)
+
+
+async def test_an_update_that_packed_copies_cannot_follow_closes_the_engine() -> None:
+    """What no kernel packed was new already, and the engine went on with its old copies of the rest."""
+    model = build("llama")
+    async with engine_of(model, weight_mode="packed") as engine:
+        await engine.generate([5, 6], SamplingParams(max_tokens=1))
+        with pytest.raises(WeightsError, match="mixed") as caught:
+            async with engine.updating():
+                model.to(torch.bfloat16)
+        assert caught.value.is_mixed
+        with pytest.raises(EngineClosed):
+            await engine.generate([5, 6], SamplingParams(max_tokens=1))
 
 
 async def test_an_engine_that_has_only_packed_weights_does_not_release_them(tmp_path: Path) -> None:

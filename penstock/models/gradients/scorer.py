@@ -85,9 +85,7 @@ class DifferentiableScorer:
         values and the module's gradients. `share_prefixes=False` runs a shared prompt once per pair. Raises
         `RequestError`.
         """
-        pairs = _checked(prompts, completions, temperature, values)
-        _check_vocabulary(pairs, vocab_size(self._owner))
-        _check_lengths(pairs, self._max_length)
+        pairs = self._checked(prompts, completions, temperature, values)
         row = pack([np.concatenate(pair)[:-1] for pair in pairs], share_prefixes=share_prefixes)
         with self._modes.applied():
             scores = self._score(pairs, row, temperature)
@@ -100,13 +98,24 @@ class DifferentiableScorer:
 
         All of them exist at once. Raises `RequestError`.
         """
-        pairs = _checked(prompts, completions, 1.0, None)
-        _check_vocabulary(pairs, vocab_size(self._owner))
+        pairs = self._checked(prompts, completions, 1.0, None)
         row = pack([np.concatenate(pair)[:-1] for pair in pairs], share_prefixes=True)
         with self._modes.applied():
             head, states = self._run(pairs, row)
             logits = head.logits(states).float()
         return list(logits.split([len(completion) for _, completion in pairs]))
+
+    def _checked(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        temperature: float,
+        values: Sequence[npt.NDArray[np.float32]] | None,
+    ) -> list[tuple[IntArray, IntArray]]:
+        pairs = _checked(prompts, completions, temperature, values)
+        _check_vocabulary(pairs, vocab_size(self._owner))
+        _check_lengths(pairs, self._max_length)
+        return pairs
 
     def _score(
         self, pairs: Sequence[tuple[IntArray, IntArray]], row: PackedRow, temperature: float
