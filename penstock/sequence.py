@@ -44,8 +44,9 @@ class Sequence:
 
     Times are seconds on the engine's clock. `max_len` is the maximum length, prompt included. `stop_ids` holds every id
     that ends the sequence (EOS unless ignored, stop ids). `seed`, `sample_index` and the position key its random
-    numbers. `namespace` isolates prefix-cache sharing. `parent` is the sequence whose prompt blocks this one may share:
-    the first of its request (n > 1), the one it was forked from, or None. `constraint` follows the accepted output.
+    numbers. `namespace` isolates prefix-cache sharing. `adapter` is the key of its adapter, "" without one.
+    `parent` is the sequence whose prompt blocks this one may share: the first of its request (n > 1), the one it was
+    forked from, or None. `constraint` follows the accepted output.
     """
 
     # Fixed at construction, except `tokens`.
@@ -62,6 +63,7 @@ class Sequence:
     deadline: float = math.inf
     ttft_deadline: float = math.inf
     namespace: str = ""
+    adapter: str = ""
     parent: Sequence | None = field(default=None, repr=False)
     constraint: Constraint | None = field(default=None, repr=False)  # advanced by Scheduler.commit
     prompt_len: int = field(init=False)

@@ -30,7 +30,7 @@ class Row(NamedTuple):
     `blocks[p // block_size]`, slot `p % block_size`. `scored` are the positions of the tokens whose log probabilities
     are wanted from this row, each from the logits one position before it: [start, end) holds those.
     `siblings` are rows without tokens of their own, whose first token is sampled from the same logits. The masks of a
-    `constraint` are filled while the step runs.
+    `constraint` are filled while the step runs. `adapter` is the key of a loaded adapter, "" without one.
     """
 
     seq_id: int
@@ -48,6 +48,7 @@ class Row(NamedTuple):
     siblings: tuple[Row, ...] = ()
     constraint: Constraint | None = None
     scored: range = NO_POSITIONS
+    adapter: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -30,6 +30,7 @@ class RequestOptions(TypedDict, total=False):
     deadline: float | None
     ttft_deadline: float | None
     namespace: str
+    adapter: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Arguments:
     deadline: float
     ttft_deadline: float
     namespace: str
+    adapter: str
 
 
 def read_arguments(
@@ -53,6 +55,7 @@ def read_arguments(
     deadline: float | None = None,
     ttft_deadline: float | None = None,
     namespace: str = "",
+    adapter: str = "",
     callback: object = None,
 ) -> Arguments:
     """Check and copy the arguments of `Engine.generate`. The deadlines are given in seconds from now."""
@@ -67,6 +70,7 @@ def read_arguments(
         math.inf if deadline is None else now + _seconds("deadline", deadline),
         math.inf if ttft_deadline is None else now + _seconds("ttft_deadline", ttft_deadline),
         text("namespace", namespace),
+        text("adapter", adapter),
     )
 
 

@@ -203,3 +203,21 @@ class Trainable(Protocol):
     async def wake(self) -> None:
         """Take back what `sleep()` released."""
         ...
+
+
+@runtime_checkable
+class WithAdapters(Protocol):
+    """An engine that serves several LoRA adapters beside its model: requests choose one with `adapter=name`."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the loaded adapters."""
+        ...
+
+    async def load_adapter(self, name: str, source: object) -> None:
+        """Load an adapter, or replace it, from a folder or a live module. Raises `WeightsError`."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, and end its requests. Raises `RequestError` for an unknown name."""
+        ...

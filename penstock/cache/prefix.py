@@ -82,7 +82,7 @@ class Chains:
         """The chain of a sequence, as far as it is known; `extend` makes it longer."""
         if self._latest[0] != seq.id:
             ancestor_id = None if self._shared else _ancestor_id(seq)
-            self._latest = (seq.id, [self._index.root(seq.namespace, ancestor_id=ancestor_id)])
+            self._latest = (seq.id, [self._index.root(seq.namespace, seq.adapter, ancestor_id)])
         return self._latest[1]
 
     def extend(self, chain: list[bytes], seq: Sequence, num_blocks: int) -> None:

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, overload
 
 from penstock.api.prompt import Prompt, PromptInput, read_prompt
-from penstock.api.protocols import Completion, Engine
+from penstock.api.protocols import Completion
 from penstock.api.waiting import result_of
 from penstock.engine.assembly import Parts
-from penstock.engine.requests.batch import BatchOptions
+from penstock.engine.requests.batch import AdapterEngine, BatchOptions
 from penstock.engine.requests.embedding import Embedding, embed
 from penstock.engine.requests.gradients import GradientOptions, refuse_without_effect, score_with_gradients
 from penstock.engine.requests.scoring import Wishes, read_pairs, score
 from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids, prompt_text
+from penstock.errors import RequestError
 from penstock.generation import Params
 from penstock.outputs import EmbeddingOutput
 from penstock.sampling import RequestPriority
@@ -28,7 +29,7 @@ Prompts = Prompt | Sequence[Prompt]
 Completions = Completion | Sequence[Completion]
 
 
-class _Loading(Engine, Protocol):
+class _Loading(AdapterEngine, Protocol):
     """An engine that loads its model when it is first used."""
 
     async def _loaded_soon(self) -> Parts: ...
@@ -40,8 +41,9 @@ class Capabilities:
     @overload
     async def score(
         self: _Loading, prompts: Prompts, completions: Completions, *, params: Params = None, logits: bool = False,
-        entropies: bool = False, namespace: str = "", priority: RequestPriority = RequestPriority.NORMAL,
-        deadline: float | None = None, requires_grad: Literal[False] = False,
+        entropies: bool = False, namespace: str = "", adapter: str = "",
+        priority: RequestPriority = RequestPriority.NORMAL, deadline: float | None = None,
+        requires_grad: Literal[False] = False,
     ) -> list[Score]: ...  # fmt: skip
 
     @overload
@@ -52,8 +54,8 @@ class Capabilities:
 
     async def score(
         self: _Loading, prompts: Prompts, completions: Completions, *, params: Params = None, logits: bool = False,
-        entropies: bool = False, namespace: str = "", priority: RequestPriority = RequestPriority.NORMAL,
-        deadline: float | None = None, requires_grad: bool = False,
+        entropies: bool = False, namespace: str = "", adapter: str = "",
+        priority: RequestPriority = RequestPriority.NORMAL, deadline: float | None = None, requires_grad: bool = False,
         values: Literal["module", "engine"] = "module", checkpoint_layers: bool = False,
     ) -> list[Score] | list[DifferentiableScore]:  # fmt: skip
         """The log probability of each token of a completion (a string or ids) after its prompt, for one pair or many.
@@ -72,9 +74,11 @@ class Capabilities:
         live module.
         """
         pairs, wishes = read_pairs(prompts, completions), Wishes(params, logits, entropies)
-        options = BatchOptions(namespace, priority, deadline)
+        options = BatchOptions(namespace, priority, deadline, adapter)
         wishes.scoring_params(1)  # refuses what cannot be applied before the model is loaded
         gradients = GradientOptions(params, values, checkpoint_layers) if flag("requires_grad", requires_grad) else None
+        if gradients is not None and adapter:
+            raise RequestError("gradients run through the live module with its own adapters: leave adapter out")
 
         async def encode(prompt: PromptInput, add_special_tokens: bool) -> list[int]:
             pool = (await self._loaded_soon()).pool
@@ -93,6 +97,7 @@ class Capabilities:
         dimensions: int | None = None,
         normalize: bool = True,
         namespace: str = "",
+        adapter: str = "",
         priority: RequestPriority = RequestPriority.NORMAL,
         deadline: float | None = None,
     ) -> list[EmbeddingOutput]:
@@ -103,7 +108,7 @@ class Capabilities:
         the length of the vector. `deadline` is in seconds from now, effective once the model is loaded. Prompts beyond
         the size of the queue wait for the earlier ones. Raises `RequestError`, and whatever awaiting a request raises.
         """
-        embedding = Embedding(pooling, dimensions, normalize, BatchOptions(namespace, priority, deadline))
+        embedding = Embedding(pooling, dimensions, normalize, BatchOptions(namespace, priority, deadline, adapter))
         embedding.check_size((await self._loaded_soon()).runner.spec.hidden_size)
         return await embed(self, prompts, embedding)
 

@@ -96,6 +96,7 @@ class InferenceEngine(Capabilities, Updates):
         deadline: float | None = None,
         ttft_deadline: float | None = None,
         namespace: str = "",
+        adapter: str = "",
         callback: Callback | None = None,
     ) -> RequestHandle:
         """Submit a request at once, from any thread or event loop; await the handle, or iterate over it.
@@ -103,8 +104,9 @@ class InferenceEngine(Capabilities, Updates):
         `prompt` is a string, token ids, chat messages, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or
         `{"messages": [...]}` with arguments of the chat template. `params` default to the model's generation config.
         `deadline` and `ttft_deadline` (first token) are seconds from now, effective once the model is loaded. Requests
-        share cached prefixes only within a `namespace`. `callback(delta)`, sync or async, receives every delta. Raises
-        `RequestError`, `EngineOverloaded`, `EngineClosed`; the handle raises `RequestTooLarge` and later errors.
+        share cached prefixes only within a `namespace`. `adapter` is the name of a loaded one. `callback(delta)`, sync
+        or async, receives every delta. Raises `RequestError`, `EngineOverloaded`, `EngineClosed`; the handle raises
+        `RequestTooLarge` and later errors.
         """
         arguments = read_arguments(
             *(prompt, params),
@@ -112,6 +114,7 @@ class InferenceEngine(Capabilities, Updates):
             deadline=deadline,
             ttft_deadline=ttft_deadline,
             namespace=namespace,
+            adapter=adapter,
             callback=callback,
         )
         request = new_request(self._unused_id(request_id), arguments, self._random.getrandbits(62))
@@ -255,6 +258,11 @@ class InferenceEngine(Capabilities, Updates):
         A borrowed module whose adapters, hooks or submodules were changed outside of an update counts as updated.
         """
         return 0 if self._assembly.parts is None else self._assembly.parts.runner.weight_version
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the loaded adapters."""
+        return [] if self._assembly.parts is None else self._assembly.parts.inputs.adapters.names()
 
     @property
     def tokenizer(self) -> Any:

@@ -1,4 +1,4 @@
-"""`Updates`: new weights while an engine serves, and pauses: the methods of `Trainable`.
+"""`Updates`: new weights and adapters while an engine serves, and pauses: methods of `Trainable` and `WithAdapters`.
 
 Orders go to the `Gate` on the engine's loop, from any thread and event loop. Holds no state but that of one `async
 with` block. The base of `InferenceEngine`.
@@ -14,11 +14,12 @@ from typing import Protocol
 from penstock.api.waiting import result_of
 from penstock.api.weights import SleepLevel, UpdateMode, WeightSource, check_level, check_mode
 from penstock.engine.assembly import Parts
-from penstock.engine.loop.gate import Gate
+from penstock.engine.loop.core import EngineCore
 from penstock.engine.loop.host import Host
-from penstock.errors import described
+from penstock.errors import RequestError, described
+from penstock.values import text
 
-Order = Callable[[Gate], Coroutine[object, object, None]]
+Order = Callable[[EngineCore], Coroutine[object, object, None]]
 
 
 class _Loading(Protocol):
@@ -43,14 +44,14 @@ class UpdateBlock:
 
     async def __aenter__(self) -> None:
         mode = self._mode
-        await _carry_out(self._engine, lambda gate: gate.begin_update(mode))
+        await _carry_out(self._engine, lambda core: core.gate.begin_update(mode))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stale_kv = self._stale_kv
         try:
-            await _carry_out(self._engine, lambda gate: gate.end_update(stale_kv), can_be_cancelled=False)
+            await _carry_out(self._engine, lambda core: core.gate.end_update(stale_kv), can_be_cancelled=False)
         except Exception as failure:
             if error is None:
                 raise
@@ -91,17 +92,17 @@ class Updates:
         closed; also `RequestError`, `EngineStateError`, `EngineClosed`.
         """
         check_mode(mode, stale_kv)
-        await _carry_out(self, lambda gate: gate.update(source, mode, stale_kv))
+        await _carry_out(self, lambda core: core.gate.update(source, mode, stale_kv))
         return self.weight_version
 
     async def pause(self: _Loading, mode: UpdateMode = "abort") -> None:
         """Run no step until `resume()`; new requests wait. With mode "keep", running ones go on later as they are."""
         check_mode(mode)
-        await _carry_out(self, lambda gate: gate.pause(mode))
+        await _carry_out(self, lambda core: core.gate.pause(mode))
 
     async def resume(self: _Loading) -> None:
         """Let the steps go on after `pause()`."""
-        await _carry_out(self, lambda gate: gate.resume())
+        await _carry_out(self, lambda core: core.gate.resume())
 
     async def sleep(self: _Loading, level: SleepLevel = "all", *, mode: UpdateMode = "abort") -> None:
         """Run no step until `wake()`, and release memory: the K/V "cache", packed copies of the "weights", or "all".
@@ -111,11 +112,31 @@ class Updates:
         """
         check_mode(mode)
         check_level(level)
-        await _carry_out(self, lambda gate: gate.sleep(level, mode))
+        await _carry_out(self, lambda core: core.gate.sleep(level, mode))
 
     async def wake(self: _Loading) -> None:
         """Take back what `sleep()` released. Raises `OutOfMemory`, and then stays asleep."""
-        await _carry_out(self, lambda gate: gate.wake())
+        await _carry_out(self, lambda core: core.gate.wake())
+
+    async def load_adapter(self: _Loading, name: str, source: object) -> None:
+        """Load a LoRA adapter for requests with `adapter=name`, which run in the same steps as all others.
+
+        `source` is a folder that peft wrote, or a live module with peft's layers: its adapter `name`, or its only one.
+        The matrices are copied and never merged into the model. A name that is loaded already gets a new generation:
+        requests that run keep theirs to their end, new ones find no K/V of earlier ones. Nothing else is disturbed.
+        Raises `WeightsError` for what does not fit or is not supported, `RequestError`, `EngineClosed`.
+        """
+        if not text("name", name):
+            raise RequestError("an adapter needs a name: '' stands for none")
+        await _carry_out(self, lambda core: core.adapters.load(name, source))
+
+    async def unload_adapter(self: _Loading, name: str) -> None:
+        """Forget an adapter. Its requests end with `RequestAborted`, with what they have; all others go on.
+
+        Raises `RequestError` for a name that is not loaded.
+        """
+        name = text("name", name)
+        await _carry_out(self, lambda core: core.adapters.unload(name))
 
 
 async def _carry_out(engine: _Loading, order: Order, *, can_be_cancelled: bool = True) -> None:
@@ -123,7 +144,7 @@ async def _carry_out(engine: _Loading, order: Order, *, can_be_cancelled: bool =
     if can_be_cancelled:
         await engine._loaded_soon()
     host, outcome = engine._host, Future[None]()
-    host.post(lambda core: core.gate.start(order(core.gate), outcome))
+    host.post(lambda core: core.gate.start(order(core), outcome))
     try:
         await result_of(outcome)
     except BaseException:

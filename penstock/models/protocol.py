@@ -6,7 +6,7 @@ else before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -151,6 +151,32 @@ class DifferentiableRunner(Protocol):
 
     def gradient_scorer(self, *, checkpoint_layers: bool) -> GradientScorer:
         """Scores under the gradient and autocast modes of the calling thread. Raises `ConfigurationError`."""
+        ...
+
+
+class AdapterStore(Protocol):
+    """The adapters of a runner, by keys. Implemented by `AdapterTable`."""
+
+    def read(self, source: object, name: str) -> Callable[[str], None]:
+        """Read an adapter from a folder or a live module, where it may be called `name`, without applying it.
+
+        Returns what loads it under a key, to be called between steps, on the thread that runs them. Any thread. Both
+        raise `WeightsError`.
+        """
+        ...
+
+    def unload(self, key: str) -> None:
+        """Drop an adapter that no later step uses; unknown keys are ignored. Called where steps run, between them."""
+        ...
+
+
+@runtime_checkable
+class AdapterRunner(Protocol):
+    """A runner that applies to each row the adapter that the row names. Implemented by `Executor`."""
+
+    @property
+    def adapters(self) -> AdapterStore:
+        """The adapters that it holds."""
         ...
 
 

@@ -138,9 +138,8 @@ class StepPlanner:
             is_decode = seq.computed + 1 == length > seq.prompt_len and not seq.draft
             if is_decode and cache.has_slot(seq) and budget.spend_reserved():
                 fixed = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
-                rows.append(
-                    Row(seq.id, seq.tokens, length - 1, length, seq.blocks, True, *fixed, (), (), seq.constraint)
-                )
+                last = ((), (), seq.constraint, NO_POSITIONS, seq.adapter)
+                rows.append(Row(seq.id, seq.tokens, length - 1, length, seq.blocks, True, *fixed, *last))
                 seq.in_flight = 1
                 self.is_constrained |= seq.constraint is not None
                 continue
@@ -270,4 +269,5 @@ def _row(
     scored: range = NO_POSITIONS,
 ) -> Row:
     fixed = (seq.params, seq.prompt_len, seq.stop_ids, seq.seed, seq.sample_index)
-    return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *fixed, draft, siblings, seq.constraint, scored)
+    last = (draft, siblings, seq.constraint, scored, seq.adapter)
+    return Row(seq.id, seq.tokens, start, end, seq.blocks, samples, *fixed, *last)

@@ -33,7 +33,7 @@ WRITERS: dict[str, dict[str, set[str]]] = {
 }
 FIXED_AT_BIRTH = (
     *("id", "request_id", "params", "max_len", "stop_ids", "seed", "sample_index", "priority"),
-    *("arrival", "deadline", "ttft_deadline", "namespace", "parent", "constraint", "prompt_len"),
+    *("arrival", "deadline", "ttft_deadline", "namespace", "adapter", "parent", "constraint", "prompt_len"),
     *("scored", "max_cached"),
 )
 WRITERS |= {name: {CONSTRUCTOR: {"__post_init__"}} for name in FIXED_AT_BIRTH}
@@ -48,7 +48,7 @@ REQUEST_WRITERS: dict[str, dict[str, set[str]]] = {
 }
 REQUEST_FIXED_AT_BIRTH = (
     *("id", "prompt", "params", "channel", "arrival", "priority", "deadline", "ttft_deadline", "namespace", "place"),
-    *("seed", "origin", "sample_indices", "num_continued"),
+    *("adapter", "seed", "origin", "sample_indices", "num_continued"),
 )
 REQUEST_WRITERS |= {name: {} for name in REQUEST_FIXED_AT_BIRTH}
 

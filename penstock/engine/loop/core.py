@@ -19,6 +19,7 @@ from typing import Protocol
 from penstock.api.log import Logger
 from penstock.api.waiting import Wakeups, call_on_loop
 from penstock.constraints.masks import Masks
+from penstock.engine.loop.adapters import AdapterOrders
 from penstock.engine.loop.deadlines import DeadlineTimers
 from penstock.engine.loop.gate import Gate, ModelJobs
 from penstock.engine.loop.housekeeping import Housekeeper
@@ -105,6 +106,7 @@ class EngineCore:
         self._wake = asyncio.Event()
         wake = self._wake.set
         self.gate = Gate(parts.jobs, parts.scheduler, self._outputs, parts.speculator, self.abort_all, wake)
+        self.adapters = AdapterOrders(parts.jobs, parts.inputs.adapters, self._outputs, self.gate, self.abort)
         self._encoding: dict[str, Future[Encoded]] = {}
         self._timers = DeadlineTimers(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
         self._num_arrivals = 0

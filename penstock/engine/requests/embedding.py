@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.api.prompt import Prompt, as_batch
-from penstock.api.protocols import Engine
-from penstock.engine.requests.batch import Batch, BatchOptions
+from penstock.engine.requests.batch import AdapterEngine, Batch, BatchOptions
 from penstock.errors import ExecutionError, RequestError
 from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.pooling import PoolingParams
@@ -52,7 +51,9 @@ class Embedding:
         return EmbeddingOutput(vector, output.prompt_token_ids, output.num_cached_tokens)
 
 
-async def embed(engine: Engine, prompts: Prompt | Sequence[Prompt], embedding: Embedding) -> list[EmbeddingOutput]:
+async def embed(
+    engine: AdapterEngine, prompts: Prompt | Sequence[Prompt], embedding: Embedding
+) -> list[EmbeddingOutput]:
     """`InferenceEngine.embed`. Raises the first error, after which nothing runs on."""
     with Batch(engine, embedding.options) as batch:
         for prompt in as_batch(prompts):

@@ -13,8 +13,7 @@ from typing import Literal
 
 from penstock.api.arguments import check_params
 from penstock.api.prompt import PromptInput
-from penstock.api.protocols import Engine
-from penstock.engine.requests.batch import BatchOptions
+from penstock.engine.requests.batch import AdapterEngine, BatchOptions
 from penstock.engine.requests.scoring import Encode, Wishes, encoded, score
 from penstock.errors import ConfigurationError, RequestError
 from penstock.generation import GenerationConfig, Params
@@ -83,7 +82,7 @@ _RESTRICTING = tuple(name for name in DRAWN_FROM if name not in _WITHOUT_EFFECT)
 
 
 async def score_with_gradients(
-    engine: Engine,
+    engine: AdapterEngine,
     runner: object,
     pairs: Sequence[tuple[PromptInput, PromptInput]],
     options: GradientOptions,

@@ -19,6 +19,7 @@ from penstock.config import EngineConfig
 from penstock.constraint import Constraint
 from penstock.constraints.compiler import CompiledGrammar, GrammarCompiler
 from penstock.demo import MODEL_DIR
+from penstock.engine.requests.adapters import AdapterNames
 from penstock.engine.requests.collector import Collector
 from penstock.engine.requests.parameter_checks import SpecialTokens, check_ids, ineffective, warn_once_each
 from penstock.engine.requests.request import Request
@@ -76,6 +77,7 @@ class InputProcessor:
         self._remedy = remedy
         self._spec = spec
         self.limit = limit
+        self.adapters = AdapterNames()
         self._tokenizer = tokenizer
         self._encodes_short_text = is_plain(tokenizer)
         # The demo model has a template, but was trained on source code alone.
@@ -227,6 +229,7 @@ class InputProcessor:
         assert params.max_tokens is not None
         eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
         sequences: list[Sequence] = []
+        adapter = self.adapters.key(request.adapter) if request.origin is None else request.origin.adapter
         for _ in range(params.num_sequences):
             first_sequence = sequences[0] if sequences else None
             sequence = Sequence(
@@ -246,6 +249,7 @@ class InputProcessor:
                 # The first token of any completion counts.
                 ttft_deadline=request.ttft_deadline if first_sequence is None else math.inf,
                 namespace=request.namespace,
+                adapter=adapter,
                 parent=first_sequence or request.origin,
                 constraint=None if encoded.grammar is None else self._constraint(request, params, encoded.grammar, ids),
             )

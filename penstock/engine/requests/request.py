@@ -35,6 +35,7 @@ class Request:
     deadline: float = math.inf
     ttft_deadline: float = math.inf
     namespace: str = ""
+    adapter: str = ""  # its name; a fork has the adapter of its origin
     place: QueuePlace
     seed: int = 0  # for parameters without a seed
     origin: Sequence | None = None  # of a fork: the sequence whose K/V it continues from
@@ -63,6 +64,7 @@ def new_request(request_id: str, arguments: Arguments, seed: int = 0) -> Request
         deadline=deadline,
         ttft_deadline=arguments.ttft_deadline,
         namespace=arguments.namespace,
+        adapter=arguments.adapter,
         place=QueuePlace(request_id, num_tokens, priority, deadline),
         seed=seed,
     )

@@ -1,0 +1,1 @@
+"""LoRA adapters: read from a folder or a live module, and applied beside the model's own products."""

@@ -1,0 +1,198 @@
+"""`read_adapter`: the matrices of a LoRA adapter, from a folder that peft wrote or from a live module with its layers.
+
+Copies what it reads and changes nothing. What the engine does not apply is refused by its name in peft's config. Called
+by `AdapterTable.read`, off the model's thread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.errors import WeightsError, described, shown
+from penstock.models.watch import is_adapter_layer
+from penstock.models.wrappers import COMPILED
+
+PREFIX = "base_model.model."  # of names inside of a `PeftModel`
+
+# Fields of peft's config -> the values with which the adapter is a plain one. What is not here changes training, or the
+# choice of the layers, which shows in the names of the matrices.
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "lora_bias": (False, None),
+}
+# These change the weights of the base model itself.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KEY = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to one linear layer: b [N, r] @ a [r, K], both float32, with `scaling` inside of b."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The matrices of an adapter by the name of the layer in the base model."""
+
+    layers: Mapping[str, LowRank]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer."""
+        return max(len(layer.a) for layer in self.layers.values())
+
+
+def read_adapter(source: object, name: str) -> Adapter:
+    """The adapter in a folder, or in a live module: the one called `name`, or its only one. Raises `WeightsError`."""
+    if isinstance(source, nn.Module):
+        layers = dict(_live_layers(source, _name_in(source, name)))
+    elif isinstance(source, str | PathLike):
+        layers = _read_folder(Path(source))
+    else:
+        raise WeightsError(
+            f"an adapter cannot come from a {type(source).__name__}: pass a folder that peft wrote, or a live module "
+            "with peft's adapters"
+        )
+    if not layers:
+        raise WeightsError("the adapter has no LoRA matrices")
+    for path, layer in layers.items():
+        if not bool(layer.a.isfinite().all() and layer.b.isfinite().all()):
+            raise WeightsError(f"the adapter's matrices of {path} are not finite")
+    return Adapter(layers)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module as it is in the base model alone."""
+    return name.replace(f"{COMPILED}.", "").removeprefix(PREFIX)
+
+
+def _low_rank(path: str, a: Tensor, b: Tensor, scaling: float) -> LowRank:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise WeightsError(
+            f"the adapter's matrices of {path} have the shapes {list(a.shape)} and {list(b.shape)}: only linear layers "
+            "can have adapters"
+        )
+    a, b = (matrix.detach().to(torch.float32, copy=True).contiguous() for matrix in (a, b))
+    return LowRank(a, b.mul_(scaling))
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    for field, plain in _PLAIN.items():
+        if field in config and config[field] not in plain:
+            raise WeightsError(
+                f"adapters with {field}={shown(config[field])} are not supported: train a plain LoRA adapter, or "
+                "merge this one into its base model and load that"
+            )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_BASE_CHANGING):
+        raise WeightsError(
+            f"adapters with init_lora_weights={init!r} belong to a base model with other weights: save it with "
+            "path_initial_model_for_weight_conversion=..."
+        )
+
+
+# A live module.
+
+
+def _name_in(module: nn.Module, name: str) -> str:
+    """The name that the adapter has in the module. Raises `WeightsError`."""
+    layers = _adapter_layers(module).values()
+    names: list[str] = sorted({key for layer in layers for key in (*getattr(layer, "lora_A", ()), *_contents(layer))})
+    if name in names:
+        return name
+    if len(names) == 1:
+        return names[0]
+    there = f"its adapters are {', '.join(names)}" if names else "it has no LoRA adapters"
+    raise WeightsError(f"the live module has no adapter {name!r}: {there}")
+
+
+def _contents(layer: nn.Module) -> list[str]:
+    """The names of the adapters of another kind than LoRA matrices."""
+    return [key for field in ("lora_embedding_A", "modules_to_save") for key in getattr(layer, field, None) or ()]
+
+
+def _adapter_layers(module: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(path): part for path, part in module.named_modules() if is_adapter_layer(part)}
+
+
+def _live_layers(module: nn.Module, name: str) -> Iterator[tuple[str, LowRank]]:
+    config = getattr(module, "peft_config", {}).get(name)
+    if config is not None:
+        _check_config(vars(config) | {"peft_type": getattr(config.peft_type, "value", config.peft_type)})
+    for path, layer in _adapter_layers(module).items():
+        if name in _contents(layer):
+            raise WeightsError(f"the adapter {name!r} has an embedding at {path}: only linear layers can have adapters")
+        if name not in getattr(layer, "lora_A", ()):
+            continue
+        if name in getattr(layer, "lora_variant", ()):
+            kind = type(layer.lora_variant[name]).__name__  # type: ignore[index]
+            raise WeightsError(f"the adapter {name!r} is a {kind} at {path}, which is not supported: use plain LoRA")
+        yield path, _live_layer(path, layer, name)
+
+
+def _live_layer(path: str, layer: Any, name: str) -> LowRank:
+    """`layer` is a layer of peft, which this package does not import."""
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if getattr(b, "bias", None) is not None:
+        raise WeightsError(f"adapters with lora_bias=True are not supported, and {path} has one: train without it")
+    return _low_rank(path, a.weight, b.weight, layer.scaling[name])
+
+
+# A folder.
+
+
+def _read_folder(folder: Path) -> dict[str, LowRank]:
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except Exception as error:
+        raise WeightsError(
+            f"the adapter in {folder} cannot be read ({described(error)}): pass a folder with adapter_config.json and "
+            "adapter_model.safetensors, as peft's save_pretrained writes it"
+        ) from error
+    _check_config(config)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise WeightsError(f"the adapter holds {key}, and only LoRA matrices of linear layers are supported")
+        pairs.setdefault(plain_name(match[1]), {})[match[2]] = tensor
+    if half := next((path for path, pair in pairs.items() if len(pair) < 2), None):
+        raise WeightsError(f"the adapter lacks one of the two matrices of {half}")
+    return {path: _low_rank(path, pair["A"], pair["B"], _scaling(config, path, pair)) for path, pair in pairs.items()}
+
+
+def _scaling(config: Mapping[str, Any], path: str, pair: Mapping[str, Tensor]) -> float:
+    """alpha / r, or alpha / sqrt(r) with `use_rslora`, where the first pattern that fits the name decides alpha."""
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    fitting = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+    alpha = float(next(fitting, config.get("lora_alpha", 8)))
+    rank = len(pair["A"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

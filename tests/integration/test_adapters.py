@@ -1,0 +1,307 @@
+"""LoRA adapters in one batch with the base model: every request gives what peft gives with its adapter alone.
+
+The oracle is peft over plain transformers, one text at a time, in float32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from penstock import InferenceEngine, RequestAborted, RequestError, SamplingParams, ScriptedModel, WeightsError
+from penstock.kernels import native
+from tests.tiny_models import build
+
+# Architecture -> the layers that adapters change. In gpt2 these are transposed, and its projection is one matrix.
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen3": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "mixtral": ["q_proj", "v_proj", "o_proj"],
+}
+SHARED: dict[str, Any] = {"weight_mode": "shared"}
+PACKED: dict[str, Any] = {"weight_mode": "packed", "disabled_rewrites": ["fused_layers"]}
+PROMPT = [(7 * i * i + 3 * i) % 150 + 2 for i in range(28)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+def engine_of(model: nn.Module, **settings: Any) -> InferenceEngine:
+    options = {"skip_tokenizer_init": True, "num_threads": 1, "batch_timeout_ms": 0, "block_size": 4}
+    return InferenceEngine(model, **{**options, **settings})
+
+
+def adapted(base: nn.Module, seed: int, targets: list[str], **settings: Any) -> Any:
+    """A copy of the base with a random adapter of peft, active."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": targets} | settings
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**options)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def own_logprobs(model: Any, ids: list[int], num_scored: int) -> Tensor:
+    """The model's log probabilities of the last tokens, float32 [num_scored]."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    logprobs = logits[-num_scored - 1 : -1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids[-num_scored:])[:, None])[:, 0]
+
+
+def assert_own(model: Any, output: Any, atol: float = 1e-5) -> None:
+    """What was generated are the model's own greedy tokens, with their log probabilities."""
+    (completion,) = output.outputs
+    ids = [*output.prompt_token_ids, *completion.token_ids]
+    own = own_logprobs(model, ids, len(completion.token_ids))
+    torch.testing.assert_close(torch.tensor(completion.token_logprobs), own, atol=atol, rtol=0)
+
+
+async def scores(engine: InferenceEngine, name: str) -> Tensor:
+    (score,) = await engine.score([PROMPT[:8]], [PROMPT[8:]], adapter=name)
+    return torch.from_numpy(score.logprobs)
+
+
+@pytest.mark.parametrize("settings", [SHARED, pytest.param(PACKED, marks=pytest.mark.skipif(
+    not native.available(), reason="no compiler"))], ids=["shared", "packed"])  # fmt: skip
+@pytest.mark.parametrize("architecture", TARGETS)
+async def test_adapters_in_one_batch_give_what_peft_gives_alone(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = build(architecture)
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "patterns": {"rank_pattern": {"0.*": 2}, "alpha_pattern": {TARGETS[architecture][0]: 3}},
+        "rslora": {"r": 6, "use_rslora": True},
+    }
+    models = {name: adapted(base, i, TARGETS[architecture], **kind) for i, (name, kind) in enumerate(kinds.items())}
+    async with engine_of(base, **settings) as engine:
+        for name, model in models.items():
+            model.save_pretrained(tmp_path / name)
+            await engine.load_adapter(name, tmp_path / name)
+        assert engine.adapters == list(kinds)
+        everyone = {"": base} | models
+        atol = 1e-5 if settings is SHARED else 1e-4
+        outputs = await asyncio.gather(*(engine.generate(PROMPT, GREEDY, adapter=name) for name in everyone))
+        for model, output in zip(everyone.values(), outputs, strict=True):
+            assert_own(model, output, atol)
+        for name, model in everyone.items():
+            own = own_logprobs(model, PROMPT, len(PROMPT) - 8)
+            torch.testing.assert_close(await scores(engine, name), own, atol=atol, rtol=0)
+
+
+async def test_a_live_module_and_its_folder_are_the_same_adapter(tmp_path: Path) -> None:
+    base = build("llama")
+    model = adapted(base, 1, ["q_proj", "down_proj"], alpha_pattern={"q_proj": 16})
+    model.save_pretrained(tmp_path)
+    async with engine_of(base) as engine:
+        await engine.load_adapter("live", model)
+        await engine.load_adapter("folder", str(tmp_path))
+        assert torch.equal(await scores(engine, "live"), await scores(engine, "folder"))
+
+
+async def test_eight_adapters_of_several_ranks_and_layers_run_in_one_batch() -> None:
+    base = build("llama")
+    subsets = [["q_proj"], ["v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"], TARGETS["llama"]]
+    models = {f"a{i}": adapted(base, i, subsets[i % 4], r=1 + i) for i in range(8)}
+    async with engine_of(base) as engine:
+        for name, model in models.items():
+            await engine.load_adapter(name, model)
+        names = ["", *models]
+        handles = [engine.generate(PROMPT[: 5 + 2 * i], GREEDY, adapter=name) for i, name in enumerate(names)]
+        for name, output in zip(names, await asyncio.gather(*handles), strict=True):
+            assert_own(models.get(name, base), output)
+
+
+async def test_t3_the_base_is_bitwise_the_same_after_many_adapters() -> None:
+    """Merging an adapter into bf16 weights and taking it out again made them drift."""
+    base = build("llama").to(torch.bfloat16)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = adapted(base, 1, TARGETS["llama"])
+    async with engine_of(base) as engine:
+        expected = await engine.generate(PROMPT, GREEDY)
+        for _ in range(20):
+            await engine.load_adapter("policy", model)
+            await engine.generate(PROMPT, GREEDY, adapter="policy")
+        actual = await engine.generate(PROMPT, GREEDY, namespace="cold")
+        await engine.unload_adapter("policy")
+    assert actual.outputs[0].token_logprobs == expected.outputs[0].token_logprobs
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+async def test_t17_an_adapter_that_is_loaded_again_under_its_name_is_never_stale() -> None:
+    """A cached prefix, or a file that was read earlier, answered for the adapter of before."""
+    base = build("llama")
+    model = adapted(base, 1, TARGETS["llama"])
+    async with engine_of(base) as engine:
+        for factor in (1.0, -2.0, 0.5):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.mul_(factor)
+            await engine.load_adapter("policy", model)
+            assert_own(model, first := await engine.generate(PROMPT, GREEDY, adapter="policy"))
+            assert first.num_cached_tokens == 0
+            again = await engine.generate(PROMPT, GREEDY, adapter="policy")
+            assert again.num_cached_tokens > 0
+            assert_own(model, again)
+        assert engine.adapters == ["policy"]
+
+
+async def test_adapters_and_base_share_no_cached_prefix() -> None:
+    base = build("llama")
+    async with engine_of(base) as engine:
+        await engine.load_adapter("a", adapted(base, 1, ["q_proj"]))
+        for name in ("", "a"):
+            output = await engine.generate(PROMPT, GREEDY, adapter=name)
+            assert output.num_cached_tokens == 0
+
+
+async def test_a_running_request_keeps_its_generation_when_the_adapter_is_replaced() -> None:
+    base = build("llama")
+    old, new = adapted(base, 1, TARGETS["llama"]), adapted(base, 2, TARGETS["llama"])
+    long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    async with engine_of(base) as engine:
+        await engine.load_adapter("policy", old)
+        handle = engine.generate(PROMPT, long, adapter="policy")
+        stream = aiter(handle)
+        await anext(stream)
+        await engine.load_adapter("policy", new)
+        assert_own(new, await engine.generate(PROMPT, GREEDY, adapter="policy"))
+        assert_own(old, await handle)
+
+
+async def test_unloading_ends_the_requests_of_the_adapter_and_no_others() -> None:
+    base = build("llama")
+    models = {name: adapted(base, seed, ["q_proj", "v_proj"]) for seed, name in enumerate("ab")}
+    long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    async with engine_of(base) as engine:
+        for name, model in models.items():
+            await engine.load_adapter(name, model)
+        handles = {name: engine.generate(PROMPT, long, adapter=name) for name in ("", "a", "b")}
+        for handle in handles.values():
+            await anext(aiter(handle))
+        await engine.unload_adapter("a")
+        with pytest.raises(RequestAborted, match="unloaded") as ended:
+            await handles["a"]
+        assert ended.value.output is not None
+        assert ended.value.output.outputs[0].token_ids
+        assert_own(base, await handles[""])
+        assert_own(models["b"], await handles["b"])
+        assert engine.adapters == ["b"]
+        with pytest.raises(RequestError, match="'a' is not loaded"):
+            await engine.generate(PROMPT, GREEDY, adapter="a")
+        with pytest.raises(RequestError, match="'a' is not loaded"):
+            await engine.unload_adapter("a")
+
+
+async def test_a_fork_runs_with_the_adapter_of_its_origin() -> None:
+    base = build("llama")
+    model = adapted(base, 1, TARGETS["llama"])
+    long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    async with engine_of(base) as engine:
+        await engine.load_adapter("a", model)
+        handle = engine.generate(PROMPT, long, adapter="a")
+        await anext(aiter(handle))
+        (branch,) = handle.fork(1, append=[5, 6, 7])
+        assert_own(model, await handle)
+        output = await branch
+        ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        num_new = len(output.outputs[0].token_ids) - 3
+        own = own_logprobs(model, ids, num_new)
+        torch.testing.assert_close(torch.tensor(output.outputs[0].token_logprobs[-num_new:]), own, atol=1e-5, rtol=0)
+
+
+async def test_adapters_stay_after_an_update_of_the_base() -> None:
+    base = build("llama")
+    model = adapted(base, 1, ["q_proj", "up_proj"])
+    async with engine_of(base) as engine:
+        await engine.load_adapter("a", model)
+        await engine.generate(PROMPT, GREEDY, adapter="a")
+        async with engine.updating():
+            with torch.no_grad():
+                for changed in (base.lm_head, model.base_model.model.lm_head):
+                    changed.weight.mul_(0.5)
+        assert_own(model, await engine.generate(PROMPT, GREEDY, adapter="a"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "output head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+    ],
+)
+@pytest.mark.parametrize("is_live", [True, False], ids=["live", "folder"])
+async def test_what_is_not_supported_is_refused_by_its_name(
+    settings: dict[str, Any], word: str, is_live: bool, tmp_path: Path
+) -> None:
+    base = build("llama")
+    options = {"target_modules": ["q_proj"]} | settings
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **options))
+    model.save_pretrained(tmp_path)
+    async with engine_of(base) as engine:
+        with pytest.raises(WeightsError, match=word):
+            await engine.load_adapter("a", model if is_live else tmp_path)
+        assert engine.adapters == []
+        assert_own(base, await engine.generate(PROMPT, GREEDY))
+
+
+async def test_an_adapter_of_another_model_changes_nothing() -> None:
+    base = build("llama")
+    other = adapted(build("llama", hidden_size=64), 1, ["q_proj"])
+    async with engine_of(base) as engine:
+        await engine.load_adapter("a", good := adapted(base, 1, ["q_proj"]))
+        with pytest.raises(WeightsError, match="64"):
+            await engine.load_adapter("a", other)
+        with pytest.raises(WeightsError, match="cannot be read"):
+            await engine.load_adapter("b", "/nowhere")
+        with pytest.raises(WeightsError, match="dict"):
+            await engine.load_adapter("b", {})
+        assert_own(good, await engine.generate(PROMPT, GREEDY, adapter="a"))
+
+
+async def test_a_module_that_applies_its_own_adapter_takes_others_once_that_is_disabled() -> None:
+    base = build("llama")
+    model = adapted(base, 1, ["q_proj", "v_proj"])
+    async with engine_of(model) as engine:
+        with pytest.raises(WeightsError, match="disable_adapter_layers"):
+            await engine.load_adapter("a", model)
+        model.base_model.disable_adapter_layers()
+        assert_own(base, await engine.generate(PROMPT, GREEDY))
+        await engine.load_adapter("a", model)
+        output = await engine.generate(PROMPT, GREEDY, adapter="a")
+    model.base_model.enable_adapter_layers()
+    assert_own(model, output)
+
+
+async def test_fused_layers_refuse_adapters_and_say_what_to_change() -> None:
+    if not native.available():
+        pytest.skip("no compiler")
+    base = build("llama")
+    async with engine_of(base, weight_mode="packed") as engine:
+        with pytest.raises(WeightsError, match="disabled_rewrites"):
+            await engine.load_adapter("a", adapted(base, 1, ["q_proj"]))
+
+
+async def test_a_scripted_model_has_no_adapters() -> None:
+    async with InferenceEngine(ScriptedModel()) as engine:
+        with pytest.raises(WeightsError, match="takes no adapters"):
+            await engine.load_adapter("a", "/nowhere")
+        with pytest.raises(RequestError, match="not loaded"):
+            await engine.generate([1, 2], adapter="a")
