@@ -76,9 +76,7 @@ class Capabilities:
         pairs, wishes = read_pairs(prompts, completions), Wishes(params, logits, entropies)
         options = BatchOptions(namespace, priority, deadline, adapter)
         wishes.scoring_params(1)  # refuses what cannot be applied before the model is loaded
-        gradients = GradientOptions(params, values, checkpoint_layers) if flag("requires_grad", requires_grad) else None
-        if gradients is not None and adapter:
-            raise RequestError("gradients run through the live module with its own adapters: leave adapter out")
+        gradients = _gradient_options(requires_grad, adapter, params, values, checkpoint_layers)
 
         async def encode(prompt: PromptInput, add_special_tokens: bool) -> list[int]:
             pool = (await self._loaded_soon()).pool
@@ -126,3 +124,13 @@ class Capabilities:
         """The text of token ids. Loads the model. Raises `RequestError`."""
         pool = (await self._loaded_soon()).pool
         return await result_of(pool.submit(decode_ids, token_ids("ids", ids), skip_special_tokens))
+
+
+def _gradient_options(
+    requires_grad: bool, adapter: str, params: Params, values: Literal["module", "engine"], checkpoint_layers: bool
+) -> GradientOptions | None:
+    if not flag("requires_grad", requires_grad):
+        return None
+    if adapter:
+        raise RequestError("gradients run through the live module with its own adapters: leave adapter out")
+    return GradientOptions(params, values, checkpoint_layers)

@@ -87,18 +87,10 @@ class InferenceEngine(Capabilities, Updates):
     # Generation.
 
     def generate(
-        self,
-        prompt: Prompt,
-        params: Params = None,
-        *,
-        request_id: str | None = None,
-        priority: RequestPriority = RequestPriority.NORMAL,
-        deadline: float | None = None,
-        ttft_deadline: float | None = None,
-        namespace: str = "",
-        adapter: str = "",
-        callback: Callback | None = None,
-    ) -> RequestHandle:
+        self, prompt: Prompt, params: Params = None, *, request_id: str | None = None,
+        priority: RequestPriority = RequestPriority.NORMAL, deadline: float | None = None,
+        ttft_deadline: float | None = None, namespace: str = "", adapter: str = "", callback: Callback | None = None,
+    ) -> RequestHandle:  # fmt: skip
         """Submit a request at once, from any thread or event loop; await the handle, or iterate over it.
 
         `prompt` is a string, token ids, chat messages, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or

@@ -98,7 +98,8 @@ class AdapterTable:
         if not used:
             return
         begin, end = min(columns.start for columns in used), max(columns.stop for columns in used)
-        outside = torch.ones(sum(count for _, count in counts), end - begin, dtype=torch.bool)
+        shape = sum(count for _, count in counts), end - begin
+        outside = torch.ones(shape, dtype=torch.bool, device="cpu")
         first = 0
         for columns, count in counts:
             if columns is not None:
@@ -144,7 +145,7 @@ class AdapterTable:
 
     def _new_layer(self, path: str, module: nn.Module, matrices: LowRank) -> _Layer:
         sizes = matrices.a.shape[1], len(matrices.b)
-        a, b = (torch.zeros(self._capacity, size, device=self._device) for size in sizes)
+        a, b = (torch.zeros(self._capacity, size, dtype=torch.float32, device=self._device) for size in sizes)
         layer = self._layers[path] = _Layer(a, b, self._hook(path, module))
         return layer
 

@@ -1,0 +1,142 @@
+"""What do adapters cost: requests of several LoRA adapters in one batch, compared with as many requests of the base?
+
+A live module of random weights is borrowed, and adapters of peft for all its linear layers are loaded. Reported are the
+tokens per second of one request per adapter, all in the same steps, and of as many requests without an adapter; and the
+seconds that it takes to replace an adapter while these run, with the longest gap between two tokens meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from harness.console import finish, note, show
+from harness.options import parser_for
+from penstock import InferenceEngine, SamplingParams
+from penstock.config import EngineConfig
+from penstock.models.baseline import SHAPES, random_module
+
+EPILOG = """examples:
+  python benchmarks/adapters.py
+  python benchmarks/adapters.py --shape llama-160m --adapters 8 --rank 16 --mode shared
+"""
+MODES: dict[str, dict[str, Any]] = {
+    "shared": {"weight_mode": "shared"},
+    "packed": {"weight_mode": "packed", "disabled_rewrites": ["fused_layers"]},
+    "fused": {"weight_mode": "packed"},  # without adapters
+}
+PROMPT_TOKENS = 64
+
+
+def adapted(module: Any, rank: int) -> Any:
+    """A copy of the module with one adapter of random matrices."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(module), LoraConfig(r=rank, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+async def rate(engine: InferenceEngine, names: Sequence[str], num_tokens: int) -> float:
+    """Tokens per second of one request for each name, after their prompts."""
+    prompts = [[(7 * i + 13 * j) % 1000 + 2 for j in range(PROMPT_TOKENS)] for i in range(len(names))]
+    firsts: list[float] = []
+
+    async def one(prompt: list[int], name: str) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        handle = engine.generate(prompt, params, adapter=name)
+        await anext(aiter(handle))
+        firsts.append(time.perf_counter())
+        await handle
+
+    await asyncio.gather(*(one(prompt, name) for prompt, name in zip(prompts, names, strict=True)))
+    return len(names) * (num_tokens - 1) / (time.perf_counter() - max(firsts))
+
+
+async def replacing(engine: InferenceEngine, model: Any, names: Sequence[str], repeats: int) -> tuple[float, float]:
+    """The shortest time to replace an adapter while all stream, and the longest gap of a stream, in seconds."""
+    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    handle = engine.generate([5] * PROMPT_TOKENS, params, adapter=names[0])
+    gaps, times = [0.0], []
+
+    async def watch() -> None:
+        last: float | None = None
+        async for _ in handle:
+            now = time.perf_counter()
+            gaps.append(0.0 if last is None else now - last)
+            last = now
+
+    watching = asyncio.create_task(watch())
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        await engine.load_adapter(names[1], model)
+        times.append(time.perf_counter() - begin)
+    handle.cancel()
+    await asyncio.wait([watching])
+    return min(times), max(gaps)
+
+
+async def measure(module: Any, model: Any, mode: str, args: argparse.Namespace) -> dict[str, float | None]:
+    """The figures of one mode."""
+    engine = InferenceEngine(module, skip_tokenizer_init=True, verify_model=False, **MODES[mode])
+    names = [f"adapter-{i}" for i in range(args.adapters)]
+    base, loaded = [""] * args.adapters, mode != "fused"
+    async with engine:
+        before = max([await rate(engine, base, args.tokens) for _ in range(args.repeats)])
+        if not loaded:
+            return {"base": before, "beside": None, "adapters": None, "share": None, "replace_s": None, "gap_s": None}
+        for name in names:
+            await engine.load_adapter(name, model)
+        beside, adapters = 0.0, 0.0
+        for _ in range(args.repeats):
+            beside = max(beside, await rate(engine, base, args.tokens))
+            adapters = max(adapters, await rate(engine, names, args.tokens))
+        replace_s, gap_s = await replacing(engine, model, names, args.repeats)
+    share = adapters / before
+    return {
+        "base": before, "beside": beside, "adapters": adapters, "share": share, "replace_s": replace_s, "gap_s": gap_s
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, and print the table and the JSON line."""
+    parser = parser_for(__doc__, EPILOG)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-0.6b", help="sizes (default: qwen3-0.6b)")
+    parser.add_argument("--dtype", metavar="T", default="bfloat16", help="of the module (default: bfloat16)")
+    parser.add_argument("--adapters", type=int, default=8, help="in one batch (default: 8)")
+    parser.add_argument("--rank", type=int, default=16, help="of each adapter (default: 16)")
+    parser.add_argument("--tokens", type=int, default=32, help="of each request (default: 32)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement, the best counts (default: 3)")
+    parser.add_argument("--mode", choices=MODES, action="append", help="of the weights, repeatable (default: all)")
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    module = random_module(args.shape, EngineConfig(dtype=args.dtype))
+    model = adapted(module, args.rank)
+    results: dict[str, dict[str, float | None]] = {}
+    for mode in args.mode or MODES:
+        note(mode)
+        results[mode] = asyncio.run(measure(module, model, mode, args))
+    columns = (
+        "weights", "base tok/s", "base, adapters loaded", "adapters tok/s", "of the base", "replace s", "longest gap s"
+    )  # fmt: skip
+    show(
+        f"{args.shape}, {args.adapters} adapters of rank {args.rank}",
+        columns,
+        [[mode, *result.values()] for mode, result in results.items()],
+    )
+    finish({"shape": args.shape, "adapters": args.adapters, "rank": args.rank, "results": results})
+
+
+if __name__ == "__main__":
+    main()
