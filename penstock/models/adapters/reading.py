@@ -70,7 +70,8 @@ class Adapter:
 def read_adapter(source: object, name: str) -> Adapter:
     """The adapter in a folder, or in a live module: the one called `name`, or its only one. Raises `WeightsError`."""
     if isinstance(source, nn.Module):
-        layers = dict(_live_layers(source, _name_in(source, name)))
+        adapted = {plain_name(path): part for path, part in source.named_modules() if is_adapter_layer(part)}
+        layers = dict(_live_layers(source, adapted, _name_in(adapted, name)))
     elif isinstance(source, str | PathLike):
         layers = _read_folder(Path(source))
     else:
@@ -81,7 +82,7 @@ def read_adapter(source: object, name: str) -> Adapter:
     if not layers:
         raise WeightsError("the adapter has no LoRA matrices")
     for path, layer in layers.items():
-        if not bool(layer.a.isfinite().all() and layer.b.isfinite().all()):
+        if not all(bool(bound.isfinite()) for matrix in (layer.a, layer.b) for bound in matrix.aminmax()):
             raise WeightsError(f"the adapter's matrices of {path} are not finite")
     return Adapter(layers)
 
@@ -119,9 +120,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
 # A live module.
 
 
-def _name_in(module: nn.Module, name: str) -> str:
+def _name_in(adapted: Mapping[str, nn.Module], name: str) -> str:
     """The name that the adapter has in the module. Raises `WeightsError`."""
-    layers = _adapter_layers(module).values()
+    layers = adapted.values()
     names: list[str] = sorted({key for layer in layers for key in (*getattr(layer, "lora_A", ()), *_contents(layer))})
     if name in names:
         return name
@@ -136,15 +137,11 @@ def _contents(layer: nn.Module) -> list[str]:
     return [key for field in ("lora_embedding_A", "modules_to_save") for key in getattr(layer, field, None) or ()]
 
 
-def _adapter_layers(module: nn.Module) -> dict[str, nn.Module]:
-    return {plain_name(path): part for path, part in module.named_modules() if is_adapter_layer(part)}
-
-
-def _live_layers(module: nn.Module, name: str) -> Iterator[tuple[str, LowRank]]:
+def _live_layers(module: nn.Module, adapted: Mapping[str, nn.Module], name: str) -> Iterator[tuple[str, LowRank]]:
     config = getattr(module, "peft_config", {}).get(name)
     if config is not None:
         _check_config(vars(config) | {"peft_type": getattr(config.peft_type, "value", config.peft_type)})
-    for path, layer in _adapter_layers(module).items():
+    for path, layer in adapted.items():
         if name in _contents(layer):
             raise WeightsError(f"the adapter {name!r} has an embedding at {path}: only linear layers can have adapters")
         if name not in getattr(layer, "lora_A", ()):

@@ -19,10 +19,16 @@ from penstock.models.watch import is_adapter_layer
 from penstock.optimizers.rewrites.fused_layer import FusedLayer
 from penstock.step import Row
 
+# The least number of rows of a layer's matrices: growing copies them, for which the next step has to wait.
+MIN_ROWS = 256
+
 
 @dataclass(slots=True)
 class _Layer:
-    """a [C, K] and b [C, N], float32: the transposed matrices of all adapters; zero where an adapter has none."""
+    """a [C, K] and b [C, N], float32: the matrices of all adapters, b transposed; zero where an adapter has none.
+
+    Rows that no adapter has had yet are uninitialized, and take no memory on a CPU.
+    """
 
     a: Tensor
     b: Tensor
@@ -47,6 +53,7 @@ class AdapterTable:
         self._columns: dict[str, range] = {}
         self._layers: dict[str, _Layer] = {}
         self._capacity = 0
+        self._num_initialized = 0  # of the rows of every layer
         self._selection: _Selection | None = None
 
     def read(self, source: object, name: str) -> Callable[[str], None]:
@@ -59,6 +66,7 @@ class AdapterTable:
         modules = self._fitting_modules(adapter)
         columns = self._reserve(adapter.rank)
         with torch.inference_mode():
+            self._initialize(columns, adapter)
             for path, matrices in adapter.layers.items():
                 layer = self._layers.get(path) or self._new_layer(path, modules[path], matrices)
                 part = slice(columns.start, columns.start + len(matrices.a))
@@ -72,9 +80,6 @@ class AdapterTable:
             return
         if not self._columns:
             self._clear()
-        for layer in self._layers.values():
-            for matrix in (layer.a, layer.b):
-                matrix[columns.start : columns.stop] = 0
 
     def attach(self, module: nn.Module) -> None:
         """Apply the adapters to `module` from here on, in place of the last one. Raises `ConfigurationError`."""
@@ -132,27 +137,37 @@ class AdapterTable:
                 break
             begin = taken.stop
         if begin + rank > self._capacity:
-            self._grow(max(2 * self._capacity, begin + rank))
+            self._grow(max(2 * self._capacity, begin + rank, MIN_ROWS if self._device.type == "cpu" else 0))
         return range(begin, begin + rank)
 
     def _grow(self, capacity: int) -> None:
-        num_new = capacity - self._capacity
+        size = self._num_initialized
         for layer in self._layers.values():
-            layer.a, layer.b = (
-                torch.cat([matrix, matrix.new_zeros(num_new, matrix.shape[1])]) for matrix in (layer.a, layer.b)
-            )
+            for name, matrix in (("a", layer.a), ("b", layer.b)):
+                larger = matrix.new_empty(capacity, matrix.shape[1])
+                larger[:size] = matrix[:size]
+                setattr(layer, name, larger)
         self._capacity = capacity
+
+    def _initialize(self, columns: range, adapter: Adapter) -> None:
+        """Zero the rows of an adapter in all layers, as far as its matrices will not be there."""
+        for path, layer in self._layers.items():
+            rank = len(adapter.layers[path].a) if path in adapter.layers else 0
+            for matrix in (layer.a, layer.b):
+                matrix[columns.start + rank : columns.stop] = 0
+        self._num_initialized = max(self._num_initialized, columns.stop)
 
     def _new_layer(self, path: str, module: nn.Module, matrices: LowRank) -> _Layer:
         sizes = matrices.a.shape[1], len(matrices.b)
-        a, b = (torch.zeros(self._capacity, size, dtype=torch.float32, device=self._device) for size in sizes)
+        a, b = (torch.empty(self._capacity, size, dtype=torch.float32, device=self._device) for size in sizes)
+        a[: self._num_initialized] = b[: self._num_initialized] = 0
         layer = self._layers[path] = _Layer(a, b, self._hook(path, module))
         return layer
 
     def _clear(self) -> None:
         for layer in self._layers.values():
             layer.hook.remove()
-        self._layers, self._capacity = {}, 0
+        self._layers, self._capacity, self._num_initialized = {}, 0, 0
 
     def _hook(self, path: str, module: nn.Module) -> RemovableHandle:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
