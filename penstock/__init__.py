@@ -10,7 +10,7 @@ from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import InferenceRequest
 from penstock.api.prompt import Prompt
-from penstock.api.protocols import Embedder, Engine, Scorer, Trainable
+from penstock.api.protocols import Embedder, Engine, Scorer, Trainable, WithAdapters
 from penstock.api.stats import EngineStats
 from penstock.config import BatchingStrategy, EngineConfig, EngineSettings
 from penstock.engine.inference import InferenceEngine
@@ -124,6 +124,7 @@ __all__ = [
     "Trainable",
     "VLLMBackend",
     "WeightsError",
+    "WithAdapters",
     "__version__",
     "calculate_padding_efficiency",
     "create_inference_module",

@@ -15,7 +15,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from penstock import InferenceEngine, RequestAborted, RequestError, SamplingParams, ScriptedModel, WeightsError
+from penstock import (
+    InferenceEngine,
+    RequestAborted,
+    RequestError,
+    SamplingParams,
+    ScriptedModel,
+    WeightsError,
+    WithAdapters,
+)
 from penstock.kernels import native
 from tests.tiny_models import build
 
@@ -85,6 +93,7 @@ async def test_adapters_in_one_batch_give_what_peft_gives_alone(
     }
     models = {name: adapted(base, i, TARGETS[architecture], **kind) for i, (name, kind) in enumerate(kinds.items())}
     async with engine_of(base, **settings) as engine:
+        assert isinstance(engine, WithAdapters)
         for name, model in models.items():
             model.save_pretrained(tmp_path / name)
             await engine.load_adapter(name, tmp_path / name)
