@@ -70,7 +70,7 @@ def read_arguments(
         math.inf if deadline is None else now + _seconds("deadline", deadline),
         math.inf if ttft_deadline is None else now + _seconds("ttft_deadline", ttft_deadline),
         text("namespace", namespace),
-        text("adapter", adapter),
+        "" if isinstance(adapter, str) and not adapter else text("adapter", adapter),
     )
 
 

@@ -229,7 +229,7 @@ class InputProcessor:
         assert params.max_tokens is not None
         eos = frozenset() if params.ignore_eos else self._spec.eos_token_ids
         sequences: list[Sequence] = []
-        adapter = self.adapters.key(request.adapter) if request.origin is None else request.origin.adapter
+        adapter = self.adapters.key(request.adapter) if request.adapter else ""
         for _ in range(params.num_sequences):
             first_sequence = sequences[0] if sequences else None
             sequence = Sequence(
@@ -249,7 +249,7 @@ class InputProcessor:
                 # The first token of any completion counts.
                 ttft_deadline=request.ttft_deadline if first_sequence is None else math.inf,
                 namespace=request.namespace,
-                adapter=adapter,
+                adapter=adapter if request.origin is None else request.origin.adapter,
                 parent=first_sequence or request.origin,
                 constraint=None if encoded.grammar is None else self._constraint(request, params, encoded.grammar, ids),
             )
