@@ -4,8 +4,9 @@
  * instruction set of this CPU, `native.py` loads it; `reference.py` and the tests hold the arithmetic in plain torch.
  *
  * Invariant, which makes outputs deterministic: a row of the output depends on its own inputs alone and is summed in one
- * order, whatever other rows, chunks, tiles and threads there are. Products sum over k in order; attention goes over
- * keys in tiles that begin at multiples of KEYS, and a tile that is masked as a whole changes nothing.
+ * order, whatever other rows, chunks, tiles and threads there are. Products sum over k in order, matrix tiles over TILE
+ * words of it at once; attention goes over keys in tiles that begin at multiples of KEYS, and a tile that is masked as a
+ * whole changes nothing.
  */
 #include <math.h>
 #include <pthread.h>
@@ -25,6 +26,7 @@
 #include "vectors.h"
 #include "pool.c"
 #include "microkernels.h"
+#include "tiles.h"
 #include "norms.c"
 #include "quantization.c"
 #include "linear.c"

@@ -21,11 +21,12 @@ typedef struct {
     char *out;
     long rows, ldx, ldo; /* strides in elements */
     char *prepared;      /* rows after norm and quantization, `stride` bytes each; */
-    char *packed;        /* from MR + 1 rows on also tile after tile as [k][mr] words */
+    char *packed;        /* also tile after tile: for vectors, from MR + 1 rows on, as [k][mr] words; see `tile_kernel` */
     long stride;
     float *row_scales, *row_sums; /* [rows][blocks] and [rows]: of x as it was rounded */
     size_t prepared_bytes;
     int in_place; /* x is what the product reads: nothing is to be prepared */
+    int on_tiles; /* matrix tiles multiply, not vectors */
 } linear_job;
 
 INLINE long blocks(const linear *w) { return (w->k + BLOCK - 1) / BLOCK; }
@@ -71,11 +72,40 @@ INLINE void pack_twelve_rows(const int32_t *const *from, long at, int32_t *to)
 }
 #endif
 
+INLINE long rows_of_tile(const linear_job *j) { return j->on_tiles ? PAIR : MR; }
+INLINE long round_up(long x, long unit) { return (x + unit - 1) / unit * unit; }
+
+/* The first row of tile t out of `tiles`: equal tiles for vectors, whole ones for matrix tiles. */
+INLINE long first_row(const linear_job *j, long t, long tiles)
+{
+    return !j->on_tiles ? t * j->rows / tiles : t < tiles ? t * PAIR : j->rows;
+}
+
+INLINE char *packed_tile(const linear_job *j, long m)
+{
+    return j->packed + m * 4 * (j->on_tiles ? round_up(words(j->w), TILE) : words(j->w));
+}
+
+/* Pack words [begin, end) of rows [m, m + mr) as `tile_kernel` reads them; begin is a multiple of TILE. */
+static void pack_matrix_tile(const linear_job *j, long m, long mr, long begin, long end)
+{
+    const long steps = round_up(words(j->w), TILE) / TILE;
+    for (long i = 0; i < round_up(mr, TILE); i++) {
+        char *to = packed_tile(j, m) + (i / TILE * steps * TILE + i % TILE) * TILE * 4;
+        for (long x = begin; x < end; x += TILE) {
+            char *at = to + x / TILE * TILE * TILE * 4;
+            long n = i < mr ? (end - x < TILE ? end - x : TILE) * 4 : 0;
+            if (n) memcpy(at, prepared_row(j, m + i) + x * 4, n);
+            memset(at + n, 0, TILE * 4 - n);
+        }
+    }
+}
+
 /* Pack words [begin, end) of rows [m, m + mr) as [k][mr]. */
 static void pack_rows(const linear_job *j, long m, long mr, long begin, long end)
 {
     const int32_t *from[MR];
-    int32_t *to = (int32_t *)j->packed + m * words(j->w) + begin * mr;
+    int32_t *to = (int32_t *)packed_tile(j, m) + begin * mr;
     for (long i = 0; i < mr; i++) from[i] = (const int32_t *)prepared_row(j, m + i);
 #if defined(__AVX512F__)
     for (; mr == 12 && begin + 16 <= end; begin += 16, to += 16 * 12) pack_twelve_rows(from, begin, to);
@@ -139,11 +169,12 @@ static void prepare_rows(pool *p, const linear_job *j, long tiles, int id)
         prepare_row(j, m, prepared_row(j, m), (float *)p->thread_scratch[id]);
     }
     barrier(p);
-    if (tiles == 1) return;
+    if (tiles == 1 && !j->on_tiles) return;
     long k = words(j->w), pieces = (k + WORDS_PER_CLAIM - 1) / WORDS_PER_CLAIM;
     for (long u; (u = claim(p)) < tiles * pieces;) {
-        long t = u / pieces, begin = u % pieces * WORDS_PER_CLAIM, m = t * j->rows / tiles;
-        pack_rows(j, m, (t + 1) * j->rows / tiles - m, begin, begin + WORDS_PER_CLAIM < k ? begin + WORDS_PER_CLAIM : k);
+        long t = u / pieces, begin = u % pieces * WORDS_PER_CLAIM, end = begin + WORDS_PER_CLAIM < k ? begin + WORDS_PER_CLAIM : k;
+        long m = first_row(j, t, tiles), mr = first_row(j, t + 1, tiles) - m;
+        (j->on_tiles ? pack_matrix_tile : pack_rows)(j, m, mr, begin, end);
     }
     barrier(p);
 }
@@ -176,14 +207,18 @@ static void multiply_panel(const linear_job *j, long q, long next, long begin, l
     const linear *w = j->w;
     const long k = words(w), size = panel_bytes(w);
     const char *b = w->weights + q * size, *next_panel = w->weights + next * size;
-    float c[MR * NR];
-    for (long t = begin; t < end; t++) { /* the first two tiles prefetch half of the next panel each */
-        long m = t * j->rows / tiles, mr = (t + 1) * j->rows / tiles - m, prefetches = t - begin < 2 && next != q;
-        const char *ahead = prefetches ? next_panel + (t - begin) * (size / 2) : b;
+    float c[PAIR * NR];
+    const long shares = end - begin > 1 ? 2 : 1;
+    for (long t = begin; t < end; t++) { /* the first two tiles prefetch half of the next panel each, or one all of it */
+        long m = first_row(j, t, tiles), mr = first_row(j, t + 1, tiles) - m, prefetches = t - begin < shares && next != q;
+        const char *ahead = prefetches ? next_panel + (t - begin) * (size / shares) : b;
         for (long i = m; w->mode == ADD && i < m + mr; i++)
             prefetch(j->out + (i * j->ldo + q * NR) * ELEMENT_BYTES[w->out_type], NR * ELEMENT_BYTES[w->out_type]);
         const float *scales = j->row_scales + m * blocks(w);
-        packed_kernels[w->format][mr]((const int32_t *)j->packed + m * k, scales, b, k, ahead, prefetches ? size / k / 2 : 0, c);
+        const char *a = packed_tile(j, m);
+        long step = prefetches ? size / k / shares : 0;
+        if (j->on_tiles) multiply_tile(w->format, mr, a, scales, b, k, ahead, step * TILE, c);
+        else packed_kernels[w->format][mr]((const int32_t *)a, scales, b, k, ahead, step, c);
         epilogue(j, m, mr, q * NR, c, NR);
     }
 }
@@ -192,19 +227,23 @@ static void multiply_panel(const linear_job *j, long q, long next, long begin, l
 static void linear_run(pool *p, void *arg, int id)
 {
     linear_job j = *(linear_job *)arg;
-    const long panels = (j.w->n + NR - 1) / NR, tiles = (j.rows + MR - 1) / MR, target = (tiles > 1 ? 128 : 32) * p->active;
+    const long panels = (j.w->n + NR - 1) / NR, tiles = (j.rows + rows_of_tile(&j) - 1) / rows_of_tile(&j);
+    const long target = (tiles > 1 ? 128 : 32) * p->active;
     const long per_unit = panels >= target ? panels / target : 1, splits = panels >= target ? 1 : target / panels;
     const long parts = tiles < 8 ? 1 : splits < tiles ? splits : tiles, units = (panels + per_unit - 1) / per_unit * parts;
-    if (!j.in_place || tiles > 1) prepare_rows(p, &j, tiles, id);
+    const int few = tiles == 1 && !j.on_tiles;
+    if (!j.in_place || !few) prepare_rows(p, &j, tiles, id);
+    if (j.on_tiles) tiles_begin();
     for (long u = claim(p), next; u < units; u = next) {
         next = claim(p); /* claimed now, so that its weights can be prefetched */
         long first = u / parts * per_unit, last = first + per_unit < panels ? first + per_unit : panels, part = u % parts;
-        for (long q = first; tiles == 1 && q < last;) q += multiply_few_rows(&j, q, last);
-        for (long q = first; tiles > 1 && q < last; q++) {
+        for (long q = first; few && q < last;) q += multiply_few_rows(&j, q, last);
+        for (long q = first; !few && q < last; q++) {
             long after = q + 1 < last ? q + 1 : next < units ? next / parts * per_unit : q;
             multiply_panel(&j, q, after, part * tiles / parts, (part + 1) * tiles / parts, tiles);
         }
     }
+    if (j.on_tiles) tiles_end();
 }
 
 static scratch_bytes plan_linear(linear_job *j, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
@@ -215,7 +254,9 @@ static scratch_bytes plan_linear(linear_job *j, const linear *w, const void *x, 
     j->in_place = same_words && w->format != F16 && !w->norm_kind;
     if (!j->in_place) j->stride = k * 4 + 64;
     j->prepared_bytes = j->in_place ? 0 : rows * (j->stride + (1 + blocks(w)) * sizeof(float));
-    return (scratch_bytes){j->prepared_bytes + (rows > MR ? rows * k * 4 : 0), (w->k + VL) * 4};
+    j->on_tiles = tiles_allowed && (w->format == BF16 || (w->format == I8 && rows > MR));
+    size_t packed = j->on_tiles ? round_up(rows, TILE) * round_up(k, TILE) * 4 : rows > MR ? rows * k * 4 : 0;
+    return (scratch_bytes){j->prepared_bytes + packed, (w->k + VL) * 4};
 }
 
 static void place_scratch(linear_job *j, pool *p)

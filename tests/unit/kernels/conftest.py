@@ -15,6 +15,10 @@ from penstock.kernels.native import Kernels, available
 TARGETS = {
     "this CPU": (THIS_CPU, ""),
     "AVX-512": (("-march=skylake-avx512",), "avx512f avx512bw avx512cd avx512dq avx512vl fma"),
+    "AVX-512 with emulated tiles": (
+        ("-march=skylake-avx512", "-DEMULATED_TILES"),
+        "avx512f avx512bw avx512cd avx512dq avx512vl fma",
+    ),
     "AVX2": (("-march=haswell",), "avx2 fma f16c bmi1 bmi2 movbe"),
     "AVX2 and VNNI": (("-march=haswell", "-mavxvnni"), "avx2 fma f16c bmi1 bmi2 movbe avx_vnni"),
     "SSE2": (("-march=x86-64",), "sse2"),
