@@ -131,7 +131,7 @@ INLINE void epilogue_as(const linear_job *j, long m, long rows, long n, const fl
         vf v[NV];
         for (int i = 0; i < NV; i++) {
             v[i] = *(const vf *)(c + i * VL);
-            if (quantized) v[i] = v[i] * scale[i] + low[i] * j->row_sums[m + x];
+            if (quantized) v[i] = multiply_add(v[i], scale[i], low[i] * j->row_sums[m + x]);
             v[i] += bias[i];
         }
         if (mode == GATED) v[0] = activate(v[0], act) * v[1];
@@ -140,7 +140,7 @@ INLINE void epilogue_as(const linear_job *j, long m, long rows, long n, const fl
         for (int i = 0; i < vectors; i++) {
             long to = at + i * VL;
             if (to + VL <= end) {
-                store(out, to, type, mode == ADD ? load(out, to, type) + w->scale * v[i] : v[i]);
+                store(out, to, type, mode == ADD ? multiply_add(splat(w->scale), v[i], load(out, to, type)) : v[i]);
                 continue;
             }
             for (long e = to; e < end; e++)

@@ -42,7 +42,7 @@ INLINE void add_block(const int mr, const int nv, vf (*acc)[WIDE], const float *
     _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++)
         _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) {
             vf *sum = (vf *)(c + i * ldc + j * VL);
-            *sum = to_float((vi)acc[i][j]) * scales[i * blocks + g] + (g ? *sum : splat(0.0f));
+            *sum = multiply_add(to_float((vi)acc[i][j]), splat(scales[i * blocks + g]), g ? *sum : splat(0.0f));
             acc[i][j] = (vf){0};
         }
 }

@@ -128,7 +128,7 @@ INLINE void add_tile_block(const int pair, long rows, const float *scales, long 
     for (long i = 0; i < rows; i++)
         for (int j = 0; j < NR; j += VL) {
             vf *sum = (vf *)(c + i * NR + j);
-            *sum = to_float(*(const vi *)(sums + i * NR + j)) * splat(scales[i * blocks + g]) + (g ? *sum : splat(0.0f));
+            *sum = multiply_add(to_float(*(const vi *)(sums + i * NR + j)), splat(scales[i * blocks + g]), g ? *sum : splat(0.0f));
         }
 }
 

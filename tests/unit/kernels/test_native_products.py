@@ -265,13 +265,14 @@ def variants(kernels: Kernels, dtype: torch.dtype) -> Sequence[Linear]:
         Linear(kernels, weights, [randn(24), None], norm=own, epilogue=Epilogue(GATED, "silu")),
         Linear(kernels, weights, [None, None], quantize=True, epilogue=Epilogue(ADD, scale=0.7)),
         Linear(kernels, weights, [None, None], norm=own, quantize=True, epilogue=Epilogue(dtype=torch.float32)),
+        Linear(kernels, [randn(40, 3 * BLOCK - 5, dtype=dtype)], [None], quantize=True),
     ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_gets_the_same_bits_whatever_rows_and_threads_are_there(kernels: Kernels, dtype: torch.dtype) -> None:
     pools = [kernels, *(Kernels(count, kernels.library) for count in (2, 3))]
-    x = randn(40, 67, dtype=dtype)
+    x = randn(40, 3 * BLOCK, dtype=dtype)
     for alike in zip(*(variants(pool, dtype) for pool in pools), strict=True):
         rows = x[:, : alike[0].k].contiguous()
         out = randn(40, alike[0].width, seed=5).to(alike[0].dtype)
