@@ -25,6 +25,12 @@ def package_files() -> Mapping[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a source, made once for all checkers, which only read it."""
+    return ast.parse(source)
+
+
 def functions(tree: ast.AST) -> Iterator[FunctionNode]:
     """Every function, methods and nested ones included."""
     return (node for node in ast.walk(tree) if isinstance(node, FunctionNode))

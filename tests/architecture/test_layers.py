@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
-from tests.architecture.source import module_name, package_files
+from tests.architecture.source import module_name, package_files, parsed
 
 # Top row first; a part imports only from rows below its own. Parts in one set never import each other,
 # those in a tuple may, as long as no cycle of modules comes of it.
@@ -77,7 +77,7 @@ class Import:
 
 def modules_of(files: Mapping[str, str]) -> dict[str, ast.Module]:
     """Syntax trees by dotted name."""
-    return {module_name(path): ast.parse(source) for path, source in files.items()}
+    return {module_name(path): parsed(source) for path, source in files.items()}
 
 
 def part_of(module: str) -> str:
@@ -189,7 +189,7 @@ def type_checking_knots(files: Mapping[str, str]) -> list[str]:
     return [
         path
         for path, source in files.items()
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if "TYPE_CHECKING" in (getattr(node, "id", ""), getattr(node, "attr", ""))
     ]
 

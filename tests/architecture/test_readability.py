@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from tests.architecture.source import functions, package_files
+from tests.architecture.source import functions, package_files, parsed
 
 MAX_ANY_PER_1000_LINES = 6.0
 MAX_SHARE_OF_ODD_NAMES = 0.005
@@ -46,29 +46,27 @@ def large_constructors(path: str, tree: ast.AST) -> list[str]:
 
 
 def test_any_is_rare() -> None:
-    trees = [ast.parse(source) for source in package_files().values()]
+    trees = [parsed(source) for source in package_files().values()]
     lines = sum(source.count("\n") for source in package_files().values())
     assert 1000 * sum(map(num_any, trees)) / lines <= MAX_ANY_PER_1000_LINES
 
 
 def test_values_have_names_that_say_what_they_are() -> None:
-    names = [name for source in package_files().values() for name in values(ast.parse(source))]
+    names = [name for source in package_files().values() for name in values(parsed(source))]
     odd = [name for name in names if name.strip("_") in ODD_NAMES]
     assert len(odd) / len(names) < MAX_SHARE_OF_ODD_NAMES, sorted(set(odd))
 
 
 def test_constructors_take_few_arguments() -> None:
-    assert [
-        line for path, source in package_files().items() for line in large_constructors(path, ast.parse(source))
-    ] == []
+    assert [line for path, source in package_files().items() for line in large_constructors(path, parsed(source))] == []
 
 
 def test_checker_counts_what_it_says() -> None:
-    tree = ast.parse("from typing import Any\ndef f(found: Any, *, n: int) -> Any:\n    most, x = 1, 2\n")
+    tree = parsed("from typing import Any\ndef f(found: Any, *, n: int) -> Any:\n    most, x = 1, 2\n")
     assert num_any(tree) == 2
     assert set(values(tree)) == {"found", "n", "most", "x"}
     nine = ", ".join(f"a{i}" for i in range(9))
-    assert large_constructors("a.py", ast.parse(f"class A:\n    def __init__(self, {nine}): ...")) == [
+    assert large_constructors("a.py", parsed(f"class A:\n    def __init__(self, {nine}): ...")) == [
         "a.py:2 takes 9 arguments, at most 8"
     ]
-    assert large_constructors("a.py", ast.parse(f"def f(self, {nine}): ...")) == []
+    assert large_constructors("a.py", parsed(f"def f(self, {nine}): ...")) == []

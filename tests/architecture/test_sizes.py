@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from statistics import median
 
-from tests.architecture.source import functions, package_files
+from tests.architecture.source import functions, package_files, parsed
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 34
@@ -15,7 +14,7 @@ MEDIAN_FUNCTION_LINES = 10
 
 def function_lines(source: str) -> Iterator[tuple[str, int]]:
     """(name, lines from `def` to its end) of every function."""
-    for node in functions(ast.parse(source)):
+    for node in functions(parsed(source)):
         assert node.end_lineno is not None
         yield node.name, node.end_lineno - node.lineno + 1
 

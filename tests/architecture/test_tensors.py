@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 
-from tests.architecture.source import package_files
+from tests.architecture.source import package_files, parsed
 
 BOTH = frozenset({"dtype", "device"})
 # Functions that make tensors, and what a call of theirs has to name.
@@ -60,7 +60,7 @@ def violations(files: Mapping[str, str]) -> list[str]:
     """Calls that leave a default to the program, or that set one for it."""
     found = []
     for path, source in files.items():
-        for name, call in torch_calls(ast.parse(source)):
+        for name, call in torch_calls(parsed(source)):
             missing = MAKERS.get(name, frozenset()) - {keyword.arg for keyword in call.keywords}
             if missing:
                 found.append(f"{path}:{call.lineno} torch.{name} names no {' and no '.join(sorted(missing))}")
@@ -74,7 +74,7 @@ def imported_makers(files: Mapping[str, str]) -> list[str]:
     return [
         f"{path}:{node.lineno} {alias.name}"
         for path, source in files.items()
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.ImportFrom) and node.module == "torch"
         for alias in node.names
         if alias.name in MAKERS or alias.name in SETTINGS

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.architecture.source import FunctionNode, package_files
+from tests.architecture.source import FunctionNode, package_files, parsed
 
 SCHEDULER = "penstock/scheduling/scheduler.py"
 PLANNING = "penstock/scheduling/planning.py"  # `Scheduler.plan`
@@ -212,7 +212,7 @@ def writes(path: str, source: str) -> Iterator[Write]:
     """Every write to a field of a record in one file."""
     for record in RECORDS:
         visitor = Writes(path, record)
-        visitor.visit(ast.parse(source))
+        visitor.visit(parsed(source))
         yield from visitor.found
 
 
@@ -238,7 +238,7 @@ def test_every_writer_of_the_table_writes_its_field() -> None:
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
 def test_table_names_every_field_of_a_record(record: Record) -> None:
-    tree = ast.parse(package_files()[record.path])
+    tree = parsed(package_files()[record.path])
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record.name).body
     fields = {item.target.id for item in body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
     assert fields == record.writers.keys()

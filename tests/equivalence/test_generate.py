@@ -57,8 +57,8 @@ def check(name: str, driver: Driver, first_id: int = 0) -> None:
         assert [entry.logprob for entry in driver.logprobs[seq.id]] == pytest.approx(logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_requests_in_a_batch_give_the_tokens_they_give_alone(name: str, setting: str) -> None:
     driver = Driver(folder_of(name), **SETTINGS[setting])
     check(name, driver)

@@ -11,8 +11,9 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,28 +48,27 @@ def _is_refusal(message: str) -> bool:
 
 
 def fetched(package: str, version: str, folder: Path) -> Path:
-    """The unpacked source distribution of a package."""
+    """The unpacked source distribution of a package, whole or not there: several processes may fetch it at once."""
     root = folder / f"{package}-{version}"
     if not root.is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-binary",
-            package,
-            "-d",
-            str(folder),
-        ]
-        done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, timeout=100)
-        if done.returncode and _UNREACHABLE.search(done.stderr):
-            pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
-        assert done.returncode == 0, done.stderr
-        with tarfile.open(folder / f"{package}-{version}.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            unpacked = _unpacked(package, version, Path(temporary))
+            with suppress(OSError):  # another process was faster
+                unpacked.rename(root)
+    assert root.is_dir()
     return root
+
+
+def _unpacked(package: str, version: str, folder: Path) -> Path:
+    """The source distribution of a package, downloaded to the folder and unpacked there."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", package, "-d", str(folder)]
+    done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, timeout=100)
+    if done.returncode and _UNREACHABLE.search(done.stderr):
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(folder / f"{package}-{version}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"{package}-{version}"
 
 
 def failures(

@@ -80,6 +80,7 @@ def test_what_was_compiled_once_is_opened_from_then_on(
 
 
 @needs_compiler
+@pytest.mark.usefixtures("temporary")
 def test_another_target_is_another_library(cache: Path) -> None:
     assert build(PLAIN).library is not None
     assert build(("-O0", "-fno-inline")).library is not None
@@ -87,6 +88,7 @@ def test_another_target_is_another_library(cache: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("temporary")
 def test_a_change_of_any_file_of_the_unit_is_another_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_processes_that_compile_at_once_all_succeed_and_leave_one_file(cache: Pa
 
 
 @needs_compiler
+@pytest.mark.usefixtures("temporary")
 @pytest.mark.parametrize("content", [b"", b"not a library at all"], ids=["empty", "text"])
 def test_a_broken_file_in_the_cache_is_replaced(cache: Path, content: bytes) -> None:
     assert another_process().wait() == 0
