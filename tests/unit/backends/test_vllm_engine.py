@@ -118,7 +118,7 @@ def test_what_vllm_cannot_do_is_refused_before_anything_runs(
 async def test_errors_of_vllm_are_typed(engine: VLLMEngine) -> None:
     with pytest.raises(RequestError, match="out of the vocabulary"):
         await engine.generate([10**7], PARAMS)
-    with pytest.raises(RequestTooLarge, match="max_model_len=2000"):
+    with pytest.raises(RequestTooLarge, match="max_model_len of 2000"):
         await engine.generate([1] * 1999, PARAMS)
     with pytest.raises(RequestTooLarge, match="shorten the prompt"):
         await engine.generate([1] * 2000, PARAMS)
@@ -246,7 +246,7 @@ async def test_an_update_pauses_loads_and_resumes(tmp_path: Path) -> None:
         assert await engine.update_weights(new, mode="wait") == engine.weight_version == 1
         output = await engine.generate([1], PARAMS)
     assert output.outputs[0].weight_versions == [1] * 4
-    assert llm.log == [("pause", "wait", True), ("reload_weights", str(new)), "reset", ("version", "1"), "resume"]
+    assert llm.log == [("pause", "wait", True), ("reload_weights", str(new)), ("version", "1"), "reset", "resume"]
 
 
 async def test_weights_that_fail_to_load_are_taken_back(tmp_path: Path) -> None:
