@@ -39,11 +39,10 @@ class HostedWeights(ABC):
 
     @abstractmethod
     async def _load(self, folder: Path, version: int) -> None:
-        """Replace the weights, which are of this version from now on. Raises whatever the engine raises."""
+        """Replace the weights, which are of this version from now on, and reuse no K/V of those so far.
 
-    @abstractmethod
-    async def _forget(self) -> None:
-        """Reuse no K/V of the weights so far."""
+        Raises whatever the engine raises.
+        """
 
     @abstractmethod
     def _is_alive(self) -> bool:
@@ -95,5 +94,4 @@ class HostedWeights(ABC):
                 message = f"{self.engine} failed while it loaded {folder}, and holds weights of two kinds"
                 raise WeightsError(f"{message}: stop this engine ({text_of(error)})", is_mixed=True) from error
             raise WeightsError(f"{self.engine} cannot load {folder}: {text_of(error)}") from error
-        await self._forget()
         self._folder, self.version = folder, self.version + 1

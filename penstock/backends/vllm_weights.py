@@ -37,10 +37,8 @@ class VLLMWeights(HostedWeights):
     async def _load(self, folder: Path, version: int) -> None:
         call = self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         await alive(self._llm, call)
-        await alive(self._llm, self._llm.update_weight_version(str(version)))
-
-    async def _forget(self) -> None:
         await alive(self._llm, self._llm.reset_prefix_cache())
+        await alive(self._llm, self._llm.update_weight_version(str(version)))
 
     def _is_alive(self) -> bool:
         return not self._llm.errored

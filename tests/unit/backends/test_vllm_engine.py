@@ -246,7 +246,7 @@ async def test_an_update_pauses_loads_and_resumes(tmp_path: Path) -> None:
         assert await engine.update_weights(new, mode="wait") == engine.weight_version == 1
         output = await engine.generate([1], PARAMS)
     assert output.outputs[0].weight_versions == [1] * 4
-    assert llm.log == [("pause", "wait", True), ("reload_weights", str(new)), ("version", "1"), "reset", "resume"]
+    assert llm.log == [("pause", "wait", True), ("reload_weights", str(new)), "reset", ("version", "1"), "resume"]
 
 
 async def test_weights_that_fail_to_load_are_taken_back(tmp_path: Path) -> None:
