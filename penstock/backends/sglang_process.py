@@ -137,10 +137,10 @@ class SGLang:
 
 def end_processes(processes: list[BaseProcess]) -> None:
     """Kill processes and their children, and wait for them."""
-    from sglang.srt.utils import kill_process_tree
-
     for process in processes:
         if process.is_alive():  # the id of one that has ended may be another's
+            from sglang.srt.utils import kill_process_tree
+
             kill_process_tree(process.pid)
         process.join()
 

@@ -1,7 +1,8 @@
 """A stand-in for SGLang: the modules that `penstock.backends` imports of it, and an `Engine` that counts up.
 
-`tests/integration/backends/test_sglang_source.py` compares the signatures here with those of the real package. Where SGLang has rules that matter here, it has them too: chunks repeat what came before, an abort hands out what is
-left, a call into a dead process never returns, `shutdown` and the watchdog end more than they should.
+`tests/integration/backends/test_sglang_source.py` compares the signatures here with those of the real package. Where
+SGLang has rules that matter here, it has them too: chunks repeat what came before, an abort hands out what is left, a
+call into a dead process never returns, `shutdown` and the watchdog end more than they should.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ class Engine:
     def _launch_scheduler_processes(
         cls, server_args: Any, port_args: Any, run_scheduler_process_func: Any, *, placement_group: Any = None
     ) -> tuple[Any, list[Any]]:
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")
         processes = [context.Process(target=time.sleep, args=(60,)) for _ in range(cls.with_processes)]
         for process in processes:
             process.start()
