@@ -7,10 +7,9 @@ sees that they have ended. Runs in these processes only; named by `sglang_proces
 from __future__ import annotations
 
 import os
-from typing import Any
 
 
-def run_scheduler(*arguments: Any, **options: Any) -> None:
+def run_scheduler(*arguments: object, **options: object) -> None:
     """SGLang's `run_scheduler_process`."""
     from sglang.srt.managers.scheduler import run_scheduler_process
 
@@ -18,7 +17,7 @@ def run_scheduler(*arguments: Any, **options: Any) -> None:
     run_scheduler_process(*arguments, **options)
 
 
-def run_detokenizer(*arguments: Any, **options: Any) -> None:
+def run_detokenizer(*arguments: object, **options: object) -> None:
     """SGLang's `run_detokenizer_process`."""
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
@@ -32,7 +31,7 @@ def _spare_parent() -> None:
 
     parent, send_signal = os.getppid(), psutil.Process.send_signal
 
-    def send(process: Any, number: int) -> None:
+    def send(process: psutil.Process, number: int) -> None:
         if process.pid != parent:
             send_signal(process, number)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from penstock.api.transcript import Transcript
+from penstock.backends.hosted import HostedWork
 from penstock.backends.request_params import as_sampled
 from penstock.backends.sglang_params import changes_logits
 from penstock.backends.streamed import StreamedRequest
@@ -28,18 +29,50 @@ Entry = tuple[float | None, int, str | None]  # a log probability, its token, an
 _GRAMMAR_WORDS = ("grammar", "schema", "regex", "ebnf")
 
 
+class Reason(TypedDict, total=False):
+    """Why a stream ended: `type` is "stop", "length" or "abort". A refusal has an HTTP status."""
+
+    type: str
+    matched: int | list[int] | str
+    message: str
+    status_code: int | None
+
+
+class Span(TypedDict):
+    """A range of output tokens, and the version of the weights that they were sampled with."""
+
+    version: str
+    start: int
+    end: int
+
+
+class Meta(TypedDict, total=False):
+    """What a chunk says beside its tokens."""
+
+    finish_reason: Reason | None
+    cached_tokens: int
+    weight_version: str
+    weight_versions: Sequence[Span]
+    output_token_logprobs: Sequence[Entry]
+    output_top_logprobs: Sequence[Sequence[Entry] | None]
+    input_token_logprobs: Sequence[Entry]
+    input_top_logprobs: Sequence[Sequence[Entry] | None]
+
+
 class Chunk(TypedDict):
     """One item of a stream. All of it repeats what came before; `text` is None in an engine without a tokenizer."""
 
     text: str | None
     output_ids: Sequence[int]
-    meta_info: dict[str, Any]
+    meta_info: Meta
 
 
 class Stream:
     """One stream, which fills the transcripts of these completions: several if they are all alike."""
 
-    def __init__(self, request: StreamedRequest[Any], params: SamplingParams, completions: Iterable[int]) -> None:
+    def __init__(
+        self, request: StreamedRequest[HostedWork], params: SamplingParams, completions: Iterable[int]
+    ) -> None:
         self._request = request
         self._params = params
         self._completions = tuple(completions)
@@ -55,7 +88,7 @@ class Stream:
         self._num_characters += len(text)
         self._request.num_cached_tokens = meta.get("cached_tokens") or self._request.num_cached_tokens
         entries = [] if changes_logits(self._params) else list(meta.get("output_token_logprobs", ())[begin:end])
-        logprobs = [entry[0] for entry in entries]
+        logprobs = [logprob for logprob, _, _ in entries if logprob is not None]
         transcripts = [self._request.transcript(index) for index in self._completions]
         for transcript in transcripts:
             sampled = as_sampled(self._params, logprobs)
@@ -67,21 +100,21 @@ class Stream:
             self._finish(transcript, meta["finish_reason"])
         return transcripts
 
-    def _finish(self, transcript: Transcript, reason: dict[str, Any] | None) -> None:
+    def _finish(self, transcript: Transcript, reason: Reason | None) -> None:
         if reason is None:
             return
         if reason["type"] != "abort":
             matched = reason.get("matched")
             is_stop = isinstance(matched, str) or matched in (self._params.stop_token_ids or ())
-            transcript.end("", reason["type"], matched if is_stop else None)
-        elif reason.get("status_code") is not None:
-            raise refusal(str(reason.get("message")), int(reason["status_code"]))
+            transcript.end("", reason["type"], matched if is_stop and not isinstance(matched, list) else None)
+        elif (status := reason.get("status_code")) is not None:
+            raise refusal(reason["message"], status)
         else:  # the reason is the request's error; without one, SGLang ended it of itself
             words = "SGLang ended the request, to pause or to load weights"
             self._request.error = self._request.error or RequestAborted(words)
 
 
-def _versions(meta: dict[str, Any], begin: int, end: int) -> list[int]:
+def _versions(meta: Meta, begin: int, end: int) -> list[int]:
     """The version of the weights for every new token; SGLang has it as text, in spans if it changed."""
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": end}]
     last = spans[-1]
@@ -106,7 +139,7 @@ def by_token(entry: Entry, tops: Sequence[Entry], count: int) -> dict[int, Logpr
     }
 
 
-def prompt_logprobs(meta: dict[str, Any], count: int) -> list[dict[int, Logprob] | None]:
+def prompt_logprobs(meta: Meta, count: int) -> list[dict[int, Logprob] | None]:
     """The entries of every token of a prompt; None for its first one."""
     entries = meta["input_token_logprobs"]
     tops = _tops(meta.get("input_top_logprobs"), 0, len(entries))
@@ -126,7 +159,7 @@ class PromptEntries:
         return len(self.start_indices)
 
     @classmethod
-    def of(cls, meta: dict[str, Any], prompt_len: int) -> PromptEntries:
+    def of(cls, meta: Meta, prompt_len: int) -> PromptEntries:
         """Those of a prompt of `prompt_len` tokens, the last of which were asked for."""
         own = meta["input_token_logprobs"]
         tops = _tops(meta.get("input_top_logprobs"), 0, len(own))

@@ -145,7 +145,7 @@ def end_processes(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def start_sglang(model: str, options: Mapping[str, Any]) -> SGLang:
+def start_sglang(model: str, options: Mapping[str, object]) -> SGLang:
     """An `Engine` for a model, with its processes. `options` are fields of SGLang's `ServerArgs`.
 
     Called on a thread without an event loop. Raises `ConfigurationError`.
@@ -165,7 +165,7 @@ def start_sglang(model: str, options: Mapping[str, Any]) -> SGLang:
         return SGLang(engine, processes)
 
 
-def _new_engine(options: Mapping[str, Any], processes: list[BaseProcess]) -> Any:
+def _new_engine(options: Mapping[str, object], processes: list[BaseProcess]) -> Any:
     """The `Engine`, whose processes are added to `processes` as they start."""
     from sglang.srt.entrypoints import engine as sglang_engine
 
@@ -174,13 +174,13 @@ def _new_engine(options: Mapping[str, Any], processes: list[BaseProcess]) -> Any
         run_detokenizer_process_func = staticmethod(run_detokenizer)
 
         @classmethod
-        def _launch_scheduler_processes(cls, *arguments: Any, **keywords: Any) -> Any:
+        def _launch_scheduler_processes(cls, *arguments: object, **keywords: object) -> object:
             launched = super()._launch_scheduler_processes(*arguments, **keywords)
             processes.extend(launched[1] or ())
             return launched
 
         @classmethod
-        def _launch_detokenizer_subprocesses(cls, *arguments: Any, **keywords: Any) -> Any:
+        def _launch_detokenizer_subprocesses(cls, *arguments: object, **keywords: object) -> object:
             launched = super()._launch_detokenizer_subprocesses(*arguments, **keywords)
             processes.extend(launched[0])
             return launched

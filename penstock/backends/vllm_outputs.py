@@ -6,9 +6,10 @@ Pure functions on the objects of one request. Called by `VLLMEngine` for every o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from penstock.api.transcript import Transcript
+from penstock.backends.hosted import HostedWork
 from penstock.backends.request_params import as_sampled
 from penstock.backends.streamed import StreamedRequest
 from penstock.errors import ExecutionError, RequestAborted
@@ -44,7 +45,12 @@ class Output(Protocol):
 
 
 def add_output(
-    request: StreamedRequest[Any], params: SamplingParams, output: Output, weight_version: int, *, with_prompt: bool
+    request: StreamedRequest[HostedWork],
+    params: SamplingParams,
+    output: Output,
+    weight_version: int,
+    *,
+    with_prompt: bool,
 ) -> list[Transcript]:
     """The transcripts to which an output added something. `with_prompt` keeps the log probabilities of the prompt.
 
@@ -61,7 +67,7 @@ def add_output(
 
 
 def _add(
-    request: StreamedRequest[Any], index: int, params: SamplingParams, choice: Choice, weight_version: int
+    request: StreamedRequest[HostedWork], index: int, params: SamplingParams, choice: Choice, weight_version: int
 ) -> Transcript:
     transcript = request.transcript(index)
     entries = choice.logprobs or ()
