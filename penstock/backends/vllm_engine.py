@@ -104,6 +104,9 @@ class VLLMEngine(HostedEngine):
         self._encoding().close()
         if self._owns_llm:
             await asyncio.to_thread(self._llm.shutdown)
+            # vLLM calls it again when the object is deleted, which may be when the interpreter exits and its modules
+            # are empty.
+            self._llm.shutdown = lambda timeout=None: None
 
     # Requests.
 

@@ -183,6 +183,16 @@ async def test_a_given_llm_stays_up_on_its_loop(llm: FakeLLM) -> None:
     assert not llm.is_shut_down
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+async def test_vllm_shuts_down_once() -> None:
+    """vLLM does so again when its object is deleted, and printed an error when that was at the interpreter's exit."""
+    async with VLLMEngine("m") as engine:
+        await engine.generate([1], PARAMS)
+    made = FakeLLM.made.pop()
+    assert made.is_shut_down
+    made.shutdown()
+
+
 def test_without_vllm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match="pip install vllm"):
