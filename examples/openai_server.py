@@ -3,6 +3,8 @@
 from penstock import InferenceEngine
 from penstock.serving import ServingSettings
 from penstock.serving import app as serving_app
+from shutdown import closed_by_signals
 
 engine = InferenceEngine()  # starts with the server
-app = serving_app(engine, ServingSettings(served_model_name=("demo", "gpt-4o-mini")))
+settings = ServingSettings(served_model_name=("demo", "gpt-4o-mini"))
+app = serving_app(engine, settings, lifespan=lambda app: closed_by_signals(engine))

@@ -55,6 +55,7 @@ from penstock.training.backend import InferenceBackend
 from penstock.training.huggingface import HuggingFaceBackend
 from penstock.training.inference_module import InferenceModule, create_inference_module
 from penstock.training.results import GenerationResult
+from penstock.training.sglang import SGLangBackend
 from penstock.training.vllm import VLLMBackend
 
 __all__ = [
@@ -112,6 +113,7 @@ __all__ = [
     "RequestPriority",
     "RequestStatus",
     "RequestTooLarge",
+    "SGLangBackend",
     "SamplingParams",
     "Score",
     "Scorer",

@@ -1,7 +1,7 @@
 """`GenerationConfig`: the parameter names of `transformers`, translated into `SamplingParams`; and a model's defaults.
 
-Owns the translation and nothing else. Built by callers; the input processor calls `sampling_params()` and
-`default_params`.
+Owns the translation, and how many tokens a request may generate after its prompt (`fitted`). Built by callers; every
+engine that encodes prompts calls `fitted`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from penstock.errors import RequestError, RequestTooLarge
 from penstock.sampling import LARGEST_LENGTH, SamplingParams
+from penstock.scoring import ScoringParams
 from penstock.values import bare, flag, integer, plain, refused, suggests_keywords, token_ids
 
 
@@ -114,3 +115,43 @@ def default_params(defaults: Mapping[str, Any], max_tokens: int, prompt_len: int
             max_tokens = max_length - prompt_len
         values.setdefault("min_new_tokens", max(0, min_length - prompt_len))
     return SamplingParams(**{"max_tokens": max_tokens} | values)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthLimit:
+    """The most tokens of prompt and output together; what errors call it, and what they hint at."""
+
+    tokens: int
+    name: str = "limit"
+    hint: str = ""
+
+
+def fitted(
+    params: Params, prompt_len: int, limit: LengthLimit, defaults: Mapping[str, Any], max_tokens: int
+) -> tuple[SamplingParams, int]:
+    """The parameters of a request after a prompt of `prompt_len` tokens, and how many tokens it may generate.
+
+    What a caller did not ask for is cut to what fits: the model's own `defaults` (with `max_tokens`, see
+    `default_params`), the `max_length` of a `GenerationConfig`, and `max_tokens` of None. Raises `RequestTooLarge`.
+    """
+    room = limit.tokens - prompt_len
+    if room < (0 if isinstance(params, SamplingParams) and not params.generates else 1):
+        subject = "prompt and completion have" if isinstance(params, ScoringParams) else "the prompt has"
+        raise RequestTooLarge(
+            f"{subject} {prompt_len} tokens and the {limit.name} is {limit.tokens} for prompt and output together: "
+            "shorten the prompt"
+        ).with_hint(limit.hint)
+    if params is None:
+        params = default_params(defaults, max_tokens, prompt_len)
+        return params, min(room, params.max_tokens or room)
+    if isinstance(params, ScoringParams):
+        room += params.num_scored  # which a request with these parameters could have generated
+        return params, min(room, params.max_tokens or room)
+    if isinstance(params, GenerationConfig):
+        params = params.sampling_params(prompt_len, room)
+    if params.max_tokens is not None and params.max_tokens > room:
+        raise RequestTooLarge(
+            f"a prompt of {prompt_len} tokens and max_tokens={params.max_tokens} exceed the {limit.name} of "
+            f"{limit.tokens}: ask for at most {room}, or max_tokens=None for what fits"
+        ).with_hint(limit.hint)
+    return params, room if params.max_tokens is None else params.max_tokens

@@ -1,4 +1,7 @@
-"""Other engines behind the `Engine` protocol, one interface to all (`create_backend`), and clients of services."""
+"""Other engines behind the `Engine` protocol, one interface to all (`create_backend`), and clients of services.
+
+Importing this loads no other engine and no SDK; each is imported where it is used.
+"""
 
 from penstock.backends.base import BaseBackend, create_backend
 from penstock.backends.config import (
@@ -7,6 +10,7 @@ from penstock.backends.config import (
     SGLangBackendConfig,
     VLLMBackendConfig,
 )
+from penstock.backends.openai_engine import OpenAIEngine
 from penstock.backends.services import (
     EngineServiceHolder,
     InferenceServiceClient,
@@ -20,6 +24,8 @@ from penstock.backends.services import (
     hf_tokenizer,
     set_pad_token_id,
 )
+from penstock.backends.sglang_engine import SGLangEngine
+from penstock.backends.vllm_engine import VLLMEngine
 
 __all__ = [
     "BackendConfig",
@@ -27,12 +33,15 @@ __all__ = [
     "EngineServiceHolder",
     "HuggingFaceBackendConfig",
     "InferenceServiceClient",
+    "OpenAIEngine",
     "OpenAIInferenceServiceClient",
     "RemoteApiInferenceServiceClient",
     "SGLangBackendConfig",
+    "SGLangEngine",
     "ServiceHolder",
     "TinkerServiceHolder",
     "VLLMBackendConfig",
+    "VLLMEngine",
     "WeaverServiceHolder",
     "WeightSyncController",
     "create_backend",

@@ -13,7 +13,7 @@ from typing import Any
 
 from penstock.api.blocking import run
 from penstock.api.prompt import as_batch
-from penstock.api.protocols import Completion, Templated, Tokenizing
+from penstock.api.protocols import Completion, Tokenizing
 from penstock.backends.config import BackendConfig
 from penstock.errors import ConfigurationError, RequestError, shown
 from penstock.training.backend import EngineBackend, Prompts, Responses, as_responses
@@ -143,8 +143,7 @@ class BaseBackend:
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, which two threads must not use at once."""
-        engine = self._loaded().engine
-        return engine.tokenizer if isinstance(engine, Templated) else None
+        return self._loaded().tokenizer
 
     @property
     def backend(self) -> EngineBackend:

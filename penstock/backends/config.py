@@ -11,13 +11,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
-from penstock.backends.vllm_process import check_options
+from penstock.backends import sglang_process, vllm_process
 from penstock.config import EngineConfig
 from penstock.errors import ConfigurationError, shown, text_of
 from penstock.training.backend import EngineBackend
 from penstock.training.huggingface import HuggingFaceBackend
+from penstock.training.sglang import SGLangBackend
 from penstock.training.vllm import VLLMBackend
 from penstock.values import integer, real
 
@@ -120,7 +121,7 @@ class VLLMBackendConfig:
 
     def check_available(self) -> None:
         """Raises `PackageMissing` without vLLM."""
-        check_options(self.options)
+        vllm_process.check_options(self.options)
 
     def open(self, model: str | None) -> EngineBackend:
         """Starts vLLM. Raises `ConfigurationError`, also for options that vLLM does not know."""
@@ -136,26 +137,41 @@ class VLLMBackendConfig:
 
 @dataclass(frozen=True, slots=True)
 class SGLangBackendConfig:
-    """SGLang's settings, which are read and checked; there is no such backend yet."""
+    """SGLang, in processes of its own.
+
+    `tp_size`: number of GPUs for one copy of the model, 1 by default. `mem_fraction_static`: fraction of the memory of
+    each for weights and K/V, 0.85 by default. `context_length`: tokens of the longest sequence; None is the model's.
+    `options` are further fields of SGLang's `ServerArgs`.
+    """
 
     name: ClassVar[str] = "sglang"
 
     tp_size: int | None = None
     mem_fraction_static: float | None = None
     context_length: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_count("tp_size", self.tp_size)
         _check_fraction("mem_fraction_static", self.mem_fraction_static)
         _check_count("context_length", self.context_length)
+        _mapping("options", self.options)
+        if taken := {"tp_size", "mem_fraction_static", "context_length"} & self.options.keys():
+            raise ConfigurationError(f"{min(taken)} does not belong into options: set it beside them")
 
-    def check_available(self) -> NoReturn:
-        """Raises `ConfigurationError`."""
-        raise ConfigurationError("backend_type 'sglang' is not available yet: use 'vllm' or 'huggingface'")
+    def check_available(self) -> None:
+        """Raises `PackageMissing` without SGLang."""
+        sglang_process.check_options(self.options)
 
     def open(self, model: str | None) -> EngineBackend:
-        """Raises `ConfigurationError`."""
-        self.check_available()
+        """Starts SGLang. Raises `ConfigurationError`, also for options that SGLang does not know."""
+        settings: dict[str, Any] = {
+            "tp_size": self.tp_size or 1,
+            "mem_fraction_static": 0.85 if self.mem_fraction_static is None else self.mem_fraction_static,
+        }
+        if self.context_length is not None:
+            settings["context_length"] = self.context_length
+        return SGLangBackend(model, **settings, **self.options)
 
 
 BACKEND_TYPES: Mapping[str, type[Any]] = {

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import openai
-
 from penstock.api.arguments import Arguments
 from penstock.api.transcript import Transcript
 from penstock.backends.addresses import api_url
-from penstock.backends.openai_errors import penstock_error
+from penstock.backends.engine_options import check_installed
 from penstock.backends.openai_request import Body, request_body
 from penstock.backends.streamed import StreamedEngine, StreamedRequest
 from penstock.errors import ConfigurationError, PenstockError, described
@@ -27,7 +25,8 @@ class OpenAIEngine(StreamedEngine[Body]):
     `max_retries` repeats a request that the server refused with 408, 409, 429 or 5xx, or that did not reach it, after a
     growing, randomized pause; never after its first token. With `return_token_ids` the server is asked for token ids,
     which Penstock and vLLM return; without them the outputs hold text only. Priority is not sent. A namespace is sent
-    as `cache_salt`. `start` raises `ConfigurationError` if the server cannot be reached.
+    as `cache_salt`. Raises `PackageMissing` without the `openai` package; `start` raises `ConfigurationError` if the
+    server cannot be reached.
     """
 
     def __init__(
@@ -39,13 +38,14 @@ class OpenAIEngine(StreamedEngine[Body]):
         max_retries: int = 2,
         return_token_ids: bool = False,
     ) -> None:
+        check_installed("openai", "openai is not installed: pip install 'penstock[client]'")
         super().__init__("penstock-openai")
         self.url = api_url(url)
         self.model = model
         self._api_key = api_key
         self._max_retries = max_retries
         self._return_token_ids = return_token_ids
-        self._client: openai.AsyncOpenAI | None = None
+        self._client: Any = None  # an `openai.AsyncOpenAI`
 
     def get_stats(self) -> dict[str, object]:
         """The address, the model, and how many requests run and have ended."""
@@ -56,6 +56,8 @@ class OpenAIEngine(StreamedEngine[Body]):
         return body, body.get("n", 1)
 
     async def _open(self) -> None:
+        import openai  # of the extra `client`
+
         client = openai.AsyncOpenAI(
             base_url=self.url,
             api_key=self._api_key or "none",
@@ -71,16 +73,14 @@ class OpenAIEngine(StreamedEngine[Body]):
         self._client = client
 
     async def _close(self) -> None:
-        assert self._client is not None
         await self._client.close()
 
     async def _stream(self, request: StreamedRequest[Body]) -> None:
-        assert self._client is not None
-        async with await self._open_stream(self._client, request) as stream:
+        async with await self._open_stream(request) as stream:
             async for chunk in stream:
                 self._publish(request, _added(request, chunk))
 
-    async def _open_stream(self, client: openai.AsyncOpenAI, request: StreamedRequest[Body]) -> Any:
+    async def _open_stream(self, request: StreamedRequest[Body]) -> Any:
         """The stream of chunks; chat and text completions have chunks of different types."""
         body, extensions = dict(request.work), dict(request.work["extra_body"])
         if self._return_token_ids:
@@ -88,10 +88,12 @@ class OpenAIEngine(StreamedEngine[Body]):
         if request.arguments.namespace:
             extensions["cache_salt"] = request.arguments.namespace
         body |= {"model": self.model, "stream": True, "extra_body": extensions}
-        endpoint: Any = client.completions if "prompt" in body else client.chat.completions
+        endpoint = self._client.completions if "prompt" in body else self._client.chat.completions
         return await endpoint.create(**body)
 
     def _error_of(self, error: BaseException) -> PenstockError:
+        from penstock.backends.openai_errors import penstock_error
+
         return penstock_error(error, self.url)
 
 

@@ -9,28 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
-from penstock.api.arguments import Arguments, read_arguments
-from penstock.api.channel import Channel
-from penstock.api.handle import RequestHandle
-from penstock.api.prompt import Prompt, as_batch, read_prompt
-from penstock.api.waiting import result_of
+from penstock.api.arguments import Arguments
 from penstock.backends.encoding import Encoder
-from penstock.backends.streamed import StreamedEngine, StreamedRequest
+from penstock.backends.hosted import HostedEngine, HostedWork
+from penstock.backends.prompt_scores import Scoring
+from penstock.backends.streamed import StreamedRequest
 from penstock.backends.vllm_outputs import add_output
-from penstock.backends.vllm_params import (
-    NEW_TOKENS,
-    check_params,
-    resolve,
-    structure_arguments,
-    vllm_arguments,
-    vllm_priority,
-)
+from penstock.backends.vllm_params import check_params, structure_arguments, vllm_arguments, vllm_priority
 from penstock.backends.vllm_process import check_options, start_vllm
-from penstock.backends.vllm_scores import Scoring
 from penstock.backends.vllm_weights import VLLMWeights, alive, dead
 from penstock.errors import (
     EngineOverloaded,
@@ -41,24 +30,13 @@ from penstock.errors import (
     described,
     text_of,
 )
-from penstock.generation import Params, default_params
-from penstock.sampling import RequestPriority, SamplingParams
-from penstock.scores import Score
+from penstock.generation import Params
+from penstock.sampling import SamplingParams
 
-T = TypeVar("T")
-Completion = str | Sequence[int]  # a text without special tokens, or token ids
 ABORT_S = 1.0  # the longest that vLLM is given to hand out what an aborted request has
 
 
-@dataclass(slots=True, eq=False)
-class VLLMWork:
-    """What is particular to a request here: its resolved parameters, and a completion that is scored."""
-
-    params: SamplingParams | None = None
-    scoring: Scoring | None = None
-
-
-class VLLMEngine(StreamedEngine[VLLMWork]):
+class VLLMEngine(HostedEngine):
     """Generates with vLLM: `model` is a model's folder or name, or a running `AsyncLLM`.
 
     `options` are fields of vLLM's `AsyncEngineArgs` (`dtype`, `tensor_parallel_size`, `distributed_executor_backend`,
@@ -71,121 +49,48 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
     Raises `ConfigurationError` if vLLM is not installed.
     """
 
+    limit_name = "max_model_len"
+
     def __init__(
         self, model: str | os.PathLike[str] | Any, *, loop: asyncio.AbstractEventLoop | None = None, **options: Any
     ) -> None:
-        super().__init__("penstock-vllm", loop)
-        self._owns_llm = isinstance(model, str | os.PathLike)
         if isinstance(model, str | os.PathLike):
             check_options(options)
-            self.model: str = os.fspath(model)
-            self._llm: Any = None
+            name, llm = os.fspath(model), None
         else:
-            self.model, self._llm = model.model_config.model, model
+            name, llm = model.model_config.model, model
+        super().__init__("penstock-vllm", name, loop)
+        self._owns_llm = llm is None
+        self._llm: Any = llm
         self._options = options
-        self._encoder: Encoder | None = None
         self._aborts: set[asyncio.Task[None]] = set()
-        self._weights: VLLMWeights | None = None
-
-    # Capabilities beside `generate`.
 
     @property
-    def tokenizer(self) -> object:
+    def tokenizer(self) -> Any:
         """The tokenizer, which two threads must not use at once; None before the engine has started."""
         return None if self._llm is None else self._llm.get_tokenizer()
 
-    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt. Raises `RequestError`."""
-        read = read_prompt(prompt)
-        return (await self._run(lambda: self._encoding().encode(read, add_special_tokens)))[1]
-
-    async def detokenize(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids. Raises `RequestError`."""
-        return await self._run(lambda: self._encoding().decode(ids, skip_special_tokens))
-
-    def default_params(self, max_tokens: int | None = None) -> SamplingParams:
-        """The parameters of a request without any. Starts the engine."""
-        self.start()
-        return default_params(self._llm.model_config.get_diff_sampling_param(), max_tokens or NEW_TOKENS)
-
-    def reset_prefix_cache(self) -> None:
-        """Reuse nothing computed so far; blocks until vLLM has forgotten it."""
-        self.start()
-        with self._lock:
-            loop = self._loop()
-        asyncio.run_coroutine_threadsafe(alive(self._llm, self._llm.reset_prefix_cache()), loop).result()
-
-    async def score(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        completions: Completion | Sequence[Completion],
-        *,
-        params: Params = None,
-        logits: bool = False,
-        entropies: bool = False,
-        namespace: str = "",
-        priority: RequestPriority = RequestPriority.NORMAL,
-        deadline: float | None = None,
-    ) -> list[Score]:
-        """The log probabilities of a completion after each prompt. Of `params` only the temperature may be set.
-
-        `logits` needs an engine with `logprobs_mode="raw_logits"`. Raises `RequestError`, and whatever awaiting a
-        request raises.
-        """
-        batch, completed = as_batch(prompts), as_batch(completions)
-        if len(batch) != len(completed):
-            raise RequestError(f"{len(batch)} prompts and {len(completed)} completions: pass one for each")
-        arguments = [
-            read_arguments(prompt, params, namespace=namespace, priority=priority, deadline=deadline)
-            for prompt in batch
-        ]
-        mode = self._options.get("logprobs_mode") if self._llm is None else self._llm.model_config.logprobs_mode
-        wishes = (arguments[0].params if arguments else None, mode == "raw_logits", logits, entropies)
-        ids = [await self._completion_ids(completion) for completion in completed]
-        works = [VLLMWork(scoring=Scoring.of(tokens, *wishes)) for tokens in ids]
-        handles = [self._submit_work(*pair) for pair in zip(arguments, works, strict=True)]
-        for handle in handles:
-            await handle
-        return [work.scoring.score() for work in works if work.scoring is not None]
-
-    async def _completion_ids(self, completion: Prompt) -> object:
-        return await self.tokenize(completion, add_special_tokens=False) if isinstance(completion, str) else completion
-
-    def _submit_work(self, arguments: Arguments, work: VLLMWork) -> RequestHandle:
-        channel = Channel(f"score-{id(work):x}", arguments.priority, arguments.deadline)
-        self._submit(StreamedRequest(channel, arguments, work))
-        return RequestHandle(channel, self)
-
-    # Weights.
+    @property
+    def _limit(self) -> int:
+        return int(self._llm.model_config.max_model_len)
 
     @property
-    def weight_version(self) -> int:
-        """How often the weights were updated."""
-        return 0 if self._weights is None else self._weights.version
+    def _defaults(self) -> Mapping[str, Any]:
+        defaults: Mapping[str, Any] = self._llm.model_config.get_diff_sampling_param()
+        return defaults
 
-    async def pause(self, mode: str = "abort") -> None:
-        """Start no more requests. "abort" ends what runs, "wait" serves it first, "keep" leaves it for later.
+    @property
+    def _logprobs_mode(self) -> object:
+        return self._options.get("logprobs_mode") if self._llm is None else self._llm.model_config.logprobs_mode
 
-        Raises `EngineStateError` if the engine is paused already.
-        """
-        await self._run(lambda: self._opened_weights().pause(mode))
+    def _new_scoring(self, ids: Sequence[int], params: Params, logits: bool, entropies: bool) -> Scoring:
+        are_logits = self._logprobs_mode == "raw_logits"
+        if logits and not are_logits:
+            raise RequestError('this engine has no logits: make it with logprobs_mode="raw_logits"')
+        return Scoring.of(ids, params, are_logits=are_logits, logits=logits, entropies=entropies, engine="vLLM")
 
-    async def resume(self) -> None:
-        """Go on after `pause`. Raises `EngineStateError` if the engine is not paused."""
-        await self._run(lambda: self._opened_weights().resume())
-
-    async def update_weights(self, source: object, *, mode: str = "abort") -> int:
-        """Load the weights in a folder of safetensors, and return their version; K/V of older weights is not reused.
-
-        `mode` says what happens to running requests: "abort" ends them, "wait" serves them first. "keep" is refused,
-        because their K/V would be of the old weights. Raises `WeightsError` for weights that do not fit: nothing was
-        changed then, unless it has `is_mixed`.
-        """
-        return await self._run(lambda: self._opened_weights().update(source, mode))
-
-    def _opened_weights(self) -> VLLMWeights:
-        assert self._weights is not None, "the engine has not started"
-        return self._weights
+    async def _forget_prefixes(self) -> None:
+        await alive(self._llm, self._llm.reset_prefix_cache())
 
     # The connection.
 
@@ -199,70 +104,46 @@ class VLLMEngine(StreamedEngine[VLLMWork]):
         self._encoding().close()
         if self._owns_llm:
             await asyncio.to_thread(self._llm.shutdown)
-
-    def _encoding(self) -> Encoder:
-        assert self._encoder is not None, "the engine has not started"
-        return self._encoder
-
-    async def _run(self, function: Callable[[], Awaitable[T]]) -> T:
-        """The result of a coroutine on the engine's loop, for a caller on any loop."""
-
-        async def run() -> T:
-            await self._opened()
-            return await function()
-
-        with self._lock:
-            loop = self._loop()
-        return await result_of(asyncio.run_coroutine_threadsafe(run(), loop))
+            # vLLM calls it again when the object is deleted, which may be when the interpreter exits and its modules
+            # are empty.
+            self._llm.shutdown = lambda timeout=None: None
 
     # Requests.
 
-    def _prepare(self, arguments: Arguments) -> tuple[VLLMWork, int]:
+    def _prepare(self, arguments: Arguments) -> tuple[HostedWork, int]:
         check_params(arguments.params)
-        return VLLMWork(), getattr(arguments.params, "n", getattr(arguments.params, "num_return_sequences", 1))
+        return HostedWork(), getattr(arguments.params, "n", getattr(arguments.params, "num_return_sequences", 1))
 
-    async def _stream(self, request: StreamedRequest[VLLMWork]) -> None:
-        channel, work, arguments = request.channel, request.work, request.arguments
-        channel.prompt, channel.prompt_token_ids = await self._encoding().encode(arguments.prompt)
-        ids = channel.prompt_token_ids
-        if work.scoring is None:
-            work.params = self._resolved(arguments.params, ids)
-        else:
-            ids, work.params = work.scoring.request(ids)
+    async def _generate(self, request: StreamedRequest[HostedWork], ids: list[int], params: SamplingParams) -> None:
+        arguments, request_id = request.arguments, request.channel.request_id
         priority = vllm_priority(arguments.priority) if self._llm.scheduler_config.policy == "priority" else 0
-        stream = self._llm.generate(
-            _prompt(ids, arguments.namespace), self._vllm_params(work), channel.request_id, priority=priority
-        )
+        vllm_params = self._vllm_params(params, is_score=request.work.scoring is not None)
+        stream = self._llm.generate(_prompt(ids, arguments.namespace), vllm_params, request_id, priority=priority)
         async with contextlib.aclosing(stream) as outputs:
-            await self._read(request, outputs)
+            await self._read(request, params, outputs)
 
-    def _resolved(self, params: Params, ids: Sequence[int]) -> SamplingParams:
-        config = self._llm.model_config
-        return resolve(params, len(ids), config.max_model_len, config.get_diff_sampling_param())
-
-    async def _read(self, request: StreamedRequest[VLLMWork], outputs: AsyncIterator[Any]) -> None:
-        params, scoring = request.work.params, request.work.scoring
-        assert params is not None
+    async def _read(
+        self, request: StreamedRequest[HostedWork], params: SamplingParams, outputs: AsyncIterator[Any]
+    ) -> None:
+        scoring = request.work.scoring
         async for output in outputs:
             if scoring is not None and output.prompt_logprobs:
                 scoring.entries = output.prompt_logprobs
             with_prompt = params.prompt_logprobs is not None and scoring is None
             self._publish(request, add_output(request, params, output, self.weight_version, with_prompt=with_prompt))
 
-    def _vllm_params(self, work: VLLMWork) -> Any:
+    def _vllm_params(self, params: SamplingParams, *, is_score: bool) -> Any:
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.sampling_params import SamplingParams as VLLMParams
 
-        assert work.params is not None
-        arguments = vllm_arguments(work.params, with_logprobs=self._llm.model_config.logprobs_mode == "raw_logprobs")
-        if work.params.structured_outputs is not None:
-            structure = structure_arguments(work.params.structured_outputs)
-            arguments["structured_outputs"] = StructuredOutputsParams(**structure)
-        if work.scoring is not None:
+        arguments = vllm_arguments(params, with_logprobs=self._logprobs_mode == "raw_logprobs")
+        if params.structured_outputs is not None:
+            arguments["structured_outputs"] = StructuredOutputsParams(**structure_arguments(params.structured_outputs))
+        if is_score:
             arguments |= {"logprobs": None, "flat_logprobs": True}
         return VLLMParams(**arguments, output_kind=RequestOutputKind.DELTA)
 
-    def _interrupt(self, request: StreamedRequest[VLLMWork], task: asyncio.Task[None]) -> None:
+    def _interrupt(self, request: StreamedRequest[HostedWork], task: asyncio.Task[None]) -> None:
         """Ask vLLM for what it still has, where it knows the request; closing the stream would lose that."""
         if not request.transcripts:
             task.cancel()

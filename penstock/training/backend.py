@@ -96,6 +96,11 @@ class EngineBackend(InferenceBackend):
         self.engine = engine
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, which two threads must not use at once; None if the engine has none."""
+        return self.engine.tokenizer if isinstance(self.engine, Templated) else None
+
+    @property
     def device(self) -> str:
         """The device of the tensors that are returned."""
         return "cpu"
@@ -170,8 +175,7 @@ class EngineBackend(InferenceBackend):
 
     @property
     def chat_template(self) -> str | None:
-        tokenizer = self.engine.tokenizer if isinstance(self.engine, Templated) else None
-        template = getattr(tokenizer, "chat_template", None)
+        template = getattr(self.tokenizer, "chat_template", None)
         return template if isinstance(template, str) else None
 
     def updating(self, mode: UpdateMode = "abort") -> AbstractContextManager[None]:

@@ -58,11 +58,6 @@ class HuggingFaceBackend(EngineBackend):
         self.engine.start()
 
     @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, which two threads must not use at once."""
-        return self.engine.tokenizer
-
-    @property
     def device(self) -> str:
         from penstock.training.tensors import device_of
 

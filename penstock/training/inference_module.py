@@ -20,12 +20,17 @@ from penstock.training.backend import InferenceBackend, Prompts, Responses, Tens
 from penstock.training.huggingface import HuggingFaceBackend
 from penstock.training.parameters import is_repeatable
 from penstock.training.results import GenerationResult
+from penstock.training.sglang import SGLangBackend
 from penstock.training.tool_prompts import read_available_tools, with_tools
 from penstock.training.vllm import VLLMBackend, best_backend
 from penstock.values import integer
 
 DEFAULT_CACHE_SIZE = 1000
-BACKENDS: Mapping[str, Callable[..., InferenceBackend]] = {"huggingface": HuggingFaceBackend, "vllm": VLLMBackend}
+BACKENDS: Mapping[str, Callable[..., InferenceBackend]] = {
+    "huggingface": HuggingFaceBackend,
+    "vllm": VLLMBackend,
+    "sglang": SGLangBackend,
+}
 
 
 @dataclass(frozen=True, slots=True)

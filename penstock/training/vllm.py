@@ -34,11 +34,6 @@ class VLLMBackend(EngineBackend):
         super().__init__(VLLMEngine(str(MODEL_DIR) if model_name is None else model_name, **model_kwargs))
         self.engine.start()
 
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, which two threads must not use at once."""
-        return getattr(self.engine, "tokenizer", None)
-
 
 def best_backend(model: object, options: Collection[str]) -> str:
     """The name of the backend for a model and settings of these names.

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import penstock
-from penstock import ConfigurationError, InferenceModule, PackageMissing, RequestError, VLLMBackend
+from penstock import ConfigurationError, InferenceModule, PackageMissing, RequestError, SGLangBackend, VLLMBackend
 from penstock import create_inference_module as create_module
 from penstock.backends import (
     BackendConfig,
@@ -34,6 +34,7 @@ from penstock.backends import (
 from penstock.backends.config import BACKEND_TYPES, CONFIGS
 from penstock.demo import MODEL_DIR
 from penstock.training import vllm as training_vllm
+from tests.unit.backends import fake_sglang
 from tests.unit.backends.fake_vllm import VOCAB_SIZE, FakeLLM, install, logits_after
 
 MODEL = str(MODEL_DIR)
@@ -248,15 +249,39 @@ def test_a_device_map_over_several_devices_is_refused() -> None:
             HuggingFaceBackendConfig(device_map=device_map)  # type: ignore[arg-type]
 
 
-def test_sglang_is_not_available_yet() -> None:
-    """002-4, 002-22, 002-23, 002-24: its settings are read and checked, and making one is refused."""
-    specific = {"tp_size": 2, "mem_fraction_static": 0.85, "context_length": 2048}
+def test_settings_reach_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """002-4, 002-22, 002-23, 002-24: with the documented defaults, and an unknown option by name."""
+    fake_sglang.install(monkeypatch)
+    specific = {"tp_size": 2, "context_length": 2048, "options": {"dtype": "bfloat16"}}
     config = BackendConfig.from_dict({"backend_type": "sglang", "model_name": "m", "backend_specific": specific})
-    assert config.backend_config == SGLangBackendConfig(2, 0.85, 2048)
-    with pytest.raises(ConfigurationError, match="'sglang' is not available yet: use 'vllm' or 'huggingface'"):
-        create_backend(config)
-    with pytest.raises(ConfigurationError, match="mem_fraction_static must be a number above 0"):
-        SGLangBackendConfig(mem_fraction_static=1.5)
+    assert config.backend_config == SGLangBackendConfig(2, None, 2048, {"dtype": "bfloat16"})
+    made = create_backend(config)
+    made.load()
+    options = fake_sglang.Engine.made[-1].server_args
+    assert (options.model_path, options.tp_size, options.mem_fraction_static) == ("m", 2, 0.85)
+    assert (options.context_length, options.dtype) == (2048, "bfloat16")
+    assert (made.encode("ab"), made.decode([97, 98]), made.generate("a", max_length=2)) == ([97, 98], "ab", " 0 1")
+    assert made.get_logprobs("a", "bc").tolist() == [-98.0, -99.0]
+    with pytest.raises(RequestError, match="no logits"):
+        made.get_logits("a", "b")
+    with pytest.raises(RequestError, match="computes no gradients"):
+        made.get_logits("a", "b", compute_gradients=True)
+    made.close()
+    with pytest.raises(ConfigurationError, match="no option 'dtyp': did you mean 'dtype'"):
+        create_backend({"backend_type": "sglang", "backend_specific": {"options": {"dtyp": "half"}}}).load()
+    for wrong, words in (({"mem_fraction_static": 1.5}, "a number above 0"), ({"options": {"tp_size": 2}}, "beside")):
+        with pytest.raises(ConfigurationError, match=words):
+            SGLangBackendConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_inference_module_over_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_sglang.install(monkeypatch)
+    inference = create_module("m", backend="sglang", tp_size=2)
+    assert isinstance(inference.backend, SGLangBackend)
+    result = inference.generate(["ab", "c"], max_new_tokens=3, return_logprobs=True)
+    assert [len(row) for row in result.token_ids] == [len(row) for row in result.logprobs or ()] == [3, 3]
+    assert inference.get_logprobs(["ab"], ["cd"]).tolist() == [[-99.0, -100.0]]
+    inference.close()
 
 
 @pytest.mark.usefixtures("_without_vllm")
@@ -266,6 +291,8 @@ def test_a_missing_package_is_an_import_error() -> None:
         create_backend({"backend_type": "vllm", "model_name": "gpt2"})
     assert isinstance(caught.value, PackageMissing)
     assert isinstance(caught.value, ValueError)
+    with pytest.raises(PackageMissing, match="pip install sglang"):
+        create_backend({"backend_type": "sglang", "model_name": "gpt2"})
 
 
 # Generation.

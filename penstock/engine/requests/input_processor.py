@@ -31,13 +31,12 @@ from penstock.engine.text.token_text import TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.text.tokenizer_pool import SHORT_TEXT, TokenizerPool, encode_prompt, encode_words, is_plain
 from penstock.errors import DeadlineExceeded, GrammarError, RequestError, RequestTooLarge
-from penstock.generation import GenerationConfig, Params, default_params
+from penstock.generation import LengthLimit, Params, fitted
 from penstock.models.protocol import ModelSpec
 from penstock.optimizers.beam_search import BeamSearch
 from penstock.optimizers.tuning.tuner import ceilings
 from penstock.sampling import SamplingParams, resolved, without_prompt_logprobs
 from penstock.scheduling.admission import Admission
-from penstock.scoring import ScoringParams
 from penstock.sequence import Sequence
 
 # Number of tokens before a fork whose text may depend on later tokens: more than any character has.
@@ -163,28 +162,8 @@ class InputProcessor:
 
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
         """The parameters with a definite `max_tokens` that fits."""
-        room = self.limit - prompt_len
-        if room < (0 if isinstance(params, SamplingParams) and not params.generates else 1):
-            subject = "the prompt has" if not isinstance(params, ScoringParams) else "prompt and completion have"
-            raise RequestTooLarge(
-                f"{subject} {prompt_len} tokens and the limit is {self.limit} for prompt and output together: "
-                "shorten the prompt"
-            ).with_hint(self._remedy)
-        if params is None:
-            params = default_params(self._spec.defaults, self._config.default_max_tokens, prompt_len)
-            max_tokens = min(room, params.max_tokens or room)
-        elif isinstance(params, ScoringParams):
-            room += params.num_scored  # which a request with these parameters could have generated
-            max_tokens = min(room, params.max_tokens or room)
-        else:
-            if isinstance(params, GenerationConfig):
-                params = params.sampling_params(prompt_len, room)
-            max_tokens = room if params.max_tokens is None else params.max_tokens
-        if max_tokens > room:
-            raise RequestTooLarge(
-                f"a prompt of {prompt_len} tokens and max_tokens={max_tokens} exceed the limit of {self.limit}: "
-                f"ask for at most {room}, or max_tokens=None for what fits"
-            ).with_hint(self._remedy)
+        limit = LengthLimit(self.limit, hint=self._remedy)
+        params, max_tokens = fitted(params, prompt_len, limit, self._spec.defaults, self._config.default_max_tokens)
         self._check_numbers(params)
         self._check_effects(params)
         return resolved(params, max_tokens, bad_words)

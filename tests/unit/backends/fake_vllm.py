@@ -242,8 +242,14 @@ class FakeLLM:
     async def update_weight_version(self, version: str) -> None:
         self.log.append(("version", version))
 
-    def shutdown(self) -> None:
+    def shutdown(self, timeout: float | None = None) -> None:
+        if self.is_shut_down:
+            raise TypeError("'NoneType' object is not callable")  # its modules are empty when the interpreter exits
         self.is_shut_down = True
+
+    def __del__(self) -> None:
+        if self.arguments is not None:
+            self.shutdown()
 
 
 def choice(index: int, params: Any, tokens: list[int], end: bool | str) -> SimpleNamespace:

@@ -14,6 +14,8 @@ from penstock import InferenceEngine, RequestError, SamplingParams, StructuredOu
 from penstock.api.prompt import read_prompt
 from penstock.backends.openai_engine import OpenAIEngine
 from penstock.backends.openai_request import request_body
+from penstock.backends.sglang_engine import SGLangEngine
+from penstock.backends.sglang_params import check_params as check_sglang_params
 from penstock.backends.vllm_engine import VLLMEngine
 from penstock.backends.vllm_params import check_params
 
@@ -51,6 +53,7 @@ BESIDE: dict[str, dict[str, Any]] = {"use_beam_search": {"n": 2, "temperature": 
 ENGINES: dict[str, tuple[type, Callable[[SamplingParams], object]]] = {
     "native": (InferenceEngine, lambda params: None),
     "vLLM": (VLLMEngine, check_params),
+    "SGLang": (SGLangEngine, check_sglang_params),
     "OpenAI-compatible": (OpenAIEngine, lambda params: request_body(read_prompt("x"), params)),
 }
 

@@ -118,7 +118,7 @@ def test_what_vllm_cannot_do_is_refused_before_anything_runs(
 async def test_errors_of_vllm_are_typed(engine: VLLMEngine) -> None:
     with pytest.raises(RequestError, match="out of the vocabulary"):
         await engine.generate([10**7], PARAMS)
-    with pytest.raises(RequestTooLarge, match="max_model_len=2000"):
+    with pytest.raises(RequestTooLarge, match="max_model_len of 2000"):
         await engine.generate([1] * 1999, PARAMS)
     with pytest.raises(RequestTooLarge, match="shorten the prompt"):
         await engine.generate([1] * 2000, PARAMS)
@@ -181,6 +181,16 @@ async def test_a_given_llm_stays_up_on_its_loop(llm: FakeLLM) -> None:
             assert len((await engine.generate([1], PARAMS)).generated_ids) == 4
     thread.close(wait=True)
     assert not llm.is_shut_down
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+async def test_vllm_shuts_down_once() -> None:
+    """vLLM does so again when its object is deleted, and printed an error when that was at the interpreter's exit."""
+    async with VLLMEngine("m") as engine:
+        await engine.generate([1], PARAMS)
+    made = FakeLLM.made.pop()
+    assert made.is_shut_down
+    made.shutdown()
 
 
 def test_without_vllm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-SDKS = ("openai", "httpx", "tinker", "weaver", "omegaconf", "transformers", "torch")
+SDKS = ("openai", "httpx", "vllm", "sglang", "tinker", "weaver", "omegaconf", "transformers", "torch")
 
 
-def test_importing_the_clients_loads_no_sdk() -> None:
+def test_importing_the_clients_and_engines_loads_no_sdk() -> None:
     code = f"import sys, penstock.backends; print([name for name in {SDKS} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

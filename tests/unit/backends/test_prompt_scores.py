@@ -1,4 +1,4 @@
-"""From vLLM's entries to a score, by hand."""
+"""From an engine's entries to a score, by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from penstock import ExecutionError, SamplingParams
-from penstock.backends.vllm_scores import Scoring
+from penstock.backends.prompt_scores import Scoring
 
 LOGITS = [[0.0, 1.0, 2.0], [3.0, 3.0, 0.0]]  # in front of tokens 2 and 0, after a prompt of one token
 
@@ -43,8 +43,12 @@ def log_softmax(row: list[float], temperature: float = 1.0) -> list[float]:
     return [value / temperature - total for value in row]
 
 
+def made_of(ids: list[int], params: SamplingParams | None, are_logits: bool, logits: bool, entropies: bool) -> Scoring:
+    return Scoring.of(ids, params, are_logits=are_logits, logits=logits, entropies=entropies, engine="vLLM")
+
+
 def scoring(params: SamplingParams | None = None, *, are_logits: bool, logits: bool, entropies: bool) -> Scoring:
-    made = Scoring.of([2, 0], params, are_logits, logits, entropies)
+    made = made_of([2, 0], params, are_logits, logits, entropies)
     ids, request = made.request([9])
     assert ids == [9, 2, 0]
     assert request.prompt_logprobs == -1
@@ -70,14 +74,14 @@ def test_entropies_and_tempered_values_come_from_the_whole_vocabulary(are_logits
 def test_a_greedy_request_could_have_drawn_the_likeliest_token_only() -> None:
     score = scoring(SamplingParams(temperature=0), are_logits=True, logits=False, entropies=False).score()
     assert score.tempered.tolist() == [0.0, 0.0]
-    other = Scoring.of([0, 0], SamplingParams(temperature=0), True, False, False)
+    other = made_of([0, 0], SamplingParams(temperature=0), True, False, False)
     other.request([9])
     other.entries = entries(LOGITS)
     assert other.score().tempered.tolist() == [-np.inf, 0.0]
 
 
 def test_missing_entries_are_an_error() -> None:
-    made = Scoring.of([2, 0], None, False, False, False)
+    made = made_of([2, 0], None, False, False, False)
     made.request([9])
     with pytest.raises(ExecutionError, match="no log probabilities"):
         made.score()

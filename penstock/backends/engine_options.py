@@ -1,0 +1,24 @@
+"""Checks of the options with which another engine is started. Raises `ConfigurationError` and `PackageMissing`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable, Mapping
+
+from penstock.errors import ConfigurationError, PackageMissing
+
+
+def check_installed(package: str, remedy: str) -> None:
+    """Raise `PackageMissing` with the remedy if a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise PackageMissing(remedy)
+
+
+def check_names(engine: str, options: Mapping[str, object], names: Iterable[str]) -> None:
+    """Raise `ConfigurationError` for an option that the engine does not have, with the nearest one that it has."""
+    known = list(names)
+    if unknown := options.keys() - set(known):
+        nearest = difflib.get_close_matches(min(unknown), known, n=1)
+        hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigurationError(f"{engine} has no option {min(unknown)!r}{hint}")

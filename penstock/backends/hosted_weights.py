@@ -1,0 +1,97 @@
+"""`HostedWeights`: pauses of one engine of another package, and its weights.
+
+Owns their state: whether it is paused, the folder of the latest update, the number of updates. A subclass gives the
+engine's own calls. Runs on the engine's loop; called by `HostedEngine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from penstock.api.weights import UpdateMode, check_mode
+from penstock.backends.weight_folder import check_folder
+from penstock.errors import EngineClosed, EngineStateError, RequestError, WeightsError, text_of
+
+
+class HostedWeights(ABC):
+    """`model` is the name or folder of what the engine has loaded, `engine` what errors call it."""
+
+    engine: ClassVar[str]
+    keeps: ClassVar[bool]  # whether an update can leave running requests to go on, with K/V computed anew
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._updating = asyncio.Lock()
+        self._is_paused = False
+        self._folder: Path | None = None  # of the latest update
+        self.version = 0
+
+    @abstractmethod
+    async def _pause(self, mode: UpdateMode) -> None:
+        """Run nothing more until `_resume`; raises `EngineClosed`."""
+
+    @abstractmethod
+    async def _resume(self) -> None:
+        """Go on."""
+
+    @abstractmethod
+    async def _load(self, folder: Path, version: int) -> None:
+        """Replace the weights, which are of this version from now on, and reuse no K/V of those so far.
+
+        Raises whatever the engine raises.
+        """
+
+    @abstractmethod
+    def _is_alive(self) -> bool:
+        """Whether the engine's processes run."""
+
+    async def pause(self, mode: UpdateMode) -> None:
+        """See `HostedEngine.pause`."""
+        check_mode(mode)
+        if self._is_paused:
+            raise EngineStateError("the engine is paused already: call resume() first")
+        self._is_paused = True
+        await self._pause(mode)
+
+    async def resume(self) -> None:
+        """See `HostedEngine.resume`."""
+        if not self._is_paused:
+            raise EngineStateError("the engine is not paused")
+        await self._resume()
+        self._is_paused = False
+
+    async def update(self, source: object, mode: UpdateMode) -> int:
+        """See `HostedEngine.update_weights`."""
+        check_mode(mode)
+        if mode == "keep" and not self.keeps:
+            raise RequestError(f"mode='keep' reuses old K/V with {self.engine}: use 'wait' or 'abort'")
+        folder = await asyncio.to_thread(check_folder, source, self._model)
+        async with self._updating:
+            if self._is_paused:
+                await self._replace(folder)
+            else:
+                await self.pause(mode)
+                try:
+                    await self._replace(folder)
+                finally:
+                    if self._is_alive():
+                        await self.resume()
+            return self.version
+
+    async def _replace(self, folder: Path) -> None:
+        """Load the folder; if that fails, the weights from before it."""
+        try:
+            await self._load(folder, self.version + 1)
+        except EngineClosed:
+            raise
+        except Exception as error:
+            try:
+                await self._load(self._folder or Path(self._model), self.version)
+            except Exception:
+                message = f"{self.engine} failed while it loaded {folder}, and holds weights of two kinds"
+                raise WeightsError(f"{message}: stop this engine ({text_of(error)})", is_mixed=True) from error
+            raise WeightsError(f"{self.engine} cannot load {folder}: {text_of(error)}") from error
+        self._folder, self.version = folder, self.version + 1
