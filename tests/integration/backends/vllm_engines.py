@@ -7,14 +7,18 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
 import penstock
 from penstock import InferenceEngine
 from penstock.api.event_loop import LoopThread
+from penstock.backends.config import VLLMBackendConfig
 from penstock.backends.vllm_process import start_vllm
+from penstock.training.vllm import VLLMBackend
+
+RunningLLM: TypeAlias = tuple[Any, asyncio.AbstractEventLoop]  # an `AsyncLLM`, and the loop on which it runs
 
 MODEL = str(Path(penstock.__file__).parent / "demo" / "model")
 OPTIONS: dict[str, Any] = {
@@ -35,8 +39,8 @@ needs_vllm = [
 
 
 @contextmanager
-def running_llm(**options: Any) -> Iterator[tuple[Any, asyncio.AbstractEventLoop]]:
-    """An `AsyncLLM`, and the loop on which it runs."""
+def running_llm(**options: Any) -> Iterator[RunningLLM]:
+    """An `AsyncLLM` on the shipped model."""
     thread = LoopThread("vllm")
     llm = start_vllm(MODEL, OPTIONS | options)
     try:
@@ -49,3 +53,11 @@ def running_llm(**options: Any) -> Iterator[tuple[Any, asyncio.AbstractEventLoop
 def native(model: str = MODEL) -> InferenceEngine:
     """The native engine on the same weights, in fp32."""
     return InferenceEngine(model, dtype="float32", device="cpu", max_logprobs=-1)
+
+
+@contextmanager
+def backends_over(llm: RunningLLM) -> Iterator[None]:
+    """A block in which backends of vLLM use this one instead of starting their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLLMBackendConfig, "open", lambda config, model: VLLMBackend(llm[0], loop=llm[1]))
+        yield
