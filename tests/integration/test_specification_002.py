@@ -1,7 +1,7 @@
 """The backends of a library for analysing policies: its snippets run as they are written, and keep their promises.
 
 Numbers like 002-7 in the docstrings are the rows of the requirements checklist. Only import lines, model names and
-devices differ. What needs vLLM runs on a stand-in for it here, and on vLLM in `backends/test_vllm_specification_002.py`.
+devices differ. What needs vLLM runs on a stand-in for it here; `backends/test_vllm_specification_002.py` has it itself.
 """
 
 from __future__ import annotations

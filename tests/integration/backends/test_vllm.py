@@ -271,9 +271,7 @@ async def test_a_paused_engine_starts_nothing(engine: VLLMEngine) -> None:
         await engine.resume()
 
 
-async def test_logits_agree_with_the_native_engine(
-    llm_with_logits: RunningLLM, native_engine: InferenceEngine
-) -> None:
+async def test_logits_agree_with_the_native_engine(llm_with_logits: RunningLLM, native_engine: InferenceEngine) -> None:
     llm, loop = llm_with_logits
     async with VLLMEngine(llm, loop=loop) as engine:
         await check_logits(engine, native_engine)
