@@ -442,7 +442,7 @@ def test_what_does_not_fit_is_refused(backend: BaseBackend) -> None:
 
 
 def test_texts_are_encoded_without_special_tokens(backend: BaseBackend, tokenizer: Any) -> None:
-    """002-43 to 002-46."""
+    """002-43 to 002-46; the snippet itself runs in `outside/test_gpt2_tokens.py`, with gpt2's vocabulary."""
     ids = backend.encode("Hello, world!")
     assert ids == tokenizer.encode("Hello, world!", add_special_tokens=False)
     assert backend.decode(ids) == "Hello, world!"
@@ -450,16 +450,6 @@ def test_texts_are_encoded_without_special_tokens(backend: BaseBackend, tokenize
     assert backend.decode(torch.tensor(ids)) == backend.decode(np.array(ids)) == "Hello, world!"
     assert (backend.encode(""), backend.decode([]), backend.encode([])) == ([], "", [])
     assert backend.get_tokenizer().encode("Hello, world!", add_special_tokens=False) == ids
-
-
-def test_tokens_of_gpt2_are_those_of_the_snippet(gpt2: str) -> None:
-    """002-43 to 002-45, proof 19: with the vocabulary and the merges of gpt2, [15496, 11, 995, 0]."""
-    backend = create_backend({"model_name": gpt2, "backend_specific": {"device": "cpu"}})
-    names = run_snippet(specification.TOKENS, backend=backend)
-    assert names["printed"] == [[15496, 11, 995, 0], "Hello, world!"]
-    assert names["token_ids_list"] == [[15496], [10603]]
-    assert names["texts"] == ["Hello", "World"]
-    backend.close()
 
 
 def test_the_first_call_loads_once_from_any_thread() -> None:

@@ -93,6 +93,7 @@ async def test_greedy_text_and_log_probabilities_agree_with_the_native_engine(
 async def test_scores_agree_with_the_native_engine_and_with_generation(
     engine: VLLMEngine, native_engine: InferenceEngine
 ) -> None:
+    """000-61."""
     output = await engine.generate(CHAT, GREEDY)
     completions = [output.generated_ids, [7, 8, 9]]
     prompts = [output.prompt_token_ids, [5, 6]]

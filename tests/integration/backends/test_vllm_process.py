@@ -83,7 +83,7 @@ def test_bad_options_are_one_sentence() -> None:
 
 
 def test_options_for_several_devices_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray is not installed here, and there is one device: the options are seen where vLLM makes its engine."""
+    """000-54, 000-69: Ray is not installed here, and there is one device: the options are seen where vLLM starts."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     seen: list[Any] = []

@@ -50,25 +50,19 @@ def fetched(package: str, version: str, folder: Path) -> Path:
     """The unpacked source distribution of a package."""
     root = folder / f"{package}-{version}"
     if not root.is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-binary",
-            package,
-            "-d",
-            str(folder),
-        ]
-        done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, timeout=100)
-        if done.returncode and _UNREACHABLE.search(done.stderr):
-            pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
-        assert done.returncode == 0, done.stderr
+        download(f"{package}=={version}", folder, "--no-binary", package)
         with tarfile.open(folder / f"{package}-{version}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
     return root
+
+
+def download(requirement: str, folder: Path, *options: str) -> None:
+    """Download a distribution into a folder. Skips the test if the package index cannot be reached."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *options, requirement]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    if done.returncode and _UNREACHABLE.search(done.stderr):
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
 
 
 def failures(

@@ -257,6 +257,7 @@ async def test_errors_of_the_sdk_have_the_types_of_the_package(
 def test_the_weight_sync_saves_trains_and_changes_the_path(
     backend: str, service: Service, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """001-41, 001-42."""
     connect: Callable[..., None] = {"tinker": tinker_with, "weaver": weaver_with}[backend]
     connect(service, monkeypatch)
     kind = {"tinker": TinkerServiceHolder, "weaver": WeaverServiceHolder}[backend]
