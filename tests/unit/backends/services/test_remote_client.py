@@ -376,20 +376,6 @@ def test_the_installed_sdk_takes_the_arguments_that_are_passed() -> None:
     inspect.signature(tinker.TrainingClient.forward_backward).bind(None, [], "cross_entropy", None)
 
 
-def test_the_sdk_of_weaver_takes_the_arguments_that_are_passed() -> None:
-    import inspect
-
-    weaver = pytest.importorskip("weaver", reason="nex-weaver is installed by hand only")
-    client = weaver.ServiceClient
-    inspect.signature(client).bind(base_url=None)
-    inspect.signature(client.create_sampling_client).bind(None, base_model="m", model_path="p")
-    inspect.signature(client.create_model).bind(None, base_model="m", training_mode="lora", lora_config={"rank": 8})
-    from weaver.sampling_client import SamplingClient
-
-    inspect.signature(SamplingClient.sample).bind(None, prompt=1, sampling_params=2, num_samples=3)
-    inspect.signature(SamplingClient.compute_logprobs).bind(None, prompt=1)
-
-
 class Weights:
     """A service whose weights change in the middle of whatever runs across an update."""
 
