@@ -157,6 +157,7 @@ def test_every_example_is_run() -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example_prints_what_it_is_about(name: str) -> None:
+    """000-58, for the example of `InferenceModule`."""
     CHECKS[name](output_of(ROOT / "examples" / f"{name}.py"))
 
 

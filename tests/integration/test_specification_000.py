@@ -239,7 +239,7 @@ def test_format_of_tool_calls_is_selected() -> None:
 
 
 def test_simple_generation(inference: InferenceModule) -> None:
-    """000-27, 000-28, 000-29, 000-32, 000-33."""
+    """000-4, 000-5, 000-27, 000-28, 000-29, 000-32, 000-33."""
     names = run_snippet(
         """
 # Simple generation

@@ -1,7 +1,7 @@
 """The backends of a library for analysing policies: its snippets run as they are written, and keep their promises.
 
-Numbers like 002-7 in the docstrings are the rows of the requirements checklist. Only import lines, model names, devices
-and comments differ. What needs vLLM runs on a stand-in for it; gpt2's token ids are those of the shipped model here.
+Numbers like 002-7 in the docstrings are the rows of the requirements checklist. Only import lines, model names and
+devices differ. What needs vLLM runs on a stand-in for it here; `backends/test_vllm_specification_002.py` has it itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from penstock.backends import (
 from penstock.backends.config import BACKEND_TYPES, CONFIGS
 from penstock.demo import MODEL_DIR
 from penstock.training import vllm as training_vllm
+from tests import specification_002 as specification
 from tests.unit.backends import fake_sglang
 from tests.unit.backends.fake_vllm import VOCAB_SIZE, FakeLLM, install, logits_after
 
@@ -77,12 +78,12 @@ def _without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
 
 
+HERE = {'"gpt2"': repr(MODEL), '"cuda"': '"cpu", "torch_dtype": "float32"'}
+
+
 def run_snippet(snippet: str, **names: Any) -> dict[str, Any]:
     """Run a snippet over the shipped model in float32 on the CPU; all names that are then defined."""
-    for old, new in (("rl_onoff", "penstock"), ('"gpt2"', repr(MODEL)), ('"cuda"', '"cpu", "torch_dtype": "float32"')):
-        snippet = snippet.replace(old, new)
-    exec(snippet, names)
-    return names
+    return specification.run(snippet, HERE, **names)
 
 
 def plain_logits(model: Any, tokenizer: Any, prompt: str, response: str) -> torch.Tensor:
@@ -98,41 +99,23 @@ def plain_logits(model: Any, tokenizer: Any, prompt: str, response: str) -> torc
 
 def test_a_backend_is_made_from_a_dict() -> None:
     """002-7, 002-12, 002-28."""
-    names = run_snippet(
-        """
-from rl_onoff.backends import create_backend
-backend = create_backend({
-    "backend_type": "huggingface",
-    "model_name": "gpt2",
-    "backend_specific": {
-        "device": "cuda"
-    }
-})
-backend.load()
-response = backend.generate("The future of AI is")
-"""
-    )
+    names = run_snippet(specification.CREATE)
     made = names["backend"]
     assert isinstance(made, BaseBackend)
     assert made.is_loaded()
+    assert names["printed"] == [names["response"]]
     assert isinstance(names["response"], str)
     made.close()
     assert not made.is_loaded()
 
 
-def test_a_backend_is_made_from_a_shipped_file(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("snippet", [specification.FROM_FILE, specification.DEFAULTS], ids=["load", "defaults"])
+def test_a_backend_is_made_from_a_shipped_file(snippet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """002-8, 002-10, 002-25."""
     monkeypatch.chdir(Path(penstock.__file__).parents[1])
-    names = run_snippet(
-        """
-from rl_onoff.backends.config import BackendConfig
-from rl_onoff.backends import create_backend
-config = BackendConfig.from_file("rl_onoff/backends/configs/huggingface_default.yaml")
-backend = create_backend(config)
-backend.load()
-"""
-    )
-    assert names["backend"].is_loaded()
+    names = run_snippet(snippet)
+    assert names["backend"].is_loaded() == (snippet is specification.FROM_FILE)
+    assert names["backend"].config == BackendConfig("huggingface", None)
     names["backend"].close()
 
 
@@ -150,18 +133,9 @@ def test_a_backend_is_made_from_the_section_of_an_experiment(tmp_path: Path, mon
     (tmp_path / "exp").mkdir()
     (tmp_path / "exp/experiment_config.yaml").write_text(yaml.safe_dump({"backend": NATIVE, "seed": 3}))
     monkeypatch.chdir(tmp_path)
-    names = run_snippet(
-        """
-import yaml
-from rl_onoff.backends import create_backend
-with open("exp/experiment_config.yaml") as f:
-    exp_config = yaml.safe_load(f)
-backend_config_dict = exp_config.get("backend", {})
-backend = create_backend(backend_config_dict)
-backend.load()
-"""
-    )
+    names = run_snippet(specification.FROM_EXPERIMENT)
     assert names["backend"].config.model_name == MODEL
+    assert names["backend"].is_loaded()
     names["backend"].close()
     section = OmegaConf.create({"backend": NATIVE}).backend
     assert create_backend(section).config == names["backend"].config
@@ -225,7 +199,7 @@ def test_tensor_parallelism_is_vllms() -> None:
     with pytest.raises(ConfigurationError, match="num_gpus=8 is not divisible by tp_size=3"):
         HuggingFaceBackendConfig(tp_size=3, num_gpus=8)
     with pytest.raises(ConfigurationError, match=r"tp_size=2.*'vllm' with tensor_parallel_size"):
-        create_backend({"backend_specific": {"tp_size": 2}})
+        run_snippet(specification.HYBRID, create_backend=create_backend)
     with pytest.raises(ConfigurationError, match="on one device"):
         HuggingFaceBackendConfig(num_gpus=2)
     assert HuggingFaceBackendConfig(tp_size=1, num_gpus=1) != HuggingFaceBackendConfig()
@@ -240,6 +214,29 @@ def test_a_device_map_overrides_the_device(device_map: object) -> None:
     made = create_backend({"model_name": MODEL, "backend_specific": specific})
     made.load()
     made.close()
+
+
+def test_the_snippet_of_a_device_map_loads() -> None:
+    """002-14."""
+    names = run_snippet(specification.DEVICE_MAP, create_backend=create_backend)
+    assert names["backend"].is_loaded()
+    names["backend"].close()
+
+
+def test_the_listed_settings_are_read(tmp_path: Path) -> None:
+    """002-12 to 002-15, 002-19 to 002-24: of the first file `tp_size` alone is refused, with the remedy."""
+    (tmp_path / "vllm.yaml").write_text(specification.VLLM_YAML)
+    (tmp_path / "sglang.yaml").write_text(specification.SGLANG_YAML)
+    (tmp_path / "huggingface.yaml").write_text(specification.HUGGINGFACE_YAML)
+    config = BackendConfig.from_file(tmp_path / "vllm.yaml")
+    assert config == BackendConfig("vllm", "gpt2", VLLMBackendConfig(2, 0.9, 2048))
+    config = BackendConfig.from_file(tmp_path / "sglang.yaml")
+    assert config == BackendConfig("sglang", "gpt2", SGLangBackendConfig(2, 0.85, 2048))
+    with pytest.raises(ConfigurationError, match=r"tp_size=2.*'vllm' with tensor_parallel_size"):
+        BackendConfig.from_file(tmp_path / "huggingface.yaml")
+    (tmp_path / "huggingface.yaml").write_text(specification.HUGGINGFACE_YAML.replace("tp_size: 2", "tp_size: 1"))
+    config = BackendConfig.from_file(tmp_path / "huggingface.yaml")
+    assert config == BackendConfig("huggingface", "gpt2", HuggingFaceBackendConfig("cuda", "float16", "auto", 1))
 
 
 def test_a_device_map_over_several_devices_is_refused() -> None:
@@ -341,33 +338,22 @@ def test_prompts_give_texts_of_new_tokens(backend: BaseBackend) -> None:
     assert isinstance(backend.generate([PROMPTS[0]], max_length=2), list)
 
 
+def test_one_prompt_gives_a_text_and_several_give_a_list() -> None:
+    """002-39."""
+    names = run_snippet(specification.TEXTS)
+    assert names["printed"] == [names["response"], names["responses"]]
+    assert [type(text) for text in (names["response"], *names["responses"])] == [str] * 3
+    names["backend"].close()
+
+
 def test_the_snippets_of_generation(backend: BaseBackend) -> None:
     """002-31 to 002-35; stop strings end a text and are not part of it."""
-    names = run_snippet(
-        r"""
-response = backend.generate(
-    "Once upon a time",
-    max_length=100,
-    temperature=0.8,
-    top_k=50,
-    top_p=0.9,
-    do_sample=True
-)
-greedy = backend.generate(
-    "The answer is",
-    max_length=50,
-    do_sample=False
-)
-response = backend.generate(
-    "Write a story:",
-    max_length=200,
-    stop_strings=["\n\n", "THE END"]
-)
-""",
-        backend=backend,
-    )
-    assert "\n\n" not in names["response"]
-    assert names["greedy"] == backend.generate("The answer is", max_length=50, temperature=0)
+    noting = specification.Noting(backend)
+    run_snippet(specification.PARAMETERS, backend=noting)
+    sampled, greedy, stopped = noting.results
+    assert isinstance(sampled, str)
+    assert greedy == backend.generate("The answer is", max_length=50, temperature=0)
+    assert "\n\n" not in stopped
 
 
 def test_one_stop_string_is_no_list_of_letters(backend: BaseBackend) -> None:
@@ -390,24 +376,18 @@ def test_more_than_the_specification_can_be_asked_for(backend: BaseBackend) -> N
         backend.generate("x", max_new_token=3)
 
 
-def test_the_snippet_of_logits_in_generation(backend: BaseBackend, model: Any, tokenizer: Any) -> None:
-    """002-36: the model's own, one row for each generated token, equal to a plain forward pass."""
-    names = run_snippet(
-        """
-result = backend.generate(
-    "The capital of France is",
-    max_length=10,
-    return_logits=True
-)
-""",
-        backend=backend,
-    )
+def test_the_snippet_of_logits(backend: BaseBackend, model: Any, tokenizer: Any) -> None:
+    """002-36, 002-40, 002-42: one row for each generated token, the model's own, equal to a plain forward pass."""
+    names = run_snippet(specification.LOGITS, backend=backend)
     result = names["result"]
     ids = tokenizer.encode("The capital of France is")
     expected = model(torch.tensor([ids + result["token_ids"]])).logits[0, len(ids) - 1 : -1]
-    assert result["logits"].shape == (len(result["token_ids"]), expected.shape[-1])
+    assert names["printed"] == [result["text"], (len(result["token_ids"]), expected.shape[-1])]
     np.testing.assert_allclose(result["logits"], expected.detach().numpy(), atol=2e-4)
     assert "probs" not in result
+    shape = (len(backend.encode("Paris")), expected.shape[-1])
+    assert names["logits"].shape == names["probs"].shape == shape
+    np.testing.assert_allclose(names["probs"].sum(-1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -423,21 +403,7 @@ def test_probabilities_are_tempered_once(backend: BaseBackend, options: Any, tem
 
 def test_gradients_of_generation(backend: BaseBackend) -> None:
     """002-38, 002-41."""
-    names = run_snippet(
-        """
-result = backend.generate(
-    "The capital of France is",
-    max_length=10,
-    compute_gradients=True
-)
-logits = backend.get_logits(
-    "The capital of France is",
-    "Paris",
-    compute_gradients=True
-)
-""",
-        backend=backend,
-    )
+    names = run_snippet(specification.GRADIENTS, backend=backend)
     assert names["result"]["logprobs"].requires_grad
     assert names["result"]["logprobs"].shape == (len(names["result"]["token_ids"]),)
     assert names["logits"].requires_grad
@@ -461,22 +427,6 @@ def test_logits_and_probabilities_equal_a_plain_forward_pass(backend: BaseBacken
         np.testing.assert_allclose(logprobs[index], chosen, atol=2e-4)
         np.testing.assert_allclose(probabilities[index], (expected / 0.7).softmax(-1), atol=2e-4)
         assert (logits[index].dtype, probabilities[index].dtype) == (np.float32, np.float32)
-
-
-def test_the_snippet_of_scores(backend: BaseBackend) -> None:
-    """002-40, 002-42."""
-    names = run_snippet(
-        """
-prompt = "The capital of France is"
-response = "Paris"
-logits = backend.get_logits(prompt, response)
-probs = backend.get_probabilities(prompt, response, temperature=1.0)
-""",
-        backend=backend,
-    )
-    shape = (len(backend.encode("Paris")), names["logits"].shape[-1])
-    assert names["logits"].shape == names["probs"].shape == shape
-    np.testing.assert_allclose(names["probs"].sum(-1), 1, atol=1e-5)
 
 
 def test_gradients_of_logits_are_those_of_a_plain_forward_pass(
@@ -519,20 +469,12 @@ def test_what_does_not_fit_is_refused(backend: BaseBackend) -> None:
 
 
 def test_texts_are_encoded_without_special_tokens(backend: BaseBackend, tokenizer: Any) -> None:
-    """002-43 to 002-46."""
+    """002-43 to 002-46; the snippet itself runs in `outside/test_gpt2_tokens.py`, with gpt2's vocabulary."""
     ids = backend.encode("Hello, world!")
     assert ids == tokenizer.encode("Hello, world!", add_special_tokens=False)
     assert backend.decode(ids) == "Hello, world!"
     assert backend.decode([*ids, tokenizer.eos_token_id]) == "Hello, world!"
     assert backend.decode(torch.tensor(ids)) == backend.decode(np.array(ids)) == "Hello, world!"
-    names = run_snippet(
-        """
-token_ids_list = backend.encode(["Hello", "World"])
-texts = backend.decode(token_ids_list)
-""",
-        backend=backend,
-    )
-    assert names["texts"] == ["Hello", "World"]
     assert (backend.encode(""), backend.decode([]), backend.encode([])) == ([], "", [])
     assert backend.get_tokenizer().encode("Hello, world!", add_special_tokens=False) == ids
 
@@ -566,27 +508,19 @@ async def test_it_blocks_inside_of_an_event_loop_too(backend: BaseBackend) -> No
 def test_the_same_program_runs_on_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """002-3, 002-5, 002-19."""
     install(monkeypatch)
-    names = run_snippet(
-        """
-from rl_onoff.backends import create_backend
-hf_backend = create_backend({
-    "backend_type": "huggingface",
-    "model_name": "gpt2",
-    "backend_specific": {"device": "cuda"}
-})
-vllm_backend = create_backend({
-    "backend_type": "vllm",
-    "model_name": "gpt2",
-    "backend_specific": {"tensor_parallel_size": 1}
-})
-response1 = hf_backend.generate("Hello")
-response2 = vllm_backend.generate("Hello")
-"""
-    )
+    names = run_snippet(specification.SWITCHING, create_backend=create_backend)
     assert isinstance(names["response1"], str)
     assert isinstance(names["response2"], str)
     names["hf_backend"].close()
     names["vllm_backend"].close()
+
+
+def test_tensor_parallelism_of_the_snippet_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """002-19."""
+    install(monkeypatch)
+    names = run_snippet(specification.VLLM_PARALLEL, create_backend=create_backend)
+    assert FakeLLM.made[-1].arguments.tensor_parallel_size == 2
+    names["backend"].close()
 
 
 def test_settings_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

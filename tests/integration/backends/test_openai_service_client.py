@@ -26,7 +26,7 @@ from penstock import (
     WeightsError,
 )
 from penstock.backends import OpenAIInferenceServiceClient, WeightSyncController, create_inference_service_client
-from penstock.serving import app
+from penstock.serving import ServingSettings, app
 from tests.http_sockets import running, wait_until
 from tests.malformed_tool_calls import FAILURES
 from tests.scripted_engine import replying_engine
@@ -471,6 +471,18 @@ def test_malformed_calls_in_what_a_server_answers_are_attempts_with_a_status(fol
             assert attempts == [*failure.attempts]
             assert choice["nexrl_train"]["response_tokens"][-1] == 2
             client.close()
+
+
+@pytest.mark.parametrize("format", sorted({failure.format for failure in FAILURES}))
+def test_attempts_are_the_same_where_the_server_has_parsed_what_it_could(format: str, folder: str) -> None:
+    failures = [failure for failure in FAILURES if failure.format == format]
+    settings, tools = ServingSettings(tool_format=format), [tool.to_dict() for tool in TOOLS]
+    with replying_engine([failure.text for failure in failures]) as engine, running(app(engine, settings)) as server:
+        client = client_of(address(server), tokenizer=folder, tool_parser=format)
+        for failure in failures:
+            (choice,) = client.generate(HELLO, tools=tools)["choices"]
+            assert [(attempt["status"], attempt["name"]) for attempt in choice["tool_attempts"]] == [*failure.attempts]
+        client.close()
 
 
 def test_calls_that_the_server_has_parsed_are_attempts_too() -> None:

@@ -1,63 +1,46 @@
-"""The contract over HTTP to vLLM's own server."""
+"""vLLM's own server over HTTP: the contract, and the records of a service client."""
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-
+import numpy as np
 import pytest
 
 from penstock.api.protocols import Engine
+from penstock.backends import create_inference_service_client
 from penstock.backends.openai_engine import OpenAIEngine
 from penstock.testing.contract import EngineContract
-from tests.integration.backends.vllm_engines import MODEL, OPTIONS, needs_vllm
+from tests.integration.backends.vllm_engines import MODEL, native, needs_vllm
 
 pytestmark = needs_vllm
-START_S = 500.0
 
 
 class TestVLLMServer(EngineContract):
     url = ""
 
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def _serve(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        port, log = free_port(), tmp_path_factory.mktemp("vllm") / "log"
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items() if value is not True]
-        flags = [f"--{name.replace('_', '-')}" for name, value in OPTIONS.items() if value is True]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, f"--port={port}"]
-        with log.open("w") as output:
-            server = subprocess.Popen([*command, *options, *flags], stdout=output, stderr=output)
-        cls.url = f"http://127.0.0.1:{port}"
-        try:
-            wait_until_healthy(cls.url, server, log)
-            yield
-        finally:
-            server.terminate()
-            server.wait()
+    @pytest.fixture(autouse=True)
+    def _connect(self, vllm_server: str) -> None:
+        self.url = vllm_server
 
     def make_engine(self) -> Engine:
         return OpenAIEngine(self.url, return_token_ids=True)
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Poll the server, which tells nobody that it is ready."""
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and server.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-            return
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-4000:])
+@pytest.mark.parametrize("backend", ["openai", "vllm"])
+async def test_records_of_a_service_client_hold_the_ids_and_log_probabilities_of_vllm(
+    backend: str, vllm_server: str
+) -> None:
+    """With "openai" the ids, which are the names of tokens, were read as numbers and failed."""
+    section = {"backend": backend, "base_url": vllm_server, "model": MODEL, "api_key": "EMPTY", "max_tokens": 12}
+    client = create_inference_service_client({"inference_service": section, "temperature": 1.0})
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    async with native() as engine:
+        for prompt, response in (
+            ({"prompt": "Once upon a time"}, await client.acompletion("Once upon a time")),
+            (messages, await client.agenerate(messages)),
+        ):
+            record = response["nexrl_train"]
+            assert record["prompt_tokens"] == await engine.tokenize(prompt)
+            assert len(record["response_tokens"]) == len(record["response_logprobs"]) == 12
+            (score,) = await engine.score([record["prompt_tokens"]], [record["response_tokens"]])
+            np.testing.assert_allclose(score.logprobs, record["response_logprobs"], atol=1e-3)
+    await client.aclose()

@@ -61,7 +61,7 @@ def fetched(package: str, version: str, folder: Path) -> Path:
 
 def _unpacked(package: str, version: str, folder: Path) -> Path:
     """The source distribution of a package, downloaded to the folder and unpacked there."""
-    _download(folder, f"{package}=={version}", "--no-binary", package)
+    download(f"{package}=={version}", folder, "--no-binary", package)
     with tarfile.open(folder / f"{package}-{version}.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder / f"{package}-{version}"
@@ -70,11 +70,12 @@ def _unpacked(package: str, version: str, folder: Path) -> Path:
 def fetched_wheel(package: str, version: str, platform: str, folder: Path) -> Path:
     """The wheel of a package for CPython 3.11 on a platform, to be read only; `folder` is this test's own."""
     target = ("--only-binary", ":all:", "--implementation", "cp", "--python-version", "3.11", "--platform", platform)
-    _download(folder, f"{package}=={version}", *target)
+    download(f"{package}=={version}", folder, *target)
     return next(folder.glob(f"{package}-{version}-*.whl"))
 
 
-def _download(folder: Path, requirement: str, *options: str) -> None:
+def download(requirement: str, folder: Path, *options: str) -> None:
+    """Download a distribution into a folder. Skips the test if the package index cannot be reached."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *options, requirement]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     if done.returncode and _UNREACHABLE.search(done.stderr):

@@ -25,8 +25,11 @@ def test_every_attempt_is_reported_and_none_raises(failure: Failure) -> None:
 @pytest.mark.parametrize("failure", FAILURES, ids=range(len(FAILURES)))
 def test_a_stream_in_any_parts_delivers_the_same_calls(failure: Failure) -> None:
     whole = plain(fed(OutputParser(failure.format, TOOLS), [failure.text]))
-    for size in (1, 2, 3, 7):
-        parts = [failure.text[start : start + size] for start in range(0, len(failure.text), size)]
+    splits = [
+        [failure.text[start : start + size] for start in range(0, len(failure.text), size)] for size in (1, 2, 3, 7)
+    ]
+    splits += [[failure.text[:place], failure.text[place:]] for place in range(1, len(failure.text))]
+    for parts in splits:
         assert plain(fed(OutputParser(failure.format, TOOLS), parts)) == whole
 
 

@@ -18,9 +18,11 @@ from penstock import (
     StructuredOutputs,
 )
 from penstock.tools import TokenRecord, Turn
+from tests.malformed_tool_calls import FAILURES
 from tests.scripted_engine import replying_engine
 from tests.tokenizers_for_tests import byte_level
 from tests.unit.testing.echo import EchoEngine
+from tests.unit.tools.texts import TOOLS
 
 SYSTEM = {"role": "system", "content": "Write Python."}
 SHORT = SamplingParams(temperature=1.0, max_tokens=12, seed=1)
@@ -423,3 +425,36 @@ def test_messages_that_are_no_list_of_messages_are_refused_by_name(messages: Any
     """These raised `TypeError` or `ValueError` of Python itself."""
     with pytest.raises(RequestError, match="messages must be a list of chat messages"):
         Conversation(engine, messages)
+
+
+SIGNS = {
+    "hermes": "<tool_call>",
+    "qwen3_coder": "<function=",
+    "mistral": "[TOOL_CALLS]",
+    "llama3": "<|python_tag|>",
+    "xml": "<function_calls>",
+    "pythonic": "func_name1(",
+    "json": "",
+}
+
+
+@pytest.mark.parametrize("format", SIGNS)
+def test_malformed_calls_of_every_format_end_no_conversation(format: str) -> None:
+    """Awaited and streamed alike; the complete calls beside them are found."""
+    failures = [failure for failure in FAILURES if failure.format == format]
+    replies = {f"task {number}.": failure.text for number, failure in enumerate(failures)}
+    params, tools = SamplingParams(max_tokens=300), [tool.to_dict() for tool in TOOLS]
+
+    async def talk(engine: InferenceEngine, task: str, is_streamed: bool) -> list[str]:
+        conversation = Conversation(engine, params=params, tools=tools)
+        if is_streamed:
+            async for _ in conversation.stream(task):
+                pass
+        else:
+            await conversation.send(task)
+        return [call.name for call in conversation.tool_calls()]
+
+    with replying_engine(replies, HERMES.replace("<tool_call>", SIGNS[format])) as engine:
+        for task, failure in zip(replies, failures, strict=True):
+            names = [name for status, name in failure.attempts if status == "complete"]
+            assert [asyncio.run(talk(engine, task, is_streamed)) for is_streamed in (False, True)] == [names, names]

@@ -11,6 +11,7 @@ TEXT = (Path(__file__).resolve().parents[3] / "docs" / "inference_module.md").re
 
 
 def test_code_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """000-64."""
     names: dict[str, object] = {}
     for code in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
         exec(code, names)

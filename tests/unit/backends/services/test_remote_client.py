@@ -257,6 +257,7 @@ async def test_errors_of_the_sdk_have_the_types_of_the_package(
 def test_the_weight_sync_saves_trains_and_changes_the_path(
     backend: str, service: Service, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """001-41, 001-42."""
     connect: Callable[..., None] = {"tinker": tinker_with, "weaver": weaver_with}[backend]
     connect(service, monkeypatch)
     kind = {"tinker": TinkerServiceHolder, "weaver": WeaverServiceHolder}[backend]
@@ -373,20 +374,6 @@ def test_the_installed_sdk_takes_the_arguments_that_are_passed() -> None:
     inspect.signature(tinker.SamplingClient.compute_logprobs).bind(None, "prompt")
     inspect.signature(tinker.TrainingClient.save_weights_for_sampler).bind(None, "name")
     inspect.signature(tinker.TrainingClient.forward_backward).bind(None, [], "cross_entropy", None)
-
-
-def test_the_sdk_of_weaver_takes_the_arguments_that_are_passed() -> None:
-    import inspect
-
-    weaver = pytest.importorskip("weaver", reason="nex-weaver is installed by hand only")
-    client = weaver.ServiceClient
-    inspect.signature(client).bind(base_url=None)
-    inspect.signature(client.create_sampling_client).bind(None, base_model="m", model_path="p")
-    inspect.signature(client.create_model).bind(None, base_model="m", training_mode="lora", lora_config={"rank": 8})
-    from weaver.sampling_client import SamplingClient
-
-    inspect.signature(SamplingClient.sample).bind(None, prompt=1, sampling_params=2, num_samples=3)
-    inspect.signature(SamplingClient.compute_logprobs).bind(None, prompt=1)
 
 
 class Weights:
