@@ -20,7 +20,10 @@ _DEFAULTS = SamplingParams()
 
 @dataclass(slots=True, eq=False)
 class Scoring:
-    """One completion. `are_logits`: whether vLLM's entries are logits. `entries` are vLLM's `FlatLogprobs`."""
+    """One completion. `are_logits`: whether vLLM's entries are logits. `entries` are vLLM's `FlatLogprobs`.
+
+    They were computed under weights of `weight_version`.
+    """
 
     completion: tuple[int, ...]
     temperature: float | None
@@ -29,6 +32,7 @@ class Scoring:
     wants_entropies: bool
     begin: int = 0  # the length of the prompt
     entries: Any = None
+    weight_version: int = 0
 
     @classmethod
     def of(cls, completion: object, params: Params, are_logits: bool, logits: bool, entropies: bool) -> Scoring:
@@ -67,7 +71,7 @@ class Scoring:
         if not self._needs_rows:
             values = [self.entries.logprobs[self.entries.start_indices[place]] for place in self._places()]
             logprobs = np.array(values, dtype=np.float32)
-            return Score(logprobs, None if self.temperature is None else logprobs)
+            return Score(logprobs, None if self.temperature is None else logprobs, weight_version=self.weight_version)
         rows = self._rows()
         model = _log_softmax(rows)
         return Score(
@@ -75,6 +79,7 @@ class Scoring:
             None if self.temperature is None else self._chosen(_at_temperature(rows, self.temperature)),
             rows if self.wants_logits else None,
             -(np.exp(model) * model).sum(-1) if self.wants_entropies else None,
+            weight_version=self.weight_version,
         )
 
     def _places(self) -> range:
