@@ -396,10 +396,14 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.plan is None)
     @rule()
     def update_weights_and_keep(self) -> None:
-        """Between two steps, and running sequences go on with the K/V that they have."""
+        """Between two steps, and running sequences go on with the K/V that they have, but for those that score."""
         self.version += 1
-        running = {seq.id for seq in self.scheduler.sequences() if seq.status is Status.RUNNING}
+        live = self.scheduler.sequences()
+        running = {seq.id for seq in live if seq.status is Status.RUNNING and (seq.num_generated or not seq.scored)}
         assert set(self.scheduler.keep_stale(self.version)) == running
+        for seq in live:
+            if not seq.num_generated:
+                self.scored[seq.id].clear()
 
     @precondition(lambda self: not self.is_holding)
     @rule(seed=st.integers(0, 50))
