@@ -408,10 +408,12 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_holding)
     @rule(seed=st.integers(0, 50))
     def hold(self, seed: int) -> None:
-        """Only sequences that have started, and a few others, may start from now on."""
+        """Only the sequences of requests that have started, and of a few others, may start from now on."""
         rng = random.Random(seed)
         live = self.scheduler.sequences()
-        admitted = [seq.id for seq in live if seq.id in self.started or seq.id in self.beams or rng.random() < 0.3]
+        lucky = {seq.request_id: rng.random() < 0.3 for seq in live}
+        lucky |= dict.fromkeys((seq.request_id for seq in live if seq.id in self.started), True)
+        admitted = [seq.id for seq in live if seq.id in self.beams or lucky[seq.request_id]]
         self.scheduler.hold(admitted)
         self.is_holding, self.admitted = True, set(admitted)
 
