@@ -103,10 +103,10 @@ class Capabilities:
         """How far log probabilities of finished requests are from those that the live module computes now.
 
         Checks `outputs`, which may be partial, or the latest requests that finished, of which the engine keeps
-        `EngineConfig.kept_outputs`. The module runs as in eval mode, beside the engine's steps. Only tokens of the
-        present `weight_version` are compared; the report counts the others. Raises `RequestError` where there is
-        nothing to compare, `ConfigurationError` where there is no live module, `EngineStateError` where weights are
-        updated meanwhile.
+        `EngineConfig.kept_outputs`; leave out requests with an adapter, which the module does not compute. It runs as
+        in eval mode, beside the engine's steps. Only tokens of the present `weight_version` are compared; the report
+        counts the others. Raises `RequestError` where there is nothing to compare, `ConfigurationError` where there is
+        no live module, `EngineStateError` where weights are updated meanwhile.
         """
         given = None if outputs is None else rollouts_of(outputs)
         runner = (await self._loaded_soon()).runner

@@ -30,14 +30,13 @@ def test_ppo_raises_the_reward_and_stays_near_its_reference(capsys: pytest.Captu
     assert rewards[-1] > rewards[0] + 0.4
     assert divergences[0] == pytest.approx(0, abs=1e-6), "policy and reference begin as one"
     assert 0 < divergences[-1] < 0.6
-    assert len(re.findall(r"^round \d: reward \d\.\d\d, divergence \d\.\d{3} nats per token$", capsys.readouterr().out, re.M)) == 5
+    assert capsys.readouterr().out.count(" nats per token\n") == 5
 
 
-@pytest.mark.parametrize("name", ["grpo", "trl_trainers"])
-def test_plots_of_the_documents_come_from_the_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
+def test_plots_of_the_documents_come_from_the_examples(tmp_path: Path) -> None:
     save = runpy.run_path(str(EXAMPLES / "training_plot.py"))["save"]
-    save(str(tmp_path / f"{name}.png"), "a title", [0.1, 0.2], [1e-6, 2e-6], "a label")
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert (EXAMPLES.parent / "docs" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "--plot" in (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    save(str(tmp_path / "plot.png"), "a title", [0.1, 0.2], [1e-6, 2e-6], "a label")
+    for name in ("grpo", "trl_trainers"):
+        assert '"--plot", metavar="FILE"' in (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        assert f"({name}.png)" in (EXAMPLES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+        assert (EXAMPLES.parent / "docs" / f"{name}.png").read_bytes()[:4] == (tmp_path / "plot.png").read_bytes()[:4]
