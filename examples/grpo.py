@@ -86,12 +86,12 @@ def loss_of(model: nn.Module, samples: list[Sample]) -> tuple[Tensor, float]:
     return -(gain * mask).sum() / mask.sum(), difference
 
 
-async def train(num_steps: int) -> list[float]:
-    """The mean reward of each step."""
+async def train(num_steps: int) -> tuple[list[float], list[float]]:
+    """The mean reward of each step, and the largest difference of log probabilities."""
     random.seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    rewards = []
+    rewards, differences = list[float](), list[float]()
     async with InferenceEngine(model, AutoTokenizer.from_pretrained(MODEL_DIR), seed=0) as engine:
         for step in range(num_steps):
             names = random.sample(NAMES, PROMPTS_PER_STEP)
@@ -100,6 +100,7 @@ async def train(num_steps: int) -> list[float]:
             rewards.append(sum(sample.reward for sample in samples) / len(samples))
 
             loss, difference = loss_of(model, samples)
+            differences.append(difference)
             optimizer.zero_grad()
             loss.backward()
             clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -110,13 +111,20 @@ async def train(num_steps: int) -> list[float]:
                 f"weights {engine.weight_version}",
                 flush=True,
             )
-    return rewards
+    return rewards, differences
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
-    rewards = asyncio.run(train(parser.parse_args().steps))
+    parser.add_argument("--plot", metavar="FILE", help="draw reward and difference as a PNG file")
+    args = parser.parse_args()
+    rewards, differences = asyncio.run(train(args.steps))
     quarter = max(1, len(rewards) // 4)
     first, last = sum(rewards[:quarter]) / quarter, sum(rewards[-quarter:]) / quarter
     print(f"mean reward: {first:.2f} in the first quarter, {last:.2f} in the last")
+    if args.plot:
+        import training_plot  # needs matplotlib
+
+        label = "largest difference between engine and trainer"
+        training_plot.save(args.plot, "GRPO by hand", rewards, differences, label)

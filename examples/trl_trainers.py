@@ -1,5 +1,6 @@
 """TRL's own GRPOTrainer and RLOOTrainer sample from an engine that borrows the model which they train."""
 
+import argparse
 import tempfile
 
 from datasets import Dataset
@@ -10,8 +11,9 @@ from penstock.demo import MODEL_DIR
 from penstock.training.trl import generate_with
 
 PROMPTS = Dataset.from_dict({"prompt": ["def add(a, b):\n", "class Point:\n", "import os\n", "for i in range(3):\n"]})
-SIZES = {"max_steps": 3, "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 16}
+SIZES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 16}
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+KINDS = ((GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig))
 
 
 def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
@@ -19,19 +21,30 @@ def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
     return [len(set(ids)) / max(1, len(ids)) for ids in completion_ids]
 
 
-def main() -> None:
-    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)):
-        args = config_class(tempfile.mkdtemp(), bf16=False, use_cpu=True, learning_rate=1e-4, **SIZES, **QUIET)
-        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-        trainer = trainer_class(model, reward, args=args, train_dataset=PROMPTS, processing_class=tokenizer)
-        with generate_with(trainer) as engine:
-            trainer.train()
-            version = engine.weight_version
-        logs = [log for log in trainer.state.log_history if "reward" in log]
-        differences = [log.get("sampling/sampling_logp_difference/max", 0.0) for log in logs]  # RLOO has none
-        print(f"{trainer_class.__name__}: {version} updates, log probabilities within {max(differences)}")
+def train(trainer_class: type, config_class: type, num_steps: int) -> tuple[list[float], list[float]]:
+    """The mean reward of each step, and the largest difference of log probabilities, which RLOO does not report."""
+    steps = {"max_steps": num_steps, "learning_rate": 1e-4}
+    args = config_class(tempfile.mkdtemp(), bf16=False, use_cpu=True, **steps, **SIZES, **QUIET)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    trainer = trainer_class(model, reward, args=args, train_dataset=PROMPTS, processing_class=tokenizer)
+    with generate_with(trainer) as engine:
+        trainer.train()
+        version = engine.weight_version
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    differences = [log.get("sampling/sampling_logp_difference/max", 0.0) for log in logs]
+    print(f"{trainer_class.__name__}: {version} updates, log probabilities within {max(differences)}")
+    return [log["reward"] for log in logs], differences
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--plot", metavar="FILE", help="draw GRPO's reward and difference as a PNG file")
+    options = parser.parse_args()
+    curves = [train(*kind, options.steps) for kind in KINDS]
+    if options.plot:
+        import training_plot  # needs matplotlib
+
+        label = "largest difference between engine and trainer"
+        training_plot.save(options.plot, "TRL's GRPOTrainer", *curves[0], label)

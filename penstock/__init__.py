@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import InferenceRequest
+from penstock.api.logprob_report import LogprobReport
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Embedder, Engine, Scorer, Trainable, WithAdapters
 from penstock.api.stats import EngineStats
@@ -93,6 +94,7 @@ __all__ = [
     "InferenceModule",
     "InferenceRequest",
     "Logprob",
+    "LogprobReport",
     "MemoryEstimator",
     "MemoryPool",
     "OptimizationConfig",

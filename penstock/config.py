@@ -117,6 +117,7 @@ class EngineSettings(TypedDict, total=False):
     enable_gradient_checkpointing: bool
     memory_efficient_attention: bool
     enable_metrics: bool
+    kept_outputs: int
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
     profile_performance: bool
     # Other engines' names.
@@ -214,6 +215,7 @@ class EngineConfig(BaseSettings):
 
     # Observability
     enable_metrics: bool = Field(True, description="Collect latency and throughput figures. Read at construction.")
+    kept_outputs: int = Field(0, ge=0, description="Number of the latest finished requests whose token ids and logprobs stay in memory for check_logprobs(). Read at construction.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="Minimum level of this engine's own log events. If it is given and the program configures no logging, they go to stderr. Read at construction.")
     profile_performance: bool = Field(False, description="Log the time of every step; to stderr if the program configures no logging.")
 

@@ -125,7 +125,10 @@ class EngineClosed(_Partial, RuntimeError):
 
 
 class EngineStateError(PenstockError, RuntimeError):
-    """An update, pause, resume, sleep or wake that the engine's present state does not allow. Nothing was changed."""
+    """An update, pause, resume, sleep or wake that the engine's present state does not allow. Nothing was changed.
+
+    Also for what an update of the weights has overlapped: a score with gradients, a block of `reading_weights`.
+    """
 
     http_status = 409
 

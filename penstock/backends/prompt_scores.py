@@ -44,7 +44,10 @@ class Entries(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Scoring:
-    """One completion, scored by `engine`. `are_logits`: whether its entries are logits, not log probabilities."""
+    """One completion, scored by `engine` under weights of `weight_version`.
+
+    `are_logits`: whether its entries are logits, not log probabilities.
+    """
 
     completion: tuple[int, ...]
     temperature: float | None
@@ -54,6 +57,7 @@ class Scoring:
     begin: int = 0  # the length of the prompt
     entries: Entries | None = None
     engine: str = "vLLM"
+    weight_version: int = 0
 
     @classmethod
     def of(
@@ -94,7 +98,7 @@ class Scoring:
         if not self.needs_rows:
             values = [self.entries.logprobs[self.entries.start_indices[place]] for place in self._places()]
             logprobs = np.array(values, dtype=np.float32)
-            return Score(logprobs, None if self.temperature is None else logprobs)
+            return Score(logprobs, None if self.temperature is None else logprobs, weight_version=self.weight_version)
         rows = self._rows(self.entries)
         model = _log_softmax(rows)
         return Score(
@@ -102,6 +106,7 @@ class Scoring:
             None if self.temperature is None else self._chosen(_at_temperature(rows, self.temperature)),
             rows if self.wants_logits else None,
             -(np.exp(model) * model).sum(-1) if self.wants_entropies else None,
+            weight_version=self.weight_version,
         )
 
     def _places(self) -> range:

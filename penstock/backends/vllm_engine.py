@@ -128,7 +128,7 @@ class VLLMEngine(HostedEngine):
         scoring = request.work.scoring
         async for output in outputs:
             if scoring is not None and output.prompt_logprobs:
-                scoring.entries = output.prompt_logprobs
+                scoring.entries, scoring.weight_version = output.prompt_logprobs, self.weight_version
             with_prompt = params.prompt_logprobs is not None and scoring is None
             self._publish(request, add_output(request, params, output, self.weight_version, with_prompt=with_prompt))
 

@@ -91,7 +91,7 @@ class CacheManager:
         return 1.0 - self._pool.num_free / self.num_blocks
 
     def lookup(self, seq: Sequence) -> int:
-        """How many tokens `attach` would find for this sequence. Changes nothing."""
+        """How many tokens are in the blocks that `attach` would share. Changes nothing."""
         return len(self._prefix.match(seq)) * self.block_size
 
     def fits(self, seq: Sequence, spare: int = 0) -> bool:
@@ -108,14 +108,14 @@ class CacheManager:
     def attach(self, seq: Sequence) -> int:
         """Give a sequence without blocks, which `fits`, every block that it can share or have read back.
 
-        Returns the number of tokens whose K/V are in them. At least the newest token is left to compute, because its
-        logits are needed, and whatever comes after the sequence's `max_cached` tokens.
+        Returns the number of tokens whose K/V are in them, or copied into one. At least the newest token is left to
+        compute, because its logits are needed, and whatever comes after the sequence's `max_cached` tokens.
         """
         assert not seq.blocks
         hits = self._prefix.match(seq)
         chain = self._prefix.chains.of(seq)[: len(hits) + 1]
         seq.blocks.extend(self._prefix.take(chain[1:], hits))
-        computed = max(len(hits) * self.block_size, self._share_tail(seq, len(hits)))
+        computed = max(len(hits) * self.block_size, self._share_tail(seq, len(hits)) or self._copy_tail(seq, len(hits)))
         self._tables[seq.id] = _Table(chain, len(hits))
         self._num_query_tokens += seq.length
         self._num_hit_tokens += computed
@@ -257,6 +257,22 @@ class CacheManager:
             return 0
         self._take_shares(seq, parent.blocks[num_hits : self._num_blocks(limit)])
         return limit
+
+    def _copy_tail(self, seq: Sequence, num_hits: int) -> int:
+        """Copy a findable block of which only the first tokens may be a cached prefix; the rest is computed again.
+
+        The copy leaves the block findable. It needs a block more than the sequence, until the step is over.
+        """
+        computed = min(seq.length - 1, seq.max_cached)
+        if computed // self.block_size != num_hits or computed == num_hits * self.block_size:
+            return 0
+        block = self._prefix.find(seq, num_hits)
+        if block is None or self._pool.num_free < self._num_blocks(seq.length) - num_hits + 1:
+            return 0
+        self._pool.share(block)
+        seq.blocks.append(self._prefix.fresh())
+        self._copies.add(block, seq.blocks[-1])
+        return computed
 
     def _same_root(self, parent: Sequence, seq: Sequence) -> bool:
         table = self._tables.get(parent.id)

@@ -49,6 +49,18 @@ class PrefixCache:
             hits.append(ON_HOST if block is None else block)
         return self._without_slow_reads(hits)
 
+    def find(self, seq: Sequence, i: int) -> int | None:
+        """The block of the pool with the content of block `i` of this sequence, computed before this step; or None.
+
+        All blocks before it are findable.
+        """
+        if (i + 1) * self._block_size > seq.length:
+            return None
+        chain = self.chains.of(seq)
+        self.chains.extend(chain, seq, i + 1)
+        block = self._index.get(chain[i + 1])
+        return None if block in self.pending else block
+
     def take(self, keys: list[bytes], hits: list[int]) -> list[int]:
         """The blocks of a match: those of the pool are shared, the others are read back into fresh ones.
 

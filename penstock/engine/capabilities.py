@@ -1,4 +1,4 @@
-"""`Capabilities`: what the native engine does besides generating: score, embed, encode and decode.
+"""`Capabilities`: what the native engine does besides generating: score, check, embed, encode and decode.
 
 Scores and embeddings are requests of `generate`; texts are encoded by the tokenizer pool. Holds no state. The base of
 `InferenceEngine`.
@@ -9,18 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, overload
 
+from penstock.api.logprob_report import LogprobReport
 from penstock.api.prompt import Prompt, PromptInput, read_prompt
 from penstock.api.protocols import Completion
 from penstock.api.waiting import result_of
 from penstock.engine.assembly import Parts
-from penstock.engine.requests.batch import AdapterEngine, BatchOptions
+from penstock.engine.observe.metrics import Metrics
+from penstock.engine.requests.batch import BatchOptions
 from penstock.engine.requests.embedding import Embedding, embed
-from penstock.engine.requests.gradients import GradientOptions, refuse_without_effect, score_with_gradients
+from penstock.engine.requests.gradients import (
+    GradientOptions,
+    ReadableEngine,
+    refuse_without_effect,
+    score_with_gradients,
+)
+from penstock.engine.requests.logprob_check import check_logprobs, rollouts_of
 from penstock.engine.requests.scoring import Wishes, read_pairs, score
 from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids, prompt_text
 from penstock.errors import RequestError
 from penstock.generation import Params
-from penstock.outputs import EmbeddingOutput
+from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.sampling import RequestPriority
 from penstock.scores import DifferentiableScore, Score
 from penstock.values import flag, token_ids
@@ -29,8 +37,10 @@ Prompts = Prompt | Sequence[Prompt]
 Completions = Completion | Sequence[Completion]
 
 
-class _Loading(AdapterEngine, Protocol):
+class _Loading(ReadableEngine, Protocol):
     """An engine that loads its model when it is first used."""
+
+    _metrics: Metrics
 
     async def _loaded_soon(self) -> Parts: ...
 
@@ -71,7 +81,7 @@ class Capabilities:
         engine borrows, computed outside the engine's steps, a shared prompt once; `params` may then hold a temperature
         alone. `values="engine"` gives the tensors the values that the engine scores, so that the ratio to them is
         exactly 1. `checkpoint_layers` saves the memory of activations. Raises `ConfigurationError` where there is no
-        live module.
+        live module, `EngineStateError` where weights are updated meanwhile.
         """
         pairs, wishes = read_pairs(prompts, completions), Wishes(params, logits, entropies)
         options = BatchOptions(namespace, priority, deadline, adapter)
@@ -86,6 +96,21 @@ class Capabilities:
             refuse_without_effect(wishes, options)
             return await score_with_gradients(self, (await self._loaded_soon()).runner, pairs, gradients, encode)
         return await score(self, pairs, wishes, options, encode)
+
+    async def check_logprobs(
+        self: _Loading, outputs: RequestOutput | Sequence[RequestOutput] | None = None
+    ) -> LogprobReport:
+        """How far log probabilities of finished requests are from those that the live module computes now.
+
+        Checks `outputs`, which may be partial, or the latest requests that finished, of which the engine keeps
+        `EngineConfig.kept_outputs`; leave out requests with an adapter, which the module does not compute. It runs as
+        in eval mode, beside the engine's steps. Only tokens of the present `weight_version` are compared; the report
+        counts the others. Raises `RequestError` where there is nothing to compare, `ConfigurationError` where there is
+        no live module, `EngineStateError` where weights are updated meanwhile.
+        """
+        given = None if outputs is None else rollouts_of(outputs)
+        runner = (await self._loaded_soon()).runner
+        return await check_logprobs(self, runner, self._metrics.finished.rollouts() if given is None else given)
 
     async def embed(
         self: _Loading,

@@ -67,7 +67,7 @@ class InferenceEngine(Capabilities, Updates):
         self.config = with_settings(config, settings)
         check_model(model)
         self._log = engine_logger(self.config)
-        self._metrics = Metrics(self.config.enable_metrics)
+        self._metrics = Metrics(self.config.enable_metrics, self.config.kept_outputs)
         self._admission = Admission(self.config)
         self._channels: weakref.WeakValueDictionary[str, Channel] = weakref.WeakValueDictionary()
         self._kept: deque[Channel] = deque(maxlen=KEPT_REQUESTS)

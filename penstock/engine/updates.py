@@ -6,8 +6,9 @@ with` block. The base of `InferenceEngine`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from penstock.api.weights import SleepLevel, UpdateMode, WeightSource, check_lev
 from penstock.engine.assembly import Parts
 from penstock.engine.loop.core import EngineCore
 from penstock.engine.loop.host import Host
-from penstock.errors import RequestError, described
+from penstock.errors import EngineStateError, RequestError, described
 from penstock.values import text
 
 Order = Callable[[EngineCore], Coroutine[object, object, None]]
@@ -94,6 +95,23 @@ class Updates:
         check_mode(mode, stale_kv)
         await _carry_out(self, lambda core: core.gate.update(source, mode, stale_kv))
         return self.weight_version
+
+    @contextmanager
+    def reading_weights(self: _Loading) -> Iterator[int]:
+        """A block that needs the weights as they are: `with engine.reading_weights() as version: model(ids)`.
+
+        Prevents no update, but raises `EngineStateError` where one is open at the beginning, or has begun by the end:
+        the block may then have read old weights and new ones. Scores with gradients run in such a block.
+        """
+        version, num_writes = self.weight_version, self._host.num_writes
+        if num_writes % 2:
+            raise EngineStateError("the weights are being updated: read them after the update has ended")
+        yield version
+        if (self.weight_version, self._host.num_writes) != (version, num_writes):
+            raise EngineStateError(
+                f"weights of version {version} were updated while they were read, so the results may mix old and new "
+                "ones: compute them again, and let updates wait for them"
+            )
 
     async def pause(self: _Loading, mode: UpdateMode = "abort") -> None:
         """Run no step until `resume()`; new requests wait. With mode "keep", running ones go on later as they are."""

@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 from penstock.api.blocking import entered, run
 from penstock.api.handle import RequestHandle
+from penstock.api.logprob_report import LogprobReport
 from penstock.api.prompt import Message, Prompt, as_batch
 from penstock.api.protocols import Completion
 from penstock.api.stats import EngineStats
@@ -149,6 +150,10 @@ class LLM:
     ) -> list[Score]:
         """`InferenceEngine.score`, which see; blocks until all completions are scored."""
         return run(self.engine.score(prompts, completions, params=params, logits=logits, entropies=entropies))
+
+    def check_logprobs(self, outputs: RequestOutput | Sequence[RequestOutput] | None = None) -> LogprobReport:
+        """`InferenceEngine.check_logprobs`, which see; blocks until the module has computed."""
+        return run(self.engine.check_logprobs(outputs))
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""

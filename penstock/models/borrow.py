@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError, ExecutionError, text_of
 from penstock.models.building import dtype_exceptions
+from penstock.models.mixed_dtypes import convert_between_dtypes, remove_conversions
 from penstock.models.watch import REPLACEMENTS, Watch, computation_of, is_adapter_layer, merged_adapters_of
 from penstock.models.wrappers import parameters_by_name, refuse_scattered, unwrapped
 
@@ -144,11 +145,13 @@ def view_of(module: nn.Module) -> nn.Module:
         ) from error
     for part in view.modules():
         part.training = False  # not by `eval()`: some adapter layers merge their weights there
+    convert_between_dtypes(view)
     return view
 
 
 def _cast(view: nn.Module, dtype: torch.dtype) -> None:
     """Give the view parameters of its own in `dtype`, or in float32 where the model demands that."""
+    remove_conversions(view)
     exceptions = dtype_exceptions(view, dtype)
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in list(view.named_parameters(remove_duplicate=False)):

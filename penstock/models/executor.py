@@ -134,7 +134,7 @@ class Executor:
         """Make released copies of weights again, from the weights of now. Raises `WeightsError`."""
         self._weights.follow_owner()
 
-    def gradient_scorer(self, *, checkpoint_layers: bool) -> DifferentiableScorer:
+    def gradient_scorer(self, *, checkpoint_layers: bool, dropout: bool = True) -> DifferentiableScorer:
         """Scores with gradients through the borrowed module, for any thread. Raises `ConfigurationError`."""
         if self._borrowed is None:
             raise ConfigurationError(
@@ -143,7 +143,7 @@ class Executor:
             )
         return DifferentiableScorer(
             self._borrowed.owner, checkpoint_layers=checkpoint_layers, logits_chunk_bytes=self._chunk_bytes,
-            max_length=self.spec.max_length,
+            max_length=self.spec.max_length, dropout=dropout,
         )  # fmt: skip
 
     def forget(self, seq_id: int) -> None:

@@ -149,8 +149,11 @@ class GradientScorer(Protocol):
 class DifferentiableRunner(Protocol):
     """A runner of a model that can be trained. Implemented by `Executor`."""
 
-    def gradient_scorer(self, *, checkpoint_layers: bool) -> GradientScorer:
-        """Scores under the gradient and autocast modes of the calling thread. Raises `ConfigurationError`."""
+    def gradient_scorer(self, *, checkpoint_layers: bool, dropout: bool = True) -> GradientScorer:
+        """Scores under the gradient and autocast modes of the calling thread. Raises `ConfigurationError`.
+
+        Without `dropout`, the module computes as in eval mode, whatever mode it is in.
+        """
         ...
 
 

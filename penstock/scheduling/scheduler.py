@@ -186,18 +186,26 @@ class Scheduler:
         assert self._executing is None
         self._cache.reset(weight_version)
         self._searches.forget_reports()
-        self._events.forget_scores(seq.id for seq in self._live.by_id.values() if not seq.num_generated)
+        self._forget_scores()
         for seq in list(self._live.running.sequences):
             self._live.preempt(seq)
 
     def keep_stale(self, weight_version: int) -> list[int]:
         """The weights were changed between two steps, and running sequences go on with their K/V; returns their ids.
 
-        Nobody else finds these K/V, nor what is computed after them.
+        Nobody else finds these K/V, nor what is computed after them. Sequences whose scores are not complete are
+        computed anew, because a score belongs to one version of the weights.
         """
         assert self._executing is None
         self._cache.reset(weight_version)
+        self._forget_scores()
+        for seq in list(self._live.running.sequences):
+            if seq.scored and not seq.num_generated:
+                self._live.preempt(seq)
         return [seq.id for seq in self._live.running.sequences]
+
+    def _forget_scores(self) -> None:
+        self._events.forget_scores(seq.id for seq in self._live.by_id.values() if not seq.num_generated)
 
     # Updates.
 

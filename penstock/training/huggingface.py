@@ -66,16 +66,17 @@ class HuggingFaceBackend(EngineBackend):
     async def ascore_with_gradients(self, prompts: Prompts, responses: Responses, *, logits: bool) -> list[Tensor]:
         """Through the module, in the mode (train or eval) that it is in, beside the engine's steps.
 
-        Must not run beside an update of the weights. Raises `RequestError`.
+        Raises `RequestError`, and `EngineStateError` where the weights are updated meanwhile.
         """
         from penstock.models.gradients.scorer import DifferentiableScorer
 
         prompt_ids = [await self.engine.tokenize(prompt) for prompt in as_batch(prompts)]
         response_ids = [await self._ids(response) for response in as_responses(responses)]
         scorer = DifferentiableScorer(self.model)
-        if logits:
-            return scorer.logits(prompt_ids, response_ids)
-        return [score.logprobs for score in scorer.score(prompt_ids, response_ids)]
+        with self.engine.reading_weights():
+            if logits:
+                return scorer.logits(prompt_ids, response_ids)
+            return [score.logprobs for score in scorer.score(prompt_ids, response_ids)]
 
     async def _ids(self, response: Completion) -> Sequence[int]:
         if isinstance(response, str):

@@ -27,7 +27,7 @@ WRITERS: dict[str, dict[str, set[str]]] = {
     "draft": {SCHEDULER: {"offer", "_settle"}, PLANNING: {"_extend"}, LIVE: {"preempt", "finish"}},
     "computed": {SCHEDULER: {"_settle"}, SEARCHES: {"_continue"}, PLANNING: {"_start"}, LIVE: {"preempt"}},
     "in_flight": {PLANNING: {"_plan_running", "_add_row"}, SCHEDULER: {"_settle", "fail", "restart"}},
-    "blocks": {CACHE_MANAGER: {"attach", "reserve", "release", "_take_shares", "_make_private"}},
+    "blocks": {CACHE_MANAGER: {"attach", "reserve", "release", "_take_shares", "_copy_tail", "_make_private"}},
     "status": {LIVE: {"_move"}},
     "reason": {LIVE: {"_move"}},
 }

@@ -108,6 +108,35 @@ def test_every_parameter_that_changes_in_place_shows(name: str, dtype: torch.dty
     assert all(torch.equal(engine.logprobs(), earlier) for engine, earlier in zip(engines, before, strict=True))
 
 
+def head_in_float32(module: Any) -> Any:
+    """As trainers set it up: float32 weights, and a forward method and a hook of instances that convert."""
+    head, dtype = module.lm_head.float(), module.model.norm.weight.dtype
+    head.forward = lambda states: nn.functional.linear(states.float(), head.weight)
+    module.model.embed_tokens.register_forward_hook(lambda part, args, output: output.to(dtype))
+    return module
+
+
+@pytest.mark.parametrize("mode", ["shared", "packed"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_t18_a_float32_head_of_a_bfloat16_model_follows_its_weight(tied: bool, mode: str) -> None:
+    """A copy of it went stale elsewhere; here such a module was refused, because a view had lost the conversions."""
+    module = head_in_float32(build("llama", tie_word_embeddings=tied).to(BF16))
+    engine = Engine(module, weight_mode=mode)
+    before = engine.logprobs()
+    assert distance(before, own_logprobs(module)) < TOLERANCE[BF16] / 10
+    perturb(module.lm_head.weight)
+    engine.refresh(["model.embed_tokens.weight" if tied else "lm_head.weight"])
+    after = engine.logprobs()
+    assert distance(after, own_logprobs(module)) < TOLERANCE[BF16] / 10
+    assert distance(after, before) > 10 * EFFECT[BF16]
+
+
+def test_copies_of_a_model_with_a_float32_head_may_all_have_one_dtype() -> None:
+    module = head_in_float32(build("llama", tie_word_embeddings=True).to(BF16))
+    engine = Engine(module, dtype="float32", **PACKED)
+    assert distance(engine.logprobs(), own_logprobs(module)) < TOLERANCE[BF16] / 10
+
+
 COPIES: dict[str, Settings] = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},

@@ -16,7 +16,7 @@ from penstock import RequestPriority
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-MOST_LINES = {"grpo": 150}
+MOST_LINES = {"grpo": 150, "ppo": 150, "trl_trainers": 60}
 MOST_LINES_OF_OTHERS = 40
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 README = DOCUMENTS[0].read_text(encoding="utf-8")
@@ -118,7 +118,7 @@ def scores_and_updates(out: str) -> None:
 def trains_with_both(out: str) -> None:
     updates = re.findall(r"^(\w+): (\d) updates, log probabilities within (\S+)$", out, re.MULTILINE)
     assert [(name, number) for name, number, _ in updates] == [("GRPOTrainer", "4"), ("RLOOTrainer", "4")]
-    assert all(float(difference) < 5e-5 for _, _, difference in updates)
+    assert all(float(difference) < 2e-5 for _, _, difference in updates)
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
@@ -147,8 +147,8 @@ SERVICES = {
     ),
     "web_service": ("/", "Write the function close.", 'event: text\ndata: "'),
 }
-HELPERS = {"asgi", "disconnect", "fastapi_app", "shutdown", "sse"}  # the services import them
-TRAINING = {"grpo"}  # test_training_examples.py runs them
+HELPERS = {"asgi", "disconnect", "fastapi_app", "shutdown", "sse", "training_plot"}  # other examples import them
+TRAINING = {"grpo", "ppo"}  # test_training_examples.py runs them
 
 
 def test_every_example_is_run() -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from penstock import (
     ConfigurationError,
+    EngineStateError,
     InferenceEngine,
     RequestError,
     RequestPriority,
     RequestTooLarge,
     SamplingParams,
     ScriptedModel,
+    WeightsError,
 )
 from tests.tiny_models import build
 
@@ -135,3 +140,63 @@ async def test_a_pair_longer_than_the_model_allows_is_refused_with_gradients_too
         with pytest.raises(RequestTooLarge, match="9 tokens and the limit is 8"):
             await engine.score(PROMPT, [5, 6, 7], requires_grad=True)
         assert len(await engine.score(PROMPT, [5, 6], requires_grad=True)) == 1
+
+
+async def test_scores_name_the_version_of_their_weights() -> None:
+    model = build("llama")
+    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
+        for version in range(3):
+            (score,) = await engine.score(PROMPT, PROMPT)
+            (with_gradients,) = await engine.score(PROMPT, PROMPT, requires_grad=True, values="engine")
+            assert (score.weight_version, with_gradients.weight_version) == (version, version)
+            async with engine.updating():
+                with torch.no_grad():
+                    model.get_parameter("lm_head.weight").mul_(1.01)
+
+
+class Watched(nn.Module):
+    """A module in place of another, which calls `on_forward` where gradients are computed."""
+
+    def __init__(self, inner: nn.Module, on_forward: Callable[[], None]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.on_forward = on_forward
+
+    def forward(self, states: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.on_forward()
+        output: Tensor = self.inner(states)
+        return output
+
+
+async def test_a_score_with_gradients_that_an_update_overlaps_is_an_error() -> None:
+    """It mixed old weights and new ones, and nothing said so."""
+    begun, may_go_on, model = threading.Event(), threading.Event(), build("llama")
+
+    def wait() -> None:
+        begun.set()
+        may_go_on.wait(60)
+
+    model.model.norm = Watched(model.model.norm, wait)  # type: ignore[union-attr]
+    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
+        score = asyncio.ensure_future(engine.score(PROMPT, PROMPT, requires_grad=True))
+        await asyncio.to_thread(begun.wait, 60)
+        async with engine.updating():
+            may_go_on.set()
+            with pytest.raises(EngineStateError, match="weights of version 0 were updated while they were read"):
+                await score
+            with pytest.raises(EngineStateError, match="are being updated"):
+                await engine.score(PROMPT, PROMPT, requires_grad=True)
+        assert (await engine.score(PROMPT, PROMPT, requires_grad=True))[0].weight_version == 1
+
+
+async def test_a_block_that_reads_weights_is_told_of_every_update() -> None:
+    async with InferenceEngine(build("llama"), skip_tokenizer_init=True) as engine:
+        with engine.reading_weights() as version:
+            assert version == 0
+        with pytest.raises(EngineStateError, match="compute them again"), engine.reading_weights():
+            await engine.update_weights()
+        with engine.reading_weights() as version:
+            assert version == 1
+            with pytest.raises(WeightsError):
+                await engine.update_weights({"no.such.weight": torch.ones(1)})

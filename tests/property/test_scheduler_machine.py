@@ -396,18 +396,24 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.plan is None)
     @rule()
     def update_weights_and_keep(self) -> None:
-        """Between two steps, and running sequences go on with the K/V that they have."""
+        """Between two steps, and running sequences go on with the K/V that they have, but for those that score."""
         self.version += 1
-        running = {seq.id for seq in self.scheduler.sequences() if seq.status is Status.RUNNING}
+        live = self.scheduler.sequences()
+        running = {seq.id for seq in live if seq.status is Status.RUNNING and (seq.num_generated or not seq.scored)}
         assert set(self.scheduler.keep_stale(self.version)) == running
+        for seq in live:
+            if not seq.num_generated:
+                self.scored[seq.id].clear()
 
     @precondition(lambda self: not self.is_holding)
     @rule(seed=st.integers(0, 50))
     def hold(self, seed: int) -> None:
-        """Only sequences that have started, and a few others, may start from now on."""
+        """Only the sequences of requests that have started, and of a few others, may start from now on."""
         rng = random.Random(seed)
         live = self.scheduler.sequences()
-        admitted = [seq.id for seq in live if seq.id in self.started or seq.id in self.beams or rng.random() < 0.3]
+        lucky = {seq.request_id: rng.random() < 0.3 for seq in live}
+        lucky |= dict.fromkeys((seq.request_id for seq in live if seq.id in self.started), True)
+        admitted = [seq.id for seq in live if seq.id in self.beams or lucky[seq.request_id]]
         self.scheduler.hold(admitted)
         self.is_holding, self.admitted = True, set(admitted)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from penstock.scores import Score, ScorePart, joined
@@ -26,4 +28,10 @@ def test_parts_are_joined_in_order_and_let_go() -> None:
 
 def test_a_single_part_is_not_copied() -> None:
     only = part(0, 4)
-    assert joined([only]) is only.score
+    whole = joined([only])
+    assert (whole.logprobs is only.score.logprobs, whole.entropies is only.score.entropies) == (True, True)
+
+
+def test_a_whole_has_the_version_of_its_parts() -> None:
+    assert joined([replace(part(0, 4), weight_version=3)]).weight_version == 3
+    assert joined([replace(part(begin, 2), weight_version=3) for begin in (0, 2)]).weight_version == 3

@@ -101,6 +101,7 @@ class Gate:
         self.state = EngineState.RUNNING
         self.is_closing = False
         self.fault: str | None = None  # why all requests are refused, once weights are mixed
+        self.num_writes = 0  # rises when an update may begin to write, and when it has ended: while one does, it is odd
         self._jobs = jobs
         self._scheduler = scheduler
         self._outputs = outputs
@@ -172,6 +173,7 @@ class Gate:
         """Stop the steps for weights that somebody else writes; `end_update` comes next. Raises `WeightsError`."""
         await self._enter("update", lambda: self._read(None))
         await self._stop_steps(mode)
+        self.num_writes += 1
         self.state = EngineState.UPDATING
 
     async def end_update(self, stale_kv: bool) -> None:
@@ -187,6 +189,7 @@ class Gate:
 
         await self._enter("update", read)
         await self._stop_steps(mode)
+        self.num_writes += 1
         await self._update(ready[0], stale_kv)
 
     async def pause(self, mode: UpdateMode) -> None:
@@ -284,6 +287,7 @@ class Gate:
             raise self._mixed(error) from error
         if stale_kv:
             self._outputs.mark_stale(self._scheduler.keep_stale(runner.weight_version))
+            self._outputs.restart_prompts()
         else:
             self._recompute(runner.weight_version)
         self._rest()
@@ -313,6 +317,7 @@ class Gate:
     def _rest(self, state: EngineState | None = None) -> None:
         """End an order in this state, or in the one before the order; in RUNNING, steps go on."""
         self.state = self._resting if state is None else state
+        self.num_writes += self.num_writes % 2
         if self.state is EngineState.RUNNING:
             self.is_closing = self._is_draining = False
             self._scheduler.release_held()

@@ -94,6 +94,11 @@ class Host:
         return EngineState.RUNNING if self._core is None else self._core.gate.state
 
     @property
+    def num_writes(self) -> int:
+        """Rises when an update may begin to write weights, and when it has ended: while one does, it is odd."""
+        return 0 if self._core is None else self._core.gate.num_writes
+
+    @property
     def closed(self) -> bool:
         """Whether the engine has ended, by itself or through `stop`."""
         return self._closed

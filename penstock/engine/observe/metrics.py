@@ -13,6 +13,7 @@ from penstock.api.log import Logger
 from penstock.api.statistics import WINDOW, rate_statistics, statistics
 from penstock.config import BatchingStrategy, EngineConfig
 from penstock.engine.loop.tuning import Tuning
+from penstock.engine.requests.logprob_check import FinishedRequests
 from penstock.errors import EngineOverloaded, RequestError
 from penstock.scheduling.advisor import BatchingOptimizer
 from penstock.scheduling.forecast import Forecast
@@ -43,10 +44,11 @@ class Series:
 
 
 class Metrics:
-    """The engine's measurements. `enabled=False` records nothing."""
+    """The engine's measurements; `enabled=False` records none. `finished` keeps the latest outputs for a check."""
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, kept_outputs: int = 0) -> None:
         self.enabled = enabled
+        self.finished = FinishedRequests(kept_outputs)
         self._latencies: Mapping[str, Series] = {name: Series() for name in _LATENCIES}
         self._steps: deque[StepRecord] = deque(maxlen=WINDOW)
         self._prompt_steps: deque[StepRecord] = deque(maxlen=WINDOW)  # those in which prompt tokens were computed

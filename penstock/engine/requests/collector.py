@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from dataclasses import replace
 from operator import attrgetter
 
 from penstock.api.transcript import Transcript
@@ -172,7 +173,7 @@ class Collector:
         if event.scores is not None:
             if event.scores.begin == 0:
                 self._score_parts = []
-            self._score_parts.append(event.scores)
+            self._score_parts.append(replace(event.scores, weight_version=event.weight_version))
         if event.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs += map(self._by_token, event.prompt_logprobs)
 

@@ -7,9 +7,10 @@ caller's, whose event loop goes on. Called by `InferenceEngine.score`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 from penstock.api.arguments import check_params
 from penstock.api.prompt import PromptInput
@@ -78,17 +79,28 @@ def refuse_without_effect(wishes: Wishes, options: BatchOptions) -> None:
         raise RequestError(f"{' and '.join(names)} cannot be combined with requires_grad: leave {names[0]} out")
 
 
+class ReadableEngine(AdapterEngine, Protocol):
+    """An engine that tells whether its weights were updated while they were read."""
+
+    def reading_weights(self) -> AbstractContextManager[int]:
+        """A block that needs the weights of one version. Raises `EngineStateError`."""
+        ...
+
+
 _RESTRICTING = tuple(name for name in DRAWN_FROM if name not in _WITHOUT_EFFECT)
 
 
 async def score_with_gradients(
-    engine: AdapterEngine,
+    engine: ReadableEngine,
     runner: object,
     pairs: Sequence[tuple[PromptInput, PromptInput]],
     options: GradientOptions,
     encode: Encode,
 ) -> list[DifferentiableScore]:
-    """A score for every pair of prompt and completion. Raises `RequestError`, `ConfigurationError`."""
+    """A score for every pair of prompt and completion.
+
+    Raises `RequestError`, `ConfigurationError`, and `EngineStateError` where the weights were updated meanwhile.
+    """
     if not pairs:
         return []
     if not isinstance(runner, DifferentiableRunner):
@@ -96,11 +108,13 @@ async def score_with_gradients(
     scorer = runner.gradient_scorer(checkpoint_layers=options.checkpoint_layers)
     prompts, completions = zip(*[await encoded(pair, encode) for pair in pairs], strict=True)
     values: list[FloatArray] | None = None
-    if options.values == "engine":
-        wishes = Wishes(options.params, logits=False, entropies=False)
-        scores = await score(engine, pairs, wishes, BatchOptions("", RequestPriority.NORMAL, None), encode)
-        values = [each.logprobs if each.tempered is None else each.tempered for each in scores]
-    compute = partial(scorer.score, prompts, completions, temperature=options.temperature, values=values)
     from anyio import to_thread  # imported here, because most programs never score with gradients
 
-    return await to_thread.run_sync(compute)
+    with engine.reading_weights() as version:
+        if options.values == "engine":
+            wishes = Wishes(options.params, logits=False, entropies=False)
+            scores = await score(engine, pairs, wishes, BatchOptions("", RequestPriority.NORMAL, None), encode)
+            values = [each.logprobs if each.tempered is None else each.tempered for each in scores]
+        compute = partial(scorer.score, prompts, completions, temperature=options.temperature, values=values)
+        computed = await to_thread.run_sync(compute)
+    return [replace(each, weight_version=version) for each in computed]

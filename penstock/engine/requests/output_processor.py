@@ -217,6 +217,8 @@ class OutputProcessor:
             for transcript in collector.chosen():
                 request.channel.put(transcript, wakeups)
         self._metrics.record("end_to_end_latency", self._clock() - request.arrival)
+        if not request.adapter:  # the live module computes without the engine's adapters
+            self._metrics.finished.add(output)
         self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
 
     def _fail(self, request: Request, error: BaseException, wakeups: Wakeups) -> None:

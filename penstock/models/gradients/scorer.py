@@ -52,14 +52,14 @@ class DifferentiableScorer:
     """Scores (prompt, completion) pairs with gradients through `owner`, a live transformers module.
 
     `checkpoint_layers` recomputes each layer in the backward pass instead of keeping its activations.
-    `logits_chunk_bytes` bounds the logits that exist at once, and `max_length` the tokens of a pair. Scores on any
-    thread, under the gradient and autocast modes of the one that constructs this. Raises `ConfigurationError` for a
-    module that cannot be scored this way.
+    `logits_chunk_bytes` bounds the logits that exist at once, and `max_length` the tokens of a pair. Without `dropout`,
+    a module in train mode computes as in eval mode. Scores on any thread, under the gradient and autocast modes of the
+    one that constructs this. Raises `ConfigurationError` for a module that cannot be scored this way.
     """
 
     def __init__(
         self, owner: nn.Module, *, checkpoint_layers: bool = False, logits_chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-        max_length: int | None = None,
+        max_length: int | None = None, dropout: bool = True,
     ) -> None:  # fmt: skip
         _refuse_distributed(owner)
         self._owner = owner = unwrapped(owner)
@@ -69,6 +69,7 @@ class DifferentiableScorer:
         self._checkpoint_layers = checkpoint_layers
         self._chunk_bytes = logits_chunk_bytes
         self._max_length = max_length
+        self._dropout = dropout
 
     def score(
         self,
@@ -138,10 +139,10 @@ class DifferentiableScorer:
         return Head(view, output, ids, self._chunk_bytes), cast(Tensor, output["last_hidden_state"])[0, indices]
 
     def _view(self) -> nn.Module:
-        """A view that attends along segments, and trains or not as its owner does."""
+        """A view that attends along segments, and trains or not as its owner does; without dropout, it does not."""
         view = view_of(self._owner)
         for part, original in zip(view.modules(), self._owner.modules(), strict=True):
-            part.training = original.training
+            part.training = original.training and self._dropout
         cast(PreTrainedModel, view).set_attn_implementation(IMPLEMENTATION)
         if self._checkpoint_layers:
             for part in view.modules():

@@ -460,8 +460,8 @@ def test_a_stream_is_refused_and_an_unknown_backend_too(folder: str) -> None:
     client.close()
 
 
-def test_malformed_calls_in_what_a_server_answers_are_attempts_with_a_status(folder: str) -> None:
-    """T19: a malformed tool call ended a rollout."""
+def test_t19_malformed_calls_in_what_a_server_answers_are_attempts_with_a_status(folder: str) -> None:
+    """A malformed tool call ended a rollout."""
     tools = [tool.to_dict() for tool in TOOLS]
     with replying_engine([failure.text for failure in FAILURES]) as engine, running(app(engine)) as server:
         for failure in FAILURES:

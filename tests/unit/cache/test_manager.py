@@ -19,13 +19,15 @@ def test_tokens_become_blocks() -> None:
 
 
 def test_full_blocks_of_a_prompt_are_found_again_and_the_newest_token_never() -> None:
+    """The last block is copied, because the newest token is written to it."""
     cache = CacheManager(10, 4)
     first = sequence([*range(8)])
     run(cache, first)
     same, longer = sequence([*range(8)]), sequence([*range(9)])
     assert (cache.lookup(same), cache.lookup(longer)) == (4, 8)
-    assert (start(cache, same), start(cache, longer)) == (4, 8)
-    assert (list(same.blocks), list(longer.blocks)) == ([0], [0, 1])
+    assert (start(cache, same), start(cache, longer)) == (7, 8)
+    assert (list(same.blocks), list(longer.blocks)) == ([0, 2], [0, 1])
+    assert compute(cache, same) == ((1, 2),)
     cache.check([first, same, longer])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from penstock.cache.manager import CacheManager
 from penstock.sampling import SamplingParams
+from penstock.scoring import ScoringParams
 from tests.unit.cache.hand import compute, run, sequence, start
 
 
@@ -23,6 +24,45 @@ def test_prompt_logprobs_need_every_position() -> None:
     compute(cache, wants_all)
     assert list(wants_all.blocks) == [3, 4, 5]
     cache.check([first, wants_all])
+
+
+def test_a_score_copies_the_block_that_its_range_begins_in() -> None:
+    """It computed the tokens of that block before its range again: up to a block's, for a response of any length."""
+    cache = CacheManager(10, 4)
+    prompt = sequence([*range(8)])
+    run(cache, prompt)
+    cache.release(prompt)
+    scores = [sequence([*range(8), 20 + i, 30 + i], params=ScoringParams(num_scored=2)) for i in range(3)]
+    assert [start(cache, score) for score in scores] == [7, 7, 7], "the token in front of the range is left"
+    assert [list(score.blocks) for score in scores] == [[0, 2], [0, 3], [0, 4]]
+    assert all(cache.reserve(score, 10) for score in scores)
+    assert cache.take_moves().copies == ((1, 2), (1, 3), (1, 4))
+    cache.check(scores)
+    cache.commit()
+    assert cache.lookup(sequence([*range(9)])) == 8, "the block stays findable"
+    cache.check(scores)
+
+
+def test_a_block_that_this_step_fills_is_not_copied() -> None:
+    """Copies run before rows write: the copy would hold what the block held before."""
+    cache = CacheManager(10, 4)
+    first, score = sequence([*range(8)]), sequence([*range(9)], params=ScoringParams(num_scored=1))
+    start(cache, first)
+    assert cache.reserve(first, 8)
+    cache.seal(first, 8)
+    assert start(cache, score) == 4
+    cache.check([first, score])
+
+
+def test_a_block_is_not_copied_where_that_would_take_the_last_free_one() -> None:
+    cache = CacheManager(3, 4)
+    first = sequence([*range(8)])
+    run(cache, first)
+    cache.release(first)
+    score = sequence([*range(8), 20, 21], params=ScoringParams(num_scored=2))
+    assert cache.fits(score)
+    assert run(cache, score) == 4, "two blocks are shared or copied, and one more is needed for the copy to be made"
+    cache.check([score])
 
 
 def test_a_released_sequence_with_other_tokens_does_not_get_the_blocks_of_the_old_ones() -> None:

@@ -120,7 +120,7 @@ async def test_t4_no_prefix_hit_crosses_weight_versions() -> None:
             if update:
                 await engine.update_weights()
             hits.append((await engine.generate(PROMPT, params(1))).num_cached_tokens)
-        assert hits == [0, 48, 0, 48, 0]
+        assert hits == [0, 63, 0, 63, 0]
         assert engine.weight_version == engine.get_stats()["weight_version"] == 2
 
 
@@ -133,7 +133,7 @@ async def test_t4_no_prefix_hit_crosses_weight_versions_while_requests_go_on(sta
         await engine.update_weights(mode="keep", stale_kv=stale_kv)
         await read_until(running, 1)
         hit = (await engine.generate(PROMPT, params(1))).num_cached_tokens
-        assert hit == (0 if stale_kv else 64 - 16)
+        assert hit == (0 if stale_kv else 64 - 1)
         running.cancel()
 
 
@@ -141,7 +141,7 @@ async def test_t5_a_cache_reset_is_never_a_no_op_while_requests_run() -> None:
     async with engine_of() as engine:
         running = engine.generate(PROMPT, params())
         await anext(running)
-        assert (await engine.generate(PROMPT, params(1))).num_cached_tokens == 48
+        assert (await engine.generate(PROMPT, params(1))).num_cached_tokens == 63
         engine.reset_prefix_cache()
         assert (await engine.generate(PROMPT, params(1))).num_cached_tokens == 0
         engine.reset_prefix_cache()
@@ -290,6 +290,36 @@ async def test_stale_requests_go_on_without_computing_anything_again_and_say_so(
         starts = [start for version, start in model.rows if version == 1]
         assert starts.count(0) == 1, "the fresh request's"
         assert engine.get_stats()["queue"]["num_preemptions"] == 0
+
+
+class Held(Model):
+    """Holds the third step until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def execute(self, plan: StepPlan, *masks: Any) -> StepResult:
+        if self.plans == 2:
+            self.begun.set()
+            self.may_go_on.wait(60)
+        return super().execute(plan, *masks)
+
+
+@pytest.mark.parametrize("stale_kv", [False, True])
+async def test_a_score_belongs_to_one_version_of_the_weights(stale_kv: bool) -> None:
+    """With `stale_kv`, the parts from before an update were joined to those after it."""
+    model, completion = Held(), [3 + i % 90 for i in range(4000)]  # of 250 steps
+    async with engine_of(model, max_num_batched_tokens=16) as engine:
+        score = asyncio.ensure_future(engine.score([2], completion))
+        await asyncio.to_thread(model.begun.wait, 60)
+        update = asyncio.ensure_future(engine.update_weights(mode="keep", stale_kv=stale_kv))
+        await asyncio.sleep(0)
+        model.may_go_on.set()
+        await update
+        (result,) = await score
+    assert next(start for version, start in model.rows if version == 1) == 0, "it is computed from the beginning"
+    assert (len(result), result.weight_version) == (4000, 1)
 
 
 async def test_paused_requests_go_on_with_the_kv_that_they_have() -> None:

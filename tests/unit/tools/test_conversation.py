@@ -86,8 +86,8 @@ def test_each_turn_finds_every_full_block_of_the_earlier_turns_in_the_cache(engi
     assert counts[-1][0] > 100
 
 
-def test_sampled_tokens_are_never_encoded_again(engine: RecordingEngine) -> None:
-    """T10: a text decoded and encoded again may have other tokens, here one for each word in place of its letters."""
+def test_t10_sampled_tokens_are_never_encoded_again(engine: RecordingEngine) -> None:
+    """A text decoded and encoded again may have other tokens, here one for each word in place of its letters."""
 
     async def talk() -> tuple[list[int], list[int], TokenRecord]:
         letters = [(await engine.tokenize(letter, add_special_tokens=False))[0] for letter in "def"]
@@ -146,10 +146,10 @@ async def think_twice(engine: InferenceEngine, **options: Any) -> Conversation:
     return conversation
 
 
-def test_fork_is_reported_and_the_tokens_are_kept_when_a_template_drops_reasoning(
+def test_t11_fork_is_reported_and_the_tokens_are_kept_when_a_template_drops_reasoning(
     engine: RecordingEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """T11: the template drops `<think>` of earlier turns."""
+    """The template drops `<think>` of earlier turns."""
     conversation = asyncio.run(think_twice(engine))
     turns = conversation.turns
     assert [turn.prompt.fork is not None for turn in turns] == [False, True, True]
@@ -295,8 +295,8 @@ def test_record_has_the_version_of_the_weights_of_each_token() -> None:
     assert sum(record.mask) == 8
 
 
-def test_tokens_of_the_environment_have_no_gradient(engine: RecordingEngine) -> None:
-    """T12: a loss over the mask of a record."""
+def test_t12_tokens_of_the_environment_have_no_gradient(engine: RecordingEngine) -> None:
+    """A loss over the mask of a record."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -345,8 +345,8 @@ def test_tool_results_follow_the_calls_of_the_last_reply() -> None:
     assert "<tools>1</tools>" in text
 
 
-def test_malformed_call_is_no_call_and_no_error() -> None:
-    """T19: what a model writes never raises."""
+def test_t19_malformed_call_is_no_call_and_no_error() -> None:
+    """What a model writes never raises."""
 
     async def talk(engine: InferenceEngine) -> Conversation:
         conversation = Conversation(engine, params=SamplingParams(max_tokens=200), tools=WEATHER)

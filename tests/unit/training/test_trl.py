@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from penstock import ConfigurationError, InferenceEngine, RequestError, SamplingParams, ScriptedModel
 from penstock.training.trl import EngineGeneration, generate_with, params_of
+from tests.drive import greedy_by_transformers
+from tests.tiny_models import build
 
 SETTINGS = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": None, "repetition_penalty": 1.1}
 
@@ -26,7 +29,7 @@ def trainer_of(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"use_vllm": False, "args": args, "max_completion_length": 4, **SETTINGS, **changes})
 
 
-def test_prompts_that_are_repeated_already_give_one_row_each(engine: InferenceEngine) -> None:
+def test_t13_prompts_that_are_repeated_already_give_one_row_each(engine: InferenceEngine) -> None:
     """They were expanded once more: a group of n became one of n times n."""
     params = SamplingParams(max_tokens=2, logprobs=0, detokenize=False)
     prompts = [[1, 2], [1, 2], [3], [3]]
@@ -35,6 +38,25 @@ def test_prompts_that_are_repeated_already_give_one_row_each(engine: InferenceEn
     assert [len(row) for row in rows[1]] == [2, 2, 2, 2]
     assert [[len(entry) for entry in row] for row in rows[2]] == [[1, 1]] * 4
     assert rows[3] == [[[token] for token in row] for row in rows[1]]
+
+
+def test_t14_rows_keep_their_order_over_calls_and_the_module_its_config() -> None:
+    """The second batch lost rows elsewhere, and the module was left with another attention."""
+    model = build("llama").train()
+    before = model.config.to_dict()
+    engine = InferenceEngine(model, skip_tokenizer_init=True, num_threads=1, batch_timeout_ms=0)
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, detokenize=False, ignore_eos=True)
+    generation = EngineGeneration(engine, params, seed=0)
+    prompts = [[5 + i % 7] * (3 + i % 5) for i in range(12)]
+    expected = [greedy_by_transformers(copy.deepcopy(model).eval(), prompt, 8) for prompt in prompts]
+    for _ in range(3):
+        rows = generation.generate(prompts, None, num_generations=1)
+        assert (rows[0], rows[1]) == (prompts, expected)
+        generation.sync_weights()
+    engine.stop(0)
+    assert model.config.to_dict() == before
+    assert model.config._attn_implementation == "eager"
+    assert model.training
 
 
 def test_each_optimizer_step_is_a_version_of_the_weights(engine: InferenceEngine) -> None:

@@ -135,10 +135,10 @@ def attempts_of(choice: dict[str, Any]) -> tuple[tuple[str, str | None], ...]:
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=range(len(FAILURES)))
-def test_a_malformed_call_is_an_attempt_with_a_status_for_every_service(
+def test_t19_a_malformed_call_is_an_attempt_with_a_status_for_every_service(
     failure: Failure, service: Service, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T19: a malformed tool call ended a rollout."""
+    """A malformed tool call ended a rollout."""
     service.answer(failure.text)
     for backend, connect in (("tinker", tinker_with), ("weaver", weaver_with)):
         connect(service, monkeypatch)
