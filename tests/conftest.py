@@ -26,6 +26,11 @@ settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: the last one to end keeps few of the other processes waiting."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def steps_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the speculation controller, so that guessing always pays, however slow or busy the machine is."""

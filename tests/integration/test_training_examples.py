@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mean_reward_of_grpo_rises(capsys: pytest.CaptureFixture[str]) -> None:
     train = runpy.run_path(str(EXAMPLES / "grpo.py"))["train"]

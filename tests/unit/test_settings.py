@@ -17,6 +17,7 @@ from penstock.api.arguments import RequestOptions
 from penstock.config import ALIASES, Settings, warn_of_misspelled_variables
 from penstock.serving.process import ProcessSettings
 
+ROOT = Path(__file__).resolve().parents[2]
 USER_CODE = """
 import asyncio
 from penstock import EngineConfig, InferenceEngine, LLM, SamplingParams
@@ -107,8 +108,10 @@ def test_options_of_submit_request_are_the_keywords_of_generate() -> None:
 def test_mypy_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "user.py"
     path.write_text(USER_CODE)
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(path)]
-    checked = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # In the checkout, whose cache of checked modules spares most of the work where scripts/check has run.
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", str(path)], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
     text = checked.stdout
     assert text.count('Unexpected keyword argument "max_batch_siez"') == 3, text + checked.stderr
     assert 'has incompatible type "str"; expected "int"' in text
@@ -117,21 +120,30 @@ def test_mypy_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: Pat
     assert revealed == [output, "penstock.outputs.Delta", "dict[str, int]", output]
 
 
-def pyright(folder: Path, code: str) -> list[dict[str, Any]]:
-    """What pyright reports in strict mode; node comes with `pyright[nodejs]`, so nothing is downloaded."""
+@pytest.fixture(scope="module")
+def pyright(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What pyright reports in strict mode of the wrong and of the right code, which share what it has to read.
+
+    Node comes with `pyright[nodejs]`, so nothing is downloaded.
+    """
     pytest.importorskip("pyright", exc_type=ImportError)
-    (folder / "user.py").write_text(code)
+    folder = tmp_path_factory.mktemp("pyright")
+    codes = {"user.py": USER_CODE, "right.py": RIGHT_CODE}
+    for name, code in codes.items():
+        (folder / name).write_text(code)
     (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "user.py"]
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, *codes]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=own_environment())
     assert checked.stdout.startswith("{"), checked.stdout + checked.stderr
-    reports: list[dict[str, Any]] = json.loads(checked.stdout)["generalDiagnostics"]
-    return reports
+    answer = json.loads(checked.stdout)
+    assert answer["summary"]["filesAnalyzed"] == len(codes)
+    reports = answer["generalDiagnostics"]
+    return {name: [report for report in reports if Path(report["file"]).name == name] for name in codes}
 
 
 @pytest.mark.timeout(300)
-def test_pyright_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: Path) -> None:
-    reports = pyright(tmp_path, USER_CODE)
+def test_pyright_finds_a_misspelled_setting_and_knows_what_comes_back(pyright: dict[str, list[dict[str, Any]]]) -> None:
+    reports = pyright["user.py"]
     errors = [report["message"] for report in reports if report["severity"] == "error"]
     assert errors[:3] == ['No parameter named "max_batch_siez"'] * 3
     assert 'cannot be assigned to parameter "max_batch_size" of type "int"' in errors[3]
@@ -141,8 +153,8 @@ def test_pyright_finds_a_misspelled_setting_and_knows_what_comes_back(tmp_path: 
 
 
 @pytest.mark.timeout(300)
-def test_pyright_has_nothing_to_say_about_right_code(tmp_path: Path) -> None:
-    assert pyright(tmp_path, RIGHT_CODE) == []
+def test_pyright_has_nothing_to_say_about_right_code(pyright: dict[str, list[dict[str, Any]]]) -> None:
+    assert pyright["right.py"] == []
 
 
 def test_a_misspelled_environment_variable_is_warned_of(

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from penstock.serving import ServingSettings
 from tests.integration.outside.suites import server
 
@@ -20,6 +22,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.slow
 def test_no_request_is_a_server_error_or_keeps_its_client_waiting(tmp_path: Path) -> None:
     with server(["The water falls."], ServingSettings(), max_length=600) as url:
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *OPTIONS]

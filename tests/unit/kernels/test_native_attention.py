@@ -51,28 +51,32 @@ FORMATS: dict[str, dict[str, Any]] = {str(dtype): {"dtype": dtype} for dtype in 
 LAYOUTS = [(format, 16) for format in FORMATS] + [(str(dtype), 4) for dtype in DTYPES]  # int8 needs whole panels
 
 
-def check(world: Sequences, scaling: float, **options: Any) -> None:
-    """Every part within the rounding of the weights, of the result, and of a float32 sum."""
-    world.fill()
-    found = world.attend(*PARTS, scaling=scaling, **options)
-    for part, own in zip(PARTS, found, strict=True):
-        wanted = world.by_hand(part, scaling, **options)
-        largest = world.value[part[0]].abs().max().item()
-        torch.testing.assert_close(own.double(), wanted, rtol=0, atol=2 * ROUNDING[world.dtype] * largest + 4e-6)
+def check(worlds: list[Sequences], scaling: float, **options: Any) -> None:
+    """Every part within the rounding of the weights, of the result, and of a float32 sum.
+
+    The worlds differ in their blocks only.
+    """
+    by_hand = [worlds[0].by_hand(part, scaling, **options) for part in PARTS]
+    for world in worlds:
+        world.fill()
+        found = world.attend(*PARTS, scaling=scaling, **options)
+        for part, own, wanted in zip(PARTS, found, by_hand, strict=True):
+            largest = world.value[part[0]].abs().max().item()
+            torch.testing.assert_close(own.double(), wanted, rtol=0, atol=2 * ROUNDING[world.dtype] * largest + 4e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads_of_every_shape_attend_as_by_hand(kernels: Kernels, dtype: torch.dtype, shape: str) -> None:
-    for block_size in (16, 4):
-        check(Sequences(kernels, LENGTHS, *SHAPES[shape], dtype, block_size=block_size), SHAPES[shape][2] ** -0.5)
+    worlds = [Sequences(kernels, LENGTHS, *SHAPES[shape], dtype, block_size=size) for size in (16, 4)]
+    check(worlds, SHAPES[shape][2] ** -0.5)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_windows_soft_caps_and_sinks_are_those_by_hand(kernels: Kernels, dtype: torch.dtype, kind: str) -> None:
-    for block_size in (16, 1, 32):
-        check(Sequences(kernels, LENGTHS, 6, 2, 16, dtype=dtype, block_size=block_size), 0.4, **OPTIONS[kind])
+    worlds = [Sequences(kernels, LENGTHS, 6, 2, 16, dtype=dtype, block_size=size) for size in (16, 1, 32)]
+    check(worlds, 0.4, **OPTIONS[kind])
 
 
 def rounded_to_int8(x: Tensor) -> Tensor:
