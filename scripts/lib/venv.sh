@@ -44,7 +44,7 @@ setup() {
     fi
     echo "penstock: installing ($kind); the first time takes a few minutes" >&2
     rm -f "$VENV"/.penstock-*
-    # Python compiles what it imports by itself; to compile all files of all packages takes a third of the installation.
+    # Python compiles what it imports by itself. All files of all packages take as long to compile as to fetch and unpack.
     "$VENV/bin/python" -m pip install --quiet --quiet --no-compile --constraint constraints.txt --editable ".$extras"
     fingerprint >"$VENV/.penstock-$kind"
     echo "penstock: installed after $SECONDS s" >&2
