@@ -36,6 +36,7 @@ from penstock.cli.load_report import summarize
 PENSTOCK = "penstock"
 IN_PROCESS = "in process"
 START_S = 300.0
+TEMPERATURE = 1.0  # servers have defaults of their own
 COMMAND = f"{sys.executable} -m penstock serve --model {{model}} --port {{port}} --no-access-log"
 
 
@@ -76,7 +77,7 @@ def load_of(args: argparse.Namespace, streams: int, seed: int) -> Load:
     """So many requests at once, and the next one when one is answered."""
     count = streams * args.rounds
     sizes = {"prompt_words": args.prompt_words, "max_tokens": args.output_tokens}
-    return Load(count, concurrency=streams, ignore_eos=True, seed=seed, **sizes)
+    return Load(count, concurrency=streams, ignore_eos=True, temperature=TEMPERATURE, seed=seed, **sizes)
 
 
 def measure_server(command: str, args: argparse.Namespace, seed: int) -> dict[int, dict[str, float]]:
@@ -110,7 +111,9 @@ async def measure_engine(args: argparse.Namespace, seed: int) -> dict[int, dict[
 async def run_in_process(engine: InferenceEngine, load: Load) -> list[Exchange]:
     """What `Clients` does, without HTTP."""
     places, begin = asyncio.Semaphore(load.concurrency or load.num_requests), time.perf_counter()
-    params = SamplingParams(max_tokens=load.max_tokens, min_tokens=load.max_tokens, ignore_eos=True)
+    params = SamplingParams(
+        temperature=TEMPERATURE, max_tokens=load.max_tokens, min_tokens=load.max_tokens, ignore_eos=True
+    )
 
     async def read(number: int) -> Exchange:
         async with places:

@@ -48,6 +48,7 @@ def _load(args: argparse.Namespace) -> Load:
         prompt_words=args.prompt_words,
         max_tokens=args.output_tokens,
         ignore_eos=args.ignore_eos,
+        temperature=args.temperature,
         disconnecting=args.disconnecting,
         slow=args.slow_readers,
         seed=args.seed,

@@ -51,6 +51,7 @@ class Load:
     prompt_words: int = 100
     max_tokens: int = 64
     ignore_eos: bool = False
+    temperature: float | None = None  # None: what the server takes by itself
     disconnecting: float = 0.0
     slow: float = 0.0
     seed: int = 0
@@ -197,7 +198,9 @@ class Clients:
         is_chat = self._server.endpoint == "chat"
         content = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
         body = {"model": self._server.model, "max_tokens": self._load.max_tokens, "stream": True, **content}
-        extras = {"ignore_eos": True, "min_tokens": self._load.max_tokens} if self._load.ignore_eos else {}
+        extras: dict[str, object] = {"ignore_eos": True, "min_tokens": self._load.max_tokens} if self._load.ignore_eos else {}
+        if self._load.temperature is not None:
+            extras["temperature"] = self._load.temperature
         return {**body, "stream_options": {"include_usage": True}, **extras}
 
     def _read(self, data: str, exchange: Exchange) -> bool:

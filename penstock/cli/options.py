@@ -86,6 +86,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "--output-tokens", type=positive, metavar="N", default=64, help="maximum tokens per answer (default: 64)"
     )
     group.add_argument("--ignore-eos", action="store_true", help="generate exactly that many")
+    group.add_argument("--temperature", type=float, metavar="T", help="default: what the server takes by itself")
     group.add_argument(
         "--disconnecting", type=share, metavar="S", default=0.0, help="share of clients that leave early (0 to 1)"
     )
