@@ -108,9 +108,7 @@ class LowRankSum:
             return
         source, target = strided(x, self.dtype, rows, self.k), strided(y, self.dtype, rows, self.n)
         layer = ctypes.byref(self._struct)
-        check(
-            kernels.library.ps_low_rank(kernels.pool, layer, source, rows, x.stride(0), target, y.stride(0), slots)
-        )
+        check(kernels.library.ps_low_rank(kernels.pool, layer, source, rows, x.stride(0), target, y.stride(0), slots))
 
 
 def _part_struct(part: LowRankPart) -> LowRankPartStruct:

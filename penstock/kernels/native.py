@@ -45,8 +45,9 @@ class Kernels:
         assert library is not None, "ask available() first"
         self.library = library
         self.threads = threads
-        for name in ("ps_pool_new", "ps_columns", "ps_lanes", "ps_cache_bytes", "ps_low_rank_bytes", "ps_pack_low_rank"):
-            getattr(library, name).restype = Long if name != "ps_pool_new" else Ptr
+        library.ps_pool_new.restype = Ptr
+        for name in ("ps_columns", "ps_lanes", "ps_cache_bytes", "ps_low_rank_bytes", "ps_pack_low_rank"):
+            getattr(library, name).restype = Long
         for name in ("ps_linear", "ps_low_rank"):
             getattr(library, name).argtypes = [Ptr, Ptr, Ptr, Long, Long, Ptr, Long, Ptr]
         library.ps_low_rank_bytes.argtypes = [Ptr, Ptr, Long]
@@ -79,7 +80,7 @@ class Kernels:
         return self._workspace.data_ptr()
 
     def select_adapters(self, slots: np.ndarray | None) -> None:
-        """Run each row of the next calls with the adapter of its slot, int32 [T], -1 for none; None: all without one."""
+        """Run each row of the next calls with the adapter of its slot, int32 [T], -1 for none; None: all without."""
         self._adapter_slots = slots
 
     def adapter_slots(self, rows: int) -> int | None:

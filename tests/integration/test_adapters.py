@@ -24,7 +24,6 @@ from penstock import (
     WeightsError,
     WithAdapters,
 )
-from penstock.kernels import native
 from tests.tiny_models import build
 
 # Architecture -> the layers that adapters change. In gpt2 these are transposed, and its projection is one matrix.
@@ -35,7 +34,9 @@ TARGETS = {
     "mixtral": ["q_proj", "v_proj", "o_proj"],
 }
 SHARED: dict[str, Any] = {"weight_mode": "shared"}
-PACKED: dict[str, Any] = {"weight_mode": "packed", "disabled_rewrites": ["fused_layers"]}
+PACKED: dict[str, Any] = {"weight_mode": "packed"}
+UNFUSED: dict[str, Any] = {"weight_mode": "packed", "disabled_rewrites": ["fused_layers"]}
+TORCH: dict[str, Any] = {"weight_mode": "shared", "disabled_rewrites": ["kernels"]}
 PROMPT = [(7 * i * i + 3 * i) % 150 + 2 for i in range(28)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -79,8 +80,7 @@ async def scores(engine: InferenceEngine, name: str) -> Tensor:
     return torch.from_numpy(score.logprobs)
 
 
-@pytest.mark.parametrize("settings", [SHARED, pytest.param(PACKED, marks=pytest.mark.skipif(
-    not native.available(), reason="no compiler"))], ids=["shared", "packed"])  # fmt: skip
+@pytest.mark.parametrize("settings", [SHARED, PACKED, UNFUSED, TORCH], ids=["shared", "packed", "unfused", "torch"])
 @pytest.mark.parametrize("architecture", TARGETS)
 async def test_adapters_in_one_batch_give_what_peft_gives_alone(
     architecture: str, settings: dict[str, Any], tmp_path: Path
@@ -99,7 +99,7 @@ async def test_adapters_in_one_batch_give_what_peft_gives_alone(
             await engine.load_adapter(name, tmp_path / name)
         assert engine.adapters == list(kinds)
         everyone = {"": base} | models
-        atol = 1e-5 if settings is SHARED else 1e-4
+        atol = 1e-5
         outputs = await asyncio.gather(*(engine.generate(PROMPT, GREEDY, adapter=name) for name in everyone))
         for model, output in zip(everyone.values(), outputs, strict=True):
             assert_own(model, output, atol)
@@ -299,15 +299,6 @@ async def test_a_module_that_applies_its_own_adapter_takes_others_once_that_is_d
         output = await engine.generate(PROMPT, GREEDY, adapter="a")
     model.base_model.enable_adapter_layers()
     assert_own(model, output)
-
-
-async def test_fused_layers_refuse_adapters_and_say_what_to_change() -> None:
-    if not native.available():
-        pytest.skip("no compiler")
-    base = build("llama")
-    async with engine_of(base, weight_mode="packed") as engine:
-        with pytest.raises(WeightsError, match="disabled_rewrites"):
-            await engine.load_adapter("a", adapted(base, 1, ["q_proj"]))
 
 
 async def test_a_scripted_model_has_no_adapters() -> None:
