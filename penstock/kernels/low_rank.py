@@ -1,4 +1,4 @@
-"""Adapters of linear layers over the compiled kernels: `AdapterSlots` of a layer, `pack_adapter`, and `LowRankSum`.
+"""Adapters of linear layers over the compiled kernels: `AdapterSlots` of a layer, `PackedAdapter`, and `LowRankSum`.
 
 Owns the packed copies of adapters' matrices; a layer has one adapter in each slot, or none. Used by the adapters of
 `models`. The layout of packed matrices is documented in `cpu/low_rank.c`.
@@ -39,11 +39,21 @@ class NotFiniteError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """One adapter at one layer, packed; `memory` is what `struct` points into."""
+class PackedAdapter:
+    """One adapter: `low_ranks` of the slots of each layer, which point into `memory`."""
 
-    struct: LowRankStruct
+    low_ranks: Sequence[tuple[AdapterSlots, LowRankStruct]]
     memory: Tensor
+
+    def put(self, slot: int) -> None:
+        """Have rows of this slot run with the adapter. Called between steps."""
+        for slots, low_rank in self.low_ranks:
+            slots.put(slot, low_rank)
+
+    def remove(self, slot: int) -> None:
+        """Have rows of this slot run without it. Called between steps."""
+        for slots, _ in self.low_ranks:
+            slots.put(slot, None)
 
 
 class AdapterSlots:
@@ -51,7 +61,7 @@ class AdapterSlots:
 
     def __init__(self, library: ctypes.CDLL, layer: LinearStruct) -> None:
         self.library, self.layer = library, layer
-        self.low_ranks: list[LowRank | None] = []
+        self.low_ranks: list[LowRankStruct | None] = []
         self._table = (Ptr * 0)()
 
     @property
@@ -59,35 +69,39 @@ class AdapterSlots:
         """Whether any slot has an adapter."""
         return self.layer.adapters is not None
 
-    def put(self, slot: int, low_rank: LowRank | None) -> None:
+    def put(self, slot: int, low_rank: LowRankStruct | None) -> None:
         """Have rows of this slot run with an adapter, or with none. Called between steps."""
         self.low_ranks += [None] * (slot + 1 - len(self.low_ranks))
         self.low_ranks[slot] = low_rank
         if len(self._table) < len(self.low_ranks):
             self._table = (Ptr * (2 * len(self.low_ranks)))(*self._table)
-        self._table[slot] = None if low_rank is None else ctypes.addressof(low_rank.struct)
-        ranks = [low_rank.struct.rank for low_rank in self.low_ranks if low_rank is not None]
+        self._table[slot] = None if low_rank is None else ctypes.addressof(low_rank)
+        ranks = [low_rank.rank for low_rank in self.low_ranks if low_rank is not None]
         self.layer.max_rank = max(ranks, default=0)
         self.layer.adapters = ctypes.addressof(self._table) if ranks else None
 
 
-def pack_adapter(layers: Sequence[tuple[AdapterSlots, Sequence[LowRankPart]]]) -> list[LowRank]:
-    """Copies of the matrices of one adapter, for each layer in the order of its outputs. Any thread, in one block.
+def pack_adapter(
+    layers: Sequence[tuple[AdapterSlots, Sequence[LowRankPart]]], spare: Tensor | None = None
+) -> PackedAdapter:
+    """Copies of the matrices of one adapter, for each layer in the order of its outputs. Any thread.
 
-    Raises `NotFiniteError`.
+    They are in the memory of an adapter that is used no more, if `spare` is that and is large enough: fresh pages take
+    longer than packing. Raises `NotFiniteError`.
     """
     calls = [(slots, parts, (LowRankPartStruct * len(parts))(*map(_part_struct, parts))) for slots, parts in layers]
     sizes = [slots.library.ps_low_rank_bytes(ctypes.byref(slots.layer), a, len(a)) for slots, _, a in calls]
-    memory, begin, packed = pages(sum(sizes)), 0, []
+    memory = pages(sum(sizes)) if spare is None or len(spare) < sum(sizes) else spare
+    address, low_ranks = memory.data_ptr(), []
     for (slots, parts, array), size in zip(calls, sizes, strict=True):
-        low_rank = LowRank(LowRankStruct(), memory[begin : begin + size])
-        struct, address = ctypes.byref(low_rank.struct), low_rank.memory.data_ptr()
-        broken = slots.library.ps_pack_low_rank(ctypes.byref(slots.layer), array, len(array), struct, address)
+        low_rank = LowRankStruct()
+        layer, target = ctypes.byref(slots.layer), ctypes.byref(low_rank)
+        broken = slots.library.ps_pack_low_rank(layer, array, len(array), target, address)
         if broken < len(parts):
             raise NotFiniteError(parts[broken])
-        packed.append(low_rank)
-        begin += size
-    return packed
+        low_ranks.append((slots, low_rank))
+        address += size
+    return PackedAdapter(low_ranks, memory)
 
 
 class LowRankSum:

@@ -10,8 +10,7 @@ from collections.abc import Collection
 from torch import nn
 
 from penstock.errors import ConfigurationError, WeightsError
-from penstock.models.adapters.reading import LoraLayer, plain_name
-from penstock.models.watch import is_adapter_layer
+from penstock.models.adapters.reading import LoraLayer, adapter_layers, plain_name
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -46,8 +45,8 @@ def check_fits(path: str, matrices: LoraLayer, shape: tuple[int, int] | None, *,
 
 def own_adapters_of(module: nn.Module) -> str | None:
     """What to change where a live module applies an adapter of its own; None where it does not."""
-    for path, part in module.named_modules():
-        if is_adapter_layer(part) and (part.merged_adapters or not part._disable_adapters):
+    for path, part in adapter_layers(module):
+        if part.merged_adapters or not part._disable_adapters:
             return (
                 f"the borrowed module applies an adapter of its own to every request ({path}): lend the engine the "
                 "base model, or call disable_adapter_layers() on it"

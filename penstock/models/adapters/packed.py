@@ -8,7 +8,7 @@ on the model's thread; `read` is for any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from penstock.errors import WeightsError
-from penstock.kernels.low_rank import AdapterSlots, LowRank, LowRankPart, LowRankSum, NotFiniteError, pack_adapter
+from penstock.kernels.low_rank import (
+    AdapterSlots,
+    LowRankPart,
+    LowRankSum,
+    NotFiniteError,
+    PackedAdapter,
+    pack_adapter,
+)
 from penstock.kernels.native import FLOATS, Kernels
 from penstock.models.adapters.layers import check_fits, head_of, hooked_layers, layers_of, own_adapters_of, shape_of
 from penstock.models.adapters.reading import Adapter, LoraLayer, not_finite, plain_name, read_adapter
@@ -42,23 +49,6 @@ class _Layers:
     head: set[str]
 
 
-@dataclass(slots=True)
-class _Reading:
-    """The parts of an adapter for each product that they change."""
-
-    parts: dict[int, tuple[AdapterSlots, list[LowRankPart]]] = field(default_factory=dict)
-
-    def add(self, slots: AdapterSlots, part: LowRankPart) -> None:
-        self.parts.setdefault(id(slots), (slots, []))[1].append(part)
-
-    def packed(self) -> list[tuple[AdapterSlots, LowRank]]:
-        layers = [(slots, sorted(parts, key=lambda part: part.first)) for slots, parts in self.parts.values()]
-        try:
-            return [(slots, low_rank) for (slots, _), low_rank in zip(layers, pack_adapter(layers), strict=True)]
-        except NotFiniteError as error:
-            raise not_finite(error.part.name) from None
-
-
 class PackedAdapters:
     """Adapters of `module` by their keys; `owner` is the live module that it is a view of, or itself."""
 
@@ -66,20 +56,27 @@ class PackedAdapters:
         self._module, self._owner, self._weights, self._kernels = module, owner, weights, kernels
         self._layers: _Layers | None = None  # found when they are needed
         self._hooked: dict[str, _Hooked] = {}
-        self._loaded: dict[str, tuple[int, list[tuple[AdapterSlots, LowRank]]]] = {}
+        self._loaded: dict[str, tuple[int, PackedAdapter]] = {}
+        self._spare: list[Tensor] = []  # memory of the adapter that was last unloaded
 
     def read(self, source: object, name: str) -> Callable[[str], None]:
         """Pack an adapter; the function that loads it under a key. Any thread. Raises `WeightsError`."""
         if (problem := own_adapters_of(self._owner)) is not None:
             raise WeightsError(problem)
-        packed = self._reading(read_adapter(source, name)).packed()
+        layers = self._products(read_adapter(source, name))
+        try:
+            packed = pack_adapter(layers, self._spare.pop() if self._spare else None)
+        except NotFiniteError as error:
+            raise not_finite(error.part.name) from None
         return lambda key: self._load(key, packed)
 
     def unload(self, key: str) -> None:
         """Drop an adapter that no later step uses; unknown keys are ignored."""
-        slot, packed = self._loaded.pop(key, (0, []))
-        for slots, _ in packed:
-            slots.put(slot, None)
+        if key not in self._loaded:
+            return
+        slot, packed = self._loaded.pop(key)
+        packed.remove(slot)
+        self._spare = [packed.memory]
         for hooked in list(self._hooked.values()):
             if hooked.hook is not None and not hooked.sum.adapters.is_used:
                 hooked.hook.remove()
@@ -103,31 +100,30 @@ class PackedAdapters:
         used = any(slot >= 0 for slot, _ in slots)
         self._kernels.select_adapters(np.repeat(*np.array(slots, dtype=np.int32).T) if used else None)
 
-    def _load(self, key: str, packed: list[tuple[AdapterSlots, LowRank]]) -> None:
+    def _load(self, key: str, packed: PackedAdapter) -> None:
         """Take an adapter in, from the next step on."""
         taken = {slot for slot, _ in self._loaded.values()}
         slot = next(slot for slot in count() if slot not in taken)
-        for slots, low_rank in packed:
-            slots.put(slot, low_rank)
+        packed.put(slot)
         for path, hooked in list(self._hooked.items()):
             if hooked.hook is None and hooked.sum.adapters.is_used:
                 part = self._found_layers().modules[path]
                 hooked.hook = part.register_forward_hook(_adding(hooked.sum))
         self._loaded[key] = slot, packed
 
-    def _reading(self, adapter: Adapter) -> _Reading:
+    def _products(self, adapter: Adapter) -> list[tuple[AdapterSlots, list[LowRankPart]]]:
         """The adapter's matrices by the products that they change. Raises `WeightsError` where one does not fit."""
-        layers, reading = self._found_layers(), _Reading()
+        layers, products = self._found_layers(), dict[int, tuple[AdapterSlots, list[LowRankPart]]]()
         for path, matrices in adapter.layers.items():
             placements, part = layers.placements.get(path, ()), layers.modules.get(path)
             shape = shape_of(part) if not placements else placements[0].shape
             check_fits(path, matrices, shape, is_head=path in layers.head)
-            for placement in placements:
-                reading.add(placement.product.adapters, _part(path, matrices, placement))
+            parts = [(placement.product.adapters, _part(path, matrices, placement)) for placement in placements]
             if not placements and part is not None:
-                slots = self._hooked_layer(path, part).sum.adapters
-                reading.add(slots, LowRankPart(path, _rows(matrices.a), _rows(matrices.b), matrices.scaling))
-        return reading
+                parts = [(self._hooked_layer(path, part).sum.adapters, _part(path, matrices))]
+            for slots, low_rank in parts:
+                products.setdefault(id(slots), (slots, []))[1].append(low_rank)
+        return [(slots, sorted(parts, key=lambda part: part.first)) for slots, parts in products.values()]
 
     def _hooked_layer(self, path: str, part: nn.Module) -> _Hooked:
         if path not in self._hooked:
@@ -146,10 +142,10 @@ class PackedAdapters:
         return layers
 
 
-def _part(path: str, matrices: LoraLayer, placement: Placement) -> LowRankPart:
-    """The part of an adapter that changes one of the packed matrices of its layer."""
-    b = placement.outputs_of(matrices.b)
-    return LowRankPart(path, _rows(matrices.a), _rows(b), matrices.scaling, placement.first)
+def _part(path: str, matrices: LoraLayer, placement: Placement | None = None) -> LowRankPart:
+    """The part of an adapter that changes one matrix of a product, or a layer of its own."""
+    b = matrices.b if placement is None else placement.outputs_of(matrices.b)
+    return LowRankPart(path, _rows(matrices.a), _rows(b), matrices.scaling, 0 if placement is None else placement.first)
 
 
 def _rows(matrix: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Adapter:
 def read_adapter(source: object, name: str) -> Adapter:
     """The adapter in a folder, or in a live module: the one called `name`, or its only one. Raises `WeightsError`."""
     if isinstance(source, nn.Module):
-        adapted = {plain_name(path): part for path, part in source.named_modules() if is_adapter_layer(part)}
+        adapted = {plain_name(path): part for path, part in adapter_layers(source)}
         layers = dict(_live_layers(source, adapted, _name_in(adapted, name)))
     elif isinstance(source, str | PathLike):
         layers = _read_folder(Path(source))
@@ -88,6 +88,21 @@ def read_adapter(source: object, name: str) -> Adapter:
 def not_finite(path: str) -> WeightsError:
     """The error for an adapter whose matrices of this layer have a NaN or an infinity."""
     return WeightsError(f"the adapter's matrices of {path} are not finite")
+
+
+def adapter_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers of peft inside of a module, by their names. A tenth of what they consist of is looked at."""
+    for name, part in module._modules.items():
+        if part is None:
+            continue
+        path = f"{prefix}{name}"
+        if is_adapter_layer(part):
+            yield path, part
+            inner = part._modules.get("base_layer")
+            if inner is not None and inner._modules:
+                yield from adapter_layers(inner, f"{path}.base_layer.")
+        else:
+            yield from adapter_layers(part, f"{path}.")
 
 
 def plain_name(name: str) -> str:
