@@ -219,5 +219,9 @@ class WithAdapters(Protocol):
         ...
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter, and end its requests. Raises `RequestError` for an unknown name."""
+        """Forget an adapter, after the requests that run with it. Raises `RequestError` for an unknown name."""
+        ...
+
+    def adapter_generation(self, name: str) -> int:
+        """A number that is new with every load of an adapter of this name; 0 while none is loaded."""
         ...

@@ -57,10 +57,12 @@ class PackedAdapter:
 
 
 class AdapterSlots:
-    """The adapters of the linear layer of `layer`, by slot, in the dtype of its inputs."""
+    """The adapters of the linear layer of `layer`, by slot, in the dtype of its inputs; `is_head`: it is the head."""
 
-    def __init__(self, library: ctypes.CDLL, layer: LinearStruct) -> None:
-        self.library, self.layer = library, layer
+    def __init__(self, kernels: Kernels, layer: LinearStruct) -> None:
+        self.library, self.layer = kernels.library, layer
+        self.is_head = False
+        self._kernels = kernels
         self.low_ranks: list[LowRankStruct | None] = []
         self._table = (Ptr * 0)()
 
@@ -68,6 +70,10 @@ class AdapterSlots:
     def is_used(self) -> bool:
         """Whether any slot has an adapter."""
         return self.layer.adapters is not None
+
+    def of_rows(self, rows: int) -> int | None:
+        """The address of the slots that so many rows of the layer have in this step; None if there are none."""
+        return self._kernels.adapter_slots(rows, is_head=self.is_head) if self.is_used else None
 
     def put(self, slot: int, low_rank: LowRankStruct | None) -> None:
         """Have rows of this slot run with an adapter, or with none. Called between steps."""
@@ -112,12 +118,12 @@ class LowRankSum:
         self._kernels = kernels
         kind = TYPES[dtype]
         self._struct = LinearStruct(n=n, k=k, format=kind, mode=_ADD, in_type=kind, out_type=kind, scale=1.0)
-        self.adapters = AdapterSlots(kernels.library, self._struct)
+        self.adapters = AdapterSlots(kernels, self._struct)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """y [M, N] += what the adapter of each row of x [M, K] adds, in place; both of `dtype`, rows contiguous."""
         kernels, rows = self._kernels, len(x)
-        slots = kernels.adapter_slots(rows) if self.adapters.is_used else None
+        slots = self.adapters.of_rows(rows)
         if slots is None:
             return
         source, target = strided(x, self.dtype, rows, self.k), strided(y, self.dtype, rows, self.n)

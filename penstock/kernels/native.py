@@ -60,7 +60,7 @@ class Kernels:
         self.pool = Ptr(library.ps_pool_new(threads))
         self.lanes = int(library.ps_lanes())
         self._workspace = pages(0)
-        self._adapter_slots: np.ndarray | None = None
+        self._adapter_slots: tuple[np.ndarray, np.ndarray] | None = None
 
     def close(self) -> None:
         """End the threads. Nothing that uses these kernels may be called afterwards."""
@@ -79,21 +79,24 @@ class Kernels:
             self._workspace = pages(num_bytes)
         return self._workspace.data_ptr()
 
-    def select_adapters(self, slots: np.ndarray | None) -> None:
-        """Run each row of the next calls with the adapter of its slot, int32 [T], -1 for none; None: all without."""
-        self._adapter_slots = slots
+    def select_adapters(self, slots: np.ndarray | None, logit_slots: np.ndarray | None = None) -> None:
+        """Run each token of the next calls with the adapter of its slot, int32 [T], -1 for none; None: all without.
 
-    def adapter_slots(self, rows: int) -> int | None:
+        `logit_slots` int32 [L] are the same for the rows of the output head.
+        """
+        self._adapter_slots = None if slots is None or logit_slots is None else (slots, logit_slots)
+
+    def adapter_slots(self, rows: int, *, is_head: bool = False) -> int | None:
         """The address of the selected slots for a layer of so many rows; None if no row has an adapter."""
-        slots = self._adapter_slots
-        if slots is None:
+        if self._adapter_slots is None:
             return None
+        slots = self._adapter_slots[is_head]
         if len(slots) != rows:
             raise AssertionError(
-                f"a layer with an adapter runs on {rows} rows of a step of {len(slots)} tokens: layers that see a part "
-                "of the tokens, as experts do, cannot have adapters"
+                f"a layer with an adapter runs on {rows} rows of {len(slots)}: layers that see a part of a step's "
+                "tokens, as experts do, cannot have adapters"
             )
-        return slots.ctypes.data
+        return int(slots.ctypes.data)
 
     def columns(self, n: int) -> int:
         """n outputs rounded up to whole panels of packed weights."""

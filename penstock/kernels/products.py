@@ -161,7 +161,7 @@ class Linear:
             norm_weight=address(norm.weight if norm else None), norm_bias=address(norm.bias if norm else None),
         )  # fmt: skip
         self.pointer = ctypes.addressof(self._struct)
-        self.adapters = AdapterSlots(kernels.library, self._struct)
+        self.adapters = AdapterSlots(kernels, self._struct)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Apply to x [M, K], rows contiguous: `out` [M, N], made if not given."""
@@ -169,7 +169,7 @@ class Linear:
         if out is None:
             out = x.new_empty(rows, self.width, dtype=self.dtype)
         source, target = strided(x, self._in_dtype, rows, self.k), strided(out, self.dtype, rows, self.width)
-        slots = k.adapter_slots(rows) if self.adapters.is_used else None
+        slots = self.adapters.of_rows(rows)
         check(k.library.ps_linear(k.pool, self.pointer, source, rows, x.stride(0), target, out.stride(0), slots))
         return out
 

@@ -209,7 +209,7 @@ class Executor:
 
     def compute(self, layout: StepLayout, attention: StepAttention) -> Tensor:
         """Logits [L, vocab] after the tokens at `layout.logit_indices`, by the module's own forward."""
-        self.adapters.select(layout.rows)
+        self.adapters.select(layout.rows, layout.num_logits)
         indices = layout.logit_indices
         out = self._module(
             input_ids=layout.input_ids[None],

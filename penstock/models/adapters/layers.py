@@ -33,12 +33,10 @@ def shape_of(module: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
-def check_fits(path: str, matrices: LoraLayer, shape: tuple[int, int] | None, *, is_head: bool) -> None:
+def check_fits(path: str, matrices: LoraLayer, shape: tuple[int, int] | None) -> None:
     """Raise `WeightsError` where matrices do not fit a layer of this shape (inputs, outputs), None if there is none."""
     if shape is None:
         raise WeightsError(f"the model has no linear layer {path} of its own weights, and the adapter changes it")
-    if is_head:
-        raise WeightsError(f"the adapter changes {path}, and adapters of the output head are not supported")
     if (given := (matrices.a.shape[1], len(matrices.b))) != shape:
         raise WeightsError(f"{path} maps {shape[0]} numbers to {shape[1]}; in the adapter, {given[0]} to {given[1]}")
 

@@ -7,7 +7,7 @@ on the model's thread; `read` is for any thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -92,13 +92,16 @@ class PackedAdapters:
             hooked.hook = part.register_forward_hook(_adding(hooked.sum))
         self._module, self._layers = module, None
 
-    def select(self, rows: Iterable[Row]) -> None:
-        """Apply to each token of the next pass the adapter of its row."""
-        if not self._loaded:
+    def select(self, rows: Sequence[Row], num_logits: Sequence[int]) -> None:
+        """Apply to each token of the next pass, and to each row's number of logits, the adapter of its row."""
+        if not any(row.adapter for row in rows):
+            self._kernels.select_adapters(None)
             return
-        slots = [(self._loaded[row.adapter][0] if row.adapter else -1, row.num_tokens) for row in rows]
-        used = any(slot >= 0 for slot, _ in slots)
-        self._kernels.select_adapters(np.repeat(*np.array(slots, dtype=np.int32).T) if used else None)
+        slots = np.array([self._loaded[row.adapter][0] if row.adapter else -1 for row in rows], dtype=np.int32)
+        logit_slots = np.repeat(slots, num_logits)
+        none = np.full(1, -1, dtype=np.int32)  # the head is never without rows
+        tokens = np.repeat(slots, [row.num_tokens for row in rows])
+        self._kernels.select_adapters(tokens, logit_slots if len(logit_slots) else none)
 
     def _load(self, key: str, packed: PackedAdapter) -> None:
         """Take an adapter in, from the next step on."""
@@ -117,7 +120,7 @@ class PackedAdapters:
         for path, matrices in adapter.layers.items():
             placements, part = layers.placements.get(path, ()), layers.modules.get(path)
             shape = shape_of(part) if not placements else placements[0].shape
-            check_fits(path, matrices, shape, is_head=path in layers.head)
+            check_fits(path, matrices, shape)
             parts = [(placement.product.adapters, _part(path, matrices, placement)) for placement in placements]
             if not placements and part is not None:
                 parts = [(self._hooked_layer(path, part).sum.adapters, _part(path, matrices))]
@@ -130,6 +133,7 @@ class PackedAdapters:
             n, k = reversed(shape_of(part) or (0, 0))
             dtypes = [parameter.dtype for parameter in part.parameters() if parameter.dtype in FLOATS]
             kernel = LowRankSum(self._kernels, n, k, dtypes[0] if dtypes else torch.float32)
+            kernel.adapters.is_head = path in self._found_layers().head
             self._hooked.setdefault(path, _Hooked(kernel))
         return self._hooked[path]
 
@@ -138,7 +142,12 @@ class PackedAdapters:
         if layers is None:
             placements = self._weights.placements()
             named = {plain_name(name).removesuffix(".weight"): places for name, places in placements.items()}
-            layers = self._layers = _Layers(named, layers_of(self._module), head_of(self._module))
+            modules, head = layers_of(self._module), head_of(self._module)
+            for path in [path for path in named if isinstance(modules.get(path), nn.Embedding)]:
+                del named[path]  # its weight is the head's
+            for placement in (placement for path in head for placement in named.get(path, ())):
+                placement.product.adapters.is_head = True
+            layers = self._layers = _Layers(named, modules, head)
         return layers
 
 

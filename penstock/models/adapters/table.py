@@ -6,7 +6,7 @@ them changes. Never touches a weight of the model. Used by `Executor` on the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +36,15 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """Columns [begin, end) belong to the adapters of a step; `outside` bool [T, end - begin]: not to this token's."""
+    """Columns [begin, end) belong to the adapters of a step; `outside` bool [T, end - begin]: not to this token's.
+
+    `outside_head` bool [L, end - begin] is the same for the rows of the output head.
+    """
 
     begin: int
     end: int
     outside: Tensor
+    outside_head: Tensor
 
 
 class TorchAdapters:
@@ -85,37 +89,31 @@ class TorchAdapters:
 
     def attach(self, module: nn.Module) -> None:
         """Apply the adapters to `module` from here on, in place of the last one. Raises `ConfigurationError`."""
-        for path, part in hooked_layers(module, self._layers.keys()).items():
+        parts = hooked_layers(module, self._layers.keys())
+        self._module = module
+        for path, part in parts.items():
             self._layers[path].hook.remove()
             self._layers[path].hook = self._hook(path, part)
-        self._module = module
 
-    def select(self, rows: Iterable[Row]) -> None:
-        """Apply to each token of the next pass the adapter of its row."""
+    def select(self, rows: Sequence[Row], num_logits: Sequence[int]) -> None:
+        """Apply to each token of the next pass, and to each row's number of logits, the adapter of its row."""
         self._selection = None
-        if not self._columns:
+        if not any(row.adapter for row in rows):
             return
-        counts = [(self._columns[row.adapter] if row.adapter else None, row.num_tokens) for row in rows]
-        used = [columns for columns, _ in counts if columns is not None]
-        if not used:
-            return
+        adapters = [self._columns[row.adapter] if row.adapter else None for row in rows]
+        used = [columns for columns in adapters if columns is not None]
         begin, end = min(columns.start for columns in used), max(columns.stop for columns in used)
-        shape = sum(count for _, count in counts), end - begin
-        outside = torch.ones(shape, dtype=torch.bool, device="cpu")
-        first = 0
-        for columns, count in counts:
-            if columns is not None:
-                outside[first : first + count, columns.start - begin : columns.stop - begin] = False
-            first += count
-        self._selection = _Selection(begin, end, outside.to(self._device, non_blocking=True))
+        counts = [row.num_tokens for row in rows], num_logits
+        masks = (_outside(begin, end, adapters, count).to(self._device, non_blocking=True) for count in counts)
+        self._selection = _Selection(begin, end, *masks)
 
     def _fitting_modules(self, adapter: Adapter) -> dict[str, nn.Module]:
         """The linear layers of the adapter. Raises `WeightsError` where one does not fit."""
         if (problem := own_adapters_of(self._owner)) is not None:
             raise WeightsError(problem)
-        modules, head = layers_of(self._module), head_of(self._module)
+        modules = layers_of(self._module)
         for path, matrices in adapter.layers.items():
-            check_fits(path, matrices, shape_of(modules.get(path)), is_head=path in head)
+            check_fits(path, matrices, shape_of(modules.get(path)))
         return modules
 
     def _reserve(self, rank: int) -> range:
@@ -159,16 +157,32 @@ class TorchAdapters:
         self._layers, self._capacity, self._num_initialized = {}, 0, 0
 
     def _hook(self, path: str, module: nn.Module) -> RemovableHandle:
+        is_head = path in head_of(self._module)
+
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             selection = self._selection
-            return None if selection is None else _sum(inputs[0], output, self._layers[path], selection)
+            if selection is None:
+                return None
+            outside = selection.outside_head if is_head else selection.outside
+            return _sum(inputs[0], output, self._layers[path], selection, outside)
 
         return module.register_forward_hook(add)
 
 
-def _sum(x: Tensor, y: Tensor, layer: _Layer, selection: _Selection) -> Tensor:
+def _outside(begin: int, end: int, adapters: Sequence[range | None], counts: Sequence[int]) -> Tensor:
+    """Bool [sum of counts, end - begin]: which columns do not belong to the adapter of a row; at least one row."""
+    outside = torch.ones(max(1, sum(counts)), end - begin, dtype=torch.bool, device="cpu")
+    first = 0
+    for columns, count in zip(adapters, counts, strict=True):
+        if columns is not None:
+            outside[first : first + count, columns.start - begin : columns.stop - begin] = False
+        first += count
+    return outside
+
+
+def _sum(x: Tensor, y: Tensor, layer: _Layer, selection: _Selection, outside: Tensor) -> Tensor:
     """y [..., N], of which x [..., K] are the inputs, and what each token's adapter adds to it; summed in float32."""
     part = slice(selection.begin, selection.end)
     inner = x.reshape(-1, x.shape[-1]).float() @ layer.a[part].T
-    inner.masked_fill_(selection.outside, 0.0)
+    inner.masked_fill_(outside, 0.0)
     return torch.addmm(y.reshape(-1, y.shape[-1]).float(), inner, layer.b[part]).to(y.dtype).view(y.shape)

@@ -160,18 +160,17 @@ class DerivedWeights:
         return [unit.product.memory for unit in self._units if unit.product is not None]
 
     def placements(self) -> dict[str, list[Placement]]:
-        """Where the matrices of layers are in packed products, by names; those that layers share are left out."""
-        placements: dict[str, list[Placement]] = {}
+        """Where matrices are in packed products, by names; those that are in several of them are left out."""
+        placements: dict[int, list[Placement]] = {}
         for unit in self._units:
             product = unit.product
             for first, recipe in zip([] if product is None else product.firsts(), unit.recipes, strict=False):
                 assert product is not None
                 assert recipe is not None
-                entry = self._entries[recipe.parameter_id]
-                if len(entry.names) == 1:
-                    placement = Placement(product, first, recipe, entry.shape)
-                    placements.setdefault(entry.names[0], []).append(placement)
-        return placements
+                shape = self._entries[recipe.parameter_id].shape
+                placements.setdefault(recipe.parameter_id, []).append(Placement(product, first, recipe, shape))
+        single = {key: places for key, places in placements.items() if len({id(x.product) for x in places}) == 1}
+        return {name: places for key, places in single.items() for name in self._entries[key].names}
 
     def _place(self, part: nn.Module, leaf: str, value: Tensor) -> None:
         current = part._parameters[leaf]
