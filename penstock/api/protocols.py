@@ -129,13 +129,15 @@ class Embedder(Protocol):
         dimensions: int | None = None,
         normalize: bool = True,
         namespace: str = "",
+        adapter: str = "",
         priority: RequestPriority = RequestPriority.NORMAL,
         deadline: float | None = None,
     ) -> list[EmbeddingOutput]:
         """The embedding of each prompt (one, or a list): hidden states after the last norm, pooled.
 
         `pooling` is "mean" or "last" (the last token's). `dimensions` keeps that many leading numbers; `normalize` then
-        divides by the length of the vector. Raises `RequestError`, and whatever awaiting a request raises.
+        divides by the length of the vector. `adapter` is for engines `WithAdapters`. Raises `RequestError`, and
+        whatever awaiting a request raises.
         """
         ...
 
@@ -206,8 +208,16 @@ class Trainable(Protocol):
 
 
 @runtime_checkable
-class WithAdapters(Protocol):
+class WithAdapters(Engine, Protocol):
     """An engine that serves several LoRA adapters beside its model: requests choose one with `adapter=name`."""
+
+    def generate(
+        self, prompt: Prompt, params: Params = None, *, request_id: str | None = None,
+        priority: RequestPriority = RequestPriority.NORMAL, deadline: float | None = None,
+        ttft_deadline: float | None = None, namespace: str = "", adapter: str = "", callback: Callback | None = None,
+    ) -> RequestHandle:  # fmt: skip
+        """As `Engine.generate`, with the adapter of that name; "" is none."""
+        ...
 
     @property
     def adapters(self) -> list[str]:

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from penstock import (
+    EngineClosed,
     EngineStateError,
     InferenceEngine,
     RequestError,
@@ -341,3 +342,15 @@ async def test_a_scripted_model_has_no_adapters() -> None:
             await engine.load_adapter("a", "/nowhere")
         with pytest.raises(RequestError, match="not loaded"):
             await engine.generate([1, 2], adapter="a")
+
+
+async def test_an_engine_stops_while_requests_run_with_an_adapter_that_was_unloaded() -> None:
+    base = build("llama")
+    engine = engine_of(base)
+    await engine.load_adapter("a", adapted(base, 1, ["q_proj"]))
+    handle = engine.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True), adapter="a")
+    await anext(aiter(handle))
+    await engine.unload_adapter("a")
+    await asyncio.to_thread(engine.stop, 0)
+    with pytest.raises(EngineClosed):
+        await handle
