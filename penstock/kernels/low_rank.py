@@ -39,10 +39,18 @@ class NotFiniteError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """One adapter: `low_ranks` of the slots of each layer, which point into `memory`."""
+class LowRank:
+    """One adapter at one layer, packed; `memory` is what `struct` points into."""
 
-    low_ranks: Sequence[tuple[AdapterSlots, LowRankStruct]]
+    struct: LowRankStruct
+    memory: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """One adapter: what it has for the slots of each layer, all in `memory`."""
+
+    low_ranks: Sequence[tuple[AdapterSlots, LowRank]]
     memory: Tensor
 
     def put(self, slot: int) -> None:
@@ -63,7 +71,7 @@ class AdapterSlots:
         self.library, self.layer = kernels.library, layer
         self.is_head = False
         self._kernels = kernels
-        self.low_ranks: list[LowRankStruct | None] = []
+        self.low_ranks: list[LowRank | None] = []
         self._table = (Ptr * 0)()
 
     @property
@@ -75,14 +83,14 @@ class AdapterSlots:
         """The address of the slots that so many rows of the layer have in this step; None if there are none."""
         return self._kernels.adapter_slots(rows, is_head=self.is_head) if self.is_used else None
 
-    def put(self, slot: int, low_rank: LowRankStruct | None) -> None:
+    def put(self, slot: int, low_rank: LowRank | None) -> None:
         """Have rows of this slot run with an adapter, or with none. Called between steps."""
         self.low_ranks += [None] * (slot + 1 - len(self.low_ranks))
         self.low_ranks[slot] = low_rank
         if len(self._table) < len(self.low_ranks):
             self._table = (Ptr * (2 * len(self.low_ranks)))(*self._table)
-        self._table[slot] = None if low_rank is None else ctypes.addressof(low_rank)
-        ranks = [low_rank.rank for low_rank in self.low_ranks if low_rank is not None]
+        self._table[slot] = None if low_rank is None else ctypes.addressof(low_rank.struct)
+        ranks = [low_rank.struct.rank for low_rank in self.low_ranks if low_rank is not None]
         self.layer.max_rank = max(ranks, default=0)
         self.layer.adapters = ctypes.addressof(self._table) if ranks else None
 
@@ -100,8 +108,8 @@ def pack_adapter(
     memory = pages(sum(sizes)) if spare is None or len(spare) < sum(sizes) else spare
     address, low_ranks = memory.data_ptr(), []
     for (slots, parts, array), size in zip(calls, sizes, strict=True):
-        low_rank = LowRankStruct()
-        layer, target = ctypes.byref(slots.layer), ctypes.byref(low_rank)
+        low_rank = LowRank(LowRankStruct(), memory)
+        layer, target = ctypes.byref(slots.layer), ctypes.byref(low_rank.struct)
         broken = slots.library.ps_pack_low_rank(layer, array, len(array), target, address)
         if broken < len(parts):
             raise NotFiniteError(parts[broken])

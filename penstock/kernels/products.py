@@ -160,8 +160,7 @@ class Linear:
             bias=address(self._bias), scales=address(self._scales), lows=address(self._lows),
             norm_weight=address(norm.weight if norm else None), norm_bias=address(norm.bias if norm else None),
         )  # fmt: skip
-        self.pointer = ctypes.addressof(self._struct)
-        self.adapters = AdapterSlots(kernels, self._struct)
+        self.pointer, self.adapters = ctypes.addressof(self._struct), AdapterSlots(kernels, self._struct)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Apply to x [M, K], rows contiguous: `out` [M, N], made if not given."""
