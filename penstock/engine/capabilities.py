@@ -11,7 +11,7 @@ from typing import Literal, Protocol, overload
 
 from penstock.api.logprob_report import LogprobReport
 from penstock.api.prompt import Prompt, PromptInput, read_prompt
-from penstock.api.protocols import Completion, WithAdapters
+from penstock.api.protocols import Completion
 from penstock.api.waiting import result_of
 from penstock.engine.assembly import Parts
 from penstock.engine.observe.metrics import Metrics

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from penstock import (
     EngineStateError,
     InferenceEngine,
     RequestError,
+    RequestHandle,
     SamplingParams,
     ScriptedModel,
     WeightsError,
@@ -354,3 +356,27 @@ async def test_an_engine_stops_while_requests_run_with_an_adapter_that_was_unloa
     await asyncio.to_thread(engine.stop, 0)
     with pytest.raises(EngineClosed):
         await handle
+
+
+async def test_requests_of_many_adapters_keep_theirs_while_these_come_and_go() -> None:
+    """Requests at random moments, beside adapters that are replaced, unloaded and loaded: each has one generation."""
+    base, rng = build("llama"), random.Random(0)
+    sources = [adapted(base, seed, TARGETS["llama"][seed % 3 :], r=1 + seed) for seed in range(5)]
+    async with engine_of(base, **PACKED, max_batch_size=6) as engine:
+        current: dict[str, Any] = {"": base}
+        results: list[tuple[Any, RequestHandle]] = []
+        for _ in range(60):
+            name, source = rng.choice("abc"), rng.choice(sources)
+            if rng.random() < 0.3 and name in current:
+                await engine.unload_adapter(name)
+                del current[name]
+            elif rng.random() < 0.6:
+                await engine.load_adapter(name, source)
+                current[name] = source
+            for name in rng.choices(sorted(current), k=2):
+                params = SamplingParams(temperature=0.0, max_tokens=rng.randint(1, 24), ignore_eos=True)
+                handle = engine.generate(PROMPT[: rng.randint(1, 20)], params, adapter=name)
+                await handle.admitted()  # from here on, the generation of the request is fixed
+                results.append((current[name], handle))
+        for model, handle in results:
+            assert_own(model, await handle)
