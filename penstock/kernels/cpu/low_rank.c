@@ -33,8 +33,9 @@ INLINE void shrink_as(const low_rank *w, const float *x, long k, float *t, const
         vf sum[4] = {0};
         long i = 0;
         for (; i + 4 <= k; i += 4)
-            _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++) sum[u] += load(a, (i + u) * VL, type) * x[i + u];
-        for (; i < k; i++) sum[0] += load(a, i * VL, type) * x[i];
+            _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++) 
+                sum[u] = multiply_add(load(a, (i + u) * VL, type), splat(x[i + u]), sum[u]);
+        for (; i < k; i++) sum[0] = multiply_add(load(a, i * VL, type), splat(x[i]), sum[0]);
         *(vf *)(t + v * VL) = sum[0] + sum[1] + (sum[2] + sum[3]);
     }
 }
@@ -54,7 +55,7 @@ INLINE void expand_as(const low_rank *w, const int rows, long v, const float *t,
         vf sum[4] = {0};
         for (long b = w->begin[v]; b < w->begin[v + 1]; b++, from++) {
             vf row = load(w->b, b * VL, type);
-            _Pragma("GCC unroll 4") for (int i = 0; i < rows; i++) sum[i] += row * from[i * stride];
+            _Pragma("GCC unroll 4") for (int i = 0; i < rows; i++) sum[i] = multiply_add(row, splat(from[i * stride]), sum[i]);
         }
         for (int i = 0; i < rows; i++) *(vf *)(d + i * NR + j * VL) = sum[i];
     }
