@@ -33,7 +33,7 @@ INLINE void shrink_as(const low_rank *w, const float *x, long k, float *t, const
         vf sum[4] = {0};
         long i = 0;
         for (; i + 4 <= k; i += 4)
-            _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++) 
+            _Pragma("GCC unroll 4") for (int u = 0; u < 4; u++)
                 sum[u] = multiply_add(load(a, (i + u) * VL, type), splat(x[i + u]), sum[u]);
         for (; i < k; i++) sum[0] = multiply_add(load(a, i * VL, type), splat(x[i]), sum[0]);
         *(vf *)(t + v * VL) = sum[0] + sum[1] + (sum[2] + sum[3]);
