@@ -28,7 +28,7 @@ class AdapterOrders:
         self._outputs = outputs
         self._gate = gate
         self._changing: set[str] = set()  # names whose adapters are being loaded
-        self._held: set[str] = set()  # keys of the generations in the runner
+        self.held: set[str] = set()  # keys of the generations in the runner
 
     async def load(self, name: str, source: object) -> None:
         """Load an adapter, or a new generation of it. Raises `WeightsError`, and then nothing has changed.
@@ -49,7 +49,7 @@ class AdapterOrders:
                 raise
             except Exception as error:
                 raise WeightsError(f"loading the adapter {shown(name)} failed: {described(error)}") from error
-        self._held.add(key)
+        self.held.add(key)
         self._names.put(name, key)
         self.drop_unused()
 
@@ -62,13 +62,13 @@ class AdapterOrders:
 
     def drop_unused(self) -> None:
         """Free the generations that neither a new nor a running request can use."""
-        unused = self._held - self._names.keys()
+        unused = self.held - self._names.keys()
         if not unused:
             return
         unused -= set().union(*map(_keys_of, self._outputs.requests.values()))
         for key in unused:
             self._jobs.run(self._store().unload, key)
-        self._held -= unused
+        self.held -= unused
 
     def _require_idle(self, name: str) -> None:
         if name in self._changing:

@@ -160,13 +160,8 @@ def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys:
             "TLS needs both": failure(capsys, "--ssl-certfile", "x.pem"),
             "max_batch_size": failure(capsys, "--model", answers, "--max-batch-size", "many"),
             "NAME=FOLDER": failure(capsys, "--model", answers, "--adapter", "poet"),
-            "takes no adapters": failure(capsys, "--model", answers, "--port", "0", "--adapter", "poet=/nowhere"),
-            "name of the model": failure(
-                capsys,
-                "--model",
-                answers,
-                *("--port", "0", "--served-model-name", "poet", "--adapter", "poet=/nowhere"),
-            ),
+            "takes no adapters": failure(capsys, "--model", answers, *adapter),
+            "name of the model": failure(capsys, "--model", answers, *adapter, "--served-model-name", "poet"),
             "unknown section": failure(capsys, "--config", str(tmp_path / "bad.yaml")),
         }
     for text, output in errors.items():
