@@ -129,13 +129,15 @@ class Embedder(Protocol):
         dimensions: int | None = None,
         normalize: bool = True,
         namespace: str = "",
+        adapter: str = "",
         priority: RequestPriority = RequestPriority.NORMAL,
         deadline: float | None = None,
     ) -> list[EmbeddingOutput]:
         """The embedding of each prompt (one, or a list): hidden states after the last norm, pooled.
 
         `pooling` is "mean" or "last" (the last token's). `dimensions` keeps that many leading numbers; `normalize` then
-        divides by the length of the vector. Raises `RequestError`, and whatever awaiting a request raises.
+        divides by the length of the vector. `adapter` is for engines `WithAdapters`. Raises `RequestError`, and
+        whatever awaiting a request raises.
         """
         ...
 
@@ -206,8 +208,16 @@ class Trainable(Protocol):
 
 
 @runtime_checkable
-class WithAdapters(Protocol):
+class WithAdapters(Engine, Protocol):
     """An engine that serves several LoRA adapters beside its model: requests choose one with `adapter=name`."""
+
+    def generate(
+        self, prompt: Prompt, params: Params = None, *, request_id: str | None = None,
+        priority: RequestPriority = RequestPriority.NORMAL, deadline: float | None = None,
+        ttft_deadline: float | None = None, namespace: str = "", adapter: str = "", callback: Callback | None = None,
+    ) -> RequestHandle:  # fmt: skip
+        """As `Engine.generate`, with the adapter of that name; "" is none."""
+        ...
 
     @property
     def adapters(self) -> list[str]:
@@ -219,5 +229,9 @@ class WithAdapters(Protocol):
         ...
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter, and end its requests. Raises `RequestError` for an unknown name."""
+        """Forget an adapter, after the requests that run with it. Raises `RequestError` for an unknown name."""
+        ...
+
+    def adapter_generation(self, name: str) -> int:
+        """A number that is new with every load of an adapter of this name; 0 while none is loaded."""
         ...

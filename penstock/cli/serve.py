@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   penstock serve --model Qwen/Qwen3-0.6B
   penstock serve --model ./my-model --port 9000 --served-model-name gpt-4o mine
   penstock serve --model ./my-model --host 0.0.0.0 --api-key SECRET
+  penstock serve --model ./my-model --adapter support=./lora-support
   penstock serve --config server.yaml          engine: and serving: in one file
   penstock serve --model scripted:answers.yaml for tests of agents
 
@@ -52,6 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     server.add_argument("--host", metavar="H", help="address to listen on (default: 127.0.0.1)")
     server.add_argument("--port", type=int, metavar="P", help="port to listen on (default: 8000; 0: any free one)")
     server.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names of the model in the API")
+    server.add_argument("--adapter", action="append", metavar="NAME=FOLDER", help="LoRA adapter to serve; repeatable")
     server.add_argument("--api-key", action="append", metavar="KEY", help="require this key; repeatable")
     server.add_argument("--admin-key", metavar="KEY", help="key of /admin")
     server.add_argument("--allow-anonymous", action="store_true", default=None, help="listen anywhere without keys")
@@ -120,9 +122,19 @@ def _sections(path: str | None) -> dict[str, JsonObject]:
 def _server_options(args: argparse.Namespace) -> JsonObject:
     """Keywords of `ProcessSettings` for the options that were given."""
     values = {name: value for name in _SERVER if (value := getattr(args, name)) is not None}
+    if args.adapter:
+        values["adapters"] = dict(map(_named_folder, args.adapter))
     if args.api_key:
         values["api_keys"] = [{"name": f"key-{n}", "key": key} for n, key in enumerate(args.api_key, 1)]
     return values
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    """Name and folder of an adapter. Raises `ConfigurationError`."""
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise ConfigurationError(f"--adapter takes NAME=FOLDER, got {text!r}")
+    return name, folder
 
 
 def _engine_options(args: argparse.Namespace) -> JsonObject:

@@ -256,6 +256,10 @@ class InferenceEngine(Capabilities, Updates):
         """The names of the loaded adapters."""
         return [] if self._assembly.parts is None else self._assembly.parts.inputs.adapters.names()
 
+    def adapter_generation(self, name: str) -> int:
+        """A number that is new with every load of an adapter of this name; 0 while none is loaded."""
+        return 0 if self._assembly.parts is None else self._assembly.parts.inputs.adapters.generation(name)
+
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, which two threads must not use at once; None before loading, or if skipped."""

@@ -142,16 +142,17 @@ class Updates:
         `source` is a folder that peft wrote, or a live module with peft's layers: its adapter `name`, or its only one.
         The matrices are copied and never merged into the model. A name that is loaded already gets a new generation:
         requests that run keep theirs to their end, new ones find no K/V of earlier ones. Nothing else is disturbed.
-        Raises `WeightsError` for what does not fit or is not supported, `RequestError`, `EngineClosed`.
+        Raises `WeightsError` for what does not fit or is not supported, `EngineStateError` while this name is being
+        loaded, `RequestError`, `EngineClosed`.
         """
         if not text("name", name):
             raise RequestError("an adapter needs a name: '' stands for none")
         await _carry_out(self, lambda core: core.adapters.load(name, source))
 
     async def unload_adapter(self: _Loading, name: str) -> None:
-        """Forget an adapter. Its requests end with `RequestAborted`, with what they have; all others go on.
+        """Forget an adapter: new requests for it are refused, those that run go on, and then its memory is freed.
 
-        Raises `RequestError` for a name that is not loaded.
+        Raises `RequestError` for a name that is not loaded, `EngineStateError` while it is being loaded.
         """
         name = text("name", name)
         await _carry_out(self, lambda core: core.adapters.unload(name))

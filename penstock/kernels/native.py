@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +45,13 @@ class Kernels:
         assert library is not None, "ask available() first"
         self.library = library
         self.threads = threads
-        for name in ("ps_pool_new", "ps_columns", "ps_lanes", "ps_cache_bytes"):
-            getattr(library, name).restype = Long if name != "ps_pool_new" else Ptr
-        library.ps_linear.argtypes = [Ptr, Ptr, Ptr, Long, Long, Ptr, Long]
+        library.ps_pool_new.restype = Ptr
+        for name in ("ps_columns", "ps_lanes", "ps_cache_bytes", "ps_low_rank_bytes", "ps_pack_low_rank"):
+            getattr(library, name).restype = Long
+        for name in ("ps_linear", "ps_low_rank"):
+            getattr(library, name).argtypes = [Ptr, Ptr, Ptr, Long, Long, Ptr, Long, Ptr]
+        library.ps_low_rank_bytes.argtypes = [Ptr, Ptr, Long]
+        library.ps_pack_low_rank.argtypes = [Ptr, Ptr, Long, Ptr, Ptr]
         library.ps_norm.argtypes = [Ptr, Ptr, Ptr, Long, Ptr, Int]
         library.ps_attention.argtypes = [Ptr, Ptr]
         library.ps_program.argtypes = [Ptr, Ptr]
@@ -55,6 +60,7 @@ class Kernels:
         self.pool = Ptr(library.ps_pool_new(threads))
         self.lanes = int(library.ps_lanes())
         self._workspace = pages(0)
+        self._adapter_slots: tuple[np.ndarray, np.ndarray] | None = None
 
     def close(self) -> None:
         """End the threads. Nothing that uses these kernels may be called afterwards."""
@@ -72,6 +78,25 @@ class Kernels:
         if num_bytes > len(self._workspace):
             self._workspace = pages(num_bytes)
         return self._workspace.data_ptr()
+
+    def select_adapters(self, slots: np.ndarray | None, logit_slots: np.ndarray | None = None) -> None:
+        """Run each token of the next calls with the adapter of its slot, int32 [T], -1 for none; None: all without.
+
+        `logit_slots` int32 [L] are the same for the rows of the output head.
+        """
+        self._adapter_slots = None if slots is None or logit_slots is None else (slots, logit_slots)
+
+    def adapter_slots(self, rows: int, *, is_head: bool = False) -> int | None:
+        """The address of the selected slots for a layer of so many rows; None if no row has an adapter."""
+        if self._adapter_slots is None:
+            return None
+        slots = self._adapter_slots[is_head]
+        if len(slots) != rows:
+            raise AssertionError(
+                f"a layer with an adapter runs on {rows} rows of {len(slots)}: layers that see a part of a step's "
+                "tokens, as experts do, cannot have adapters"
+            )
+        return int(slots.ctypes.data)
 
     def columns(self, n: int) -> int:
         """n outputs rounded up to whole panels of packed weights."""

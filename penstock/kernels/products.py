@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.kernels.low_rank import AdapterSlots
 from penstock.kernels.native import (
     FLOATS,
     TYPES,
@@ -159,7 +160,7 @@ class Linear:
             bias=address(self._bias), scales=address(self._scales), lows=address(self._lows),
             norm_weight=address(norm.weight if norm else None), norm_bias=address(norm.bias if norm else None),
         )  # fmt: skip
-        self.pointer = ctypes.addressof(self._struct)
+        self.pointer, self.adapters = ctypes.addressof(self._struct), AdapterSlots(kernels, self._struct)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Apply to x [M, K], rows contiguous: `out` [M, N], made if not given."""
@@ -167,7 +168,8 @@ class Linear:
         if out is None:
             out = x.new_empty(rows, self.width, dtype=self.dtype)
         source, target = strided(x, self._in_dtype, rows, self.k), strided(out, self.dtype, rows, self.width)
-        check(k.library.ps_linear(k.pool, self.pointer, source, rows, x.stride(0), target, out.stride(0)))
+        slots = self.adapters.of_rows(rows)
+        check(k.library.ps_linear(k.pool, self.pointer, source, rows, x.stride(0), target, out.stride(0), slots))
         return out
 
     @property
@@ -181,7 +183,7 @@ class Linear:
         Needs no memory in the size of a matrix.
         """
         self._check_shapes(weights, biases)
-        firsts = [0, *accumulate(self._sizes[:-1])]
+        firsts = self.firsts()
         for dtype in {w.dtype for w in weights if w is not None}:
             self._write_rows(
                 [(i, w) for i, w in zip(firsts, weights, strict=True) if w is not None and w.dtype == dtype]
@@ -189,6 +191,10 @@ class Linear:
         for first, bias in zip(firsts, biases, strict=True):
             if bias is not None:
                 self._write_bias(first, bias)
+
+    def firsts(self) -> list[int]:
+        """The outputs at which its matrices begin."""
+        return [0, *accumulate(self._sizes[:-1])]
 
     def _check_shapes(self, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
         for size, weight, bias in zip(self._sizes, weights, biases, strict=True):

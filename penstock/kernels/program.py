@@ -139,7 +139,7 @@ class Program:
         program.rows, registers[STREAM] = rows, operand(x, self._dtype, metadata.tokens, self._widths[STREAM])
         self._allocate(registers, rows)
         program.caches, program.metadata = paged.table.pointer, metadata.pointer
-        program.width = 0
+        program.width, program.slots = 0, self._kernels.adapter_slots(rows)
         if cos is not None and sin is not None:
             program.cos, program.sin = (operand(angles, cos.dtype, *cos.shape) for angles in (cos, sin))
             program.width, program.type = self._rotated_width(cos, rows), FLOATS[cos.dtype]

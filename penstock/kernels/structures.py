@@ -1,7 +1,7 @@
 """The structures that the compiled kernels are called with, field by field as in `cpu/*.c`.
 
-Owns nothing. `native` compares their sizes with those in C when it loads the library; `products`, `paged` and `program`
-fill them in.
+Owns nothing. `native` compares their sizes with those in C when it loads the library; `products`, `low_rank`, `paged`
+and `program` fill them in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,30 @@ class LinearStruct(ctypes.Structure):
         *((name, Long) for name in ("n", "k")),
         *((name, Int) for name in ("format", "mode", "act", "in_type", "out_type", "norm_kind")),
         *((name, Float) for name in ("scale", "eps")),
-        *((name, Ptr) for name in ("weights", "bias", "scales", "lows", "norm_weight", "norm_bias")),
+        *((name, Ptr) for name in ("weights", "bias", "scales", "lows", "norm_weight", "norm_bias", "adapters")),
+        ("max_rank", Long),
+    )
+
+
+class LowRankStruct(ctypes.Structure):
+    """`low_rank` in low_rank.c."""
+
+    _fields_ = (
+        ("rank", Long),
+        *((name, Int) for name in ("type", "unused")),
+        *((name, Ptr) for name in ("a", "b", "first", "begin")),
+    )
+
+
+class LowRankPartStruct(ctypes.Structure):
+    """`low_rank_part` in low_rank_packing.c."""
+
+    _fields_ = (
+        *((name, Ptr) for name in ("a", "b")),
+        *((name, Long) for name in ("a_stride", "b_stride", "rank", "first", "size")),
+        *((name, Int) for name in ("a_type", "b_type")),
+        ("scaling", Float),
+        ("unused", Int),
     )
 
 
@@ -106,6 +129,7 @@ class ProgramStruct(ctypes.Structure):
         *((name, Ptr) for name in ("registers", "caches", "metadata", "cos", "sin")),
         ("width", Long),
         ("type", Int),
+        ("slots", Ptr),
     )
 
 
@@ -133,6 +157,8 @@ class AllowedArgmaxStruct(ctypes.Structure):
 STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "norm": NormStruct,
     "linear": LinearStruct,
+    "low_rank": LowRankStruct,
+    "low_rank_part": LowRankPartStruct,
     "packing": PackingStruct,
     "kv_cache": CacheStruct,
     "attention_metadata": MetadataStruct,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
 from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
-from penstock.models.adapters.table import AdapterTable
+from penstock.models.adapters.choice import adapters_for
 from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.beam_sampler import BeamSampler
 from penstock.models.borrow import Borrowed
@@ -68,7 +68,7 @@ class Executor:
         self._borrowed = borrowed
         self._chunk_bytes = logits_chunk_bytes
         self._module = model.module
-        self.adapters = AdapterTable(model.module, model.device)
+        self.adapters = adapters_for(model, borrowed)
         self._weights = ModelWeights(model.module, model.weights, borrowed, is_packed=spec.weight_mode == "packed")
         self._layers = model.layers
         self._shapes = model.shapes
@@ -209,7 +209,7 @@ class Executor:
 
     def compute(self, layout: StepLayout, attention: StepAttention) -> Tensor:
         """Logits [L, vocab] after the tokens at `layout.logit_indices`, by the module's own forward."""
-        self.adapters.select(layout.rows)
+        self.adapters.select(layout.rows, layout.num_logits)
         indices = layout.logit_indices
         out = self._module(
             input_ids=layout.input_ids[None],

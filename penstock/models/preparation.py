@@ -48,6 +48,7 @@ class PreparedModel:
     shapes: list[LayerShape]
     backend: AttentionBackend
     workspaces: MemoryPool
+    native: native.Kernels | None
     kernels: str
     rewrites: tuple[str, ...]
     is_batch_invariant: bool
@@ -95,7 +96,7 @@ def prepare(
     workspaces.return_all()
     workspaces.clear_pool()  # of what the trial passes took
     is_invariant = kernels is not None and packs and not _parts_outside_kernels(module, probed)
-    parts = (probed.layers, probed.shapes, backend, workspaces)
+    parts = (probed.layers, probed.shapes, backend, workspaces, kernels)
     return PreparedModel(module, weights, device, *parts, description, rewrites, is_invariant)
 
 

@@ -22,7 +22,7 @@ from starlette.routing import Match, Route
 
 from penstock import __version__
 from penstock.api.protocols import Engine
-from penstock.serving import admin, chat, completions, embeddings, health, models, tokens, weights
+from penstock.serving import adapters, admin, chat, completions, embeddings, health, models, tokens, weights
 from penstock.serving.anthropic import endpoints as messages
 from penstock.serving.anthropic.request import CountTokensRequest, MessagesRequest
 from penstock.serving.chat_request import ChatRequest
@@ -80,6 +80,14 @@ ROUTES = (
     _Route("POST", "/admin/reset_prefix_cache", admin.reset_prefix_cache),
     _Route("POST", "/admin/abort", admin.abort, admin.AbortRequest),
     _Route("POST", "/update_weights", weights.update_weights, weights.UpdateRequest),
+    *(
+        _Route("POST", f"{prefix}/{verb}_lora_adapter", handler, body)
+        for prefix in ("/v1", "")
+        for verb, handler, body in (
+            ("load", adapters.load_adapter, adapters.LoadAdapterRequest),
+            ("unload", adapters.unload_adapter, adapters.UnloadAdapterRequest),
+        )
+    ),
     _Route("POST", "/pause", weights.pause),
     _Route("POST", "/resume", weights.resume),
     _Route("GET", "/is_paused", weights.is_paused),

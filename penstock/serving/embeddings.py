@@ -6,6 +6,7 @@ import asyncio
 import base64
 import struct
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -56,7 +57,9 @@ async def embeddings(server: Server, request: Request) -> Response:
     model, options = exchange.check_model(body.model), body.options(exchange.call.client)
     if not isinstance(server.engine, Embedder):
         raise HttpError(404, "this engine gives no embeddings", code="not_found")
-    work = server.engine.embed(
+    adapter = server.adapter_of(model)
+    embed = partial(server.engine.embed, adapter=adapter) if adapter else server.engine.embed
+    work = embed(
         body.prompts(server.settings),
         pooling=body.pooling,
         dimensions=body.dimensions,

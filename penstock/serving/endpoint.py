@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -57,11 +57,12 @@ class Exchange:
     async def submit(
         self, prompts: Sequence[Prompt], params: SamplingParams, options: Options, suffix: str = ""
     ) -> Generation:
-        """Submit the prompts; returns once all are accepted.
+        """Submit the prompts to the model, or the adapter, that was checked; returns once all are accepted.
 
         Ends them if one is refused, the client leaves, or an administrator aborts them meanwhile.
         """
         name, server = f"{self.id}{suffix}", self.server
+        options = replace(options, adapter=server.adapter_of(str(self.call.facts["model"])))
         with ExitStack() as cancels, server.lifecycle.abortable(cancels.close, self.id, self.call.id):
             async with cancelled_on_disconnect(self.request.receive, cancels.close):
                 handles = await submit(server.engine, prompts, params, options, name, cancels)

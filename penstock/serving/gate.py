@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.errors import described
-from penstock.serving import weights
+from penstock.serving import adapters, weights
 from penstock.serving.anthropic.envelope import anthropic_envelope
 from penstock.serving.auth import Client
 from penstock.serving.errors import Envelope, Failure, failure_of, openai_envelope
@@ -28,6 +28,7 @@ from penstock.serving.server import Server
 from penstock.serving.tracing import Outcome
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+_ADMIN_PATHS = weights.PATHS | adapters.PATHS
 _VALID_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CANCELLATION = re.compile("/v1/responses/[^/]+/cancel")  # allowed while what it cancels fills the limit
 _MESSAGES, _MODELS = "/v1/messages", "/v1/models"
@@ -114,7 +115,7 @@ class Gate:
     def _admit(self, scope: Scope, path: str, headers: Headers, stack: ExitStack) -> Client:
         """The client, with its open call counted. Raises `HttpError`."""
         keys = self._server.keys
-        if path.startswith("/admin/") or path in weights.PATHS:
+        if path.startswith("/admin/") or path in _ADMIN_PATHS:
             keys.check_admin(headers)
             return Client()
         client = Client() if path in OPEN_PATHS else keys.client(headers)

@@ -11,10 +11,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
-from penstock.api.protocols import Engine
+from penstock.api.protocols import Engine, WithAdapters
 from penstock.errors import RequestTooLarge
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
@@ -38,6 +39,7 @@ class Options:
     priority: RequestPriority = RequestPriority.NORMAL
     deadline: float | None = None
     namespace: str = ""
+    adapter: str = ""
 
 
 class Generation:
@@ -110,10 +112,13 @@ async def submit(
     A `max_tokens` that does not fit is cut to what fits. Raises the first refusal. Whoever closes `cancels`, during the
     wait or after it, cancels every request.
     """
+    generate = engine.generate
+    if options.adapter and isinstance(engine, WithAdapters):
+        generate = partial(engine.generate, adapter=options.adapter)
     ids = [name] if len(prompts) == 1 else [f"{name}-{number}" for number in range(len(prompts))]
 
     def start(prompt: Prompt, request_id: str, params: SamplingParams) -> RequestHandle:
-        handle = engine.generate(
+        handle = generate(
             *(prompt, params),
             request_id=request_id,
             priority=options.priority,

@@ -22,8 +22,9 @@ import uvicorn
 from pydantic import Field, model_validator
 from starlette.types import ASGIApp
 
+from penstock.api.blocking import run
 from penstock.api.event_loop import new_event_loop
-from penstock.api.protocols import Engine
+from penstock.api.protocols import Engine, WithAdapters
 from penstock.config import explained, warn_of_misspelled_variables
 from penstock.errors import ConfigurationError
 from penstock.serving.application import app
@@ -43,6 +44,7 @@ class ProcessKeywords(ServingKeywords, total=False):
     ssl_keyfile: Path | None
     allow_anonymous: bool
     access_log: bool
+    adapters: Mapping[str, Path]
 
 
 class ProcessSettings(ServingSettings):
@@ -54,6 +56,9 @@ class ProcessSettings(ServingSettings):
     ssl_keyfile: Path | None = Field(None, description="Private key for TLS, in PEM format.")
     allow_anonymous: bool = Field(False, description="Listen on addresses other than loopback without API keys.")
     access_log: bool = Field(True, description="Log one line per request on stderr, without any text of it.")
+    adapters: Mapping[str, Path] = Field(
+        {}, description="Folders of LoRA adapters to load at the start, by their names."
+    )
 
     def __init__(self, **values: Unpack[ProcessKeywords]) -> None:
         warn_of_misspelled_variables("PENSTOCK_SERVE_", tuple(ProcessSettings.model_fields))
@@ -87,10 +92,12 @@ def serve(
 ) -> int:
     """Serve on a socket of `listen` until a signal; returns the exit code.
 
-    `on_ready(url, name)` announces the port; `say` receives what happens at the end, in lines.
+    `on_ready(url, name)` announces the port; `say` receives what happens at the end, in lines. Raises
+    `ConfigurationError`, and `WeightsError` for an adapter that cannot be loaded.
     """
     api = app(engine, settings)
     parts: Server = api.state.server
+    _load_adapters(parts, settings.adapters)
 
     def announce() -> None:
         on_ready(_url(listener, settings), parts.names[0])
@@ -101,6 +108,16 @@ def serve(
     with contextlib.closing(listener), asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(server.serve([listener]))
     return 0
+
+
+def _load_adapters(server: Server, folders: Mapping[str, Path]) -> None:
+    """Load the adapters of the settings. Raises `ConfigurationError`, `WeightsError`."""
+    for name, folder in folders.items():
+        if not isinstance(server.engine, WithAdapters):
+            raise ConfigurationError("this engine takes no adapters: leave them out")
+        if name in server.names:
+            raise ConfigurationError(f"the adapter {name!r} has the name of the model: give it another")
+        run(server.engine.load_adapter(name, folder))
 
 
 class _Server(uvicorn.Server):

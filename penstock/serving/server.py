@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from penstock.api.protocols import Engine, Tokenizing, WithDefaults
+from penstock.api.protocols import Engine, Tokenizing, WithAdapters, WithDefaults
 from penstock.demo import MODEL_DIR
 from penstock.sampling import SamplingParams
 from penstock.serving.auth import KeyRing
@@ -69,6 +69,16 @@ class Server:
         return self._names
 
     @property
+    def adapters(self) -> list[str]:
+        """The names of the loaded adapters, under which these are served; without those that the model has itself."""
+        loaded = self.engine.adapters if isinstance(self.engine, WithAdapters) else []
+        return [name for name in loaded if name not in self.names]
+
+    def adapter_of(self, model: str) -> str:
+        """The adapter that a model's name stands for; "" for the model itself."""
+        return "" if model in self.names else model
+
+    @property
     def formats(self) -> ModelFormats:
         """How the model writes tool calls and reasoning."""
         return self._formats
@@ -83,9 +93,9 @@ class Server:
 
     def check_model(self, name: str | None) -> str:
         """The name under which to answer; the principal one for None. Raises a 404 for an unknown one."""
-        if name is None or name in self.names:
+        if name is None or name in self.names or name in self.adapters:
             return name or self.names[0]
-        text = f"The model `{name[:200]}` does not exist: this server has {', '.join(self.names)}"
+        text = f"The model `{name[:200]}` does not exist: this server has {', '.join([*self.names, *self.adapters])}"
         raise HttpError(404, text, code="model_not_found", param="model")
 
     async def text_of(self, ids: Sequence[int]) -> str:

@@ -8,14 +8,15 @@ the protocols of `api`; called by programs, from one event loop or thread at a t
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Literal
+from functools import partial
+from typing import Literal, TypedDict, Unpack
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Message, is_chat
-from penstock.api.protocols import Engine
+from penstock.api.protocols import Engine, WithAdapters
 from penstock.errors import RequestError, shown
 from penstock.generation import GenerationConfig, Params
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
@@ -32,6 +33,13 @@ _ON_FORK = ("keep", "restart", "raise")
 _log = logging.getLogger("penstock")
 
 
+class ConversationOptions(TypedDict, total=False):
+    """What every request of a conversation is submitted with: options of `Engine.generate` and `WithAdapters`."""
+
+    namespace: str
+    adapter: str
+
+
 class Conversation:
     """A conversation with any engine; `messages` come before its first turn, such as a system message.
 
@@ -40,7 +48,8 @@ class Conversation:
     and wrote them, for instance without their reasoning. This fork is logged and recorded in `forks`. With
     `on_fork="keep"` the model still reads the tokens of the earlier turns; with "restart" it reads what the template
     writes, as a new prompt and a new record; with "raise" the call fails. An engine that renders no templates needs the
-    model's `tokenizer`, which nothing else may use at the same time.
+    model's `tokenizer`, which nothing else may use at the same time. `options` are `namespace` and the `adapter` of an
+    engine that takes adapters.
 
     Each method that generates either adds its turn or, if it raises or is cancelled, leaves the conversation as it was.
     Raises `RequestError`.
@@ -54,19 +63,18 @@ class Conversation:
         *,
         tools: object = None,
         on_fork: OnFork = "keep",
-        namespace: str = "",
         tokenizer: ChatTokenizer | None = None,
         template_arguments: Mapping[str, object] | None = None,
+        **options: Unpack[ConversationOptions],
     ) -> None:
         if on_fork not in _ON_FORK:
             raise RequestError(f"on_fork must be one of {', '.join(map(repr, _ON_FORK))}, got {shown(on_fork)}")
-        self._engine = engine
         self._text = chat_text(engine, tokenizer)
         self._opening = _read_opening(messages)
         self._params = params
         self._tools = read_tools(tools)
         self._on_fork = on_fork
-        self._namespace = text("namespace", namespace)
+        self._submit = _submitting(engine, **options)
         self._arguments = dict(template_arguments or {})
         self._turns: tuple[Turn, ...] = ()
         self._is_busy = False
@@ -177,7 +185,7 @@ class Conversation:
     def _generate(self, earlier: Sequence[Turn], prompt: TurnPrompt, params: Params) -> RequestHandle:
         ids = [*prompt.token_ids] if prompt.is_whole else [*context_ids(earlier), *prompt.token_ids]
         params = _single(self._params if params is None else params)
-        return self._engine.generate({"prompt_token_ids": ids}, params, namespace=self._namespace)
+        return self._submit({"prompt_token_ids": ids}, params)
 
     async def _turn(self, prompt: TurnPrompt, output: RequestOutput) -> Turn:
         reply = output.outputs[0]
@@ -229,6 +237,16 @@ class Conversation:
     async def _render(self, messages: Sequence[Message]) -> str:
         tools = {"tools": [tool.to_dict() for tool in self._tools]} if self._tools else {}
         return await self._text.render(messages, {**tools, "chat_template_kwargs": self._arguments})
+
+
+def _submitting(engine: Engine, *, namespace: str = "", adapter: str = "") -> Callable[..., RequestHandle]:
+    """`engine.generate` with these options. Raises `RequestError`."""
+    submit = partial(engine.generate, namespace=text("namespace", namespace))
+    if not text("adapter", adapter):
+        return submit
+    if not isinstance(engine, WithAdapters):
+        raise RequestError("this engine takes no adapters: leave adapter out")
+    return partial(submit, adapter=adapter)
 
 
 def _read_opening(messages: Sequence[Message]) -> tuple[Message, ...]:

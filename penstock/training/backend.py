@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from penstock.api.blocking import blocking, entered
+from penstock.api.blocking import blocking, entered, run
 from penstock.api.prompt import Prompt, as_batch
-from penstock.api.protocols import Completion, Engine, PrefixCaching, Scorer, Templated, Trainable
+from penstock.api.protocols import Completion, Engine, PrefixCaching, Scorer, Templated, Trainable, WithAdapters
 from penstock.api.weights import UpdateMode
 from penstock.cache.responses import Unfreezable, frozen
 from penstock.errors import RequestError
@@ -24,7 +24,7 @@ from penstock.sampling import SamplingParams
 from penstock.scores import FloatArray
 from penstock.training.parameters import ENGINE_OPTIONS, sampling_params, seeded
 from penstock.training.results import GenerationResult, result_of
-from penstock.values import items
+from penstock.values import items, text
 
 T = TypeVar("T")
 Prompts = Prompt | Sequence[Prompt]
@@ -66,6 +66,18 @@ class InferenceBackend(ABC):
     def weight_version(self) -> int:
         """The number of weight updates so far; no result of one version is returned for another."""
         return 0
+
+    def adapter_generation(self, name: str) -> int:
+        """A number that is new with every load of this adapter; no result of one load is returned for another."""
+        return 0
+
+    def load_adapter(self, name: str, source: object) -> None:
+        """Load a LoRA adapter, or replace it, from a folder or a live module. Blocks. Raises `RequestError`."""
+        raise RequestError("this backend takes no adapters: use the huggingface backend")
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `RequestError`."""
+        raise RequestError("this backend takes no adapters: use the huggingface backend")
 
     @property
     def chat_template(self) -> str | None:
@@ -121,31 +133,40 @@ class EngineBackend(InferenceBackend):
         """Completions of one prompt or of a list of prompts, `num_return_sequences` of each; `generate` blocks.
 
         `do_sample=False` and `temperature=0` are greedy. `options` are further fields of `SamplingParams`, such as
-        `stop`, `seed` and `min_p`, and `priority`, `deadline` and `namespace` of `Engine.generate`. Equal prompts of
-        one call are sampled independently, with a seed too. Raises `TypeError` for unknown options, `RequestError`, and
-        whatever awaiting a request raises.
+        `stop`, `seed` and `min_p`, and `priority`, `deadline`, `namespace` and `adapter` of `Engine.generate`. Equal
+        prompts of one call are sampled independently, with a seed too. Raises `TypeError` for unknown options,
+        `RequestError`, and whatever awaiting a request raises.
         """
         engine_options = {name: options.pop(name) for name in ENGINE_OPTIONS & options.keys()}
+        adapter = self._adapter_options(engine_options.pop("adapter", ""))
+        engine_options |= adapter
         length, count = max_new_tokens, num_return_sequences
         params = sampling_params(length, temperature, top_p, top_k, do_sample, count, **options)
         result = result_of(await self._outputs(prompts, params, engine_options), with_logprobs=return_logprobs)
         if return_logprobs and any(map(len, result.token_ids)) and not any(map(len, result.logprobs or [])):
             # An engine that returns logits returns no log probabilities beside its tokens.
-            result.logprobs = await self.ascore(result.metadata["prompt_token_ids"], result.token_ids, logits=False)
+            result.logprobs = await self.ascore(*_pairs(result), logits=False, **adapter)
         if return_logits:
-            result.logits = await self.ascore(result.metadata["prompt_token_ids"], result.token_ids, logits=True)
+            result.logits = await self.ascore(*_pairs(result), logits=True, **adapter)
         return result
 
-    async def aget_logits(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
+    async def aget_logits(
+        self, prompts: Prompts, responses: Responses, *, return_mask: bool = False, adapter: str = ""
+    ) -> Tensor:
         """`get_logits`, which blocks."""
-        return self._tensor(await self.ascore(prompts, responses, logits=True), return_mask)
+        return self._tensor(await self.ascore(prompts, responses, logits=True, adapter=adapter), return_mask)
 
-    async def aget_logprobs(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
+    async def aget_logprobs(
+        self, prompts: Prompts, responses: Responses, *, return_mask: bool = False, adapter: str = ""
+    ) -> Tensor:
         """`get_logprobs`, which blocks."""
-        return self._tensor(await self.ascore(prompts, responses, logits=False), return_mask)
+        return self._tensor(await self.ascore(prompts, responses, logits=False, adapter=adapter), return_mask)
 
-    async def ascore(self, prompts: Prompts, responses: Responses, *, logits: bool) -> list[FloatArray | None]:
+    async def ascore(
+        self, prompts: Prompts, responses: Responses, *, logits: bool, adapter: str = ""
+    ) -> list[FloatArray | None]:
         """The raw logits [R, vocab] or log probabilities [R] of each response of R tokens; None for an empty one."""
+        options: Any = {"logits": logits} | self._adapter_options(adapter)
         batch, completions = as_batch(prompts), as_responses(responses)
         if len(batch) != len(completions):
             raise RequestError(f"{len(completions)} responses for {len(batch)} prompts: pass one for each")
@@ -153,7 +174,7 @@ class EngineBackend(InferenceBackend):
         rows: list[FloatArray | None] = [None] * len(batch)
         if numbers:
             scored = [batch[i] for i in numbers], [completions[i] for i in numbers]
-            for number, score in zip(numbers, await self.engine.score(*scored, logits=logits), strict=True):
+            for number, score in zip(numbers, await self.engine.score(*scored, **options), strict=True):
                 rows[number] = score.logits if logits else score.logprobs
         return rows
 
@@ -178,6 +199,19 @@ class EngineBackend(InferenceBackend):
         template = getattr(self.tokenizer, "chat_template", None)
         return template if isinstance(template, str) else None
 
+    def adapter_generation(self, name: str) -> int:
+        return self.engine.adapter_generation(name) if isinstance(self.engine, WithAdapters) else 0
+
+    def load_adapter(self, name: str, source: object) -> None:
+        if not isinstance(self.engine, WithAdapters):
+            return super().load_adapter(name, source)
+        return run(self.engine.load_adapter(name, source))
+
+    def unload_adapter(self, name: str) -> None:
+        if not isinstance(self.engine, WithAdapters):
+            return super().unload_adapter(name)
+        return run(self.engine.unload_adapter(name))
+
     def updating(self, mode: UpdateMode = "abort") -> AbstractContextManager[None]:
         return entered(self.engine.updating(mode)) if isinstance(self.engine, Trainable) else super().updating(mode)
 
@@ -201,6 +235,14 @@ class EngineBackend(InferenceBackend):
             for handle in handles:
                 handle.cancel()
 
+    def _adapter_options(self, adapter: str) -> dict[str, str]:
+        """The adapter as an option of requests; none for "". Raises `RequestError` where the engine takes none."""
+        if not text("adapter", adapter):
+            return {}
+        if not isinstance(self.engine, WithAdapters):
+            raise RequestError("this engine takes no adapters: use the huggingface backend, or leave adapter out")
+        return {"adapter": adapter}
+
     def _tensor(self, rows: list[FloatArray | None], return_mask: bool) -> Tensor:
         from penstock.training.tensors import padded
 
@@ -213,6 +255,11 @@ async def _on_thread(function: Callable[[], T]) -> T:
     from anyio import to_thread  # imported here, because the native engine needs no thread
 
     return await to_thread.run_sync(function)
+
+
+def _pairs(result: GenerationResult) -> tuple[list[list[int]], list[list[int]]]:
+    """The ids of the prompt and of the response of each row of a result."""
+    return result.metadata["prompt_token_ids"], result.token_ids
 
 
 def _ordinals(prompts: Sequence[Prompt]) -> list[int]:

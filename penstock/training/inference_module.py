@@ -35,9 +35,10 @@ BACKENDS: Mapping[str, Callable[..., InferenceBackend]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """What a result depends on; an adapter is one of the options."""
+    """What a result depends on; the name of an adapter is one of the options."""
 
     weight_version: int
+    adapter_generation: int
     prompts: Hashable
     options: Hashable
 
@@ -72,15 +73,16 @@ class InferenceModule:
         """Completions of one prompt (a string, token ids, chat messages) or of a list of prompts. Blocks.
 
         `options` are those of the backend: `max_new_tokens=256`, `temperature=1.0`, `top_p=1.0`, `top_k=-1`,
-        `do_sample=True`, `num_return_sequences=1`, `return_logits=False`, `return_logprobs=False`, `seed`, `stop` and
-        all other fields of `SamplingParams`. `use_cache=False` neither reads nor fills the cache, `use_cache=True` does
-        both also for samples. Results with logits are never cached. Raises what the backend raises.
+        `do_sample=True`, `num_return_sequences=1`, `return_logits=False`, `return_logprobs=False`, `adapter`, `seed`,
+        `stop` and all other fields of `SamplingParams`. `use_cache=False` neither reads nor fills the cache,
+        `use_cache=True` does both also for samples. Results with logits are never cached. Raises what the backend
+        raises.
         """
         key = self._key(prompts, use_cache, options)
         result = None if key is None else self.generation_cache.get(key)
         if result is None:
             result = self.backend.generate(prompts, **options)
-            self._keep(key, result)
+            self._keep(key, result, options)
         return result
 
     async def agenerate(self, prompts: Prompts, use_cache: bool | None = None, **options: Any) -> GenerationResult:
@@ -89,32 +91,41 @@ class InferenceModule:
         result = None if key is None else self.generation_cache.get(key)
         if result is None:
             result = await self.backend.agenerate(prompts, **options)
-            self._keep(key, result)
+            self._keep(key, result, options)
         return result
 
-    def get_logits(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
+    def get_logits(
+        self, prompts: Prompts, responses: Responses, *, return_mask: bool = False, adapter: str = ""
+    ) -> Tensor:
         """Raw logits before each token of each response: float32 [responses, longest response, vocab].
 
         Responses are texts or token ids (`result.token_ids`); a text is encoded apart from its prompt, without special
         tokens, and may have other tokens than those that were sampled. Behind a response's end, values are 0.0;
-        with `return_mask`, the result is a pair with a bool tensor [responses, longest] that is False there.
+        with `return_mask`, the result is a pair with a bool tensor [responses, longest] that is False there. `adapter`
+        is the name of a loaded one.
         """
-        return self.backend.get_logits(prompts, responses, return_mask=return_mask)
+        return self.backend.get_logits(prompts, responses, return_mask=return_mask, **_named(adapter))
 
-    def get_logprobs(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
+    def get_logprobs(
+        self, prompts: Prompts, responses: Responses, *, return_mask: bool = False, adapter: str = ""
+    ) -> Tensor:
         """The model's log probability of each token of each response: float32 [responses, longest response].
 
         Arguments, padding and mask are those of `get_logits`.
         """
-        return self.backend.get_logprobs(prompts, responses, return_mask=return_mask)
+        return self.backend.get_logprobs(prompts, responses, return_mask=return_mask, **_named(adapter))
 
-    async def aget_logits(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
+    async def aget_logits(
+        self, prompts: Prompts, responses: Responses, *, return_mask: bool = False, adapter: str = ""
+    ) -> Tensor:
         """`get_logits` without blocking the event loop."""
-        return await self.backend.aget_logits(prompts, responses, return_mask=return_mask)
+        return await self.backend.aget_logits(prompts, responses, return_mask=return_mask, **_named(adapter))
 
-    async def aget_logprobs(self, prompts: Prompts, responses: Responses, *, return_mask: bool = False) -> Tensor:
+    async def aget_logprobs(
+        self, prompts: Prompts, responses: Responses, *, return_mask: bool = False, adapter: str = ""
+    ) -> Tensor:
         """`get_logprobs` without blocking the event loop."""
-        return await self.backend.aget_logprobs(prompts, responses, return_mask=return_mask)
+        return await self.backend.aget_logprobs(prompts, responses, return_mask=return_mask, **_named(adapter))
 
     def batch_generate_with_tools(
         self,
@@ -161,6 +172,14 @@ class InferenceModule:
         updating: AbstractContextManager[None] = self.backend.updating(mode)
         return updating
 
+    def load_adapter(self, name: str, source: object) -> None:
+        """Load a LoRA adapter, or replace it, for calls with `adapter=name`; see `InferenceEngine.load_adapter`."""
+        self.backend.load_adapter(name, source)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `RequestError` for an unknown name."""
+        self.backend.unload_adapter(name)
+
     def clear_cache(self) -> None:
         """Drop all cached results, and whatever the backend computed; needed after a change outside of `updating`."""
         self.generation_cache.clear()
@@ -180,14 +199,20 @@ class InferenceModule:
         if not use_cache or options.get("return_logits"):
             return None
         try:
-            return _Key(self.backend.weight_version, frozen(as_batch(prompts)), frozen(dict(sorted(options.items()))))
+            frozen_options = frozen(dict(sorted(options.items())))
+            return _Key(*self._versions(options), frozen(as_batch(prompts)), frozen_options)
         except Unfreezable:
             return None
 
-    def _keep(self, key: _Key | None, result: GenerationResult) -> None:
-        """Cache a result, unless the weights were updated while it was generated."""
-        if key is not None and key.weight_version == self.backend.weight_version:
+    def _keep(self, key: _Key | None, result: GenerationResult, options: Mapping[str, Any]) -> None:
+        """Cache a result, unless weights or adapter were updated while it was generated."""
+        if key is not None and (key.weight_version, key.adapter_generation) == self._versions(options):
             self.generation_cache.put(key, result)
+
+    def _versions(self, options: Mapping[str, Any]) -> tuple[int, int]:
+        """The versions of the weights and of the adapter that a call with these options runs with."""
+        adapter = options.get("adapter")
+        return self.backend.weight_version, self.backend.adapter_generation(adapter) if adapter else 0
 
 
 def create_inference_module(model_name: object = None, backend: str = "auto", **options: Any) -> InferenceModule:
@@ -196,6 +221,11 @@ def create_inference_module(model_name: object = None, backend: str = "auto", **
     Raises `ConfigurationError`.
     """
     return InferenceModule(model_name, best_backend(model_name, options) if backend == "auto" else backend, **options)
+
+
+def _named(adapter: str) -> dict[str, str]:
+    """The adapter as an option, which backends of programs need not know."""
+    return {"adapter": adapter} if adapter else {}
 
 
 def _backend(model_name: object, backend: str | InferenceBackend, options: Mapping[str, Any]) -> InferenceBackend:

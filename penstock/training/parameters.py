@@ -13,7 +13,7 @@ from penstock.sampling import SamplingParams
 from penstock.values import flag, plain
 
 # Keywords that `Engine.generate` takes, all others being fields of `SamplingParams`.
-ENGINE_OPTIONS = frozenset({"priority", "deadline", "ttft_deadline", "namespace"})
+ENGINE_OPTIONS = frozenset({"priority", "deadline", "ttft_deadline", "namespace", "adapter"})
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "n": "num_return_sequences"}  # of `SamplingParams`
 _SEEDS = 1 << 64
 

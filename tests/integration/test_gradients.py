@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from penstock import (
@@ -200,3 +201,25 @@ async def test_a_block_that_reads_weights_is_told_of_every_update() -> None:
             assert version == 1
             with pytest.raises(WeightsError):
                 await engine.update_weights({"no.such.weight": torch.ones(1)})
+
+
+async def test_adapters_of_a_live_module_get_the_gradients_of_plain_passes() -> None:
+    base = build("llama")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.eval()
+    async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
+        (score,) = await engine.score(PROMPT[:3], PROMPT[3:], requires_grad=True)
+        (exact,) = await engine.score(PROMPT[:3], PROMPT[3:])
+        with pytest.raises(RequestError, match="live module"):
+            await engine.score(PROMPT[:3], PROMPT[3:], requires_grad=True, adapter="default")
+    torch.testing.assert_close(score.logprobs.detach(), torch.from_numpy(exact.logprobs), atol=1e-5, rtol=0)
+    score.logprobs.sum().backward()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    actual = {name: value.grad.clone() for name, value in trained.items() if value.grad is not None}
+    model.zero_grad()
+    logprobs = model(input_ids=torch.tensor([PROMPT])).logits[0, 2:-1].log_softmax(-1)
+    logprobs.gather(-1, torch.tensor(PROMPT[3:])[:, None]).sum().backward()
+    assert actual.keys() == trained.keys()
+    for name, value in trained.items():
+        assert value.grad is not None
+        torch.testing.assert_close(actual[name], value.grad, atol=1e-5, rtol=1e-4)

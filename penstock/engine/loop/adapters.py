@@ -1,75 +1,87 @@
 """`AdapterOrders`: loads, replaces and unloads adapters between two steps, while everything else goes on.
 
-Owns the set of generations that the runner holds: a replaced one stays until no request runs with it. Orders are
-coroutines on the engine's loop, carried out by the `Gate` for other threads; sources are read on a thread of their own,
-and the matrices are written on the model's thread. Called for the methods of `Updates`.
+Owns the set of generations that the runner holds: one that was replaced or unloaded stays until no request runs with
+it. Orders are coroutines on the engine's loop, started by the `Gate` for other threads; sources are read on a thread of
+their own, and taken in on the model's thread. Called for the methods of `Updates`, and when a request ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from penstock.engine.loop.gate import Gate, ModelJobs
 from penstock.engine.requests.adapters import AdapterNames
 from penstock.engine.requests.output_processor import OutputProcessor
-from penstock.errors import EngineClosed, PenstockError, RequestAborted, WeightsError, described
+from penstock.engine.requests.request import Request
+from penstock.errors import EngineClosed, EngineStateError, PenstockError, WeightsError, described, shown
 from penstock.models.protocol import AdapterRunner, AdapterStore
-from penstock.sequence import FinishReason
 
 
 class AdapterOrders:
-    """`abort(request_id, reason, error)` ends a request. Steps go on unless they wait for `gate` anyway."""
+    """The adapters of a runner. Steps go on during every order, unless they wait for `gate` anyway."""
 
-    def __init__(
-        self,
-        jobs: ModelJobs,
-        names: AdapterNames,
-        outputs: OutputProcessor,
-        gate: Gate,
-        abort: Callable[[str, FinishReason, Exception], None],
-    ) -> None:
+    def __init__(self, jobs: ModelJobs, names: AdapterNames, outputs: OutputProcessor, gate: Gate) -> None:
         self._jobs = jobs
         self._names = names
         self._outputs = outputs
         self._gate = gate
-        self._abort = abort
-        self._loaded: set[str] = set()
+        self._changing: set[str] = set()  # names whose adapters are being loaded
+        self.held: set[str] = set()  # keys of the generations in the runner
 
     async def load(self, name: str, source: object) -> None:
-        """Load an adapter, or a new generation of it. Raises `WeightsError`, and then nothing has changed."""
+        """Load an adapter, or a new generation of it. Raises `WeightsError`, and then nothing has changed.
+
+        Raises `EngineStateError` while the same name is being loaded.
+        """
         store = self._store()
-        try:
-            write = await asyncio.to_thread(store.read, source, name)
-            key = self._names.new_key(name)
+        with self._exclusive(name):
             try:
-                await self._jobs.run(write, key).done
-            except BaseException:
-                self._jobs.run(store.unload, key)  # the caller may have left while it was written
+                write = await asyncio.to_thread(store.read, source, name)
+                key = self._names.new_key(name)
+                try:
+                    await self._jobs.run(write, key).done
+                except BaseException:
+                    self._jobs.run(store.unload, key)  # the caller may have left while it was written
+                    raise
+            except PenstockError:
                 raise
-        except PenstockError:
-            raise
-        except Exception as error:
-            raise WeightsError(f"loading the adapter {name!r} failed: {described(error)}") from error
-        self._loaded.add(key)
+            except Exception as error:
+                raise WeightsError(f"loading the adapter {shown(name)} failed: {described(error)}") from error
+        self.held.add(key)
         self._names.put(name, key)
         self.drop_unused()
 
     async def unload(self, name: str) -> None:
-        """End the requests of an adapter and forget it. Raises `RequestError` for an unknown name."""
+        """Refuse new requests of an adapter, and forget it after those that run. Raises `RequestError`."""
         self._store()
+        self._require_idle(name)
         self._names.remove(name)
-        for request_id, keys in self._running().items():
-            if any(key.rpartition("@")[0] == name for key in keys):
-                self._abort(request_id, FinishReason.ABORT, _unloaded(name))
         self.drop_unused()
 
     def drop_unused(self) -> None:
         """Free the generations that neither a new nor a running request can use."""
-        unused = self._loaded - self._names.keys() - set().union(*self._running().values())
+        unused = self.held - self._names.keys()
+        if not unused:
+            return
+        unused -= set().union(*map(_keys_of, self._outputs.requests.values()))
         for key in unused:
             self._jobs.run(self._store().unload, key)
-        self._loaded -= unused
+        self.held -= unused
+
+    def _require_idle(self, name: str) -> None:
+        if name in self._changing:
+            raise EngineStateError(f"adapter {shown(name)} is being loaded: wait until that has ended")
+
+    @contextmanager
+    def _exclusive(self, name: str) -> Iterator[None]:
+        self._require_idle(name)
+        self._changing.add(name)
+        try:
+            yield
+        finally:
+            self._changing.remove(name)
 
     def _store(self) -> AdapterStore:
         if self._gate.fault is not None:
@@ -78,10 +90,8 @@ class AdapterOrders:
             raise WeightsError("this model takes no adapters: load one with transformers' layers")
         return self._jobs.runner.adapters
 
-    def _running(self) -> dict[str, set[str]]:
-        """The keys that each request runs with."""
-        return {id: {seq.adapter for seq in request.sequences} for id, request in self._outputs.requests.items()}
 
-
-def _unloaded(name: str) -> RequestAborted:
-    return RequestAborted(f"the request was ended because its adapter {name!r} was unloaded")
+def _keys_of(request: Request) -> set[str]:
+    """The generations that a request runs with, or will: a fork has that of its origin."""
+    origin = set() if request.origin is None else {request.origin.adapter}
+    return {seq.adapter for seq in request.sequences} | origin

@@ -104,13 +104,11 @@ class EngineCore:
             on_end=self._forget,
         )
         self._wake = asyncio.Event()
-        wake = self._wake.set
-        self.gate = Gate(parts.jobs, parts.scheduler, self._outputs, parts.speculator, self.abort_all, wake)
-        self.adapters = AdapterOrders(parts.jobs, parts.inputs.adapters, self._outputs, self.gate, self.abort)
+        self.gate = Gate(parts.jobs, parts.scheduler, self._outputs, parts.speculator, self.abort_all, self._wake.set)
+        self.adapters = AdapterOrders(parts.jobs, parts.inputs.adapters, self._outputs, self.gate)
         self._encoding: dict[str, Future[Encoded]] = {}
         self._timers = DeadlineTimers(clock, lambda request: self.abort(request.id, FinishReason.DEADLINE))
-        self._num_arrivals = 0
-        self._stopping = False
+        self._num_arrivals, self._stopping = 0, False
         self._busy_since: float | None = None
         self._seq_ids = itertools.count()
 
@@ -239,6 +237,8 @@ class EngineCore:
     def _forget(self, request_id: str) -> None:
         """Cancel the timer and the pending encoding of a request that ended."""
         self._timers.clear(request_id)
+        if self.adapters.held:
+            self.adapters.drop_unused()
         self._wake.set()
         if (encoded := self._encoding.pop(request_id, None)) is not None:
             encoded.cancel()

@@ -40,6 +40,10 @@ class AdapterNames:
             raise RequestError(f"adapter {shown(name)} is not loaded (there is {known}): call load_adapter() first")
         return key
 
+    def generation(self, name: str) -> int:
+        """The number of the load that made the present generation, over all adapters; 0 of none. Any thread."""
+        return int(self._keys.get(name, "@0").rpartition("@")[2])
+
     def names(self) -> list[str]:
         """The loaded adapters, the one that was first loaded first. Any thread."""
         return list(self._keys)

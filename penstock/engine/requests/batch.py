@@ -10,27 +10,14 @@ import math
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
-from penstock.api.protocols import Callback, Engine
+from penstock.api.protocols import WithAdapters
 from penstock.errors import EngineOverloaded
-from penstock.generation import Params
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.values import real
-
-
-class AdapterEngine(Engine, Protocol):
-    """An engine whose requests may name an adapter."""
-
-    def generate(
-        self, prompt: Prompt, params: Params = None, *, request_id: str | None = None,
-        priority: RequestPriority = RequestPriority.NORMAL, deadline: float | None = None,
-        ttft_deadline: float | None = None, namespace: str = "", adapter: str = "", callback: Callback | None = None,
-    ) -> RequestHandle:  # fmt: skip
-        """As `Engine.generate`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +38,7 @@ class BatchOptions:
 class Batch:
     """Requests that end together: leaving the block cancels what still runs."""
 
-    def __init__(self, engine: AdapterEngine, options: BatchOptions) -> None:
+    def __init__(self, engine: WithAdapters, options: BatchOptions) -> None:
         self.handles: list[RequestHandle] = []
         self._engine = engine
         self._options = options

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.api.prompt import Prompt, as_batch
-from penstock.engine.requests.batch import AdapterEngine, Batch, BatchOptions
+from penstock.api.protocols import WithAdapters
+from penstock.engine.requests.batch import Batch, BatchOptions
 from penstock.errors import ExecutionError, RequestError
 from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.pooling import PoolingParams
@@ -52,7 +53,7 @@ class Embedding:
 
 
 async def embed(
-    engine: AdapterEngine, prompts: Prompt | Sequence[Prompt], embedding: Embedding
+    engine: WithAdapters, prompts: Prompt | Sequence[Prompt], embedding: Embedding
 ) -> list[EmbeddingOutput]:
     """`InferenceEngine.embed`. Raises the first error, after which nothing runs on."""
     with Batch(engine, embedding.options) as batch:

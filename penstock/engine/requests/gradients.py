@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 
 from penstock.api.arguments import check_params
 from penstock.api.prompt import PromptInput
-from penstock.engine.requests.batch import AdapterEngine, BatchOptions
+from penstock.api.protocols import WithAdapters
+from penstock.engine.requests.batch import BatchOptions
 from penstock.engine.requests.scoring import Encode, Wishes, encoded, score
 from penstock.errors import ConfigurationError, RequestError
 from penstock.generation import GenerationConfig, Params
@@ -79,7 +80,7 @@ def refuse_without_effect(wishes: Wishes, options: BatchOptions) -> None:
         raise RequestError(f"{' and '.join(names)} cannot be combined with requires_grad: leave {names[0]} out")
 
 
-class ReadableEngine(AdapterEngine, Protocol):
+class ReadableEngine(WithAdapters, Protocol):
     """An engine that tells whether its weights were updated while they were read."""
 
     def reading_weights(self) -> AbstractContextManager[int]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from penstock.api.arguments import check_params
 from penstock.api.prompt import Prompt, PromptInput, as_batch, read_ids, read_prompt
-from penstock.api.protocols import Completion
-from penstock.engine.requests.batch import AdapterEngine, Batch, BatchOptions
+from penstock.api.protocols import Completion, WithAdapters
+from penstock.engine.requests.batch import Batch, BatchOptions
 from penstock.errors import ExecutionError, RequestError
 from penstock.generation import GenerationConfig, Params
 from penstock.outputs import RequestOutput
@@ -47,7 +47,7 @@ class Wishes:
 
 
 async def score(
-    engine: AdapterEngine,
+    engine: WithAdapters,
     pairs: Sequence[tuple[PromptInput, PromptInput]],
     wishes: Wishes,
     options: BatchOptions,

@@ -29,7 +29,9 @@
 #include "tiles.h"
 #include "norms.c"
 #include "quantization.c"
+#include "low_rank.c"
 #include "linear.c"
+#include "low_rank_packing.c"
 #include "packing.c"
 #include "kv_cache.c"
 #include "rotary.c"
@@ -43,7 +45,7 @@ long ps_size_of(const char *name)
 #define STRUCTURE(type) if (!strcmp(name, #type)) return sizeof(type);
     STRUCTURE(norm) STRUCTURE(linear) STRUCTURE(packing) STRUCTURE(kv_cache) STRUCTURE(attention_metadata)
     STRUCTURE(attention) STRUCTURE(rotary) STRUCTURE(operation) STRUCTURE(program) STRUCTURE(logit_summary)
-    STRUCTURE(allowed_argmax)
+    STRUCTURE(allowed_argmax) STRUCTURE(low_rank) STRUCTURE(low_rank_part)
 #undef STRUCTURE
     return 0;
 }

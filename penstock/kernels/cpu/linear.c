@@ -13,6 +13,8 @@ typedef struct {
     float scale, eps;
     const char *weights;
     const float *bias, *scales, *lows, *norm_weight, *norm_bias;
+    const low_rank *const *adapters; /* by slot; NULL where none of them changes this layer */
+    long max_rank;                   /* of these */
 } linear;
 
 typedef struct {
@@ -24,9 +26,10 @@ typedef struct {
     char *packed;        /* also tile after tile: for vectors, from MR + 1 rows on, as [k][mr] words; see `tile_kernel` */
     long stride;
     float *row_scales, *row_sums; /* [rows][blocks] and [rows]: of x as it was rounded */
-    size_t prepared_bytes;
+    size_t prepared_bytes, packed_bytes;
     int in_place; /* x is what the product reads: nothing is to be prepared */
     int on_tiles; /* matrix tiles multiply, not vectors */
+    row_adapters adapters;
 } linear_job;
 
 INLINE long blocks(const linear *w) { return (w->k + BLOCK - 1) / BLOCK; }
@@ -35,9 +38,13 @@ INLINE long words(const linear *w) { return (w->k + per_word(w->format) - 1) / p
 static void prepare_row(const linear_job *j, long m, char *dst, float *row)
 {
     const linear *w = j->w;
-    ((int32_t *)dst)[words(w) - 1] = 0; /* k may end within a word */
+    const low_rank *adapter = adapter_of(&j->adapters, m);
+    if (j->in_place && !adapter) return;
     widen(row, j->x + m * j->ldx * ELEMENT_BYTES[w->in_type], w->k, w->in_type);
     if (w->norm_kind) normalize(row, w->k, w->norm_kind, w->norm_weight, w->norm_bias, w->eps);
+    if (adapter) shrink(adapter, row, w->k, j->adapters.inner + m * j->adapters.stride);
+    if (j->in_place) return;
+    ((int32_t *)dst)[words(w) - 1] = 0; /* k may end within a word */
     if (w->format == I8) {
         rotate_blocks(row, w->k);
         j->row_sums[m] = 0;
@@ -114,8 +121,9 @@ static void pack_rows(const linear_job *j, long m, long mr, long begin, long end
         for (long i = 0; i < mr; i++) *to++ = from[i][x];
 }
 
-/* From sums c of rows [m, m + rows) and the panel that begins at column n to outputs. */
-INLINE void epilogue_as(const linear_job *j, long m, long rows, long n, const float *c, long ldc, const int act, const int type, const int mode)
+/* From sums c of rows [m, m + rows) and the panel that begins at column n to outputs; `added` is what adapters add. */
+INLINE void epilogue_as(
+    const linear_job *j, long m, long rows, long n, const float *c, long ldc, const float *added, const int act, const int type, const int mode)
 {
     const linear *w = j->w;
     const int vectors = mode == GATED ? 1 : NV, quantized = w->format == I8;
@@ -133,6 +141,7 @@ INLINE void epilogue_as(const linear_job *j, long m, long rows, long n, const fl
             v[i] = *(const vf *)(c + i * VL);
             if (quantized) v[i] = multiply_add(v[i], scale[i], low[i] * j->row_sums[m + x]);
             v[i] += bias[i];
+            if (added) v[i] += *(const vf *)(added + x * NR + i * VL);
         }
         if (mode == GATED) v[0] = activate(v[0], act) * v[1];
         else if (act)
@@ -152,18 +161,20 @@ INLINE void epilogue_as(const linear_job *j, long m, long rows, long n, const fl
 static void epilogue(const linear_job *j, long m, long rows, long n, const float *c, long ldc)
 {
     int act = j->w->act, type = j->w->out_type, mode = j->w->mode;
-    if (type == BF16 && mode == GATED && act == SILU) epilogue_as(j, m, rows, n, c, ldc, SILU, BF16, GATED);
-    else if (type == BF16 && mode == STORE && !act) epilogue_as(j, m, rows, n, c, ldc, IDENTITY, BF16, STORE);
-    else if (type == BF16 && mode == ADD && !act) epilogue_as(j, m, rows, n, c, ldc, IDENTITY, BF16, ADD);
-    else if (type == F32 && mode == STORE && !act) epilogue_as(j, m, rows, n, c, ldc, IDENTITY, F32, STORE);
-    else epilogue_as(j, m, rows, n, c, ldc, act, type, mode);
+    float sums[PAIR * NR], *added = j->adapters.slots ? sums : NULL;
+    if (added) expand(&j->adapters, m, rows, n, added);
+    if (type == BF16 && mode == GATED && act == SILU) epilogue_as(j, m, rows, n, c, ldc, added, SILU, BF16, GATED);
+    else if (type == BF16 && mode == STORE && !act) epilogue_as(j, m, rows, n, c, ldc, added, IDENTITY, BF16, STORE);
+    else if (type == BF16 && mode == ADD && !act) epilogue_as(j, m, rows, n, c, ldc, added, IDENTITY, BF16, ADD);
+    else if (type == F32 && mode == STORE && !act) epilogue_as(j, m, rows, n, c, ldc, added, IDENTITY, F32, STORE);
+    else epilogue_as(j, m, rows, n, c, ldc, added, act, type, mode);
 }
 
 enum { WORDS_PER_CLAIM = 512 };
 
 static void prepare_rows(pool *p, const linear_job *j, long tiles, int id)
 {
-    for (long m = j->in_place ? j->rows : claim(p), next; m < j->rows; m = next) {
+    for (long m = j->in_place && !j->adapters.slots ? j->rows : claim(p), next; m < j->rows; m = next) {
         next = claim(p);
         prefetch(j->x + next * j->ldx * ELEMENT_BYTES[j->w->in_type], j->w->k * ELEMENT_BYTES[j->w->in_type]);
         prepare_row(j, m, prepared_row(j, m), (float *)p->thread_scratch[id]);
@@ -194,6 +205,7 @@ static long multiply_few_rows(const linear_job *j, long q, long last)
         ahead[x] = at[x] + 2048;
         b.at[x] = &at[x], b.ahead[x] = &ahead[x];
     }
+    prefetch_expansion(&j->adapters, j->rows, q * NR, paired ? 2 * NV : NV);
     const rows_kernel_fn multiply = (paired ? wide_kernels : rows_kernels)[w->format][j->rows];
     multiply((const int32_t *)prepared_row(j, 0), j->stride / 4, j->row_scales, &b, c, WIDE * VL, 0);
     epilogue(j, 0, j->rows, q * NR, c, WIDE * VL);
@@ -209,6 +221,7 @@ static void multiply_panel(const linear_job *j, long q, long next, long begin, l
     const char *b = w->weights + q * size, *next_panel = w->weights + next * size;
     float c[PAIR * NR];
     const long shares = end - begin > 1 ? 2 : 1;
+    if (tiles == 1) prefetch_expansion(&j->adapters, j->rows, q * NR, NV);
     for (long t = begin; t < end; t++) { /* the first two tiles prefetch half of the next panel each, or one all of it */
         long m = first_row(j, t, tiles), mr = first_row(j, t + 1, tiles) - m, prefetches = t - begin < shares && next != q;
         const char *ahead = prefetches ? next_panel + (t - begin) * (size / shares) : b;
@@ -232,7 +245,7 @@ static void linear_run(pool *p, void *arg, int id)
     const long per_unit = panels >= target ? panels / target : 1, splits = panels >= target ? 1 : target / panels;
     const long parts = tiles < 8 ? 1 : splits < tiles ? splits : tiles, units = (panels + per_unit - 1) / per_unit * parts;
     const int few = tiles == 1 && !j.on_tiles;
-    if (!j.in_place || !few) prepare_rows(p, &j, tiles, id);
+    if (!j.in_place || !few || j.adapters.slots) prepare_rows(p, &j, tiles, id);
     if (j.on_tiles) tiles_begin();
     for (long u = claim(p), next; u < units; u = next) {
         next = claim(p); /* claimed now, so that its weights can be prefetched */
@@ -246,7 +259,8 @@ static void linear_run(pool *p, void *arg, int id)
     if (j.on_tiles) tiles_end();
 }
 
-static scratch_bytes plan_linear(linear_job *j, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
+static scratch_bytes plan_linear(
+    linear_job *j, const linear *w, const void *x, long rows, long ldx, void *out, long ldo, const int32_t *slots)
 {
     long k = words(w), size = ELEMENT_BYTES[w->in_type];
     *j = (linear_job){.w = w, .x = x, .out = out, .rows = rows, .ldx = ldx, .ldo = ldo, .stride = ldx * size};
@@ -255,8 +269,10 @@ static scratch_bytes plan_linear(linear_job *j, const linear *w, const void *x, 
     if (!j->in_place) j->stride = k * 4 + 64;
     j->prepared_bytes = j->in_place ? 0 : rows * (j->stride + (1 + blocks(w)) * sizeof(float));
     j->on_tiles = tiles_allowed && (w->format == BF16 || (w->format == I8 && rows > MR));
-    size_t packed = j->on_tiles ? round_up(rows, TILE) * round_up(k, TILE) * 4 : rows > MR ? rows * k * 4 : 0;
-    return (scratch_bytes){j->prepared_bytes + packed, (w->k + VL) * 4};
+    j->packed_bytes = j->on_tiles ? round_up(rows, TILE) * round_up(k, TILE) * 4 : rows > MR ? rows * k * 4 : 0;
+    j->adapters = (row_adapters){w->adapters, w->adapters ? slots : NULL, NULL, w->max_rank};
+    const size_t inner_bytes = j->adapters.slots ? rows * w->max_rank * sizeof(float) : 0;
+    return (scratch_bytes){j->prepared_bytes + j->packed_bytes + inner_bytes, (w->k + VL) * 4};
 }
 
 static void place_scratch(linear_job *j, pool *p)
@@ -265,15 +281,44 @@ static void place_scratch(linear_job *j, pool *p)
     j->row_scales = j->row_sums + j->rows;
     j->prepared = p->scratch + (j->in_place ? 0 : j->rows * (1 + blocks(j->w)) * sizeof(float));
     j->packed = p->scratch + j->prepared_bytes;
+    j->adapters.inner = (float *)(j->packed + j->packed_bytes);
 }
 
-int ps_linear(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo)
+/* `slots`: the adapter of each row, or NULL. */
+int ps_linear(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo, const int32_t *slots)
 {
     linear_job j;
     if (rows == 0) return 1;
-    scratch_bytes need = plan_linear(&j, w, x, rows, ldx, out, ldo);
+    scratch_bytes need = plan_linear(&j, w, x, rows, ldx, out, ldo, slots);
     if (!reserve_scratch(p, need.shared, need.per_thread)) return 0;
     place_scratch(&j, p);
     run_on_pool(p, linear_run, &j);
+    return 1;
+}
+
+static void low_rank_run(pool *p, void *arg, int id)
+{
+    linear_job j = *(linear_job *)arg;
+    const long panels = (j.w->n + NR - 1) / NR, tiles = (j.rows + MR - 1) / MR;
+    float nothing[MR * NR];
+    for (int i = 0; i < MR * NR; i++) nothing[i] = -0.0f;
+    prepare_rows(p, &j, 1, id);
+    for (long u; (u = claim(p)) < panels * tiles;) {
+        long q = u / tiles, t = u % tiles, m = t * j.rows / tiles, rows = (t + 1) * j.rows / tiles - m, any = 0;
+        for (long i = 0; i < rows; i++) any |= adapter_of(&j.adapters, m + i) != NULL;
+        if (any) epilogue(&j, m, rows, q * NR, nothing, NR);
+    }
+}
+
+/* out += what the adapters of the rows of x add. w has no weights; its mode is ADD, its scale 1. */
+int ps_low_rank(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo, const int32_t *slots)
+{
+    linear_job j;
+    if (rows == 0) return 1;
+    plan_linear(&j, w, x, rows, ldx, out, ldo, slots);
+    j.in_place = 1, j.on_tiles = 0, j.prepared_bytes = j.packed_bytes = 0;
+    if (!reserve_scratch(p, rows * w->max_rank * sizeof(float), (w->k + VL) * 4)) return 0;
+    place_scratch(&j, p);
+    run_on_pool(p, low_rank_run, &j);
     return 1;
 }

@@ -18,13 +18,14 @@ typedef struct {
     const char *cos, *sin; /* [rows][width]; width 0: no rotary positions */
     long width;
     int32_t type;
+    const int32_t *slots; /* the adapter of each row, -1 for none; NULL: no row has one */
 } program;
 
 static scratch_bytes plan_operation(const program *g, const operation *o, linear_job *j)
 {
     if (o->kind == LINEAR) {
         const linear *w = o->parameters;
-        return plan_linear(j, w, g->registers[o->in], g->rows, w->k, g->registers[o->out], w->mode == GATED ? w->n / 2 : w->n);
+        return plan_linear(j, w, g->registers[o->in], g->rows, w->k, g->registers[o->out], w->mode == GATED ? w->n / 2 : w->n, g->slots);
     }
     if (o->kind == ADD_NORM) return (scratch_bytes){0, norm_scratch(o->parameters)};
     const attention *a = o->parameters;

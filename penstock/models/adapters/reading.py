@@ -1,7 +1,7 @@
 """`read_adapter`: the matrices of a LoRA adapter, from a folder that peft wrote or from a live module with its layers.
 
-Copies what it reads and changes nothing. What the engine does not apply is refused by its name in peft's config. Called
-by `AdapterTable.read`, off the model's thread.
+Changes nothing, and copies nothing of a live module. What the engine does not apply is refused by its name in peft's
+config. Called by the stores of adapters, off the model's thread.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from penstock.errors import WeightsError, described, shown
+from penstock.kernels.native import FLOATS
 from penstock.models.watch import is_adapter_layer
 from penstock.models.wrappers import COMPILED
 
@@ -48,18 +48,19 @@ _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """What an adapter adds to one linear layer: b [N, r] @ a [r, K], both float32, with `scaling` inside of b."""
+class LoraLayer:
+    """What an adapter adds to one linear layer: scaling * b [N, r] @ a [r, K], of any floating dtype."""
 
     a: Tensor
     b: Tensor
+    scaling: float
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """The matrices of an adapter by the name of the layer in the base model."""
 
-    layers: Mapping[str, LowRank]
+    layers: Mapping[str, LoraLayer]
 
     @property
     def rank(self) -> int:
@@ -70,7 +71,7 @@ class Adapter:
 def read_adapter(source: object, name: str) -> Adapter:
     """The adapter in a folder, or in a live module: the one called `name`, or its only one. Raises `WeightsError`."""
     if isinstance(source, nn.Module):
-        adapted = {plain_name(path): part for path, part in source.named_modules() if is_adapter_layer(part)}
+        adapted = {plain_name(path): part for path, part in adapter_layers(source)}
         layers = dict(_live_layers(source, adapted, _name_in(adapted, name)))
     elif isinstance(source, str | PathLike):
         layers = _read_folder(Path(source))
@@ -81,10 +82,27 @@ def read_adapter(source: object, name: str) -> Adapter:
         )
     if not layers:
         raise WeightsError("the adapter has no LoRA matrices")
-    for path, layer in layers.items():
-        if not all(bool(bound.isfinite()) for matrix in (layer.a, layer.b) for bound in matrix.aminmax()):
-            raise WeightsError(f"the adapter's matrices of {path} are not finite")
     return Adapter(layers)
+
+
+def not_finite(path: str) -> WeightsError:
+    """The error for an adapter whose matrices of this layer have a NaN or an infinity."""
+    return WeightsError(f"the adapter's matrices of {path} are not finite")
+
+
+def adapter_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers of peft inside of a module, by their names. A tenth of what they consist of is looked at."""
+    for name, part in module._modules.items():
+        if part is None:
+            continue
+        path = f"{prefix}{name}"
+        if is_adapter_layer(part):
+            yield path, part
+            inner = part._modules.get("base_layer")
+            if inner is not None and inner._modules:
+                yield from adapter_layers(inner, f"{path}.base_layer.")
+        else:
+            yield from adapter_layers(part, f"{path}.")
 
 
 def plain_name(name: str) -> str:
@@ -92,14 +110,18 @@ def plain_name(name: str) -> str:
     return name.replace(f"{COMPILED}.", "").removeprefix(PREFIX)
 
 
-def _low_rank(path: str, a: Tensor, b: Tensor, scaling: float) -> LowRank:
+def _layer(path: str, a: Tensor, b: Tensor, scaling: float) -> LoraLayer:
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise WeightsError(
             f"the adapter's matrices of {path} have the shapes {list(a.shape)} and {list(b.shape)}: only linear layers "
             "can have adapters"
         )
-    a, b = (matrix.detach().to(torch.float32, copy=True).contiguous() for matrix in (a, b))
-    return LowRank(a, b.mul_(scaling))
+    if not all(matrix.dtype in FLOATS and matrix.device.type != "meta" for matrix in (a, b)):
+        raise WeightsError(
+            f"the adapter's matrices of {path} are {a.dtype} on {a.device}: a floating dtype of up to 32 bits is "
+            "needed, in memory"
+        )
+    return LoraLayer(a.detach(), b.detach(), scaling)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -137,7 +159,7 @@ def _contents(layer: nn.Module) -> list[str]:
     return [key for field in ("lora_embedding_A", "modules_to_save") for key in getattr(layer, field, None) or ()]
 
 
-def _live_layers(module: nn.Module, adapted: Mapping[str, nn.Module], name: str) -> Iterator[tuple[str, LowRank]]:
+def _live_layers(module: nn.Module, adapted: Mapping[str, nn.Module], name: str) -> Iterator[tuple[str, LoraLayer]]:
     config = getattr(module, "peft_config", {}).get(name)
     if config is not None:
         _check_config(vars(config) | {"peft_type": getattr(config.peft_type, "value", config.peft_type)})
@@ -152,18 +174,18 @@ def _live_layers(module: nn.Module, adapted: Mapping[str, nn.Module], name: str)
         yield path, _live_layer(path, layer, name)
 
 
-def _live_layer(path: str, layer: Any, name: str) -> LowRank:
+def _live_layer(path: str, layer: Any, name: str) -> LoraLayer:
     """`layer` is a layer of peft, which this package does not import."""
     a, b = layer.lora_A[name], layer.lora_B[name]
     if getattr(b, "bias", None) is not None:
         raise WeightsError(f"adapters with lora_bias=True are not supported, and {path} has one: train without it")
-    return _low_rank(path, a.weight, b.weight, layer.scaling[name])
+    return _layer(path, a.weight, b.weight, layer.scaling[name])
 
 
 # A folder.
 
 
-def _read_folder(folder: Path) -> dict[str, LowRank]:
+def _read_folder(folder: Path) -> dict[str, LoraLayer]:
     from safetensors.torch import load_file
 
     try:
@@ -183,7 +205,7 @@ def _read_folder(folder: Path) -> dict[str, LowRank]:
         pairs.setdefault(plain_name(match[1]), {})[match[2]] = tensor
     if half := next((path for path, pair in pairs.items() if len(pair) < 2), None):
         raise WeightsError(f"the adapter lacks one of the two matrices of {half}")
-    return {path: _low_rank(path, pair["A"], pair["B"], _scaling(config, path, pair)) for path, pair in pairs.items()}
+    return {path: _layer(path, pair["A"], pair["B"], _scaling(config, path, pair)) for path, pair in pairs.items()}
 
 
 def _scaling(config: Mapping[str, Any], path: str, pair: Mapping[str, Tensor]) -> float:

@@ -36,7 +36,7 @@ def packed_linear(
     )
     count = len(weights)
     recipes = [part.recipes[i] for i in (0, 1) for part in weights]
-    return linear, PackedUnit(recipes, lambda tensors: linear.write(tensors[:count], tensors[count:]), linear.memory)
+    return linear, PackedUnit(recipes, lambda tensors: linear.write(tensors[:count], tensors[count:]), linear)
 
 
 def packed_norm(kernels: Kernels, facts: NormFacts, dtype: torch.dtype, scale: float = 1.0) -> tuple[Norm, PackedUnit]:

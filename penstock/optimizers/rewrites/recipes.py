@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError
 from penstock.kernels.native import FLOATS
+from penstock.kernels.products import Linear
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -51,12 +52,12 @@ class Recipe:
 class PackedUnit:
     """What one object of the kernels was made from: `write` takes a tensor, or None to keep it, for each recipe.
 
-    `memory` [bytes] is where the packed matrices are, if there are any.
+    `product` is the one with the packed matrices, if there are any; their recipes come first, in its order.
     """
 
     recipes: Sequence[Recipe | None]
     write: Callable[[Sequence[Tensor | None]], None]
-    memory: Tensor | None = None
+    product: Linear | None = None
 
     def refresh(self, values: Mapping[int, Tensor]) -> bool:
         """Write what follows from these parameters, by id; whether there was anything."""
@@ -65,6 +66,29 @@ class PackedUnit:
             return False
         self.write(tensors)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Outputs of `product` from `first` on are what the recipe makes of a matrix parameter of `parameter_shape`."""
+
+    product: Linear
+    first: int
+    recipe: Recipe
+    parameter_shape: torch.Size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of inputs and outputs of the layer with that matrix."""
+        k = self.product.k
+        return k, self.parameter_shape.numel() // k
+
+    def outputs_of(self, b: Tensor) -> Tensor:
+        """The rows of b [outputs of the layer, R] for these outputs of the product."""
+        # Recipes choose rows of weights [N, K], or transpose GPT-2's [K, N] first, which shows in the strides.
+        weight = torch.empty(self.parameter_shape, dtype=b.dtype, device="meta")
+        is_transposed = self.recipe.transform(weight).stride(-1) != 1
+        return self.recipe.transform(b.T if is_transposed else b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +157,20 @@ class DerivedWeights:
 
     def packed_memory(self) -> list[Tensor]:
         """The memory of all packed matrices."""
-        return [unit.memory for unit in self._units if unit.memory is not None]
+        return [unit.product.memory for unit in self._units if unit.product is not None]
+
+    def placements(self) -> dict[str, list[Placement]]:
+        """Where matrices are in packed products, by names; those that are in several of them are left out."""
+        placements: dict[int, list[Placement]] = {}
+        for unit in self._units:
+            product = unit.product
+            for first, recipe in zip([] if product is None else product.firsts(), unit.recipes, strict=False):
+                assert product is not None
+                assert recipe is not None
+                shape = self._entries[recipe.parameter_id].shape
+                placements.setdefault(recipe.parameter_id, []).append(Placement(product, first, recipe, shape))
+        single = {key: places for key, places in placements.items() if len({id(x.product) for x in places}) == 1}
+        return {name: places for key, places in single.items() for name in self._entries[key].names}
 
     def _place(self, part: nn.Module, leaf: str, value: Tensor) -> None:
         current = part._parameters[leaf]

@@ -14,6 +14,11 @@ _MAX_PAGE = 1000
 _PAGE = 20
 
 
+def all_names(server: Server) -> list[str]:
+    """The names of the model, then those of its adapters."""
+    return [*server.names, *server.adapters]
+
+
 def model_info(server: Server, name: str) -> dict[str, object]:
     """One model."""
     return {
@@ -29,7 +34,7 @@ def model_info(server: Server, name: str) -> dict[str, object]:
 
 def model_page(server: Server, request: Request) -> dict[str, object]:
     """The page of models that the query asks for. Raises `HttpError`."""
-    query, names = request.query_params, list(server.names)
+    query, names = request.query_params, all_names(server)
     limit = query.get("limit", str(_PAGE))
     if not limit.isdecimal() or len(limit) > 4 or not 1 <= int(limit) <= _MAX_PAGE:
         raise invalid(f"limit is a number from 1 to {_MAX_PAGE}", "limit")

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from penstock.cli import main
+from tests.tiny_models import build
 
 ROOT = Path(__file__).resolve().parents[3]
 ANSWERS = "replies: {weather: It rains in the valley., '': I do not know.}\nstep_s: 0.05\n"
@@ -119,6 +121,17 @@ def test_it_says_what_it_waits_for_and_a_second_ctrl_c_ends_it(answers: str) -> 
         assert not [line for line in rest if "Traceback" in line or "CancelledError" in line]
 
 
+def test_adapters_of_the_command_line_are_served_from_the_start(tmp_path: Path) -> None:
+    base = build("llama")
+    base.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "poet")
+    options = ("--model", str(tmp_path / "model"), "--skip-tokenizer-init", "true", "--port", "0")
+    with process(*options, "--adapter", f"poet={tmp_path / 'poet'}") as server:
+        models = json.loads(get(f"{url_of(server)}/v1/models"))["data"]
+    assert [(model["id"], model["parent"]) for model in models] == [("model", None), ("poet", "model")]
+
+
 def get(url: str) -> bytes:
     request = urllib.request.Request(url, headers={"x-api-key": "k1"})
     with urllib.request.urlopen(request, timeout=20) as response:
@@ -139,13 +152,16 @@ def failure(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("replies: 5")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
+        port, adapter = str(listener.getsockname()[1]), ("--port", "0", "--adapter", "poet=/nowhere")
         errors = {
             f"cannot listen on 127.0.0.1:{port}": failure(capsys, "--model", answers, "--port", port),
             "reachable by others": failure(capsys, "--model", answers, "--host", "0.0.0.0"),
             "needs replies": failure(capsys, "--model", f"scripted:{tmp_path / 'bad.yaml'}"),
             "TLS needs both": failure(capsys, "--ssl-certfile", "x.pem"),
             "max_batch_size": failure(capsys, "--model", answers, "--max-batch-size", "many"),
+            "NAME=FOLDER": failure(capsys, "--model", answers, "--adapter", "poet"),
+            "takes no adapters": failure(capsys, "--model", answers, *adapter),
+            "name of the model": failure(capsys, "--model", answers, *adapter, "--served-model-name", "poet"),
             "unknown section": failure(capsys, "--config", str(tmp_path / "bad.yaml")),
         }
     for text, output in errors.items():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from penstock import (
     Conversation,
@@ -20,6 +23,7 @@ from penstock import (
 from penstock.tools import TokenRecord, Turn
 from tests.malformed_tool_calls import FAILURES
 from tests.scripted_engine import replying_engine
+from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level
 from tests.unit.testing.echo import EchoEngine
 from tests.unit.tools.texts import TOOLS
@@ -458,3 +462,30 @@ def test_malformed_calls_of_every_format_end_no_conversation(format: str) -> Non
         for task, failure in zip(replies, failures, strict=True):
             names = [name for status, name in failure.attempts if status == "complete"]
             assert [asyncio.run(talk(engine, task, is_streamed)) for is_streamed in (False, True)] == [names, names]
+
+
+async def test_every_turn_runs_with_the_adapter_of_the_conversation() -> None:
+    torch.manual_seed(0)
+    base = build("llama", vocab_size=512)
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    adapter = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
+    greedy = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    async with InferenceEngine(base, byte_level(), kv_cache_tokens=4096) as engine:
+        await engine.load_adapter("poet", adapter)
+        conversation = Conversation(engine, params=greedy, adapter="poet")
+        for message in ("one", "two"):
+            turn = await conversation.send(message)
+            ids = conversation.token_ids
+            prompt, reply = ids[: -len(turn.reply.token_ids)], ids[-len(turn.reply.token_ids) :]
+            logits = adapter(input_ids=torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
+            assert logits.argmax(-1).tolist() == reply
+        other = Conversation(engine, params=greedy, adapter="other")
+        with pytest.raises(RequestError, match="not loaded"):
+            await other.send("one")
+
+
+def test_an_adapter_needs_an_engine_that_takes_adapters() -> None:
+    with pytest.raises(RequestError, match="no adapters"):
+        Conversation(EchoEngine(), adapter="poet", tokenizer=byte_level())
+    with pytest.raises(RequestError, match="adapter"):
+        Conversation(EchoEngine(), adapter=3, tokenizer=byte_level())  # type: ignore[arg-type]

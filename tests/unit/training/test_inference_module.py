@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import statistics
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from penstock import (
     ConfigurationError,
@@ -417,3 +419,46 @@ def test_repeated_calls_take_a_fraction_of_the_first(inference: InferenceModule)
         inference.generate("Hello", max_new_tokens=50, temperature=0)
         repeated.append(perf_counter() - start)
     assert statistics.median(repeated) < first / 5
+
+
+# Adapters.
+
+
+def random_adapter(base: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    return get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def test_results_and_scores_of_an_adapter_are_its_own_and_are_cached_until_it_is_loaded_again() -> None:
+    base = build("llama")
+    first, second = (random_adapter(base, seed) for seed in (1, 2))
+    module = InferenceModule(base, skip_tokenizer_init=True, tokenizer=byte_level())
+    prompt, greedy = [5, 6, 7, 8], {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+    plain = module.generate(prompt, **greedy).token_ids
+    for adapter in (first, second):
+        module.load_adapter("policy", adapter)
+        result = module.generate(prompt, adapter="policy", return_logprobs=True, **greedy)
+        assert result.token_ids != plain
+        num_hits = module.generation_cache.num_hits
+        again = module.generate(prompt, adapter="policy", return_logprobs=True, **greedy)
+        assert again.token_ids == result.token_ids
+        assert module.generation_cache.num_hits == num_hits + 1
+        own = plain_logits(adapter, prompt, result.token_ids[0])
+        logits = module.get_logits([prompt], result.token_ids, adapter="policy")
+        assert torch.allclose(logits[0], own, atol=1e-4)
+        logprobs = module.get_logprobs([prompt], result.token_ids, adapter="policy")
+        assert torch.allclose(logprobs[0], own.log_softmax(-1)[range(8), result.token_ids[0]], atol=1e-4)
+        assert result.logprobs is not None
+        assert np.allclose(result.logprobs[0], logprobs[0], atol=1e-5)
+    module.unload_adapter("policy")
+    with pytest.raises(RequestError, match="not loaded"):
+        module.generate(prompt, adapter="policy", **greedy)
+    module.close()
+
+
+def test_a_backend_without_adapters_says_so() -> None:
+    module = InferenceModule(backend=CountingBackend())
+    with pytest.raises(RequestError, match="huggingface"):
+        module.load_adapter("policy", "/nowhere")
+    with pytest.raises(RequestError, match="huggingface"):
+        module.unload_adapter("policy")
