@@ -24,7 +24,7 @@ LEARNING_RATE, CLIP, KL_COST, MAX_GRAD_NORM = 1e-4, 0.2, 0.5, 1.0
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a round was sampled from; `old` [tokens] are the policy's log probabilities then, `gains` [tokens]."""
+    """What one round sampled. `old` [tokens] are the policy's log probabilities then, `advantages` [tokens]."""
 
     prompts: list[str]
     responses: list[list[int]]

@@ -105,7 +105,9 @@ class Updates:
         """
         version, num_writes = self.weight_version, self._host.num_writes
         if num_writes % 2:
-            raise EngineStateError("the weights are being updated: read them after the update has ended")
+            raise EngineStateError(
+                "the weights are being updated, or an update failed half way: read them after an update"
+            )
         yield version
         if (self.weight_version, self._host.num_writes) != (version, num_writes):
             raise EngineStateError(

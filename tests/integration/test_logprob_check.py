@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from penstock import (
     LLM,
@@ -78,43 +82,69 @@ async def test_weights_that_were_changed_outside_of_an_update_are_detected() -> 
         assert (await engine.check_logprobs(output)).max_difference < 1e-4
 
 
+class Watched(nn.Module):
+    """A module in place of another, which calls `on_forward` first."""
+
+    def __init__(self, inner: nn.Module, on_forward: Callable[[], None]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.on_forward = on_forward
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.on_forward()
+        output: Tensor = self.inner(states)
+        return output
+
+
+class Hold:
+    """Holds the fourth pass of a model after `arm` until it may go on."""
+
+    def __init__(self, model: Any) -> None:
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+        self._passes: Iterator[int] = itertools.count(100)
+        model.model.norm = Watched(model.model.norm, lambda: self._on_forward())  # a view copies no function
+
+    def arm(self) -> None:
+        self.begun.clear()
+        self.may_go_on.clear()
+        self._passes = itertools.count(1)
+
+    def _on_forward(self) -> None:
+        if next(self._passes) == 4:
+            self.begun.set()
+            self.may_go_on.wait(60)
+
+
+async def generate_across_an_update(engine: InferenceEngine, model: Any, hold: Hold, stale_kv: bool) -> RequestOutput:
+    """Forty tokens, of which some are sampled with the weights of before and some with those of after."""
+    hold.arm()
+    handle = engine.generate(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True, seed=1))
+    await asyncio.to_thread(hold.begun.wait, 60)
+    weights = {"lm_head.weight": model.lm_head.weight.detach() * 1.02}
+    update = asyncio.ensure_future(engine.update_weights(weights, mode="keep", stale_kv=stale_kv))
+    await asyncio.sleep(0)
+    hold.may_go_on.set()
+    await update
+    return await handle
+
+
 async def test_tokens_of_other_versions_and_of_stale_kv_are_counted_and_not_compared() -> None:
     model = build("llama")
-    params = SamplingParams(max_tokens=40, ignore_eos=True, seed=1)
+    hold = Hold(model)
     async with engine_of(model) as engine:
         first = await engine.generate(PROMPT, PARAMS)
-        outputs: list[RequestOutput] = [first]
-        for stale_kv in (False, True):
-            handle = engine.generate(PROMPT, params)
-            await anext(handle)
-            async with engine.updating("keep", stale_kv=stale_kv):
-                with torch.no_grad():
-                    model.get_parameter("lm_head.weight").mul_(1.02)
-            outputs.append(await handle)
-        spanning = outputs[1].outputs[0]
-        assert {0, 1} == set(spanning.weight_versions) or set(spanning.weight_versions) == {0}
-        with pytest.raises(RequestError, match="no token was sampled with the weights of now, version 2"):
-            await engine.check_logprobs(outputs)
-        report = await engine.check_logprobs([*outputs, await engine.generate(PROMPT, PARAMS)])
-    assert (report.num_tokens, report.weight_version) == (24, 2)
-    assert report.num_stale == (40 if outputs[2].outputs[0].stale_kv else 0)
-    assert report.num_other_version == 24 + 80 - report.num_stale
-    assert report.max_difference < 1e-4
-
-
-async def test_a_request_that_spans_an_update_is_compared_from_there_on() -> None:
-    model = build("llama")
-    async with engine_of(model) as engine:
-        handle = engine.generate(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True, seed=1))
-        await anext(handle)
-        async with engine.updating("keep"):
-            with torch.no_grad():
-                model.get_parameter("lm_head.weight").mul_(1.02)
-        output = await handle
-        versions = output.outputs[0].weight_versions
-        report = await engine.check_logprobs(output)
-    assert (report.num_tokens, report.num_other_version) == (versions.count(1), versions.count(0))
-    assert 0 < report.num_other_version < 400
+        spanning = await generate_across_an_update(engine, model, hold, stale_kv=False)
+        report = await engine.check_logprobs([first, spanning])
+        versions = spanning.outputs[0].weight_versions
+        assert (report.weight_version, report.num_completions) == (1, 1)
+        assert (report.num_tokens, report.num_other_version) == (versions.count(1), 24 + versions.count(0))
+        assert 0 < versions.count(0) < 40
+        assert report.max_difference < 1e-4
+        stale = await generate_across_an_update(engine, model, hold, stale_kv=True)
+        with pytest.raises(RequestError, match="version 2: 64 are of other versions and 40 of stale"):
+            await engine.check_logprobs([first, spanning, stale])
+        report = await engine.check_logprobs([first, spanning, stale, await engine.generate(PROMPT, PARAMS)])
+    assert (report.num_tokens, report.num_other_version, report.num_stale) == (24, 64, 40)
     assert report.max_difference < 1e-4
 
 
@@ -173,7 +203,7 @@ async def test_a_check_inside_of_an_update_is_refused() -> None:
     async with engine_of(build("llama"), kept_outputs=1) as engine:
         await engine.generate(PROMPT, PARAMS)
         async with engine.updating():
-            with pytest.raises(EngineStateError, match="after the update"):
+            with pytest.raises(EngineStateError, match="are being updated"):
                 await engine.check_logprobs()
 
 

@@ -504,6 +504,8 @@ async def test_a_block_whose_caller_leaves_while_it_begins_does_not_keep_the_eng
         await asyncio.wait([task])
         if has_begun:
             await block.__aexit__(None, None, None)
+        with engine.reading_weights():  # no update is open
+            pass
         assert len((await engine.generate(PROMPT, params(2))).generated_ids) == 2
 
 
@@ -591,6 +593,8 @@ async def test_an_update_that_fails_half_way_closes_the_engine_to_requests(error
         for handle in (*handles, engine.generate(PROMPT, params(2))):
             assert isinstance(await outcome(handle), EngineClosed)
         assert isinstance(await outcome(engine.update_weights()), EngineStateError)
+        with pytest.raises(EngineStateError, match="failed half way"), engine.reading_weights():
+            pass
         assert engine.get_stats()["engine_status"] == "failed"
 
 
