@@ -20,14 +20,16 @@ from penstock.serving.model_formats import ModelFormats, formats_of
 from penstock.serving.readiness import Readiness
 from penstock.serving.responses.store import ResponseStore
 from penstock.serving.settings import ServingSettings
+from penstock.serving.tinker.service import TinkerService
 from penstock.serving.tracing import Tracing
 
 
 class Server:
     """The parts of one app. Raises `ConfigurationError` for a key that cannot be read."""
 
-    def __init__(self, engine: Engine, settings: ServingSettings) -> None:
+    def __init__(self, engine: Engine, settings: ServingSettings, tinker: TinkerService | None = None) -> None:
         self.engine = engine
+        self.tinker = tinker
         self.settings = settings
         self.keys = KeyRing(settings)
         self.lifecycle = Lifecycle(settings.max_concurrent_requests)
