@@ -6,6 +6,7 @@ An endpoint reads its body, asks the service, and answers at once; `retrieve_fut
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -160,7 +161,7 @@ async def retrieve_future(server: Server, request: Request) -> Response:
     futures, call = service_of(server).futures, call_of(request.scope)
     waiting = asyncio.create_task(futures.wait(body.request_id, call.client.name, POLL_S))
     try:
-        with server.lifecycle.abortable(waiting.cancel, call.id):
+        with server.lifecycle.abortable(partial(_cancel, waiting), call.id):
             (answer,) = await asyncio.gather(waiting, return_exceptions=True)
     finally:
         waiting.cancel()
@@ -190,6 +191,10 @@ async def get_sampler(server: Server, request: Request) -> Response:
 
 async def _read(server: Server, request: Request, model: type[M]) -> M:
     return await read_model(request, model, server.settings.max_body_bytes, default=b"{}")
+
+
+def _cancel(task: asyncio.Task[object]) -> None:
+    task.cancel()
 
 
 def _future(request_id: str, model_id: str) -> Response:

@@ -1,7 +1,7 @@
 """`Futures`: requests that were accepted and are not answered yet, and answers until they have been read.
 
-The SDK asks for an answer with a request of its own, which waits (a long poll), and asks again if its response was lost.
-Runs on the server's loop only.
+The SDK asks for an answer with a request of its own, which waits (a long poll), and asks again if its response was
+lost. Runs on the server's loop only.
 """
 
 from __future__ import annotations

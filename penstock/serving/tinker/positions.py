@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from tinker.proto import tinker_public_pb2 as pb
 
-from penstock.api.protocols import Engine, Scorer
 from penstock.errors import RequestError
-from penstock.serving.errors import HttpError
 from penstock.serving.tinker.requests import TensorFields
+from penstock.serving.tinker.service import AdapterEngine
 from penstock.serving.tinker.wire import dense, sparse_message, tensor_message
+from penstock.training.lora.records import Array
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -30,15 +30,13 @@ NO_TARGET = -1
 class Positions:
     """The prompt of a request, and what its distributions depend on besides. Rows begin with that of token 1."""
 
-    engine: Engine
+    engine: AdapterEngine
     ids: list[int]
     namespace: str
     adapter: str
 
     async def logprobs(self, first_row: int = 0) -> AsyncIterator[tuple[int, FloatArray]]:
-        """Pieces of the log probabilities [rows, vocab] that the model gives to tokens 1, 2, ..., and their first row."""
-        if not isinstance(self.engine, Scorer):
-            raise HttpError(501, "this engine gives no scores")
+        """Log probabilities [rows, vocab] of every token at places 1, 2, ..., in pieces, each with its first row."""
         for begin in range(first_row + 1, len(self.ids), PIECE):
             piece = self.ids[begin : begin + PIECE]
             (score,) = await self.engine.score(
@@ -68,11 +66,13 @@ async def target_logprobs(positions: Positions, fields: TensorFields) -> pb.Tens
 def _matrix(fields: TensorFields, rows: int) -> IntArray:
     """The ids [rows, K]. Raises `RequestError`."""
     shape, data = fields.shape or [], np.asarray(fields.data, dtype=np.int64)
+    matrix: IntArray
     if len(shape) != 2 or shape[0] != rows or shape[1] < 1:
         raise RequestError(f"target_prompt_logprobs must be [{rows}, K], one row less than the prompt has tokens")
     if fields.sparse_crow_indices is not None and fields.sparse_col_indices is not None:
-        indices = (np.asarray(each, dtype=np.int64) for each in (fields.sparse_crow_indices, fields.sparse_col_indices))
-        matrix: IntArray = dense(data, shape, *indices, pad=NO_TARGET)  # type: ignore[assignment]
+        csr = fields.sparse_crow_indices, fields.sparse_col_indices
+        crow, columns = (np.asarray(indices, dtype=np.int64) for indices in csr)
+        matrix = dense(data, shape, crow, columns, pad=NO_TARGET)
     elif data.size == shape[0] * shape[1]:
         matrix = data.reshape(shape)
     else:
@@ -105,7 +105,7 @@ def _drawn(logprobs: FloatArray, k: int, temperature: float, generator: np.rando
     return np.stack([np.searchsorted(row, point, side="right") for row, point in rows]).astype(np.int64)
 
 
-def _log_softmax(logits: FloatArray) -> FloatArray:
+def _log_softmax(logits: Array) -> FloatArray:
     shifted = logits - logits.max(axis=1, keepdims=True)
     result: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

@@ -16,22 +16,20 @@ from tinker.proto import tinker_public_pb2 as pb
 from penstock.errors import EngineOverloaded, ExecutionError, RequestError
 from penstock.outputs import CompletionOutput, Logprob, RequestOutput
 from penstock.sampling import SamplingParams
+from penstock.serving.tinker.adapters import Weights
+from penstock.serving.tinker.checkpoints import WeightsPath
 from penstock.serving.tinker.futures import PROTOBUF, Answer
 from penstock.serving.tinker.positions import Positions, alternatives, target_logprobs
 from penstock.serving.tinker.requests import CreateSamplingSession, PromptFields, Sample
 from penstock.serving.tinker.service import TinkerService
 from penstock.serving.tinker.sessions import Sampler
-from penstock.serving.tinker.adapters import Weights
-from penstock.serving.tinker.checkpoints import WeightsPath
 from penstock.serving.tinker.wire import sequence_message, top_message
 
 MAX_TOP = 1024
 _RETRY_S = 0.25  # of a full queue, which empties within steps
 
 
-def create_sampler(
-    service: TinkerService, owner: str, body: CreateSamplingSession, names: tuple[str, ...]
-) -> Sampler:
+def create_sampler(service: TinkerService, owner: str, body: CreateSamplingSession, names: tuple[str, ...]) -> Sampler:
     """A sampling session over saved weights, or over the base model. Raises `RequestError`, `HttpError`."""
     session = service.sessions.get(body.session_id, owner)
     sampler_id = f"{session.id}:sample:{body.sampling_session_seq_id}"
@@ -50,9 +48,7 @@ def create_sampler(
     return sampler
 
 
-def sample(
-    service: TinkerService, owner: str, body: Sample, namespace: str, max_samples: int
-) -> tuple[str, list[str]]:
+def sample(service: TinkerService, owner: str, body: Sample, namespace: str, max_samples: int) -> tuple[str, list[str]]:
     """Begin to sample; the id of the future, and one of each sequence. Raises `RequestError`, `HttpError`."""
     sampler = service.sessions.sampler(body.sampling_session_id, owner)
     session = service.sessions.of_part(sampler.id, owner)
@@ -177,4 +173,3 @@ async def _add_positions(message: pb.SampleResponse, body: Sample, positions: Po
         fields = body.sampling_params
         drawn = await alternatives(positions, body.prompt_alt_tokens_k, fields.temperature, fields.seed)
         message.prompt_alt_tokens.CopyFrom(drawn)
-

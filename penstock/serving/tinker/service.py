@@ -6,11 +6,16 @@ the program, and passed to `app`. Runs on the server's loop only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from penstock.api.protocols import Engine, WithAdapters
+from penstock.api.handle import RequestHandle
+from penstock.api.prompt import Prompt
+from penstock.api.protocols import Completion, WithAdapters
 from penstock.errors import ConfigurationError, RequestError, shown
+from penstock.generation import Params
+from penstock.scores import Score
 from penstock.serving.tinker.adapters import LoadedAdapters
 from penstock.serving.tinker.checkpoints import Checkpoints
 from penstock.serving.tinker.futures import Futures, Work
@@ -20,8 +25,28 @@ from penstock.serving.tinker.training import TrainingThread
 from penstock.training.lora.records import AdapterTrainer
 
 
-class AdapterEngine(Engine, WithAdapters, Protocol):
-    """An engine that samples from adapters."""
+class AdapterEngine(WithAdapters, Protocol):
+    """An engine that samples from adapters and scores with them, as the native one does."""
+
+    def generate(self, prompt: Prompt, params: Params, *, namespace: str, adapter: str) -> RequestHandle:
+        """As `Engine.generate`; `adapter` is the name of a loaded one, or ""."""
+        ...
+
+    async def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        *,
+        logits: bool,
+        namespace: str,
+        adapter: str,
+    ) -> list[Score]:
+        """As `Scorer.score`."""
+        ...
+
+    def get_stats(self) -> Mapping[str, object]:
+        """Statistics of the engine so far."""
+        ...
 
 
 class TinkerService:

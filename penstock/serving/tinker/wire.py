@@ -16,11 +16,8 @@ from tinker.proto import tinker_public_pb2 as pb
 
 from penstock.errors import RequestError
 from penstock.serving.tinker.requests import MAX_ID
-from penstock.training.lora.records import Datum, LossBatch, LossResult
+from penstock.training.lora.records import Array, Datum, LossBatch, LossResult
 
-Array = npt.NDArray[np.generic]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 MAX_ELEMENTS = 1 << 24  # of one tensor; a sparse one is small in a message
 MASKED = -99999.0  # the log probability of an empty place among the most likely tokens
 _DTYPES: dict[int, npt.DTypeLike] = {pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_INT64: np.int64, pb.DTYPE_INT32: np.int32}
@@ -59,7 +56,7 @@ def _datum(number: int, message: pb.Datum) -> Datum:
         raise RequestError(f"datum {number}: {error}") from None
 
 
-def _tokens(chunks: Iterable[pb.Chunk]) -> IntArray:
+def _tokens(chunks: Iterable[pb.Chunk]) -> Array:
     parts = [np.empty(0, dtype=np.int64)]
     for chunk in chunks:
         if (kind := chunk.WhichOneof("chunk")) != "encoded_text":
@@ -76,8 +73,8 @@ def array_of(message: pb.Tensor) -> Array:
     encoding = message.WhichOneof("encoding")
     if encoding == "sparse_csr":
         csr = message.sparse_csr
-        indices = (_buffer(data, np.int64) for data in (csr.crow_indices, csr.col_indices))
-        return dense(_values(csr.values, message.dtype), shape, *indices)
+        crow, columns = (_buffer(data, np.int64) for data in (csr.crow_indices, csr.col_indices))
+        return dense(_values(csr.values, message.dtype), shape, crow, columns)
     values = _values(message.dense, message.dtype)
     if not message.shape:
         return values
@@ -135,7 +132,7 @@ def loss_message(result: LossResult) -> bytes:
                 trailing_shape=trailing,
             )
         )
-    return message.SerializeToString()
+    return bytes(message.SerializeToString())
 
 
 def sequence_message(
@@ -166,7 +163,7 @@ def tensor_message(array: Array) -> pb.Tensor:
     return pb.Tensor(dense=np.ascontiguousarray(array).tobytes(), dtype=dtype, shape=array.shape)
 
 
-def sparse_message(values: FloatArray, shape: Sequence[int], crow: Sequence[int], columns: Sequence[int]) -> pb.Tensor:
+def sparse_message(values: Array, shape: Sequence[int], crow: Sequence[int], columns: Sequence[int]) -> pb.Tensor:
     """A sparse float32 matrix."""
     csr = pb.SparseCsr(
         values=values.tobytes(),

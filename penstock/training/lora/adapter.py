@@ -6,7 +6,7 @@ Owns which layers an adapter changes. Never touches a weight of the base module.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,9 @@ class LoraAdapter:
             path: _initialized(part, shape.rank, generator) for path, part in target_layers(module, shape).items()
         }
         if not self.layers:
-            raise RequestError(f"{type(module).__name__} has no linear layer of the kinds that the adapter is to change")
+            raise RequestError(
+                f"{type(module).__name__} has no linear layer of the kinds that the adapter is to change"
+            )
 
     def parameters(self) -> list[Tensor]:
         """All matrices, the two of a layer after each other."""
@@ -54,7 +56,9 @@ class LoraAdapter:
     def tensors(self) -> dict[str, Tensor]:
         """The matrices by the names that peft gives them, not copied."""
         pairs = self.layers.items()
-        return {f"{PREFIX}{path}.lora_{kind}.weight": getattr(layer, kind.lower()) for path, layer in pairs for kind in "AB"}
+        return {
+            f"{PREFIX}{path}.lora_{kind}.weight": getattr(layer, kind.lower()) for path, layer in pairs for kind in "AB"
+        }
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy matrices of these names. Raises `WeightsError`, and then nothing has changed."""
@@ -69,7 +73,7 @@ class LoraAdapter:
         for name, matrix in own.items():
             matrix.copy_(tensors[name])
 
-    def _hook(self, layer: LowRank) -> object:
+    def _hook(self, layer: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         scaling = self.scaling
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -67,7 +67,9 @@ def _check_datum(datum: Datum, loss: Loss, vocab_size: int, max_length: int | No
     targets = datum.inputs[_TARGETS]
     if targets.ndim not in (1, 2) or len(targets) != count or not targets.size:
         shape = list(targets.shape)
-        raise RequestError(f"{_TARGETS} must be [{count}] or [{count}, K], as model_input has {count} tokens, not {shape}")
+        raise RequestError(
+            f"{_TARGETS} must be [{count}] or [{count}, K], as model_input has {count} tokens, not {shape}"
+        )
     for name, ids in (("model_input", datum.tokens), (_TARGETS, targets)):
         if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= vocab_size:
             raise RequestError(f"{name} must hold token ids from 0 to {vocab_size - 1}")
@@ -75,7 +77,9 @@ def _check_datum(datum: Datum, loss: Loss, vocab_size: int, max_length: int | No
         if name == _TARGETS:
             continue
         if values.shape != targets.shape:
-            raise RequestError(f"{name} must have the shape of {_TARGETS}, {list(targets.shape)}, not {list(values.shape)}")
+            raise RequestError(
+                f"{name} must have the shape of {_TARGETS}, {list(targets.shape)}, not {list(values.shape)}"
+            )
         if not np.isfinite(values).all():
             raise RequestError(f"{name} must hold finite numbers")
 

@@ -25,6 +25,7 @@ from penstock.training.lora.records import LORA_ALPHA, Adam, Datum, LoraShape, L
 
 TOKENS_PER_PASS = 4096
 ADAPTER_FILE, CONFIG_FILE, OPTIMIZER_FILE = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 
 
 class LoraTrainer:
@@ -115,12 +116,13 @@ class LoraModel:
         """Write the adapter to an existing folder, as peft writes it, and with `optimizer` its state."""
         from safetensors.torch import save_file
 
+        module = self._trainer.module
         save_file({name: matrix.detach() for name, matrix in self._adapter.tensors().items()}, folder / ADAPTER_FILE)
         config = {
             **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.shape.rank, "lora_alpha": LORA_ALPHA},
             **{"target_modules": sorted(self._adapter.layers), "bias": "none", "inference_mode": True},
-            "fan_in_fan_out": any(hasattr(self._trainer.module.get_submodule(path), "nf") for path in self._adapter.layers),
-            "base_model_name_or_path": getattr(self._trainer.module.config, "name_or_path", ""),
+            "fan_in_fan_out": any(hasattr(module.get_submodule(path), "nf") for path in self._adapter.layers),
+            "base_model_name_or_path": getattr(module.config, "name_or_path", ""),
         }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         if optimizer:
@@ -141,9 +143,8 @@ class LoraModel:
         self._adapter.take(tensors)
         self._optimizer.state.clear()
         for i, parameter in enumerate(self._parameters):
-            values = {name: state[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{name}" in state}
-            if values:
-                self._optimizer.state[parameter] = values
+            if f"{i}.step" in state:
+                self._optimizer.state[parameter] = {name: state[f"{i}.{name}"] for name in _STATE}
         self._drop_gradients()
 
     def _checked(self, batch: LossBatch) -> Loss:
@@ -172,7 +173,7 @@ class LoraModel:
 
     def _accumulate(self, gradients: Sequence[Tensor]) -> None:
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            raise RequestError("the gradients are not finite: lower the advantages or weights, or the learning rate before")
+            raise RequestError("the gradients are not finite: lower the weights, the advantages or the learning rate")
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
