@@ -76,9 +76,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_tinker_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tinker", "A service for the Tinker SDK, which trains LoRA adapters.")
     group.add_argument("--tinker", action="store_true", default=None, help="also serve the Tinker SDK")
-    group.add_argument(
-        "--tinker-folder", metavar="DIR", help="saved adapters (~/.local/share/penstock/tinker)"
-    )
+    group.add_argument("--tinker-folder", metavar="DIR", help="saved adapters (~/.local/share/penstock/tinker)")
     group.add_argument(
         "--tinker-session-timeout-s", type=float, metavar="S", help="end sessions that are silent (default: 600)"
     )

@@ -64,9 +64,7 @@ class ProcessSettings(ServingSettings):
         {}, description="Folders of LoRA adapters to load at the start, by their names."
     )
     tinker: bool = Field(False, description="Also serve the Tinker SDK: train LoRA adapters and sample from them.")
-    tinker_folder: Path | None = Field(
-        None, description="Folder of saved adapters; None: in the user's data folder."
-    )
+    tinker_folder: Path | None = Field(None, description="Folder of saved adapters; None: in the user's data folder.")
     tinker_session_timeout_s: float = Field(
         600.0, ge=1, description="A session of the Tinker SDK ends after so many seconds without a sign of life."
     )

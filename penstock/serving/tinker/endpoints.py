@@ -71,6 +71,7 @@ async def create_session(server: Server, request: Request) -> Response:
     service = service_of(server)
     await service.end_expired()
     session = service.sessions.create(owner_of(request), body.user_metadata, body.display_name)
+    service.watch()
     return json_response({"type": "create_session", "session_id": session.id})
 
 
@@ -84,10 +85,11 @@ async def heartbeat(server: Server, request: Request) -> Response:
 
 
 async def finish_session(server: Server, request: Request) -> Response:
-    """End a session."""
+    """End a session; one that has ended already stays so."""
     await read_body(request, server.settings.max_body_bytes)
-    service = service_of(server)
-    await service.end(service.sessions.get(request.path_params["session_id"], owner_of(request)))
+    service, session_id = service_of(server), request.path_params["session_id"]
+    if not service.sessions.has_ended(session_id):
+        await service.end(service.sessions.get(session_id, owner_of(request)))
     return Response(status_code=204)
 
 

@@ -54,8 +54,14 @@ def compute(service: TinkerService, owner: str, request: LossRequest) -> str:
 
     def job() -> bytes:
         adapter = run.trained()
-        batch = request.batch()
-        return loss_message(adapter.forward(batch) if request.is_forward_only else adapter.forward_backward(batch))
+        if request.is_forward_only:
+            return loss_message(adapter.forward(request.batch()))
+        try:
+            batch = request.batch()
+        except RequestError:
+            adapter.mark_incomplete()
+            raise
+        return loss_message(adapter.forward_backward(batch))
 
     async def work() -> Answer:
         return Answer(await service.thread.run(job), PROTOBUF)
@@ -65,10 +71,10 @@ def compute(service: TinkerService, owner: str, request: LossRequest) -> str:
 
 def optim_step(service: TinkerService, owner: str, body: OptimStep) -> str:
     """Begin a step; the id of the future. Raises `RequestError` for values that no step takes."""
+    session, run, request_id = _ordered(service, owner, body.model_id, body.seq_id)
     if body.adam_params is None:
         raise RequestError("adam_params is missing: this service has no other optimizer than AdamW")
     adam = Adam(**body.adam_params.model_dump())
-    session, run, request_id = _ordered(service, owner, body.model_id, body.seq_id)
 
     async def work() -> Answer:
         norm = await service.thread.run(lambda: run.trained().step(adam))
@@ -79,17 +85,13 @@ def optim_step(service: TinkerService, owner: str, body: OptimStep) -> str:
 
 def save_weights(service: TinkerService, owner: str, body: SaveWeights) -> str:
     """Begin to save weights and the optimizer's state; the id of the future."""
-    path = WeightsPath(body.model_id, TRAINING, _name(body))
-    return _save(service, owner, body, path, optimizer=True)
+    return _save(service, owner, body, TRAINING)
 
 
 def save_for_sampler(service: TinkerService, owner: str, body: SaveWeights) -> str:
     """Begin to save weights to sample from, by a name or for a sampling session; the id of the future."""
-    if body.path is not None:
-        path = WeightsPath(body.model_id, SAMPLER, body.path)
-        return _save(service, owner, body, path, optimizer=False)
-    if body.sampling_session_seq_id is None:
-        raise RequestError("path is missing: pass a name, or sampling_session_seq_id")
+    if body.path is not None or body.sampling_session_seq_id is None:
+        return _save(service, owner, body, SAMPLER)
     session, run, request_id = _ordered(service, owner, body.model_id, body.seq_id)
     sampler_id = f"{session.id}:sample:{body.sampling_session_seq_id}"
 
@@ -104,10 +106,10 @@ def save_for_sampler(service: TinkerService, owner: str, body: SaveWeights) -> s
 def load_weights(service: TinkerService, owner: str, body: LoadWeights, names: tuple[str, ...]) -> tuple[str, str]:
     """Begin to load weights into a model, or into a new one; the ids of the future and of the model."""
     _check_optimizer(body.optimizer_config)
-    saved = service.checkpoints.find(WeightsPath.parse(body.path), owner)
     if body.session_id is None:
         session, run, request_id = _ordered(service, owner, body.model_id or "", body.seq_id)
-    else:
+    saved = service.checkpoints.find(WeightsPath.parse(body.path), owner)
+    if body.session_id is not None:
         base_model = service.check_base_model(body.base_model or saved.info.base_model, names)
         session = service.sessions.get(body.session_id, owner)
         run, is_new = _new_run(service, session, _required(body.model_seq_id), base_model)
@@ -138,8 +140,11 @@ def info_of(service: TinkerService, owner: str, body: ModelRequest) -> dict[str,
     }
 
 
-def _save(service: TinkerService, owner: str, body: SaveWeights, path: WeightsPath, *, optimizer: bool) -> str:
+def _save(service: TinkerService, owner: str, body: SaveWeights, kind: str) -> str:
     session, run, request_id = _ordered(service, owner, body.model_id, body.seq_id)
+    if body.path is None:
+        raise RequestError("path is missing: pass the name to save under")
+    path, optimizer = WeightsPath(run.id, kind, body.path), kind == TRAINING
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
 
     def job() -> None:
@@ -200,13 +205,18 @@ def _new_run(service: TinkerService, session: Session, number: int, base_model: 
 
 
 def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | None) -> tuple[Session, Run, str]:
-    """The session, the model, and the id of a request, of which the SDK sends one after the other."""
+    """The session, the model, and the id of a request, of which the SDK sends one after the other.
+
+    Where a number is left out, a request was lost or not read. It may have held data of the next step.
+    """
     session, run = service.sessions.of_part(model_id, owner), service.sessions.run(model_id, owner)
     if not seq_id:
         return session, run, f"{run.id}:{uuid.uuid4().hex}"
     request_id = f"{run.id}:{seq_id}"
     if seq_id <= run.last_seq and request_id not in service.futures:
         raise RequestError(f"request {seq_id} of {run.id} comes after {run.last_seq}: send requests in their order")
+    if seq_id > run.last_seq + 1:
+        service.thread.post(lambda: run.trained().mark_incomplete())
     run.last_seq = max(run.last_seq, seq_id)
     return session, run, request_id
 
@@ -214,12 +224,6 @@ def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | No
 def _check_optimizer(config: OptimizerConfig | None) -> None:
     if config is not None and config.type != "adamw":
         raise RequestError(f"the optimizer {config.type[:100]!r} is not offered here: use adamw")
-
-
-def _name(body: SaveWeights) -> str:
-    if body.path is None:
-        raise RequestError("path is missing: pass the name to save under")
-    return body.path
 
 
 def _required(number: int | None) -> int:

@@ -6,6 +6,7 @@ the program, and passed to `app`. Runs on the server's loop only.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -73,6 +74,7 @@ class TinkerService:
         self.adapters = LoadedAdapters(engine, self.settings.max_loaded_adapters)
         self.thread = TrainingThread()
         self._base_model: str | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def base_model(self) -> str:
@@ -97,6 +99,16 @@ class TinkerService:
             self.futures.start(request_id, session.id, session.owner, work)
         return request_id
 
+    def watch(self) -> None:
+        """End sessions whose clients are gone, as long as there are any."""
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._end_expired_sessions(), name="tinker sessions")
+
+    async def _end_expired_sessions(self) -> None:
+        while self.sessions.all():
+            await asyncio.sleep(self.settings.session_timeout_s / 4)
+            await self.end_expired()
+
     async def end(self, session: Session) -> None:
         """End a session: its requests, its models, and what they saved without a name."""
         self.sessions.end(session)
@@ -111,6 +123,8 @@ class TinkerService:
 
     async def close(self) -> None:
         """End all sessions, and the training thread."""
+        if self._watch is not None:
+            self._watch.cancel()
         for session in self.sessions.all():
             await self.end(session)
         self.thread.close()

@@ -89,11 +89,15 @@ class Sessions:
         """A session, which is a sign of life. Raises an `HttpError`: 410 for one that ended, 404 for an unknown one."""
         session = self._open.get(session_id)
         if session is None or session.owner != owner:
-            if session_id in self._ended:
+            if self.has_ended(session_id):
                 raise HttpError(410, f"the session {session_id} has ended: create a new client", code="session_ended")
             raise HttpError(404, f"there is no session {shown(session_id)}", code="not_found")
         session.last_seen = self._clock()
         return session
+
+    def has_ended(self, session_id: str) -> bool:
+        """Whether this was a session."""
+        return session_id in self._ended
 
     def of_part(self, part_id: str, owner: str) -> Session:
         """The session of a model or a sampler, whose ids begin with the session's."""

@@ -111,6 +111,10 @@ class TrainedAdapter(Protocol):
         """
         ...
 
+    def mark_incomplete(self) -> None:
+        """Refuse the next step, as after an error: a part of its data is missing."""
+        ...
+
     def step(self, adam: Adam) -> float:
         """Change the weights; returns the norm of the gradients. Raises `RequestError`."""
         ...

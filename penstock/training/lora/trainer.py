@@ -87,17 +87,21 @@ class LoraModel:
                     results.append((total.detach(), [tensor.detach() for tensor in logprobs]))
             self._accumulate(sums)
         except BaseException:
-            self._is_incomplete = True
+            self.mark_incomplete()
             raise
         return _result(results)
+
+    def mark_incomplete(self) -> None:
+        """Refuse the next step, as after an error: a part of its data is missing."""
+        self._is_incomplete = True
 
     def step(self, adam: Adam) -> float:
         """Change the weights; returns the norm of the gradients. Raises `RequestError`."""
         if self._is_incomplete:
             self._drop_gradients()
             raise RequestError(
-                "a forward_backward since the last step failed, so its gradients are incomplete and were dropped: send "
-                "the data of this step again"
+                "a forward_backward since the last step failed or never arrived, so the gradients are incomplete and "
+                "were dropped: send the data of this step again"
             )
         for parameter in self._parameters:
             if parameter.grad is None:
