@@ -37,7 +37,8 @@ class LoraShape:
         integer("rank", self.rank, 1, MAX_RANK, f"an integer from 1 to {MAX_RANK}")
         if self.seed is not None:
             integer("seed", self.seed, -(2**63), 2**63 - 1, "None or an integer of 64 bits")
-        if not any(flag(name, getattr(self, name)) for name in ("train_attn", "train_mlp", "train_unembed")):
+        flags = [flag(name, getattr(self, name)) for name in ("train_attn", "train_mlp", "train_unembed")]
+        if not any(flags):
             raise RequestError("an adapter must change something: set train_attn, train_mlp or train_unembed")
 
 
