@@ -26,7 +26,7 @@ PIECE = 16  # tokens
 _SENT = {"n", "temperature", "top_p", "top_k", "seed", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs"}
 _WITHOUT_EFFECT = {
     *("output_kind", "speculation_length", "detokenize", "early_stopping", "length_penalty", "renormalize_logits"),
-    *("skip_special_tokens",),
+    *("skip_special_tokens",),  # of the text, which is decoded here
 }
 _DEFAULTS = SamplingParams()
 Client = Any  # a `tinker.SamplingClient`
@@ -58,7 +58,7 @@ class TinkerEngine(StreamedEngine[Work]):
         self._piece = integer("piece", piece, 1, rule="an integer >= 1")
 
     def _prepare(self, arguments: Arguments) -> tuple[Work, int]:
-        params = _sampling_params(arguments.params)
+        params = sampling_params_of(arguments.params)
         if params.max_tokens is None:
             raise RequestError("max_tokens must be set: the service does not tell how long a completion may be")
         return Work(arguments.prompt, params, params.max_tokens), params.n
@@ -90,7 +90,7 @@ class TinkerEngine(StreamedEngine[Work]):
             ended = sequence.stop_reason == "stop" or num_sampled + len(sequence.tokens) >= work.max_tokens
             reason = sequence.stop_reason if ended else None
             _add(transcript, sequence)
-            text, added = await self._text_added(transcript, text, is_last=ended)
+            text, added = await self._text_added(work.params, transcript, text, is_last=ended)
             transcript.texts.append(added)
             if reason is not None:
                 transcript.end("", reason)
@@ -108,11 +108,13 @@ class TinkerEngine(StreamedEngine[Work]):
             )
         return response.sequences[0]
 
-    async def _text_added(self, transcript: Transcript, shown: str, *, is_last: bool) -> tuple[str, str]:
+    async def _text_added(
+        self, params: SamplingParams, transcript: Transcript, shown: str, *, is_last: bool
+    ) -> tuple[str, str]:
         """The text so far, without a character that may not be complete, and what of it is new."""
-        if not self._has_text:
+        if not (self._has_text and params.detokenize):
             return "", ""
-        text = await self._encoder.decode(transcript.token_ids, skip_special_tokens=True)
+        text = await self._encoder.decode(transcript.token_ids, params.skip_special_tokens)
         if not is_last:
             text = text.rstrip("\ufffd")
         return (text, text[len(shown) :]) if len(text) > len(shown) else (shown, "")
@@ -127,7 +129,7 @@ class TinkerEngine(StreamedEngine[Work]):
             return known
 
 
-def _sampling_params(params: Params) -> SamplingParams:
+def sampling_params_of(params: Params) -> SamplingParams:
     """The parameters. Raises `RequestError` for what the service does not have."""
     if params is None:
         return SamplingParams(max_tokens=None)
@@ -146,7 +148,7 @@ def _sdk_params(params: SamplingParams, length: int, index: int, num_sampled: in
     """The SDK's parameters of one piece, with a seed of its own."""
     from tinker import types
 
-    stop: list[Any] = [*params.stop, *params.stop_token_ids] if params.stop or params.stop_token_ids else []
+    stop: list[Any] = [*(params.stop or ()), *(params.stop_token_ids or ())]
     seed = None if params.seed is None else hash((params.seed, index, num_sampled)) % 2**31
     return types.SamplingParams(
         max_tokens=length,
