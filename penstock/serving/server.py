@@ -72,9 +72,13 @@ class Server:
 
     @property
     def adapters(self) -> list[str]:
-        """The names of the loaded adapters, under which these are served; without those that the model has itself."""
+        """The names of the loaded adapters, under which these are served; without those that the model has itself.
+
+        Adapters of the Tinker service belong to its sessions alone.
+        """
         loaded = self.engine.adapters if isinstance(self.engine, WithAdapters) else []
-        return [name for name in loaded if name not in self.names]
+        private = () if self.tinker is None else self.tinker.adapters
+        return [name for name in loaded if name not in self.names and name not in private]
 
     def adapter_of(self, model: str) -> str:
         """The adapter that a model's name stands for; "" for the model itself."""

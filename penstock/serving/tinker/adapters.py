@@ -39,6 +39,10 @@ class LoadedAdapters:
         self._limit = limit
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the engine's adapter of this name is one of these."""
+        return name in self._entries
+
     @asynccontextmanager
     async def using(self, weights: Weights) -> AsyncIterator[str]:
         """A block in which the adapter is loaded; its name in the engine. Raises `RequestError`, `WeightsError`."""
@@ -53,11 +57,10 @@ class LoadedAdapters:
             await self._evict()
 
     async def unload(self, weights: Weights) -> None:
-        """Forget an adapter; its requests end."""
+        """Forget an adapter: nobody can begin to use it; what runs with it goes on."""
         weights.saved = None
-        entry = self._entries.pop(weights.name, None)
-        if entry is not None:
-            await self._unload(weights.name, entry)
+        if (entry := self._entries.get(weights.name)) is not None:
+            await self._unload(weights.name, entry, spares_users=False)
 
     async def _load(self, weights: Weights, entry: _Entry) -> None:
         async with entry.lock:
@@ -74,9 +77,16 @@ class LoadedAdapters:
     async def _evict(self) -> None:
         unused = [name for name, entry in self._entries.items() if not entry.num_users]
         for name in unused[: max(0, len(unused) - self._limit)]:
-            await self._unload(name, self._entries.pop(name))
+            if (entry := self._entries.get(name)) is not None:
+                await self._unload(name, entry, spares_users=True)
 
-    async def _unload(self, name: str, entry: _Entry) -> None:
-        if entry.loaded_id is not None:
-            with suppress(PenstockError):  # the engine was stopped
-                await self._engine.unload_adapter(name)
+    async def _unload(self, name: str, entry: _Entry, *, spares_users: bool) -> None:
+        async with entry.lock:  # whoever begins to use it meanwhile waits, and loads it again
+            if spares_users and entry.num_users:
+                return
+            if entry.loaded_id is not None:
+                with suppress(PenstockError):  # the engine was stopped
+                    await self._engine.unload_adapter(name)
+                entry.loaded_id = None
+        if not entry.num_users:
+            self._entries.pop(name, None)

@@ -7,15 +7,13 @@ the program, and passed to `app`. Runs on the server's loop only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
 from penstock.api.protocols import Completion, WithAdapters
 from penstock.errors import ConfigurationError, RequestError, shown
-from penstock.generation import Params
 from penstock.scores import Score
 from penstock.serving.tinker.adapters import LoadedAdapters
 from penstock.serving.tinker.checkpoints import Checkpoints
@@ -29,10 +27,6 @@ from penstock.training.lora.records import AdapterTrainer
 class AdapterEngine(WithAdapters, Protocol):
     """An engine that samples from adapters and scores with them, as the native one does."""
 
-    def generate(self, prompt: Prompt, params: Params, *, namespace: str, adapter: str) -> RequestHandle:
-        """As `Engine.generate`; `adapter` is the name of a loaded one, or ""."""
-        ...
-
     async def score(
         self,
         prompts: Sequence[Prompt],
@@ -43,10 +37,6 @@ class AdapterEngine(WithAdapters, Protocol):
         adapter: str,
     ) -> list[Score]:
         """As `Scorer.score`."""
-        ...
-
-    def get_stats(self) -> Mapping[str, object]:
-        """Statistics of the engine so far."""
         ...
 
 

@@ -98,7 +98,7 @@ def summed(loss: Loss, logprobs: Sequence[Tensor], data: Sequence[Datum], config
     total = logprobs[0].new_zeros(())
     for own, datum in zip(logprobs, data, strict=True):
         names = [name for name in datum.inputs if name != _TARGETS]
-        inputs = {name: torch.as_tensor(datum.inputs[name], dtype=torch.float32, device=own.device) for name in names}
+        inputs = {name: torch.tensor(datum.inputs[name], dtype=torch.float32, device=own.device) for name in names}
         total = total + loss.function(own, inputs, settings).sum()
     return total
 
