@@ -20,6 +20,7 @@ from penstock.serving.logs import access_logger
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 MAX_READ = 512  # answers that were read and may have been lost
+MAX_UNREAD = 1 << 14  # answers that nobody has asked for yet; the oldest are dropped first
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +47,34 @@ class _Future:
 
 
 class Futures:
-    """Futures by request id, which the caller makes so that a request sent twice is one."""
+    """Futures by request id, which the caller makes so that a request sent twice is one.
 
-    def __init__(self) -> None:
+    At most `max_pending` are under way.
+    """
+
+    def __init__(self, max_pending: int) -> None:
+        self._max_pending = max_pending
         self._futures: dict[str, _Future] = {}
+        self._num_pending = 0
+        self._unread: OrderedDict[str, None] = OrderedDict()
         self._read: OrderedDict[str, None] = OrderedDict()
         self._log = access_logger()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._futures
 
+    def check_room(self) -> None:
+        """Raise a 429, which the SDK obeys by waiting, where too many requests are under way."""
+        if self._num_pending >= self._max_pending:
+            text = f"{self._num_pending} requests are under way, this server's limit: wait for one of them"
+            raise HttpError(429, text, code="engine_overloaded", retry_after_s=1)
+
     def start(self, request_id: str, session_id: str, owner: str, work: Work) -> None:
         """Run `work`, whose errors are answers too."""
         task = asyncio.create_task(self._answer(request_id, work), name=f"tinker {request_id}")
         self._futures[request_id] = _Future(session_id, owner, task)
+        self._num_pending += 1
+        task.add_done_callback(lambda _: self._note_done(request_id))
 
     async def wait(self, request_id: str, owner: str, timeout_s: float) -> Answer | None:
         """The answer, or None where there is none yet."""
@@ -90,13 +105,24 @@ class Futures:
             if future.session_id == session_id:
                 future.task.cancel()
                 del self._futures[request_id]
-                self._read.pop(request_id, None)
+                for answered in (self._unread, self._read):
+                    answered.pop(request_id, None)
+
+    def _note_done(self, request_id: str) -> None:
+        self._num_pending -= 1
+        if request_id in self._futures:
+            self._unread[request_id] = None
+            self._keep_newest(self._unread, MAX_UNREAD)
 
     def _note_read(self, request_id: str) -> None:
+        self._unread.pop(request_id, None)
         self._read[request_id] = None
         self._read.move_to_end(request_id)
-        while len(self._read) > MAX_READ:
-            self._futures.pop(self._read.popitem(last=False)[0], None)
+        self._keep_newest(self._read, MAX_READ)
+
+    def _keep_newest(self, answered: OrderedDict[str, None], limit: int) -> None:
+        while len(answered) > limit:
+            self._futures.pop(answered.popitem(last=False)[0], None)
 
     async def _answer(self, request_id: str, work: Work) -> Answer:
         try:

@@ -213,6 +213,8 @@ def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | No
     if not seq_id:
         return session, run, f"{run.id}:{uuid.uuid4().hex}"
     request_id = f"{run.id}:{seq_id}"
+    if request_id not in service.futures:
+        service.futures.check_room()
     if seq_id <= run.last_seq and request_id not in service.futures:
         raise RequestError(f"request {seq_id} of {run.id} comes after {run.last_seq}: send requests in their order")
     if seq_id > run.last_seq + 1:

@@ -57,6 +57,8 @@ def sample(service: TinkerService, owner: str, body: Sample, namespace: str, max
     ids, params = _tokens(body.prompt), _params(body)
     _check_scores(body, len(ids))
     request_id = f"{sampler.id}:{body.seq_id}"
+    if request_id not in service.futures:
+        service.futures.check_room()
     space = f"{namespace}/{sampler.id}" if sampler.is_inflight else namespace
 
     async def work() -> Answer:

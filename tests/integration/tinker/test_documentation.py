@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import tinker
 
@@ -13,6 +15,7 @@ from penstock.cli import main
 from penstock.serving.process import ProcessSettings
 from penstock.serving.tinker.settings import TinkerSettings
 from tests.integration.serving.test_serve_command import process, url_of
+from tests.integration.tinker.service import Running
 from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level
 
@@ -74,3 +77,10 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     assert "--tinker-folder" in capsys.readouterr().out
+
+
+def test_the_description_of_the_api_has_the_schemas_that_it_refers_to(server: Running) -> None:
+    description = httpx.get(f"{server.url}/openapi.json").json()
+    references = set(re.findall(r'"#/components/schemas/([\w.-]+)"', json.dumps(description)))
+    assert {"CreateModel", "OptimStep", "Sample"} <= references
+    assert references <= description["components"]["schemas"].keys()
