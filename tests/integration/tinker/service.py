@@ -45,10 +45,13 @@ class Running:
 
 
 @contextmanager
-def serving(folder: Path, settings: ServingSettings | None = None, **options: Any) -> Iterator[Running]:
+def serving(
+    folder: Path, settings: ServingSettings | None = None, weight_mode: str = "shared", **options: Any
+) -> Iterator[Running]:
     """A service over a model of two layers."""
     module, clock = build("llama"), [0.0]
-    engine = InferenceEngine(module, skip_tokenizer_init=True, num_threads=1, batch_timeout_ms=0, block_size=4)
+    fixed: dict[str, Any] = {"skip_tokenizer_init": True, "num_threads": 1, "batch_timeout_ms": 0, "block_size": 4}
+    engine = InferenceEngine(module, weight_mode=weight_mode, **fixed)
     engine.start()
     try:
         trainer = LoraTrainer(module, max_length=512, tokens_per_pass=64)

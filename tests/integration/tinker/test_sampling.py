@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import tinker
 import torch
 from tinker import types
 
-from tests.integration.tinker.service import TEXT, Running, logprobs, prompt, rest_of, step, supervised
+from penstock.kernels import native
+from tests.integration.tinker.service import TEXT, Running, logprobs, prompt, rest_of, serving, step, supervised
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -42,6 +44,18 @@ def test_sampled_logprobs_are_those_of_a_forward_pass(training: tinker.TrainingC
         own = logprobs(training, [*PROMPT, *sequence.tokens])[len(PROMPT) - 1 :]
         np.testing.assert_allclose(sequence.logprobs, own, atol=1e-5)
     assert len({sequence.sequence_id for sequence in response.sequences}) == 4
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiler")
+def test_an_engine_with_packed_weights_samples_from_the_same_adapters(tmp_path: Path) -> None:
+    with serving(tmp_path, weight_mode="packed") as server, server.client() as client:
+        training = client.create_lora_training_client(server.model, rank=4, seed=1).result()
+        step(training, [supervised()])
+        sampling = training.save_weights_and_get_sampling_client().result()
+        params = types.SamplingParams(max_tokens=12, seed=3, stop=[])
+        (sequence,) = sampling.sample(prompt(PROMPT), 1, params).result().sequences
+        own = logprobs(training, [*PROMPT, *sequence.tokens])[len(PROMPT) - 1 :]
+        np.testing.assert_allclose(sequence.logprobs, own, atol=1e-4)
 
 
 def test_what_is_asked_about_the_prompt_is_told(server: Running, base: tinker.SamplingClient) -> None:
