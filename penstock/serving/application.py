@@ -148,10 +148,12 @@ def _lifespan_of(server: Server, inner: Lifespan | None) -> Callable[[FastAPI], 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
         await to_thread.run_sync(server.engine.start)  # not called where the app is mounted
-        async with nullcontext() if inner is None else inner(api):
-            yield
-        if server.tinker is not None:
-            await server.tinker.close()
+        try:
+            async with nullcontext() if inner is None else inner(api):
+                yield
+        finally:
+            if server.tinker is not None:
+                await server.tinker.close()
 
     return lifespan
 

@@ -117,7 +117,7 @@ class TinkerService:
             self._watch.cancel()
         for session in self.sessions.all():
             await self.end(session)
-        self.thread.close()
+        await asyncio.to_thread(self.thread.close)
 
     async def _drop(self, run: Run) -> None:
         run.adapter = None

@@ -14,8 +14,7 @@ from tinker import types
 
 from penstock import InferenceEngine, RequestError, SamplingParams, ScriptedModel
 from penstock.api.protocols import Engine
-from penstock.backends import RemoteApiInferenceServiceClient, TinkerServiceHolder
-from penstock.backends.tinker_engine import TinkerEngine
+from penstock.backends import RemoteApiInferenceServiceClient, TinkerEngine, TinkerServiceHolder
 from penstock.serving import app
 from penstock.serving.tinker import TinkerService, TinkerSettings
 from penstock.testing.contract import EngineContract
