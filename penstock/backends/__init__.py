@@ -25,6 +25,7 @@ from penstock.backends.services import (
     set_pad_token_id,
 )
 from penstock.backends.sglang_engine import SGLangEngine
+from penstock.backends.tinker_engine import TinkerEngine
 from penstock.backends.vllm_engine import VLLMEngine
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "SGLangBackendConfig",
     "SGLangEngine",
     "ServiceHolder",
+    "TinkerEngine",
     "TinkerServiceHolder",
     "VLLMBackendConfig",
     "VLLMEngine",

@@ -11,10 +11,11 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 from penstock.cli.scripted_file import scripted_engine_parts
-from penstock.cli.session import JsonObject, loaded_engine
+from penstock.cli.session import JsonObject
 from penstock.cli.terminal import note
 from penstock.config import ALIASES, EngineConfig
 from penstock.errors import ConfigurationError
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   penstock serve --model ./my-model --adapter support=./lora-support
   penstock serve --config server.yaml          engine: and serving: in one file
   penstock serve --model scripted:answers.yaml for tests of agents
+  penstock serve --model ./my-model --tinker   for programs of the Tinker SDK
 
 Every option is also an environment variable: PENSTOCK_SERVE_PORT=9000 for the
 server, PENSTOCK_MAX_BATCH_SIZE=8 for the engine. Ctrl-C and SIGTERM let open
@@ -35,6 +37,7 @@ _SCRIPTED = "scripted:"
 _SERVER = (
     *("host", "port", "admin_key", "allow_anonymous", "ssl_certfile", "ssl_keyfile", "access_log"),
     *("served_model_name", "cors_origins", "drain_timeout_s", "tracing"),
+    *("tinker", "tinker_folder", "tinker_session_timeout_s"),
 )
 
 
@@ -65,8 +68,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     server.add_argument("--tracing", action="store_true", default=None, help="trace requests with OpenTelemetry")
     server.add_argument("--drain-timeout-s", type=float, metavar="S", help="time to finish after SIGTERM (default: 30)")
+    _add_tinker_options(parser)
     _add_engine_options(parser)
     parser.set_defaults(run=run)
+
+
+def _add_tinker_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tinker", "A service for the Tinker SDK, which trains LoRA adapters.")
+    group.add_argument("--tinker", action="store_true", default=None, help="also serve the Tinker SDK")
+    group.add_argument("--tinker-folder", metavar="DIR", help="saved adapters (~/.local/share/penstock/tinker)")
+    group.add_argument(
+        "--tinker-session-timeout-s", type=float, metavar="S", help="end sessions that are silent (default: 600)"
+    )
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +97,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command. Raises `PenstockError`; returns the exit code."""
     try:
+        from penstock.cli.tinker import served_engine
         from penstock.serving.process import ProcessSettings, listen, serve
     except ImportError as error:
         raise ConfigurationError(f"serving needs further packages ({error}): pip install 'penstock[serve]'") from None
@@ -94,10 +108,11 @@ def run(args: argparse.Namespace) -> int:
     EngineConfig(**engine_settings)
     with (
         listen(settings) as listener,
-        loaded_engine(model, tokenizer, **engine_settings) as engine,
+        served_engine(model, tokenizer, settings, engine_settings) as (engine, tinker),
         _requests_on_stderr(settings.access_log),
     ):
-        return serve(engine, settings, listener, lambda url, name: _announce(url, name, bool(settings.api_keys)), note)
+        announce = partial(_announce, has_keys=bool(settings.api_keys), has_tinker=settings.tinker)
+        return serve(engine, settings, listener, announce, note, tinker)
 
 
 def _model_and_tokenizer(model: str | None, settings: JsonObject) -> tuple[object, object]:
@@ -156,9 +171,12 @@ def _requests_on_stderr(is_wanted: bool) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _announce(url: str, name: str, has_keys: bool) -> None:
+def _announce(url: str, name: str, *, has_keys: bool, has_tinker: bool) -> None:
     """The address, and a request that works."""
     key = ' -H "authorization: Bearer $API_KEY"' if has_keys else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     note(f"serving {name} at {url}/v1")
+    if has_tinker:
+        key_text = "one of the keys, which begins with tml-" if has_keys else "tml-local"
+        note(f"the Tinker SDK: TINKER_BASE_URL={url}, and TINKER_API_KEY={key_text}")
     note(f"try: curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")

@@ -35,6 +35,7 @@ from penstock.serving.responses import endpoints as responses
 from penstock.serving.responses.request import InputTokensRequest, ResponsesRequest
 from penstock.serving.server import Server
 from penstock.serving.settings import ServingSettings
+from penstock.serving.tinker.service import TinkerService
 
 Handler = Callable[[Server, Request], Awaitable[Response]]
 _JSON = "application/json"
@@ -106,41 +107,53 @@ def app(
     *,
     dependencies: Sequence[Depends] = (),
     lifespan: Lifespan | None = None,
+    tinker: TinkerService | None = None,
 ) -> FastAPI:
     """An ASGI application that serves this engine, which other code may use at the same time.
 
     `dependencies` are FastAPI's, for every route. `lifespan(app)` is an async context manager around the life of the
-    server, entered once the engine has started; not where the app is mounted. Raises `ConfigurationError` for a key
-    that cannot be read.
+    server, entered once the engine has started; not where the app is mounted. `tinker` adds the routes of the Tinker
+    SDK, and is closed with the app. Raises `ConfigurationError` for a key that cannot be read.
     """
-    server = Server(engine, settings or ServingSettings())
+    server = Server(engine, settings or ServingSettings(), tinker)
+    routes = ROUTES if tinker is None else (*ROUTES, *_tinker_routes())
     api = FastAPI(
         title="Penstock",
         version=__version__,
         dependencies=dependencies,
-        lifespan=_lifespan_of(engine, lifespan),
+        lifespan=_lifespan_of(server, lifespan),
         docs_url=None,
         redoc_url=None,
         telemetry={"tracing": False, "logs": False},  # `tracing` says; older versions ignore the argument
     )
     api.state.server = server
-    for route in ROUTES:
+    for route in routes:
         extra = described(route.path, route.body, route.answers, route.errors)
         name, endpoint = route.handler.__name__, _endpoint(server, route.handler)
         api.add_api_route(route.path, endpoint, methods=[route.method], name=name, openapi_extra=extra)
-    setattr(api, "openapi", openapi_of(api, [route.body for route in ROUTES if route.body is not None]))  # noqa: B010
+    setattr(api, "openapi", openapi_of(api, [route.body for route in routes if route.body is not None]))  # noqa: B010
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_middleware(Gate, server=server)
     _allow_browsers(api, server)
     return api
 
 
-def _lifespan_of(engine: Engine, inner: Lifespan | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _tinker_routes() -> list[_Route]:
+    from penstock.serving.tinker.endpoints import ROUTES as tinker_routes  # needs the package tinker
+
+    return [_Route(*row) for row in tinker_routes]
+
+
+def _lifespan_of(server: Server, inner: Lifespan | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
-        await to_thread.run_sync(engine.start)  # not called where the app is mounted
-        async with nullcontext() if inner is None else inner(api):
-            yield
+        await to_thread.run_sync(server.engine.start)  # not called where the app is mounted
+        try:
+            async with nullcontext() if inner is None else inner(api):
+                yield
+        finally:
+            if server.tinker is not None:
+                await server.tinker.close()
 
     return lifespan
 

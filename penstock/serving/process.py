@@ -33,6 +33,7 @@ from penstock.serving.http_protocol import HttpProtocol
 from penstock.serving.lifecycle import Lifecycle
 from penstock.serving.server import Server
 from penstock.serving.settings import SECRETS, ServingKeywords, ServingSettings
+from penstock.serving.tinker.service import TinkerService
 
 
 class ProcessKeywords(ServingKeywords, total=False):
@@ -45,6 +46,9 @@ class ProcessKeywords(ServingKeywords, total=False):
     allow_anonymous: bool
     access_log: bool
     adapters: Mapping[str, Path]
+    tinker: bool
+    tinker_folder: Path | None
+    tinker_session_timeout_s: float
 
 
 class ProcessSettings(ServingSettings):
@@ -58,6 +62,11 @@ class ProcessSettings(ServingSettings):
     access_log: bool = Field(True, description="Log one line per request on stderr, without any text of it.")
     adapters: Mapping[str, Path] = Field(
         {}, description="Folders of LoRA adapters to load at the start, by their names."
+    )
+    tinker: bool = Field(False, description="Also serve the Tinker SDK: train LoRA adapters and sample from them.")
+    tinker_folder: Path | None = Field(None, description="Folder of saved adapters; None: in the user's data folder.")
+    tinker_session_timeout_s: float = Field(
+        600.0, ge=1, description="A session of the Tinker SDK ends after so many seconds without a sign of life."
     )
 
     def __init__(self, **values: Unpack[ProcessKeywords]) -> None:
@@ -89,13 +98,14 @@ def serve(
     listener: socket.socket,
     on_ready: Callable[[str, str], None],
     say: Callable[[str], None],
+    tinker: TinkerService | None = None,
 ) -> int:
     """Serve on a socket of `listen` until a signal; returns the exit code.
 
     `on_ready(url, name)` announces the port; `say` receives what happens at the end, in lines. Raises
     `ConfigurationError`, and `WeightsError` for an adapter that cannot be loaded.
     """
-    api = app(engine, settings)
+    api = app(engine, settings, tinker=tinker)
     parts: Server = api.state.server
     _load_adapters(parts, settings.adapters)
 
@@ -192,8 +202,8 @@ def listen(settings: ProcessSettings) -> socket.socket:
     """
     try:
         host, port = settings.host, settings.port
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)  # asyncio sends small answers at once only if it is TCP's
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

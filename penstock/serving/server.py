@@ -20,14 +20,16 @@ from penstock.serving.model_formats import ModelFormats, formats_of
 from penstock.serving.readiness import Readiness
 from penstock.serving.responses.store import ResponseStore
 from penstock.serving.settings import ServingSettings
+from penstock.serving.tinker.service import TinkerService
 from penstock.serving.tracing import Tracing
 
 
 class Server:
     """The parts of one app. Raises `ConfigurationError` for a key that cannot be read."""
 
-    def __init__(self, engine: Engine, settings: ServingSettings) -> None:
+    def __init__(self, engine: Engine, settings: ServingSettings, tinker: TinkerService | None = None) -> None:
         self.engine = engine
+        self.tinker = tinker
         self.settings = settings
         self.keys = KeyRing(settings)
         self.lifecycle = Lifecycle(settings.max_concurrent_requests)
@@ -70,9 +72,13 @@ class Server:
 
     @property
     def adapters(self) -> list[str]:
-        """The names of the loaded adapters, under which these are served; without those that the model has itself."""
+        """The names of the loaded adapters, under which these are served; without those that the model has itself.
+
+        Adapters of the Tinker service belong to its sessions alone.
+        """
         loaded = self.engine.adapters if isinstance(self.engine, WithAdapters) else []
-        return [name for name in loaded if name not in self.names]
+        private = () if self.tinker is None else self.tinker.adapters
+        return [name for name in loaded if name not in self.names and name not in private]
 
     def adapter_of(self, model: str) -> str:
         """The adapter that a model's name stands for; "" for the model itself."""

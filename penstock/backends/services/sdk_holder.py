@@ -107,6 +107,7 @@ def sdk_errors(service: str) -> Iterator[None]:
         status = getattr(error, "status_code", None)
         if status == 429:
             raise EngineOverloaded(f"{service} is overloaded: {described(error)}") from error
-        if isinstance(error, ValueError) or (isinstance(status, int) and 400 <= status < 500):
+        is_callers = getattr(error, "category", None) == "user"  # Tinker's word for requests that failed later
+        if is_callers or isinstance(error, ValueError) or (isinstance(status, int) and 400 <= status < 500):
             raise RequestError(f"{service} refused the request: {described(error)}") from error
         raise ExecutionError(f"{service} failed: {described(error)}") from error

@@ -59,6 +59,15 @@ class Head:
         logprobs, entropies = zip(*chunks, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
+    def target_logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Log probabilities, float32 [T, K], of K targets after each of T hidden states, int64 [T, K]."""
+        pairs = zip(states.split(self._chunk_rows), targets.split(self._chunk_rows), strict=True)
+        chunks = [checkpoint(self._targets, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        return torch.cat(chunks)
+
+    def _targets(self, states: Tensor, targets: Tensor) -> Tensor:
+        return self.logits(states).float().log_softmax(-1).gather(-1, targets)
+
     def _chunk(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logprobs = (self.logits(states).float() / temperature).log_softmax(-1)
         entropies = -(logprobs.exp() * logprobs).sum(-1)

@@ -6,7 +6,7 @@ parameters. Must not run beside an update of the weights. Made by the executor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -53,13 +53,14 @@ class DifferentiableScorer:
 
     `checkpoint_layers` recomputes each layer in the backward pass instead of keeping its activations.
     `logits_chunk_bytes` bounds the logits that exist at once, and `max_length` the tokens of a pair. Without `dropout`,
-    a module in train mode computes as in eval mode. Scores on any thread, under the gradient and autocast modes of the
-    one that constructs this. Raises `ConfigurationError` for a module that cannot be scored this way.
+    a module in train mode computes as in eval mode. `attach` is called with each view before its pass, and may register
+    hooks. Scores on any thread, under the gradient and autocast modes of the one that constructs this. Raises
+    `ConfigurationError` for a module that cannot be scored this way.
     """
 
     def __init__(
         self, owner: nn.Module, *, checkpoint_layers: bool = False, logits_chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-        max_length: int | None = None, dropout: bool = True,
+        max_length: int | None = None, dropout: bool = True, attach: Callable[[nn.Module], None] | None = None,
     ) -> None:  # fmt: skip
         _refuse_distributed(owner)
         self._owner = owner = unwrapped(owner)
@@ -70,6 +71,7 @@ class DifferentiableScorer:
         self._chunk_bytes = logits_chunk_bytes
         self._max_length = max_length
         self._dropout = dropout
+        self._attach = attach
 
     def score(
         self,
@@ -106,6 +108,26 @@ class DifferentiableScorer:
             logits = head.logits(states).float()
         return list(logits.split([len(completion) for _, completion in pairs]))
 
+    def target_logprobs(self, inputs: Sequence[IntArray], targets: Sequence[IntArray]) -> list[Tensor]:
+        """For N input tokens, the log probabilities of N targets, or of N rows of K: float32, in the targets' shape.
+
+        Position p predicts `targets[i][p]` from the inputs up to p, whatever the next input is. None of the inputs is
+        empty; all ids are within the vocabulary.
+        """
+        row = pack(inputs, share_prefixes=True)
+        # What several sequences predict at the same place of a shared prefix is computed once.
+        wanted, inverse = np.unique(
+            np.column_stack([np.concatenate(row.places), _padded(targets)]), axis=0, return_inverse=True
+        )
+        places, table, order = (
+            torch.from_numpy(array).to(self._device) for array in (wanted[:, 0], wanted[:, 1:], inverse.reshape(-1))
+        )
+        with self._modes.applied():
+            head, states = self._decode(row)
+            logprobs = head.target_logprobs(states[places], table)[order]
+        parts = logprobs.split([len(target) for target in targets])
+        return [part[:, : _width(target)].reshape(target.shape) for part, target in zip(parts, targets, strict=True)]
+
     def _checked(
         self,
         prompts: Sequence[Sequence[int]],
@@ -129,14 +151,16 @@ class DifferentiableScorer:
     def _run(self, pairs: Sequence[tuple[IntArray, IntArray]], row: PackedRow) -> tuple[Head, Tensor]:
         """The head, and the hidden states in front of all tokens of all completions, one after the other."""
         predicting = [place[len(prompt) - 1 :] for (prompt, _), place in zip(pairs, row.places, strict=True)]
-        ids, indices = (
-            torch.from_numpy(array).to(self._device) for array in (row.input_ids, np.concatenate(predicting))
-        )
-        view = self._view()
+        head, states = self._decode(row)
+        return head, states[torch.from_numpy(np.concatenate(predicting)).to(self._device)]
+
+    def _decode(self, row: PackedRow) -> tuple[Head, Tensor]:
+        """The head, and the hidden states [T, H] after all tokens of the row."""
+        ids, view = torch.from_numpy(row.input_ids).to(self._device), self._view()
         output = self._run_decoder(view, ids, row)
         for part in view.modules():  # a module that refers to itself would keep activations until garbage is collected
             vars(part).pop("forward", None)
-        return Head(view, output, ids, self._chunk_bytes), cast(Tensor, output["last_hidden_state"])[0, indices]
+        return Head(view, output, ids, self._chunk_bytes), cast(Tensor, output["last_hidden_state"])[0]
 
     def _view(self) -> nn.Module:
         """A view that attends along segments, and trains or not as its owner does; without dropout, it does not."""
@@ -149,6 +173,8 @@ class DifferentiableScorer:
                 if isinstance(part, GradientCheckpointingLayer):
                     part.gradient_checkpointing = False
                     part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        if self._attach is not None:
+            self._attach(view)
         return view
 
     def _run_decoder(self, view: nn.Module, ids: Tensor, row: PackedRow) -> ModelOutput:
@@ -215,6 +241,21 @@ def _check_lengths(pairs: Sequence[tuple[IntArray, IntArray]], limit: int | None
                 f"prompt and completion {i} have {len(prompt) + len(completion)} tokens and the limit is {limit} for "
                 "both together: shorten the prompt, or leave the pair out"
             )
+
+
+def _padded(targets: Sequence[IntArray]) -> IntArray:
+    """The targets of all positions, int64 [T, K] for the largest K; zeros where a sequence has fewer."""
+    table = np.zeros((sum(map(len, targets)), max(map(_width, targets))), dtype=np.int64)
+    begin = 0
+    for target in targets:
+        table[begin : begin + len(target), : _width(target)] = target.reshape(len(target), -1)
+        begin += len(target)
+    return table
+
+
+def _width(target: IntArray) -> int:
+    """The number of targets of each position."""
+    return 1 if target.ndim == 1 else target.shape[1]
 
 
 def _ids(tokens: Sequence[int]) -> IntArray:

@@ -16,6 +16,7 @@ from penstock.backends.openai_engine import OpenAIEngine
 from penstock.backends.openai_request import request_body
 from penstock.backends.sglang_engine import SGLangEngine
 from penstock.backends.sglang_params import check_params as check_sglang_params
+from penstock.backends.tinker_engine import TinkerEngine, sampling_params_of
 from penstock.backends.vllm_engine import VLLMEngine
 from penstock.backends.vllm_params import check_params
 
@@ -55,6 +56,7 @@ ENGINES: dict[str, tuple[type, Callable[[SamplingParams], object]]] = {
     "vLLM": (VLLMEngine, check_params),
     "SGLang": (SGLangEngine, check_sglang_params),
     "OpenAI-compatible": (OpenAIEngine, lambda params: request_body(read_prompt("x"), params)),
+    "Tinker": (TinkerEngine, sampling_params_of),
 }
 
 

@@ -1,0 +1,37 @@
+"""`TinkerSettings`: the settings of the service for the Tinker SDK."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from penstock.values import integer, real
+
+
+def default_folder() -> Path:
+    """Where saved adapters are kept: in the user's folder for data."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "penstock" / "tinker"
+
+
+@dataclass(frozen=True, slots=True)
+class TinkerSettings:
+    """`folder` holds saved adapters. A session without a sign of life for `session_timeout_s` ends.
+
+    At most `max_loaded_adapters` that nobody samples from stay in the engine; others are read again from their files.
+    Of each model in training, the newest `max_snapshots` that were made without a name are kept. At most `max_pending`
+    requests are under way. Raises `RequestError`.
+    """
+
+    folder: Path = field(default_factory=default_folder)
+    session_timeout_s: float = 600.0
+    max_sessions: int = 256
+    max_models: int = 64
+    max_loaded_adapters: int = 16
+    max_snapshots: int = 32
+    max_pending: int = 4096
+
+    def __post_init__(self) -> None:
+        real("session_timeout_s", self.session_timeout_s, 1.0, 1e9, "a number of seconds >= 1")
+        for name in ("max_sessions", "max_models", "max_loaded_adapters", "max_snapshots", "max_pending"):
+            integer(name, getattr(self, name), 1, rule="an integer >= 1")

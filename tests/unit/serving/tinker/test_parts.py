@@ -1,0 +1,246 @@
+"""Parts of the Tinker service by themselves: messages, futures, sessions, saved weights, loaded adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tinker.proto import tinker_public_pb2 as pb
+from tinker.proto.response_conv import deserialize_forward_backward_output
+
+from penstock import RequestError
+from penstock.serving.errors import HttpError
+from penstock.serving.tinker import futures as futures_module
+from penstock.serving.tinker.adapters import LoadedAdapters, Weights
+from penstock.serving.tinker.checkpoints import Checkpoints, Info, WeightsPath
+from penstock.serving.tinker.futures import Answer, Futures
+from penstock.serving.tinker.sessions import Sessions
+from penstock.serving.tinker.settings import TinkerSettings
+from penstock.serving.tinker.wire import MAX_ELEMENTS, LossRequest, array_of, loss_message
+from penstock.training.lora.records import LoraShape, LossResult
+
+RUN = "session-1:train:0"
+INT64 = pb.DTYPE_INT64
+
+
+def sparse(values: list[int], crow: list[int], columns: list[int], shape: list[int]) -> pb.Tensor:
+    parts = (np.array(each, dtype=np.int64).tobytes() for each in (values, crow, columns))
+    csr = pb.SparseCsr(**dict(zip(("values", "crow_indices", "col_indices"), parts, strict=True)))
+    return pb.Tensor(sparse_csr=csr, dtype=INT64, shape=shape)
+
+
+def test_tensors_of_every_layout_are_arrays() -> None:
+    floats = np.array([[1.5, -2.0]], dtype=np.float32)
+    half = (floats.view(np.uint32) >> 16).astype(np.uint16)
+    assert array_of(pb.Tensor(dense=half.tobytes(), dtype=pb.DTYPE_BFLOAT16, shape=[1, 2])).tolist() == [[1.5, -2.0]]
+    small = pb.Tensor(dense=np.array([3], dtype=np.int32).tobytes(), dtype=pb.DTYPE_INT32)
+    assert array_of(small).dtype == np.int64
+    assert array_of(sparse([7], [0, 0, 1], [1], [2, 2])).tolist() == [[0, 0], [0, 7]]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pb.Tensor(dense=b"123", dtype=INT64),
+        pb.Tensor(dense=bytes(8), dtype=INT64, shape=[2]),
+        pb.Tensor(dense=bytes(8), dtype=INT64, shape=[-1]),
+        pb.Tensor(dense=bytes(8), dtype=pb.DTYPE_UNSPECIFIED),
+        sparse([1], [0, 1], [0], [MAX_ELEMENTS, 2]),
+        sparse([1], [0, 1], [5], [1, 2]),
+        sparse([1], [0, 2], [0], [1, 2]),
+        sparse([1, 1], [2, 0, 2], [0, 1], [2, 2]),
+        sparse([], [], [], [0, 2]),
+        sparse([1], [0, 1], [0], [2]),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_refused(tensor: pb.Tensor) -> None:
+    with pytest.raises(RequestError):
+        array_of(tensor)
+
+
+def test_outputs_of_several_widths_arrive_in_their_order() -> None:
+    arrays = [
+        np.arange(n, dtype=np.float32).reshape(shape) for n, shape in ((3, (3,)), (4, (2, 2)), (2, (1, 2)), (1, (1,)))
+    ]
+    output = deserialize_forward_backward_output(loss_message(LossResult(2.5, arrays)))
+    assert output.metrics == {"loss:sum": 2.5}
+    for record, array in zip(output.loss_fn_outputs, arrays, strict=True):
+        np.testing.assert_array_equal(record["logprobs"].to_numpy(), array)
+
+
+def test_a_message_without_fields_is_read() -> None:
+    request = LossRequest(b"")
+    assert (request.model_id, request.seq_id, request.batch().data) == ("", 0, [])
+
+
+async def answered(value: int) -> Answer:
+    return Answer.of(value=value)
+
+
+async def test_answers_can_be_read_again_until_many_others_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(futures_module, "MAX_READ", 2)
+    futures = Futures(max_pending=10)
+    for i in range(4):
+        futures.start(f"r{i}", "s", "", answered(i))
+    for i in range(4):
+        answer = await futures.wait(f"r{i}", "", 5)
+        assert answer is not None
+        assert json.loads(answer.body) == {"value": i}
+    kept = [f"r{i}" in futures for i in range(4)]
+    assert kept == [False, False, True, True]
+    other = await futures.wait("r3", "somebody else", 5)
+    assert other is not None
+    assert b"is not known" in other.body
+
+
+async def test_answers_that_nobody_reads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(futures_module, "MAX_UNREAD", 3)
+    futures = Futures(max_pending=10)
+    for i in range(6):
+        futures.start(f"r{i}", "s", "", answered(i))
+    for _ in range(20):  # turns of the loop, in which they end
+        await asyncio.sleep(0)
+    assert [f"r{i}" in futures for i in range(6)] == [False, False, False, True, True, True]
+
+
+async def test_too_many_requests_are_told_to_wait() -> None:
+    futures, release = Futures(max_pending=2), asyncio.Event()
+
+    async def work() -> Answer:
+        await release.wait()
+        return Answer.of()
+
+    for i in range(2):
+        futures.check_room()
+        futures.start(f"r{i}", "s", "", work())
+    with pytest.raises(HttpError, match="2 requests are under way") as caught:
+        futures.check_room()
+    assert caught.value.status == 429
+    assert await futures.wait("r0", "", 0.001) is None
+    release.set()
+    await futures.wait("r0", "", 5)
+    futures.check_room()
+
+
+async def test_faults_are_answers_that_tell_nothing_of_the_server() -> None:
+    futures = Futures(max_pending=10)
+
+    async def fail(error: BaseException) -> Answer:
+        raise error
+
+    for number, (error, category) in enumerate(
+        [(RequestError("bad"), "user"), (HttpError(404, "none"), "user"), (KeyError("secret"), "server")]
+    ):
+        futures.start(str(number), "s", "", fail(error))
+        answer = await futures.wait(str(number), "", 5)
+        assert answer is not None
+        assert json.loads(answer.body)["category"] == category
+        assert b"secret" not in answer.body
+
+
+def test_sessions_end_when_their_clients_are_silent_and_not_while_they_wait() -> None:
+    clock, busy = [0.0], {"any": False}
+    sessions = Sessions(10.0, 2, lambda session_id: busy["any"], lambda: clock[0])
+    first, second = sessions.create("ann", None, None), sessions.create("bob", None, None)
+    with pytest.raises(HttpError, match="2 open sessions"):
+        sessions.create("ann", None, None)
+    clock[0] = 9.0
+    assert sessions.get(first.id, "ann") is first
+    clock[0], busy["any"] = 11.0, True
+    assert list(sessions.expired()) == []
+    busy["any"] = False
+    assert list(sessions.expired()) == [second]
+    sessions.end(second)
+    for session_id, owner, status in ((second.id, "bob", 410), (first.id, "bob", 404), ("nobody", "ann", 404)):
+        with pytest.raises(HttpError) as caught:
+            sessions.get(session_id, owner)
+        assert caught.value.status == status
+
+
+def write(folder: Path) -> None:
+    (folder / "adapter").write_text("x")
+
+
+def test_saved_weights_are_found_by_their_owner_until_their_time_is_over(tmp_path: Path) -> None:
+    checkpoints, path = Checkpoints(tmp_path), WeightsPath(RUN, "weights", "a")
+    info = Info.new("ann", "base", LoraShape(4))
+    checkpoints.save(path, info, write, overwrite=False)
+    assert checkpoints.find(path, "ann").info == info
+    assert [str(each) for each, _ in checkpoints.of_run(RUN, "ann")] == [f"tinker://{RUN}/weights/a"]
+    assert list(checkpoints.of_run(RUN, "bob")) == list(checkpoints.of_run("../x", "ann")) == []
+    with pytest.raises(HttpError):
+        checkpoints.find(path, "bob")
+    with pytest.raises(RequestError, match="exists"):
+        checkpoints.save(path, info, write, overwrite=False)
+    checkpoints.save(path, replace(info, id="new", expires=time.time() - 1), write, overwrite=True)
+    with pytest.raises(HttpError, match="no saved weights"):
+        checkpoints.find(path, "ann")
+    assert [file.name for file in tmp_path.rglob("adapter")] == []
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise OSError("disk full")
+
+    checkpoints, path = Checkpoints(tmp_path), WeightsPath(RUN, "weights", "a")
+    checkpoints.save(path, Info.new("", "base", LoraShape(4)), write, overwrite=False)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(path, Info.new("", "base", LoraShape(4)), fail, overwrite=True)
+    assert (checkpoints.find(path, "").folder / "adapter").read_text() == "x"
+    assert len(list(tmp_path.rglob("adapter"))) == 1
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    for values in ({"session_timeout_s": 0}, {"max_models": 0}, {"max_loaded_adapters": 1.5}, {"max_pending": "x"}):
+        with pytest.raises(RequestError):
+            TinkerSettings(**values)  # type: ignore[arg-type]
+
+
+class Engine:
+    """Remembers what is loaded; loading and unloading take a turn of the loop."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.calls: list[str] = []
+
+    async def load_adapter(self, name: str, source: object) -> None:
+        await asyncio.sleep(0)
+        assert name not in self.loaded
+        self.loaded.append(name)
+        self.calls.append(name)
+
+    async def unload_adapter(self, name: str) -> None:
+        await asyncio.sleep(0)
+        self.loaded.remove(name)
+
+
+async def test_the_adapters_that_were_used_last_stay_loaded(tmp_path: Path) -> None:
+    engine: Any = Engine()
+    adapters, checkpoints = LoadedAdapters(engine, limit=2), Checkpoints(tmp_path)
+    weights = [
+        Weights(name, checkpoints.snapshot(RUN, Info.new("", "base", LoraShape(1)), write)) for name in ("a", "b", "c")
+    ]
+
+    async def use(each: Weights) -> None:
+        async with adapters.using(each) as name:
+            assert name in engine.loaded
+            await asyncio.sleep(0)
+            assert name in engine.loaded
+
+    await asyncio.gather(*(use(each) for each in weights * 5))
+    assert len(engine.loaded) == 2
+    assert len(engine.calls) == 3  # each was loaded once for all who used it at the same time
+    for each in (weights[0], weights[1], weights[2], weights[0]):
+        await use(each)
+    assert sorted(engine.loaded) == ["a", "c"]
+    await asyncio.gather(adapters.unload(weights[0]), use(weights[2]), use(weights[1]))
+    assert sorted(engine.loaded) == ["b", "c"]
+    with pytest.raises(RequestError, match="no longer kept"):
+        await use(weights[0])
