@@ -99,6 +99,8 @@ def test_the_base_class_is_abstract_and_has_the_methods_of_its_listing() -> None
     assert list(generate.parameters) == ["self", "messages", "kwargs"]
     assert list(template.parameters)[:3] == ["self", "messages", "tools"]
     assert template.parameters["tools"].default is None
+    for client in (OpenAIInferenceServiceClient, RemoteApiInferenceServiceClient):
+        assert next(iter(inspect.signature(client).parameters)) == "config"
     with pytest.raises(TypeError, match="abstract"):
         InferenceServiceClient()  # type: ignore[abstract]
 
