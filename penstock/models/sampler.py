@@ -20,8 +20,8 @@ from penstock.constraints.masks import Masks
 from penstock.errors import RequestError
 from penstock.models import rules
 from penstock.models.choice import MASKED_GREEDY, PLAIN_GREEDY, Choice, Group, choose, group_of
-from penstock.models.masking import mask_errors, mask_rows, rule_out
-from penstock.models.vocabulary import CHUNK, AllowedArgmax, LogitSummarizer, Top, Vocabulary
+from penstock.models.masking import greatest_allowed, mask_errors, rule_out
+from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer, Top, Vocabulary
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
@@ -51,7 +51,8 @@ class Sampler:
         """Draw the next token of each row.
 
         logits [R, V] of any float dtype, on any device: those after the last position of each row. Results come in
-        order. `masks` are those of the rows with a constraint. A row whose processor fails, whose rules leave no token
+        order. `masks` are those of the rows with a constraint; greedy rows may lack one where there is a kernel for them
+        (`argmax_allowed`). A row whose processor fails, whose rules leave no token
         (both `RequestError`), whose constraint failed (`GrammarError`) or whose logits are not finite
         (`ExecutionError`) carries its error and affects no other row.
         """
@@ -102,6 +103,11 @@ class Sampler:
         for group, members in members_of.items():
             index = torch.tensor(members, dtype=torch.int64, device=raw.peak.device)
             member_rows = [rows[i] for i in members]
+            if group == MASKED_GREEDY and given is None and self._argmax_allowed is not None:
+                peaks, tokens, member_errors = greatest_allowed(raw, members, member_rows, masks, self._argmax_allowed)
+                choice.put(index, Choice(tokens, torch.zeros_like(peaks, dtype=torch.float64), peaks.isfinite()))
+                errors |= {members[i]: error for i, error in member_errors.items()}
+                continue
             is_all = len(members) == len(rows)
             ruled = raw if is_all else raw.take(index)
             if group.ruled or group.masked:
@@ -136,11 +142,10 @@ class Sampler:
     def _sample_greedily(self, logits: Tensor, rows: Sequence[Row], masks: Masks | None) -> list[RowResult]:
         """The results of rows that take their greatest logit, of those allowed, and request nothing else."""
         raw = Vocabulary.of(logits, self._summarize)
-        if masks is None:
+        if all(row.constraint is None for row in rows):
             return _greedy_results(raw, raw.peak, raw.argmax(), {})
         assert self._argmax_allowed is not None
-        allowed = self._argmax_allowed(raw.flat, raw.chunk_peaks, mask_rows(rows, masks), CHUNK)
-        return _greedy_results(raw, *allowed, mask_errors(rows, masks))
+        return _greedy_results(raw, *greatest_allowed(raw, range(len(rows)), rows, masks, self._argmax_allowed))
 
     def _sequence(self, row: Row, size: int) -> rules.SequenceRules:
         sequence = self._sequences.get(row.seq_id)
