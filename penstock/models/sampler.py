@@ -26,6 +26,7 @@ from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
 BYTES_PER_LOGIT = 64  # float32 logits and weights; in the worst step of top-p, int64 and float64 of the same
+_BYTES_IN_ONE_PASS = 8  # float32 logits, if they have another type, and what belongs to their blocks
 _CPU_BATCH_LOGITS = _MIB  # about what a processor caches: larger batches only wait for memory
 
 
@@ -59,9 +60,10 @@ class Sampler:
         assert len(logits) == len(rows)
         groups = [group_of(row, logits.shape[1]) for row in rows]
         one_pass = self._summarize is not None and all(group in self._one_pass_groups for group in groups)
+        one_pass = one_pass and all(row.params.logprobs is None for row in rows)
         results: list[RowResult] = []
         for batch in self.batches(logits, one_pass=one_pass):
-            if one_pass and all(row.params.logprobs is None for row in rows[batch]):
+            if one_pass:
                 results += self._sample_greedily(logits[batch], rows[batch], masks)
             else:
                 results += self._sample_batch(logits[batch], rows[batch], groups[batch], masks)
@@ -77,8 +79,11 @@ class Sampler:
         On a CPU a batch is small, so that it stays in the cache from one pass over its logits to the next; where the
         kernel that summarizes logits makes the only pass (`one_pass`), memory alone limits its size.
         """
-        cached = logits.device.type == "cpu" and not one_pass
-        num_logits = min(self._max_batch_logits, _CPU_BATCH_LOGITS) if cached else self._max_batch_logits
+        num_logits = self._max_batch_logits
+        if one_pass:
+            num_logits *= BYTES_PER_LOGIT // _BYTES_IN_ONE_PASS
+        elif logits.device.type == "cpu":
+            num_logits = min(num_logits, _CPU_BATCH_LOGITS)
         size = max(1, num_logits // logits.shape[1])
         return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
 
