@@ -140,9 +140,8 @@ async def stream(url: str, clients: StreamClients, lags_s: list[float]) -> float
     beat, running = asyncio.create_task(heartbeat(lags_s)), asyncio.create_task(clients.run())
     probes: list[tuple[float, int]] = []
     async with httpx.AsyncClient() as client:
-        for is_reached in (lambda: clients.are_streaming, lambda: clients.is_any_done):
-            while not (is_reached() or running.done()):
-                await asyncio.sleep(0.02)
+        for event in (clients.streaming, clients.first_done):
+            await event.wait()
             probes.append(((await client.get(f"{url}/probe?peek=1")).json()["cpu_s"], clients.num_events))
     await running
     beat.cancel()
@@ -166,7 +165,9 @@ def run(args: argparse.Namespace) -> int:
                 turns[kind].append(turn(url, load))
     names = ("gap_p50_ms", "gap_p99_ms", "lag_p99_ms", "lag_max_ms", "client_lag_p99_ms")
     names = (*names, "cpu_us_per_event", "steady_cpu_us_per_event")
-    medians = {kind: {name: median(item[name] or 0 for item in items) for name in names} for kind, items in turns.items()}
+    medians = {
+        kind: {name: median(item[name] or 0 for item in items) for name in names} for kind, items in turns.items()
+    }
     show(
         f"{args.clients} clients, steps of {args.step_ms} ms", ["", *names],
         [[kind, *(medians[kind][name] for name in names)] for kind in medians],

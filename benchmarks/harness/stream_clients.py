@@ -10,8 +10,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import cast
 from urllib.parse import urlsplit
 
 from penstock.cli.load import PAUSE_S, Load
@@ -25,9 +26,12 @@ class StreamClient(asyncio.BufferedProtocol):
     """One request. `chunks_s` are the times at which events with new text were read, on the clock of `time`.
 
     One that `leaves_at` a number of chunks closes its socket then; one that `is_slow` pauses after every read.
+    `on_change` is called after the first chunk, and at the end.
     """
 
-    def __init__(self, request: bytes, *, leaves_at: int | None, is_slow: bool) -> None:
+    def __init__(
+        self, request: bytes, on_change: Callable[[StreamClient], None], *, leaves_at: int | None, is_slow: bool
+    ) -> None:
         self.chunks_s: list[float] = []
         self.num_events = 0
         self.is_cut = self.is_done = False
@@ -35,6 +39,7 @@ class StreamClient(asyncio.BufferedProtocol):
         self.error: str | None = None
         self.closed = asyncio.Event()
         self._request = request
+        self._on_change = on_change
         self._leaves_at = leaves_at
         self._buffer = bytearray(_SLOW_READ_BYTES if is_slow else _READ_BYTES)
         self._rest = b""
@@ -42,9 +47,8 @@ class StreamClient(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the request."""
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "pause_reading")
-        self._transport = transport  # type: ignore[assignment]  # uvloop's are of a class of their own
-        self._transport.write(self._request)  # type: ignore[union-attr]
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of a class of their own
+        self._transport.write(self._request)
 
     def get_buffer(self, sizehint: int) -> bytearray:
         """Where to read to."""
@@ -73,6 +77,7 @@ class StreamClient(asyncio.BufferedProtocol):
         if not (self.is_done or self.is_cut or self.error):
             self.error = "the stream ended without [DONE]"
         self.closed.set()
+        self._on_change(self)
 
     def _count(self, line: bytes) -> None:
         self.num_events += 1
@@ -82,6 +87,8 @@ class StreamClient(asyncio.BufferedProtocol):
             self.error = line.decode()
         elif b'"content":"' in line and b'"content":""' not in line:
             self.chunks_s.append(time.perf_counter())
+            if len(self.chunks_s) == 1:
+                self._on_change(self)
 
     def _resume(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -89,10 +96,16 @@ class StreamClient(asyncio.BufferedProtocol):
 
 
 class StreamClients:
-    """Sends a load of chats. `clients` fills up while `run` does."""
+    """Sends a load of chats. `clients` fills up while it runs.
+
+    `streaming` is set once every client has read a chunk or has ended, `first_done` once one has its whole answer, and
+    both at the end.
+    """
 
     def __init__(self, url: str, load: Load) -> None:
         self.clients: list[StreamClient] = []
+        self.streaming, self.first_done = asyncio.Event(), asyncio.Event()
+        self._num_started = 0
         self._address = urlsplit(url)
         self._load = load
 
@@ -104,33 +117,33 @@ class StreamClients:
             await asyncio.sleep(max(0.0, begin_s + due_s - time.perf_counter()))
             is_slow = rng.random() < load.slow
             leaves_at = rng.randint(1, load.max_tokens) if rng.random() < load.disconnecting else None
-            client = StreamClient(self._request(number), leaves_at=leaves_at, is_slow=is_slow)
+            client = StreamClient(self._request(number), self._note, leaves_at=leaves_at, is_slow=is_slow)
             host, port = self._address.hostname, self._address.port
             await asyncio.get_running_loop().create_connection(lambda client=client: client, host, port)  # type: ignore[misc]
             self.clients.append(client)
         for client in self.clients:
             await client.closed.wait()
+        self.streaming.set()
+        self.first_done.set()
 
     @property
     def num_events(self) -> int:
         """The number of events that all clients have read."""
         return sum(client.num_events for client in self.clients)
 
-    @property
-    def are_streaming(self) -> bool:
-        """Whether every client was sent and has read a chunk, or has ended."""
-        all_sent = len(self.clients) == self._load.num_requests
-        return all_sent and all(client.chunks_s or client.closed.is_set() for client in self.clients)
-
-    @property
-    def is_any_done(self) -> bool:
-        """Whether a client has its whole answer."""
-        return any(client.is_done for client in self.clients)
-
     def gaps_s(self) -> Sequence[float]:
         """The time between two chunks of the clients that read their whole answer without pauses."""
         timed = (client for client in self.clients if client.is_done and not client.is_slow)
         return [after - before for client in timed for before, after in pairwise(client.chunks_s)]
+
+    def _note(self, client: StreamClient) -> None:
+        """Follow a client that has read its first chunk, or has ended."""
+        if not client.closed.is_set() or not client.chunks_s:
+            self._num_started += 1
+        if self._num_started == self._load.num_requests:
+            self.streaming.set()
+        if client.is_done:
+            self.first_done.set()
 
     def _request(self, number: int) -> bytes:
         load = self._load

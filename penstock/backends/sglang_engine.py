@@ -142,7 +142,10 @@ class SGLangEngine(HostedEngine):
                 meta = chunk["meta_info"]
                 if index == 0 and meta.get("input_token_logprobs"):
                     if scoring is not None:
-                        scoring.entries, scoring.weight_version = PromptEntries.of(meta, len(ids)), int(meta["weight_version"])
+                        scoring.entries, scoring.weight_version = (
+                            PromptEntries.of(meta, len(ids)),
+                            int(meta["weight_version"]),
+                        )
                     elif request.prompt_logprobs is None and params.prompt_logprobs is not None:
                         request.prompt_logprobs = [*prompt_logprobs(meta, params.prompt_logprobs)]
                 self._publish(request, stream.add(chunk))

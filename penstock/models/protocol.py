@@ -86,7 +86,8 @@ class ModelRunner(Protocol):
         """Run one step; an error of one row comes back in its `RowResult`, an error of the step is raised.
 
         `masks` come with a plan that samples under constraints, for all rows but those that `checks_candidates` leaves
-        out. They are filled meanwhile: call `masks.wait()` after the forward pass. Raises `ModelChanged` where the step must be planned again.
+        out. They are filled meanwhile: call `masks.wait()` after the forward pass. Raises `ModelChanged` where the step
+        must be planned again.
         """
         ...
 

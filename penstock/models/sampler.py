@@ -52,10 +52,10 @@ class Sampler:
         """Draw the next token of each row.
 
         logits [R, V] of any float dtype, on any device: those after the last position of each row. Results come in
-        order. `masks` are those of the rows with a constraint; greedy rows may lack one where there is a kernel for them
-        (`argmax_allowed`). A row whose processor fails, whose rules leave no token
-        (both `RequestError`), whose constraint failed (`GrammarError`) or whose logits are not finite
-        (`ExecutionError`) carries its error and affects no other row.
+        order. `masks` are those of the rows with a constraint; greedy rows may lack one where there is a kernel for
+        them (`argmax_allowed`). A row whose processor fails, whose rules leave no token (both `RequestError`), whose
+        constraint failed (`GrammarError`) or whose logits are not finite (`ExecutionError`) carries its error and
+        affects no other row.
         """
         assert len(logits) == len(rows)
         groups = [group_of(row, logits.shape[1]) for row in rows]

@@ -24,8 +24,8 @@ _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are c
 Top = tuple[tuple[int, float, int], ...]
 # Maxima and sums of logits float32 [R, N * CHUNK] in one pass; see `LogitSummary`.
 LogitSummarizer = Callable[[Tensor, int], LogitSummary]
-# The greatest allowed logits [M] and their tokens [M], of logits, their blocks' maxima, the rows int64 [M] of the masks,
-# the masks int32 [M, W], and the block size.
+# The greatest allowed logits [M] and their tokens [M], of logits, their blocks' maxima, the rows int64 [M] that masks
+# belong to, the masks int32 [M, W], and the block size.
 AllowedArgmax = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 

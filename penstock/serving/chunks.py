@@ -41,7 +41,7 @@ class Chunks:
         self._reasoning_tokens = reasoning_tokens
         self._has_usage = options is not None and options.include_usage
         self._is_continuous = self._has_usage and options is not None and options.continuous_usage_stats
-        self._before = b"data: %b,\"choices\":[" % to_json(head).removesuffix(b"}")
+        self._before = b'data: %b,"choices":[' % to_json(head).removesuffix(b"}")
         self._after = b'],"usage":null}\n\n' if self._has_usage else b"]}\n\n"
 
     async def frames(self, first: Iterable[Choice], choices_of: ChoicesOf) -> AsyncIterator[bytes]:

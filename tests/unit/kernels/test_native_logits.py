@@ -22,7 +22,10 @@ def masked(logits: Tensor, masks: Tensor) -> Tensor:
 def both(kernels: Kernels, logits: Tensor, masks: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     maxima = summarize_logits(kernels, logits, BLOCK).block_maxima
     expected = masked(logits, masks)
-    return argmax_allowed(kernels, logits, maxima, torch.arange(len(logits)), masks, BLOCK), (expected.amax(1), expected.argmax(1))
+    return argmax_allowed(kernels, logits, maxima, torch.arange(len(logits)), masks, BLOCK), (
+        expected.amax(1),
+        expected.argmax(1),
+    )
 
 
 @pytest.mark.parametrize("num_words", [1, 3, 199, 200, 203])

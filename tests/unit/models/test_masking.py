@@ -167,7 +167,7 @@ def fast() -> Iterator[Sampler]:
 
 @pytest.mark.parametrize("neighbour", [{"temperature": 0}, {"seed": 3}, {"temperature": 0, "logprobs": 2}])
 def test_a_row_without_a_mask_takes_the_token_that_its_mask_would_give(fast: Sampler, neighbour: Any) -> None:
-    """The greatest logit, a later candidate, one beyond the candidates, one of equals, none, and a failed constraint."""
+    """Its greatest logit, a later candidate, one beyond these, one of equals, none at all; constraints may fail."""
     logits = random_logits(8)
     order = logits.argsort(-1, descending=True).tolist()
     logits[4, [5, 9]] = 7.0
