@@ -59,6 +59,7 @@ def serve(step_s: float) -> None:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
         async with engine:
+            freeze()
             beat = asyncio.create_task(heartbeat(lags_s))
             yield
             beat.cancel()
@@ -85,13 +86,12 @@ def serve(step_s: float) -> None:
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     print(listener.getsockname()[1], flush=True)
     server = uvicorn.Server(uvicorn.Config(api, loop="none", http=HttpProtocol, log_level="error", access_log=False))
-    freeze()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(server.serve(sockets=[listener]))
 
 
 def freeze() -> None:
-    """Keep what was imported out of later garbage collections, as `penstock serve` does."""
+    """Keep what was loaded out of later garbage collections, as `penstock serve` does."""
     gc.collect()
     gc.freeze()
 
