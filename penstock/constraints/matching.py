@@ -6,6 +6,7 @@ never raises for bad input: it enters an error state, which every method here as
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
 from collections.abc import Collection, Mapping
@@ -49,6 +50,7 @@ class GrammarVocabulary:
         self.tokenizer = bare.with_slices(LLTokenizer.general_slices())
         self.num_words = -(-size // 32)
         self._size = size
+        self._num_started = itertools.count()
         self._bits = array("i")
 
     @cached_property
@@ -59,6 +61,13 @@ class GrammarVocabulary:
     def has_text(self, token: int) -> bool:
         """Whether a token is in the vocabulary and stands for any bytes; a mask allows no other."""
         return token < self._size and bool(self.tokenizer.decode_bytes([token]))
+
+    def next_phase(self) -> int:
+        """How many tokens earlier than others the next sequence to start has its masks.
+
+        Sequences that start together would otherwise all need one in the same step.
+        """
+        return next(self._num_started) % (_MAX_UNMASKED // 2)
 
     @cached_property
     def _executor(self) -> LLExecutor:
@@ -83,7 +92,7 @@ class GrammarVocabulary:
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *place)
         for matcher, request in zip(matchers, requests, strict=True):
-            matcher.num_unmasked = 0
+            matcher.note_mask()
             if matcher.ends_itself and not matcher.is_asleep:
                 for index in range(request.first, request.first + len(request.draft) + 1):
                     self._refuse_eos(bits, index * self.num_words)
@@ -139,7 +148,7 @@ class Grammar:
 class GrammarMatcher:
     """The constraint of one sequence: asleep until its marker, if it has one, has appeared.
 
-    `num_unmasked` counts the tokens since the latest mask. `is_frugal`: it may go without one for a while.
+    `is_frugal`: it may go without a mask for a while.
     """
 
     def __init__(
@@ -154,7 +163,7 @@ class GrammarMatcher:
         self.grammar = grammar
         self.filler = vocabulary
         self.ends_itself = ends_itself
-        self.num_unmasked = 0
+        self._phase = self._num_unmasked = vocabulary.next_phase()
         self._is_frugal = is_frugal
         self._marker = marker
         self._state = 0  # of the marker's search
@@ -175,8 +184,12 @@ class GrammarMatcher:
 
         Where one text has to follow, hardly any candidate may, and a mask takes little time.
         """
-        is_due = self._is_frugal and self._marker is None and self.num_unmasked < _MAX_UNMASKED
+        is_due = self._is_frugal and self._marker is None and self._num_unmasked < _MAX_UNMASKED
         return is_due and not self.grammar.compute_ff_bytes()
+
+    def note_mask(self) -> None:
+        """A mask was filled: the lexer has its fuel again."""
+        self._num_unmasked = self._phase
 
     def first_allowed(self, candidates: SequenceOf[int]) -> int | None:
         """The first candidate that may follow. See `Constraint`."""
@@ -187,7 +200,7 @@ class GrammarMatcher:
                 continue  # a mask has it only where nothing else may follow
             # An id beyond the vocabulary would put the matcher into its error state.
             if (is_end or vocabulary.has_text(token)) and self.grammar.validate_tokens([token]):
-                self.num_unmasked += 1
+                self._num_unmasked += 1
                 return token
         return None
 

@@ -341,21 +341,23 @@ def test_a_candidate_is_allowed_exactly_where_the_mask_allows_it(values: Any, en
 
 
 def test_candidates_are_preferred_within_strings_until_a_mask_is_due() -> None:
-    """A mask renews the fuel of the lexer, so there is one after 32 tokens at the latest."""
+    """A mask renews the fuel of the lexer, so one is due after at most 32 tokens, but not of all rows at once."""
     schema = {"type": "object", "properties": {"text": {"type": "string", "maxLength": 99}}, "required": ["text"]}
-    constraint = start(json=schema)
-    masks(constraint)
-    assert not constraint.prefers_candidates  # an object begins with one text
-    constraint.advance(ids('{"text": "'))
-    masks(constraint)
-    for _ in range(32):
+    (letter,), counts = ids("k"), list[int]()
+    for _ in range(16):
+        constraint = start(json=schema)
+        masks(constraint)
+        assert not constraint.prefers_candidates  # an object begins with one text
+        constraint.advance(ids('{"text": "'))
+        masks(constraint)
+        counts.append(0)
+        while constraint.prefers_candidates:
+            assert constraint.first_allowed([EOS, letter]) == letter
+            constraint.advance([letter])
+            counts[-1] += 1
+        masks(constraint)
         assert constraint.prefers_candidates
-        (letter,) = ids("k")
-        assert constraint.first_allowed([EOS, letter]) == letter
-        constraint.advance([letter])
-    assert not constraint.prefers_candidates
-    masks(constraint)
-    assert constraint.prefers_candidates
+    assert sorted(counts) == list(range(17, 33))
 
 
 @pytest.mark.parametrize(
