@@ -3,14 +3,16 @@
 A server in a process of its own runs a scripted model whose steps take a fixed time, so every wait beyond it is the
 server's. `--clients` clients stream from it at once, in two kinds of turns: calm, and rough, in which a tenth leaves in
 the middle and a tenth reads one chunk per second. Reported: p99 of the gap between two chunks of the other clients in
-both kinds, the lag of the server's event loop, its CPU time per event, and what is left when all clients are gone. The
-last line is JSON; the exit code is 1 if something leaks, or the gap grows by more than 10 % beyond the spread.
+both kinds; the lag of the event loops of server and clients, of which the latter says how far the gaps are the clients'
+own; the server's CPU time per event, with all requests and while nothing but streams runs; and what is left when all
+clients are gone. The last line is JSON; the exit code is 1 if something leaks, or the gap grows by more than 10 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import socket
 import subprocess
 import sys
@@ -26,9 +28,10 @@ import httpx
 from event_loop_lag import heartbeat
 from harness.console import finish, note, progress, show
 from harness.stats import percentile
+from harness.stream_clients import StreamClients
 from penstock import InferenceEngine, ScriptedModel
-from penstock.cli.load import Clients, Load, Server
-from penstock.cli.load_report import summarize
+from penstock.api.event_loop import new_event_loop
+from penstock.cli.load import Load
 from penstock.demo import MODEL_DIR
 
 TEXT = "Water falls from the reservoir through the pipe to the turbine. "
@@ -45,6 +48,7 @@ def serve(step_s: float) -> None:
     from transformers import AutoTokenizer
 
     from penstock.serving import ServingSettings, app
+    from penstock.serving.http_protocol import HttpProtocol
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     model = ScriptedModel(tokenizer.encode(TEXT), vocab_size=len(tokenizer), step_s=step_s)
@@ -55,6 +59,7 @@ def serve(step_s: float) -> None:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
         async with engine:
+            freeze()
             beat = asyncio.create_task(heartbeat(lags_s))
             yield
             beat.cancel()
@@ -62,8 +67,10 @@ def serve(step_s: float) -> None:
     api = FastAPI(lifespan=lifespan)
 
     @api.get("/probe")
-    async def probe() -> dict[str, Any]:
-        lags, lags_s[:] = sorted(lags_s), []
+    async def probe(peek: bool = False) -> dict[str, Any]:
+        lags = sorted(lags_s)
+        if not peek:
+            lags_s.clear()
         stats = engine.get_stats()
         return {
             "lag_p99_ms": 1000 * percentile(lags, 99) if lags else None,
@@ -78,7 +85,15 @@ def serve(step_s: float) -> None:
     api.mount("/", app(engine, ServingSettings(max_concurrent_requests=4096)))
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     print(listener.getsockname()[1], flush=True)
-    uvicorn.Server(uvicorn.Config(api, log_level="error")).run(sockets=[listener])
+    server = uvicorn.Server(uvicorn.Config(api, loop="none", http=HttpProtocol, log_level="error", access_log=False))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(server.serve(sockets=[listener]))
+
+
+def freeze() -> None:
+    """Keep what was loaded out of later garbage collections, as `penstock serve` does."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
@@ -96,33 +111,49 @@ def server_process(step_s: float) -> Iterator[str]:
 def turn(url: str, load: Load) -> dict[str, Any]:
     """One load, and what the server measured during it and after its end."""
     before = httpx.get(f"{url}/probe").json()
-    clients = Clients(Server(f"{url}/v1", "scripted", {}), load)
-    exchanges = asyncio.run(clients.run())
+    clients, lags_s = StreamClients(url, load), list[float]()
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        steady_us = runner.run(stream(url, clients, lags_s))
     during = httpx.get(f"{url}/probe").json()
     deadline = time.monotonic() + SETTLE_S
     after = during
     while time.monotonic() < deadline and after["requests"]:
         after = httpx.get(f"{url}/probe").json()
-    summary = summarize(exchanges)
-    assert not summary["errors"], summary["errors"]
-    events = sum(len(exchange.chunks_s) for exchange in exchanges)
-    gap = summary["inter_chunk_s"]
-    assert gap is not None
+    errors = {client.error for client in clients.clients if client.error}
+    assert not errors, errors
+    gaps_s = clients.gaps_s()
     return {
-        "gap_p50_ms": 1000 * gap["p50"],
-        "gap_p99_ms": 1000 * gap["p99"],
+        "gap_p50_ms": 1000 * percentile(gaps_s, 50),
+        "gap_p99_ms": 1000 * percentile(gaps_s, 99),
         "lag_p99_ms": during["lag_p99_ms"],
         "lag_max_ms": during["lag_max_ms"],
-        "cpu_us_per_event": 1e6 * (during["cpu_s"] - before["cpu_s"]) / events,
-        "cut": summary["cut_by_client"],
+        "client_lag_p99_ms": 1000 * percentile(lags_s, 99),
+        "cpu_us_per_event": 1e6 * (during["cpu_s"] - before["cpu_s"]) / clients.num_events,
+        "steady_cpu_us_per_event": steady_us,
+        "cut": sum(client.is_cut for client in clients.clients),
         "after": {name: after[name] for name in ("requests", "used_blocks", "tasks", "rss_mb")},
     }
+
+
+async def stream(url: str, clients: StreamClients, lags_s: list[float]) -> float | None:
+    """Run the clients; the server's CPU time per event in microseconds while all of them stream, or None."""
+    beat, running = asyncio.create_task(heartbeat(lags_s)), asyncio.create_task(clients.run())
+    probes: list[tuple[float, int]] = []
+    async with httpx.AsyncClient() as client:
+        for event in (clients.streaming, clients.first_done):
+            await event.wait()
+            probes.append(((await client.get(f"{url}/probe?peek=1")).json()["cpu_s"], clients.num_events))
+    await running
+    beat.cancel()
+    (begin_s, begin), (end_s, end) = probes
+    return 1e6 * (end_s - begin_s) / (end - begin) if end > begin else None
 
 
 def run(args: argparse.Namespace) -> int:
     """All turns; returns the exit code."""
     kinds: dict[str, dict[str, float]] = {"calm": {}, "rough": ROUGH}
     turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    freeze()
     with server_process(args.step_ms / 1000) as url, progress(1 + 2 * args.repeats) as step:
         step("warm-up")
         idle = turn(url, Load(args.clients, rate=args.rate, max_tokens=4, ignore_eos=True))["after"]
@@ -132,8 +163,11 @@ def run(args: argparse.Namespace) -> int:
                 sizes = {"rate": args.rate, "max_tokens": args.tokens, "seed": repeat}
                 load = Load(args.clients, ignore_eos=True, **sizes, **kinds[kind])
                 turns[kind].append(turn(url, load))
-    names = ("gap_p50_ms", "gap_p99_ms", "lag_p99_ms", "lag_max_ms", "cpu_us_per_event")
-    medians = {kind: {name: median(item[name] for item in items) for name in names} for kind, items in turns.items()}
+    names = ("gap_p50_ms", "gap_p99_ms", "lag_p99_ms", "lag_max_ms", "client_lag_p99_ms")
+    names = (*names, "cpu_us_per_event", "steady_cpu_us_per_event")
+    medians = {
+        kind: {name: median(item[name] or 0 for item in items) for name in names} for kind, items in turns.items()
+    }
     show(
         f"{args.clients} clients, steps of {args.step_ms} ms", ["", *names],
         [[kind, *(medians[kind][name] for name in names)] for kind in medians],

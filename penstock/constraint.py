@@ -56,6 +56,18 @@ class Constraint(Protocol):
         """Whether the output is complete and nothing may follow but EOS."""
         ...
 
+    @property
+    def prefers_candidates(self) -> bool:
+        """Whether `first_allowed` may be asked for the next token, and is likely to take less time than a mask."""
+        ...
+
+    def first_allowed(self, candidates: SequenceOf[int]) -> int | None:
+        """The first of these tokens that the mask would allow as the next one; None if a mask has to tell.
+
+        Asked on the model's thread, during a step for which the constraint preferred it. It does not advance.
+        """
+        ...
+
     def advance(self, tokens: SequenceOf[int]) -> int:
         """Take in accepted tokens. Returns how many of them count: with `ends_itself`, none after a complete output.
 

@@ -1,7 +1,7 @@
 """`Masks`: which tokens each row of a step may sample, computed while the forward pass runs.
 
 Owns the bits, and the hand-over between two threads: the engine's thread fills, the model's thread waits before it
-samples. Made for a plan; used once.
+samples. Made for a plan, or by the sampler for rows that were left out of its masks; used once.
 """
 
 from __future__ import annotations
@@ -42,11 +42,20 @@ class Masks:
         self._filled = threading.Event()
 
     @classmethod
-    def of(cls, plan: StepPlan) -> Masks | None:
-        """Masks for the rows of a plan that sample under a constraint; None if none of them samples."""
-        rows = list(_constrained(plan))
-        if not rows:
+    def of(cls, plan: StepPlan, *, checks_candidates: bool = False) -> Masks | None:
+        """Masks for the rows of a plan that sample under a constraint; None if there are none.
+
+        With `checks_candidates`, the sampler asks the constraints of greedy rows for the first of its candidates that
+        they allow, so the rows whose constraints prefer that are left out.
+        """
+        if not plan.is_constrained:
             return None
+        rows = [row for row in _constrained(plan) if not (checks_candidates and _prefers_candidates(row))]
+        return cls.of_rows(rows) if rows else None
+
+    @classmethod
+    def of_rows(cls, rows: list[Row]) -> Masks:
+        """Masks for these rows, of which there is at least one; each has a constraint."""
         assert rows[0].constraint is not None
         return cls(rows, rows[0].constraint.filler)
 
@@ -68,6 +77,10 @@ class Masks:
         if self._fault is not None:
             raise ExecutionError(f"the grammar masks of the step failed: {described(self._fault)}") from self._fault
 
+    def has(self, row: Row) -> bool:
+        """Whether the row was not left out."""
+        return row.seq_id in self._first
+
     def index(self, row: Row) -> int:
         """The number of the mask for the token at the row's end."""
         return self._first[row.seq_id] + len(row.draft)
@@ -84,6 +97,13 @@ class Masks:
             return token
         lowest = ((place, word) for place, word in enumerate(words) if word)
         return next((place * _BITS + (word & -word).bit_length() - 1 for place, word in lowest), -1)
+
+
+def _prefers_candidates(row: Row) -> bool:
+    """Whether a row takes its greatest allowed logit, after no rule, and its constraint may be asked for it."""
+    params = row.params
+    is_greedy = params.greedy and not params.is_ruled and row.end - row.prompt_len >= params.num_held
+    return is_greedy and not row.draft and row.constraint is not None and row.constraint.prefers_candidates
 
 
 def _constrained(plan: StepPlan) -> Iterator[Row]:

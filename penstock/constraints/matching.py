@@ -6,6 +6,7 @@ never raises for bad input: it enters an error state, which every method here as
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
 from collections.abc import Collection, Mapping
@@ -28,6 +29,11 @@ _MAX_MASK_THREADS = 8
 LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000, max_items_in_row=500)
 _SCHEMA_LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000, max_items_in_row=2_000)
 
+# How many tokens may be accepted without a mask, which alone renews the fuel of the lexer. A character of a string of
+# limited length costs 20 of the 200,000 units, where a regular expression may cost hundreds.
+_MAX_UNMASKED = 32
+_REGEX_KEYWORDS = ('"pattern"', '"patternProperties"', '"format"')
+
 
 class GrammarVocabulary:
     """A tokenizer as llguidance sees it. `eos_ids` are the tokens that may end a complete output.
@@ -44,12 +50,24 @@ class GrammarVocabulary:
         self.tokenizer = bare.with_slices(LLTokenizer.general_slices())
         self.num_words = -(-size // 32)
         self._size = size
+        self._num_started = itertools.count()
         self._bits = array("i")
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes of every token."""
         return [self.tokenizer.decode_bytes([token]) for token in range(self._size)]
+
+    def has_text(self, token: int) -> bool:
+        """Whether a token is in the vocabulary and stands for any bytes; a mask allows no other."""
+        return token < self._size and bool(self.tokenizer.decode_bytes([token]))
+
+    def next_phase(self) -> int:
+        """How many tokens earlier than others the next sequence to start has its masks.
+
+        Sequences that start together would otherwise all need one in the same step.
+        """
+        return next(self._num_started) % (_MAX_UNMASKED // 2)
 
     @cached_property
     def _executor(self) -> LLExecutor:
@@ -74,6 +92,7 @@ class GrammarVocabulary:
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *place)
         for matcher, request in zip(matchers, requests, strict=True):
+            matcher.note_mask()
             if matcher.ends_itself and not matcher.is_asleep:
                 for index in range(request.first, request.first + len(request.draft) + 1):
                     self._refuse_eos(bits, index * self.num_words)
@@ -81,6 +100,8 @@ class GrammarVocabulary:
 
     def _refuse_eos(self, bits: array[int], first_word: int) -> None:
         """Take EOS out of a mask that allows anything else; an output that is complete has no next token."""
+        if not any(bits[first_word + (token >> 5)] >> (token & 31) & 1 for token in self.eos_ids):
+            return
         words = bits[first_word : first_word + self.num_words]
         for token in self.eos_ids:
             clear(words, 0, token)
@@ -99,6 +120,7 @@ class Grammar:
             raise error if isinstance(error, GrammarError) else refusal(structured, str(error)) from None
         limits = _SCHEMA_LIMITS if structured.kind == "json" else LIMITS
         self._template = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)
+        self._is_frugal = _is_frugal(structured)
         self._vocabulary = vocabulary
         self._template.compute_bitmask()  # some limits are reached only by the first mask
         if self._template.is_error():
@@ -119,18 +141,30 @@ class Grammar:
 
     def start(self, *, ends_itself: bool) -> GrammarMatcher:
         """A constraint for a sequence without output."""
-        return GrammarMatcher(self._template.deep_copy(), self._vocabulary, self._marker, ends_itself)
+        copy = self._template.deep_copy()
+        return GrammarMatcher(copy, self._vocabulary, self._marker, ends_itself, is_frugal=self._is_frugal)
 
 
 class GrammarMatcher:
-    """The constraint of one sequence: asleep until its marker, if it has one, has appeared."""
+    """The constraint of one sequence: asleep until its marker, if it has one, has appeared.
+
+    `is_frugal`: it may go without a mask for a while.
+    """
 
     def __init__(
-        self, grammar: LLMatcher, vocabulary: GrammarVocabulary, marker: Marker | None, ends_itself: bool
+        self,
+        grammar: LLMatcher,
+        vocabulary: GrammarVocabulary,
+        marker: Marker | None,
+        ends_itself: bool,
+        *,
+        is_frugal: bool = False,
     ) -> None:
         self.grammar = grammar
         self.filler = vocabulary
         self.ends_itself = ends_itself
+        self._phase = self._num_unmasked = vocabulary.next_phase()
+        self._is_frugal = is_frugal
         self._marker = marker
         self._state = 0  # of the marker's search
 
@@ -143,6 +177,32 @@ class GrammarMatcher:
     def is_complete(self) -> bool:
         """Whether nothing may follow but EOS."""
         return self._marker is None and self.grammar.is_stopped() and not self.grammar.is_error()
+
+    @property
+    def prefers_candidates(self) -> bool:
+        """Whether many tokens may follow, as within a string, so that a mask takes long and is hardly needed.
+
+        Where one text has to follow, hardly any candidate may, and a mask takes little time.
+        """
+        is_due = self._is_frugal and self._marker is None and self._num_unmasked < _MAX_UNMASKED
+        return is_due and not self.grammar.compute_ff_bytes()
+
+    def note_mask(self) -> None:
+        """A mask was filled: the lexer has its fuel again."""
+        self._num_unmasked = self._phase
+
+    def first_allowed(self, candidates: SequenceOf[int]) -> int | None:
+        """The first candidate that may follow. See `Constraint`."""
+        vocabulary = self.filler
+        for token in candidates:
+            is_end = token in vocabulary.eos_ids
+            if is_end and self.ends_itself:
+                continue  # a mask has it only where nothing else may follow
+            # An id beyond the vocabulary would put the matcher into its error state.
+            if (is_end or vocabulary.has_text(token)) and self.grammar.validate_tokens([token]):
+                self._num_unmasked += 1
+                return token
+        return None
 
     def error(self) -> GrammarError:
         """The error that the grammar is in."""
@@ -227,6 +287,13 @@ class GrammarMatcher:
             if state is None or state == marker.end:
                 return place
         return len(draft)
+
+
+def _is_frugal(structured: StructuredOutputs) -> bool:
+    """Whether all terminals of a grammar are simple: those of a schema without regular expressions of its own."""
+    if structured.kind not in ("json", "json_object") or structured.whitespace_pattern is not None:
+        return False
+    return not any(keyword in structured.source for keyword in _REGEX_KEYWORDS)
 
 
 def _own(request: MaskRequest) -> GrammarMatcher:

@@ -133,22 +133,24 @@ def summarize_logits(kernels: Kernels, logits: Tensor, block: int) -> LogitSumma
 
 
 def argmax_allowed(
-    kernels: Kernels, logits: Tensor, block_maxima: Tensor, masks: Tensor, block: int
+    kernels: Kernels, logits: Tensor, block_maxima: Tensor, indices: Tensor, masks: Tensor, block: int
 ) -> tuple[Tensor, Tensor]:
-    """The greatest logit that a row's mask allows, float32 [R] (-inf for none), and its token, int64 [R].
+    """The greatest logit that each mask allows in its row, float32 [M] (-inf for none), and its token, int64 [M].
 
-    logits float32 [R, N * block], block_maxima float32 [R, N] of all of them, masks int32 [R, W] with a bit per token.
-    `block` is a multiple of 32.
+    logits float32 [R, N * block], block_maxima float32 [R, N] of all of them, indices int64 [M] of rows, masks int32
+    [M, W] with a bit per token. `block` is a multiple of 32.
     """
-    rows, width = logits.shape
+    (rows, width), num_masks = logits.shape, len(indices)
     if width % block or block % 32:
         raise AssertionError(f"rows of {width} logits are not blocks of {block}")
+    if num_masks and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+        raise AssertionError(f"the masks belong to rows {indices.tolist()}, and there are {rows}")
     source = operand(logits, torch.float32, rows, width)
     tops = operand(block_maxima, torch.float32, rows, width // block)
-    bits = operand(masks, torch.int32, rows, masks.shape[-1])
-    maxima, tokens = logits.new_empty(rows), logits.new_empty(rows, dtype=torch.int64)
+    places, bits = operand(indices, torch.int64, num_masks), operand(masks, torch.int32, num_masks, masks.shape[-1])
+    maxima, tokens = logits.new_empty(num_masks), logits.new_empty(num_masks, dtype=torch.int64)
     addresses = maxima.data_ptr(), tokens.data_ptr()
-    call = AllowedArgmaxStruct(source, tops, bits, rows, width, block, masks.shape[-1], *addresses)
+    call = AllowedArgmaxStruct(source, tops, places, bits, num_masks, width, block, masks.shape[-1], *addresses)
     check(kernels.library.ps_allowed_argmax(kernels.pool, ctypes.byref(call)))
     return maxima, tokens
 

@@ -147,7 +147,7 @@ class AllowedArgmaxStruct(ctypes.Structure):
     """`allowed_argmax` in logits.c."""
 
     _fields_ = (
-        *((name, Ptr) for name in ("logits", "block_maxima", "masks")),
+        *((name, Ptr) for name in ("logits", "block_maxima", "indices", "masks")),
         *((name, Long) for name in ("rows", "width", "block", "words")),
         *((name, Ptr) for name in ("maxima", "tokens")),
     )

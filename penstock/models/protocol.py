@@ -25,6 +25,8 @@ class ModelSpec:
     `kernels` describes the implementation of its hot operations, `rewrites` what was replaced in it for speed.
     `packed_bytes` are copies of weights; 0 where these are used where they are.
     `is_batch_invariant` promises that a row's results are the same bits whatever else a step computes.
+    `checks_candidates`: greedy rows may come without a mask, and their constraints are asked for the first candidate
+    that they allow. That is for models on the CPU, where masks take the time of the forward pass.
     `defaults` are the sampling parameters that the model's own generation config sets, and its `max_length` and
     `min_length`, which include the prompt.
     """
@@ -43,6 +45,7 @@ class ModelSpec:
     kernels: str = "none"
     rewrites: tuple[str, ...] = ()
     is_batch_invariant: bool = False
+    checks_candidates: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values of any parameter
 
     @property
@@ -82,8 +85,9 @@ class ModelRunner(Protocol):
     def execute(self, plan: StepPlan, masks: Masks | None = None) -> StepResult:
         """Run one step; an error of one row comes back in its `RowResult`, an error of the step is raised.
 
-        `masks` come with a plan that samples under constraints. They are filled meanwhile: call `masks.wait()` after
-        the forward pass. Raises `ModelChanged` where the step must be planned again.
+        `masks` come with a plan that samples under constraints, for all rows but those that `checks_candidates` leaves
+        out. They are filled meanwhile: call `masks.wait()` after the forward pass. Raises `ModelChanged` where the step
+        must be planned again.
         """
         ...
 

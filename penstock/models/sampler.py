@@ -20,12 +20,13 @@ from penstock.constraints.masks import Masks
 from penstock.errors import RequestError
 from penstock.models import rules
 from penstock.models.choice import MASKED_GREEDY, PLAIN_GREEDY, Choice, Group, choose, group_of
-from penstock.models.masking import mask_errors, mask_rows, rule_out
-from penstock.models.vocabulary import CHUNK, AllowedArgmax, LogitSummarizer, Top, Vocabulary
+from penstock.models.masking import greatest_allowed, mask_errors, rule_out
+from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer, Top, Vocabulary
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
 BYTES_PER_LOGIT = 64  # float32 logits and weights; in the worst step of top-p, int64 and float64 of the same
+_BYTES_IN_ONE_PASS = 8  # float32 logits, if they have another type, and what belongs to their blocks
 _CPU_BATCH_LOGITS = _MIB  # about what a processor caches: larger batches only wait for memory
 
 
@@ -51,16 +52,18 @@ class Sampler:
         """Draw the next token of each row.
 
         logits [R, V] of any float dtype, on any device: those after the last position of each row. Results come in
-        order. `masks` are those of the rows with a constraint. A row whose processor fails, whose rules leave no token
-        (both `RequestError`), whose constraint failed (`GrammarError`) or whose logits are not finite
-        (`ExecutionError`) carries its error and affects no other row.
+        order. `masks` are those of the rows with a constraint; greedy rows may lack one where there is a kernel for
+        them (`argmax_allowed`). A row whose processor fails, whose rules leave no token (both `RequestError`), whose
+        constraint failed (`GrammarError`) or whose logits are not finite (`ExecutionError`) carries its error and
+        affects no other row.
         """
         assert len(logits) == len(rows)
         groups = [group_of(row, logits.shape[1]) for row in rows]
         one_pass = self._summarize is not None and all(group in self._one_pass_groups for group in groups)
+        one_pass = one_pass and all(row.params.logprobs is None for row in rows)
         results: list[RowResult] = []
         for batch in self.batches(logits, one_pass=one_pass):
-            if one_pass and all(row.params.logprobs is None for row in rows[batch]):
+            if one_pass:
                 results += self._sample_greedily(logits[batch], rows[batch], masks)
             else:
                 results += self._sample_batch(logits[batch], rows[batch], groups[batch], masks)
@@ -76,8 +79,11 @@ class Sampler:
         On a CPU a batch is small, so that it stays in the cache from one pass over its logits to the next; where the
         kernel that summarizes logits makes the only pass (`one_pass`), memory alone limits its size.
         """
-        cached = logits.device.type == "cpu" and not one_pass
-        num_logits = min(self._max_batch_logits, _CPU_BATCH_LOGITS) if cached else self._max_batch_logits
+        num_logits = self._max_batch_logits
+        if one_pass:
+            num_logits *= BYTES_PER_LOGIT // _BYTES_IN_ONE_PASS
+        elif logits.device.type == "cpu":
+            num_logits = min(num_logits, _CPU_BATCH_LOGITS)
         size = max(1, num_logits // logits.shape[1])
         return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
 
@@ -102,6 +108,11 @@ class Sampler:
         for group, members in members_of.items():
             index = torch.tensor(members, dtype=torch.int64, device=raw.peak.device)
             member_rows = [rows[i] for i in members]
+            if group == MASKED_GREEDY and given is None and self._argmax_allowed is not None:
+                peaks, tokens, member_errors = greatest_allowed(raw, members, member_rows, masks, self._argmax_allowed)
+                choice.put(index, Choice(tokens, torch.zeros_like(peaks, dtype=torch.float64), peaks.isfinite()))
+                errors |= {members[i]: error for i, error in member_errors.items()}
+                continue
             is_all = len(members) == len(rows)
             ruled = raw if is_all else raw.take(index)
             if group.ruled or group.masked:
@@ -136,11 +147,10 @@ class Sampler:
     def _sample_greedily(self, logits: Tensor, rows: Sequence[Row], masks: Masks | None) -> list[RowResult]:
         """The results of rows that take their greatest logit, of those allowed, and request nothing else."""
         raw = Vocabulary.of(logits, self._summarize)
-        if masks is None:
+        if all(row.constraint is None for row in rows):
             return _greedy_results(raw, raw.peak, raw.argmax(), {})
         assert self._argmax_allowed is not None
-        allowed = self._argmax_allowed(raw.flat, raw.chunk_peaks, mask_rows(rows, masks), CHUNK)
-        return _greedy_results(raw, *allowed, mask_errors(rows, masks))
+        return _greedy_results(raw, *greatest_allowed(raw, range(len(rows)), rows, masks, self._argmax_allowed))
 
     def _sequence(self, row: Row, size: int) -> rules.SequenceRules:
         sequence = self._sequences.get(row.seq_id)

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import repeat
 
 from penstock.api.weights import WeightSource
@@ -193,6 +194,7 @@ class ScriptedModel:
         return self._script[(len(tokens) - row.prompt_len) % len(self._script)]
 
 
+@lru_cache(maxsize=4096)
 def _certain(token: int) -> TokenLogprobs:
     """The log probabilities of a token that was the only possible one."""
     return TokenLogprobs(token, 0.0, 0.0, 1, ((token, 0.0, 1),))

@@ -24,8 +24,9 @@ _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are c
 Top = tuple[tuple[int, float, int], ...]
 # Maxima and sums of logits float32 [R, N * CHUNK] in one pass; see `LogitSummary`.
 LogitSummarizer = Callable[[Tensor, int], LogitSummary]
-# The greatest allowed logits [R] and their tokens [R], of logits, their blocks' maxima, masks int32 [R, W], block size.
-AllowedArgmax = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+# The greatest allowed logits [M] and their tokens [M], of logits, their blocks' maxima, the rows int64 [M] that masks
+# belong to, the masks int32 [M, W], and the block size.
+AllowedArgmax = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,23 +145,31 @@ class Vocabulary:
         torch.gt(self.chunks, logits[:, None, None], out=above)
         return above.sum(-1).long().sum(-1)
 
-    def candidates(self, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` greatest logits [R, count] and their tokens, in no order; ties at the edge fall anywhere."""
+    def candidates(self, count: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The `count` greatest logits [R, count] and their tokens, in no order; ties at the edge fall anywhere.
+
+        Of all rows, or of `rows` int64 [R].
+        """
         num_chunks = self.chunks.shape[1]
         if count * 2 > num_chunks:
-            top = self.flat[:, : self.size].topk(count)
+            flat = self.flat[:, : self.size]
+            top = (flat if rows is None else flat[rows]).topk(count)
             return top.values, top.indices
         # The greatest `count` logits lie in the `count` chunks with the greatest peaks.
-        chunk = self.chunk_peaks.topk(count, sorted=False).indices
-        row = torch.arange(len(chunk), dtype=torch.int64, device=chunk.device)[:, None]
-        top = self.chunks[row, chunk].flatten(1).topk(count, sorted=False)
+        chunk = (self.chunk_peaks if rows is None else self.chunk_peaks[rows]).topk(count, sorted=False).indices
+        if rows is None:
+            rows = torch.arange(len(chunk), dtype=torch.int64, device=chunk.device)
+        top = self.chunks[rows[:, None], chunk].flatten(1).topk(count, sorted=False)
         return top.values, chunk.gather(1, top.indices // CHUNK) * CHUNK + top.indices % CHUNK
 
-    def greatest(self, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` greatest logits [R, count], descending, and their tokens; of equal logits the first tokens."""
+    def greatest(self, count: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The `count` greatest logits [R, count], descending, and their tokens; of equal logits the first tokens.
+
+        Of all rows, or of `rows` int64 [R].
+        """
         width = min(self.size, count + _MARGIN)
         while True:
-            logits, tokens = in_order(*self.candidates(width))
+            logits, tokens = in_order(*self.candidates(width, rows))
             if width == self.size or bool((logits[:, -1] < logits[:, max(count - 1, 0)]).all()):
                 return logits[:, :count], tokens[:, :count]
             width = self.size

@@ -63,20 +63,12 @@ class ChatAnswer:
         head = self._head("chat.completion.chunk")
         readers = [self.task.reader(generation.handles[0].prompt or "") for _ in range(self.body.n or 1)]
         chunks = Chunks(head, self.body.stream_options, generation, lambda: self._reasoning_tokens(readers))
-        return chunks.frames(self._streamed(generation, readers))
+        # The first choices say whose turn it is.
+        first = [_delta_choice(index, {"role": "assistant", "content": ""}) for index in range(len(readers))]
+        return chunks.frames(first, lambda _, delta: self._delta_choices(delta, readers[delta.index]))
 
     async def _reasoning_tokens(self, readers: Sequence[OutputReader]) -> int:
         return sum([await self.server.num_tokens(reader.reasoning) for reader in readers])
-
-    async def _streamed(
-        self, generation: Generation, readers: Sequence[OutputReader]
-    ) -> AsyncIterator[dict[str, object]]:
-        """The choices of a stream, whose first ones say whose turn it is."""
-        for index in range(len(readers)):
-            yield _delta_choice(index, {"role": "assistant", "content": ""})
-        async for _, delta in generation.deltas():
-            for choice in self._delta_choices(delta, readers[delta.index]):
-                yield choice
 
     def _delta_choices(self, delta: Delta, reader: OutputReader) -> list[dict[str, object]]:
         """The choices that one delta of the engine becomes. What belongs to tokens stands in the first."""

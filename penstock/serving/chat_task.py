@@ -114,13 +114,15 @@ class OutputReader:
 
     def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Without the calls beyond the first where only one is allowed."""
-        kept = [
-            piece
-            for piece in pieces
-            if not isinstance(piece, ToolCallDelta) or self._use.is_parallel or piece.index == 0
-        ]
-        self._reasoning += [piece.text for piece in kept if isinstance(piece, ReasoningDelta)]
-        self._has_calls = self._has_calls or any(isinstance(piece, ToolCallDelta) for piece in kept)
+        kept: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, ReasoningDelta):
+                self._reasoning.append(piece.text)
+            elif isinstance(piece, ToolCallDelta):
+                if not self._use.is_parallel and piece.index:
+                    continue
+                self._has_calls = True
+            kept.append(piece)
         return kept
 
 

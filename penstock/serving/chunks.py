@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 
+from pydantic_core import to_json
+
+from penstock.outputs import Delta
 from penstock.serving.body import RequestModel
 from penstock.serving.generation import Generation
 from penstock.serving.sse import frame
@@ -18,8 +21,13 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool = False
 
 
+Choice = Mapping[str, object]
+# The choices that a delta of the prompt with this number becomes.
+ChoicesOf = Callable[[int, Delta], Iterable[Choice]]
+
+
 class Chunks:
-    """Turns the choices of a stream into frames."""
+    """Turns the choices of a stream into frames, whose constant part is encoded once."""
 
     def __init__(
         self,
@@ -33,16 +41,23 @@ class Chunks:
         self._reasoning_tokens = reasoning_tokens
         self._has_usage = options is not None and options.include_usage
         self._is_continuous = self._has_usage and options is not None and options.continuous_usage_stats
+        self._before = b'data: %b,"choices":[' % to_json(head).removesuffix(b"}")
+        self._after = b'],"usage":null}\n\n' if self._has_usage else b"]}\n\n"
 
-    async def frames(self, choices: AsyncIterator[Mapping[str, object]]) -> AsyncIterator[bytes]:
-        """A frame per choice, and one with the usage of the whole."""
-        async for choice in choices:
-            chunk = {**self._head, "choices": (choice,)}
-            if self._has_usage:
-                chunk["usage"] = usage_json(self._generation.usage()) if self._is_continuous else None
-            yield frame(chunk)
+    async def frames(self, first: Iterable[Choice], choices_of: ChoicesOf) -> AsyncIterator[bytes]:
+        """A frame per choice, those of one delta together, and one with the usage of the whole."""
+        if data := b"".join(map(self._frame, first)):
+            yield data
+        async for number, delta in self._generation.deltas():
+            if data := b"".join(map(self._frame, choices_of(number, delta))):
+                yield data
         if self._has_usage:
             usage = await self._generation.final_usage()
             if self._reasoning_tokens is not None:
                 usage = replace(usage, reasoning_tokens=await self._reasoning_tokens())
             yield frame({**self._head, "choices": [], "usage": usage_json(usage)})
+
+    def _frame(self, choice: Choice) -> bytes:
+        if self._is_continuous:
+            return frame({**self._head, "choices": (choice,), "usage": usage_json(self._generation.usage())})
+        return b"%b%b%b" % (self._before, to_json(choice, inf_nan_mode="null"), self._after)

@@ -59,19 +59,14 @@ class CompletionAnswer:
         return self._head() | {"choices": choices, "usage": usage_json(usage)}
 
     def frames(self, generation: Generation) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
-        return Chunks(self._head(), self.body.stream_options, generation).frames(self._choices(generation))
-
-    async def _choices(self, generation: Generation) -> AsyncIterator[dict[str, object]]:
-        """The choices of a stream, whose first ones are the echoes."""
-        n = self.body.n or 1
-        if self.body.echo:
-            for index in range(len(generation.handles) * n):
-                yield _text_choice(index, generation.handles[index // n].prompt or "")
-        async for number, delta in generation.deltas():
-            choice = self._delta_choice(number * n + delta.index, delta)
-            if choice is not None:
-                yield choice
+        """The answer as server-sent events, of which the first are the echoes."""
+        n, handles = self.body.n or 1, generation.handles
+        echoes = [_text_choice(index, handles[index // n].prompt or "") for index in range(len(handles) * n)]
+        chunks = Chunks(self._head(), self.body.stream_options, generation)
+        return chunks.frames(
+            echoes if self.body.echo else (),
+            lambda number, delta: self._delta_choices(number * n + delta.index, delta),
+        )
 
     def _choice(self, number: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, object]:
         text, ids, entries = completion.text, completion.token_ids, list(completion.logprobs or ())
@@ -95,13 +90,13 @@ class CompletionAnswer:
             choice |= {"weight_versions": completion.weight_versions[: len(ids)]}
         return choice
 
-    def _delta_choice(self, index: int, delta: Delta) -> dict[str, object] | None:
+    def _delta_choices(self, index: int, delta: Delta) -> list[dict[str, object]]:
         """The choice that one delta of the engine becomes, if it says anything."""
         reason = delta.finish_reason if delta.finish_reason in _REGULAR else None
         if not (delta.text or delta.token_ids or reason):
-            return None
+            return []
         if self.body.max_tokens == 0:
-            return _text_choice(index, "", finish_reason="length") if reason else None
+            return [_text_choice(index, "", finish_reason="length")] if reason else []
         logprobs = None
         if self.body.logprobs is not None and delta.token_ids:
             builder = self.logprobs.setdefault(index, self._logprobs(self.body.logprobs))
@@ -110,7 +105,7 @@ class CompletionAnswer:
         choice["stop_reason"] = delta.stop_reason if reason else None
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        return choice
+        return [choice]
 
     def _logprobs(self, top: int) -> CompletionLogprobs:
         return CompletionLogprobs(top, as_ids=self.body.return_tokens_as_token_ids)

@@ -50,6 +50,7 @@ class Generation:
         self.ended: list[RequestOutput] = []  # results that were read
         self._metrics = metrics
         self._num_tokens = 0
+        self._last_token_s = 0.0
 
     def cancel(self) -> None:
         """End every request that still runs."""
@@ -70,17 +71,15 @@ class Generation:
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(number of the prompt, delta) as they arrive. Raises the first error, after which nothing runs on."""
-        metrics, previous = self._metrics, 0.0
         try:
-            async for number, delta in self._merged():
-                count = len(delta.token_ids)
-                if count:
-                    self._num_tokens += count
-                    now = time.monotonic()
-                    if previous:
-                        metrics.inter_token.observe((now - previous) / count, count)
-                    previous = now
-                yield number, delta
+            if len(self.handles) == 1:
+                async for delta in self.handles[0]:
+                    self._count(delta)
+                    yield 0, delta
+            else:
+                async for number, delta in _merge(self.handles):
+                    self._count(delta)
+                    yield number, delta
             for handle in self.handles:
                 self._record(await handle)
         finally:
@@ -98,10 +97,13 @@ class Generation:
         self.ended.append(output)
         self._metrics.record_output(output)
 
-    def _merged(self) -> AsyncIterator[tuple[int, Delta]]:
-        if len(self.handles) == 1:
-            return _numbered(0, self.handles[0])
-        return _merge(self.handles)
+    def _count(self, delta: Delta) -> None:
+        if count := len(delta.token_ids):
+            self._num_tokens += count
+            now, previous = time.monotonic(), self._last_token_s
+            if previous:
+                self._metrics.inter_token.observe((now - previous) / count, count)
+            self._last_token_s = now
 
 
 async def submit(
@@ -147,11 +149,6 @@ def usage_of(outputs: Sequence[RequestOutput]) -> Usage:
         sum(len(completion.token_ids) for output in outputs for completion in output.outputs),
         sum(output.num_cached_tokens for output in outputs),
     )
-
-
-async def _numbered(number: int, handle: RequestHandle) -> AsyncIterator[tuple[int, Delta]]:
-    async for delta in handle:
-        yield number, delta
 
 
 async def _merge(handles: Sequence[RequestHandle]) -> AsyncIterator[tuple[int, Delta]]:

@@ -53,15 +53,14 @@ class EventStream(Response):
         self._is_sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response."""
+        """Send the response. Frames are sent by a task of their own, which no middleware resumes with it."""
         tasks: list[asyncio.Task[None]] = []
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             self._last_sent = time.monotonic()
-            tasks = [asyncio.create_task(watch(receive, self._cancel)), asyncio.create_task(self._keep_alive(send))]
-            async with contextlib.aclosing(self._frames) as frames:
-                async for data in frames:
-                    await self._send(send, data)
+            coroutines = watch(receive, self._cancel), self._keep_alive(send), self._send_frames(send)
+            tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+            await tasks[-1]
             await send({"type": "http.response.body", "body": b""})
         except OSError:
             pass  # the client has left
@@ -69,6 +68,11 @@ class EventStream(Response):
             self._cancel()
             for task in tasks:
                 task.cancel()
+
+    async def _send_frames(self, send: Send) -> None:
+        async with contextlib.aclosing(self._frames) as frames:
+            async for data in frames:
+                await self._send(send, data)
 
     async def _send(self, send: Send, data: bytes) -> None:
         self._is_sending = True

@@ -274,7 +274,7 @@ class EngineCore:
         if not plan.rows:
             outputs.publish()
             return False
-        masks, begin = Masks.of(plan) if plan.is_constrained else None, self._clock()
+        masks, begin = Masks.of(plan, checks_candidates=self._runner.spec.checks_candidates), self._clock()
         job = self._execute(plan) if masks is None else self._execute(plan, masks)
         try:
             await job.begun  # publishing earlier would hold the interpreter lock, which the model needs to begin

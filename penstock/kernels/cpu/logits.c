@@ -69,8 +69,9 @@ int ps_summarize_logits(pool *p, logit_summary *s)
 }
 
 typedef struct {
-    const float *logits;       /* [rows][width]; `block` is a multiple of 32 and divides width */
-    const float *block_maxima; /* [rows][width / block], of all logits */
+    const float *logits;       /* [..][width]; `block` is a multiple of 32 and divides width */
+    const float *block_maxima; /* [..][width / block], of all logits */
+    const int64_t *indices;    /* [rows]: which row of the logits each mask belongs to */
     const uint32_t *masks;     /* [rows][words]; bit t % 32 of word t / 32: token t is allowed */
     long rows, width, block, words;
     float *maxima;             /* [rows]: the greatest allowed logit; -INFINITY if none is allowed */
@@ -80,7 +81,8 @@ typedef struct {
 /* Reads only the blocks that can hold a greater logit than those before: few of them, whatever the mask. */
 static void find_allowed(const allowed_argmax *s, long m)
 {
-    const float *x = s->logits + m * s->width, *block_maxima = s->block_maxima + m * (s->width / s->block);
+    const int64_t row = s->indices[m];
+    const float *x = s->logits + row * s->width, *block_maxima = s->block_maxima + row * (s->width / s->block);
     const uint32_t *mask = s->masks + m * s->words;
     const long last = s->words * 32 < s->width ? s->words * 32 : s->width;
     float maximum = -INFINITY;

@@ -297,3 +297,30 @@ async def test_the_first_token_implies_admission_and_a_last_delta_without_any_do
     end(refused, ExecutionError("refused"))
     with pytest.raises(ExecutionError, match="refused"):
         await waiting
+
+
+async def test_a_step_that_wakes_many_readers_lets_other_callbacks_of_their_loop_run_in_between() -> None:
+    """All streams of a server woke in one iteration, which kept every connection and timer waiting for tens of ms."""
+    loop, order = asyncio.get_running_loop(), list[str]()
+    channels = [Channel(str(number)) for number in range(100)]
+
+    async def read(channel: Channel) -> None:
+        assert await channel.take() == delta(1)
+        order.append("reader")
+
+    def other() -> None:
+        order.append("other")
+        if order.count("reader") < len(channels):
+            loop.call_soon(other)
+
+    readers = [asyncio.create_task(read(channel)) for channel in channels]
+    await asyncio.sleep(0)
+    wakeups = Wakeups()
+    for channel in channels:
+        channel.put(written(1), wakeups)
+    wakeups.send()
+    loop.call_soon(other)
+    await asyncio.gather(*readers)
+    bursts = "".join("r" if name == "reader" else " " for name in order).split()
+    assert sum(map(len, bursts)) == 100
+    assert max(map(len, bursts)) <= 16

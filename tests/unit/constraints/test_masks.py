@@ -43,6 +43,10 @@ class Held:
     filler: Filler
     ends_itself: bool = False
     is_complete: bool = False
+    prefers_candidates: bool = False
+
+    def first_allowed(self, candidates: Sequence[int]) -> int | None:
+        return None
 
     def advance(self, tokens: Sequence[int]) -> int:
         return len(tokens)
@@ -82,6 +86,27 @@ def test_drafts_and_siblings_have_masks_of_their_own() -> None:
     assert filler.requests == expected
     assert [masks.index(rows[0]._replace(draft=(7, 8)[:length])) for length in range(3)] == [0, 1, 2]
     assert [masks.index(r) for r in (rows[2], siblings[0], rows[3])] == [3, 4, 5]
+
+
+def test_rows_are_left_out_where_candidates_are_checked_and_their_constraints_prefer_that() -> None:
+    filler = Filler()
+    greedy, open_one = SamplingParams(temperature=0), Held(filler, prefers_candidates=True)
+    rows = [
+        row(1, open_one, params=greedy),
+        row(2, Held(filler), params=greedy),
+        row(3, open_one, params=SamplingParams(temperature=1)),
+        row(4, open_one, params=greedy, draft=(7,)),
+        row(5, open_one, params=SamplingParams(temperature=0, presence_penalty=1)),
+        row(6, open_one, params=SamplingParams(temperature=0, min_tokens=3)),
+        row(7, open_one, params=SamplingParams(top_k=1)),
+    ]
+    masks = Masks.of(plan(*rows), checks_candidates=True)
+    assert masks is not None
+    assert [masks.has(r) for r in rows] == [False, True, True, True, True, True, False]
+    everything = Masks.of(plan(*rows))
+    assert everything is not None
+    assert all(map(everything.has, rows))
+    assert Masks.of(plan(rows[0], rows[6]), checks_candidates=True) is None
 
 
 def test_the_nearest_token_is_the_wished_or_the_first_that_is_allowed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from array import array
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -299,3 +300,81 @@ def test_an_ambiguous_grammar_reaches_its_limit_before_it_stalls_a_step() -> Non
     while not fails():
         pass
     assert max(seconds) < 0.5
+
+
+def random_walk(constraint: Constraint, rng: random.Random, length: int) -> Iterator[set[int]]:
+    """The masks of a random output."""
+    for _ in range(length):
+        (mask,) = masks(constraint)
+        yield mask
+        if not (choices := sorted(mask - {EOS})):
+            return
+        constraint.advance([rng.choice(choices)])
+
+
+@pytest.mark.parametrize("ends_itself", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"json": {"type": "object", "properties": {"a": {"type": "string", "maxLength": 9}, "b": {"type": "number"}}}},
+        {"json": {"type": "array", "items": {"enum": ["x", "yz", 17, None]}, "minItems": 1}},
+        {"json_object": True},
+        {"regex": "(ab|[b-y]{2,5}é?)*"},
+        {"choice": ["one", "two", "three"]},
+    ],
+)
+def test_a_candidate_is_allowed_exactly_where_the_mask_allows_it(values: Any, ends_itself: bool) -> None:
+    """All tokens of the vocabulary are tried, special ones, those beyond it and EOS among them.
+
+    Of a complete output a mask has to tell. Ids beyond the vocabulary once made a matcher fail.
+    """
+    rng = random.Random(0)
+    for _ in range(3):
+        constraint = start(ends_itself=ends_itself, **values)
+        for mask in random_walk(constraint, rng, 12):
+            tokens = range(32 * constraint.filler.num_words)
+            allowed = {token for token in tokens if constraint.first_allowed([token]) is not None}
+            assert allowed == (set() if constraint.is_complete else mask)
+            order = rng.sample(tokens, len(tokens))
+            expected = next((token for token in order if token in allowed), None)
+            assert constraint.first_allowed(order) == expected
+
+
+def test_candidates_are_preferred_within_strings_until_a_mask_is_due() -> None:
+    """A mask renews the fuel of the lexer, so one is due after at most 32 tokens, but not of all rows at once."""
+    schema = {"type": "object", "properties": {"text": {"type": "string", "maxLength": 99}}, "required": ["text"]}
+    (letter,), counts = ids("k"), list[int]()
+    for _ in range(16):
+        constraint = start(json=schema)
+        masks(constraint)
+        assert not constraint.prefers_candidates  # an object begins with one text
+        constraint.advance(ids('{"text": "'))
+        masks(constraint)
+        counts.append(0)
+        while constraint.prefers_candidates:
+            assert constraint.first_allowed([EOS, letter]) == letter
+            constraint.advance([letter])
+            counts[-1] += 1
+        masks(constraint)
+        assert constraint.prefers_candidates
+    assert sorted(counts) == list(range(17, 33))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"regex": "[a-z]*"},
+        {"grammar": 'start: "a" | start "b"'},
+        {"json": {"type": "string", "pattern": "^[a-z]*$"}},
+        {"json": {"type": "string", "format": "date"}},
+        {"json": {"type": "string"}, "whitespace_pattern": "[ ]?"},
+    ],
+)
+def test_grammars_with_expressions_of_their_own_have_a_mask_for_every_token(values: Any) -> None:
+    constraint = start(**values)
+    constraint.advance(ids("a") if "json" not in values else ids('"'))
+    assert not constraint.prefers_candidates
+
+
+def test_a_sequence_that_reasons_has_a_mask_for_every_token() -> None:
+    assert not start("</think>", json={"type": "string"}).prefers_candidates

@@ -22,7 +22,10 @@ def masked(logits: Tensor, masks: Tensor) -> Tensor:
 def both(kernels: Kernels, logits: Tensor, masks: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     maxima = summarize_logits(kernels, logits, BLOCK).block_maxima
     expected = masked(logits, masks)
-    return argmax_allowed(kernels, logits, maxima, masks, BLOCK), (expected.amax(1), expected.argmax(1))
+    return argmax_allowed(kernels, logits, maxima, torch.arange(len(logits)), masks, BLOCK), (
+        expected.amax(1),
+        expected.argmax(1),
+    )
 
 
 @pytest.mark.parametrize("num_words", [1, 3, 199, 200, 203])
@@ -55,15 +58,29 @@ def test_a_nan_hides_no_other_logit(kernels: Kernels) -> None:
     logits = torch.arange(256.0)[None]
     logits[0, 200] = torch.nan
     maxima = summarize_logits(kernels, logits, BLOCK).block_maxima
-    found, tokens = argmax_allowed(kernels, logits, maxima, torch.full((1, 8), 1, dtype=torch.int32), BLOCK)
+    masks = torch.full((1, 8), 1, dtype=torch.int32)
+    found, tokens = argmax_allowed(kernels, logits, maxima, torch.zeros(1, dtype=torch.int64), masks, BLOCK)
     assert tokens.tolist()[0] % 32 == 0
     assert found.isfinite().all()
 
 
+def test_masks_may_belong_to_some_of_the_rows_in_any_order(kernels: Kernels) -> None:
+    logits = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    maxima, rows = summarize_logits(kernels, logits, BLOCK).block_maxima, torch.tensor([4, 1, 4])
+    masks = torch.full((3, 8), -1, dtype=torch.int32)
+    masks[2, : int(logits[4].argmax()) // 32 + 1] = 0
+    found, tokens = argmax_allowed(kernels, logits, maxima, rows, masks, BLOCK)
+    expected = masked(logits[rows], masks)
+    assert torch.equal(found, expected.amax(1))
+    assert torch.equal(tokens, expected.argmax(1))
+
+
 def test_operands_are_checked(kernels: Kernels) -> None:
-    logits, maxima = torch.zeros(2, 128), torch.zeros(2, 2)
+    logits, maxima, rows = torch.zeros(2, 128), torch.zeros(2, 2), torch.arange(2)
     for masks in (torch.zeros(2, 4), torch.zeros(3, 4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32).T):
         with pytest.raises(AssertionError, match="a kernel was given"):
-            argmax_allowed(kernels, logits, maxima, masks, BLOCK)
+            argmax_allowed(kernels, logits, maxima, rows, masks, BLOCK)
     with pytest.raises(AssertionError, match="are not blocks of 48"):
-        argmax_allowed(kernels, logits, maxima, torch.zeros(2, 4, dtype=torch.int32), 48)
+        argmax_allowed(kernels, logits, maxima, rows, torch.zeros(2, 4, dtype=torch.int32), 48)
+    with pytest.raises(AssertionError, match=r"belong to rows \[1, 2\], and there are 2"):
+        argmax_allowed(kernels, logits, maxima, rows + 1, torch.zeros(2, 4, dtype=torch.int32), BLOCK)

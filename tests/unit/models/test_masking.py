@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,11 @@ class Allowing:
 
     num_words = 3  # tokens from 96 on have no bit
     ends_itself = is_complete = False
+    prefers_candidates = True
 
     def __init__(self, *tokens: int, then: Sequence[int] = (), error: GrammarError | None = None) -> None:
         self.tokens, self.then, self.failure = tokens, then, error
+        self.asked: list[int] = []  # candidates
 
     @property
     def filler(self) -> Allowing:
@@ -42,6 +44,10 @@ class Allowing:
             if constraint.failure is not None:
                 errors[place] = constraint.failure
         return errors
+
+    def first_allowed(self, candidates: Sequence[int]) -> int | None:
+        self.asked += candidates
+        return next((token for token in candidates if token in self.tokens), None)
 
     def advance(self, tokens: Sequence[int]) -> int:
         return len(tokens)
@@ -79,9 +85,9 @@ def test_refused_tokens_and_those_beyond_the_masks_become_impossible() -> None:
     assert torch.equal(logits[logits.isfinite()], before[logits.isfinite()])
 
 
-def test_a_row_without_a_constraint_has_a_mask_that_allows_everything() -> None:
+def test_masks_are_taken_in_any_order_of_rows() -> None:
     rows = [row(1, Allowing(0, 31)), row(2, None), row(3, Allowing(7))]
-    assert mask_rows(rows, filled(rows)).tolist() == [[1 - 2**31, 0, 0], [-1, -1, -1], [128, 0, 0]]
+    assert mask_rows([rows[0], rows[2]], filled(rows)).tolist() == [[1 - 2**31, 0, 0], [128, 0, 0]]
     assert mask_rows([rows[2], rows[0]], filled(rows)).tolist() == [[128, 0, 0], [1 - 2**31, 0, 0]]
 
 
@@ -144,16 +150,47 @@ def test_a_constraint_that_failed_is_its_rows_error() -> None:
     assert results[1].tokens == (6,)
 
 
-def test_the_kernel_finds_the_same_tokens_and_errors_as_plain_torch() -> None:
+@pytest.fixture
+def fast() -> Iterator[Sampler]:
+    """A sampler with kernels."""
     if not native.available():
         pytest.skip("no compiler")
     kernels = native.Kernels(1)
-    fast = Sampler(
+    yield Sampler(
         VOCAB,
         frozenset(),
         summarize=partial(native.summarize_logits, kernels),
         argmax_allowed=partial(native.argmax_allowed, kernels),
     )
+    kernels.close()
+
+
+@pytest.mark.parametrize("neighbour", [{"temperature": 0}, {"seed": 3}, {"temperature": 0, "logprobs": 2}])
+def test_a_row_without_a_mask_takes_the_token_that_its_mask_would_give(fast: Sampler, neighbour: Any) -> None:
+    """Its greatest logit, a later candidate, one beyond these, one of equals, none at all; constraints may fail."""
+    logits = random_logits(8)
+    order = logits.argsort(-1, descending=True).tolist()
+    logits[4, [5, 9]] = 7.0
+    logits[7, 3] = torch.nan
+    error = GrammarError("out of fuel")
+    allowed = [order[0][:1], order[1][5:6], [t for t in order[2][40:] if t < 96], [], [9, 5], [1], [2], [3]]
+    constraints = [Allowing(*tokens, error=error if i == 5 else None) for i, tokens in enumerate(allowed)]
+    rows = [row(i, constraint, temperature=0) for i, constraint in enumerate(constraints)]
+    rows[5] = rows[5]._replace(constraint=Allowing(error=error))
+    rows += [row(8, None, **neighbour), row(9, Allowing(4), **neighbour)]
+    logits = torch.cat([logits, random_logits(2)])
+    expected = Sampler(VOCAB, frozenset()).sample(logits, rows, filled(rows))
+    results = fast.sample(logits, rows, filled(rows[9:]))
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    assert [type(result.error) for result in results] == [type(result.error) for result in expected]
+    assert results[5].error is error
+    assert results[4].tokens == (5,)
+    assert constraints[0].asked == order[0][:1]
+    assert constraints[2].asked == order[2][:16]
+    assert not constraints[7].asked
+
+
+def test_the_kernel_finds_the_same_tokens_and_errors_as_plain_torch(fast: Sampler) -> None:
     error = GrammarError("out of fuel")
     constraints = [Allowing(5, 70), None, Allowing(), Allowing(3, error=error), Allowing(*range(96)), Allowing(1)]
     rows = [row(i, constraint, temperature=0) for i, constraint in enumerate(constraints)]
@@ -161,7 +198,6 @@ def test_the_kernel_finds_the_same_tokens_and_errors_as_plain_torch() -> None:
     logits[5, 4] = torch.nan
     expected = Sampler(VOCAB, frozenset()).sample(logits, rows, filled(rows))
     results = fast.sample(logits, rows, filled(rows))
-    kernels.close()
     assert [result.tokens for result in results] == [result.tokens for result in expected]
     assert [type(result.error) for result in results] == [type(result.error) for result in expected]
     assert results[3].error is error

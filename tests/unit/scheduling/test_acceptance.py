@@ -18,6 +18,7 @@ class Counting:
     size: int
     ends_itself: bool = False
     filler: Any = None
+    prefers_candidates: bool = False
     taken: list[int] = field(default_factory=list)
 
     @property
@@ -33,6 +34,9 @@ class Counting:
 
     def trim(self, draft: Sequence[int]) -> tuple[int, ...]:
         return tuple(draft)
+
+    def first_allowed(self, candidates: Sequence[int]) -> int | None:
+        return None
 
     def forced(self, max_tokens: int) -> tuple[int, ...]:
         return ()

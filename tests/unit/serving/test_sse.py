@@ -19,6 +19,7 @@ class Connection:
         self.bodies: list[bytes] = []
         self.has_pings = asyncio.Event()
         self.started = asyncio.Event()
+        self.has_body = asyncio.Event()
         self._fails = fails
 
     async def receive(self) -> dict[str, Any]:
@@ -32,6 +33,7 @@ class Connection:
             if self._fails:
                 raise OSError("the client has left")
             self.bodies.append(message["body"])
+            self.has_body.set()
             if self.bodies.count(b"ping") >= 3:
                 self.has_pings.set()
 
@@ -84,6 +86,33 @@ async def test_a_stream_that_says_something_is_not_pinged() -> None:
     frames.queue.put_nowait(None)
     await finished(task)
     assert connection.bodies == [b"0", b"1", b"2", b"3", b"4", b""]
+
+
+async def test_frames_are_made_and_sent_in_a_task_of_their_own() -> None:
+    """A task that middleware wraps resumes every frame of the middleware for every event."""
+    connection, tasks = Connection(), set[Any]()
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        for _ in range(2):
+            tasks.add(asyncio.current_task())
+            yield b"a"
+
+    task = asyncio.create_task(EventStream(stream(), lambda: None)({}, connection.receive, connection.send))
+    await finished(task)
+    assert len(tasks) == 1
+    assert tasks != {task}
+
+
+async def test_a_response_that_is_cancelled_has_closed_its_frames_when_it_ends() -> None:
+    frames, connection = Frames(), Connection()
+    task = asyncio.create_task(EventStream(frames.stream(), frames.cancel)({}, connection.receive, connection.send))
+    frames.queue.put_nowait(b"a")
+    await connection.has_body.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert frames.is_closed
+    assert frames.num_cancels >= 1
 
 
 async def test_a_client_that_leaves_cancels() -> None:
