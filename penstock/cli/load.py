@@ -198,7 +198,9 @@ class Clients:
         is_chat = self._server.endpoint == "chat"
         content = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
         body = {"model": self._server.model, "max_tokens": self._load.max_tokens, "stream": True, **content}
-        extras: dict[str, object] = {"ignore_eos": True, "min_tokens": self._load.max_tokens} if self._load.ignore_eos else {}
+        extras: dict[str, object] = {}
+        if self._load.ignore_eos:
+            extras |= {"ignore_eos": True, "min_tokens": self._load.max_tokens}
         if self._load.temperature is not None:
             extras["temperature"] = self._load.temperature
         return {**body, "stream_options": {"include_usage": True}, **extras}

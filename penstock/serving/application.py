@@ -116,7 +116,6 @@ def app(
     SDK, and is closed with the app. Raises `ConfigurationError` for a key that cannot be read.
     """
     server = Server(engine, settings or ServingSettings(), tinker)
-    routes = ROUTES if tinker is None else (*ROUTES, *_tinker_routes())
     api = FastAPI(
         title="Penstock",
         version=__version__,
@@ -127,15 +126,19 @@ def app(
         telemetry={"tracing": False, "logs": False},  # `tracing` says; older versions ignore the argument
     )
     api.state.server = server
+    _add_routes(api, server, ROUTES if tinker is None else (*ROUTES, *_tinker_routes()))
+    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_middleware(Gate, server=server)
+    _allow_browsers(api, server)
+    return api
+
+
+def _add_routes(api: FastAPI, server: Server, routes: Sequence[_Route]) -> None:
     for route in routes:
         extra = described(route.path, route.body, route.answers, route.errors)
         name, endpoint = route.handler.__name__, _endpoint(server, route.handler)
         api.add_api_route(route.path, endpoint, methods=[route.method], name=name, openapi_extra=extra)
     setattr(api, "openapi", openapi_of(api, [route.body for route in routes if route.body is not None]))  # noqa: B010
-    api.add_exception_handler(HTTPException, _answer_http_exception)
-    api.add_middleware(Gate, server=server)
-    _allow_browsers(api, server)
-    return api
 
 
 def _tinker_routes() -> list[_Route]:

@@ -48,9 +48,9 @@ class Positions:
 async def target_logprobs(positions: Positions, fields: TensorFields) -> pb.Tensor:
     """The log probabilities of the ids that a tensor names, in its layout; 0 where it names none."""
     targets = _matrix(fields, len(positions.ids) - 1)
-    named = np.flatnonzero((targets != NO_TARGET).any(axis=1))
+    places_with_target = np.flatnonzero((targets != NO_TARGET).any(axis=1))
     values = np.zeros(targets.shape, dtype=np.float32)
-    async for row, logprobs in positions.logprobs(int(named[0])):
+    async for row, logprobs in positions.logprobs(int(places_with_target[0])):
         part = targets[row : row + len(logprobs)]
         if part.max() >= logprobs.shape[1]:
             raise RequestError(f"target_prompt_logprobs must hold token ids below {logprobs.shape[1]}, or -1")
@@ -87,9 +87,9 @@ async def alternatives(positions: Positions, k: int, temperature: float, seed: i
     generator = np.random.default_rng(None if seed is None else abs(seed))
     tokens, values = [np.zeros((0, k), dtype=np.int64)], [np.zeros((0, k), dtype=np.float32)]
     async for _, logprobs in positions.logprobs():
-        drawn = await asyncio.to_thread(_drawn, logprobs, k, temperature, generator)
-        tokens.append(drawn)
-        values.append(np.take_along_axis(logprobs, drawn, axis=1))
+        alternatives_here = await asyncio.to_thread(_drawn, logprobs, k, temperature, generator)
+        tokens.append(alternatives_here)
+        values.append(np.take_along_axis(logprobs, alternatives_here, axis=1))
     columns = np.concatenate(tokens), np.concatenate(values)
     return pb.PromptAltTokens(tokens=tensor_message(columns[0]), logprobs=tensor_message(columns[1]))
 

@@ -100,7 +100,7 @@ def _params(body: Sample) -> SamplingParams:
     """The engine's parameters. A stop list that is empty turns the model's own end tokens off."""
     fields, stop = body.sampling_params, body.sampling_params.stop
     listed = [stop] if isinstance(stop, str) else list(stop or ())
-    strings = [each for each in listed if isinstance(each, str)]
+    strings = [item for item in listed if isinstance(item, str)]
     top, asks = body.topk_prompt_logprobs, body.prompt_logprobs or body.topk_prompt_logprobs
     return SamplingParams(
         n=body.num_samples,
@@ -110,7 +110,7 @@ def _params(body: Sample) -> SamplingParams:
         top_k=fields.top_k,
         top_p=fields.top_p,
         stop=strings,
-        stop_token_ids=[each for each in listed if isinstance(each, int)],
+        stop_token_ids=[item for item in listed if isinstance(item, int)],
         ignore_eos=stop is not None and not listed,
         detokenize=bool(strings),
         logprobs=body.topk_sample_logprobs or None,
@@ -173,5 +173,5 @@ async def _add_positions(message: pb.SampleResponse, body: Sample, positions: Po
         message.target_prompt_logprobs.CopyFrom(await target_logprobs(positions, body.target_prompt_logprobs))
     if body.prompt_alt_tokens_k:
         fields = body.sampling_params
-        drawn = await alternatives(positions, body.prompt_alt_tokens_k, fields.temperature, fields.seed)
-        message.prompt_alt_tokens.CopyFrom(drawn)
+        proposals = await alternatives(positions, body.prompt_alt_tokens_k, fields.temperature, fields.seed)
+        message.prompt_alt_tokens.CopyFrom(proposals)
