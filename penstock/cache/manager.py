@@ -115,7 +115,9 @@ class CacheManager:
         hits = self._prefix.match(seq)
         chain = self._prefix.chains.of(seq)[: len(hits) + 1]
         seq.blocks.extend(self._prefix.take(chain[1:], hits))
-        computed = max(len(hits) * self.block_size, self._share_tail(seq, len(hits)) or self._copy_tail(seq, len(hits)))
+        computed = max(len(hits) * self.block_size, self._share_tail(seq, len(hits)))
+        if (len(hits) + 1) * self.block_size <= len(seq.tokens) and computed == len(hits) * self.block_size:
+            computed += self._copy_tail(seq, len(hits))
         self._tables[seq.id] = _Table(chain, len(hits))
         self._num_query_tokens += seq.length
         self._num_hit_tokens += computed
@@ -259,20 +261,19 @@ class CacheManager:
         return limit
 
     def _copy_tail(self, seq: Sequence, num_hits: int) -> int:
-        """Copy a findable block of which only the first tokens may be a cached prefix; the rest is computed again.
+        """Copy the block after the hits, if it is findable: only its first tokens may be a cached prefix.
 
-        The copy leaves the block findable. It needs a block more than the sequence, until the step is over.
+        The rest is computed again, in the copy, so the block stays findable. Needs a block more than the sequence until
+        the step is over. Returns the number of tokens of the block that need not be computed.
         """
-        computed = min(seq.length - 1, seq.max_cached)
-        if computed // self.block_size != num_hits or computed == num_hits * self.block_size:
-            return 0
-        block = self._prefix.find(seq, num_hits)
+        num_tokens = min(seq.length - 1, seq.max_cached) - num_hits * self.block_size
+        block = self._prefix.find(seq, num_hits) if 0 < num_tokens < self.block_size else None
         if block is None or self._pool.num_free < self._num_blocks(seq.length) - num_hits + 1:
             return 0
         self._pool.share(block)
         seq.blocks.append(self._prefix.fresh())
         self._copies.add(block, seq.blocks[-1])
-        return computed
+        return num_tokens
 
     def _same_root(self, parent: Sequence, seq: Sequence) -> bool:
         table = self._tables.get(parent.id)

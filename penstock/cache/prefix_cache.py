@@ -50,12 +50,10 @@ class PrefixCache:
         return self._without_slow_reads(hits)
 
     def find(self, seq: Sequence, i: int) -> int | None:
-        """The block of the pool with the content of block `i` of this sequence, computed before this step; or None.
+        """The block of the pool with the content of the full block `i` of this sequence; None if there is none.
 
-        All blocks before it are findable.
+        All blocks before it are findable. Nor is there one where this step fills it: it cannot be copied yet.
         """
-        if (i + 1) * self._block_size > seq.length:
-            return None
         chain = self.chains.of(seq)
         self.chains.extend(chain, seq, i + 1)
         block = self._index.get(chain[i + 1])
