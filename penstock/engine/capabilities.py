@@ -108,9 +108,9 @@ class Capabilities:
         counts the others. Raises `RequestError` where there is nothing to compare, `ConfigurationError` where there is
         no live module, `EngineStateError` where weights are updated meanwhile.
         """
-        given = None if outputs is None else rollouts_of(outputs)
+        rollouts = [] if outputs is None else rollouts_of(outputs)
         runner = (await self._loaded_soon()).runner
-        return await check_logprobs(self, runner, self._metrics.finished.rollouts() if given is None else given)
+        return await check_logprobs(self, runner, self._metrics.finished.rollouts() if outputs is None else rollouts)
 
     async def embed(
         self: _Loading,

@@ -114,8 +114,8 @@ async def score_with_gradients(
     with engine.reading_weights() as version:
         if options.values == "engine":
             wishes = Wishes(options.params, logits=False, entropies=False)
-            scores = await score(engine, pairs, wishes, BatchOptions("", RequestPriority.NORMAL, None), encode)
-            values = [each.logprobs if each.tempered is None else each.tempered for each in scores]
+            engine_scores = await score(engine, pairs, wishes, BatchOptions("", RequestPriority.NORMAL, None), encode)
+            values = [each.logprobs if each.tempered is None else each.tempered for each in engine_scores]
         compute = partial(scorer.score, prompts, completions, temperature=options.temperature, values=values)
-        computed = await to_thread.run_sync(compute)
-    return [replace(each, weight_version=version) for each in computed]
+        scores = await to_thread.run_sync(compute)
+    return [replace(differentiable, weight_version=version) for differentiable in scores]

@@ -57,7 +57,9 @@ class FinishedRequests:
 
     def add(self, output: RequestOutput) -> None:
         """Keep the completions of a request; on the engine's thread."""
-        rollouts = [Rollout.of(output, each) for each in output.outputs if each.token_ids] if self.size else []
+        if not self.size:
+            return
+        rollouts = [Rollout.of(output, completion) for completion in output.outputs if completion.token_ids]
         if rollouts:
             self._requests.append(rollouts)
 
@@ -77,7 +79,7 @@ def rollouts_of(outputs: RequestOutput | Sequence[RequestOutput]) -> list[Rollou
     for output in listed:
         if not isinstance(output, RequestOutput):
             raise RequestError(f"outputs must be RequestOutputs, the results of generate, not {shown(output)}")
-    return [Rollout.of(output, each) for output in listed for each in output.outputs]
+    return [Rollout.of(output, completion) for output in listed for completion in output.outputs]
 
 
 async def check_logprobs(engine: ReadableEngine, runner: object, rollouts: Sequence[Rollout]) -> LogprobReport:
@@ -88,10 +90,10 @@ async def check_logprobs(engine: ReadableEngine, runner: object, rollouts: Seque
 
     scorer = _scorer_of(runner)
     with engine.reading_weights() as version:
-        fresh = [each for each in rollouts if not each.is_stale]
-        comparable = [each for each in fresh if version in each.weight_versions]
-        num_stale = sum(len(each.token_ids) for each in rollouts if each.is_stale)
-        num_other = sum(len(each.token_ids) - each.weight_versions.count(version) for each in fresh)
+        fresh = [rollout for rollout in rollouts if not rollout.is_stale]
+        comparable = [rollout for rollout in fresh if version in rollout.weight_versions]
+        num_stale = sum(len(rollout.token_ids) for rollout in rollouts if rollout.is_stale)
+        num_other = sum(len(rollout.token_ids) - rollout.weight_versions.count(version) for rollout in fresh)
         if not comparable:
             raise RequestError(
                 f"no token was sampled with the weights of now, version {version}: {num_other} are of other versions "
@@ -115,7 +117,7 @@ def _recompute(scorer: GradientScorer, rollouts: Sequence[Rollout]) -> list[Floa
     return [
         score.logprobs.cpu().numpy()
         for batch in _batches(rollouts)
-        for score in scorer.score([each.prompt_ids for each in batch], [each.token_ids for each in batch])
+        for score in scorer.score([rollout.prompt_ids for rollout in batch], [rollout.token_ids for rollout in batch])
     ]
 
 
