@@ -31,12 +31,14 @@ from penstock import (
 )
 from tests.tiny_models import build
 
-# Architecture -> the layers that adapters change. In gpt2 these are transposed, and its projection is one matrix.
+# Architecture -> the layers that adapters change. In gpt2 they are transposed; there and in phi3 several are one.
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qwen3": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "mixtral": ["q_proj", "v_proj", "o_proj"],
+    "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "opt": ["k_proj", "out_proj", "fc1", "fc2"],
 }
 SHARED: dict[str, Any] = {"weight_mode": "shared"}
 PACKED: dict[str, Any] = {"weight_mode": "packed"}
