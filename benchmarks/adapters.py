@@ -63,7 +63,7 @@ async def rate(engine: InferenceEngine, names: Sequence[str], num_tokens: int) -
 
 async def replacing(engine: InferenceEngine, model: Any, names: Sequence[str], repeats: int) -> dict[str, float]:
     """Seconds: the median of replacing an adapter while another streams; the stream's longest gaps, then and else."""
-    params = SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
     handle = engine.generate([5] * PROMPT_TOKENS, params, adapter=names[0])
     arrivals: list[float] = []
     changes: list[tuple[float, float]] = []

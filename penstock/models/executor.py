@@ -156,6 +156,7 @@ class Executor:
         """Free the cache and let go of the weights."""
         self._storage = self._borrowed = None
         self._weights.close()
+        self.adapters.close()
         self._module = nn.Module()
         self._backend.close()
         self.trim_memory()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from penstock import (
@@ -29,12 +31,14 @@ from penstock import (
 )
 from tests.tiny_models import build
 
-# Architecture -> the layers that adapters change. In gpt2 these are transposed, and its projection is one matrix.
+# Architecture -> the layers that adapters change. In gpt2 they are transposed; there and in phi3 several are one.
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qwen3": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "mixtral": ["q_proj", "v_proj", "o_proj"],
+    "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "opt": ["k_proj", "out_proj", "fc1", "fc2"],
 }
 SHARED: dict[str, Any] = {"weight_mode": "shared"}
 PACKED: dict[str, Any] = {"weight_mode": "packed"}
@@ -308,6 +312,44 @@ async def test_what_is_not_supported_is_refused_by_its_name(
             await engine.load_adapter("a", model if is_live else tmp_path)
         assert engine.adapters == []
         assert_own(base, await engine.generate(PROMPT, GREEDY))
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+OTHER = "base_model.model.model.norm.lora_{}.weight"
+BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # tensors and settings in place of the good ones
+    "NaN": ({LAYER: torch.full((4, 32), torch.nan)}, {}, "layers.0.self_attn.q_proj are not finite"),
+    "integers": ({LAYER: torch.ones(4, 32, dtype=torch.int32)}, {}, "int32"),
+    "half a pair": ({LAYER: None}, {}, "lacks one of the two"),
+    "another width": ({LAYER: torch.ones(4, 7)}, {}, "maps 32 numbers to 32"),
+    "another rank": ({LAYER: torch.ones(3, 32)}, {}, r"\[3, 32\]"),
+    "no layer": ({OTHER.format("A"): torch.ones(2, 32), OTHER.format("B"): torch.ones(32, 2)}, {}, "no linear layer"),
+    "no kind of matrix": ({"base_model.model.lm_head.bias": torch.ones(3)}, {}, "lm_head.bias"),
+    "alpha without a value": ({}, {"lora_alpha": None}, "lora_alpha=None"),
+    "a broken pattern": ({}, {"alpha_pattern": {"(": 1}}, "alpha_pattern"),
+    "an infinite scaling": ({}, {"lora_alpha": float("inf")}, "not finite"),
+    "another method": ({}, {"peft_type": "IA3"}, "peft_type"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+async def test_a_broken_folder_is_refused_with_what_is_wrong(case: str, tmp_path: Path) -> None:
+    tensors, settings, word = BROKEN[case]
+    base = build("llama")
+    adapted(base, 1, ["q_proj"]).save_pretrained(tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    changed = {name: value for name, value in (load_file(weights) | tensors).items() if value is not None}
+    save_file(changed, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    async with engine_of(base, **PACKED) as engine:
+        with pytest.raises(WeightsError, match=word):
+            await engine.load_adapter("a", tmp_path)
+        config.write_text("[]")
+        with pytest.raises(WeightsError, match="must hold an object"):
+            await engine.load_adapter("a", tmp_path)
+        weights.write_bytes(b"no tensors")
+        with pytest.raises(WeightsError, match="cannot be read"):
+            await engine.load_adapter("a", tmp_path)
+        assert engine.adapters == []
 
 
 async def test_an_adapter_of_another_model_changes_nothing() -> None:

@@ -8,6 +8,7 @@ on the model's thread; `read` is for any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -53,7 +54,8 @@ class PackedAdapters:
     """Adapters of `module` by their keys; `owner` is the live module that it is a view of, or itself."""
 
     def __init__(self, module: nn.Module, owner: nn.Module, weights: DerivedWeights, kernels: Kernels) -> None:
-        self._module, self._owner, self._weights, self._kernels = module, owner, weights, kernels
+        self._module, self._owner, self._kernels = module, owner, kernels
+        self._weights: DerivedWeights | None = weights
         self._layers: _Layers | None = None  # found when they are needed
         self._hooked: dict[str, _Hooked] = {}
         self._loaded: dict[str, tuple[int, PackedAdapter]] = {}
@@ -64,8 +66,11 @@ class PackedAdapters:
         if (problem := own_adapters_of(self._owner)) is not None:
             raise WeightsError(problem)
         layers = self._products(read_adapter(source, name))
+        spare: Tensor | None = None
+        with suppress(IndexError):  # another thread may have taken it
+            spare = self._spare.pop()
         try:
-            packed = pack_adapter(layers, self._spare.pop() if self._spare else None)
+            packed = pack_adapter(layers, spare)
         except NotFiniteError as error:
             raise not_finite(error.part.name) from None
         return lambda key: self._load(key, packed)
@@ -91,6 +96,12 @@ class PackedAdapters:
                 hooked.hook.remove()
             hooked.hook = part.register_forward_hook(_adding(hooked.sum))
         self._module, self._layers = module, None
+
+    def close(self) -> None:
+        """Let go of the model and of all adapters."""
+        self._module = self._owner = nn.Module()
+        self._weights = self._layers = None
+        self._hooked, self._loaded, self._spare = {}, {}, []
 
     def select(self, rows: Sequence[Row], num_logits: Sequence[int]) -> None:
         """Apply to each token of the next pass, and to each row's number of logits, the adapter of its row."""
@@ -140,6 +151,7 @@ class PackedAdapters:
     def _found_layers(self) -> _Layers:
         layers = self._layers  # another thread may drop them
         if layers is None:
+            assert self._weights is not None, "the executor is closed"
             placements = self._weights.placements()
             named = {plain_name(name).removesuffix(".weight"): places for name, places in placements.items()}
             modules, head = layers_of(self._module), head_of(self._module)

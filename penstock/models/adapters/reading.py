@@ -196,6 +196,8 @@ def _read_folder(folder: Path) -> dict[str, LoraLayer]:
             f"the adapter in {folder} cannot be read ({described(error)}): pass a folder with adapter_config.json and "
             "adapter_model.safetensors, as peft's save_pretrained writes it"
         ) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{folder / 'adapter_config.json'} must hold an object, not {shown(config)}")
     _check_config(config)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -210,8 +212,13 @@ def _read_folder(folder: Path) -> dict[str, LoraLayer]:
 
 def _scaling(config: Mapping[str, Any], path: str, pair: Mapping[str, Tensor]) -> float:
     """alpha / r, or alpha / sqrt(r) with `use_rslora`, where the first pattern that fits the name decides alpha."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    fitting = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
-    alpha = float(next(fitting, config.get("lora_alpha", 8)))
-    rank = len(pair["A"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    patterns, rank = config.get("alpha_pattern") or {}, len(pair["A"])
+    try:
+        fitting = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+        alpha = float(next(fitting, config.get("lora_alpha", 8)))
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        given = f"lora_alpha={shown(config.get('lora_alpha'))} and alpha_pattern={shown(patterns)}"
+        raise WeightsError(
+            f"the adapter's config has {given}, which give no scaling for rank {rank} at {path} ({described(error)})"
+        ) from error

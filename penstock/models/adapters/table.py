@@ -95,6 +95,12 @@ class TorchAdapters:
             self._layers[path].hook.remove()
             self._layers[path].hook = self._hook(path, part)
 
+    def close(self) -> None:
+        """Let go of the model and of all adapters."""
+        self._module = self._owner = nn.Module()
+        self._columns = {}
+        self._clear()
+
     def select(self, rows: Sequence[Row], num_logits: Sequence[int]) -> None:
         """Apply to each token of the next pass, and to each row's number of logits, the adapter of its row."""
         self._selection = None
