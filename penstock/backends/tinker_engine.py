@@ -87,10 +87,10 @@ class TinkerEngine(StreamedEngine[Work]):
         while reason is None:
             num_sampled = len(transcript.token_ids)
             sequence = await self._sample(work, [*ids, *transcript.token_ids], index, num_sampled, piece)
-            ended = sequence.stop_reason == "stop" or num_sampled + len(sequence.tokens) >= work.max_tokens
-            reason = sequence.stop_reason if ended else None
+            is_last = sequence.stop_reason == "stop" or num_sampled + len(sequence.tokens) >= work.max_tokens
+            reason = sequence.stop_reason if is_last else None
             _add(transcript, sequence)
-            text, added = await self._text_added(work.params, transcript, text, is_last=ended)
+            text, added = await self._text_added(work.params, transcript, text, is_last=is_last)
             transcript.texts.append(added)
             if reason is not None:
                 transcript.end("", reason)
@@ -109,7 +109,7 @@ class TinkerEngine(StreamedEngine[Work]):
         return response.sequences[0]
 
     async def _text_added(
-        self, params: SamplingParams, transcript: Transcript, shown: str, *, is_last: bool
+        self, params: SamplingParams, transcript: Transcript, prefix: str, *, is_last: bool
     ) -> tuple[str, str]:
         """The text so far, without a character that may not be complete, and what of it is new."""
         if not (self._has_text and params.detokenize):
@@ -117,7 +117,7 @@ class TinkerEngine(StreamedEngine[Work]):
         text = await self._encoder.decode(transcript.token_ids, params.skip_special_tokens)
         if not is_last:
             text = text.rstrip("\ufffd")
-        return (text, text[len(shown) :]) if len(text) > len(shown) else (shown, "")
+        return (text, text[len(prefix) :]) if len(text) > len(prefix) else (prefix, "")
 
     def _error_of(self, error: BaseException) -> PenstockError:
         if isinstance(error, BaseExceptionGroup):
@@ -167,5 +167,5 @@ def _add(transcript: Transcript, sequence: Any) -> None:
         return
     tops = sequence.topk_logprobs or [None] * len(sequence.tokens)
     for token, logprob, top in zip(sequence.tokens, logprobs, tops, strict=True):
-        entries = {other: Logprob(value, rank) for rank, (other, value) in enumerate(top or (), 1)}
+        entries = {candidate: Logprob(value, rank) for rank, (candidate, value) in enumerate(top or (), 1)}
         transcript.logprobs.append({**entries, token: entries.get(token, Logprob(logprob, len(entries) + 1))})

@@ -78,8 +78,8 @@ class TinkerService:
         """The base model by any of its names, as clients are told it. Raises `RequestError` for another one."""
         if name.rstrip("/") == self.base_model.rstrip("/") or name in names:
             return self.base_model
-        known = ", ".join((self.base_model, *names))
-        raise RequestError(f"base_model {shown(name)} is not served here: this server has {known}")
+        served = ", ".join((self.base_model, *names))
+        raise RequestError(f"base_model {shown(name)} is not served here: this server has {served}")
 
     def submit(self, request_id: str, session: Session, work: Work) -> str:
         """Run the work of a request, once: one that was sent again is the same."""

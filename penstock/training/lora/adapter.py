@@ -62,15 +62,15 @@ class LoraAdapter:
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy matrices of these names. Raises `WeightsError`, and then nothing has changed."""
-        own = {name: matrix.detach() for name, matrix in self.tensors().items()}
-        if own.keys() != tensors.keys():
+        matrices = {name: matrix.detach() for name, matrix in self.tensors().items()}
+        if matrices.keys() != tensors.keys():
             raise WeightsError("the saved adapter changes other layers than this one")
-        for name, matrix in own.items():
+        for name, matrix in matrices.items():
             if tensors[name].shape != matrix.shape:
                 raise WeightsError(f"{name} is {list(matrix.shape)} here, and {list(tensors[name].shape)} in the file")
             if not bool(tensors[name].isfinite().all()):
                 raise WeightsError(f"{name} is not finite in the file")
-        for name, matrix in own.items():
+        for name, matrix in matrices.items():
             matrix.copy_(tensors[name])
 
     def _hook(self, layer: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -40,8 +40,8 @@ def loss_of(batch: LossBatch) -> Loss:
         raise RequestError(f"loss_fn {shown(batch.loss_fn)} is not known: use one of {', '.join(LOSSES)}")
     for name, value in batch.config.items():
         if name not in loss.defaults:
-            known = ", ".join(loss.defaults) or "none"
-            raise RequestError(f"the loss {batch.loss_fn} has no setting {shown(name)}: it has {known}")
+            names = ", ".join(loss.defaults) or "none"
+            raise RequestError(f"the loss {batch.loss_fn} has no setting {shown(name)}: it has {names}")
         real(name, value, 0.0, 1e300, "a finite number >= 0")
     return loss
 
@@ -96,10 +96,10 @@ def summed(loss: Loss, logprobs: Sequence[Tensor], data: Sequence[Datum], config
     """The loss of all tokens of `data`, a float32 scalar."""
     settings = {**loss.defaults, **config}
     total = logprobs[0].new_zeros(())
-    for own, datum in zip(logprobs, data, strict=True):
+    for values, datum in zip(logprobs, data, strict=True):
         names = [name for name in datum.inputs if name != _TARGETS]
-        inputs = {name: torch.tensor(datum.inputs[name], dtype=torch.float32, device=own.device) for name in names}
-        total = total + loss.function(own, inputs, settings).sum()
+        inputs = {name: torch.tensor(datum.inputs[name], dtype=torch.float32, device=values.device) for name in names}
+        total = total + loss.function(values, inputs, settings).sum()
     return total
 
 

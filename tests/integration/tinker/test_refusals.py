@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import httpx
 import numpy as np
 import pytest
 import tinker
+from pydantic import SecretStr
 from tinker import types
 
 from penstock.serving import ServingSettings
 from penstock.serving.settings import ApiKey
+from penstock.serving.tinker import endpoints
+from tests.http_sockets import wait_until
 from tests.integration.tinker.service import KEY, TEXT, Running, datum, logprobs, prompt, serving, step, supervised
 
 ONES = [1.0] * (len(TEXT) - 1)
@@ -285,7 +290,7 @@ def test_a_request_that_is_sent_again_is_done_once(
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = [{"name": name, "key": f"tml-{name}"} for name in ("ann", "bob")]
-    settings = ServingSettings(api_keys=tuple(ApiKey.model_validate(key) for key in keys))
+    settings = ServingSettings(api_keys=tuple(map(ApiKey.model_validate, keys)), admin_key=SecretStr("root"))
     with serving(tmp_path_factory.mktemp("guarded"), settings, session_timeout_s=60, max_models=2) as running:
         yield running
 
@@ -333,6 +338,29 @@ def test_a_silent_session_ends_with_its_models_and_the_server_serves_on(guarded:
             assert set(guarded.engine.adapters) <= named
             restored = present.create_training_client_from_state(kept).result()
             step(restored, [supervised()])
+
+
+def test_a_poll_is_asked_again_until_there_is_an_answer(guarded: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it can be ended, as all are where the server shuts down."""
+    monkeypatch.setattr(endpoints, "POLL_S", 0.02)
+    release, headers = threading.Event(), {"x-api-key": "tml-ann"}
+    with guarded.client("tml-ann") as client, httpx.Client(base_url=guarded.url, headers=headers) as http:
+        training = client.create_lora_training_client(guarded.model, rank=1).result()
+        guarded.service.thread.post(release.wait)
+        future = training.forward([supervised()], "cross_entropy")
+        body = {"request_id": f"{training.model_id}:1"}
+        wait_until(lambda: body["request_id"] in guarded.service.futures)
+        answer = http.post(f"{API}/retrieve_future", json=body)
+        assert (answer.status_code, answer.json()["queue_state"]) == (408, "active")
+        monkeypatch.setattr(endpoints, "POLL_S", 30.0)
+        with ThreadPoolExecutor(1) as pool:
+            names = {"x-request-id": "poll"}
+            poll = pool.submit(lambda: http.post(f"{API}/retrieve_future", json=body, headers=names, timeout=60))
+            address, root = f"{guarded.url}/admin/abort", {"authorization": "Bearer root"}
+            wait_until(lambda: httpx.post(address, json={"request_id": "poll"}, headers=root).status_code == 200)
+            assert poll.result(30).status_code == 503
+        release.set()
+        assert future.result().metrics["loss:sum"] > 0
 
 
 def test_more_models_than_the_server_trains_are_refused(guarded: Running) -> None:
