@@ -68,6 +68,11 @@ class Choice:
         token = torch.zeros(num_rows, dtype=torch.int64, device=device)
         return cls(token, torch.zeros_like(token, dtype=torch.float64), torch.zeros_like(token, dtype=torch.bool))
 
+    @classmethod
+    def greedy(cls, peaks: Tensor, tokens: Tensor) -> Choice:
+        """Of the tokens [R] with the greatest logits [R] that may follow, which are possible if these are finite."""
+        return cls(tokens, torch.zeros_like(peaks, dtype=torch.float64), peaks.isfinite())
+
     def put(self, rows: Tensor, choice: Choice) -> None:
         """Write the choices of some rows."""
         self.token[rows] = choice.token

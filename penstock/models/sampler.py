@@ -21,7 +21,7 @@ from penstock.errors import RequestError
 from penstock.models import rules
 from penstock.models.choice import MASKED_GREEDY, PLAIN_GREEDY, Choice, Group, choose, group_of
 from penstock.models.masking import greatest_allowed, mask_errors, rule_out
-from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer, Top, Vocabulary
+from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer, Top, Vocabulary, Weights
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
@@ -109,21 +109,28 @@ class Sampler:
             index = torch.tensor(members, dtype=torch.int64, device=raw.peak.device)
             member_rows = [rows[i] for i in members]
             if group == MASKED_GREEDY and given is None and self._argmax_allowed is not None:
-                peaks, tokens, member_errors = greatest_allowed(raw, members, member_rows, masks, self._argmax_allowed)
-                choice.put(index, Choice(tokens, torch.zeros_like(peaks, dtype=torch.float64), peaks.isfinite()))
-                errors |= {members[i]: error for i, error in member_errors.items()}
-                continue
-            is_all = len(members) == len(rows)
-            ruled = raw if is_all else raw.take(index)
-            if group.ruled or group.masked:
-                ruled, member_errors = self._apply_rules(raw.take(index), member_rows, group, masks)
-                errors |= {members[i]: error for i, error in member_errors.items()}
-            plain_weights = None
-            if group.plain and weights is not None:
-                plain_weights = weights if is_all else weights.take(index)
-            member_tokens = None if given is None else given[index]
-            choice.put(index, choose(group, ruled, plain_weights, member_rows, member_tokens))
+                allowed = greatest_allowed(raw, members, member_rows, masks, self._argmax_allowed)
+                chosen, member_errors = Choice.greedy(*allowed[:2]), allowed[2]
+            else:
+                member_tokens = None if given is None else given[index]
+                chosen, member_errors = self._choose_in(group, raw, index, weights, member_rows, masks, member_tokens)
+            choice.put(index, chosen)
+            errors |= {members[i]: error for i, error in member_errors.items()}
         return choice, raw.log_total(weights), errors
+
+    def _choose_in(
+        self, group: Group, raw: Vocabulary, index: Tensor, weights: Weights | None, rows: Sequence[Row],
+        masks: Masks | None, given: Tensor | None,
+    ) -> tuple[Choice, dict[int, RequestError]]:  # fmt: skip
+        """The choice of one group, whose rows are `index` in `raw`, and the errors of its rows."""
+        is_all, errors = len(index) == len(raw.peak), dict[int, RequestError]()
+        ruled = raw if is_all else raw.take(index)
+        if group.ruled or group.masked:
+            ruled, errors = self._apply_rules(raw.take(index), rows, group, masks)
+        plain_weights = weights if group.plain else None
+        if plain_weights is not None and not is_all:
+            plain_weights = plain_weights.take(index)
+        return choose(group, ruled, plain_weights, rows, given), errors
 
     def _sample_batch(
         self, logits: Tensor, rows: Sequence[Row], groups: Sequence[Group], masks: Masks | None
