@@ -209,6 +209,17 @@ backend = create_backend({
 backend.load()
 """
 
+SGLANG_PARALLEL = """
+backend = create_backend({
+    "backend_type": "sglang",
+    "model_name": "gpt2",
+    "backend_specific": {
+        "tp_size": 2  # Use 2 GPUs
+    }
+})
+backend.load()
+"""
+
 DEFAULTS = """
 from rl_onoff.backends.config import BackendConfig
 from rl_onoff.backends import create_backend

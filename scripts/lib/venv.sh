@@ -7,6 +7,8 @@ ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
 cd -- "$ROOT"
 VENV=${PENSTOCK_VENV:-$ROOT/.venv}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+# Packages are installed without bytecode: a process that may not write it compiles again whatever it imports.
+unset PYTHONDONTWRITEBYTECODE
 
 # An interpreter counts when it runs (a pyenv shim may not), is new enough and can build an environment.
 find_python() {

@@ -271,6 +271,14 @@ def test_settings_reach_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
             SGLangBackendConfig(**wrong)  # type: ignore[arg-type]
 
 
+def test_tensor_parallelism_of_the_snippet_reaches_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """002-22."""
+    fake_sglang.install(monkeypatch)
+    names = run_snippet(specification.SGLANG_PARALLEL, create_backend=create_backend)
+    assert fake_sglang.Engine.made[-1].server_args.tp_size == 2
+    names["backend"].close()
+
+
 def test_an_inference_module_over_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_sglang.install(monkeypatch)
     inference = create_module("m", backend="sglang", tp_size=2)

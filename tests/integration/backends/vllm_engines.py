@@ -54,6 +54,7 @@ def running_llm(**options: Any) -> Iterator[RunningLLM]:
         yield llm, thread.loop
     finally:
         llm.shutdown()
+        llm.shutdown = lambda: None  # vLLM calls it again at the interpreter's exit, when modules are empty
         thread.close(wait=True)
 
 
