@@ -19,6 +19,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define PAUSE() _mm_pause()
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define PAUSE() ((void)0)
 #else
 #define PAUSE() ((void)0)
 #endif

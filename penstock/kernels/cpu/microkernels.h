@@ -23,12 +23,12 @@ INLINE vf dot(vf acc, vi b, int32_t a, int f)
 #if defined(__AVX512BF16__)
         return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)splati(a), (__m512bh)b);
 #else
-        acc += (vf)(b << 16) * (vf)splati((int32_t)((uint32_t)a << 16));
-        return acc + (vf)(b & (int32_t)0xffff0000) * (vf)splati(a & (int32_t)0xffff0000);
+        acc = multiply_add((vf)(b << 16), (vf)splati((int32_t)((uint32_t)a << 16)), acc);
+        return multiply_add((vf)(b & (int32_t)0xffff0000), (vf)splati(a & (int32_t)0xffff0000), acc);
 #endif
     }
     union { int32_t i; float f; } x = {a};
-    return acc + (vf)b * x.f;
+    return multiply_add((vf)b, splat(x.f), acc);
 }
 
 /* With at most WIDE_ROWS rows a kernel takes WIDE vectors of columns, so that enough sums are independent. */

@@ -14,13 +14,13 @@ static void normalize(float *x, long n, int kind, const float *weight, const flo
     }
     for (i = 0, tail = 0; i + VL <= n; i += VL) {
         vf v = *(vf *)(x + i) - mean;
-        squares += v * v;
+        squares = multiply_add(v, v, squares);
     }
     for (; i < n; i++) tail += (x[i] - mean) * (x[i] - mean);
     float r = 1.0f / sqrtf((reduce_add(squares) + tail) / n + eps);
     for (i = 0; i + VL <= n; i += VL) {
-        vf v = (*(vf *)(x + i) - mean) * r * *(const vf *)(weight + i);
-        *(vf *)(x + i) = bias ? v + *(const vf *)(bias + i) : v;
+        vf v = (*(vf *)(x + i) - mean) * r, w = *(const vf *)(weight + i);
+        *(vf *)(x + i) = bias ? multiply_add(v, w, *(const vf *)(bias + i)) : v * w;
     }
     for (; i < n; i++) x[i] = (x[i] - mean) * r * weight[i] + (bias ? bias[i] : 0);
 }

@@ -60,11 +60,11 @@ static void quantize_columns(const packing *g, const float *x, vf scale, vf low,
     vi word = splati(0);
     for (long i = 0; i < g->k; i++) {
         vf exact = *(const vf *)(x + i * VL), target = exact;
-        for (int r = 0; g->feedback && r < RANK; r++) target -= error[r] * g->feedback[i * RANK + r];
+        for (int r = 0; g->feedback && r < RANK; r++) target = multiply_add(error[r], splat(-g->feedback[i * RANK + r]), target);
         vf scaled = vmax(splat(0.0f), -vmax(splat(-255.0f), -((target - low) * inverse)));
         vf rounded = scaled + 12582912.0f - 12582912.0f; /* adding 1.5 * 2^23 rounds to an integer */
-        vf change = rounded * scale + low - exact;
-        for (int r = 0; g->feedback && r < RANK; r++) error[r] += change * g->directions[i * RANK + r];
+        vf change = multiply_add(rounded, scale, low) - exact;
+        for (int r = 0; g->feedback && r < RANK; r++) error[r] = multiply_add(change, splat(g->directions[i * RANK + r]), error[r]);
         word |= (__builtin_convertvector(rounded, vi) & 255) << (i % 4 * 8);
         if (i % 4 < 3 && i + 1 < g->k) continue;
         vi *words = (vi *)(dst + i / 4 * NR * 4);

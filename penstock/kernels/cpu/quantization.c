@@ -32,7 +32,7 @@ INLINE vf hadamard_lanes(vf x)
     _Pragma("GCC unroll 4") for (int h = 1; h < VL; h *= 2) {
         vf sign;
         for (int i = 0; i < VL; i++) sign[i] = i & h ? -1 : 1;
-        x = swapped(x, h) + x * sign;
+        x = multiply_add(x, sign, swapped(x, h));
     }
     return x;
 }
@@ -149,7 +149,7 @@ static float quantize_block(int8_t *out, const float *x, long n, float *scale)
     for (; i + VL <= n; i += VL) {
         vf v = *(const vf *)(x + i);
         peaks = vmax(peaks, (vf)((vi)v & 0x7fffffff));
-        errors += v * 0.0f;
+        errors = multiply_add(v, splat(0.0f), errors);
     }
     for (; i < n; i++) {
         peak = fabsf(x[i]) > peak ? fabsf(x[i]) : peak;
@@ -159,7 +159,7 @@ static float quantize_block(int8_t *out, const float *x, long n, float *scale)
     const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
     *scale = error + reduce_add(errors) == 0 ? peak / 127.0f : NAN;
     for (i = 0; i + VL <= n; i += VL) {
-        vi q = (vi)(*(const vf *)(x + i) * inverse + 12582912.0f) - 0x4b400000; /* adding 1.5 * 2^23 rounds to an integer */
+        vi q = (vi)multiply_add(*(const vf *)(x + i), splat(inverse), splat(12582912.0f)) - 0x4b400000; /* adding 1.5 * 2^23 rounds to an integer */
         to_bytes(out + i, q);
         sums += q;
     }

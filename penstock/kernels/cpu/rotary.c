@@ -61,15 +61,15 @@ INLINE void norm_and_rotate_full(const rotary *r, const angles *g, const void *f
     vf x[MAX_HEAD / VL], squares = splat(0.0f);
     for (long i = 0; i < vectors; i++) {
         x[i] = load(from, i * VL, f);
-        squares += x[i] * x[i];
+        squares = multiply_add(x[i], x[i], squares);
     }
     float scale = r->norm == 1 ? 1.0f / sqrtf(reduce_add(squares) / (vectors * VL) + r->eps) : 1;
     for (long i = 0; r->norm == 1 && i < vectors; i++) x[i] = x[i] * scale * *(const vf *)(weight + i * VL);
     for (long i = 0; i < half; i++) {
         const float *c = g->cosine + i * VL, *s = g->sine + i * VL;
         vf lo = x[i], hi = x[i + half];
-        store(to, i * VL, t, lo * *(const vf *)c - hi * *(const vf *)s);
-        store(to, (i + half) * VL, t, hi * *(const vf *)(c + half * VL) + lo * *(const vf *)(s + half * VL));
+        store(to, i * VL, t, multiply_add(lo, *(const vf *)c, -hi * *(const vf *)s));
+        store(to, (i + half) * VL, t, multiply_add(hi, *(const vf *)(c + half * VL), lo * *(const vf *)(s + half * VL)));
     }
 }
 

@@ -29,6 +29,22 @@ INLINE int per_word(int f) { return f == BF16 ? 2 : f == I8 ? 4 : 1; }
 
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vi splati(int32_t x) { return x - (vi){0}; }
+
+/* a b + c, rounded once where the CPU can. This library is compiled with -ffp-contract=off: left to themselves, compilers
+ * fuse an expression in one copy of a function and not in another, and two kernels give one row different bits. */
+INLINE vf multiply_add(vf a, vf b, vf c)
+{
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE vf blend(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 /* The maximum; b where either is NaN, as the x86 instructions define it. */
 #if defined(__AVX512F__)
@@ -132,19 +148,6 @@ INLINE vf from_bytes(const void *p)
 
 INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
-/* a b + c, rounded once where the CPU can: compilers fuse a plain expression in one place and not in another, so what has
- * to come out the same from two of them says which. */
-INLINE vf multiply_add(vf a, vf b, vf c)
-{
-#if defined(__AVX512F__)
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && defined(__AVX2__)
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
 /* The low byte of each number. (gcc 12 takes vectors apart for this conversion.) */
 INLINE void to_bytes(void *p, vi v)
 {
@@ -233,19 +236,21 @@ INLINE void prefetch(const char *p, long bytes)
 
 /* ---- elementary functions ---- */
 
+INLINE vf exp_of_rest(vf x, vf n) /* exp(x - n log 2), n the nearest integer to x / log 2 */
+{
+    static const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    const vf r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
+    vf p = splat(1.9875691500e-4f);
+    _Pragma("GCC unroll 5") for (int i = 0; i < 5; i++) p = multiply_add(p, r, splat(terms[i]));
+    return multiply_add(p, r * r, r) + 1.0f;
+}
+
 #if defined(__AVX512F__)
 INLINE vf vexp(vf x) /* Cephes expf; exactly 0 from -110 down */
 {
     x = (vf)_mm512_min_ps((__m512)splat(88.0f), (__m512)vmax(splat(-110.0f), x)); /* NaN passes through both */
-    __m512 n = _mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
-    vf r = x - (vf)n * 0.693359375f + (vf)n * 2.12194440e-4f;
-    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return (vf)_mm512_scalef_ps((__m512)p, n);
+    vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+    return (vf)_mm512_scalef_ps((__m512)exp_of_rest(x, n), (__m512)n);
 }
 #else
 INLINE vf vexp(vf x) /* Cephes expf; exactly 0 below -87 */
@@ -253,17 +258,9 @@ INLINE vf vexp(vf x) /* Cephes expf; exactly 0 below -87 */
     vi small = x < splat(-87.0f);
     x = blend(x > splat(88.0f), splat(88.0f), x);
     x = blend(small, splat(0.0f), x);
-    vf shifted = x * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 rounds to an integer */
-    vf n = shifted - 12582912.0f;
-    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    vf shifted = multiply_add(x, splat(1.44269504f), splat(12582912.0f)); /* adding 1.5 * 2^23 rounds to an integer */
     vf power = (vf)(((vi)shifted << 23) + (127 << 23)); /* the low bits of `shifted` are n */
-    return blend(small, splat(0.0f), p * power);
+    return blend(small, splat(0.0f), exp_of_rest(x, shifted - 12582912.0f) * power);
 }
 #endif
 
@@ -281,7 +278,7 @@ INLINE vf activate(vf x, int act)
 {
     switch (act) {
     case SILU: return x / (1.0f + vexp(-x));
-    case GELU_TANH: return x * (0.5f + 0.5f * vtanh(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case GELU_TANH: return x * multiply_add(splat(0.5f), vtanh(0.7978845608f * multiply_add(0.044715f * x * x, x, x)), splat(0.5f));
     case GELU_ERF: return x * (0.5f + 0.5f * verf(x * 0.7071067812f));
     case RELU: return vmax(splat(0.0f), x); /* NaN stays */
     default: return x;
