@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
 
 from penstock.errors import ConfigurationError, PackageMissing
+from penstock.values import nearest
 
 
 def check_installed(package: str, remedy: str) -> None:
@@ -19,6 +19,4 @@ def check_names(engine: str, options: Mapping[str, object], names: Iterable[str]
     """Raise `ConfigurationError` for an option that the engine does not have, with the nearest one that it has."""
     known = list(names)
     if unknown := options.keys() - set(known):
-        nearest = difflib.get_close_matches(min(unknown), known, n=1)
-        hint = f": did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigurationError(f"{engine} has no option {min(unknown)!r}{hint}")
+        raise ConfigurationError(f"{engine} has no option {min(unknown)!r}{nearest(min(unknown), known)}")
