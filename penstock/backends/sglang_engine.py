@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penstock.api.arguments import Arguments
+from penstock.api.prompt import Prompt
 from penstock.backends.encoding import Encoder
-from penstock.backends.hosted import HostedEngine, HostedWork
+from penstock.backends.hosted import Completion, HostedEngine, HostedWork
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.request_params import plain_params
 from penstock.backends.sglang_outputs import PromptEntries, Stream, prompt_logprobs, refusal
@@ -26,6 +27,7 @@ from penstock.backends.streamed import StreamedRequest
 from penstock.errors import EngineStateError, ExecutionError, PenstockError, RequestError, described, text_of
 from penstock.generation import Params
 from penstock.sampling import SamplingParams
+from penstock.scores import FloatArray
 
 ABORT_S = 1.0  # the longest that SGLang is given to hand out what an aborted request has
 
@@ -70,13 +72,25 @@ class SGLangEngine(HostedEngine):
             raise dead()
         return self._sglang
 
-    def _new_scoring(self, ids: Sequence[int], params: Params, logits: bool, entropies: bool) -> Scoring:
-        if logits:
-            raise RequestError(
-                "SGLang returns log probabilities, and no logits: use the native engine, or vLLM with "
-                'logprobs_mode="raw_logits"'
-            )
-        return Scoring.of(ids, params, are_logits=False, logits=False, entropies=entropies, engine="SGLang")
+    async def distributions(
+        self, prompts: Prompt | Sequence[Prompt], completions: Completion | Sequence[Completion]
+    ) -> list[FloatArray]:
+        """The log probability of every token of the vocabulary in front of each token of a completion.
+
+        float32 [R, vocab] for a completion of R tokens, under the model. Raises `RequestError`, and whatever awaiting a
+        request raises.
+        """
+        scores = await self._score(prompts, completions, None, True, False)
+        return [score.logits for score in scores if score.logits is not None]
+
+    def _check_logits(self) -> None:
+        raise RequestError(
+            "SGLang returns log probabilities, and no logits: use the native engine, or vLLM with "
+            'logprobs_mode="raw_logits"'
+        )
+
+    def _new_scoring(self, ids: Sequence[int], params: Params, rows: bool, entropies: bool) -> Scoring:
+        return Scoring.of(ids, params, are_logits=False, logits=rows, entropies=entropies, engine="SGLang")
 
     async def _forget_prefixes(self) -> None:
         result = await self._running.answer(self._running.manager.flush_cache())

@@ -83,11 +83,13 @@ class VLLMEngine(HostedEngine):
     def _logprobs_mode(self) -> object:
         return self._options.get("logprobs_mode") if self._llm is None else self._llm.model_config.logprobs_mode
 
-    def _new_scoring(self, ids: Sequence[int], params: Params, logits: bool, entropies: bool) -> Scoring:
-        are_logits = self._logprobs_mode == "raw_logits"
-        if logits and not are_logits:
+    def _check_logits(self) -> None:
+        if self._logprobs_mode != "raw_logits":
             raise RequestError('this engine has no logits: make it with logprobs_mode="raw_logits"')
-        return Scoring.of(ids, params, are_logits=are_logits, logits=logits, entropies=entropies, engine="vLLM")
+
+    def _new_scoring(self, ids: Sequence[int], params: Params, rows: bool, entropies: bool) -> Scoring:
+        are_logits = self._logprobs_mode == "raw_logits"
+        return Scoring.of(ids, params, are_logits=are_logits, logits=rows, entropies=entropies, engine="vLLM")
 
     async def _forget_prefixes(self) -> None:
         await alive(self._llm, self._llm.reset_prefix_cache())
