@@ -16,6 +16,7 @@ from penstock.api.arguments import Arguments, read_arguments
 from penstock.api.channel import Channel
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt, as_batch, read_prompt
+from penstock.api.protocols import WithAdapters
 from penstock.api.waiting import result_of
 from penstock.api.weights import UpdateMode
 from penstock.backends.encoding import Encoder
@@ -116,6 +117,7 @@ class HostedEngine(StreamedEngine[HostedWork]):
         logits: bool = False,
         entropies: bool = False,
         namespace: str = "",
+        adapter: str = "",
         priority: RequestPriority = RequestPriority.NORMAL,
         deadline: float | None = None,
     ) -> list[Score]:
@@ -125,7 +127,10 @@ class HostedEngine(StreamedEngine[HostedWork]):
         """
         if logits:
             self._check_logits()
-        options: dict[str, Any] = {"namespace": namespace, "priority": priority, "deadline": deadline}
+        if adapter and not isinstance(self, WithAdapters):
+            raise RequestError(f"this engine serves no adapters: leave out adapter={adapter!r}")
+        options: dict[str, Any] = {"namespace": namespace, "adapter": adapter}
+        options |= {"priority": priority, "deadline": deadline}
         return await self._score(prompts, completions, params, logits, entropies, **options)
 
     async def _score(

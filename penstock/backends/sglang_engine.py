@@ -19,15 +19,25 @@ from penstock.backends.encoding import Encoder
 from penstock.backends.hosted import Completion, HostedEngine, HostedWork
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.request_params import plain_params
+from penstock.backends.sglang_adapters import SGLangAdapters
 from penstock.backends.sglang_outputs import PromptEntries, Stream, prompt_logprobs, refusal
 from penstock.backends.sglang_params import check_params, sglang_arguments
 from penstock.backends.sglang_process import SGLang, check_options, dead, start_sglang
 from penstock.backends.sglang_weights import SGLangWeights
 from penstock.backends.streamed import StreamedRequest
-from penstock.errors import EngineStateError, ExecutionError, PenstockError, RequestError, described, text_of
+from penstock.errors import (
+    EngineStateError,
+    ExecutionError,
+    PenstockError,
+    RequestAborted,
+    RequestError,
+    described,
+    text_of,
+)
 from penstock.generation import Params
 from penstock.sampling import SamplingParams
 from penstock.scores import FloatArray
+from penstock.values import text
 
 ABORT_S = 1.0  # the longest that SGLang is given to hand out what an aborted request has
 
@@ -48,6 +58,7 @@ class SGLangEngine(HostedEngine):
         super().__init__("penstock-sglang", os.fspath(model))
         self._options = options
         self._sglang: SGLang | None = None
+        self._adapters: SGLangAdapters | None = None
         self._aborts: set[asyncio.Task[None]] = set()
 
     @property
@@ -83,6 +94,41 @@ class SGLangEngine(HostedEngine):
         scores = await self._score(prompts, completions, None, True, False)
         return [score.logits for score in scores if score.logits is not None]
 
+    # Adapters.
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the loaded adapters."""
+        return [] if self._adapters is None else self._adapters.names()
+
+    async def load_adapter(self, name: str, source: object) -> None:
+        """Load a LoRA adapter, a folder that peft wrote, for requests with `adapter=name`.
+
+        Needs `enable_lora=True`, `max_lora_rank` and `lora_target_modules` among the options. A name that is loaded
+        already is replaced: requests that run keep the old one to their end. Raises `WeightsError`, `RequestError`.
+        """
+        if not text("name", name):
+            raise RequestError("an adapter needs a name: '' stands for none")
+        await self._run(lambda: self._opened_adapters().load(name, source))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; its requests end with `RequestAborted`. Raises `RequestError` for an unknown name."""
+        await self._run(lambda: self._unload_adapter(name))
+
+    async def _unload_adapter(self, name: str) -> None:
+        self._opened_adapters().own_name(name)
+        with self._lock:
+            requests = [request for request in self._requests.values() if request.arguments.adapter == name]
+        for request in requests:
+            self._cancel(request, RequestAborted(f"adapter {name!r} was unloaded"))
+        await self._opened_adapters().unload(name)
+
+    def _opened_adapters(self) -> SGLangAdapters:
+        assert self._adapters is not None, "the engine has not started"
+        return self._adapters
+
+    # Scores.
+
     def _check_logits(self) -> None:
         raise RequestError(
             "SGLang returns log probabilities, and no logits: use the native engine, or vLLM with "
@@ -105,6 +151,7 @@ class SGLangEngine(HostedEngine):
         self._sglang.attach(self._fail_all)
         self._encoder = Encoder(self._sglang.manager.tokenizer)
         self._weights = SGLangWeights(self._sglang, self.model)
+        self._adapters = SGLangAdapters(self._sglang)
 
     async def _close(self) -> None:
         assert self._sglang is not None
@@ -185,6 +232,7 @@ class SGLangEngine(HostedEngine):
             "rid": request.work.stream_ids[index],
             "priority": int(request.arguments.priority),
             "cache_salt": request.arguments.namespace or None,
+            "lora_path": self._opened_adapters().own_name(request.arguments.adapter),
         }
 
     def _interrupt(self, request: StreamedRequest[HostedWork], task: asyncio.Task[None]) -> None:
