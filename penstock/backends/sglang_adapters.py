@@ -35,8 +35,8 @@ class SGLangAdapters:
         if not name:
             return None
         if name not in self._own_names:
-            known = ", ".join(map(shown, self._own_names)) or "none"
-            raise RequestError(f"adapter {shown(name)} is not loaded (there is {known}): call load_adapter() first")
+            loaded = ", ".join(map(shown, self._own_names)) or "none"
+            raise RequestError(f"adapter {shown(name)} is not loaded (there is {loaded}): call load_adapter() first")
         return self._own_names[name]
 
     async def load(self, name: str, source: object) -> None:

@@ -243,10 +243,10 @@ def _backend(model_name: object, backend: str | InferenceBackend, options: Mappi
 
 def _check_names(backend: str, options: Mapping[str, Any]) -> None:
     """Raise `ConfigurationError` for the name of an argument that only looks like one, as far as it is known here."""
-    own = (*inspect.signature(InferenceModule).parameters, *inspect.signature(HuggingFaceBackend).parameters)
-    known = {*own, *EngineConfig.model_fields, *ALIASES}
+    arguments = (*inspect.signature(InferenceModule).parameters, *inspect.signature(HuggingFaceBackend).parameters)
+    names = {*arguments, *EngineConfig.model_fields, *ALIASES}
     # vLLM and SGLang check their options when they start.
-    unknown = options.keys() - known if backend == "huggingface" else options.keys() & {"model"}
+    unknown = options.keys() - names if backend == "huggingface" else options.keys() & {"model"}
     if unknown:
-        hint = nearest(min(unknown), known | {"model"}).replace("'model'", "'model_name'")
+        hint = nearest(min(unknown), names | {"model"}).replace("'model'", "'model_name'")
         raise ConfigurationError(f"unknown setting {min(unknown)!r}{hint}")
