@@ -23,12 +23,17 @@ class SGLangAdapters:
     def __init__(self, sglang: SGLang) -> None:
         self._sglang = sglang
         self._own_names: dict[str, str] = {}
+        self._generations: dict[str, int] = {}
         self._numbers = count(1)
         self._unloads: set[asyncio.Task[None]] = set()
 
     def names(self) -> list[str]:
         """The loaded adapters. Any thread."""
         return list(self._own_names)
+
+    def generation(self, name: str) -> int:
+        """The number of the load that made the adapter; 0 while none is loaded. Any thread."""
+        return self._generations.get(name, 0)
 
     def own_name(self, name: str) -> str | None:
         """SGLang's name of an adapter; None for no adapter. Raises `RequestError` for an unknown one."""
@@ -42,18 +47,20 @@ class SGLangAdapters:
     async def load(self, name: str, source: object) -> None:
         """See `SGLangEngine.load_adapter`."""
         folder = await asyncio.to_thread(_check_folder, source)
-        own_name = f"{name}@{next(self._numbers)}"
+        generation = next(self._numbers)
+        own_name = f"{name}@{generation}"
         await self._carry_out(self._sglang.engine.async_load_lora_adapter(own_name, str(folder)), f"load {folder}")
         replaced, self._own_names[name] = self._own_names.get(name), own_name
+        self._generations[name] = generation
         if replaced is not None:  # SGLang waits for the requests that run with it
             self._keep(asyncio.ensure_future(self._unload(replaced)))
 
     async def unload(self, name: str) -> None:
-        """See `SGLangEngine.unload_adapter`, which ends the requests."""
+        """See `SGLangEngine.unload_adapter`: SGLang waits for the requests."""
         own_name = self.own_name(name)
         if own_name is None:
             raise RequestError("'' stands for no adapter: name one")
-        del self._own_names[name]
+        del self._own_names[name], self._generations[name]
         await self._unload(own_name)
 
     async def _unload(self, own_name: str) -> None:

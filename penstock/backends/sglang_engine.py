@@ -29,7 +29,6 @@ from penstock.errors import (
     EngineStateError,
     ExecutionError,
     PenstockError,
-    RequestAborted,
     RequestError,
     described,
     text_of,
@@ -112,16 +111,16 @@ class SGLangEngine(HostedEngine):
         await self._run(lambda: self._opened_adapters().load(name, source))
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; its requests end with `RequestAborted`. Raises `RequestError` for an unknown name."""
-        await self._run(lambda: self._unload_adapter(name))
+        """Refuse new requests with an adapter, and forget it once those that run with it have ended.
 
-    async def _unload_adapter(self, name: str) -> None:
-        self._opened_adapters().own_name(name)
-        with self._lock:
-            requests = [request for request in self._requests.values() if request.arguments.adapter == name]
-        for request in requests:
-            self._cancel(request, RequestAborted(f"adapter {name!r} was unloaded"))
-        await self._opened_adapters().unload(name)
+        Raises `RequestError` for an unknown name.
+        """
+        name = text("name", name)
+        await self._run(lambda: self._opened_adapters().unload(name))
+
+    def adapter_generation(self, name: str) -> int:
+        """A number that is new with every load of an adapter of this name; 0 while none is loaded."""
+        return 0 if self._adapters is None else self._adapters.generation(name)
 
     def _opened_adapters(self) -> SGLangAdapters:
         assert self._adapters is not None, "the engine has not started"

@@ -19,7 +19,7 @@ from penstock.backends.prompt_scores import Scoring
 from penstock.backends.streamed import StreamedRequest
 from penstock.backends.vllm_outputs import add_output
 from penstock.backends.vllm_params import check_params, structure_arguments, vllm_arguments, vllm_priority
-from penstock.backends.vllm_process import check_options, start_vllm
+from penstock.backends.vllm_process import check_options, start_vllm, stop_vllm
 from penstock.backends.vllm_weights import VLLMWeights, alive, dead
 from penstock.errors import (
     EngineOverloaded,
@@ -105,10 +105,7 @@ class VLLMEngine(HostedEngine):
     async def _close(self) -> None:
         self._encoding().close()
         if self._owns_llm:
-            await asyncio.to_thread(self._llm.shutdown)
-            # vLLM calls it again when the object is deleted, which may be when the interpreter exits and its modules
-            # are empty.
-            self._llm.shutdown = lambda timeout=None: None
+            await asyncio.to_thread(stop_vllm, self._llm)
 
     # Requests.
 

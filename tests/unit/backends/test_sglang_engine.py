@@ -430,6 +430,7 @@ async def test_a_request_has_the_adapter_that_it_names(adapter: Path) -> None:
         assert engine.adapters == []
         await engine.load_adapter("policy", adapter)
         assert engine.adapters == ["policy"]
+        assert engine.adapter_generation("policy") == 1
         running = engine.generate([1], SamplingParams(temperature=0, max_tokens=60), adapter="policy")
         await anext(running)
         await engine.load_adapter("policy", str(adapter))
@@ -442,10 +443,11 @@ async def test_a_request_has_the_adapter_that_it_names(adapter: Path) -> None:
         assert len((await running).generated_ids) == 60  # with what it had
         await engine.unload_adapter("policy")
         assert engine.adapters == []
+        assert engine.adapter_generation("policy") == 0
         assert [entry for entry in manager.log if entry[0] == "unload"] == [("unload", first), ("unload", others[0])]
 
 
-async def test_unloading_an_adapter_ends_its_requests(adapter: Path) -> None:
+async def test_unloading_an_adapter_lets_its_requests_end(adapter: Path) -> None:
     async with SGLangEngine("m", enable_lora=True) as engine:
         await engine.load_adapter("policy", adapter)
         handles = [
@@ -453,12 +455,14 @@ async def test_unloading_an_adapter_ends_its_requests(adapter: Path) -> None:
         ]
         for handle in handles:
             await anext(handle)
-        await engine.unload_adapter("policy")
-        with pytest.raises(RequestAborted, match="adapter 'policy' was unloaded") as caught:
-            await handles[0]
-        assert caught.value.output is not None
-        assert caught.value.output.generated_ids
-        assert len((await handles[1]).generated_ids) == 100
+        unload = asyncio.ensure_future(engine.unload_adapter("policy"))
+        while engine.adapters:  # until it has begun
+            await engine.generate([1], PARAMS)
+        with pytest.raises(RequestError, match="is not loaded"):
+            await engine.generate([1], PARAMS, adapter="policy")
+        assert not unload.done()
+        assert [len((await handle).generated_ids) for handle in handles] == [100, 100]
+        await unload
 
 
 async def test_adapters_that_are_none_are_refused(engine: SGLangEngine, adapter: Path) -> None:
