@@ -35,6 +35,12 @@ class _Scalar(Protocol):
     def item(self) -> object: ...
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the one that was probably meant, or nothing."""
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f": did you mean {matches[0]!r}?" if matches else ""
+
+
 def suggests_keywords(cls: type[T]) -> type[T]:
     """A class whose constructor answers an unknown keyword with a `TypeError` that names the nearest known one."""
     construct = cls.__init__
@@ -43,9 +49,7 @@ def suggests_keywords(cls: type[T]) -> type[T]:
     @functools.wraps(construct)
     def explained(self: T, *args: object, **keywords: object) -> None:
         if unknown := keywords.keys() - names:
-            matches = difflib.get_close_matches(min(unknown), names, n=1)
-            hint = f": did you mean {matches[0]!r}?" if matches else ""
-            raise TypeError(f"{cls.__name__} has no parameter {min(unknown)!r}{hint}")
+            raise TypeError(f"{cls.__name__} has no parameter {min(unknown)!r}{nearest(min(unknown), names)}")
         construct(self, *args, **keywords)
 
     cls.__init__ = explained  # type: ignore[assignment]

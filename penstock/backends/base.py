@@ -7,8 +7,9 @@ here. May be called from any number of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from penstock.api.blocking import run
@@ -125,7 +126,7 @@ class BaseBackend:
         float32, of the model at a temperature above 0. Raises `RequestError`.
         """
         heat = real("temperature", temperature, 1e-6, 1e6, "a number above 0")
-        rows = self._scores(prompts, responses, True, False)
+        rows = self._nonempty(prompts, responses, self._loaded().adistributions)
         return _like(prompts, [_softmax(row, heat) for row in rows])
 
     def encode(self, text: str | Sequence[str]) -> Any:
@@ -168,11 +169,15 @@ class BaseBackend:
     def _scores(self, prompts: Prompts, responses: Responses, logits: bool, gradients: bool) -> list[Any]:
         """One array of each response, or one tensor with gradients."""
         backend = self._loaded()
+        score = backend.ascore_with_gradients if gradients else backend.ascore
+        return self._nonempty(prompts, responses, partial(score, logits=logits))
+
+    def _nonempty(self, prompts: Prompts, responses: Responses, score: Callable[..., Any]) -> list[Any]:
+        """What `score` returns, also of empty responses."""
         completions = as_responses(responses)
         # An empty response has no tokens to score: that of another one tells how wide its rows are.
         scored = [response if len(response) else [0] for response in completions]
-        score = backend.ascore_with_gradients if gradients else backend.ascore
-        rows: list[Any] = run(score(prompts, scored, logits=logits))
+        rows: list[Any] = run(score(prompts, scored))
         pairs: list[tuple[Any, Completion]] = list(zip(rows, completions, strict=True))
         return [row if len(response) else row[:0] for row, response in pairs]
 
@@ -182,7 +187,12 @@ class BaseBackend:
         texts, ids = result.texts, result.token_ids
         columns: dict[str, Sequence[Any]] = {"text": texts, "token_ids": ids, "finish_reason": reasons}
         if details.logits or details.probs:
-            rows = self._scores(*pairs, True, details.gradients)
+            has_logits = details.logits or details.gradients
+            rows = (
+                self._scores(*pairs, True, details.gradients)
+                if has_logits
+                else self._nonempty(*pairs, self._loaded().adistributions)
+            )
             columns |= {"logits": rows} if details.logits else {}
             columns |= {"probs": [_softmax(row, details.temperature) for row in rows]} if details.probs else {}
         if details.gradients:

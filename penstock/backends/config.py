@@ -115,9 +115,7 @@ class VLLMBackendConfig:
         _check_count("tensor_parallel_size", self.tensor_parallel_size)
         _check_fraction("gpu_memory_utilization", self.gpu_memory_utilization)
         _check_count("max_model_len", self.max_model_len)
-        _mapping("options", self.options)
-        if taken := {"tensor_parallel_size", "gpu_memory_utilization", "max_model_len"} & self.options.keys():
-            raise ConfigurationError(f"{min(taken)} does not belong into options: set it beside them")
+        _check_options(self.options, "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
 
     def check_available(self) -> None:
         """Raises `PackageMissing` without vLLM."""
@@ -155,9 +153,7 @@ class SGLangBackendConfig:
         _check_count("tp_size", self.tp_size)
         _check_fraction("mem_fraction_static", self.mem_fraction_static)
         _check_count("context_length", self.context_length)
-        _mapping("options", self.options)
-        if taken := {"tp_size", "mem_fraction_static", "context_length"} & self.options.keys():
-            raise ConfigurationError(f"{min(taken)} does not belong into options: set it beside them")
+        _check_options(self.options, "tp_size", "mem_fraction_static", "context_length")
 
     def check_available(self) -> None:
         """Raises `PackageMissing` without SGLang."""
@@ -240,6 +236,12 @@ def _mapping(name: str, values: object) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ConfigurationError(f"{name} must be a mapping, not {shown(values)}")
     return {str(key): value for key, value in values.items()}
+
+
+def _check_options(options: object, *settings: str) -> None:
+    """Raises `ConfigurationError` for no mapping, and for a setting that has a place of its own."""
+    if misplaced := _mapping("options", options).keys() & set(settings):
+        raise ConfigurationError(f"{min(misplaced)} does not belong into options: set it beside them")
 
 
 def _check_keys(place: str, values: Mapping[str, object], known: Any) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from penstock.errors import ConfigurationError, PackageMissing
+from penstock.values import nearest
 
 
 def check_installed(package: str, remedy: str) -> None:
@@ -15,10 +15,7 @@ def check_installed(package: str, remedy: str) -> None:
         raise PackageMissing(remedy)
 
 
-def check_names(engine: str, options: Mapping[str, object], names: Iterable[str]) -> None:
+def check_names(engine: str, options: Mapping[str, object], names: Collection[str]) -> None:
     """Raise `ConfigurationError` for an option that the engine does not have, with the nearest one that it has."""
-    known = list(names)
-    if unknown := options.keys() - set(known):
-        nearest = difflib.get_close_matches(min(unknown), known, n=1)
-        hint = f": did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigurationError(f"{engine} has no option {min(unknown)!r}{hint}")
+    if unknown := options.keys() - set(names):
+        raise ConfigurationError(f"{engine} has no option {min(unknown)!r}{nearest(min(unknown), names)}")

@@ -16,6 +16,7 @@ from penstock.api.arguments import Arguments, read_arguments
 from penstock.api.channel import Channel
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt, as_batch, read_prompt
+from penstock.api.protocols import WithAdapters
 from penstock.api.waiting import result_of
 from penstock.api.weights import UpdateMode
 from penstock.backends.encoding import Encoder
@@ -51,7 +52,7 @@ class HostedEngine(StreamedEngine[HostedWork]):
         self._encoder: Encoder | None = None
         self._weights: HostedWeights | None = None
 
-    # What a subclass does; all of it once the engine is open, but `_new_scoring`.
+    # What a subclass does; all of it once the engine is open, but what concerns scores.
 
     @property
     @abstractmethod
@@ -69,7 +70,11 @@ class HostedEngine(StreamedEngine[HostedWork]):
         """The model's own parameters."""
 
     @abstractmethod
-    def _new_scoring(self, ids: Sequence[int], params: Params, logits: bool, entropies: bool) -> Scoring:
+    def _check_logits(self) -> None:
+        """Raise `RequestError` if this engine returns no logits."""
+
+    @abstractmethod
+    def _new_scoring(self, ids: Sequence[int], params: Params, rows: bool, entropies: bool) -> Scoring:
         """A completion to score. Raises `RequestError`."""
 
     @abstractmethod
@@ -112,6 +117,7 @@ class HostedEngine(StreamedEngine[HostedWork]):
         logits: bool = False,
         entropies: bool = False,
         namespace: str = "",
+        adapter: str = "",
         priority: RequestPriority = RequestPriority.NORMAL,
         deadline: float | None = None,
     ) -> list[Score]:
@@ -119,16 +125,31 @@ class HostedEngine(StreamedEngine[HostedWork]):
 
         Raises `RequestError`, also for what this engine cannot return, and whatever awaiting a request raises.
         """
+        if logits:
+            self._check_logits()
+        if adapter and not isinstance(self, WithAdapters):
+            raise RequestError(f"this engine serves no adapters: leave out adapter={adapter!r}")
+        options: dict[str, Any] = {"namespace": namespace, "adapter": adapter}
+        options |= {"priority": priority, "deadline": deadline}
+        return await self._score(prompts, completions, params, logits, entropies, **options)
+
+    async def _score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Completion | Sequence[Completion],
+        params: Params,
+        rows: bool,
+        entropies: bool,
+        **options: Any,
+    ) -> list[Score]:
+        """`score`; with `rows`, what the engine reports of the whole vocabulary is in `logits`, whatever it is."""
         batch, completed = as_batch(prompts), as_batch(completions)
         if len(batch) != len(completed):
             raise RequestError(f"{len(batch)} prompts and {len(completed)} completions: pass one for each")
-        arguments = [
-            read_arguments(prompt, params, namespace=namespace, priority=priority, deadline=deadline)
-            for prompt in batch
-        ]
+        arguments = [read_arguments(prompt, params, **options) for prompt in batch]
         ids = [await self._completion_ids(completion) for completion in completed]
         scored = arguments[0].params if arguments else None
-        works = [HostedWork(self._new_scoring(tokens, scored, logits, entropies)) for tokens in ids]
+        works = [HostedWork(self._new_scoring(tokens, scored, rows, entropies)) for tokens in ids]
         handles = [self._submit_work(*pair) for pair in zip(arguments, works, strict=True)]
         for handle in handles:
             await handle

@@ -27,10 +27,10 @@ def changed(params: SamplingParams) -> list[str]:
     return [field.name for field in fields(params) if field.init and not _is_default(params, field.name)]
 
 
-def refuse_unknown(engine: str, params: SamplingParams, known: Collection[str]) -> None:
+def refuse_unknown(engine: str, params: SamplingParams, names: Collection[str]) -> None:
     """Raise `RequestError` for a parameter that an engine of this name does not have, unless it is its default."""
     for name in changed(params):
-        if name not in known:
+        if name not in names:
             raise RequestError(f"{engine} has no {name} in a request: leave it out, or use the native engine")
 
 

@@ -14,18 +14,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penstock.api.arguments import Arguments
+from penstock.api.prompt import Prompt
 from penstock.backends.encoding import Encoder
-from penstock.backends.hosted import HostedEngine, HostedWork
+from penstock.backends.hosted import Completion, HostedEngine, HostedWork
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.request_params import plain_params
+from penstock.backends.sglang_adapters import SGLangAdapters
 from penstock.backends.sglang_outputs import PromptEntries, Stream, prompt_logprobs, refusal
 from penstock.backends.sglang_params import check_params, sglang_arguments
 from penstock.backends.sglang_process import SGLang, check_options, dead, start_sglang
 from penstock.backends.sglang_weights import SGLangWeights
 from penstock.backends.streamed import StreamedRequest
-from penstock.errors import EngineStateError, ExecutionError, PenstockError, RequestError, described, text_of
+from penstock.errors import (
+    EngineStateError,
+    ExecutionError,
+    PenstockError,
+    RequestError,
+    described,
+    text_of,
+)
 from penstock.generation import Params
 from penstock.sampling import SamplingParams
+from penstock.scores import FloatArray
+from penstock.values import text
 
 ABORT_S = 1.0  # the longest that SGLang is given to hand out what an aborted request has
 
@@ -46,6 +57,7 @@ class SGLangEngine(HostedEngine):
         super().__init__("penstock-sglang", os.fspath(model))
         self._options = options
         self._sglang: SGLang | None = None
+        self._adapters: SGLangAdapters | None = None
         self._aborts: set[asyncio.Task[None]] = set()
 
     @property
@@ -70,13 +82,60 @@ class SGLangEngine(HostedEngine):
             raise dead()
         return self._sglang
 
-    def _new_scoring(self, ids: Sequence[int], params: Params, logits: bool, entropies: bool) -> Scoring:
-        if logits:
-            raise RequestError(
-                "SGLang returns log probabilities, and no logits: use the native engine, or vLLM with "
-                'logprobs_mode="raw_logits"'
-            )
-        return Scoring.of(ids, params, are_logits=False, logits=False, entropies=entropies, engine="SGLang")
+    async def distributions(
+        self, prompts: Prompt | Sequence[Prompt], completions: Completion | Sequence[Completion]
+    ) -> list[FloatArray]:
+        """The log probability of every token of the vocabulary in front of each token of a completion.
+
+        float32 [R, vocab] for a completion of R tokens, under the model. Raises `RequestError`, and whatever awaiting a
+        request raises.
+        """
+        scores = await self._score(prompts, completions, None, True, False)
+        return [score.logits for score in scores if score.logits is not None]
+
+    # Adapters.
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the loaded adapters."""
+        return [] if self._adapters is None else self._adapters.names()
+
+    async def load_adapter(self, name: str, source: object) -> None:
+        """Load a LoRA adapter, a folder that peft wrote, for requests with `adapter=name`.
+
+        Needs `enable_lora=True`, `max_lora_rank` and `lora_target_modules` among the options. A name that is loaded
+        already is replaced: requests that run keep the old one to their end. Raises `WeightsError`, `RequestError`.
+        """
+        if not text("name", name):
+            raise RequestError("an adapter needs a name: '' stands for none")
+        await self._run(lambda: self._opened_adapters().load(name, source))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests with an adapter, and forget it once those that run with it have ended.
+
+        Raises `RequestError` for an unknown name.
+        """
+        name = text("name", name)
+        await self._run(lambda: self._opened_adapters().unload(name))
+
+    def adapter_generation(self, name: str) -> int:
+        """A number that is new with every load of an adapter of this name; 0 while none is loaded."""
+        return 0 if self._adapters is None else self._adapters.generation(name)
+
+    def _opened_adapters(self) -> SGLangAdapters:
+        assert self._adapters is not None, "the engine has not started"
+        return self._adapters
+
+    # Scores.
+
+    def _check_logits(self) -> None:
+        raise RequestError(
+            "SGLang returns log probabilities, and no logits: use the native engine, or vLLM with "
+            'logprobs_mode="raw_logits"'
+        )
+
+    def _new_scoring(self, ids: Sequence[int], params: Params, rows: bool, entropies: bool) -> Scoring:
+        return Scoring.of(ids, params, are_logits=False, logits=rows, entropies=entropies, engine="SGLang")
 
     async def _forget_prefixes(self) -> None:
         result = await self._running.answer(self._running.manager.flush_cache())
@@ -91,6 +150,7 @@ class SGLangEngine(HostedEngine):
         self._sglang.attach(self._fail_all)
         self._encoder = Encoder(self._sglang.manager.tokenizer)
         self._weights = SGLangWeights(self._sglang, self.model)
+        self._adapters = SGLangAdapters(self._sglang)
 
     async def _close(self) -> None:
         assert self._sglang is not None
@@ -171,6 +231,7 @@ class SGLangEngine(HostedEngine):
             "rid": request.work.stream_ids[index],
             "priority": int(request.arguments.priority),
             "cache_salt": request.arguments.namespace or None,
+            "lora_path": self._opened_adapters().own_name(request.arguments.adapter),
         }
 
     def _interrupt(self, request: StreamedRequest[HostedWork], task: asyncio.Task[None]) -> None:

@@ -161,12 +161,12 @@ class PromptEntries:
     @classmethod
     def of(cls, meta: Meta, prompt_len: int) -> PromptEntries:
         """Those of a prompt of `prompt_len` tokens, the last of which were asked for."""
-        own = meta["input_token_logprobs"]
-        tops = _tops(meta.get("input_top_logprobs"), 0, len(own))
-        flat = cls([], [], [0] * (prompt_len - len(own)), [0] * (prompt_len - len(own)))
-        for entry, others in zip(own, tops, strict=True):
+        entries = meta["input_token_logprobs"]
+        tops = _tops(meta.get("input_top_logprobs"), 0, len(entries))
+        flat = cls([], [], [0] * (prompt_len - len(entries)), [0] * (prompt_len - len(entries)))
+        for entry, likeliest in zip(entries, tops, strict=True):
             flat.start_indices.append(len(flat.logprobs))
-            for logprob, token, _ in (entry, *others):
+            for logprob, token, _ in (entry, *likeliest):
                 if logprob is not None:
                     flat.logprobs.append(logprob)
                     flat.token_ids.append(token)

@@ -22,7 +22,7 @@ from penstock.api.channel import Channel, RequestStatus
 from penstock.api.event_loop import LoopThread
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
-from penstock.api.protocols import Callback
+from penstock.api.protocols import Callback, WithAdapters
 from penstock.api.transcript import Transcript
 from penstock.api.waiting import Wakeups, call_on_loop
 from penstock.errors import (
@@ -165,9 +165,10 @@ class StreamedEngine(ABC, Generic[W]):
         deadline: float | None = None,
         ttft_deadline: float | None = None,
         namespace: str = "",
+        adapter: str = "",
         callback: Callback | None = None,
     ) -> RequestHandle:
-        """See `Engine.generate`. Raises `RequestError` for parameters that the engine does not have."""
+        """See `Engine.generate`. Raises `RequestError` for parameters, or an adapter, that the engine does not have."""
         arguments = read_arguments(
             prompt,
             params,
@@ -175,8 +176,11 @@ class StreamedEngine(ABC, Generic[W]):
             deadline=deadline,
             ttft_deadline=ttft_deadline,
             namespace=namespace,
+            adapter=adapter,
             callback=callback,
         )
+        if arguments.adapter and not isinstance(self, WithAdapters):
+            raise RequestError(f"this engine serves no adapters: leave out adapter={arguments.adapter!r}")
         request_id, (work, num_completions) = check_id(request_id), self._prepare(arguments)
         channel = Channel(request_id, arguments.priority, arguments.deadline)
         channel.prompt, channel.prompt_token_ids = arguments.prompt.text, arguments.prompt.token_ids or []

@@ -19,7 +19,7 @@ from penstock.backends.prompt_scores import Scoring
 from penstock.backends.streamed import StreamedRequest
 from penstock.backends.vllm_outputs import add_output
 from penstock.backends.vllm_params import check_params, structure_arguments, vllm_arguments, vllm_priority
-from penstock.backends.vllm_process import check_options, start_vllm
+from penstock.backends.vllm_process import check_options, start_vllm, stop_vllm
 from penstock.backends.vllm_weights import VLLMWeights, alive, dead
 from penstock.errors import (
     EngineOverloaded,
@@ -83,11 +83,13 @@ class VLLMEngine(HostedEngine):
     def _logprobs_mode(self) -> object:
         return self._options.get("logprobs_mode") if self._llm is None else self._llm.model_config.logprobs_mode
 
-    def _new_scoring(self, ids: Sequence[int], params: Params, logits: bool, entropies: bool) -> Scoring:
-        are_logits = self._logprobs_mode == "raw_logits"
-        if logits and not are_logits:
+    def _check_logits(self) -> None:
+        if self._logprobs_mode != "raw_logits":
             raise RequestError('this engine has no logits: make it with logprobs_mode="raw_logits"')
-        return Scoring.of(ids, params, are_logits=are_logits, logits=logits, entropies=entropies, engine="vLLM")
+
+    def _new_scoring(self, ids: Sequence[int], params: Params, rows: bool, entropies: bool) -> Scoring:
+        are_logits = self._logprobs_mode == "raw_logits"
+        return Scoring.of(ids, params, are_logits=are_logits, logits=rows, entropies=entropies, engine="vLLM")
 
     async def _forget_prefixes(self) -> None:
         await alive(self._llm, self._llm.reset_prefix_cache())
@@ -103,10 +105,7 @@ class VLLMEngine(HostedEngine):
     async def _close(self) -> None:
         self._encoding().close()
         if self._owns_llm:
-            await asyncio.to_thread(self._llm.shutdown)
-            # vLLM calls it again when the object is deleted, which may be when the interpreter exits and its modules
-            # are empty.
-            self._llm.shutdown = lambda timeout=None: None
+            await asyncio.to_thread(stop_vllm, self._llm)
 
     # Requests.
 

@@ -1,4 +1,4 @@
-"""`start_vllm`: makes vLLM's `AsyncLLM`, without a trace in the process that makes it.
+"""`start_vllm`: makes vLLM's `AsyncLLM`, without a trace in the process that makes it; `stop_vllm`.
 
 Imports vLLM, which takes seconds, only when called. Called by `VLLMEngine`, on a thread that is not the main one, so
 that vLLM can install no signal handler.
@@ -58,3 +58,12 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **options))
         except Exception as error:
             raise ConfigurationError(f"vLLM cannot start {model}: {described(error)}") from error
+
+
+def stop_vllm(llm: Any) -> None:
+    """End an `AsyncLLM` and its process.
+
+    vLLM does so again when the object is deleted, which may be when the interpreter exits and its modules are empty.
+    """
+    llm.shutdown()
+    llm.shutdown = lambda timeout=None: None

@@ -229,6 +229,13 @@ class Assembly:
         self._metrics = metrics
         self._advisor = advisor
         self._log = log
+        self._last_weight_version = 0  # when the parts were released
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights; once all is released, the last one."""
+        parts = self.parts
+        return self._last_weight_version if parts is None else parts.runner.weight_version
 
     async def boot(self, worker: Worker) -> EngineCore:
         """Load the model and build everything around it, once. Raises `ConfigurationError`, `OutOfMemory`."""
@@ -257,6 +264,7 @@ class Assembly:
 
     def close(self) -> None:
         """Release all parts."""
+        self._last_weight_version = self.weight_version
         parts, self.parts = self.parts, None
         if parts is not None:
             parts.close()

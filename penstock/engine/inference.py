@@ -247,9 +247,10 @@ class InferenceEngine(Capabilities, Updates):
     def weight_version(self) -> int:
         """The version of the weights that steps run with: 0 at first, and one more after every update.
 
-        A borrowed module whose adapters, hooks or submodules were changed outside of an update counts as updated.
+        A borrowed module whose adapters, hooks or submodules were changed outside of an update counts as updated. A
+        stopped engine has the last one.
         """
-        return 0 if self._assembly.parts is None else self._assembly.parts.runner.weight_version
+        return self._assembly.weight_version
 
     @property
     def adapters(self) -> list[str]:
@@ -279,7 +280,7 @@ class InferenceEngine(Capabilities, Updates):
     def get_stats(self) -> EngineStats:
         """Status, queue, cache, latency percentiles and rates, memory, configuration, loaded model."""
         parts = None if self._host.closed else self._assembly.parts
-        return figures(self.config, self._host, self._admission, self._metrics, parts)
+        return figures(self.config, self._host, self._admission, self._metrics, parts, self.weight_version)
 
     @property
     def batching_optimizer(self) -> BatchingOptimizer:

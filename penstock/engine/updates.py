@@ -42,15 +42,19 @@ class UpdateBlock:
         self._engine = engine
         self._mode = mode
         self._stale_kv = stale_kv
+        self._has_begun = False
 
     async def __aenter__(self) -> None:
         mode = self._mode
         await _carry_out(self._engine, lambda core: core.gate.begin_update(mode))
+        self._has_begun = True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stale_kv = self._stale_kv
+        if not self._has_begun:  # it would end another block's update
+            raise EngineStateError("this update has not begun, or has ended: use `async with engine.updating()`")
+        self._has_begun, stale_kv = False, self._stale_kv
         try:
             await _carry_out(self._engine, lambda core: core.gate.end_update(stale_kv), can_be_cancelled=False)
         except Exception as failure:

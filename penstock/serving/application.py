@@ -135,9 +135,7 @@ def app(
 
 def _add_routes(api: FastAPI, server: Server, routes: Sequence[_Route]) -> None:
     for route in routes:
-        extra = described(route.path, route.body, route.answers, route.errors)
-        name, endpoint = route.handler.__name__, _endpoint(server, route.handler)
-        api.add_api_route(route.path, endpoint, methods=[route.method], name=name, openapi_extra=extra)
+        _add_route(api, server, route)
     setattr(api, "openapi", openapi_of(api, [route.body for route in routes if route.body is not None]))  # noqa: B010
 
 
@@ -159,6 +157,12 @@ def _lifespan_of(server: Server, inner: Lifespan | None) -> Callable[[FastAPI], 
                 await server.tinker.close()
 
     return lifespan
+
+
+def _add_route(api: FastAPI, server: Server, route: _Route) -> None:
+    extra = described(route.path, route.body, route.answers, route.errors)
+    name, endpoint = route.handler.__name__, _endpoint(server, route.handler)
+    api.add_api_route(route.path, endpoint, methods=[route.method], name=name, openapi_extra=extra)
 
 
 def _endpoint(server: Server, handler: Handler) -> Callable[[Request], Awaitable[Response]]:

@@ -1,7 +1,8 @@
 """Chat messages of OpenAI's API as chat templates take them.
 
-Text parts become one string, missing content becomes empty, and reasoning may come under either of its names. A part
-that is not text is refused, because the models are text-only.
+Text parts become one string, and reasoning may come under either of its names. Only an assistant, who may have called
+tools instead, and a function may lack content, which then becomes empty. A part that is not text is refused, because
+the models are text-only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic_core import from_json
 
 from penstock.serving.errors import invalid
 
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_MAY_LACK_CONTENT = ("assistant", "function")
 
 
 def plain_messages(messages: Iterable[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -26,7 +27,9 @@ def _plain(message: Mapping[str, object], where: str) -> dict[str, object]:
     if not isinstance(role, str):
         raise invalid(f"{where} needs a role, such as user", f"{where}.role")
     plain = {name: value for name, value in message.items() if value is not None}
-    plain["content"] = _text(message.get("content"), f"{where}.content")
+    if "content" not in plain and role not in _MAY_LACK_CONTENT:
+        raise invalid(f"{where} needs content: a string, or a list of text parts", f"{where}.content")
+    plain["content"] = _text(plain.get("content"), f"{where}.content")
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     if role == "assistant" and isinstance(reasoning, str):
         plain["reasoning_content"] = plain["reasoning"] = reasoning

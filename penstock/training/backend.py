@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -29,6 +29,7 @@ from penstock.values import items, text
 T = TypeVar("T")
 Prompts = Prompt | Sequence[Prompt]
 Responses = Completion | Sequence[Completion]
+RowScorer = Callable[[list[Prompt], list[Completion]], Awaitable[Sequence[FloatArray | None]]]
 Tensor = Any  # a torch.Tensor; importing torch with the package would take seconds
 
 
@@ -167,6 +168,15 @@ class EngineBackend(InferenceBackend):
     ) -> list[FloatArray | None]:
         """The raw logits [R, vocab] or log probabilities [R] of each response of R tokens; None for an empty one."""
         options: Any = {"logits": logits} | self._adapter_options(adapter)
+
+        async def score(batch: list[Prompt], completions: list[Completion]) -> Sequence[FloatArray | None]:
+            scores = await self.engine.score(batch, completions, **options)
+            return [score.logits if logits else score.logprobs for score in scores]
+
+        return await self._rows(prompts, responses, score)
+
+    async def _rows(self, prompts: Prompts, responses: Responses, score: RowScorer) -> list[FloatArray | None]:
+        """What `score` returns of all responses that are not empty."""
         batch, completions = as_batch(prompts), as_responses(responses)
         if len(batch) != len(completions):
             raise RequestError(f"{len(completions)} responses for {len(batch)} prompts: pass one for each")
@@ -174,9 +184,16 @@ class EngineBackend(InferenceBackend):
         rows: list[FloatArray | None] = [None] * len(batch)
         if numbers:
             scored = [batch[i] for i in numbers], [completions[i] for i in numbers]
-            for number, score in zip(numbers, await self.engine.score(*scored, **options), strict=True):
-                rows[number] = score.logits if logits else score.logprobs
+            for number, row in zip(numbers, await score(*scored), strict=True):
+                rows[number] = row
         return rows
+
+    async def adistributions(self, prompts: Prompts, responses: Responses) -> list[FloatArray | None]:
+        """[R, vocab] for each response of R tokens, whose softmax is the model's distribution; None for an empty one.
+
+        The logits, unless the engine has log probabilities only.
+        """
+        return await self.ascore(prompts, responses, logits=True)
 
     async def ascore_with_gradients(self, prompts: Prompts, responses: Responses, *, logits: bool) -> list[Tensor]:
         """`ascore` as tensors with gradients; an empty response has an empty one.

@@ -6,6 +6,7 @@ bypasses. Every method may be called from any thread; requests of all threads ru
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from penstock.api.prompt import as_batch
 from penstock.api.weights import UpdateMode
 from penstock.cache.responses import ResponseCache, Unfreezable, frozen
+from penstock.config import ALIASES, EngineConfig
 from penstock.errors import ConfigurationError, shown
 from penstock.tools import FORMATS, ToolCall, ToolCallParser, format_named, tool_format_of
 from penstock.training.backend import InferenceBackend, Prompts, Responses, Tensor
@@ -23,7 +25,7 @@ from penstock.training.results import GenerationResult
 from penstock.training.sglang import SGLangBackend
 from penstock.training.tool_prompts import read_available_tools, with_tools
 from penstock.training.vllm import VLLMBackend, best_backend
-from penstock.values import integer
+from penstock.values import integer, nearest
 
 DEFAULT_CACHE_SIZE = 1000
 BACKENDS: Mapping[str, Callable[..., InferenceBackend]] = {
@@ -235,4 +237,16 @@ def _backend(model_name: object, backend: str | InferenceBackend, options: Mappi
         return backend
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ConfigurationError(f"there is no backend {shown(backend)}: use {', '.join(map(repr, BACKENDS))}")
+    _check_names(backend, options)
     return BACKENDS[backend](model_name, **options)
+
+
+def _check_names(backend: str, options: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for the name of an argument that only looks like one, as far as it is known here."""
+    arguments = (*inspect.signature(InferenceModule).parameters, *inspect.signature(HuggingFaceBackend).parameters)
+    names = {*arguments, *EngineConfig.model_fields, *ALIASES}
+    # vLLM and SGLang check their options when they start.
+    unknown = options.keys() - names if backend == "huggingface" else options.keys() & {"model"}
+    if unknown:
+        hint = nearest(min(unknown), names | {"model"}).replace("'model'", "'model_name'")
+        raise ConfigurationError(f"unknown setting {min(unknown)!r}{hint}")

@@ -259,6 +259,14 @@ def test_settings_reach_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (options.context_length, options.dtype) == (2048, "bfloat16")
     assert (made.encode("ab"), made.decode([97, 98]), made.generate("a", max_length=2)) == ([97, 98], "ab", " 0 1")
     assert made.get_logprobs("a", "bc").tolist() == [-98.0, -99.0]
+    row = np.array([-1.0 / (1 + token) for token in range(fake_sglang.VOCAB_SIZE)])  # its log probabilities, unscaled
+    for heat in (1.0, 0.5):
+        expected = np.exp(row / heat) / np.exp(row / heat).sum()
+        own = made.get_probabilities("a", "bc", temperature=heat)
+        np.testing.assert_allclose(own[1][:50], expected[:50], rtol=1e-4)
+        assert own.shape == (2, fake_sglang.VOCAB_SIZE)
+    assert made.generate("a", max_length=3, return_probs=True)["probs"].shape == (3, fake_sglang.VOCAB_SIZE)
+    assert made.get_probabilities("a", "").shape == (0, fake_sglang.VOCAB_SIZE)
     with pytest.raises(RequestError, match="no logits"):
         made.get_logits("a", "b")
     with pytest.raises(RequestError, match="computes no gradients"):

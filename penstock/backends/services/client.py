@@ -92,6 +92,14 @@ class InferenceServiceClient(ABC):
         """`generate` for event loops."""
         return await asyncio.to_thread(self.generate, messages, **kwargs)
 
+    def close(self) -> None:
+        """End the connections of this client; nothing unless a subclass has some."""
+        return None
+
+    async def aclose(self) -> None:
+        """`close` for event loops."""
+        await asyncio.to_thread(self.close)
+
     @property
     def completions(self) -> CompletionsWrapper:
         """Text completions in OpenAI's style: `client.completions.create(prompt=...)`."""

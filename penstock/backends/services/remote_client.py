@@ -42,6 +42,7 @@ class RemoteApiInferenceServiceClient(InferenceServiceClient):
         self.freeze_for_weight_sync = self.config.freeze_for_weight_sync
         self._model_tag = self.config.tag
         self._service_holder: Any = None
+        self._own_holder: TinkerServiceHolder | WeaverServiceHolder | None = None
 
     def set_service_holder(self, service_holder: Any) -> None:
         """Set the holder: a `ServiceHolder`, or any object with its two sampling methods."""
@@ -91,12 +92,17 @@ class RemoteApiInferenceServiceClient(InferenceServiceClient):
         )
         return prompt
 
+    def close(self) -> None:
+        """End the session of the holder that this client made; one that was set is its owner's to close."""
+        if self._own_holder is not None:
+            self._own_holder.close()
+
     def _messages(self, messages: Messages) -> Messages:
         return with_arguments_as_objects(messages) if self.config.parse_tool_call_arguments else messages
 
     def _holder(self) -> Any:
         if self._service_holder is None:
-            self._service_holder = _new_holder(self.config)
+            self._service_holder = self._own_holder = _new_holder(self.config)
         return self._service_holder
 
     def _format_as_openai_response(self, result: Json, *, is_chat: bool = False, version: int | None = None) -> Json:

@@ -34,6 +34,10 @@ class SdkServiceHolder(ServiceHolder):
         """Connect."""
 
     @abstractmethod
+    def _end(self, service: Client) -> None:
+        """Disconnect."""
+
+    @abstractmethod
     def _new_training(self, service: Client) -> Client:
         """A client that trains an adapter of the base model."""
 
@@ -78,6 +82,13 @@ class SdkServiceHolder(ServiceHolder):
             if self._path is None and not self.base_model:
                 raise ConfigurationError("there is nothing to sample from: pass base_model, or set a sampling path")
             self._sampling = self._new_sampling(self.get_service_client(), self._path)
+
+    def close(self) -> None:
+        """End the session; the service then frees the models that it made. A later call begins another."""
+        with self._lock:
+            service, self._service, self._training, self._sampling = self._service, None, None, None
+        if service is not None:
+            self._end(service)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer at `tokenizer_path`, or else the one that the service names."""

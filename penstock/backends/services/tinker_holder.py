@@ -91,6 +91,10 @@ class TinkerServiceHolder(SdkServiceHolder):
             raise ImportError("TinkerServiceHolder needs the package tinker: pip install 'penstock[tinker]'") from None
         return tinker.ServiceClient(base_url=self.base_url)
 
+    def _end(self, service: Client) -> None:
+        with sdk_errors("Tinker"):
+            service.close("success").result()
+
     def _new_training(self, service: Client) -> Client:
         with sdk_errors("Tinker"):
             return service.create_lora_training_client(self.base_model, rank=self.lora_rank).result()

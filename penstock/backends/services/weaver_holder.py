@@ -79,19 +79,16 @@ class WeaverServiceHolder(SdkServiceHolder):
         with sdk_errors("Weaver"):
             return str(self.get_training_client().save_weights_for_sampler(name=name))
 
-    def close(self) -> None:
-        """End the session; the service then frees the models that it made."""
-        with self._lock:
-            service, self._service, self._training, self._sampling = self._service, None, None, None
-        if service is not None:
-            service.close()
-
     def _new_service(self) -> Client:
         weaver = _weaver()
         with sdk_errors("Weaver"):
             service = weaver.ServiceClient(base_url=self.base_url)
             service.connect()
             return service
+
+    def _end(self, service: Client) -> None:
+        with sdk_errors("Weaver"):
+            service.close()
 
     def _new_training(self, service: Client) -> Client:
         options: Mapping[str, object] = {"training_mode": self.training_mode, "lora_config": {"rank": self.lora_rank}}

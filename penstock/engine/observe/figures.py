@@ -15,7 +15,12 @@ from penstock.scheduling.admission import Admission
 
 
 def figures(
-    config: EngineConfig, host: Host, admission: Admission, metrics: Metrics, parts: Parts | None
+    config: EngineConfig,
+    host: Host,
+    admission: Admission,
+    metrics: Metrics,
+    parts: Parts | None,
+    weight_version: int,
 ) -> EngineStats:
     """All statistics. Values that need a loaded model are empty, 0 or None without `parts`."""
     spec = parts.runner.spec if parts else None
@@ -30,7 +35,7 @@ def figures(
         "device": spec.device if spec else config.device,
         "model": spec.name if spec else None,
         "max_sequence_length": parts.inputs.limit if parts else None,
-        "weight_version": parts.runner.weight_version if parts else 0,
+        "weight_version": weight_version,
         "weight_bytes": spec.weight_bytes if spec else 0,
         "weight_mode": spec.weight_mode if spec else None,
         "packed_bytes": spec.packed_bytes if spec else 0,

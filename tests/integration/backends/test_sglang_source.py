@@ -84,7 +84,9 @@ def assert_like(stand_in: Callable[..., Any], real: Any) -> None:
 def test_the_engine_is_made_and_called_as_sglangs(source: Source) -> None:
     engine = source.definitions("entrypoints/engine.py")["Engine"]
     real = methods(engine)
-    for name in ("async_generate", "_launch_scheduler_processes", "_launch_detokenizer_subprocesses", "shutdown"):
+    for name in ("async_generate", "async_load_lora_adapter", "async_unload_lora_adapter"):
+        assert_like(getattr(fake_sglang.Engine, name), real[name])
+    for name in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses", "shutdown"):
         assert_like(getattr(fake_sglang.Engine, name), real[name])
     assert {"run_scheduler_process_func", "run_detokenizer_process_func"} <= set(fields(engine))
     text = source.text("entrypoints/engine.py")
@@ -140,6 +142,7 @@ def test_orders_have_sglangs_fields(source: Source) -> None:
         assert {field.name for field in dataclass_fields(order)} <= set(fields(real[order.__name__]))
     modes = get_args(get_type_hints(fake_sglang.PauseGenerationReqInput)["mode"])
     assert ast.unparse(real["PauseGenerationReqInput"]).count(repr(modes)[1:-1]) == 1
+    assert {"success", "error_message"} <= set(fields(real["LoRAUpdateOutput"]))
     assert {"success", "message"} <= set(fields(real["FlushCacheReqOutput"]))
 
 

@@ -18,7 +18,7 @@ import penstock
 from penstock import InferenceEngine
 from penstock.api.event_loop import LoopThread
 from penstock.backends.config import VLLMBackendConfig
-from penstock.backends.vllm_process import start_vllm
+from penstock.backends.vllm_process import start_vllm, stop_vllm
 from penstock.training.vllm import VLLMBackend
 
 RunningLLM: TypeAlias = tuple[Any, asyncio.AbstractEventLoop]  # an `AsyncLLM`, and the loop on which it runs
@@ -53,8 +53,7 @@ def running_llm(**options: Any) -> Iterator[RunningLLM]:
     try:
         yield llm, thread.loop
     finally:
-        llm.shutdown()
-        llm.shutdown = lambda: None  # vLLM calls it again at the interpreter's exit, when modules are empty
+        stop_vllm(llm)
         thread.close(wait=True)
 
 

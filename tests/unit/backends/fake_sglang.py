@@ -63,6 +63,9 @@ class ServerArgs:
     incremental_streaming_output: bool = False
     skip_tokenizer_init: bool = False
     weight_version: str = "default"
+    enable_lora: bool | None = None
+    max_lora_rank: int | None = None
+    lora_target_modules: list[str] | None = None
     tokenizer_worker_num: int = 1
     detokenizer_worker_num: int = 1
 
@@ -276,6 +279,7 @@ class Engine:
         logprob_start_len: int | None = None,
         top_logprobs_num: int | None = None,
         stream: bool = False,
+        lora_path: str | None = None,
         rid: str | None = None,
         priority: int | None = None,
         *,
@@ -283,6 +287,19 @@ class Engine:
     ) -> Any:
         call = {name: value for name, value in locals().items() if name != "self"}
         return self.tokenizer_manager.generate_request(call)
+
+    async def async_load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> Any:
+        self.tokenizer_manager.log.append(("load", lora_name, lora_path))
+        is_known = self.server_args.enable_lora
+        return SimpleNamespace(success=is_known, error_message=None if is_known else "LoRA is not enabled")
+
+    async def async_unload_lora_adapter(self, lora_name: str) -> Any:
+        manager = self.tokenizer_manager
+        calls = [call for call in manager.calls if call["lora_path"] == lora_name]
+        while any(call["rid"] not in manager.closed for call in calls):  # noqa: ASYNC110 - simple enough here
+            await asyncio.sleep(0.001)
+        manager.log.append(("unload", lora_name))
+        return SimpleNamespace(success=True, error_message=None)
 
     def shutdown(self) -> None:
         raise AssertionError("it would end all children of the program")

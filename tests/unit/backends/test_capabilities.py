@@ -34,6 +34,7 @@ METHODS = {
     "update_weights": "update_weights",
     "updating": "updating (a block in which weights change in place)",
     "sleep": "sleep, wake",
+    "load_adapter": "load_adapter, unload_adapter",
 }
 # A value for every parameter that is not its default.
 VALUES: dict[str, Any] = {

@@ -413,3 +413,70 @@ async def test_pauses_come_in_pairs(engine: SGLangEngine, manager: TokenizerMana
     with pytest.raises(RequestError, match="unknown"):
         await engine.pause("never")  # type: ignore[arg-type]
     assert manager.log[1:] == [("pause", "retract"), "continue"]
+
+
+# Adapters.
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    return tmp_path
+
+
+async def test_a_request_has_the_adapter_that_it_names(adapter: Path) -> None:
+    async with SGLangEngine("m", enable_lora=True, max_lora_rank=8, lora_target_modules=["q_proj"]) as engine:
+        manager = fake_sglang.Engine.made[-1].tokenizer_manager
+        assert engine.adapters == []
+        await engine.load_adapter("policy", adapter)
+        assert engine.adapters == ["policy"]
+        assert engine.adapter_generation("policy") == 1
+        running = engine.generate([1], SamplingParams(temperature=0, max_tokens=60), adapter="policy")
+        await anext(running)
+        await engine.load_adapter("policy", str(adapter))
+        await engine.generate([1], PARAMS, adapter="policy")
+        await engine.score([[1]], [[2]], adapter="policy")
+        await engine.generate([1], PARAMS)
+        first, *others = (call["lora_path"] for call in manager.calls)
+        assert first != others[0] == others[1]
+        assert others[2] is None
+        assert len((await running).generated_ids) == 60  # with what it had
+        await engine.unload_adapter("policy")
+        assert engine.adapters == []
+        assert engine.adapter_generation("policy") == 0
+        assert [entry for entry in manager.log if entry[0] == "unload"] == [("unload", first), ("unload", others[0])]
+
+
+async def test_unloading_an_adapter_lets_its_requests_end(adapter: Path) -> None:
+    async with SGLangEngine("m", enable_lora=True) as engine:
+        await engine.load_adapter("policy", adapter)
+        handles = [
+            engine.generate([1], SamplingParams(temperature=0, max_tokens=100), adapter=name) for name in ("policy", "")
+        ]
+        for handle in handles:
+            await anext(handle)
+        unload = asyncio.ensure_future(engine.unload_adapter("policy"))
+        while engine.adapters:  # until it has begun
+            await engine.generate([1], PARAMS)
+        with pytest.raises(RequestError, match="is not loaded"):
+            await engine.generate([1], PARAMS, adapter="policy")
+        assert not unload.done()
+        assert [len((await handle).generated_ids) for handle in handles] == [100, 100]
+        await unload
+
+
+async def test_adapters_that_are_none_are_refused(engine: SGLangEngine, adapter: Path) -> None:
+    with pytest.raises(RequestError, match=r"adapter 'policy' is not loaded \(there is none\)"):
+        await engine.generate([1], PARAMS, adapter="policy")
+    with pytest.raises(RequestError, match="is not loaded"):
+        await engine.unload_adapter("policy")
+    for name in ("", 3):
+        with pytest.raises(RequestError, match="name"):
+            await engine.load_adapter(name, adapter)  # type: ignore[arg-type]
+    with pytest.raises(WeightsError, match="from folders"):
+        await engine.load_adapter("policy", object())
+    with pytest.raises(WeightsError, match=r"no adapter_config\.json"):
+        await engine.load_adapter("policy", adapter / "none")
+    with pytest.raises(WeightsError, match="LoRA is not enabled"):
+        await engine.load_adapter("policy", adapter)
+    assert engine.adapters == []

@@ -115,6 +115,13 @@ def test_what_vllm_cannot_do_is_refused_before_anything_runs(
     assert not llm.calls
 
 
+async def test_an_engine_without_adapters_refuses_them(engine: VLLMEngine) -> None:
+    with pytest.raises(RequestError, match="no adapters: leave out adapter='policy'"):
+        engine.generate([1], PARAMS, adapter="policy")
+    with pytest.raises(RequestError, match="no adapters"):
+        await engine.score([[1]], [[2]], adapter="policy")
+
+
 async def test_errors_of_vllm_are_typed(engine: VLLMEngine) -> None:
     with pytest.raises(RequestError, match="out of the vocabulary"):
         await engine.generate([10**7], PARAMS)

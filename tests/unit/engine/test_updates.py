@@ -456,6 +456,31 @@ async def test_t15_requests_that_stand_still_cannot_be_waited_for(state: str) ->
         handle.cancel()
 
 
+async def test_a_block_that_was_not_entered_ends_no_update() -> None:
+    """It updated the weights, and ended the block of whoever was updating them."""
+    async with InferenceEngine(Model()) as engine:
+        block = engine.updating()
+        with pytest.raises(EngineStateError, match="has not begun, or has ended"):
+            await block.__aexit__(None, None, None)
+        async with block:
+            with pytest.raises(EngineStateError, match="has not begun"):
+                await engine.updating().__aexit__(None, None, None)
+        with pytest.raises(EngineStateError, match="has not begun"):
+            await block.__aexit__(None, None, None)
+        assert engine.weight_version == 1
+        async with block:
+            pass
+        assert engine.weight_version == 2
+
+
+async def test_a_stopped_engine_keeps_its_weight_version() -> None:
+    engine = InferenceEngine(Model())
+    async with engine, engine.updating():
+        pass
+    assert engine.weight_version == engine.get_stats()["weight_version"] == 1
+    assert InferenceEngine(Model()).weight_version == 0
+
+
 async def test_of_two_updates_at_once_one_is_refused_and_the_other_succeeds() -> None:
     async with engine_of() as engine:
         results = await asyncio.gather(*(engine.update_weights() for _ in range(8)), return_exceptions=True)

@@ -118,6 +118,17 @@ def test_an_empty_assistant_message_is_accepted(client: TestClient) -> None:
         assert client.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+def test_a_message_without_content_is_refused(client: TestClient, role: str) -> None:
+    """It counted as empty, and the model answered to nothing."""
+    for message in ({"role": role}, {"role": role, "content": None}):
+        response = client.post("/v1/chat/completions", json={**CHAT, "messages": [*CHAT["messages"], message]})  # type: ignore[misc]
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["param"], error["type"]) == ("messages.1.content", "invalid_request_error")
+        assert "needs content" in error["message"]
+
+
 def test_text_parts_are_joined(client: TestClient) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert "a\nb" in text_of_prompt(client, [{"role": "user", "content": parts}])

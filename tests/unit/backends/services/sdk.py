@@ -115,6 +115,10 @@ def tinker_with(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
             service.made.append({"base_model": base_model, "rank": rank})
             return Ready(TinkerTraining(service))
 
+        def close(self, status: str) -> Ready:
+            service.made.append({"closed": True, "status": status})
+            return Ready(None)
+
     monkeypatch.setattr(tinker, "ServiceClient", Client)
 
 

@@ -286,6 +286,29 @@ def test_the_version_that_weaver_gives_goes_before_that_of_the_controller(
     assert client.completion("2+2?")["nexrl_train"]["weight_version"] == "step-7"
 
 
+def test_closing_a_client_ends_the_session_that_it_began(
+    client: RemoteApiInferenceServiceClient, service: Service
+) -> None:
+    client.close()  # no session yet
+    for _ in range(2):
+        service.answer("4")
+        client.completion("2+2?")
+        client.close()
+        asyncio.run(client.aclose())
+    assert sum("closed" in each for each in service.made) == 2  # a later call began another
+
+
+def test_closing_a_client_leaves_the_holder_of_the_program(
+    service: Service, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tinker_with(service, monkeypatch)
+    client = client_of(folder)
+    client.set_service_holder(TinkerServiceHolder("m", tokenizer_path=folder))
+    client.completion("2+2?")
+    client.close()
+    assert not any("closed" in each for each in service.made)
+
+
 def test_closing_weaver_ends_its_session(service: Service, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weaver_with(service, monkeypatch)
     holder = WeaverServiceHolder("m", tokenizer_path=folder)
