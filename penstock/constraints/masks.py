@@ -48,8 +48,6 @@ class Masks:
         With `checks_candidates`, the sampler asks the constraints of greedy rows for the first of its candidates that
         they allow, so the rows whose constraints prefer that are left out.
         """
-        if not plan.is_constrained:
-            return None
         rows = [row for row in _constrained(plan) if not (checks_candidates and _prefers_candidates(row))]
         return cls.of_rows(rows) if rows else None
 

@@ -50,8 +50,7 @@ from penstock.step import Event, StepPlan, StepRecord, StepResult, record_of
 
 # How long an idle engine waits for the next arrival of a burst before it starts a step, in seconds.
 BURST_PAUSE_S = 0.001
-# Maximum wait before planning again after a step that could run nothing, in seconds.
-RETRY_S = 0.05
+RETRY_S = 0.05  # maximum wait, in seconds, before planning again after a step that could run nothing
 
 
 class Execute(Protocol):
@@ -263,22 +262,22 @@ class EngineCore:
 
     async def step(self) -> bool:
         """Plan, execute, commit; returns False when there was nothing to run."""
-        outputs = self._outputs
         if expired := self.scheduler.expire(self._clock()):
-            outputs.add_events(expired)
+            self._outputs.add_events(expired)
         if self._speculator is not None:
-            await self._speculator.draft(on_begun=outputs.publish)
+            await self._speculator.draft(on_begun=self._outputs.publish)
         plan = self.scheduler.plan(self._clock())
         if started := self.scheduler.take_started():
-            outputs.mark_started(started)
+            self._outputs.mark_started(started)
         if not plan.rows:
-            outputs.publish()
+            self._outputs.publish()
             return False
-        masks, begin = Masks.of(plan, checks_candidates=self._runner.spec.checks_candidates), self._clock()
+        checks, begin = self._runner.spec.checks_candidates, self._clock()
+        masks = Masks.of(plan, checks_candidates=checks) if plan.is_constrained else None
         job = self._execute(plan) if masks is None else self._execute(plan, masks)
         try:
             await job.begun  # publishing earlier would hold the interpreter lock, which the model needs to begin
-            outputs.publish()
+            self._outputs.publish()
         finally:
             if masks is not None:
                 masks.fill()
@@ -287,13 +286,13 @@ class EngineCore:
         except ModelChanged:
             self._restart(plan)
         except Exception as error:
-            outputs.add_events(self._fail_step(plan, error))
+            self._outputs.add_events(self._fail_step(plan, error))
         else:
             events = self.scheduler.commit(plan, result)
-            outputs.add_events(events)
+            self._outputs.add_events(events)
             self._observe(plan, begin, result, events)
         if not self.scheduler.has_work:
-            outputs.publish()
+            self._outputs.publish()
         return True
 
     async def _idle(self) -> None:
