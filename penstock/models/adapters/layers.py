@@ -37,8 +37,8 @@ def check_fits(path: str, matrices: LoraLayer, shape: tuple[int, int] | None) ->
     """Raise `WeightsError` where matrices do not fit a layer of this shape (inputs, outputs), None if there is none."""
     if shape is None:
         raise WeightsError(f"the model has no linear layer {path} of its own weights, and the adapter changes it")
-    if (given := (matrices.a.shape[1], len(matrices.b))) != shape:
-        raise WeightsError(f"{path} maps {shape[0]} numbers to {shape[1]}; in the adapter, {given[0]} to {given[1]}")
+    if (sizes := (matrices.a.shape[1], len(matrices.b))) != shape:
+        raise WeightsError(f"{path} maps {shape[0]} numbers to {shape[1]}; in the adapter, {sizes[0]} to {sizes[1]}")
 
 
 def own_adapters_of(module: nn.Module) -> str | None:

@@ -116,8 +116,8 @@ class PackedAdapters:
 
     def _load(self, key: str, packed: PackedAdapter) -> None:
         """Take an adapter in, from the next step on."""
-        taken = {slot for slot, _ in self._loaded.values()}
-        slot = next(slot for slot in count() if slot not in taken)
+        used_slots = {slot for slot, _ in self._loaded.values()}
+        slot = next(slot for slot in count() if slot not in used_slots)
         packed.put(slot)
         for path, hooked in list(self._hooked.items()):
             if hooked.hook is None and hooked.sum.adapters.is_used:
@@ -153,13 +153,13 @@ class PackedAdapters:
         if layers is None:
             assert self._weights is not None, "the executor is closed"
             placements = self._weights.placements()
-            named = {plain_name(name).removesuffix(".weight"): places for name, places in placements.items()}
+            by_path = {plain_name(name).removesuffix(".weight"): places for name, places in placements.items()}
             modules, head = layers_of(self._module), head_of(self._module)
-            for path in [path for path in named if isinstance(modules.get(path), nn.Embedding)]:
-                del named[path]  # its weight is the head's
-            for placement in (placement for path in head for placement in named.get(path, ())):
+            for path in [path for path in by_path if isinstance(modules.get(path), nn.Embedding)]:
+                del by_path[path]  # its weight is the head's
+            for placement in (placement for path in head for placement in by_path.get(path, ())):
                 placement.product.adapters.is_head = True
-            layers = self._layers = _Layers(named, modules, head)
+            layers = self._layers = _Layers(by_path, modules, head)
         return layers
 
 

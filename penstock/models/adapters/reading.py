@@ -218,7 +218,7 @@ def _scaling(config: Mapping[str, Any], path: str, pair: Mapping[str, Tensor]) -
         alpha = float(next(fitting, config.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
-        given = f"lora_alpha={shown(config.get('lora_alpha'))} and alpha_pattern={shown(patterns)}"
+        settings = f"lora_alpha={shown(config.get('lora_alpha'))} and alpha_pattern={shown(patterns)}"
         raise WeightsError(
-            f"the adapter's config has {given}, which give no scaling for rank {rank} at {path} ({described(error)})"
+            f"the adapter's config has {settings}, which give no scaling for rank {rank} at {path} ({described(error)})"
         ) from error

@@ -125,10 +125,10 @@ class TorchAdapters:
     def _reserve(self, rank: int) -> range:
         """The first free columns; more of them where there are not enough."""
         begin = 0
-        for taken in sorted(self._columns.values(), key=lambda columns: columns.start):
-            if taken.start - begin >= rank:
+        for columns in sorted(self._columns.values(), key=lambda columns: columns.start):
+            if columns.start - begin >= rank:
                 break
-            begin = taken.stop
+            begin = columns.stop
         if begin + rank > self._capacity:
             self._grow(max(2 * self._capacity, begin + rank, MIN_ROWS if self._device.type == "cpu" else 0))
         return range(begin, begin + rank)
