@@ -65,7 +65,7 @@ def _trained_engine(model: object, settings: ProcessSettings, engine_settings: J
 
 def _require_package() -> None:
     try:
-        import tinker.proto  # noqa: F401
+        from tinker.proto import tinker_public_pb2  # noqa: F401
     except ImportError as error:
         raise PackageMissing(
             f"--tinker needs the messages of the package tinker ({error}): pip install 'penstock[tinker]'"

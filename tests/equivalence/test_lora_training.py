@@ -50,7 +50,7 @@ def frozen(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
-@pytest.mark.parametrize("tokens_per_pass", [16, 4096])
+@pytest.mark.parametrize("tokens_per_pass", [4, 40])  # 4: each alone, with layers that are computed again
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gemma2", "mixtral"])
 def test_training_is_that_of_peft(architecture: str, tokens_per_pass: int, tmp_path: Path) -> None:
     module = build(architecture)

@@ -23,7 +23,7 @@ from penstock.training.lora.adapter import LoraAdapter
 from penstock.training.lora.losses import Loss, check_data, loss_of, summed
 from penstock.training.lora.records import LORA_ALPHA, Adam, Datum, LoraShape, LossBatch, LossResult
 
-TOKENS_PER_PASS = 4096
+TOKENS_PER_PASS = 1024
 ADAPTER_FILE, CONFIG_FILE, OPTIMIZER_FILE = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 
@@ -31,8 +31,9 @@ _STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 class LoraTrainer:
     """Makes adapters of `module`, which is frozen: its parameters want no gradients from here on.
 
-    A datum has at most `max_length` tokens; `tokens_per_pass` bounds the activations that exist at once. Raises
-    `ConfigurationError` for a module that cannot be trained this way.
+    A datum has at most `max_length` tokens. `tokens_per_pass` bounds the tokens whose activations exist at once: a longer
+    datum goes alone, and its layers are computed again in the backward pass. Raises `ConfigurationError` for a module
+    that cannot be trained this way.
     """
 
     def __init__(
@@ -170,7 +171,9 @@ class LoraModel:
 
     def _pass(self, data: Sequence[Datum], loss: Loss, batch: LossBatch) -> tuple[Tensor, list[Tensor]]:
         """The summed loss of some data, and the log probabilities of their targets."""
-        scorer = DifferentiableScorer(self._trainer.module, attach=self._adapter.attach)
+        is_long = sum(len(datum.tokens) for datum in data) > self._trainer.tokens_per_pass
+        attach = self._adapter.attach
+        scorer = DifferentiableScorer(self._trainer.module, checkpoint_layers=is_long, attach=attach)
         inputs, targets = [datum.tokens for datum in data], [datum.inputs["target_tokens"] for datum in data]
         logprobs = scorer.target_logprobs(inputs, targets)
         return summed(loss, logprobs, data, batch.config), logprobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,13 +65,16 @@ def test_settings_have_the_sentences_and_defaults_of_the_document() -> None:
 
 
 def test_what_cannot_be_trained_is_refused_before_the_server_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "answers.yaml").write_text("replies: [x]")
     assert main(["serve", "--tinker", "--model", f"scripted:{tmp_path / 'answers.yaml'}", "--port", "0"]) != 0
     assert "has no weights to train" in capsys.readouterr().err
     assert main(["serve", "--tinker", "--tinker-session-timeout-s", "0", "--port", "0"]) != 0
     assert "tinker_session_timeout_s" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tinker.proto", None)
+    assert main(["serve", "--tinker", "--port", "0"]) != 0
+    assert "pip install 'penstock[tinker]'" in capsys.readouterr().err
 
 
 def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
