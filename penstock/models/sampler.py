@@ -120,9 +120,9 @@ class Sampler:
 
     def _choose_in(
         self, group: Group, raw: Vocabulary, index: Tensor, weights: Weights | None, rows: Sequence[Row],
-        masks: Masks | None, given: Tensor | None,
+        masks: Masks | None, tokens: Tensor | None,
     ) -> tuple[Choice, dict[int, RequestError]]:  # fmt: skip
-        """The choice of one group, whose rows are `index` in `raw`, and the errors of its rows."""
+        """The choice of one group, whose rows are `index` in `raw`, and the errors of its rows; see `choose`."""
         is_all, errors = len(index) == len(raw.peak), dict[int, RequestError]()
         ruled = raw if is_all else raw.take(index)
         if group.ruled or group.masked:
@@ -130,7 +130,7 @@ class Sampler:
         plain_weights = weights if group.plain else None
         if plain_weights is not None and not is_all:
             plain_weights = plain_weights.take(index)
-        return choose(group, ruled, plain_weights, rows, given), errors
+        return choose(group, ruled, plain_weights, rows, tokens), errors
 
     def _sample_batch(
         self, logits: Tensor, rows: Sequence[Row], groups: Sequence[Group], masks: Masks | None
