@@ -6,6 +6,7 @@ With `routing="round_robin"` equal requests go to both replicas.
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from torch import nn
 
 from penstock import (
     ConfigurationError,
+    EngineStateError,
     InferenceEngine,
     InferenceModule,
     ReplicatedEngine,
+    RequestError,
     RequestOutput,
     SamplingParams,
+    WeightsError,
 )
 from penstock.api.weights import UpdateMode
 from penstock.config import EngineConfig
@@ -142,6 +146,59 @@ async def test_gradients_go_to_the_module_of_the_owner() -> None:
         assert parameter.grad is not None
         assert expected.grad is not None
         torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-5, rtol=1e-4)
+
+
+def with_adapter(module: nn.Module, seed: int) -> nn.Module:
+    """A copy of a module with a random adapter of peft, active."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    adapted = get_peft_model(copy.deepcopy(module), config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return adapted  # type: ignore[no-any-return]
+
+
+async def test_adapters_run_on_all_replicas_and_are_never_stale() -> None:
+    module = module_of()
+    async with replicated(module, weight_mode="shared") as engine:
+        for seed in (1, 2):
+            adapted = with_adapter(module, seed)
+            await engine.load_adapter("a", adapted)
+            assert engine.adapters == ["a"]
+            outputs = await asyncio.gather(*(engine.generate(prompt, GREEDY, adapter="a") for prompt in PROMPTS * 2))
+            for prompt, output in zip(PROMPTS * 2, outputs, strict=True):
+                assert output.generated_ids == by_transformers(adapted, prompt)[0]
+            await check(engine, module, 0)
+        await engine.unload_adapter("a")
+        assert engine.adapters == []
+        with pytest.raises(RequestError, match="adapter 'a' is not loaded"):
+            await engine.generate(PROMPTS[0], GREEDY, adapter="a")
+        with pytest.raises(RequestError, match="adapter 'a' is not loaded"):
+            await engine.unload_adapter("a")
+        with pytest.raises(RequestError, match="an adapter needs a name"):
+            await engine.load_adapter("", adapted)
+        with pytest.raises(WeightsError):
+            await engine.load_adapter("b", "/no/such/folder")
+        assert engine.adapters == []
+
+
+async def test_log_probabilities_of_all_replicas_are_checked_against_the_live_module() -> None:
+    module = module_of()
+    async with replicated(module, kept_outputs=12) as engine:
+        await generate(engine)
+        report = await engine.check_logprobs()
+        assert (report.num_completions, report.num_tokens) == (12, 96)
+        with engine.reading_weights() as version:
+            assert version == 0
+        async with engine.updating():
+            with pytest.raises(EngineStateError, match="are being updated"), engine.reading_weights():
+                pass
+        with pytest.raises(EngineStateError, match="updated while they were read"), engine.reading_weights():
+            await engine.update_weights()
 
 
 def test_a_copy_has_no_gradients_and_the_module_stays_as_it_is() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
+import trio
 
 from penstock import (
     EngineClosed,
@@ -13,6 +14,7 @@ from penstock import (
     OutOfMemory,
     ReplicatedEngine,
     RequestAborted,
+    RequestError,
     ScriptedModel,
     WeightsError,
 )
@@ -198,6 +200,39 @@ def test_a_caller_who_leaves_undoes_an_order_that_waits() -> None:
         assert not running.done()
         running.cancel()
         assert await versions(engine) == {0}
+
+    run(main, engine_of(models()))
+
+
+def test_a_cancelled_scope_of_trio_lets_the_engine_go_on() -> None:
+    """In a cancelled scope every await raises at once, also that for the end of the update."""
+
+    async def main() -> None:
+        async with engine_of(models()) as engine:
+            running = engine.generate([1] * 20, LONG)
+            await anext(running)
+            with trio.CancelScope() as waiting:
+                waiting.cancel()
+                await engine.update_weights({}, mode="wait")
+            with trio.CancelScope() as inside:
+                async with engine.updating("keep"):
+                    inside.cancel()
+                    await trio.sleep_forever()
+            assert waiting.cancelled_caught
+            assert inside.cancelled_caught
+            output = await engine.generate([2] * 20, short())
+            assert output.outputs[0].weight_versions == [1] * 3
+            running.cancel()
+
+    trio.run(main)
+
+
+def test_a_replica_that_cannot_load_an_adapter_leaves_it_on_none() -> None:
+    async def main(engine: ReplicatedEngine) -> None:
+        for source in ("/no/such/folder", 3):
+            assert isinstance(await error_of(engine.load_adapter("a", source)), WeightsError)
+        assert engine.adapters == []
+        assert isinstance(await error_of(engine.generate([1], short(), adapter="a")), RequestError)
 
     run(main, engine_of(models()))
 
