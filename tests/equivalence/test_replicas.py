@@ -38,8 +38,12 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def module_of(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return build("llama").eval()  # type: ignore[operator, no-any-return]
+    module: nn.Module = build("llama").eval()  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module
 
 
 def replicated(model: object, **settings: Any) -> ReplicatedEngine:
