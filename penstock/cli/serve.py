@@ -128,12 +128,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _placement(args: argparse.Namespace, settings: JsonObject) -> JsonObject:
     """Keywords of `ReplicatedEngine` from the options or the file; none for a single engine."""
-    given = {name: getattr(args, name) or settings.pop(name, None) for name in ("replicas", "routing")}
-    for name in given:
-        settings.pop(name, None)
-    if given["replicas"] in (None, 1) and given["routing"] is not None:
-        raise ConfigurationError(f"routing {given['routing']} is between replicas: set replicas to 2 or more")
-    return {name: value for name, value in given.items() if value is not None and given["replicas"] != 1}
+    in_file = {name: settings.pop(name, None) for name in ("replicas", "routing")}
+    placement = {name: getattr(args, name) or value for name, value in in_file.items()}
+    if placement["replicas"] in (None, 1) and placement["routing"] is not None:
+        raise ConfigurationError(f"routing {placement['routing']} is between replicas: set replicas to 2 or more")
+    return {name: value for name, value in placement.items() if value is not None and placement["replicas"] != 1}
 
 
 def _model_and_tokenizer(model: str | None, settings: JsonObject, num_replicas: int) -> tuple[object, object]:

@@ -167,9 +167,7 @@ def reading_weights(state: Callable[[], tuple[int, int]]) -> Iterator[int]:
     """`Updates.reading_weights`; `state` gives the weight version, and the number of writes of `Host.num_writes`."""
     version, num_writes = before = state()
     if num_writes % 2:
-        raise EngineStateError(
-            "the weights are being updated, or an update failed half way: read them after an update"
-        )
+        raise EngineStateError("the weights are being updated, or an update failed half way: read them after an update")
     yield version
     if state() != before:
         raise EngineStateError(

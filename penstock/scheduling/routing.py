@@ -76,9 +76,9 @@ def by_prefix(candidates: Sequence[Candidate], num_tokens: int) -> Candidate:
     to the replica with fewer prefixes, then to the first. The rule of exploiting a prefix only where it is at least
     half of the prompt is Preble's (Srivatsa et al., 2024), the bound on the load is that of SGLang's router.
     """
-    least = min(candidate.load for candidate in candidates)
-    bound = max(least + MAX_LEAD, MAX_RATIO * least)
-    near = [each for each in candidates if each.load <= bound and each.hit_tokens >= LEAST_SHARE * num_tokens]
+    min_load = min(candidate.load for candidate in candidates)
+    bound, min_hit = max(min_load + MAX_LEAD, MAX_RATIO * min_load), LEAST_SHARE * num_tokens
+    near = [candidate for candidate in candidates if candidate.load <= bound and candidate.hit_tokens >= min_hit]
     if near:
         return min(near, key=lambda candidate: (-candidate.hit_tokens, candidate.load, candidate.number))
     return by_load(candidates, num_tokens)
@@ -86,7 +86,7 @@ def by_prefix(candidates: Sequence[Candidate], num_tokens: int) -> Candidate:
 
 def by_load(candidates: Sequence[Candidate], num_tokens: int) -> Candidate:
     """The least loaded replica, then the one with the longest prefix, then with the fewest prefixes, then the first."""
-    return min(candidates, key=lambda each: (each.load, -each.hit_tokens, each.num_blocks, each.number))
+    return min(candidates, key=lambda place: (place.load, -place.hit_tokens, place.num_blocks, place.number))
 
 
 class RoundRobin:

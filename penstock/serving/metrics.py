@@ -177,7 +177,7 @@ class Metrics(Collector):
     def _replica_metrics(self, stats: Mapping[str, object]) -> Iterator[Metric]:
         """What an engine of several replicas knows of each."""
         parts, labels = _sections(stats.get("replicas")), ["model_name", "replica"]
-        routing = [_numbers(given) for given in _sections(stats.get("routing"))]
+        routing = [_numbers(part) for part in _sections(stats.get("routing"))]
         is_up = [float(part.get("engine_status") != "failed") for part in parts]
         queues = [_numbers(part.get("queue")) for part in parts]
         for name, text, values in (
@@ -186,7 +186,7 @@ class Metrics(Collector):
             ("kv_cache_usage", "Used share of a replica's K/V cache, 0 to 1.", _of_caches(parts, "usage")),
             ("prefix_cache_hits", "Prompt tokens that a replica found.", _of_caches(parts, "hit_tokens")),
             ("up", "1 for a replica that serves, 0 for one that failed.", is_up),
-            ("routed_requests", "Requests that a replica was given.", [given["num_requests"] for given in routing]),
+            ("routed_requests", "Requests that a replica was given.", [replica["num_requests"] for replica in routing]),
         ):
             family = GaugeMetricFamily(f"penstock:replica_{name}", text, labels=labels)
             for number, value in enumerate(values):

@@ -42,10 +42,10 @@ class Series:
         """The `statistics` of the recorded values."""
         return statistics(list(self._values), self.count)  # copied once, because the other thread keeps recording
 
-    def merge(self, other: Series) -> None:
+    def merge(self, series: Series) -> None:
         """Add the values that another series has now."""
-        self._values.extend(list(other._values))
-        self.count += other.count
+        self._values.extend(list(series._values))
+        self.count += series.count
 
 
 class Metrics:

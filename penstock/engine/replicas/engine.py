@@ -232,6 +232,11 @@ class ReplicatedEngine(Capabilities):
         lead = self._lead
         return [] if lead is None else lead.inputs.adapters.names()
 
+    def adapter_generation(self, name: str) -> int:
+        """`InferenceEngine.adapter_generation`, of the first replica that serves."""
+        lead = self._lead
+        return 0 if lead is None else lead.inputs.adapters.generation(name)
+
     async def load_adapter(self, name: str, source: object) -> None:
         """`InferenceEngine.load_adapter`, on all replicas; if some cannot, it is loaded on none afterwards."""
         name = check_adapter(name)

@@ -36,19 +36,19 @@ def replicated_figures(
     """All statistics. `metrics` are those of the requests that no replica has taken."""
     figures = [replica.figures() for replica in replicas]
     merged = Metrics.merged([metrics, *(replica.metrics for replica in replicas)])
-    serving = [each for each, replica in zip(figures, replicas, strict=True) if replica.is_live] or figures
+    serving = [part for part, replica in zip(figures, replicas, strict=True) if replica.is_live] or figures
     lead = serving[0]
     return {
         **lead,
         "engine_status": _status(lead, host, dispatcher),
         "queue": _queue(serving, dispatcher),
-        "cache_info": _cache_info([each["cache_info"] for each in serving]),
+        "cache_info": _cache_info([part["cache_info"] for part in serving]),
         "performance_metrics": merged.summaries(),
         "totals": dict(merged.totals),
         "refusals": {"EngineOverloaded": admission.num_refused, **merged.refusals},
-        "memory_usage": max(each["memory_usage"] for each in serving),
-        "weight_bytes": sum(each["weight_bytes"] for each in serving),
-        "packed_bytes": sum(each["packed_bytes"] for each in serving),
+        "memory_usage": max(part["memory_usage"] for part in serving),
+        "weight_bytes": sum(part["weight_bytes"] for part in serving),
+        "packed_bytes": sum(part["packed_bytes"] for part in serving),
         "replicas": figures,
         "routing": dispatcher.routing(),
     }

@@ -50,8 +50,8 @@ class Models:
         if len(set(counts.values())) > 1 or 0 in counts.values():
             text = " and ".join(f"{count} {name}" for name, count in counts.items())
             raise ConfigurationError(f"each replica needs a model and a device, and there are {text}")
-        for each in models:
-            check_model(each)
+        for candidate in models:
+            check_model(candidate)
         count = next(iter(counts.values()))
         if count > 1 and not is_list and not _is_name(model) and not hasattr(model, "parameters"):
             raise ConfigurationError(f"{count} replicas cannot share one {type(model).__name__}: pass a list of them")
