@@ -52,14 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="M", help="hub id, folder, or scripted:FILE (default: the shipped model)")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections engine and serving")
-    parser.add_argument(
-        "--replicas", type=positive, metavar="N", help="copies of the model, each on a GPU (default: 1)"
-    )
-    parser.add_argument(
-        "--routing", choices=("prefix", "load", "round_robin"), help="which replica a request goes to (default: prefix)"
-    )
+    _add_model_options(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", metavar="H", help="address to listen on (default: 127.0.0.1)")
     server.add_argument("--port", type=int, metavar="P", help="port to listen on (default: 8000; 0: any free one)")
@@ -87,6 +80,18 @@ def _add_tinker_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tinker-folder", metavar="DIR", help="saved adapters (~/.local/share/penstock/tinker)")
     group.add_argument(
         "--tinker-session-timeout-s", type=float, metavar="S", help="end sessions that are silent (default: 600)"
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What to serve, and how many copies of it."""
+    parser.add_argument("--model", metavar="M", help="hub id, folder, or scripted:FILE (default: the shipped model)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections engine and serving")
+    parser.add_argument(
+        "--replicas", type=positive, metavar="N", help="copies of the model, each on a GPU (default: 1)"
+    )
+    parser.add_argument(
+        "--routing", choices=("prefix", "load", "round_robin"), help="which replica a request goes to (default: prefix)"
     )
 
 
