@@ -15,6 +15,7 @@ from penstock.api.protocols import Embedder, Engine, Scorer, Trainable, WithAdap
 from penstock.api.stats import EngineStats
 from penstock.config import BatchingStrategy, EngineConfig, EngineSettings
 from penstock.engine.inference import InferenceEngine
+from penstock.engine.replicas.engine import ReplicatedEngine
 from penstock.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -107,6 +108,7 @@ __all__ = [
     "PenstockError",
     "PerformanceOptimizer",
     "Prompt",
+    "ReplicatedEngine",
     "RequestAborted",
     "RequestError",
     "RequestHandle",

@@ -61,6 +61,7 @@ class PromptInput:
     token_ids: list[int] | None = None
     chat: Chat | None = None
     is_bare: bool = False  # a string passed without {"prompt": ...}
+    is_encoded: bool = False  # the ids were made from the text here
 
     @property
     def needs_tokenizer(self) -> bool:

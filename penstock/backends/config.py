@@ -44,12 +44,13 @@ class BackendSettings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HuggingFaceBackendConfig:
-    """A transformers model, served by this package's engine in this process, on one device.
+    """A transformers model, served by this package's engine in this process.
 
     `device`: "cpu", "cuda", "cuda:1"; None finds a GPU if there is one. `torch_dtype`: "float32", "float16",
     "bfloat16"; None is the checkpoint's. `device_map`, a strategy or a mapping, overrides `device`; every strategy puts
-    the whole model on one device. `tp_size` above 1 is refused, after the check that it divides `num_gpus`. `options`
-    are further settings of `EngineConfig`.
+    the whole model on one device. `num_gpus` replicas of the model share the requests, each on a GPU of its own; with
+    `device="cpu"`, that many on the CPU. `tp_size` above 1 is refused, after the check that it divides `num_gpus`.
+    `options` are further settings of `EngineConfig`.
     """
 
     name: ClassVar[str] = "huggingface"
@@ -66,7 +67,7 @@ class HuggingFaceBackendConfig:
             raise ConfigurationError(f"torch_dtype={shown(self.torch_dtype)}: use float32, float16, bfloat16 or null")
         _check_count("tp_size", self.tp_size)
         _check_count("num_gpus", self.num_gpus)
-        self._refuse_parallel(self.tp_size or 1, self.num_gpus or 1)
+        self._check_parallel(self.tp_size or 1, self.num_gpus or 1)
         _mapping("options", self.options)
         if taken := {"device", "dtype"} & self.options.keys():
             raise ConfigurationError(
@@ -78,21 +79,29 @@ class HuggingFaceBackendConfig:
         """It is always there."""
 
     def open(self, model: str | None) -> EngineBackend:
-        """Loads the model. Raises `ConfigurationError`, `OutOfMemory`."""
-        return HuggingFaceBackend(model, **self._settings())
+        """Loads the model. Raises `ConfigurationError`, also where there are too few GPUs, and `OutOfMemory`."""
+        from penstock.training.tensors import has_gpu
+
+        count, settings = self.num_gpus or 1, self._settings()
+        if count > 1 and settings["device"] == "auto" and not has_gpu():
+            raise ConfigurationError(f"num_gpus={count}, and there is no GPU: device='cpu' makes {count} on the CPU")
+        return HuggingFaceBackend(model, replicas=count, **settings)
 
     def _settings(self) -> dict[str, Any]:
         device = _device_of(self.device_map) if self.device_map is not None else self.device
         return {**self.options, "device": "auto" if device is None else device, "dtype": self.torch_dtype or "auto"}
 
-    def _refuse_parallel(self, tp_size: int, num_gpus: int) -> None:
+    def _check_parallel(self, tp_size: int, num_gpus: int) -> None:
         if self.num_gpus is not None and num_gpus % tp_size:
             raise ConfigurationError(f"num_gpus={num_gpus} is not divisible by tp_size={tp_size}")
-        if tp_size > 1 or num_gpus > 1:
+        if tp_size > 1:
             raise ConfigurationError(
-                f"tp_size={tp_size}, num_gpus={num_gpus}: this engine runs on one device; for more, use backend_type "
-                "'vllm' with tensor_parallel_size"
+                f"tp_size={tp_size}: this engine runs each copy of the model on one device; to split a model, use "
+                "backend_type 'vllm' with tensor_parallel_size; for copies of it, num_gpus"
             )
+        device = str(_device_of(self.device_map) if self.device_map is not None else self.device or "auto")
+        if num_gpus > 1 and device not in ("auto", "cpu", "cuda"):
+            raise ConfigurationError(f"device {device} is one device, for num_gpus={num_gpus}: use 'cuda', or 'cpu'")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
+from penstock.cli.options import positive
 from penstock.cli.scripted_file import scripted_engine_parts
 from penstock.cli.session import JsonObject
 from penstock.cli.terminal import note
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   penstock serve --model ./my-model --host 0.0.0.0 --api-key SECRET
   penstock serve --model ./my-model --adapter support=./lora-support
   penstock serve --config server.yaml          engine: and serving: in one file
+  penstock serve --model ./my-model --replicas 4   a copy on each of four GPUs
   penstock serve --model scripted:answers.yaml for tests of agents
   penstock serve --model ./my-model --tinker   for programs of the Tinker SDK
 
@@ -50,8 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="M", help="hub id, folder, or scripted:FILE (default: the shipped model)")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections engine and serving")
+    _add_model_options(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", metavar="H", help="address to listen on (default: 127.0.0.1)")
     server.add_argument("--port", type=int, metavar="P", help="port to listen on (default: 8000; 0: any free one)")
@@ -82,6 +83,18 @@ def _add_tinker_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What to serve, and how many copies of it."""
+    parser.add_argument("--model", metavar="M", help="hub id, folder, or scripted:FILE (default: the shipped model)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections engine and serving")
+    parser.add_argument(
+        "--replicas", type=positive, metavar="N", help="copies of the model, each on a GPU (default: 1)"
+    )
+    parser.add_argument(
+        "--routing", choices=("prefix", "load", "round_robin"), help="which replica a request goes to (default: prefix)"
+    )
+
+
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     """One option per setting of the engine; values are checked by `EngineConfig`."""
     group = parser.add_argument_group("engine", "Settings of the engine, as in EngineConfig.")
@@ -104,21 +117,38 @@ def run(args: argparse.Namespace) -> int:
     sections = _sections(args.config)
     settings = ProcessSettings.over(sections["serving"], _server_options(args))
     engine_settings = sections["engine"] | _engine_options(args)
-    model, tokenizer = _model_and_tokenizer(args.model or engine_settings.pop("model", None), engine_settings)
+    placement = _placement(args, engine_settings)
+    model, tokenizer = _model_and_tokenizer(
+        args.model or engine_settings.pop("model", None), engine_settings, placement.get("replicas", 1)
+    )
     EngineConfig(**engine_settings)
     with (
         listen(settings) as listener,
-        served_engine(model, tokenizer, settings, engine_settings) as (engine, tinker),
+        served_engine(model, tokenizer, settings, engine_settings, placement) as (engine, tinker),
         _requests_on_stderr(settings.access_log),
     ):
         announce = partial(_announce, has_keys=bool(settings.api_keys), has_tinker=settings.tinker)
         return serve(engine, settings, listener, announce, note, tinker)
 
 
-def _model_and_tokenizer(model: str | None, settings: JsonObject) -> tuple[object, object]:
-    if model is not None and model.startswith(_SCRIPTED):
-        return scripted_engine_parts(model.removeprefix(_SCRIPTED), settings)
-    return model, None
+def _placement(args: argparse.Namespace, settings: JsonObject) -> JsonObject:
+    """Keywords of `ReplicatedEngine` from the options or the file; none for a single engine."""
+    in_file = {name: settings.pop(name, None) for name in ("replicas", "routing")}
+    placement = {name: getattr(args, name) or value for name, value in in_file.items()}
+    if placement["replicas"] in (None, 1) and placement["routing"] is not None:
+        raise ConfigurationError(f"routing {placement['routing']} is between replicas: set replicas to 2 or more")
+    return {name: value for name, value in placement.items() if value is not None and placement["replicas"] != 1}
+
+
+def _model_and_tokenizer(model: str | None, settings: JsonObject, num_replicas: int) -> tuple[object, object]:
+    """A scripted model is one for each replica, if there are several."""
+    if model is None or not model.startswith(_SCRIPTED):
+        return model, None
+    path = model.removeprefix(_SCRIPTED)
+    copies = [scripted_engine_parts(path, dict(settings)) for _ in range(num_replicas)]
+    settings.pop("tokenizer", None)
+    models = [model for model, _ in copies]
+    return models if num_replicas > 1 else models[0], copies[0][1]
 
 
 def _sections(path: str | None) -> dict[str, JsonObject]:

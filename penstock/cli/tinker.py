@@ -9,10 +9,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from penstock.cli.session import JsonObject, exit_on_interrupt, loaded_engine, loading_line, quiet_libraries
+from penstock.cli.session import (
+    JsonObject,
+    exit_on_interrupt,
+    loaded_engine,
+    loading_line,
+    quiet_libraries,
+    started_engine,
+)
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.engine.inference import InferenceEngine
+from penstock.engine.replicas.engine import ReplicatedEngine
 from penstock.errors import ConfigurationError, PackageMissing
 from penstock.serving.process import ProcessSettings
 from penstock.serving.tinker.service import TinkerService
@@ -23,13 +31,20 @@ Served: TypeAlias = tuple[InferenceEngine, TinkerService]
 
 @contextlib.contextmanager
 def served_engine(
-    model: object, tokenizer: object, settings: ProcessSettings, engine_settings: JsonObject
-) -> Iterator[tuple[InferenceEngine, TinkerService | None]]:
+    model: object, tokenizer: object, settings: ProcessSettings, engine_settings: JsonObject, placement: JsonObject
+) -> Iterator[tuple[InferenceEngine | ReplicatedEngine, TinkerService | None]]:
     """The engine to serve, and with the setting `tinker` the service that trains adapters of its model.
 
-    Raises `ConfigurationError`.
+    `placement` are keywords of `ReplicatedEngine`; none for a single engine. Raises `ConfigurationError`.
     """
-    if settings.tinker:
+    if placement and settings.tinker:
+        raise ConfigurationError("--tinker trains the module of a single engine: leave --replicas out")
+    if placement:
+        config = EngineConfig(**engine_settings)
+        replicated = ReplicatedEngine(model, tokenizer, config, **placement)
+        with started_engine(replicated, loading_line(model, config)):
+            yield replicated, None
+    elif settings.tinker:
         with _trained_engine(model, settings, engine_settings) as parts:
             yield parts
     else:

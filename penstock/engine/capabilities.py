@@ -1,7 +1,7 @@
 """`Capabilities`: what the native engine does besides generating: score, check, embed, encode and decode.
 
 Scores and embeddings are requests of `generate`; texts are encoded by the tokenizer pool. Holds no state. The base of
-`InferenceEngine`.
+`InferenceEngine` and `ReplicatedEngine`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from penstock.engine.requests.scoring import Wishes, read_pairs, score
 from penstock.engine.text.tokenizer_pool import decode_ids, encode_ids, prompt_text
 from penstock.errors import RequestError
 from penstock.generation import Params
+from penstock.models.protocol import ModelRunner
 from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.sampling import RequestPriority
 from penstock.scores import DifferentiableScore, Score
@@ -44,9 +45,15 @@ class _Loading(ReadableEngine, Protocol):
 
     async def _loaded_soon(self) -> Parts: ...
 
+    async def _trained_runner(self) -> ModelRunner: ...
+
 
 class Capabilities:
-    """Methods of `InferenceEngine`."""
+    """Methods of `InferenceEngine` and `ReplicatedEngine`."""
+
+    async def _trained_runner(self: _Loading) -> ModelRunner:
+        """What computes gradients, if anything does."""
+        return (await self._loaded_soon()).runner
 
     @overload
     async def score(
@@ -94,7 +101,7 @@ class Capabilities:
 
         if gradients is not None:
             refuse_without_effect(wishes, options)
-            return await score_with_gradients(self, (await self._loaded_soon()).runner, pairs, gradients, encode)
+            return await score_with_gradients(self, await self._trained_runner(), pairs, gradients, encode)
         return await score(self, pairs, wishes, options, encode)
 
     async def check_logprobs(
@@ -109,7 +116,7 @@ class Capabilities:
         no live module, `EngineStateError` where weights are updated meanwhile.
         """
         rollouts = [] if outputs is None else rollouts_of(outputs)
-        runner = (await self._loaded_soon()).runner
+        runner = await self._trained_runner()
         return await check_logprobs(self, runner, self._metrics.finished.rollouts() if outputs is None else rollouts)
 
     async def embed(

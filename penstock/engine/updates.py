@@ -6,7 +6,7 @@ with` block. The base of `InferenceEngine`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
@@ -35,18 +35,15 @@ class _Loading(Protocol):
 
 
 class UpdateBlock:
-    """The block of `Updates.updating`: no step runs inside of it."""
+    """The block of `updating`: `begin` stops the steps, `end` lets them go on."""
 
-    def __init__(self, engine: _Loading, mode: UpdateMode, stale_kv: bool) -> None:
-        check_mode(mode, stale_kv)
-        self._engine = engine
-        self._mode = mode
-        self._stale_kv = stale_kv
+    def __init__(self, begin: Callable[[], Awaitable[None]], end: Callable[[], Awaitable[None]]) -> None:
+        self._begin = begin
+        self._end = end
         self._has_begun = False
 
     async def __aenter__(self) -> None:
-        mode = self._mode
-        await _carry_out(self._engine, lambda core: core.gate.begin_update(mode))
+        await self._begin()
         self._has_begun = True
 
     async def __aexit__(
@@ -54,9 +51,9 @@ class UpdateBlock:
     ) -> None:
         if not self._has_begun:  # it would end another block's update
             raise EngineStateError("this update has not begun, or has ended: use `async with engine.updating()`")
-        self._has_begun, stale_kv = False, self._stale_kv
+        self._has_begun = False
         try:
-            await _carry_out(self._engine, lambda core: core.gate.end_update(stale_kv), can_be_cancelled=False)
+            await self._end()
         except Exception as failure:
             if error is None:
                 raise
@@ -82,7 +79,11 @@ class Updates:
         the block. Raises `RequestError`, `EngineStateError`, `EngineClosed`, and `WeightsError` where this engine
         cannot follow its module.
         """
-        return UpdateBlock(self, mode, stale_kv)
+        check_mode(mode, stale_kv)
+        return UpdateBlock(
+            lambda: _carry_out(self, lambda core: core.gate.begin_update(mode)),
+            lambda: _carry_out(self, lambda core: core.gate.end_update(stale_kv), can_be_cancelled=False),
+        )
 
     async def update_weights(
         self: _Loading, source: WeightSource = None, *, mode: UpdateMode = "abort", stale_kv: bool = False
@@ -107,17 +108,8 @@ class Updates:
         Prevents no update, but raises `EngineStateError` where one is open at the beginning, or has begun by the end:
         the block may then have read old weights and new ones. Scores with gradients run in such a block.
         """
-        version, num_writes = self.weight_version, self._host.num_writes
-        if num_writes % 2:
-            raise EngineStateError(
-                "the weights are being updated, or an update failed half way: read them after an update"
-            )
-        yield version
-        if (self.weight_version, self._host.num_writes) != (version, num_writes):
-            raise EngineStateError(
-                f"weights of version {version} were updated while they were read, so the results may mix old and new "
-                "ones: compute them again, and let updates wait for them"
-            )
+        with reading_weights(lambda: (self.weight_version, self._host.num_writes)) as version:
+            yield version
 
     async def pause(self: _Loading, mode: UpdateMode = "abort") -> None:
         """Run no step until `resume()`; new requests wait. With mode "keep", running ones go on later as they are."""
@@ -151,8 +143,7 @@ class Updates:
         Raises `WeightsError` for what does not fit or is not supported, `EngineStateError` while this name is being
         loaded, `RequestError`, `EngineClosed`.
         """
-        if not text("name", name):
-            raise RequestError("an adapter needs a name: '' stands for none")
+        name = check_adapter(name)
         await _carry_out(self, lambda core: core.adapters.load(name, source))
 
     async def unload_adapter(self: _Loading, name: str) -> None:
@@ -162,6 +153,27 @@ class Updates:
         """
         name = text("name", name)
         await _carry_out(self, lambda core: core.adapters.unload(name))
+
+
+def check_adapter(name: str) -> str:
+    """The name that an adapter is to have. Raises `RequestError`."""
+    if not (name := text("name", name)):
+        raise RequestError("an adapter needs a name: '' stands for none")
+    return name
+
+
+@contextmanager
+def reading_weights(state: Callable[[], tuple[int, int]]) -> Iterator[int]:
+    """`Updates.reading_weights`; `state` gives the weight version, and the number of writes of `Host.num_writes`."""
+    version, num_writes = before = state()
+    if num_writes % 2:
+        raise EngineStateError("the weights are being updated, or an update failed half way: read them after an update")
+    yield version
+    if state() != before:
+        raise EngineStateError(
+            f"weights of version {version} were updated while they were read, so the results may mix old and new "
+            "ones: compute them again, and let updates wait for them"
+        )
 
 
 async def _carry_out(engine: _Loading, order: Order, *, can_be_cancelled: bool = True) -> None:

@@ -97,10 +97,10 @@ def _synchronize(device: str) -> None:
 
 def kernel_threads(num_threads: int | None) -> int:
     """`num_threads`, or as many as PyTorch would use (one per core), within the CPU time of the container."""
-    return num_threads or max(1, min(torch.get_num_threads(), _usable_cores()))
+    return num_threads or max(1, min(torch.get_num_threads(), usable_cores()))
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores this process may run on, and no more than its control group may keep busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -172,6 +172,27 @@ class Metrics(Collector):
         for error, count in _numbers(stats.get("refusals")).items():
             refused.add_metric([*self._labels.values(), error], count)
         yield refused
+        yield from self._replica_metrics(stats)
+
+    def _replica_metrics(self, stats: Mapping[str, object]) -> Iterator[Metric]:
+        """What an engine of several replicas knows of each."""
+        parts, labels = _sections(stats.get("replicas")), ["model_name", "replica"]
+        routing = [_numbers(part) for part in _sections(stats.get("routing"))]
+        is_up = [float(part.get("engine_status") != "failed") for part in parts]
+        queues = [_numbers(part.get("queue")) for part in parts]
+        for name, text, values in (
+            ("running", "Running sequences of a replica.", [queue.get("num_running", 0) for queue in queues]),
+            ("waiting", "Waiting sequences of a replica.", [queue.get("num_waiting", 0) for queue in queues]),
+            ("kv_cache_usage", "Used share of a replica's K/V cache, 0 to 1.", _of_caches(parts, "usage")),
+            ("prefix_cache_hits", "Prompt tokens that a replica found.", _of_caches(parts, "hit_tokens")),
+            ("up", "1 for a replica that serves, 0 for one that failed.", is_up),
+            ("routed_requests", "Requests that a replica was given.", [replica["num_requests"] for replica in routing]),
+        ):
+            family = GaugeMetricFamily(f"penstock:replica_{name}", text, labels=labels)
+            for number, value in enumerate(values):
+                family.add_metric([*self._labels.values(), str(number)], value)
+            if values:
+                yield family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=list(self._labels))
@@ -186,6 +207,14 @@ class Metrics(Collector):
 
 def _numbers(section: object) -> Mapping[str, float]:
     return cast(Mapping[str, float], section) if isinstance(section, Mapping) else {}
+
+
+def _sections(parts: object) -> Sequence[Mapping[str, object]]:
+    return cast(Sequence[Mapping[str, object]], parts) if isinstance(parts, list) else []
+
+
+def _of_caches(parts: Sequence[Mapping[str, object]], name: str) -> list[float]:
+    return [_numbers(part.get("cache_info")).get(name, 0) for part in parts]
 
 
 def _number(value: object) -> float:

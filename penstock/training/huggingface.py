@@ -15,6 +15,7 @@ from penstock.api.protocols import Completion
 from penstock.config import EngineConfig
 from penstock.demo import MODEL_DIR
 from penstock.engine.inference import InferenceEngine
+from penstock.engine.replicas.engine import ReplicatedEngine
 from penstock.errors import ConfigurationError, shown
 from penstock.models.folder import check_source, check_tokenizer_files
 from penstock.training.backend import EngineBackend, Prompts, Responses, Tensor, as_responses
@@ -31,11 +32,12 @@ class HuggingFaceBackend(EngineBackend):
     `device` is "auto", "cpu", "cuda" or "cuda:1". `dtype` is "auto" (the checkpoint's), "float32", "float16" or
     "bfloat16", their short forms "fp32", "fp16" and "bf16", or a `torch.dtype`. `tokenizer` is an object or a name, by
     default the model's own; a live module needs one. `model_kwargs` are settings of `EngineConfig`. `model` is the
-    module itself, for a trainer, which changes it in place inside of `updating()`. Raises `ConfigurationError`,
+    module itself, for a trainer, which changes it in place inside of `updating()`. With more than one of `replicas`, a
+    `ReplicatedEngine` runs it and copies of it, each on a GPU or all on the CPU. Raises `ConfigurationError`,
     `OutOfMemory`.
     """
 
-    engine: InferenceEngine
+    engine: InferenceEngine | ReplicatedEngine
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class HuggingFaceBackend(EngineBackend):
         trust_remote_code: bool = False,
         *,
         tokenizer: object = None,
+        replicas: int = 1,
         **model_kwargs: Any,
     ) -> None:
         settings = {**_DEFAULTS, **model_kwargs, "trust_remote_code": trust_remote_code}
@@ -54,7 +57,8 @@ class HuggingFaceBackend(EngineBackend):
         if tokenizer is None and config.tokenizer is None and self.model is not model_name:
             tokenizer = _source(model_name)
             check_tokenizer_files(tokenizer)
-        super().__init__(InferenceEngine(self.model, tokenizer, EngineConfig(**settings)))
+        parts = self.model, tokenizer, EngineConfig(**settings)
+        super().__init__(InferenceEngine(*parts) if replicas == 1 else ReplicatedEngine(*parts, replicas=replicas))
         self.engine.start()
 
     @property

@@ -41,7 +41,7 @@ def best_backend(model: object, options: Collection[str]) -> str:
     vLLM for a model by name or folder, if it is installed and there is a GPU, unless a setting asks for this package's
     own engine; otherwise that one.
     """
-    native = {"device", "tokenizer", *EngineConfig.model_fields, *ALIASES} - _SHARED
+    native = {"device", "tokenizer", "replicas", *EngineConfig.model_fields, *ALIASES} - _SHARED
     if not isinstance(model, str | os.PathLike) or native & set(options) or importlib.util.find_spec("vllm") is None:
         return "huggingface"
     from penstock.training.tensors import has_gpu

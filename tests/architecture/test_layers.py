@@ -54,9 +54,9 @@ LIBRARIES = {
     "uvloop": ASYNC_PARTS,
     "threading": ASYNC_PARTS | TENSOR_PARTS,  # the core has no locks
 }
-# Consumers of an engine are written against `api`; only these name the native engine, and nothing of it but its class.
+# Consumers of an engine are written against `api`; only these name the native engine, and only its classes.
 ENGINE_MAKERS = frozenset({"penstock", "cli", "facades", "training"})
-ENGINE_CLASS = "penstock.engine.inference"
+ENGINE_CLASSES = ("penstock.engine.inference", "penstock.engine.replicas.engine")
 # Admission counts requests on the callers' threads, before the engine's thread sees them; results are kept for callers.
 EXCEPTIONS = frozenset({("penstock.scheduling.admission", "threading"), ("penstock.cache.responses", "threading")})
 LAZILY = {"torch": ENGINE_AND_ABOVE, "transformers": ENGINE_AND_ABOVE}
@@ -132,10 +132,10 @@ def goes_down(found: Import) -> bool:
 
 
 def names_the_engine(found: Import) -> bool:
-    """Whether an import outside the native engine reaches into it, other than for its class, to make one."""
+    """Whether an import outside the native engine reaches into it, other than for its classes, to make one."""
     if part_of(found.target) != "engine" or part_of(found.module) == "engine":
         return False
-    return found.target != ENGINE_CLASS or part_of(found.module) not in ENGINE_MAKERS
+    return found.target not in ENGINE_CLASSES or part_of(found.module) not in ENGINE_MAKERS
 
 
 def may_use(found: Import) -> bool:

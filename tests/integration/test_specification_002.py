@@ -39,6 +39,7 @@ from tests.unit.backends import fake_sglang
 from tests.unit.backends.fake_vllm import VOCAB_SIZE, FakeLLM, install, logits_after
 
 MODEL = str(MODEL_DIR)
+CPU = {"device": "cpu", "torch_dtype": "float32"}
 NATIVE: dict[str, Any] = {
     "backend_type": "huggingface",
     "model_name": MODEL,
@@ -195,14 +196,53 @@ def test_settings_of_another_backend_are_refused() -> None:
 
 
 def test_tensor_parallelism_is_vllms() -> None:
-    """002-15, 002-16, 002-17, 002-18: refused with the remedy, after the check of divisibility."""
+    """002-15, 002-18: refused with the remedy, after the check of divisibility."""
     with pytest.raises(ConfigurationError, match="num_gpus=8 is not divisible by tp_size=3"):
         HuggingFaceBackendConfig(tp_size=3, num_gpus=8)
     with pytest.raises(ConfigurationError, match=r"tp_size=2.*'vllm' with tensor_parallel_size"):
         run_snippet(specification.HYBRID, create_backend=create_backend)
-    with pytest.raises(ConfigurationError, match="on one device"):
-        HuggingFaceBackendConfig(num_gpus=2)
+    with pytest.raises(ConfigurationError, match=r"tp_size=2.*'vllm' with tensor_parallel_size"):
+        create_backend({"backend_specific": {"tp_size": 2, "num_gpus": 8}})
     assert HuggingFaceBackendConfig(tp_size=1, num_gpus=1) != HuggingFaceBackendConfig()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_have_the_dtype_that_is_set(dtype: str) -> None:
+    """002-13."""
+    made = create_backend({"model_name": MODEL, "backend_specific": {"device": "cpu", "torch_dtype": dtype}})
+    assert {str(each.dtype) for each in made.backend.model.parameters()} == {f"torch.{dtype}"}  # type: ignore[attr-defined]
+    assert len(made.get_logprobs("import", " os")) == 1
+    made.close()
+
+
+def test_batches_are_split_across_the_replicas_of_num_gpus() -> None:
+    """002-3, 002-17: one replica for each GPU; with `device="cpu"`, that many on the CPU."""
+    single = create_backend({"model_name": MODEL, "backend_specific": CPU})
+    made = create_backend({"backend_type": "native", "model_name": MODEL, "backend_specific": CPU | {"num_gpus": 2}})
+    prompts = [f"def f{number}(x):" for number in range(6)]
+    options = {"max_length": 5, "do_sample": False, "return_logits": True}
+    for result, expected in zip(made.generate(prompts, **options), single.generate(prompts, **options), strict=True):
+        assert result["text"] == expected["text"]
+        np.testing.assert_allclose(result["logits"], expected["logits"], atol=1e-3)
+    routing = made.backend.engine.get_stats()["routing"]  # type: ignore[attr-defined]
+    assert all(replica["num_requests"] > 0 for replica in routing)
+    made.get_logits(prompts[0], " return", compute_gradients=True).sum().backward()
+    assert next(made.backend.model.parameters()).grad is not None  # type: ignore[attr-defined]
+    made.close()
+    single.close()
+
+
+def test_more_gpus_than_there_are_and_a_single_device_are_refused() -> None:
+    """002-15, 002-16."""
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match="num_gpus=2, and there is no GPU: device='cpu' makes 2"):
+            create_backend({"model_name": MODEL, "backend_specific": {"num_gpus": 2}}).load()
+    for specific in ({"device": "cuda:1"}, {"device_map": {"": 1}}):
+        with pytest.raises(ConfigurationError, match="device cuda:1 is one device, for num_gpus=2"):
+            HuggingFaceBackendConfig(**specific, num_gpus=2)  # type: ignore[arg-type]
+    for count in (0, True, "two", 1.5):
+        with pytest.raises(ConfigurationError, match="num_gpus"):
+            HuggingFaceBackendConfig(num_gpus=count)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", {"": "cpu"}])

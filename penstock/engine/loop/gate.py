@@ -54,7 +54,7 @@ ALLOWED = {
     "sleep": (EngineState.RUNNING, EngineState.PAUSED),
     "wake": (EngineState.ASLEEP,),
 }
-_REMEDIES = {
+REMEDIES = {
     EngineState.RUNNING: "pause() or sleep() comes first",
     EngineState.CHANGING: "wait until the order before this one has been carried out",
     EngineState.UPDATING: "wait until the update before this one has ended",
@@ -102,6 +102,7 @@ class Gate:
         self.is_closing = False
         self.fault: str | None = None  # why all requests are refused, once weights are mixed
         self.num_writes = 0  # rises when an update may begin to write, and when it has ended: while one does, it is odd
+        self._ready: WeightSource = None  # what `begin_update` has read
         self._jobs = jobs
         self._scheduler = scheduler
         self._outputs = outputs
@@ -169,28 +170,32 @@ class Gate:
 
     # Orders.
 
-    async def begin_update(self, mode: UpdateMode) -> None:
-        """Stop the steps for weights that somebody else writes; `end_update` comes next. Raises `WeightsError`."""
-        await self._enter("update", lambda: self._read(None))
-        await self._stop_steps(mode)
-        self.num_writes += 1
+    async def begin_update(self, mode: UpdateMode, source: WeightSource = None) -> None:
+        """Check the weights of a source (None: of the owner, who writes them now), and stop the steps.
+
+        `end_update` or `abandon_update` comes next. Raises `WeightsError`.
+        """
+        self._ready = await self._check_and_stop(mode, source)
         self.state = EngineState.UPDATING
 
-    async def end_update(self, stale_kv: bool) -> None:
-        """Take over what was written since `begin_update`, and let the steps go on."""
-        await self._update(None, stale_kv)
+    async def end_update(self, stale_kv: bool, source: WeightSource = None) -> None:
+        """Write the weights of a source (None: that of `begin_update`), and let the steps go on."""
+        ready, self._ready = self._ready, None
+        await self._update(ready if source is None else source, stale_kv)
+
+    async def abandon_update(self) -> None:
+        """Let the steps go on after `begin_update` as if nothing had been asked."""
+        self._ready = None
+        if self.state is EngineState.UPDATING:
+            self._rest()
 
     async def update(self, source: WeightSource, mode: UpdateMode, stale_kv: bool) -> None:
         """Check the weights of a source, stop the steps, write, and let the steps go on. Raises `WeightsError`."""
-        ready: list[WeightSource] = []
+        await self._update(await self._check_and_stop(mode, source), stale_kv)
 
-        async def read() -> None:
-            ready.append(await self._read(source))
-
-        await self._enter("update", read)
-        await self._stop_steps(mode)
-        self.num_writes += 1
-        await self._update(ready[0], stale_kv)
+    async def read(self, source: WeightSource, ready: list[WeightSource]) -> None:
+        """Add to `ready` what the weights of a source are once they are checked. Raises `WeightsError`."""
+        ready.append(await self._jobs.run(self._jobs.runner.read_weights, source).done)
 
     async def pause(self, mode: UpdateMode) -> None:
         """Stop the steps until `resume`."""
@@ -233,7 +238,7 @@ class Gate:
 
     def _require(self, verb: str) -> None:
         if self.state not in ALLOWED[verb]:
-            raise EngineStateError(f"{verb} is not possible: the engine is {self.state}; {_REMEDIES[self.state]}")
+            raise EngineStateError(f"{verb} is not possible: the engine is {self.state}; {REMEDIES[self.state]}")
 
     async def _enter(self, verb: str, prepare: Callable[[], Coroutine[object, object, object]] | None = None) -> None:
         """Begin an order; with `prepare`, while steps still run. Where that fails, nothing has changed."""
@@ -246,8 +251,13 @@ class Gate:
                 self.state = self._resting
                 raise
 
-    async def _read(self, source: WeightSource) -> WeightSource:
-        return await self._jobs.run(self._jobs.runner.read_weights, source).done
+    async def _check_and_stop(self, mode: UpdateMode, source: WeightSource) -> WeightSource:
+        """Begin an update, while steps still run and then without them; what the source is once it was read."""
+        ready: list[WeightSource] = []
+        await self._enter("update", lambda: self.read(source, ready))
+        await self._stop_steps(mode)
+        self.num_writes += 1
+        return ready[0]
 
     async def _stop_steps(self, mode: UpdateMode) -> None:
         """Return once no step runs: after the running one, or with "wait" after the last of the started requests."""
@@ -256,10 +266,10 @@ class Gate:
             self.state = self._resting
             raise EngineStateError(
                 f"started requests cannot end while the engine is {self.state}: use mode='keep' or 'abort', or "
-                f"{_REMEDIES[self.state]}"
+                f"{REMEDIES[self.state]}"
             )
         if mode == "abort":
-            self._abort_all(_aborted)
+            self._abort_all(aborted)
         if self.is_closing:
             return
         if mode == "wait":
@@ -324,7 +334,8 @@ class Gate:
             self._wake()
 
 
-def _aborted(request_id: str) -> RequestAborted:
+def aborted(request_id: str) -> RequestAborted:
+    """The error of a request that an order has ended."""
     return RequestAborted(
         f"request {request_id} was ended by an update, pause or sleep with mode='abort': "
         "to go on, submit its prompt and output as a new request"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from penstock.api.log import Logger
 from penstock.api.statistics import WINDOW, rate_statistics, statistics
@@ -29,8 +29,8 @@ class Series:
 
     __slots__ = ("_values", "count")
 
-    def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, maxlen: int = WINDOW) -> None:
+        self._values: deque[float] = deque(maxlen=maxlen)
         self.count = 0
 
     def record(self, *values: float) -> None:
@@ -42,16 +42,21 @@ class Series:
         """The `statistics` of the recorded values."""
         return statistics(list(self._values), self.count)  # copied once, because the other thread keeps recording
 
+    def merge(self, series: Series) -> None:
+        """Add the values that another series has now."""
+        self._values.extend(list(series._values))
+        self.count += series.count
+
 
 class Metrics:
     """The engine's measurements; `enabled=False` records none. `finished` keeps the latest outputs for a check."""
 
-    def __init__(self, enabled: bool = True, kept_outputs: int = 0) -> None:
+    def __init__(self, enabled: bool = True, kept_outputs: int = 0, window: int = WINDOW) -> None:
         self.enabled = enabled
         self.finished = FinishedRequests(kept_outputs)
-        self._latencies: Mapping[str, Series] = {name: Series() for name in _LATENCIES}
-        self._steps: deque[StepRecord] = deque(maxlen=WINDOW)
-        self._prompt_steps: deque[StepRecord] = deque(maxlen=WINDOW)  # those in which prompt tokens were computed
+        self._latencies: Mapping[str, Series] = {name: Series(window) for name in _LATENCIES}
+        self._steps: deque[StepRecord] = deque(maxlen=window)
+        self._prompt_steps: deque[StepRecord] = deque(maxlen=window)  # those in which prompt tokens were computed
         self._num_prompt_steps = 0
         self.refusals: Counter[str] = Counter()  # of requests that passed `Admission`, by the name of their error
         self.totals = {"requests": 0, "displaced_requests": 0, "prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
@@ -89,6 +94,21 @@ class Metrics:
         if record.prompt_tokens:
             self._prompt_steps.append(record)
             self._num_prompt_steps += 1
+
+    @classmethod
+    def merged(cls, parts: Sequence[Metrics]) -> Metrics:
+        """The measurements of several engines in one."""
+        merged = cls(window=WINDOW * len(parts))
+        for part in parts:
+            for name, series in part._latencies.items():
+                merged._latencies[name].merge(series)
+            merged._steps.extend(list(part._steps))
+            merged._prompt_steps.extend(list(part._prompt_steps))
+            merged._num_prompt_steps += part._num_prompt_steps
+            merged.refusals.update(part.refusals)
+            for name, amount in part.totals.items():
+                merged.totals[name] += amount
+        return merged
 
     def summaries(self) -> dict[str, dict[str, float]]:
         """Statistics of every metric that has values, by name."""

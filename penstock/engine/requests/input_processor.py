@@ -115,7 +115,7 @@ class InputProcessor:
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
         params = self._resolve(request.params, len(ids), bad_words)
         stops = self._special_stops(params)
-        if request.prompt.text is not None and request.prompt.token_ids is None:
+        if request.prompt.text is not None and (request.prompt.token_ids is None or request.prompt.is_encoded):
             self._check_text(request.prompt, ids)
         # After the length check, because scanning a million ids holds the interpreter lock.
         self._check_vocabulary(ids)

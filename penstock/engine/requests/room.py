@@ -1,7 +1,7 @@
 """`RoomQueue`: coroutines that wait until admission has room for a request.
 
 Owns their order: higher classes first, then the longest waiting. Never reserves a place and never holds a request.
-Called by `InferenceEngine.wait_for_room` on any event loop, and by `Admission` and `Host` on any thread.
+Called by `wait_for_room` on any event loop, and by `Admission` and `Host` on any thread.
 """
 
 from __future__ import annotations
@@ -11,10 +11,20 @@ import weakref
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from penstock.api.waiting import Waiter, Wakeups, call_on_loop, complete, new_waiter
-from penstock.engine.loop.host import Host
 from penstock.scheduling.admission import Admission
+
+
+class Closing(Protocol):
+    """What refuses requests at some time, and then calls `on_close`."""
+
+    on_close: Callable[[], None]
+
+    def check_open(self) -> None:
+        """Raise `EngineClosed` once requests are refused."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +47,7 @@ class RoomQueue:
     suspended frames, which refer to the engine.
     """
 
-    def __init__(self, admission: Admission, host: Host) -> None:
+    def __init__(self, admission: Admission, host: Closing) -> None:
         self._admission = admission
         self._host = host
         # Reentrant: an allocation under the lock may trigger the garbage collector, which may finalize the engine.

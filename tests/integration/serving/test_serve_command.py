@@ -99,6 +99,17 @@ def test_it_serves_scripted_answers_and_drains_at_a_signal(answers: str, tmp_pat
         assert server.wait(20) == 0
 
 
+def test_it_serves_several_replicas(answers: str) -> None:
+    with process("--model", answers, "--port", "0", "--replicas", "2", "--routing", "round_robin") as server:
+        url = url_of(server)
+        assert [ask(url, "how is the weather?") for _ in range(2)] == ["It rains in the valley."] * 2
+        metrics = get(f"{url}/metrics").decode()
+        for number in "01":
+            assert re.search(rf'^penstock:replica_routed_requests{{.*replica="{number}"}} 1.0$', metrics, re.MULTILINE)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+
+
 def test_it_says_what_it_waits_for_and_a_second_ctrl_c_ends_it(answers: str) -> None:
     """It was silent for half a minute, and the second Ctrl-C printed a traceback of uvicorn's."""
     limits = ("--max-sequence-length", "4096", "--drain-timeout-s", "600")
@@ -162,6 +173,7 @@ def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys:
             "NAME=FOLDER": failure(capsys, "--model", answers, "--adapter", "poet"),
             "takes no adapters": failure(capsys, "--model", answers, *adapter),
             "name of the model": failure(capsys, "--model", answers, *adapter, "--served-model-name", "poet"),
+            "set replicas to 2 or more": failure(capsys, "--model", answers, "--routing", "load"),
             "unknown section": failure(capsys, "--config", str(tmp_path / "bad.yaml")),
         }
     for text, output in errors.items():

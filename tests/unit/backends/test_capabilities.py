@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from penstock import InferenceEngine, RequestError, SamplingParams, StructuredOutputs
+from penstock import InferenceEngine, ReplicatedEngine, RequestError, SamplingParams, StructuredOutputs
 from penstock.api.prompt import read_prompt
 from penstock.backends.openai_engine import OpenAIEngine
 from penstock.backends.openai_request import request_body
@@ -54,6 +54,7 @@ VALUES: dict[str, Any] = {
 BESIDE: dict[str, dict[str, Any]] = {"use_beam_search": {"n": 2, "temperature": 0}}  # what a value needs
 ENGINES: dict[str, tuple[type, Callable[[SamplingParams], object]]] = {
     "native": (InferenceEngine, lambda params: None),
+    "native replicas": (ReplicatedEngine, lambda params: None),
     "vLLM": (VLLMEngine, check_params),
     "SGLang": (SGLangEngine, check_sglang_params),
     "OpenAI-compatible": (OpenAIEngine, lambda params: request_body(read_prompt("x"), params)),
