@@ -31,9 +31,9 @@ _STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 class LoraTrainer:
     """Makes adapters of `module`, which is frozen: its parameters want no gradients from here on.
 
-    A datum has at most `max_length` tokens. `tokens_per_pass` bounds the tokens whose activations exist at once: a longer
-    datum goes alone, and its layers are computed again in the backward pass. Raises `ConfigurationError` for a module
-    that cannot be trained this way.
+    A datum has at most `max_length` tokens. `tokens_per_pass` bounds the tokens whose activations exist at once: a
+    longer datum goes alone, and its layers are computed again in the backward pass. Raises `ConfigurationError` for a
+    module that cannot be trained this way.
     """
 
     def __init__(
