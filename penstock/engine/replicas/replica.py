@@ -93,7 +93,8 @@ class Replica:
     def figures(self) -> EngineStats:
         """The statistics of this replica; admission's counts are those of the whole queue."""
         parts = None if self._assembly is None or self.host.closed else self._assembly.parts
-        return figures(self._config, self.host, self._admission, self.metrics, parts)
+        version = 0 if self._assembly is None else self._assembly.weight_version
+        return figures(self._config, self.host, self._admission, self.metrics, parts, version)
 
     def stop(self) -> None:
         """End all requests, join the threads, release the model. Waits for a running step and a loading model."""
