@@ -81,7 +81,7 @@ def test_every_prompt_has_its_candidates() -> None:
 @pytest.mark.parametrize(
     ("aggregation", "chosen"),
     [("ensemble", [1, 1]), ("random", [3, 3]), (lambda output: output.token_ids[0] == 2, [2, 2])],
-    ids=str,
+    ids=["ensemble", "random", "function"],
 )
 def test_aggregation_chooses(aggregation: Any, chosen: list[int]) -> None:
     """004-104: a vote at each position made texts that nobody had sampled."""

@@ -385,13 +385,17 @@ def test_changed_weights_take_effect_after_the_block_or_clear_cache(in_block: bo
         ({"modle": "m"}, "did you mean 'model_name'"),
         ({"cach_size": 3}, "did you mean 'cache_size'"),
         ({"model": "m", "backend": "vllm"}, "did you mean 'model_name'"),
-        ({"backend": CountingBackend(), "dtype": "float32"}, "takes no model and no settings"),
     ],
     ids=str,
 )
 def test_what_cannot_be_built_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         create_inference_module(**arguments)
+
+
+def test_an_instance_of_a_backend_takes_no_settings() -> None:
+    with pytest.raises(ConfigurationError, match="takes no model and no settings"):
+        create_inference_module(backend=CountingBackend(), dtype="float32")
 
 
 def test_format_of_tool_calls_must_be_known() -> None:
