@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from penstock.cache.prefix import PrefixIndex, digest
 from penstock.scheduling.policy import AgingPolicy
@@ -53,8 +53,7 @@ class Pending:
         return self.length
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A replica with room for a request: its load in samples, how many tokens of the prompt it has computed, and how
     many blocks of prefixes in all."""
 
@@ -132,17 +131,14 @@ class KnownPrefixes:
         self._digests.clear()
 
 
-@dataclass(slots=True)
 class _Replica:
     """What one replica was given. `num_failures` counts requests in a row that failed in the forward pass."""
 
-    prefixes: KnownPrefixes
-    is_live: bool = True
-    load: int = 0
-    num_failures: int = 0
-    num_requests: int = 0
-    prompt_tokens: int = 0
-    expected_hit_tokens: int = 0
+    def __init__(self, prefixes: KnownPrefixes) -> None:
+        self.prefixes = prefixes
+        self.is_live = True
+        self.load = self.num_failures = 0
+        self.num_requests = self.prompt_tokens = self.expected_hit_tokens = 0
 
 
 class Router:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from penstock.api.channel import RequestStatus
 from penstock.api.log import Logger
@@ -36,12 +35,12 @@ from penstock.sequence import FinishReason
 SPARE = 4  # a replica is given a quarter more samples than fit into a step, so that it never waits for the next one
 
 
-@dataclass(slots=True, eq=False)
 class _Open:
     """A request that has not ended. `pending` is None while its prompt is encoded."""
 
-    request: Request
-    pending: Pending | None = None
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.pending: Pending | None = None
 
     @property
     def replica(self) -> int | None:

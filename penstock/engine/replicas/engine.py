@@ -178,8 +178,8 @@ class ReplicatedEngine(Capabilities):
     @property
     def weight_version(self) -> int:
         """The version of the weights, which is the same on all replicas: how often they were updated."""
-        lead = self._lead
-        return 0 if lead is None else lead.runner.weight_version
+        serving = [replica for replica in self._replicas if replica.is_live] or self._replicas
+        return serving[0].weight_version
 
     def updating(self, mode: UpdateMode = "abort", *, stale_kv: bool = False) -> UpdateBlock:
         """`InferenceEngine.updating`: at the end of the block, copies take over the weights of the live module."""

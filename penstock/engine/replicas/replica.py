@@ -77,6 +77,11 @@ class Replica:
             raise EngineClosed(f"replica {self.number} was stopped")
         return self._assembly.parts
 
+    @property
+    def weight_version(self) -> int:
+        """The version of its weights; the last one after its end."""
+        return 0 if self._assembly is None else self._assembly.weight_version
+
     def order(self, order: Order) -> Future[None]:
         """Have the replica's loop carry out an order. Its result, or error, is the future's."""
         outcome = Future[None]()
@@ -93,8 +98,7 @@ class Replica:
     def figures(self) -> EngineStats:
         """The statistics of this replica; admission's counts are those of the whole queue."""
         parts = None if self._assembly is None or self.host.closed else self._assembly.parts
-        version = 0 if self._assembly is None else self._assembly.weight_version
-        return figures(self._config, self.host, self._admission, self.metrics, parts, version)
+        return figures(self._config, self.host, self._admission, self.metrics, parts, self.weight_version)
 
     def stop(self) -> None:
         """End all requests, join the threads, release the model. Waits for a running step and a loading model."""
