@@ -22,11 +22,11 @@ NO_NORM, PER_HEAD, OVER_ALL = 0, 1, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def weights_of(norm: int, largest: float) -> tuple[Tensor | None, Tensor | None]:
+def weights_of(norm: int, largest: float, dim: int) -> tuple[Tensor | None, Tensor | None]:
     """Weights of the norms of queries and keys; `largest` is the keys' greatest."""
     if norm == NO_NORM:
         return None, None
-    sizes = (DIM, DIM) if norm == PER_HEAD else (HEADS * DIM, KV_HEADS * DIM)
+    sizes = (dim, dim) if norm == PER_HEAD else (HEADS * dim, KV_HEADS * dim)
     return torch.linspace(0.5, 2, sizes[0]), torch.linspace(largest, 0.1, sizes[1])
 
 
@@ -53,12 +53,14 @@ def finished(x: Tensor, norm: int, weight: Tensor | None, cos: Tensor, sin: Tens
 class World:
     """One sequence as rows of a fused projection, and attention over them."""
 
-    def __init__(self, kernels: Kernels, dtype: torch.dtype, norm: int, width: int, largest: float = 2) -> None:
-        self.held = Sequences(kernels, (LENGTH,), HEADS, KV_HEADS, DIM, VALUE_DIM, dtype)
+    def __init__(
+        self, kernels: Kernels, dtype: torch.dtype, norm: int, width: int, largest: float = 2, dim: int = DIM
+    ) -> None:
+        self.held = Sequences(kernels, (LENGTH,), HEADS, KV_HEADS, dim, VALUE_DIM, dtype)
         self.qkv = torch.cat([x[0].flatten(1) for x in (self.held.query, self.held.key, self.held.value)], 1)
         self.cos, self.sin = angles(width, dtype)
-        self.weights = weights_of(norm, largest)
-        geometry = HeadGeometry(HEADS, KV_HEADS, DIM, VALUE_DIM)
+        self.weights = weights_of(norm, largest, dim)
+        geometry = HeadGeometry(HEADS, KV_HEADS, dim, VALUE_DIM)
         rotary = Rotary(norm, EPS, *self.weights, rotates=True)
         self.attention = Attention(0, geometry, AttentionOptions(SCALING), rotary, dtype)
         self.program = Program(kernels, dtype)
@@ -107,6 +109,12 @@ def test_without_positions_nothing_is_rotated(kernels: Kernels, norm: int) -> No
     torch.testing.assert_close(world.attend(0, LENGTH, rotates=False), wanted, rtol=0, atol=1e-5)
 
 
+def in_chunks(world: World) -> Tensor:
+    """All tokens, of few and many at a time."""
+    ends = (0, 1, 2, 5, 6, 30, 45, 46, LENGTH)
+    return torch.cat([world.attend(begin, end) for begin, end in pairwise(ends)])
+
+
 @pytest.mark.parametrize("width", [DIM, 8])
 @pytest.mark.parametrize("norm", [NO_NORM, PER_HEAD, OVER_ALL])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,9 +124,18 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_prompt(
     """Few tokens are prepared head by head, many token by token."""
     whole, chunked = World(kernels, dtype, norm, width), World(kernels, dtype, norm, width)
     wanted = whole.attend(0, LENGTH)
-    ends = (0, 1, 2, 5, 6, 30, 45, 46, LENGTH)
-    found = torch.cat([chunked.attend(begin, end) for begin, end in pairwise(ends)])
-    assert torch.equal(found, wanted)
+    assert torch.equal(in_chunks(chunked), wanted)
+
+
+@pytest.mark.parametrize("norm", [NO_NORM, PER_HEAD, OVER_ALL])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_heads_of_common_sizes_get_the_same_bits_alone_and_in_a_prompt(kernels: Kernels, dim: int, norm: int) -> None:
+    """In bfloat16 these are rotated in registers, by other code than heads of other sizes."""
+    whole, chunked = (World(kernels, torch.bfloat16, norm, dim, dim=dim) for _ in range(2))
+    wanted = whole.attend(0, LENGTH)
+    assert torch.equal(in_chunks(chunked), wanted)
+    keys = [world.held.cache.read(world.held.slots(0))[0] for world in (whole, chunked)]
+    assert torch.equal(*keys)
 
 
 @pytest.mark.parametrize("norm", [PER_HEAD, OVER_ALL])

@@ -217,6 +217,15 @@ def test_norms_are_those_written_out_by_hand(kernels: Kernels, kind: int, dtype:
         check(found, before.double() + 0.5 * wanted, 2e-5)
 
 
+def test_a_product_and_a_sum_are_rounded_one_by_one_where_the_source_does_not_fuse_them(kernels: Kernels) -> None:
+    """Compilers fused them in one copy of a function and not in another, which gave one row different bits."""
+    norm = Norm(kernels, RMS, randn(67), None, 1e-5, torch.float32, 0.7)
+    before, x = randn(9, 67), randn(9, 67, seed=1)
+    found = before.clone()
+    norm.add_to(found, x)
+    assert torch.equal(found, before + 0.7 * norm(x))
+
+
 @pytest.mark.parametrize("quantize", [False, True], ids=["whole", "int8"])
 @pytest.mark.parametrize("kind", [RMS, LAYER], ids=["RMS", "layer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -266,6 +275,7 @@ def variants(kernels: Kernels, dtype: torch.dtype) -> Sequence[Linear]:
         Linear(kernels, weights, [None, None], quantize=True, epilogue=Epilogue(ADD, scale=0.7)),
         Linear(kernels, weights, [None, None], norm=own, quantize=True, epilogue=Epilogue(dtype=torch.float32)),
         Linear(kernels, [randn(40, 3 * BLOCK - 5, dtype=dtype)], [None], quantize=True),
+        Linear(kernels, [randn(40, 3 * BLOCK, dtype=dtype)], [None], epilogue=Epilogue(ADD, scale=0.7)),
     ]
 
 
