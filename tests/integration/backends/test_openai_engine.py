@@ -202,9 +202,10 @@ def test_what_the_api_cannot_express_is_refused_by_name(params: SamplingParams) 
 
 
 def test_a_server_that_is_not_there_is_one_sentence() -> None:
+    before = set(threading.enumerate())
     with pytest.raises(ConfigurationError, match=r"no model can be found at http://127\.0\.0\.1:9/v1"):
         OpenAIEngine("http://127.0.0.1:9", max_retries=0).start()
-    assert not any(thread.name == "penstock-openai" for thread in threading.enumerate())
+    assert not any(thread.name == "penstock-openai" for thread in set(threading.enumerate()) - before)
 
 
 def test_a_server_without_models_is_one_sentence() -> None:

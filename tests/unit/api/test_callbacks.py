@@ -24,6 +24,12 @@ from penstock.sampling import SamplingParams
 ENGINE_THREADS = ("penstock-engine", "penstock-model", "penstock-tokenizer")
 
 
+def new_threads(earlier: set[threading.Thread]) -> set[threading.Thread]:
+    """The threads of engines that have started since, but for those that encode text for all engines."""
+    names = {*ENGINE_THREADS, "penstock-callbacks"}
+    return {thread for thread in set(threading.enumerate()) - earlier if thread.name in names}
+
+
 class Inbox:
     """Collects the arguments of callbacks and their threads; `last` is set with the last delta or the output."""
 
@@ -47,6 +53,12 @@ class Inbox:
     def tokens(self) -> list[int]:
         """The tokens of all deltas."""
         return [token for delta in self.items for token in delta.token_ids]
+
+
+@pytest.fixture(autouse=True)
+def earlier_threads() -> set[threading.Thread]:
+    """Those of engines that other tests share."""
+    return set(threading.enumerate())
 
 
 @pytest.fixture
@@ -230,7 +242,7 @@ async def test_error_in_mid_stream_fails_the_request() -> None:
     assert failures == [("a", error)]
 
 
-def test_closing_twice_or_unused_is_harmless() -> None:
+def test_closing_twice_or_unused_is_harmless(earlier_threads: set[threading.Thread]) -> None:
     callbacks = Callbacks(lambda request_id, error: None)
     callbacks.close()
     seen = Inbox()
@@ -238,13 +250,13 @@ def test_closing_twice_or_unused_is_harmless() -> None:
     callbacks.close()
     callbacks.close()
     assert len(seen.items) == 1
-    assert "penstock-callbacks" not in {thread.name for thread in threading.enumerate()}
+    assert not new_threads(earlier_threads)
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_callback_that_exits_ends_its_request_and_not_the_thread_of_callbacks(
-    engine: InferenceEngine, error: type[BaseException], kind: str
+    engine: InferenceEngine, error: type[BaseException], kind: str, earlier_threads: set[threading.Thread]
 ) -> None:
     """`sys.exit()` ended the thread: later callbacks never ran, and `stop()` raised and freed nothing."""
 
@@ -261,7 +273,7 @@ def test_a_callback_that_exits_ends_its_request_and_not_the_thread_of_callbacks(
     engine.submit_request([1], tokens(4), callback=inbox)
     assert inbox.last.wait(10)
     engine.stop(0)
-    assert not {thread.name for thread in threading.enumerate()} & {*ENGINE_THREADS, "penstock-callbacks"}
+    assert not new_threads(earlier_threads)
 
 
 def test_what_exits_programs_is_reported(engine: InferenceEngine, caplog: pytest.LogCaptureFixture) -> None:
@@ -306,7 +318,9 @@ def test_on_a_loop_of_the_callers_an_exit_ends_the_loop_too(engine: InferenceEng
 
 @pytest.mark.parametrize("kind", ["stop", "aclose"])
 @pytest.mark.parametrize("drain", [0.0, 30.0])
-def test_an_engine_closes_at_once_in_its_own_callback(slow_engine: InferenceEngine, kind: str, drain: float) -> None:
+def test_an_engine_closes_at_once_in_its_own_callback(
+    slow_engine: InferenceEngine, kind: str, drain: float, earlier_threads: set[threading.Thread]
+) -> None:
     """`await engine.aclose()` waited 10 s for the callback that awaited it."""
     done = threading.Event()
 
@@ -321,7 +335,7 @@ def test_an_engine_closes_at_once_in_its_own_callback(slow_engine: InferenceEngi
     begin = monotonic()
     slow_engine.generate([1], tokens(1500), callback=stop if kind == "stop" else close)
     assert done.wait(10)
-    while any(thread.name.startswith("penstock") for thread in threading.enumerate()):
+    while new_threads(earlier_threads):
         assert monotonic() - begin < 3.0, "half a second, on a calm machine"
         threading.Event().wait(0.005)
 
