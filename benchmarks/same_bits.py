@@ -2,9 +2,9 @@
 
 Twenty requests over ragged prompts, greedy and sampled, with log probabilities, run one at a time in a deterministic
 engine. Then they run together: in chunks of several sizes, on two threads, over cached prefixes, in a cache that is too
-small for them, and with drafts. For each way the table has the number of requests of which a token
-or any bit differs from the request that ran alone: 0 in every row, or there is a defect. Random weights may hide one
-that a trained model shows.
+small for them, and with drafts. For each way the table has the number of requests of which a token or any bit differs
+from the request that ran alone: 0 in every row, or there is a defect. Random weights may hide one that a trained model
+shows.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def requests(num_new: int) -> list[tuple[str, SamplingParams]]:
     places = [rng.randrange(len(text) // 2) for _ in CHARACTERS]
     prompts = [text[place : place + size] for place, size in zip(places, CHARACTERS, strict=True)]
     prompts += [text[:300] + prompt for prompt in prompts[:8:2]]
-    sampled = {"temperature": 0.8, "top_p": 0.9}
+    sampled: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9}
     return [
         (prompt, SamplingParams(max_tokens=num_new, logprobs=3, ignore_eos=True, **extra))
         for i, prompt in enumerate(prompts)
