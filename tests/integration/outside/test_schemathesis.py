@@ -11,13 +11,14 @@ import pytest
 from penstock.serving import ServingSettings
 from tests.integration.outside.suites import server
 
+# Draining, pausing and sleep would end the run; these routes answer nobody without the admin key.
+ADMIN_PATHS = "^/(admin|update_weights|pause|resume|is_paused|sleep|wake_up|is_sleeping|(v1/)?(un)?load_lora_adapter)"
 # A body can follow the schema and still be refused: fields exclude each other, and the model has limits of its own.
 EXCLUDED_CHECK = "positive_data_acceptance"
 OPTIONS = (
     *("--max-time", "25", "--request-timeout", "10", "--max-response-time", "5", "--seed", "7"),
     *("--checks", "all", "--exclude-checks", EXCLUDED_CHECK, "--continue-on-failure"),
-    # Draining, pausing and sleep would end the run; these routes answer nobody without the admin key.
-    *("--exclude-path-regex", "^/(admin|update_weights|pause|resume|is_paused|sleep|wake_up|is_sleeping)"),
+    *("--exclude-path-regex", ADMIN_PATHS),
     *("--generation-database", "none", "--no-color"),
 )
 
