@@ -27,7 +27,7 @@ from penstock import InferenceEngine, SamplingParams
 
 EPILOG = """examples:
   python benchmarks/scoring.py
-  python benchmarks/scoring.py --shape qwen3-0.6b --responses 128,512 --repeats 5
+  python benchmarks/scoring.py --shape qwen3-0.6b --prompt 2000 --responses 32,128 --repeats 3
 """
 ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
 Texts = list[list[int]]
@@ -81,7 +81,7 @@ def main() -> None:
     """Measure, and print the table and the JSON line."""
     parser = parser_for(__doc__, EPILOG)
     add_model_options(parser)
-    parser.add_argument("--prompt", type=int, default=2000, help="tokens of the cached prompt (default: 2000)")
+    parser.add_argument("--prompt", type=int, default=1900, help="tokens of the cached prompt (default: 1900)")
     parser.add_argument("--responses", type=integers, default=[32, 128, 512], help="tokens (default: 32,128,512)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions; medians are shown (default: 5)")
     args = parser.parse_args()
