@@ -259,7 +259,7 @@ async def test_a_fork_runs_with_the_adapter_of_its_origin() -> None:
     base = build("llama")
     model = adapted(base, 1, TARGETS["llama"])
     long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
-    async with engine_of(base) as engine:
+    async with engine_of(base, kept_outputs=4) as engine:
         await engine.load_adapter("a", model)
         handle = engine.generate(PROMPT, long, adapter="a")
         await anext(aiter(handle))
@@ -270,6 +270,8 @@ async def test_a_fork_runs_with_the_adapter_of_its_origin() -> None:
         num_new = len(output.outputs[0].token_ids) - 3
         own = own_logprobs(model, ids, num_new)
         torch.testing.assert_close(torch.tensor(output.outputs[0].token_logprobs[-num_new:]), own, atol=1e-5, rtol=0)
+        with pytest.raises(RequestError, match="no request has finished"):
+            await engine.check_logprobs()  # the live module has no adapter: both would seem to differ from it
 
 
 async def test_adapters_stay_after_an_update_of_the_base() -> None:

@@ -217,7 +217,7 @@ class OutputProcessor:
             for transcript in collector.chosen():
                 request.channel.put(transcript, wakeups)
         self._metrics.record("end_to_end_latency", self._clock() - request.arrival)
-        if not request.adapter:  # the live module computes without the engine's adapters
+        if not request.sequences[0].adapter:  # the live module computes without the engine's adapters
             self._metrics.finished.add(output)
         self._close(request, RequestStatus.COMPLETED, output, None, wakeups)
 
