@@ -158,7 +158,11 @@ class Scheduler:
         return events + self._end_beams() if self._beam_endings else events
 
     def fail(self, plan: StepPlan, error: Exception) -> list[Event]:
-        """The forward pass failed: end every sequence of the plan, and keep nothing that it might have written."""
+        """The forward pass failed: end every sequence of the plan, and keep nothing that it might have written.
+
+        A score can be started without a row, in blocks that this step was to fill or copy. So whatever else runs is
+        computed again, as far as the cache does not hold it.
+        """
         assert plan is self._executing or not plan.rows
         self._executing = None
         self._cache.rollback()
@@ -167,6 +171,8 @@ class Scheduler:
             seq = self._live.by_id[row.seq_id]
             seq.in_flight = 0
             events.append(self._end(seq, *self._endings.pop(seq.id, (FinishReason.ERROR, error))))
+        for seq in list(self._live.running.sequences):
+            self._live.preempt(seq)
         return events + self._end_beams()
 
     def restart(self, plan: StepPlan, weight_version: int | None = None) -> list[Event]:

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from penstock.sampling import SamplingParams
+from penstock.scoring import ScoringParams
 from penstock.sequence import FinishReason, Status
 from penstock.step import Event, RowResult, StepResult, TokenLogprobs, record_of
 from tests.unit.scheduling.world import HIGH, LOW, NORMAL, TOKEN, World
@@ -77,6 +78,23 @@ def test_a_failed_step_ends_its_sequences_and_nobody_else() -> None:
     assert world.begin() == {2: (0, 9)}, "nothing of the failed step is found"
     assert world.end()[0].reason is FinishReason.LENGTH
     assert waiting.num_generated == 1
+
+
+def test_a_score_that_was_started_without_a_row_uses_nothing_of_a_failed_step() -> None:
+    """It went on with blocks that the step was to fill (a prompt of 9) or to copy (one of 8), and had not."""
+    for prompt, cached in ([*range(9)], 0), ([*range(8)], 4):
+        world = World(max_logit_rows=4)
+        if cached:
+            world.add(1, prompt, new=1)
+            world.step()
+        first, second = ([*prompt, *range(begin, begin + 3)] for begin in (50, 60))
+        world.add(2, first, new=0, params=ScoringParams(num_scored=3))
+        score = world.add(3, second, new=0, params=ScoringParams(num_scored=3))
+        assert list(world.begin()) == [2], "two rows of logits serve the first score alone"
+        assert score.status is Status.RUNNING
+        world.scheduler.fail(world.plan, RuntimeError("out of luck"))
+        assert (score.status, score.computed, list(score.blocks)) == (Status.WAITING, 0, [])
+        world.drain()
 
 
 def test_a_step_that_is_restarted_is_planned_anew_from_the_first_token_on() -> None:
