@@ -99,7 +99,7 @@ class StreamClients:
     """Sends a load of chats. `clients` fills up while it runs.
 
     `streaming` is set once every client has read a chunk or has ended, `first_done` once one has its whole answer, and
-    both at the end.
+    both at the end, also when a client cannot connect.
     """
 
     def __init__(self, url: str, load: Load) -> None:
@@ -111,6 +111,13 @@ class StreamClients:
 
     async def run(self) -> None:
         """Send every request at its time, and wait until all have ended."""
+        try:
+            await self._run()
+        finally:
+            self.streaming.set()
+            self.first_done.set()
+
+    async def _run(self) -> None:
         load, rng = self._load, random.Random(f"{self._load.seed}/clients")
         begin_s = time.perf_counter()
         for number, due_s in enumerate(load.arrivals()):
@@ -123,8 +130,6 @@ class StreamClients:
             self.clients.append(client)
         for client in self.clients:
             await client.closed.wait()
-        self.streaming.set()
-        self.first_done.set()
 
     @property
     def num_events(self) -> int:

@@ -51,7 +51,6 @@ class GrammarVocabulary:
         self.num_words = -(-size // 32)
         self._size = size
         self._num_started = itertools.count()
-        self._bits = array("i")
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

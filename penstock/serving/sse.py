@@ -53,7 +53,7 @@ class EventStream(Response):
         self._is_sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response. Frames are sent by a task of their own, which no middleware resumes with it."""
+        """Send the response. A task of its own sends the frames, so that a frame resumes no middleware."""
         tasks: list[asyncio.Task[None]] = []
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
