@@ -6,6 +6,8 @@ and transformers are imported when the first engine loads a model.
 
 __version__ = "0.1.0"
 
+import typing
+
 from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
 from penstock.api.inference_request import InferenceRequest
@@ -15,7 +17,6 @@ from penstock.api.protocols import Embedder, Engine, Scorer, Trainable, WithAdap
 from penstock.api.stats import EngineStats
 from penstock.config import BatchingStrategy, EngineConfig, EngineSettings
 from penstock.engine.inference import InferenceEngine
-from penstock.engine.replicas.engine import ReplicatedEngine
 from penstock.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -50,15 +51,18 @@ from penstock.scheduling.estimator import MemoryEstimator
 from penstock.scores import Score
 from penstock.sequence import FinishReason
 from penstock.structured_outputs import StructuredOutputs
-from penstock.tools.conversation import Conversation
-from penstock.tools.pieces import ToolCall
-from penstock.tools.tool_call_parser import ToolCallParser
-from penstock.training.backend import InferenceBackend
-from penstock.training.huggingface import HuggingFaceBackend
-from penstock.training.inference_module import InferenceModule, create_inference_module
-from penstock.training.results import GenerationResult
-from penstock.training.sglang import SGLangBackend
-from penstock.training.vllm import VLLMBackend
+
+if typing.TYPE_CHECKING:
+    from penstock.engine.replicas.engine import ReplicatedEngine
+    from penstock.tools.conversation import Conversation
+    from penstock.tools.pieces import ToolCall
+    from penstock.tools.tool_call_parser import ToolCallParser
+    from penstock.training.backend import InferenceBackend
+    from penstock.training.huggingface import HuggingFaceBackend
+    from penstock.training.inference_module import InferenceModule, create_inference_module
+    from penstock.training.results import GenerationResult
+    from penstock.training.sglang import SGLangBackend
+    from penstock.training.vllm import VLLMBackend
 
 __all__ = [
     "LLM",
@@ -136,3 +140,32 @@ __all__ = [
     "create_inference_module",
     "create_padded_batch",
 ]
+
+# Imported when first asked for, so that programs which only generate do not wait for them.
+_LATER = {
+    "ReplicatedEngine": "penstock.engine.replicas.engine",
+    "Conversation": "penstock.tools.conversation",
+    "ToolCall": "penstock.tools.pieces",
+    "ToolCallParser": "penstock.tools.tool_call_parser",
+    "InferenceBackend": "penstock.training.backend",
+    "HuggingFaceBackend": "penstock.training.huggingface",
+    "InferenceModule": "penstock.training.inference_module",
+    "create_inference_module": "penstock.training.inference_module",
+    "GenerationResult": "penstock.training.results",
+    "SGLangBackend": "penstock.training.sglang",
+    "VLLMBackend": "penstock.training.vllm",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
