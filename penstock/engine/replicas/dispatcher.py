@@ -173,6 +173,12 @@ class Dispatcher:
         self._router.add(entry.pending, now)
         self.dispatch()
 
+    def settle(self, state: EngineState) -> None:
+        """Go on in this state after an order."""
+        self.state = state
+        self._check_drained()
+        self.dispatch()
+
     def dispatch(self) -> None:
         """Hand waiting requests to replicas that have room, unless an order is being carried out."""
         router = self._router
@@ -190,7 +196,7 @@ class Dispatcher:
         except EngineClosed:  # it has failed in the meantime
             router.add(pending, time.monotonic())
             self._lose(number)
-            if self.fault is not None:
+            if self.fault is not None and not request.channel.ended:
                 self._finish(entry, FinishReason.ERROR, EngineClosed(str(self.fault)))
             return
         self._timers.clear(request.id)
@@ -290,7 +296,9 @@ class Dispatcher:
         if self.fault is not None:
             raise EngineClosed(str(self.fault))
         assert self._router is not None
-        return [self._replicas[number] for number in self._router.live]
+        if not (numbers := self._router.live):
+            raise closing_error()  # they were stopped
+        return [self._replicas[number] for number in numbers]
 
     def _lose(self, number: int) -> None:
         """Route no more to a replica that has failed; the last one to fail ends all that waits."""

@@ -305,17 +305,10 @@ class ReplicatedEngine(Capabilities):
         undo: Callable[[], Coroutine[object, object, None]] | None = None,
         can_be_cancelled: bool = True,
     ) -> None:
-        """Carry out an order on the router's loop. If the caller is cancelled, give up what can be given up."""
+        """`RouterHost.carry_out`, once the model is loaded."""
         if can_be_cancelled:
             await self._loaded_soon()
-        outcome = self._host.run(order)
-        try:
-            await result_of(outcome)
-        except BaseException:
-            has_ended = not (can_be_cancelled and outcome.cancel())
-            if has_ended and undo is not None and outcome.done() and outcome.exception() is None:
-                self._host.run(undo)  # the caller left just when the order had been carried out
-            raise
+        await self._host.carry_out(order, undo, can_be_cancelled=can_be_cancelled)
 
     def _submit(self, request: Request) -> None:
         self._host.start()
