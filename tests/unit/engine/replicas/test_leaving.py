@@ -51,10 +51,13 @@ class Unable(ScriptedModel):
 
 
 class Adapters:
-    """A store that reads an adapter by calling its source."""
+    """A store that calls `prepare` with the name of an adapter that it reads."""
 
-    def read(self, source: Callable[[], None], name: str) -> Callable[[str], None]:
-        source()
+    def __init__(self, prepare: Callable[[str], None]) -> None:
+        self._prepare = prepare
+
+    def read(self, source: object, name: str) -> Callable[[str], None]:
+        self._prepare(name)
         return lambda key: None
 
     def unload(self, key: str) -> None:
@@ -80,23 +83,22 @@ def test_a_caller_who_leaves_while_a_refused_order_is_undone_leaves_no_replica_b
 
 def test_a_caller_who_leaves_does_not_leave_an_adapter_on_some_replicas() -> None:
     async def main(engine: ReplicatedEngine) -> None:
-        task = asyncio.ensure_future(engine.load_adapter("a", source))
-        await until(lambda: len(calls) == 2)
+        task = asyncio.ensure_future(engine.load_adapter("a", ""))
+        await until(lambda: engine.adapters == ["a"] and begun.is_set())
         task.cancel()
         await asyncio.wait([task])
         event.set()
-        await engine.load_adapter("b", lambda: None)  # one after the other
+        await engine.load_adapter("b", "")  # one after the other
         assert engine.adapters == ["b"]
 
-    def source() -> None:
-        calls.append(threading.get_ident())
-        if len(calls) == 2:
+    def refuse(name: str) -> None:
+        begun.set()
+        if name == "a":
             event.wait(PATIENCE_S)
             raise WeightsError("not these")
 
-    event, calls, replicas = threading.Event(), list[int](), models()
-    for model in replicas:
-        model.adapters = Adapters()
+    begun, event, replicas = threading.Event(), threading.Event(), models()
+    replicas[0].adapters, replicas[1].adapters = Adapters(lambda name: None), Adapters(refuse)
     run(main, engine_of(replicas))
 
 
