@@ -31,7 +31,7 @@ EXAMPLES = """examples:
   penstock serve --model scripted:answers.yaml for tests of agents
   penstock serve --model ./my-model --tinker   for programs of the Tinker SDK
 
-Every option is also an environment variable: PENSTOCK_SERVE_PORT=9000 for the
+Settings are also environment variables: PENSTOCK_SERVE_PORT=9000 for the
 server, PENSTOCK_MAX_BATCH_SIZE=8 for the engine. Ctrl-C and SIGTERM let open
 requests finish for --drain-timeout-s seconds; a second one aborts them.
 """
@@ -133,8 +133,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _placement(args: argparse.Namespace, settings: JsonObject) -> JsonObject:
     """Keywords of `ReplicatedEngine` from the options or the file; none for a single engine."""
+    from penstock.engine.replicas.sources import check_count  # imported here: most commands make no engine
+
     in_file = {name: settings.pop(name, None) for name in ("replicas", "routing")}
     placement = {name: getattr(args, name) or value for name, value in in_file.items()}
+    if placement["replicas"] is not None:
+        check_count(placement["replicas"])
     if placement["replicas"] in (None, 1) and placement["routing"] is not None:
         raise ConfigurationError(f"routing {placement['routing']} is between replicas: set replicas to 2 or more")
     return {name: value for name, value in placement.items() if value is not None and placement["replicas"] != 1}
