@@ -207,14 +207,15 @@ class Dispatcher:
     async def _watch(self, entry: _Open, pending: Pending, router: Router) -> None:
         """Wait until a replica has ended a request, and give it another one."""
         assert pending.replica is not None
-        number, digests, has_failed = pending.replica, pending.digests, False
+        number, digests = pending.replica, pending.digests
+        has_failed: bool | None = None
         try:
-            output = await entry.request.channel.wait()
+            output, has_failed = await entry.request.channel.wait(), False
             tokens = output.outputs[0].token_ids if output.outputs else []
             tokens = [*output.prompt_token_ids, *tokens[:-1]]  # the last one was not computed
             digests = router.digests(entry.request.namespace, entry.request.adapter, tokens, pending.digests)
         except Exception as error:
-            has_failed = isinstance(error, ExecutionError)
+            has_failed = True if isinstance(error, ExecutionError) else None
         router.end(pending, digests=digests, has_failed=has_failed)
         self._forget(entry)
         if not self._replicas[number].is_live:
