@@ -60,10 +60,10 @@ class ReplicatedEngine(Capabilities):
 
     `model` is as for `InferenceEngine`, or a list with the model of each replica. Of a live module, the first replica
     borrows it and the others run copies, which follow its updates; of several live modules in a list, the others follow
-    the first. `devices` names the device of each replica; without
-    it each gets a GPU, or they share the CPU and its cores. Requests wait in one queue and go to the replica that has
-    computed most of their prompt, unless it is busier by far (`routing="prefix"`), to the least loaded one ("load") or
-    to each in turn ("round_robin"). Settings are those of `EngineConfig`, for each replica; `max_queue_size` and
+    the first. `devices` names the device of each replica; without it each gets a GPU, or they share the CPU and its
+    cores, and a live module stays where it is. Requests wait in one queue and go to the replica that has computed most
+    of their prompt, unless it is busier by far (`routing="prefix"`), to the least loaded one ("load") or to each in
+    turn ("round_robin"). Settings are those of `EngineConfig`, for each replica; `max_queue_size` and
     `max_queued_tokens` are for all together. Raises `ConfigurationError`.
     """
 

@@ -157,14 +157,14 @@ class RouterHost:
             self._is_stopping, thread = True, self._thread
         self.on_close()
         if thread is None:
+            self._stop_replicas()  # exit handlers would keep them alive
             return
         with contextlib.suppress(Exception):  # `drain_s` excludes the time to load
             self.booted.result()
         call_on_loop(thread.loop, self._dispatcher.drain)
         self._dispatcher.drained.wait(min(drain_s, threading.TIMEOUT_MAX))
         call_on_loop(thread.loop, self._dispatcher.close_all)
-        for replica in self._replicas:
-            replica.stop()
+        self._stop_replicas()
         thread.close(wait=True)
 
     def halt(self, until: float) -> None:
