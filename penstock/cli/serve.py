@@ -20,6 +20,7 @@ from penstock.cli.session import JsonObject
 from penstock.cli.terminal import note
 from penstock.config import ALIASES, EngineConfig
 from penstock.errors import ConfigurationError
+from penstock.values import integer
 
 EXAMPLES = """examples:
   penstock serve --model Qwen/Qwen3-0.6B
@@ -132,13 +133,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _placement(args: argparse.Namespace, settings: JsonObject) -> JsonObject:
-    """Keywords of `ReplicatedEngine` from the options or the file; none for a single engine."""
-    from penstock.engine.replicas.sources import check_count  # imported here: most commands make no engine
-
+    """Keywords of `ReplicatedEngine` from the options or the file; none for one engine. Raises a `PenstockError`."""
     in_file = {name: settings.pop(name, None) for name in ("replicas", "routing")}
     placement = {name: getattr(args, name) or value for name, value in in_file.items()}
     if placement["replicas"] is not None:
-        check_count(placement["replicas"])
+        integer("replicas", placement["replicas"], 1)
     if placement["replicas"] in (None, 1) and placement["routing"] is not None:
         raise ConfigurationError(f"routing {placement['routing']} is between replicas: set replicas to 2 or more")
     return {name: value for name, value in placement.items() if value is not None and placement["replicas"] != 1}

@@ -43,7 +43,7 @@ class Models:
         counts = {
             **({"models": len(models)} if is_list else {}),
             **({} if names is None else {"devices": len(names)}),
-            **({} if replicas is None else {"replicas": check_count(replicas)}),
+            **({} if replicas is None else {"replicas": _count(replicas)}),
         }
         if not counts:
             raise ConfigurationError("say how many replicas there are: replicas=2, or devices=['cuda:0', 'cuda:1']")
@@ -107,8 +107,7 @@ def _is_name(model: object) -> bool:
     return model is None or isinstance(model, str | Path)
 
 
-def check_count(replicas: object) -> int:
-    """The number of replicas. Raises `ConfigurationError` for what cannot be one."""
+def _count(replicas: object) -> int:
     try:
         return integer("replicas", replicas, 1, MAX_REPLICAS, f"an integer from 1 to {MAX_REPLICAS}")
     except ValueError as error:

@@ -175,7 +175,7 @@ def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys:
             "takes no adapters": failure(capsys, "--model", answers, *adapter),
             "name of the model": failure(capsys, "--model", answers, *adapter, "--served-model-name", "poet"),
             "set replicas to 2 or more": failure(capsys, "--model", answers, "--routing", "load"),
-            "an integer from 1 to 1024": failure(capsys, "--model", answers, "--config", str(tmp_path / "none.yaml")),
+            "replicas must be an integer": failure(capsys, "--model", answers, "--config", str(tmp_path / "none.yaml")),
             "unknown section": failure(capsys, "--config", str(tmp_path / "bad.yaml")),
         }
     for text, output in errors.items():
