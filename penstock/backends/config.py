@@ -125,6 +125,8 @@ class VLLMBackendConfig:
         _check_fraction("gpu_memory_utilization", self.gpu_memory_utilization)
         _check_count("max_model_len", self.max_model_len)
         _check_options(self.options, "tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
+        if self.options.get("logprobs_mode", "raw_logits") != "raw_logits":
+            raise ConfigurationError('logprobs_mode is "raw_logits" here, which logits need: leave it out of options')
 
     def check_available(self) -> None:
         """Raises `PackageMissing` without vLLM."""
@@ -139,7 +141,7 @@ class VLLMBackendConfig:
         }
         if self.max_model_len is not None:
             settings["max_model_len"] = self.max_model_len
-        return VLLMBackend(model, **settings, **self.options)
+        return VLLMBackend(model, **{**settings, **self.options})
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,8 @@ def _mapping(name: str, values: object) -> dict[str, Any]:
 
 def _check_options(options: object, *settings: str) -> None:
     """Raises `ConfigurationError` for no mapping, and for a setting that has a place of its own."""
+    if taken := _mapping("options", options).keys() & {"model", "model_name"}:
+        raise ConfigurationError(f"{min(taken)} does not belong into options: the model is model_name of the config")
     if misplaced := _mapping("options", options).keys() & set(settings):
         raise ConfigurationError(f"{min(misplaced)} does not belong into options: set it beside them")
 

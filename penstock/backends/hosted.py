@@ -7,8 +7,10 @@ probabilities of a prompt, weights. A subclass starts its engine and reads one s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -24,7 +26,7 @@ from penstock.backends.hosted_weights import HostedWeights
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.request_params import NEW_TOKENS
 from penstock.backends.streamed import StreamedEngine, StreamedRequest
-from penstock.errors import RequestError
+from penstock.errors import EngineClosed, RequestError
 from penstock.generation import LengthLimit, Params, default_params, fitted
 from penstock.sampling import RequestPriority, SamplingParams, resolved
 from penstock.scores import Score
@@ -173,12 +175,12 @@ class HostedEngine(StreamedEngine[HostedWork]):
     async def pause(self, mode: UpdateMode = "abort") -> None:
         """Start no more requests. "abort" ends what runs, "wait" serves it first, "keep" leaves it for later.
 
-        Raises `EngineStateError` if the engine is paused already.
+        Raises `EngineStateError` if the engine is paused already, and while it is paused, resumed or updated by others.
         """
         await self._run(lambda: self._opened_weights().pause(mode))
 
     async def resume(self) -> None:
-        """Go on after `pause`. Raises `EngineStateError` if the engine is not paused."""
+        """Go on after `pause`. Raises `EngineStateError` if the engine is not paused, and where `pause` does."""
         await self._run(lambda: self._opened_weights().resume())
 
     async def update_weights(self, source: object, *, mode: UpdateMode = "abort") -> int:
@@ -207,7 +209,10 @@ class HostedEngine(StreamedEngine[HostedWork]):
 
         with self._lock:
             loop = self._loop()
-        return await result_of(asyncio.run_coroutine_threadsafe(run(), loop))
+        try:
+            return await result_of(asyncio.run_coroutine_threadsafe(run(), loop))
+        except CancelledError:  # of the future, by the end of the loop; that of a caller is another class
+            raise EngineClosed("the engine was stopped") from None
 
     # Requests.
 
@@ -224,3 +229,12 @@ class HostedEngine(StreamedEngine[HostedWork]):
         """The parameters with a `max_tokens` that fits. Raises `RequestError`."""
         limit = LengthLimit(self._limit, self.limit_name)
         return resolved(*fitted(params, prompt_len, limit, self._defaults, NEW_TOKENS), ())
+
+
+async def to_the_end(function: Callable[..., T], *arguments: object) -> T:
+    """The result of a function on a thread, also where the caller is cancelled: whatever it starts has to be ended."""
+    task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    return task.result()

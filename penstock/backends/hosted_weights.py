@@ -24,7 +24,7 @@ class HostedWeights(ABC):
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._updating = asyncio.Lock()
+        self._changing = asyncio.Lock()  # held by whatever pauses, resumes or loads
         self._is_paused = False
         self._folder: Path | None = None  # of the latest update
         self.version = 0
@@ -51,17 +51,15 @@ class HostedWeights(ABC):
     async def pause(self, mode: UpdateMode) -> None:
         """See `HostedEngine.pause`."""
         check_mode(mode)
-        if self._is_paused:
-            raise EngineStateError("the engine is paused already: call resume() first")
-        self._is_paused = True
-        await self._pause(mode)
+        self._require_no_change()
+        async with self._changing:
+            await self._enter_pause(mode)
 
     async def resume(self) -> None:
         """See `HostedEngine.resume`."""
-        if not self._is_paused:
-            raise EngineStateError("the engine is not paused")
-        await self._resume()
-        self._is_paused = False
+        self._require_no_change()
+        async with self._changing:
+            await self._leave_pause()
 
     async def update(self, source: object, mode: UpdateMode) -> int:
         """See `HostedEngine.update_weights`."""
@@ -69,17 +67,33 @@ class HostedWeights(ABC):
         if mode == "keep" and not self.keeps:
             raise RequestError(f"mode='keep' reuses old K/V with {self.engine}: use 'wait' or 'abort'")
         folder = await asyncio.to_thread(check_folder, source, self._model)
-        async with self._updating:
+        async with self._changing:
             if self._is_paused:
                 await self._replace(folder)
             else:
-                await self.pause(mode)
+                await self._enter_pause(mode)
                 try:
                     await self._replace(folder)
                 finally:
                     if self._is_alive():
-                        await self.resume()
+                        await self._leave_pause()
             return self.version
+
+    def _require_no_change(self) -> None:
+        if self._changing.locked():
+            raise EngineStateError("the engine is being paused, resumed or updated: wait until that has ended")
+
+    async def _enter_pause(self, mode: UpdateMode) -> None:
+        if self._is_paused:
+            raise EngineStateError("the engine is paused already: call resume() first")
+        await self._pause(mode)
+        self._is_paused = True
+
+    async def _leave_pause(self) -> None:
+        if not self._is_paused:
+            raise EngineStateError("the engine is not paused")
+        await self._resume()
+        self._is_paused = False
 
     async def _replace(self, folder: Path) -> None:
         """Load the folder; if that fails, the weights from before it."""

@@ -118,6 +118,8 @@ class Scoring:
 
         rows = [(flat.start_indices[place], flat.end_indices[place]) for place in self._places()]
         vocab_size = 1 + max(max(flat.token_ids[start:end]) for start, end in rows)
+        if any(end - start < vocab_size for start, end in rows):
+            raise ExecutionError(f"{self.engine} returned log probabilities of a part of the vocabulary only")
         array = np.empty((len(rows), vocab_size), dtype=np.float32)
         for row, (start, end) in zip(array, rows, strict=True):
             row[flat.token_ids[start:end]] = flat.logprobs[start:end]

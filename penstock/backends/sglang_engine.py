@@ -16,7 +16,7 @@ from typing import Any
 from penstock.api.arguments import Arguments
 from penstock.api.prompt import Prompt
 from penstock.backends.encoding import Encoder
-from penstock.backends.hosted import Completion, HostedEngine, HostedWork
+from penstock.backends.hosted import Completion, HostedEngine, HostedWork, to_the_end
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.request_params import plain_params
 from penstock.backends.sglang_adapters import SGLangAdapters
@@ -146,7 +146,7 @@ class SGLangEngine(HostedEngine):
 
     async def _open(self) -> None:
         # Not on the main thread, where SGLang would install signal handlers; nor on this one, which serves deadlines.
-        self._sglang = await asyncio.to_thread(start_sglang, self.model, self._options)
+        self._sglang = await to_the_end(start_sglang, self.model, self._options)
         self._sglang.attach(self._fail_all)
         self._encoder = Encoder(self._sglang.manager.tokenizer)
         self._weights = SGLangWeights(self._sglang, self.model)

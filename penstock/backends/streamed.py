@@ -94,8 +94,8 @@ class StreamedEngine(ABC, Generic[W]):
         self._requests: dict[str, StreamedRequest[W]] = {}
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
-        self._opening = asyncio.Lock()
-        self._is_open = False
+        self._opening: asyncio.Task[None] | None = None  # shared by all that wait for the connection
+        self._has_ended = False
         self._is_closed = False
         self._num_ended = 0
 
@@ -107,7 +107,7 @@ class StreamedEngine(ABC, Generic[W]):
 
     @abstractmethod
     async def _open(self) -> None:
-        """Connect to the engine; called once, before the first stream. Raises a `PenstockError`."""
+        """Connect to the engine, before the first stream; cancelled by `stop`. Raises a `PenstockError`."""
 
     @abstractmethod
     async def _close(self) -> None:
@@ -148,10 +148,21 @@ class StreamedEngine(ABC, Generic[W]):
         return self._thread.loop
 
     async def _opened(self) -> None:
-        async with self._opening:
-            if not self._is_open:
-                await self._open()
-                self._is_open = True
+        """Wait for the connection, which is made once: whoever leaves meanwhile ends it for nobody.
+
+        After a failure the next caller tries again.
+        """
+        if self._has_ended:
+            raise EngineClosed("the engine was stopped")
+        if self._opening is None or _has_failed(self._opening):
+            self._opening = asyncio.ensure_future(self._open())
+        opening = self._opening
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            if opening.cancelled():
+                raise EngineClosed("the engine was stopped") from None
+            raise
 
     # Submitting.
 
@@ -296,8 +307,11 @@ class StreamedEngine(ABC, Generic[W]):
             self._cancel(request, EngineClosed("the engine was stopped"))
         if tasks:
             await asyncio.wait(tasks)
-        async with self._opening:
-            if self._is_open:
+        self._has_ended = True
+        if self._opening is not None:
+            self._opening.cancel()  # unless it is open
+            await asyncio.wait([self._opening])
+            if not _has_failed(self._opening):
                 await self._close()
 
     def get_stats(self) -> dict[str, object]:
@@ -313,3 +327,7 @@ class StreamedEngine(ABC, Generic[W]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.stop, 0.0 if kind else 30.0)
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

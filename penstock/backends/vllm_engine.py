@@ -14,7 +14,7 @@ from typing import Any
 
 from penstock.api.arguments import Arguments
 from penstock.backends.encoding import Encoder
-from penstock.backends.hosted import HostedEngine, HostedWork
+from penstock.backends.hosted import HostedEngine, HostedWork, to_the_end
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.streamed import StreamedRequest
 from penstock.backends.vllm_outputs import add_output
@@ -99,7 +99,7 @@ class VLLMEngine(HostedEngine):
     async def _open(self) -> None:
         if self._llm is None:
             # Not on the main thread, where vLLM could install signal handlers; nor on this one, which serves deadlines.
-            self._llm = await asyncio.to_thread(start_vllm, self.model, self._options)
+            self._llm = await to_the_end(start_vllm, self.model, self._options)
         self._encoder, self._weights = Encoder(self._llm.get_tokenizer()), VLLMWeights(self._llm, self.model)
 
     async def _close(self) -> None:

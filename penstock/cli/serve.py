@@ -20,6 +20,7 @@ from penstock.cli.session import JsonObject
 from penstock.cli.terminal import note
 from penstock.config import ALIASES, EngineConfig
 from penstock.errors import ConfigurationError
+from penstock.values import integer
 
 EXAMPLES = """examples:
   penstock serve --model Qwen/Qwen3-0.6B
@@ -31,7 +32,7 @@ EXAMPLES = """examples:
   penstock serve --model scripted:answers.yaml for tests of agents
   penstock serve --model ./my-model --tinker   for programs of the Tinker SDK
 
-Every option is also an environment variable: PENSTOCK_SERVE_PORT=9000 for the
+Settings are also environment variables: PENSTOCK_SERVE_PORT=9000 for the
 server, PENSTOCK_MAX_BATCH_SIZE=8 for the engine. Ctrl-C and SIGTERM let open
 requests finish for --drain-timeout-s seconds; a second one aborts them.
 """
@@ -132,9 +133,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _placement(args: argparse.Namespace, settings: JsonObject) -> JsonObject:
-    """Keywords of `ReplicatedEngine` from the options or the file; none for a single engine."""
+    """Keywords of `ReplicatedEngine` from the options or the file; none for one engine. Raises a `PenstockError`."""
     in_file = {name: settings.pop(name, None) for name in ("replicas", "routing")}
     placement = {name: getattr(args, name) or value for name, value in in_file.items()}
+    if placement["replicas"] is not None:
+        integer("replicas", placement["replicas"], 1)
     if placement["replicas"] in (None, 1) and placement["routing"] is not None:
         raise ConfigurationError(f"routing {placement['routing']} is between replicas: set replicas to 2 or more")
     return {name: value for name, value in placement.items() if value is not None and placement["replicas"] != 1}

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import EngineConfig
-from penstock.errors import ConfigurationError, described
+from penstock.errors import ConfigurationError, OutOfMemory, described
+from penstock.models.borrow import device_and_dtype
 from penstock.models.hardware import usable_cores
+from penstock.models.loading import resolve_device
 from penstock.models.updates import named_weights
 from penstock.models.wrappers import unwrapped
 
@@ -32,15 +34,20 @@ def device_of_replica(number: int, count: int, device: str) -> str:
 
 def device_of_copy(module: nn.Module, number: int, count: int) -> str:
     """The device of replica `number`, above 0, of a live module: the CPU if the module is there, or another GPU."""
-    device = next(iter(unwrapped(module).parameters())).device
+    device, _ = device_and_dtype(unwrapped(module))
     if device.type != "cuda":
         return str(device)
     return [gpu for gpu in _gpus(count) if gpu != f"cuda:{device.index or 0}"][number - 1]
 
 
+def device_of(module: nn.Module) -> str:
+    """The device of a live module, which stays where it is."""
+    return str(device_and_dtype(unwrapped(module))[0])
+
+
 def check_device(module: nn.Module, device: str) -> None:
     """Raise `ConfigurationError` for a live module that is not on the device which is named for it."""
-    place, actual = torch.device(device), next(iter(unwrapped(module).parameters())).device
+    place, (actual, _) = resolve_device(device), device_and_dtype(unwrapped(module))
     if (place.type, place.index or 0) != (actual.type, actual.index or 0):
         raise ConfigurationError(f"the live module is on {actual}, and devices names {device} for it: name {actual}")
 
@@ -67,15 +74,21 @@ def config_of_replica(config: EngineConfig, device: str, num_sharing: int) -> En
 
 
 def copy_of(module: nn.Module, device: str) -> nn.Module:
-    """A copy of a live module with weights of its own, which are not trained. Raises `ConfigurationError`."""
-    owner = unwrapped(module)
+    """A copy of a live module with weights of its own, which are not trained.
+
+    Raises `ConfigurationError` for a module that cannot be copied and for an unknown device, and `OutOfMemory`.
+    """
+    owner, place = unwrapped(module), resolve_device(device)
     try:
         # No copies of gradients: an optimizer never sees this one.
         memo = {id(parameter.grad): None for parameter in owner.parameters() if parameter.grad is not None}
-        replica = copy.deepcopy(owner, memo)
+        return copy.deepcopy(owner, memo).requires_grad_(False).to(place)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"{place.type.upper()} out of memory while copying the live module: use fewer replicas, or another device"
+        ) from error
     except Exception as error:
         raise ConfigurationError(f"this module cannot be copied for a second replica: {described(error)}") from error
-    return replica.requires_grad_(False).to(device)
 
 
 def weights_to_follow(module: nn.Module) -> Mapping[str, Tensor]:

@@ -200,13 +200,14 @@ class Router:
             assigned.append(request)
         return assigned
 
-    def end(self, request: Pending, *, digests: Sequence[bytes] = (), has_failed: bool = False) -> None:
+    def end(self, request: Pending, *, digests: Sequence[bytes] = (), has_failed: bool | None = None) -> None:
         """A request that a replica was given has ended; `digests` are those of its prompt and output.
 
-        `has_failed` says that the forward pass failed.
+        `has_failed` says whether the forward pass failed; None for a request that was aborted or refused.
         """
         replica = self._take_back(request)
-        replica.num_failures = replica.num_failures + 1 if has_failed else 0
+        if has_failed is not None:
+            replica.num_failures = replica.num_failures + 1 if has_failed else 0
         replica.prefixes.add(digests)
 
     def lose(self, number: int) -> None:

@@ -29,6 +29,7 @@ from penstock import (
 )
 from penstock.api.weights import UpdateMode
 from penstock.config import EngineConfig
+from penstock.engine.replicas.sources import Models
 from penstock.models.copies import config_of_replica, copy_of, device_of_replica
 from tests.tiny_models import build
 
@@ -224,14 +225,33 @@ def test_a_module_that_cannot_be_copied_is_refused_by_name() -> None:
 
 
 def test_devices_are_those_that_are_named() -> None:
-    with pytest.raises(ConfigurationError, match="the live module is on cpu, and devices names cuda:0 for it"):
-        ReplicatedEngine(module_of(), devices=["cuda:0", "cpu"], skip_tokenizer_init=True).start()
+    with pytest.raises(ConfigurationError, match="the live module is on cpu, and devices names meta for it"):
+        ReplicatedEngine(module_of(), devices=["meta", "cpu"], skip_tokenizer_init=True).start()
     with pytest.raises(ConfigurationError, match="device 'nowhere' is unknown"):
         ReplicatedEngine(devices=["cpu", "nowhere"]).start()
     engine = ReplicatedEngine(module_of(), devices=["cpu", "cpu"], skip_tokenizer_init=True, **SETTINGS)
     engine.start()
     assert [replica["device"] for replica in engine.get_stats()["replicas"]] == ["cpu", "cpu"]
     engine.stop()
+
+
+def test_a_live_module_stays_where_it_is_although_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with one GPU, two replicas of a module on the CPU were refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    module = module_of()
+    several = Models.read(module, None, EngineConfig(), 2, None)
+    made = [several.source(number)() for number in range(2)]
+    assert [config.device for _, _, config in made] == ["cpu", "cpu"]
+    assert made[0][0] is module
+    listed = Models.read([module, module_of(1)], None, EngineConfig(), None, None)
+    assert listed.source(1)()[2].device == "cpu"
+
+
+def test_a_device_that_does_not_exist_is_refused_by_name() -> None:
+    for devices in (["nowhere", "cpu"], ["cpu", "nowhere"]):
+        with pytest.raises(ConfigurationError, match="device 'nowhere' is unknown"):
+            ReplicatedEngine(module_of(), devices=devices, skip_tokenizer_init=True).start()
 
 
 def test_an_inference_module_runs_on_replicas() -> None:

@@ -175,6 +175,11 @@ def test_a_config_is_read_from_json_and_comes_back_from_a_dict(tmp_path: Path) -
         ({"backend_specific": {"tp_size": 0}}, "tp_size must be an integer from 1"),
         ({"backend_specific": {"options": {"max_batchsize": 2}}}, "did you mean 'max_batch_size'"),
         ({"backend_specific": {"options": {"device": "cpu"}}}, "device does not belong into options"),
+        ({"backend_type": "vllm", "backend_specific": {"options": {"logprobs_mode": "x"}}}, "leave it out of options"),
+        (
+            {"backend_type": "vllm", "backend_specific": {"options": {"model": "x"}}},
+            "model does not belong into options",
+        ),
         ({"backend_type": "vllm", "backend_specific": {"gpu_memory_utilization": 0}}, "a number above 0 and at most 1"),
         ({"backend_type": "vllm", "backend_specific": {"max_model_len": 1.5}}, "max_model_len must be an integer"),
         ({"backend_type": "vllm", "backend_specific": {"options": {"max_model_len": 9}}}, "set it beside them"),

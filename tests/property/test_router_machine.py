@@ -68,8 +68,8 @@ class RouterMachine(RuleBasedStateMachine):
             assert all(load and load + best.width > CAPACITY for load in before.values()), "there was room"
 
     @precondition(lambda self: self.running)
-    @rule(index=INDICES, has_failed=st.booleans(), output=st.lists(st.integers(0, 1), max_size=4))
-    def end(self, index: int, has_failed: bool, output: list[int]) -> None:
+    @rule(index=INDICES, has_failed=st.none() | st.booleans(), output=st.lists(st.integers(0, 1), max_size=4))
+    def end(self, index: int, has_failed: bool | None, output: list[int]) -> None:
         request, _ = self.running.pop(index % len(self.running))
         self.router.end(request, digests=self.router.digests("", "", output), has_failed=has_failed)
         assert request.replica is None

@@ -105,7 +105,7 @@ class Metrics:
             merged._steps.extend(list(part._steps))
             merged._prompt_steps.extend(list(part._prompt_steps))
             merged._num_prompt_steps += part._num_prompt_steps
-            merged.refusals.update(part.refusals)
+            merged.refusals.update(dict(part.refusals))  # copied at once, because the other thread adds names
             for name, amount in part.totals.items():
                 merged.totals[name] += amount
         return merged

@@ -173,6 +173,12 @@ class Dispatcher:
         self._router.add(entry.pending, now)
         self.dispatch()
 
+    def settle(self, state: EngineState) -> None:
+        """Go on in this state after an order."""
+        self.state = state
+        self._check_drained()
+        self.dispatch()
+
     def dispatch(self) -> None:
         """Hand waiting requests to replicas that have room, unless an order is being carried out."""
         router = self._router
@@ -190,7 +196,7 @@ class Dispatcher:
         except EngineClosed:  # it has failed in the meantime
             router.add(pending, time.monotonic())
             self._lose(number)
-            if self.fault is not None:
+            if self.fault is not None and not request.channel.ended:
                 self._finish(entry, FinishReason.ERROR, EngineClosed(str(self.fault)))
             return
         self._timers.clear(request.id)
@@ -201,14 +207,15 @@ class Dispatcher:
     async def _watch(self, entry: _Open, pending: Pending, router: Router) -> None:
         """Wait until a replica has ended a request, and give it another one."""
         assert pending.replica is not None
-        number, digests, has_failed = pending.replica, pending.digests, False
+        number, digests = pending.replica, pending.digests
+        has_failed: bool | None = None
         try:
-            output = await entry.request.channel.wait()
+            output, has_failed = await entry.request.channel.wait(), False
             tokens = output.outputs[0].token_ids if output.outputs else []
             tokens = [*output.prompt_token_ids, *tokens[:-1]]  # the last one was not computed
             digests = router.digests(entry.request.namespace, entry.request.adapter, tokens, pending.digests)
         except Exception as error:
-            has_failed = isinstance(error, ExecutionError)
+            has_failed = True if isinstance(error, ExecutionError) else None
         router.end(pending, digests=digests, has_failed=has_failed)
         self._forget(entry)
         if not self._replicas[number].is_live:
@@ -290,7 +297,9 @@ class Dispatcher:
         if self.fault is not None:
             raise EngineClosed(str(self.fault))
         assert self._router is not None
-        return [self._replicas[number] for number in self._router.live]
+        if not (numbers := self._router.live):
+            raise closing_error()  # they were stopped
+        return [self._replicas[number] for number in numbers]
 
     def _lose(self, number: int) -> None:
         """Route no more to a replica that has failed; the last one to fail ends all that waits."""

@@ -60,10 +60,10 @@ class ReplicatedEngine(Capabilities):
 
     `model` is as for `InferenceEngine`, or a list with the model of each replica. Of a live module, the first replica
     borrows it and the others run copies, which follow its updates; of several live modules in a list, the others follow
-    the first. `devices` names the device of each replica; without
-    it each gets a GPU, or they share the CPU and its cores. Requests wait in one queue and go to the replica that has
-    computed most of their prompt, unless it is busier by far (`routing="prefix"`), to the least loaded one ("load") or
-    to each in turn ("round_robin"). Settings are those of `EngineConfig`, for each replica; `max_queue_size` and
+    the first. `devices` names the device of each replica; without it each gets a GPU, or they share the CPU and its
+    cores, and a live module stays where it is. Requests wait in one queue and go to the replica that has computed most
+    of their prompt, unless it is busier by far (`routing="prefix"`), to the least loaded one ("load") or to each in
+    turn ("round_robin"). Settings are those of `EngineConfig`, for each replica; `max_queue_size` and
     `max_queued_tokens` are for all together. Raises `ConfigurationError`.
     """
 
@@ -305,17 +305,10 @@ class ReplicatedEngine(Capabilities):
         undo: Callable[[], Coroutine[object, object, None]] | None = None,
         can_be_cancelled: bool = True,
     ) -> None:
-        """Carry out an order on the router's loop. If the caller is cancelled, give up what can be given up."""
+        """`RouterHost.carry_out`, once the model is loaded."""
         if can_be_cancelled:
             await self._loaded_soon()
-        outcome = self._host.run(order)
-        try:
-            await result_of(outcome)
-        except BaseException:
-            has_ended = not (can_be_cancelled and outcome.cancel())
-            if has_ended and undo is not None and outcome.done() and outcome.exception() is None:
-                self._host.run(undo)  # the caller left just when the order had been carried out
-            raise
+        await self._host.carry_out(order, undo, can_be_cancelled=can_be_cancelled)
 
     def _submit(self, request: Request) -> None:
         self._host.start()

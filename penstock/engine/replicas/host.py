@@ -11,11 +11,10 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from typing import TypeVar
+from concurrent.futures import CancelledError, Future
 
 from penstock.api.event_loop import LoopThread
-from penstock.api.waiting import call_on_loop
+from penstock.api.waiting import call_on_loop, result_of
 from penstock.engine.replicas.dispatcher import Dispatcher
 from penstock.engine.replicas.replica import Replica
 from penstock.engine.requests.request import Request
@@ -23,7 +22,7 @@ from penstock.errors import EngineClosed, PenstockError, RequestError, described
 from penstock.scheduling.admission import QueuePlace
 from penstock.sequence import FinishReason
 
-T = TypeVar("T")
+Order = Callable[[], Coroutine[object, object, None]]
 
 
 class RouterHost:
@@ -102,8 +101,35 @@ class RouterHost:
         if self._thread is not None:
             call_on_loop(self._thread.loop, function)
 
-    def run(self, coroutine: Callable[[], Coroutine[object, object, T]]) -> Future[T]:
-        """Run a coroutine on the loop; cancelling the future cancels it. Raises `EngineClosed`."""
+    async def carry_out(self, order: Order, undo: Order | None, *, can_be_cancelled: bool) -> None:
+        """Run an order on the loop, and wait for it on any other. Raises `EngineClosed`.
+
+        If the caller is cancelled, the order is given up if it can be. One that was carried out by then is undone.
+        """
+        is_carried_out = False
+
+        async def run() -> None:
+            nonlocal is_carried_out
+            await order()
+            is_carried_out = True  # before the future knows, which the caller may still cancel
+
+        async def undo_if_carried_out() -> None:
+            if undo is not None and is_carried_out:
+                await undo()
+
+        outcome = self._run(run)
+        try:
+            await result_of(outcome)
+        except CancelledError:  # of the future, by the end of the loop; that of a caller is another class
+            raise EngineClosed("the engine was stopped before the order was carried out") from None
+        except BaseException:
+            if can_be_cancelled:
+                outcome.cancel()
+            with contextlib.suppress(EngineClosed):
+                self._run(undo_if_carried_out)
+            raise
+
+    def _run(self, coroutine: Order) -> Future[None]:
         with self._lock:
             loop = self._open_loop()
             return asyncio.run_coroutine_threadsafe(coroutine(), loop)
@@ -131,14 +157,14 @@ class RouterHost:
             self._is_stopping, thread = True, self._thread
         self.on_close()
         if thread is None:
+            self._stop_replicas()  # exit handlers would keep them alive
             return
         with contextlib.suppress(Exception):  # `drain_s` excludes the time to load
             self.booted.result()
         call_on_loop(thread.loop, self._dispatcher.drain)
         self._dispatcher.drained.wait(min(drain_s, threading.TIMEOUT_MAX))
         call_on_loop(thread.loop, self._dispatcher.close_all)
-        for replica in self._replicas:
-            replica.stop()
+        self._stop_replicas()
         thread.close(wait=True)
 
     def halt(self, until: float) -> None:

@@ -70,12 +70,15 @@ class Orders:
     async def load_adapter(self, name: str, source: object) -> None:
         """Load an adapter on all replicas; if some cannot, it is then loaded on none."""
         async with self._adapters:
-            errors = await _uninterrupted(self._on_all(lambda core: core.adapters.load(name, source)))
-            failures = [error for error in errors if error is not None]
-            if 0 < len(failures) < len(errors):
-                await _uninterrupted(self._on_all(lambda core: core.adapters.unload(name)))
-            if failures:
-                raise failures[0]
+            await _uninterrupted(self._load_adapter(name, source))
+
+    async def _load_adapter(self, name: str, source: object) -> None:
+        errors = await self._on_all(lambda core: core.adapters.load(name, source))
+        failures = [error for error in errors if error is not None]
+        if 0 < len(failures) < len(errors):
+            await self._on_all(lambda core: core.adapters.unload(name))
+        if failures:
+            raise failures[0]
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter on all replicas, and end the requests that wait for it."""
@@ -133,8 +136,7 @@ class Orders:
             self._is_free.set()
             self._is_free.clear()
             with contextlib.suppress(EngineClosed):
-                dispatcher.state = dispatcher.live()[0].host.state
-            dispatcher.dispatch()
+                dispatcher.settle(dispatcher.live()[0].host.state)
 
     # Steps of an order.
 
@@ -177,6 +179,7 @@ class Orders:
         if not stale_kv:
             self._dispatcher.forget_prefixes()
         if not errors:
+            self._dispatcher.live()
             return
         mixed = next((error for error in errors if not isinstance(error, WeightsError) or error.is_mixed), None)
         if mixed is None and len(errors) == len(outcomes):
@@ -210,7 +213,10 @@ class Orders:
         for replica, outcome in ordered.items():
             if ends[replica] in pending:
                 replica.give_up(outcome)
-        await _uninterrupted(asyncio.wait(ends.values()))
+        try:
+            await _uninterrupted(asyncio.wait(ends.values()))
+        except asyncio.CancelledError:
+            self._is_leaving = True
         if error is not None or self._is_leaving:
             if undo is not None:
                 done = [replica for replica, end in ends.items() if end.result() is None]

@@ -103,6 +103,7 @@ class Replica:
     def stop(self) -> None:
         """End all requests, join the threads, release the model. Waits for a running step and a loading model."""
         self.host.stop(0.0)
+        self._source = None
         if self._assembly is not None:
             self._assembly.close()
         self._unregister()

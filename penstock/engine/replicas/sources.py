@@ -72,7 +72,7 @@ class Models:
             from penstock.models import copies
 
             is_copy = number > 0 and len(self.models) == 1 and not _is_name(model)
-            device = self._device(number, model if is_copy else None)
+            device = self._device(number, model, is_copy=is_copy)
             if not is_copy and not _is_name(model) and self.devices is not None:
                 copies.check_device(model, device)  # type: ignore[arg-type]  # a module
             num_sharing = self.count if device == "cpu" else (self.devices or ()).count(device)
@@ -91,13 +91,15 @@ class Models:
 
         return weights_to_follow(owner)  # type: ignore[arg-type]  # a module
 
-    def _device(self, number: int, copied: object | None) -> str:
+    def _device(self, number: int, model: object, *, is_copy: bool) -> str:
         from penstock.models import copies
 
         if self.devices is not None:
             return self.devices[number]
-        if copied is not None:
-            return copies.device_of_copy(copied, number, self.count)  # type: ignore[arg-type]  # a module
+        if is_copy:
+            return copies.device_of_copy(model, number, self.count)  # type: ignore[arg-type]  # a module
+        if not _is_name(model):
+            return copies.device_of(model)  # type: ignore[arg-type]  # a module
         return copies.device_of_replica(number, self.count, self.config.device)
 
 

@@ -162,6 +162,7 @@ def failure(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("replies: 5")
+    (tmp_path / "none.yaml").write_text("engine: {replicas: 0}")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port, adapter = str(listener.getsockname()[1]), ("--port", "0", "--adapter", "poet=/nowhere")
         errors = {
@@ -174,6 +175,7 @@ def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys:
             "takes no adapters": failure(capsys, "--model", answers, *adapter),
             "name of the model": failure(capsys, "--model", answers, *adapter, "--served-model-name", "poet"),
             "set replicas to 2 or more": failure(capsys, "--model", answers, "--routing", "load"),
+            "replicas must be an integer": failure(capsys, "--model", answers, "--config", str(tmp_path / "none.yaml")),
             "unknown section": failure(capsys, "--config", str(tmp_path / "bad.yaml")),
         }
     for text, output in errors.items():

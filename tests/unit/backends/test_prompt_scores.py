@@ -85,3 +85,13 @@ def test_missing_entries_are_an_error() -> None:
     made.request([9])
     with pytest.raises(ExecutionError, match="no log probabilities"):
         made.score()
+
+
+def test_a_part_of_the_vocabulary_is_an_error() -> None:
+    """What was missing was whatever the memory held before."""
+    made = made_of([2, 0], None, False, False, True)
+    made.request([9])
+    made.entries = entries([log_softmax(row) for row in LOGITS])
+    made.entries.end_indices[-1] -= 2
+    with pytest.raises(ExecutionError, match="a part of the vocabulary"):
+        made.score()

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from penstock import (
 )
 from penstock.api.protocols import Engine
 from penstock.backends.sglang_engine import SGLangEngine
+from penstock.backends.sglang_process import SGLang, start_sglang
 from penstock.errors import EngineStateError, WeightsError
 from penstock.testing.contract import EngineContract
 from tests.unit.backends import fake_sglang
@@ -239,6 +241,29 @@ def test_starting_leaves_the_process_as_it_was() -> None:
     assert made.tokenizer_manager.log == ["watchdog stopped"]
     assert made.loop.is_closed()
     engine.stop()
+
+
+async def test_a_request_that_ends_while_sglang_starts_does_not_start_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first engine went on loading, belonged to nobody and was never ended."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def start(model: str, options: dict[str, Any]) -> SGLang:
+        begun.set()
+        assert may_end.wait(10)
+        return start_sglang(model, options)
+
+    monkeypatch.setattr("penstock.backends.sglang_engine.start_sglang", start)
+    engine = SGLangEngine("m")
+    first = engine.generate([1], PARAMS)
+    assert await asyncio.to_thread(begun.wait, 10)
+    first.cancel()
+    with pytest.raises(RequestAborted):
+        await first
+    second = engine.generate([1], PARAMS)
+    may_end.set()
+    assert (await second).generated_ids == [0, 1, 2, 3]
+    assert len(fake_sglang.Engine.made) == 1
+    await asyncio.to_thread(engine.stop, 0)
 
 
 async def test_a_dead_process_fails_every_waiter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,3 +335,37 @@ async def test_pauses_come_in_pairs(engine: VLLMEngine, llm: FakeLLM) -> None:
     with pytest.raises(RequestError, match="unknown"):
         await engine.pause("never")
     assert llm.log == [("pause", "keep", True), "resume"]
+
+
+async def test_no_request_runs_while_weights_are_loaded(tmp_path: Path) -> None:
+    """A resume() let requests run in the middle of an update, and an update did not wait for the end of a pause."""
+    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    new = folder(tmp_path / "new")
+    async with VLLMEngine(llm) as engine:
+        handle = engine.generate([1], SamplingParams(max_tokens=1000))
+        await anext(handle)
+        pause = asyncio.ensure_future(engine.pause("wait"))
+        assert await asyncio.to_thread(llm.paused.wait, 10)
+        update = asyncio.ensure_future(engine.update_weights(new))
+        for order in (engine.resume, engine.pause):
+            with pytest.raises(EngineStateError, match="wait until that has ended"):
+                await order()
+        assert llm.log == [("pause", "wait", True)]
+        handle.cancel()
+        await pause
+        assert await update == 1
+        await engine.resume()
+    assert llm.log == [("pause", "wait", True), ("reload_weights", str(new)), "reset", ("version", "1"), "resume"]
+
+
+async def test_an_update_in_an_engine_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raised the CancelledError of `concurrent.futures`."""
+    monkeypatch.setattr("penstock.api.event_loop.GRACE_S", 0.01)
+    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    monkeypatch.setattr(llm, "resume_generation", lambda: asyncio.Event().wait())
+    engine = VLLMEngine(llm)
+    update = asyncio.ensure_future(engine.update_weights(folder(tmp_path / "new")))
+    assert await asyncio.to_thread(llm.paused.wait, 10)
+    await asyncio.to_thread(engine.stop, 0)
+    with pytest.raises(EngineClosed, match="was stopped"):
+        await update

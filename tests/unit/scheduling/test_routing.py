@@ -172,7 +172,12 @@ def test_a_replica_whose_forward_pass_keeps_failing_is_chosen_last() -> None:
         routes.end(request, has_failed=True)
     requests = [pending(routes, [5] * 8) for _ in range(2)]
     assert [number for _, number in assign(routes, *requests)] == [1, 0]  # replica 1 has no room left
-    routes.end(requests[1])
+    for request in requests:
+        routes.end(request)  # aborted, for instance
+    requests = [pending(routes, [5] * 8) for _ in range(2)]
+    assert [number for _, number in assign(routes, *requests)] == [1, 0]
+    routes.end(requests[0])
+    routes.end(requests[1], has_failed=False)
     assert [number for _, number in assign(routes, pending(routes, [5] * 8))] == [0]  # it works again
 
 

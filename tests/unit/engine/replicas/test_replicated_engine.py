@@ -432,6 +432,20 @@ def test_an_engine_that_never_started_stops() -> None:
         engine.stop(-1)
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_an_engine_that_never_started_keeps_no_model_alive(is_stopped: bool) -> None:
+    """The exit handlers of its replicas did."""
+    replicas = models()
+    reference, engine = weakref.ref(replicas[0]), engine_of(replicas)
+    del replicas
+    if is_stopped:
+        engine.stop()
+    else:
+        del engine
+    gc.collect()
+    assert reference() is None
+
+
 def test_a_dropped_engine_ends_its_threads() -> None:
     before = set(threading.enumerate())
     engine = engine_of(models())
