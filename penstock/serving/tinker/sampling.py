@@ -71,7 +71,7 @@ def sample(service: TinkerService, owner: str, body: Sample, namespace: str, max
             await _add_positions(message, body, Positions(service.engine, ids, space, adapter))
         return Answer(message.SerializeToString(), PROTOBUF)
 
-    service.submit(request_id, session, work())
+    service.submit(request_id, session, work(), can_be_cancelled=True)
     return request_id, [f"{request_id}:{i}" for i in range(body.num_samples)]
 
 

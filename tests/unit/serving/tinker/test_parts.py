@@ -128,6 +128,23 @@ async def test_too_many_requests_are_told_to_wait() -> None:
     futures.check_room()
 
 
+async def test_only_a_sample_can_be_cancelled_and_only_by_its_owner() -> None:
+    """A pass that was cancelled before it began was missing from the next step, which was made all the same."""
+    futures, release = Futures(max_pending=10), asyncio.Event()
+
+    async def work() -> Answer:
+        await release.wait()
+        return Answer.of(done=True)
+
+    for name in ("pass", "sample", "another's"):
+        futures.start(name, "s", "ann", work(), can_be_cancelled=name != "pass")
+        await asyncio.sleep(0)  # it begins
+        futures.cancel(name, "bob" if name == "another's" else "ann")
+    release.set()
+    answers = {name: await futures.wait(name, "ann", 5) for name in ("pass", "sample", "another's")}
+    assert [b"done" in answer.body for answer in answers.values() if answer is not None] == [True, False, True]
+
+
 async def test_faults_are_answers_that_tell_nothing_of_the_server() -> None:
     futures = Futures(max_pending=10)
 
@@ -219,6 +236,55 @@ class Engine:
     async def unload_adapter(self, name: str) -> None:
         await asyncio.sleep(0)
         self.loaded.remove(name)
+
+
+class HangingEngine(Engine):
+    """Does what it is asked, and after `hangs_after`, "load" or "unload", never says so."""
+
+    hangs_after = ""
+
+    async def load_adapter(self, name: str, source: object) -> None:
+        await super().load_adapter(name, source)
+        await self._hang("load")
+
+    async def unload_adapter(self, name: str) -> None:
+        await super().unload_adapter(name)
+        await self._hang("unload")
+
+    async def _hang(self, verb: str) -> None:
+        if verb == self.hangs_after:
+            await asyncio.Event().wait()
+
+
+async def test_adapters_whose_loading_or_unloading_was_cut_off_are_neither_kept_nor_missed(tmp_path: Path) -> None:
+    """A caller that left just then did not note what the engine had done: one stayed for good, one never came back."""
+    engine: Any = HangingEngine()
+    adapters, checkpoints = LoadedAdapters(engine, limit=1), Checkpoints(tmp_path)
+    first, second = (
+        Weights(name, checkpoints.snapshot(RUN, Info.new("", "base", LoraShape(1)), write)) for name in "ab"
+    )
+
+    async def use(weights: Weights) -> None:
+        async with adapters.using(weights) as name:
+            assert name in engine.loaded
+
+    async def cut_off(weights: Weights, verb: str, loaded: list[str]) -> None:
+        engine.hangs_after, task = verb, asyncio.create_task(use(weights))
+        for _ in range(20):  # turns of the loop
+            await asyncio.sleep(0)
+        assert engine.loaded == loaded
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        engine.hangs_after = ""
+
+    await use(first)
+    await cut_off(second, "unload", ["b"])
+    await use(first)
+    assert engine.loaded == ["a"]
+    await cut_off(second, "load", ["a", "b"])
+    await adapters.unload(second)
+    assert engine.loaded == []
 
 
 async def test_the_adapters_that_were_used_last_stay_loaded(tmp_path: Path) -> None:
