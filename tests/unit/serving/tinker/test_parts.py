@@ -64,6 +64,14 @@ def test_tensors_that_do_not_fit_together_are_refused(tensor: pb.Tensor) -> None
         array_of(tensor)
 
 
+def test_sparse_tensors_that_are_small_in_a_message_cannot_fill_the_memory() -> None:
+    tensor = sparse([], [0] * 4097, [], [4096, 4096])
+    data = [pb.Datum(loss_fn_inputs={"weights": tensor})] * 5
+    request = LossRequest(pb.ForwardBackwardRequest(data=data).SerializeToString())
+    with pytest.raises(RequestError, match="83886080 elements"):
+        request.batch()
+
+
 def test_outputs_of_several_widths_arrive_in_their_order() -> None:
     arrays = [
         np.arange(n, dtype=np.float32).reshape(shape) for n, shape in ((3, (3,)), (4, (2, 2)), (2, (1, 2)), (1, (1,)))
