@@ -121,6 +121,7 @@ class TinkerService:
         for session in self.sessions.all():
             await self.end(session)
         await asyncio.to_thread(self.thread.close)
+        self.checkpoints.close()
 
     async def _drop(self, run: Run) -> None:
         run.adapter = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,15 @@ import pytest
 from tinker.proto import tinker_public_pb2 as pb
 from tinker.proto.response_conv import deserialize_forward_backward_output
 
-from penstock import RequestError
+from penstock import ConfigurationError, RequestError
 from penstock.serving.errors import HttpError
 from penstock.serving.tinker import futures as futures_module
 from penstock.serving.tinker.adapters import LoadedAdapters, Weights
-from penstock.serving.tinker.checkpoints import Checkpoints, Info, WeightsPath
+from penstock.serving.tinker.checkpoints import Checkpoints, Info, WeightsPath, bytes_of
 from penstock.serving.tinker.futures import Answer, Futures
 from penstock.serving.tinker.sessions import Sessions
 from penstock.serving.tinker.settings import TinkerSettings
+from penstock.serving.tinker.training import TrainingThread
 from penstock.serving.tinker.wire import MAX_ELEMENTS, LossRequest, array_of, loss_message
 from penstock.training.lora.records import LoraShape, LossResult
 
@@ -204,9 +206,41 @@ def test_saved_weights_are_found_by_their_owner_until_their_time_is_over(tmp_pat
     with pytest.raises(RequestError, match="exists"):
         checkpoints.save(path, info, write, overwrite=False)
     checkpoints.save(path, replace(info, id="new", expires=time.time() - 1), write, overwrite=True)
+    checkpoints.save(
+        path, replace(info, id="newer", expires=time.time() - 1), write, overwrite=False
+    )  # of a time that is over
     with pytest.raises(HttpError, match="no saved weights"):
         checkpoints.find(path, "ann")
+    assert bytes_of(tmp_path / "nothing") == 0
     assert [file.name for file in tmp_path.rglob("adapter")] == []
+
+
+def test_snapshots_of_another_server_are_deleted_only_once_it_has_ended(tmp_path: Path) -> None:
+    """A second server with the same folder deleted the snapshots from which clients of the first sampled."""
+    first = Checkpoints(tmp_path / "adapters")
+    snapshot = first.snapshot(RUN, Info.new("", "base", LoraShape(1)), write)
+    second = Checkpoints(tmp_path / "adapters")
+    assert snapshot.is_there()
+    first.close()
+    second.close()
+    third = Checkpoints(tmp_path / "adapters")
+    assert not snapshot.is_there()
+    third.close()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigurationError, match="name another folder"):
+        Checkpoints(tmp_path / "file")
+
+
+def test_the_training_thread_does_what_was_posted_before_it_ends() -> None:
+    """Files of the sessions that end with the server were left behind."""
+    thread, release, done = TrainingThread(), threading.Event(), list[int]()
+    thread.post(release.wait)
+    thread.post(lambda: done.append(1))
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    release.set()
+    closing.join()
+    assert done == [1]
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -223,7 +257,13 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for values in ({"session_timeout_s": 0}, {"max_models": 0}, {"max_loaded_adapters": 1.5}, {"max_pending": "x"}):
+    for values in (
+        {"folder": "x"},
+        {"session_timeout_s": 0},
+        {"max_models": 0},
+        {"max_loaded_adapters": 1.5},
+        {"max_pending": "x"},
+    ):
         with pytest.raises(RequestError):
             TinkerSettings(**values)  # type: ignore[arg-type]
 
