@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
 from penstock.errors import RequestError
@@ -39,8 +40,11 @@ def create_model(service: TinkerService, owner: str, body: CreateModel, base_mod
     session = service.sessions.get(body.session_id, owner)
     run = _new_run(service, session, body.model_seq_id, base_model)
 
+    def job() -> None:
+        run.adapter = service.trainer.create(shape)
+
     async def work() -> Answer:
-        run.adapter = await service.thread.run(lambda: service.trainer.create(shape))
+        await _make(service, session, run, job)
         return Answer.of(model_id=run.id, type="create_model")
 
     return service.submit(f"{run.id}:0", session, work()), run
@@ -119,7 +123,7 @@ def load_weights(service: TinkerService, owner: str, body: LoadWeights, names: t
         run.adapter = adapter
 
     async def work() -> Answer:
-        await service.thread.run(job)
+        await _make(service, session, run, job)
         return Answer.of(path=body.path, model_id=run.id, type="load_weights")
 
     return service.submit(request_id, session, work()), run.id
@@ -198,6 +202,16 @@ def _new_run(service: TinkerService, session: Session, number: int, base_model: 
         raise HttpError(400, f"this server trains {count} models, its limit: close a session", code="too_many_models")
     run = session.runs[run_id] = Run(run_id, base_model)
     return run
+
+
+async def _make(service: TinkerService, session: Session, run: Run, job: Callable[[], None]) -> None:
+    """Run the job that makes a model. One that could not be made does not count against the limit."""
+    try:
+        await service.thread.run(job)
+    except Exception:
+        if run.adapter is None:
+            session.runs.pop(run.id, None)
+        raise
 
 
 def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | None) -> tuple[Session, Run, str]:

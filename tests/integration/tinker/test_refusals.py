@@ -393,6 +393,16 @@ def test_more_models_than_the_server_trains_are_refused(guarded: Running) -> Non
         client.create_lora_training_client(guarded.model, rank=1).result()
 
 
+def test_models_that_could_not_be_made_do_not_count(guarded: Running) -> None:
+    with guarded.client("tml-ann") as client:
+        training = client.create_lora_training_client(guarded.model, rank=1).result()
+        path = training.save_weights_for_sampler("no-optimizer").result().path
+        for _ in range(3):
+            with pytest.raises(Failure, match="cannot be read"):
+                client.create_training_client_from_state_with_optimizer(path).result()
+        client.create_lora_training_client(guarded.model, rank=1).result()
+
+
 def test_saved_weights_outlive_the_server(tmp_path: Path) -> None:
     with serving(tmp_path) as server, server.client() as client:
         training = client.create_lora_training_client(server.model, rank=2, seed=1).result()
