@@ -86,8 +86,10 @@ class TinkerEngine(StreamedEngine[Work]):
         text, reason = "", None
         while reason is None:
             num_sampled = len(transcript.token_ids)
-            sequence = await self._sample(work, [*ids, *transcript.token_ids], index, num_sampled, piece)
-            is_last = sequence.stop_reason == "stop" or num_sampled + len(sequence.tokens) >= work.max_tokens
+            length = min(piece, work.max_tokens - num_sampled)
+            sequence = await self._sample(work, [*ids, *transcript.token_ids], index, num_sampled, length)
+            num_new = len(sequence.tokens)  # fewer than asked for where the context is full
+            is_last = sequence.stop_reason == "stop" or num_new < length or num_sampled + num_new >= work.max_tokens
             reason = sequence.stop_reason if is_last else None
             _add(transcript, sequence)
             text, added = await self._text_added(work.params, transcript, text, is_last=is_last)
@@ -96,11 +98,10 @@ class TinkerEngine(StreamedEngine[Work]):
                 transcript.end("", reason)
             self._publish(request, [transcript])
 
-    async def _sample(self, work: Work, ids: list[int], index: int, num_sampled: int, piece: int) -> Any:
+    async def _sample(self, work: Work, ids: list[int], index: int, num_sampled: int, length: int) -> Any:
         """The next piece of a completion, a `SampledSequence`."""
         from tinker import types
 
-        length = min(piece, work.max_tokens - num_sampled)
         params = _sdk_params(work.params, length, index, num_sampled)
         with sdk_errors("Tinker"):
             response = await self._client.sample(

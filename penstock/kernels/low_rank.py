@@ -91,7 +91,7 @@ class AdapterSlots:
             self._table = (Ptr * (2 * len(self.low_ranks)))(*self._table)
         self._table[slot] = None if low_rank is None else ctypes.addressof(low_rank.struct)
         ranks = [low_rank.struct.rank for low_rank in self.low_ranks if low_rank is not None]
-        self.layer.max_rank = max(ranks, default=0)
+        self.layer.max_rank, self.layer.num_slots = max(ranks, default=0), len(self._table)
         self.layer.adapters = ctypes.addressof(self._table) if ranks else None
 
 

@@ -31,7 +31,7 @@ class LinearStruct(ctypes.Structure):
         *((name, Int) for name in ("format", "mode", "act", "in_type", "out_type", "norm_kind")),
         *((name, Float) for name in ("scale", "eps")),
         *((name, Ptr) for name in ("weights", "bias", "scales", "lows", "norm_weight", "norm_bias", "adapters")),
-        ("max_rank", Long),
+        *((name, Long) for name in ("max_rank", "num_slots")),
     )
 
 

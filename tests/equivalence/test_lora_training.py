@@ -108,6 +108,23 @@ def test_adapters_of_one_module_do_not_change_each_other_nor_the_module() -> Non
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in module.parameters())
 
 
+def test_gradients_whose_squares_overflow_are_dropped_and_leave_no_trace() -> None:
+    """AdamW kept an infinite sum of squares, after which no step changed the adapter any more."""
+    model = LoraTrainer(build("llama")).create(LoraShape(rank=2, seed=1))
+    tokens = SEQUENCES[0]
+    weights = np.full(len(tokens) - 1, 1e25, dtype=np.float32)
+    model.forward_backward(
+        LossBatch([Datum(tokens[:-1], {"target_tokens": tokens[1:], "weights": weights})], "cross_entropy")
+    )
+    with pytest.raises(RequestError, match="norm of the gradients is not finite"):
+        model.step(Adam())
+    before = model.forward(batch()).loss
+    for _ in range(2):
+        model.forward_backward(batch())
+        model.step(Adam(learning_rate=0.01, eps=1e-30))
+    assert model.forward(batch()).loss < before
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no output head"):
         LoraTrainer(nn.Linear(2, 2))
@@ -118,7 +135,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     nothing = {"train_attn": False, "train_mlp": False, "train_unembed": False}
     with pytest.raises(RequestError, match="must change something"):
         LoraShape(1, **nothing)
-    for adam in ({"learning_rate": float("nan")}, {"beta1": 1.0}, {"beta2": -1}, {"eps": "x"}):
+    for adam in ({"learning_rate": float("nan")}, {"beta1": 1.0}, {"beta2": -1}, {"eps": "x"}, {"eps": 0.0}):
         with pytest.raises(RequestError):
             Adam(**adam)  # type: ignore[arg-type]
     model = trainer.create(LoraShape(rank=2))

@@ -354,6 +354,14 @@ async def test_a_broken_folder_is_refused_with_what_is_wrong(case: str, tmp_path
         assert engine.adapters == []
 
 
+async def test_a_scaling_that_makes_numbers_infinite_is_refused_without_kernels_too() -> None:
+    """Columns of other adapters are multiplied by 0, so these numbers made every row of a step NaN."""
+    model = adapted(build("llama"), 1, ["q_proj"], lora_alpha=1e41)
+    async with engine_of(build("llama"), **TORCH) as engine:
+        with pytest.raises(WeightsError, match="not finite"):
+            await engine.load_adapter("a", model)
+
+
 async def test_an_adapter_of_another_model_changes_nothing() -> None:
     base = build("llama")
     other = adapted(build("llama", hidden_size=64), 1, ["q_proj"])

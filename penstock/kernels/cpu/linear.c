@@ -14,7 +14,7 @@ typedef struct {
     const char *weights;
     const float *bias, *scales, *lows, *norm_weight, *norm_bias;
     const low_rank *const *adapters; /* by slot; NULL where none of them changes this layer */
-    long max_rank;                   /* of these */
+    long max_rank, num_slots;        /* of these */
 } linear;
 
 typedef struct {
@@ -270,7 +270,7 @@ static scratch_bytes plan_linear(
     j->prepared_bytes = j->in_place ? 0 : rows * (j->stride + (1 + blocks(w)) * sizeof(float));
     j->on_tiles = tiles_allowed && (w->format == BF16 || (w->format == I8 && rows > MR));
     j->packed_bytes = j->on_tiles ? round_up(rows, TILE) * round_up(k, TILE) * 4 : rows > MR ? rows * k * 4 : 0;
-    j->adapters = (row_adapters){w->adapters, w->adapters ? slots : NULL, NULL, w->max_rank};
+    j->adapters = (row_adapters){w->adapters, w->adapters ? slots : NULL, NULL, w->max_rank, w->num_slots};
     const size_t inner_bytes = j->adapters.slots ? rows * w->max_rank * sizeof(float) : 0;
     return (scratch_bytes){j->prepared_bytes + j->packed_bytes + inner_bytes, (w->k + VL) * 4};
 }

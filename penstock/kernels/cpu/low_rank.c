@@ -13,17 +13,19 @@ typedef struct {
     const int32_t *first, *begin;
 } low_rank;
 
-/* The adapters of the rows of a job: `table` by slot, and the slot of each row, -1 for none. `inner` has t of each row. */
+/* The adapters of the rows of a job: `table` by slot, and the slot of each row, -1 for none. An adapter whose slot is not
+ * in the table does not change this layer. `inner` has t of each row. */
 typedef struct {
     const low_rank *const *table;
     const int32_t *slots; /* NULL: no row has one */
     float *inner;
-    long stride;
+    long stride, num_slots;
 } row_adapters;
 
 INLINE const low_rank *adapter_of(const row_adapters *r, long m)
 {
-    return r->slots && r->slots[m] >= 0 ? r->table[r->slots[m]] : NULL;
+    const long slot = r->slots ? r->slots[m] : -1;
+    return slot >= 0 && slot < r->num_slots ? r->table[slot] : NULL;
 }
 
 INLINE void shrink_as(const low_rank *w, const float *x, long k, float *t, const int type)

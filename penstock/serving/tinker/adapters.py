@@ -24,11 +24,14 @@ class Weights:
     saved: Saved | None
 
 
+_UNKNOWN = ""
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     lock: asyncio.Lock
     num_users: int = 0
-    loaded_id: str | None = None  # of what the engine holds under the name
+    loaded_id: str | None = None  # of what the engine holds under the name; _UNKNOWN after an order that was cut off
 
 
 class LoadedAdapters:
@@ -71,6 +74,7 @@ class LoadedAdapters:
                 return
             if not saved.is_there():
                 raise RequestError("these weights were deleted or replaced: create another sampling client")
+            entry.loaded_id = _UNKNOWN  # whoever is cancelled does not learn whether it was loaded
             await self._engine.load_adapter(weights.name, saved.folder)
             entry.loaded_id = saved.info.id
 
@@ -85,7 +89,8 @@ class LoadedAdapters:
             if spares_users and entry.num_users:
                 return
             if entry.loaded_id is not None:
-                with suppress(PenstockError):  # the engine was stopped
+                entry.loaded_id = _UNKNOWN
+                with suppress(PenstockError):  # the engine was stopped, or there is none
                     await self._engine.unload_adapter(name)
                 entry.loaded_id = None
         if not entry.num_users:

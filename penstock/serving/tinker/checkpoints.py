@@ -6,18 +6,20 @@ checked before any of them reaches the file system. Folders appear whole or not 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from penstock.errors import RequestError, shown
+from penstock.errors import ConfigurationError, RequestError, described, shown
 from penstock.serving.errors import HttpError
 from penstock.training.lora.records import LoraShape
 
@@ -99,16 +101,37 @@ class Saved:
 
 
 class Checkpoints:
-    """The saved adapters in `root`, which is made when it is first needed."""
+    """The saved adapters in `root`, which is made if it is not there. Raises `ConfigurationError`.
+
+    Several servers may use a folder: what they save has runs of their own. The first of them deletes the snapshots of
+    servers that have ended.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        for run in _folders(root):
-            shutil.rmtree(run / _SNAPSHOTS, ignore_errors=True)  # of a server that has ended
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = os.open(root / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise ConfigurationError(
+                f"adapters cannot be saved in {root} ({described(error)}): name another folder"
+            ) from None
+        self._unlock = weakref.finalize(self, os.close, lock)
+        with suppress(OSError):  # another server holds it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for run in _folders(root):
+                shutil.rmtree(run / _SNAPSHOTS, ignore_errors=True)
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Let other servers delete what snapshots are left."""
+        self._unlock()
 
     def save(self, path: WeightsPath, info: Info, write: Callable[[Path], None], *, overwrite: bool) -> None:
         """Have `write` fill a folder, and put it in its place. Raises `RequestError` for a name that is taken."""
         folder = self._folder(path)
+        self._read(folder)  # which deletes it if its time is over
         if folder.exists() and not overwrite:
             raise RequestError(f"{path} exists: choose another name, or pass overwrite=True")
         written = self._written(path.run, info, write)
@@ -200,4 +223,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def bytes_of(folder: Path) -> int:
     """The size of a saved adapter."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except OSError:  # it is being deleted
+        return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from dataclasses import dataclass
 
 from pydantic_core import to_json
@@ -44,6 +44,7 @@ class _Future:
     session_id: str
     owner: str
     task: asyncio.Task[Answer]
+    can_be_cancelled: bool
 
 
 class Futures:
@@ -69,10 +70,12 @@ class Futures:
             text = f"{self._num_pending} requests are under way, this server's limit: wait for one of them"
             raise HttpError(429, text, code="engine_overloaded", retry_after_s=1)
 
-    def start(self, request_id: str, session_id: str, owner: str, work: Work) -> None:
-        """Run `work`, whose errors are answers too."""
+    def start(
+        self, request_id: str, session_id: str, owner: str, work: Work, *, can_be_cancelled: bool = False
+    ) -> None:
+        """Run `work`, whose errors are answers too; `can_be_cancelled` by its client if nothing else depends on it."""
         task = asyncio.create_task(self._answer(request_id, work), name=f"tinker {request_id}")
-        self._futures[request_id] = _Future(session_id, owner, task)
+        self._futures[request_id] = _Future(session_id, owner, task, can_be_cancelled)
         self._num_pending += 1
         task.add_done_callback(lambda _: self._note_done(request_id))
 
@@ -90,9 +93,9 @@ class Futures:
         return future.task.result()
 
     def cancel(self, request_id: str, owner: str) -> None:
-        """End the work of a request; unknown ids are ignored."""
+        """End the work of a request; ids that are unknown, or of work that cannot be cancelled, are ignored."""
         future = self._futures.get(request_id)
-        if future is not None and future.owner == owner:
+        if future is not None and future.owner == owner and future.can_be_cancelled:
             future.task.cancel()
 
     def is_busy(self, session_id: str) -> bool:
@@ -138,8 +141,3 @@ def failure(error: Exception) -> Answer:
     status = failure_of(error).status
     is_server = status >= 500 or isinstance(error, EngineOverloaded | EngineClosed)
     return Answer.of(error=failure_of(error).message, category="server" if is_server else "user")
-
-
-def json_of(fields: Mapping[str, object]) -> bytes:
-    """A JSON object as bytes."""
-    return to_json(fields)

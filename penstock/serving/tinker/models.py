@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
 from penstock.errors import RequestError
@@ -37,12 +38,13 @@ def create_model(service: TinkerService, owner: str, body: CreateModel, base_mod
     fields = body.lora_config
     shape = LoraShape(fields.rank, fields.seed, fields.train_attn, fields.train_mlp, fields.train_unembed)
     session = service.sessions.get(body.session_id, owner)
-    run, is_new = _new_run(service, session, body.model_seq_id, base_model)
-    if is_new:
-        run.user_metadata = body.user_metadata
+    run = _new_run(service, session, body.model_seq_id, base_model)
+
+    def job() -> None:
+        run.adapter = service.trainer.create(shape)
 
     async def work() -> Answer:
-        run.adapter = await service.thread.run(lambda: service.trainer.create(shape))
+        await _make(service, session, run, job)
         return Answer.of(model_id=run.id, type="create_model")
 
     return service.submit(f"{run.id}:0", session, work()), run
@@ -58,7 +60,7 @@ def compute(service: TinkerService, owner: str, request: LossRequest) -> str:
             return loss_message(adapter.forward(request.batch()))
         try:
             batch = request.batch()
-        except RequestError:
+        except BaseException:
             adapter.mark_incomplete()
             raise
         return loss_message(adapter.forward_backward(batch))
@@ -112,10 +114,8 @@ def load_weights(service: TinkerService, owner: str, body: LoadWeights, names: t
     if body.session_id is not None:
         base_model = service.check_base_model(body.base_model or saved.info.base_model, names)
         session = service.sessions.get(body.session_id, owner)
-        run, is_new = _new_run(service, session, _required(body.model_seq_id), base_model)
+        run = _new_run(service, session, _required(body.model_seq_id), base_model)
         request_id = f"{run.id}:0"
-        if is_new:
-            run.user_metadata = body.user_metadata
 
     def job() -> None:
         adapter = run.adapter or service.trainer.create(saved.info.shape())
@@ -123,7 +123,7 @@ def load_weights(service: TinkerService, owner: str, body: LoadWeights, names: t
         run.adapter = adapter
 
     async def work() -> Answer:
-        await service.thread.run(job)
+        await _make(service, session, run, job)
         return Answer.of(path=body.path, model_id=run.id, type="load_weights")
 
     return service.submit(request_id, session, work()), run.id
@@ -193,15 +193,25 @@ def _forget(service: TinkerService, weights: Weights) -> None:
         service.thread.post(lambda: service.checkpoints.discard(saved))
 
 
-def _new_run(service: TinkerService, session: Session, number: int, base_model: str) -> tuple[Run, bool]:
-    """The model with this number in its session, and whether it is new. Raises an `HttpError` beyond the limit."""
+def _new_run(service: TinkerService, session: Session, number: int, base_model: str) -> Run:
+    """The model with this number in its session, made if it is new. Raises an `HttpError` beyond the limit."""
     run_id = f"{session.id}:train:{number}"
     if (run := session.runs.get(run_id)) is not None:
-        return run, False
+        return run
     if (count := service.sessions.num_runs()) >= service.settings.max_models:
         raise HttpError(400, f"this server trains {count} models, its limit: close a session", code="too_many_models")
-    run = session.runs[run_id] = Run(run_id, base_model, time.time())
-    return run, True
+    run = session.runs[run_id] = Run(run_id, base_model)
+    return run
+
+
+async def _make(service: TinkerService, session: Session, run: Run, job: Callable[[], None]) -> None:
+    """Run the job that makes a model. One that could not be made does not count against the limit."""
+    try:
+        await service.thread.run(job)
+    except Exception:
+        if run.adapter is None:
+            session.runs.pop(run.id, None)
+        raise
 
 
 def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | None) -> tuple[Session, Run, str]:
@@ -210,11 +220,11 @@ def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | No
     Where a number is left out, a request was lost or not read. It may have held data of the next step.
     """
     session, run = service.sessions.of_part(model_id, owner), service.sessions.run(model_id, owner)
-    if not seq_id:
-        return session, run, f"{run.id}:{uuid.uuid4().hex}"
-    request_id = f"{run.id}:{seq_id}"
+    request_id = f"{run.id}:{seq_id or uuid.uuid4().hex}"
     if request_id not in service.futures:
         service.futures.check_room()
+    if not seq_id:
+        return session, run, request_id
     if seq_id <= run.last_seq and request_id not in service.futures:
         raise RequestError(f"request {seq_id} of {run.id} comes after {run.last_seq}: send requests in their order")
     if seq_id > run.last_seq + 1:

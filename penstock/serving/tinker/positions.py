@@ -7,7 +7,7 @@ the prefix cache.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,13 +65,17 @@ async def target_logprobs(positions: Positions, fields: TensorFields) -> pb.Tens
 
 def _matrix(fields: TensorFields, rows: int) -> IntArray:
     """The ids [rows, K]. Raises `RequestError`."""
-    shape, data = fields.shape or [], np.asarray(fields.data, dtype=np.int64)
+    if rows < 1:
+        raise RequestError(
+            "target_prompt_logprobs needs a prompt of at least two tokens: none is predicted in this one"
+        )
+    shape, data = fields.shape or [], _integers(fields.data)
     matrix: IntArray
     if len(shape) != 2 or shape[0] != rows or shape[1] < 1:
         raise RequestError(f"target_prompt_logprobs must be [{rows}, K], one row less than the prompt has tokens")
     if fields.sparse_crow_indices is not None and fields.sparse_col_indices is not None:
         csr = fields.sparse_crow_indices, fields.sparse_col_indices
-        crow, columns = (np.asarray(indices, dtype=np.int64) for indices in csr)
+        crow, columns = map(_integers, csr)
         matrix = dense(data, shape, crow, columns, pad=NO_TARGET)
     elif data.size == shape[0] * shape[1]:
         matrix = data.reshape(shape)
@@ -80,6 +84,13 @@ def _matrix(fields: TensorFields, rows: int) -> IntArray:
     if matrix.min() < NO_TARGET or matrix.max() == NO_TARGET:
         raise RequestError("target_prompt_logprobs must hold token ids, at least one, and -1 elsewhere")
     return matrix
+
+
+def _integers(values: Sequence[float]) -> IntArray:
+    array = np.asarray(values, dtype=None if values else np.int64)
+    if array.dtype != np.int64:
+        raise RequestError("target_prompt_logprobs must hold integers of 64 bits")
+    return array
 
 
 async def alternatives(positions: Positions, k: int, temperature: float, seed: int | None) -> pb.PromptAltTokens:
@@ -98,7 +109,8 @@ def _drawn(logprobs: FloatArray, k: int, temperature: float, generator: np.rando
     """[rows, k] tokens; the most likely one at temperature 0."""
     if temperature == 0:
         return np.repeat(logprobs.argmax(axis=1)[:, None], k, axis=1)
-    scaled = _log_softmax(logprobs / temperature).astype(np.float64)
+    with np.errstate(over="ignore"):  # at a temperature near 0, where all but the most likely tokens get -inf
+        scaled = (logprobs - logprobs.max(axis=1, keepdims=True)).astype(np.float64) / temperature
     cumulative = np.exp(scaled).cumsum(axis=1)
     points = generator.random((len(logprobs), k)) * cumulative[:, -1:]
     rows = zip(cumulative, points, strict=True)

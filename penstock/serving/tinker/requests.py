@@ -60,7 +60,6 @@ class CreateModel(RequestModel):
     session_id: str = identifier()
     model_seq_id: int = Field(ge=0, le=MAX_SEQUENCE)
     base_model: str
-    user_metadata: dict[str, object] | None = None
     lora_config: Lora | None = None
     optimizer_config: OptimizerConfig | None = None
 
@@ -109,7 +108,6 @@ class LoadWeights(RequestModel):
     session_id: str | None = Field(None, max_length=MAX_ID)
     model_seq_id: int | None = Field(None, ge=0, le=MAX_SEQUENCE)
     base_model: str | None = None
-    user_metadata: dict[str, object] | None = None
     path: str = identifier()
     optimizer: bool
     optimizer_config: OptimizerConfig | None = None

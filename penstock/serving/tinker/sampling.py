@@ -67,11 +67,13 @@ def sample(service: TinkerService, owner: str, body: Sample, namespace: str, max
             if sampler.weights is not None:
                 adapter = await stack.enter_async_context(service.adapters.using(sampler.weights))
             output = await _generate(service, ids, params, space, adapter)
-            message = _message(body, output)
+            asks_top = body.topk_prompt_logprobs or body.topk_sample_logprobs
+            # Thousands of places with a thousand tokens each take seconds.
+            message = await asyncio.to_thread(_message, body, output) if asks_top else _message(body, output)
             await _add_positions(message, body, Positions(service.engine, ids, space, adapter))
         return Answer(message.SerializeToString(), PROTOBUF)
 
-    service.submit(request_id, session, work())
+    service.submit(request_id, session, work(), can_be_cancelled=True)
     return request_id, [f"{request_id}:{i}" for i in range(body.num_samples)]
 
 

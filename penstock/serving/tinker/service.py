@@ -81,12 +81,15 @@ class TinkerService:
         served = ", ".join((self.base_model, *names))
         raise RequestError(f"base_model {shown(name)} is not served here: this server has {served}")
 
-    def submit(self, request_id: str, session: Session, work: Work) -> str:
-        """Run the work of a request, once: one that was sent again is the same."""
+    def submit(self, request_id: str, session: Session, work: Work, *, can_be_cancelled: bool = False) -> str:
+        """Run the work of a request, once: one that was sent again is the same.
+
+        A client that could cancel a pass of training would have the next step made without its data.
+        """
         if request_id in self.futures:
             work.close()
         else:
-            self.futures.start(request_id, session.id, session.owner, work)
+            self.futures.start(request_id, session.id, session.owner, work, can_be_cancelled=can_be_cancelled)
         return request_id
 
     def watch(self) -> None:
@@ -118,6 +121,7 @@ class TinkerService:
         for session in self.sessions.all():
             await self.end(session)
         await asyncio.to_thread(self.thread.close)
+        self.checkpoints.close()
 
     async def _drop(self, run: Run) -> None:
         run.adapter = None

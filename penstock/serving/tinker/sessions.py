@@ -27,8 +27,6 @@ class Run:
 
     id: str
     base_model: str
-    created: float
-    user_metadata: Mapping[str, object] | None = None
     adapter: TrainedAdapter | None = None
     last_seq: int = 0
     snapshots: deque[Weights] = field(default_factory=deque)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from penstock.values import integer, real
+from penstock.values import integer, real, refused
 
 
 def default_folder() -> Path:
@@ -32,6 +32,8 @@ class TinkerSettings:
     max_pending: int = 4096
 
     def __post_init__(self) -> None:
+        if not isinstance(self.folder, Path):
+            raise refused("folder", self.folder, "a pathlib.Path")
         real("session_timeout_s", self.session_timeout_s, 1.0, 1e9, "a number of seconds >= 1")
         for name in ("max_sessions", "max_models", "max_loaded_adapters", "max_snapshots", "max_pending"):
             integer(name, getattr(self, name), 1, rule="an integer >= 1")

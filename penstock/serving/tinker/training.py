@@ -28,5 +28,5 @@ class TrainingThread:
         self._executor.submit(job)
 
     def close(self) -> None:
-        """Finish the running job, and drop those that wait."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """Finish the jobs that nobody has dropped."""
+        self._executor.shutdown(wait=True)

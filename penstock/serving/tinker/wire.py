@@ -19,6 +19,7 @@ from penstock.serving.tinker.requests import MAX_ID
 from penstock.training.lora.records import Array, Datum, LossBatch, LossResult
 
 MAX_ELEMENTS = 1 << 24  # of one tensor; a sparse one is small in a message
+MAX_SPARSE_ELEMENTS = 1 << 26  # of all sparse ones of a message
 MASKED = -99999.0  # the log probability of an empty place among the most likely tokens
 _DTYPES: dict[int, npt.DTypeLike] = {pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_INT64: np.int64, pb.DTYPE_INT32: np.int32}
 _STOP_REASONS = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
@@ -40,6 +41,7 @@ class LossRequest:
     def batch(self) -> LossBatch:
         """What to compute. Raises `RequestError`."""
         message = self._message
+        _check_sparse(tensor for datum in message.data for tensor in datum.loss_fn_inputs.values())
         config = dict(message.loss_fn_config)
         for name, value in message.loss_fn_config_v2.items():
             if value.WhichOneof("value") != "number":
@@ -54,6 +56,15 @@ def _datum(number: int, message: pb.Datum) -> Datum:
         return Datum(_tokens(message.model_input), inputs)
     except RequestError as error:
         raise RequestError(f"datum {number}: {error}") from None
+
+
+def _check_sparse(tensors: Iterable[pb.Tensor]) -> None:
+    """Refuse sparse tensors that together are much larger than their message."""
+    shapes = [tensor.shape for tensor in tensors if tensor.WhichOneof("encoding") == "sparse_csr"]
+    if (count := sum(math.prod(max(0, size) for size in shape) for shape in shapes)) > MAX_SPARSE_ELEMENTS:
+        raise RequestError(
+            f"the sparse tensors have {count} elements: {MAX_SPARSE_ELEMENTS} are allowed, send fewer data"
+        )
 
 
 def _tokens(chunks: Iterable[pb.Chunk]) -> Array:

@@ -46,7 +46,8 @@ class LoraShape:
 class Adam:
     """One step of AdamW, with the meanings of `torch.optim.AdamW`. Raises `RequestError`.
 
-    `grad_clip_norm` is the largest norm of all gradients together; 0 leaves them as they are.
+    `grad_clip_norm` is the largest norm of all gradients together; 0 leaves them as they are. `eps` is at least 1e-30:
+    near 0, a gradient of 0 would make a weight NaN, and at first all those of a are 0.
     """
 
     learning_rate: float = 1e-4
@@ -57,8 +58,9 @@ class Adam:
     grad_clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
             real(name, getattr(self, name), 0.0, _LARGEST, "a finite number >= 0")
+        real("eps", self.eps, 1e-30, _LARGEST, "a finite number >= 1e-30")
         for name in ("beta1", "beta2"):
             if real(name, value := getattr(self, name), 0.0, 1.0, "a number from 0 and below 1") == 1:
                 raise RequestError(f"{name} must be below 1, got {value}")

@@ -25,7 +25,7 @@ from penstock.training.lora.records import LORA_ALPHA, Adam, Datum, LoraShape, L
 
 TOKENS_PER_PASS = 1024
 ADAPTER_FILE, CONFIG_FILE, OPTIMIZER_FILE = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
-_STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter; beside the number of steps
 
 
 class LoraTrainer:
@@ -108,6 +108,9 @@ class LoraModel:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in self._parameters])
+        if not bool(norm.isfinite()):  # squares overflow before gradients do, and AdamW sums them up
+            self._drop_gradients()
+            raise RequestError("the norm of the gradients is not finite: lower the weights or the advantages")
         if adam.grad_clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, adam.grad_clip_norm, norm)
         for group in self._optimizer.param_groups:
@@ -149,7 +152,8 @@ class LoraModel:
         self._optimizer.state.clear()
         for i, parameter in enumerate(self._parameters):
             if f"{i}.step" in state:
-                self._optimizer.state[parameter] = {name: state[f"{i}.{name}"] for name in _STATE}
+                moments = {name: state[f"{i}.{name}"].to(parameter.device) for name in _MOMENTS}
+                self._optimizer.state[parameter] = {"step": state[f"{i}.step"], **moments}
         self._drop_gradients()
 
     def _checked(self, batch: LossBatch) -> Loss:

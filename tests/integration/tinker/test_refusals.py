@@ -229,6 +229,7 @@ BAD_SAMPLES: dict[str, tuple[list[int], dict[str, Any], dict[str, Any], str]] = 
     "last": ([5, 6], {}, {"include_prompt_logprobs": True, "prompt_logprobs_last_n": 9}, "prompt_logprobs_last_n"),
     "rows": ([5, 6, 7], {}, {"target_prompt_logprobs": types.TensorData([1], "int64", [1, 1])}, r"\[2, K\]"),
     "ids": ([5, 6], {}, {"target_prompt_logprobs": types.TensorData([100_000], "int64", [1, 1])}, "below 160"),
+    "one token": ([5], {}, {"target_prompt_logprobs": types.TensorData([], "int64", [0, 1])}, "two tokens"),
     "none": ([5, 6], {}, {"target_prompt_logprobs": types.TensorData([-1], "int64", [1, 1])}, "at least one"),
 }
 
@@ -241,6 +242,25 @@ def test_samples_that_cannot_be_drawn_are_refused(server: Running, client: tinke
     with pytest.raises((tinker.BadRequestError, Failure), match=message):
         base.sample(prompt(tokens), **{"num_samples": 1, **options}, sampling_params=parameters).result()
     assert base.sample(prompt([5]), 1, types.SamplingParams(max_tokens=2)).result().sequences
+
+
+@pytest.mark.parametrize("value", [1.5, 2**63, 2**70])
+def test_ids_that_are_no_integers_of_64_bits_are_refused(server: Running, http: httpx.Client, value: float) -> None:
+    """Fractions were cut, and larger numbers were an internal error."""
+    session = http.post("/create_session", json={}).json()["session_id"]
+    fields = {"session_id": session, "sampling_session_seq_id": 0, "base_model": server.model}
+    sampler = http.post("/create_sampling_session", json=fields).json()["sampling_session_id"]
+    body = {
+        "sampling_session_id": sampler,
+        "seq_id": 1,
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
+        "sampling_params": {"max_tokens": 1},
+        "target_prompt_logprobs": {"data": [value], "dtype": "int64", "shape": [1, 1]},
+    }
+    request = {"request_id": http.post("/asample", json=body).json()["request_id"]}
+    answer = http.post("/retrieve_future", json=request).json()
+    assert "integers of 64 bits" in answer["error"]
+    assert answer["category"] == "user"
 
 
 def test_unknown_ids_are_told_from_bodies_that_are_wrong(http: httpx.Client) -> None:
@@ -370,6 +390,16 @@ def test_more_models_than_the_server_trains_are_refused(guarded: Running) -> Non
         with pytest.raises(tinker.BadRequestError, match="trains 2 models, its limit"):
             client.create_lora_training_client(guarded.model, rank=1).result()
     with guarded.client("tml-ann") as client:
+        client.create_lora_training_client(guarded.model, rank=1).result()
+
+
+def test_models_that_could_not_be_made_do_not_count(guarded: Running) -> None:
+    with guarded.client("tml-ann") as client:
+        training = client.create_lora_training_client(guarded.model, rank=1).result()
+        path = training.save_weights_for_sampler("no-optimizer").result().path
+        for _ in range(3):
+            with pytest.raises(Failure, match="cannot be read"):
+                client.create_training_client_from_state_with_optimizer(path).result()
         client.create_lora_training_client(guarded.model, rank=1).result()
 
 

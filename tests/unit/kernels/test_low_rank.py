@@ -125,6 +125,19 @@ def test_an_adapter_that_was_taken_out_adds_nothing(kernels: Kernels) -> None:
     kernels.select_adapters(None)
 
 
+def test_an_adapter_that_does_not_change_a_layer_adds_nothing_there_whatever_its_slot(kernels: Kernels) -> None:
+    """The kernel read the table of a layer's adapters beyond its end for adapters of higher slots."""
+    linear, own = Linear(kernels, [torch.randn(16, 16)], [None]), part(0, 16, 16, 2, torch.float32)
+    x, slots = torch.randn(2, 16), np.array([0, 100_000_000], dtype=np.int32)
+    plain = linear(x)
+    pack_adapter([(linear.adapters, [own])]).put(0)
+    kernels.select_adapters(slots, slots)
+    actual = linear(x)
+    kernels.select_adapters(None)
+    assert not torch.equal(actual[0], plain[0])
+    assert torch.equal(actual[1], plain[1])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_numbers_that_are_not_finite_in_the_layer_s_dtype_are_refused_by_their_matrix(
     kernels: Kernels, value: float

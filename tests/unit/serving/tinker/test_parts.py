@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,15 @@ import pytest
 from tinker.proto import tinker_public_pb2 as pb
 from tinker.proto.response_conv import deserialize_forward_backward_output
 
-from penstock import RequestError
+from penstock import ConfigurationError, RequestError
 from penstock.serving.errors import HttpError
 from penstock.serving.tinker import futures as futures_module
 from penstock.serving.tinker.adapters import LoadedAdapters, Weights
-from penstock.serving.tinker.checkpoints import Checkpoints, Info, WeightsPath
+from penstock.serving.tinker.checkpoints import Checkpoints, Info, WeightsPath, bytes_of
 from penstock.serving.tinker.futures import Answer, Futures
 from penstock.serving.tinker.sessions import Sessions
 from penstock.serving.tinker.settings import TinkerSettings
+from penstock.serving.tinker.training import TrainingThread
 from penstock.serving.tinker.wire import MAX_ELEMENTS, LossRequest, array_of, loss_message
 from penstock.training.lora.records import LoraShape, LossResult
 
@@ -62,6 +64,14 @@ def test_tensors_of_every_layout_are_arrays() -> None:
 def test_tensors_that_do_not_fit_together_are_refused(tensor: pb.Tensor) -> None:
     with pytest.raises(RequestError):
         array_of(tensor)
+
+
+def test_sparse_tensors_that_are_small_in_a_message_cannot_fill_the_memory() -> None:
+    tensor = sparse([], [0] * 4097, [], [4096, 4096])
+    data = [pb.Datum(loss_fn_inputs={"weights": tensor})] * 5
+    request = LossRequest(pb.ForwardBackwardRequest(data=data).SerializeToString())
+    with pytest.raises(RequestError, match="83886080 elements"):
+        request.batch()
 
 
 def test_outputs_of_several_widths_arrive_in_their_order() -> None:
@@ -128,6 +138,23 @@ async def test_too_many_requests_are_told_to_wait() -> None:
     futures.check_room()
 
 
+async def test_only_a_sample_can_be_cancelled_and_only_by_its_owner() -> None:
+    """A pass that was cancelled before it began was missing from the next step, which was made all the same."""
+    futures, release = Futures(max_pending=10), asyncio.Event()
+
+    async def work() -> Answer:
+        await release.wait()
+        return Answer.of(done=True)
+
+    for name in ("pass", "sample", "another's"):
+        futures.start(name, "s", "ann", work(), can_be_cancelled=name != "pass")
+        await asyncio.sleep(0)  # it begins
+        futures.cancel(name, "bob" if name == "another's" else "ann")
+    release.set()
+    answers = {name: await futures.wait(name, "ann", 5) for name in ("pass", "sample", "another's")}
+    assert [b"done" in answer.body for answer in answers.values() if answer is not None] == [True, False, True]
+
+
 async def test_faults_are_answers_that_tell_nothing_of_the_server() -> None:
     futures = Futures(max_pending=10)
 
@@ -179,9 +206,41 @@ def test_saved_weights_are_found_by_their_owner_until_their_time_is_over(tmp_pat
     with pytest.raises(RequestError, match="exists"):
         checkpoints.save(path, info, write, overwrite=False)
     checkpoints.save(path, replace(info, id="new", expires=time.time() - 1), write, overwrite=True)
+    checkpoints.save(
+        path, replace(info, id="newer", expires=time.time() - 1), write, overwrite=False
+    )  # of a time that is over
     with pytest.raises(HttpError, match="no saved weights"):
         checkpoints.find(path, "ann")
+    assert bytes_of(tmp_path / "nothing") == 0
     assert [file.name for file in tmp_path.rglob("adapter")] == []
+
+
+def test_snapshots_of_another_server_are_deleted_only_once_it_has_ended(tmp_path: Path) -> None:
+    """A second server with the same folder deleted the snapshots from which clients of the first sampled."""
+    first = Checkpoints(tmp_path / "adapters")
+    snapshot = first.snapshot(RUN, Info.new("", "base", LoraShape(1)), write)
+    second = Checkpoints(tmp_path / "adapters")
+    assert snapshot.is_there()
+    first.close()
+    second.close()
+    third = Checkpoints(tmp_path / "adapters")
+    assert not snapshot.is_there()
+    third.close()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigurationError, match="name another folder"):
+        Checkpoints(tmp_path / "file")
+
+
+def test_the_training_thread_does_what_was_posted_before_it_ends() -> None:
+    """Files of the sessions that end with the server were left behind."""
+    thread, release, done = TrainingThread(), threading.Event(), list[int]()
+    thread.post(release.wait)
+    thread.post(lambda: done.append(1))
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    release.set()
+    closing.join()
+    assert done == [1]
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -198,7 +257,13 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for values in ({"session_timeout_s": 0}, {"max_models": 0}, {"max_loaded_adapters": 1.5}, {"max_pending": "x"}):
+    for values in (
+        {"folder": "x"},
+        {"session_timeout_s": 0},
+        {"max_models": 0},
+        {"max_loaded_adapters": 1.5},
+        {"max_pending": "x"},
+    ):
         with pytest.raises(RequestError):
             TinkerSettings(**values)  # type: ignore[arg-type]
 
@@ -219,6 +284,55 @@ class Engine:
     async def unload_adapter(self, name: str) -> None:
         await asyncio.sleep(0)
         self.loaded.remove(name)
+
+
+class HangingEngine(Engine):
+    """Does what it is asked, and after `hangs_after`, "load" or "unload", never says so."""
+
+    hangs_after = ""
+
+    async def load_adapter(self, name: str, source: object) -> None:
+        await super().load_adapter(name, source)
+        await self._hang("load")
+
+    async def unload_adapter(self, name: str) -> None:
+        await super().unload_adapter(name)
+        await self._hang("unload")
+
+    async def _hang(self, verb: str) -> None:
+        if verb == self.hangs_after:
+            await asyncio.Event().wait()
+
+
+async def test_adapters_whose_loading_or_unloading_was_cut_off_are_neither_kept_nor_missed(tmp_path: Path) -> None:
+    """A caller that left just then did not note what the engine had done: one stayed for good, one never came back."""
+    engine: Any = HangingEngine()
+    adapters, checkpoints = LoadedAdapters(engine, limit=1), Checkpoints(tmp_path)
+    first, second = (
+        Weights(name, checkpoints.snapshot(RUN, Info.new("", "base", LoraShape(1)), write)) for name in "ab"
+    )
+
+    async def use(weights: Weights) -> None:
+        async with adapters.using(weights) as name:
+            assert name in engine.loaded
+
+    async def cut_off(weights: Weights, verb: str, loaded: list[str]) -> None:
+        engine.hangs_after, task = verb, asyncio.create_task(use(weights))
+        for _ in range(20):  # turns of the loop
+            await asyncio.sleep(0)
+        assert engine.loaded == loaded
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        engine.hangs_after = ""
+
+    await use(first)
+    await cut_off(second, "unload", ["b"])
+    await use(first)
+    assert engine.loaded == ["a"]
+    await cut_off(second, "load", ["a", "b"])
+    await adapters.unload(second)
+    assert engine.loaded == []
 
 
 async def test_the_adapters_that_were_used_last_stay_loaded(tmp_path: Path) -> None:
