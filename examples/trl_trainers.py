@@ -13,6 +13,7 @@ from penstock.training.trl import generate_with
 PROMPTS = Dataset.from_dict({"prompt": ["def add(a, b):\n", "class Point:\n", "import os\n", "for i in range(3):\n"]})
 SIZES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 16}
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+DIFFERENCE = "sampling/sampling_logp_difference/max"  # between engine and trainer, in the log of GRPOTrainer
 KINDS = ((GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig))
 
 
@@ -32,8 +33,9 @@ def train(trainer_class: type, config_class: type, num_steps: int) -> tuple[list
         trainer.train()
         version = engine.weight_version
     logs = [log for log in trainer.state.log_history if "reward" in log]
-    differences = [log.get("sampling/sampling_logp_difference/max", 0.0) for log in logs]
-    print(f"{trainer_class.__name__}: {version} updates, log probabilities within {max(differences)}")
+    differences = [log[DIFFERENCE] for log in logs if DIFFERENCE in log]
+    agreement = f"log probabilities within {max(differences)}" if differences else "TRL reports no differences"
+    print(f"{trainer_class.__name__}: {version} updates, {agreement}")
     return [log["reward"] for log in logs], differences
 
 
