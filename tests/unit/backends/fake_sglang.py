@@ -23,6 +23,8 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from tests.unit.backends.fake_vllm import Tokenizer
+
 VOCAB_SIZE = 1000
 
 
@@ -68,18 +70,6 @@ class ServerArgs:
     lora_target_modules: list[str] | None = None
     tokenizer_worker_num: int = 1
     detokenizer_worker_num: int = 1
-
-
-class Tokenizer:
-    """One token per character."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, ids))
 
 
 class RWLock:

@@ -34,12 +34,17 @@ def cpu_flags() -> set[str]:
     return set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
 
 
+def kernels_of(target: str) -> Kernels:
+    """A pool of one thread, compiled for the target. Skips the test where that is impossible."""
+    flags, needed = TARGETS[target]
+    if not available() or not cpu_flags().issuperset(needed.split()):
+        pytest.skip("no compiler, or a CPU without these instructions")
+    return Kernels(1, build(flags).library)
+
+
 @pytest.fixture(scope="module", params=TARGETS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """The kernels, compiled for the target."""
-    flags, needed = TARGETS[request.param]
-    if not available() or not cpu_flags().issuperset(needed.split()):
-        pytest.skip("no compiler, or a CPU without these instructions")
-    made = Kernels(1, build(flags).library)
+    made = kernels_of(request.param)
     yield made
     made.close()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from penstock.kernels.native import Kernels
 from penstock.kernels.products import ADD, GATED, LAYER, RMS, STORE, Calibration, Epilogue, Linear, Norm
+from tests.unit.kernels.conftest import kernels_of
 from tests.unit.kernels.hand import BLOCK, ROUNDING, rotated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -292,6 +293,18 @@ def test_a_row_gets_the_same_bits_whatever_rows_and_threads_are_there(kernels: K
                 here = slice(begin, begin + size)
                 assert torch.equal(linear(rows[here], out[here].clone()), wanted[here])
     for pool in pools[1:]:
+        pool.close()
+
+
+def test_matrix_tiles_round_bfloat16_in_their_own_way_and_int8_as_vectors_do() -> None:
+    """So the emulated tiles are what their tests run on."""
+    pools = [kernels_of("AVX-512"), kernels_of("AVX-512 with emulated tiles")]
+    weight, x = randn(48, 3 * BLOCK - 5, dtype=torch.bfloat16), randn(40, 3 * BLOCK - 5, dtype=torch.bfloat16)
+    for quantize in (False, True):
+        epilogue = Epilogue(dtype=torch.float32)
+        found, other = (Linear(pool, [weight], [None], quantize=quantize, epilogue=epilogue)(x) for pool in pools)
+        assert torch.equal(found, other) == quantize
+    for pool in pools:
         pool.close()
 
 
