@@ -12,10 +12,11 @@ import atexit
 import contextlib
 import functools
 import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 EXIT_S = 1.0  # for all engines of a process together
@@ -76,9 +77,26 @@ def interrupt(thread: threading.Thread, until: float) -> None:
     """
     from ctypes import c_ulong, py_object, pythonapi
 
-    while thread.is_alive() and time.monotonic() < until:
-        pythonapi.PyThreadState_SetAsyncExc(c_ulong(thread.ident or 0), py_object(SystemExit))
-        thread.join(_POLL_S)
+    with _unreported_exits_of(thread):
+        while thread.is_alive() and time.monotonic() < until:
+            pythonapi.PyThreadState_SetAsyncExc(c_ulong(thread.ident or 0), py_object(SystemExit))
+            thread.join(_POLL_S)
+
+
+@contextlib.contextmanager
+def _unreported_exits_of(thread: threading.Thread) -> Iterator[None]:
+    """Print no `SystemExit` that hits this thread in a finalizer, from where it cannot propagate."""
+    report = sys.unraisablehook
+
+    def report_others(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is not SystemExit or threading.current_thread() is not thread:
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 def join_threads(threads: Sequence[threading.Thread], until: float) -> None:

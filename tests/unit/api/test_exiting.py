@@ -1,0 +1,72 @@
+"""Stopping threads of a process that exits."""
+
+import contextlib
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from penstock.api.exiting import interrupt
+
+
+class Referent:
+    """An object that can be weakly referenced."""
+
+
+def in_a_finalizer(function: Callable[[], object]) -> None:
+    referent = Referent()
+    _reference = weakref.ref(referent, lambda _: function())
+    del referent
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[type[BaseException]]:
+    """The types of the exceptions that were reported because they could not propagate."""
+    types: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: types.append(report.exc_type))
+    return types
+
+
+def test_a_thread_that_is_interrupted_in_a_finalizer_ends_and_prints_nothing(
+    reports: list[type[BaseException]],
+) -> None:
+    """The import system has such finalizers, so Ctrl-C while a model loaded could print a second traceback."""
+    hook, is_inside = sys.unraisablehook, threading.Event()
+
+    def spin() -> None:
+        is_inside.set()
+        while True:
+            pass
+
+    def work() -> None:
+        with contextlib.suppress(SystemExit):
+            in_a_finalizer(spin)
+            spin()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert is_inside.wait(60)
+    interrupt(thread, time.monotonic() + 60)
+    assert not thread.is_alive()
+    assert reports == []
+    assert sys.unraisablehook is hook
+
+
+def test_what_a_finalizer_raises_in_another_thread_is_still_reported(reports: list[type[BaseException]]) -> None:
+    class Unstarted(threading.Thread):
+        """Is alive until it is waited for, when another thread runs a finalizer."""
+
+        is_joined = False
+
+        def is_alive(self) -> bool:
+            return not self.is_joined
+
+        def join(self, timeout: float | None = None) -> None:
+            in_a_finalizer(sys.exit)
+            self.is_joined = True
+
+    interrupt(Unstarted(), time.monotonic() + 60)
+    assert reports == [SystemExit]
