@@ -1,8 +1,8 @@
 """Chat messages of OpenAI's API as chat templates take them.
 
-Text parts become one string, and reasoning may come under either of its names. Only an assistant, who may have called
-tools instead, and a function may lack content, which then becomes empty. A part that is not text is refused, because
-the models are text-only.
+Text parts become one string, reasoning may come under either of its names, and developers are the system. Every message
+needs content, as in OpenAI's API; of the assistant's, those with something in its place may go without, and an empty
+string is content. A part that is not text is refused, because the models are text-only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic_core import from_json
 
 from penstock.serving.errors import invalid
 
-_MAY_LACK_CONTENT = ("assistant", "function")
+# What an assistant's message may have in place of content.
+_IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning")
 
 
 def plain_messages(messages: Iterable[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -26,16 +27,29 @@ def _plain(message: Mapping[str, object], where: str) -> dict[str, object]:
     role = message.get("role")
     if not isinstance(role, str):
         raise invalid(f"{where} needs a role, such as user", f"{where}.role")
-    plain = {name: value for name, value in message.items() if value is not None}
-    if "content" not in plain and role not in _MAY_LACK_CONTENT:
-        raise invalid(f"{where} needs content: a string, or a list of text parts", f"{where}.content")
-    plain["content"] = _text(plain.get("content"), f"{where}.content")
+    # Templates test whether there are calls by the name alone, and few of them know developers.
+    plain = {
+        name: value for name, value in message.items() if value is not None and (name, value) != ("tool_calls", [])
+    }
+    plain["role"] = "system" if role == "developer" else role
+    plain["content"] = _content(role, plain, where)
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     if role == "assistant" and isinstance(reasoning, str):
         plain["reasoning_content"] = plain["reasoning"] = reasoning
     if "tool_calls" in plain:
         plain["tool_calls"] = _tool_calls(plain["tool_calls"], f"{where}.tool_calls")
     return plain
+
+
+def _content(role: str, message: Mapping[str, object], where: str) -> str:
+    """The text of a message, or of the assistant's refusal."""
+    content, may_lack = message.get("content"), role == "function"  # whose content may be null
+    if role == "assistant":
+        content = content or message.get("refusal", content)
+        may_lack = any(name in message for name in _IN_PLACE_OF_CONTENT)
+    if content in (None, []) and not may_lack:
+        raise invalid(f"{where} needs content: a string, or a list of text parts", f"{where}.content")
+    return _text(content, f"{where}.content")
 
 
 def _tool_calls(calls: object, where: str) -> list[dict[str, object]]:

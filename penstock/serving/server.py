@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from anyio import to_thread
@@ -52,12 +53,12 @@ class Server:
         await to_thread.run_sync(self.engine.start)
         self._formats = formats_of(self.engine, self.settings)
         if isinstance(self.engine, WithDefaults):
-            self._defaults = self.engine.default_params()
+            self._defaults = _sampled(self.engine.default_params())
         self._is_loaded = True
 
     @property
     def defaults(self) -> SamplingParams | None:
-        """The model's own parameters, for what a request does not give."""
+        """The model's own parameters, for what a request does not give; at temperature 1 if these would be greedy."""
         return self._defaults
 
     @property
@@ -119,3 +120,11 @@ class Server:
     def stats(self) -> Mapping[str, object]:
         """The engine's statistics."""
         return self.engine.get_stats()
+
+
+def _sampled(params: SamplingParams) -> SamplingParams:
+    """Parameters that sample, which clients of these APIs expect of a request without a temperature.
+
+    A generation config is greedy unless it says `do_sample`. That is transformers' rule, which in-process calls keep.
+    """
+    return params if params.temperature or params.use_beam_search else replace(params, temperature=1.0)

@@ -18,7 +18,7 @@ from penstock.config import explained
 from penstock.errors import ConfigurationError
 from penstock.sampling import RequestPriority
 
-Names = Annotated[tuple[str, ...], NoDecode]  # from the environment: separated by commas
+Names = Annotated[tuple[str, ...], NoDecode]  # as one text: separated by commas
 SECRETS = ("api_keys", "admin_key")  # settings whose values no message may show
 
 
@@ -129,7 +129,11 @@ class ServingSettings(BaseSettings):
     @field_validator("served_model_name", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+        """Names separated by commas, as in the environment; also inside of a list, where options put them."""
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+            return value
+        return tuple(name for value in values for part in value.split(",") if (name := part.strip()))
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -112,21 +113,52 @@ def test_an_assistants_last_message_is_continued_and_not_echoed(client: TestClie
 
 
 def test_an_empty_assistant_message_is_accepted(client: TestClient) -> None:
-    for content in ("", None, []):
-        messages = [*CHAT["messages"], {"role": "assistant", "content": content}, *CHAT["messages"]]  # type: ignore[misc]
-        assert "None" not in text_of_prompt(client, messages)
-        assert client.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
+    messages = [*CHAT["messages"], {"role": "assistant", "content": ""}, *CHAT["messages"]]  # type: ignore[misc]
+    assert client.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "tool", "assistant"])
 def test_a_message_without_content_is_refused(client: TestClient, role: str) -> None:
     """It counted as empty, and the model answered to nothing."""
-    for message in ({"role": role}, {"role": role, "content": None}):
-        response = client.post("/v1/chat/completions", json={**CHAT, "messages": [*CHAT["messages"], message]})  # type: ignore[misc]
+    for content in ({}, {"content": None}, {"content": []}, {"tool_calls": [], "content": None}):
+        messages = [*CHAT["messages"], {"role": role, **content}, *CHAT["messages"]]  # type: ignore[misc]
+        response = client.post("/v1/chat/completions", json={**CHAT, "messages": messages})
         assert response.status_code == 400
         error = response.json()["error"]
         assert (error["param"], error["type"]) == ("messages.1.content", "invalid_request_error")
         assert "needs content" in error["message"]
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, ""),
+        ({"role": "assistant", "content": [], "tool_calls": [CALL]}, ""),
+        ({"role": "assistant", "function_call": CALL["function"]}, ""),
+        ({"role": "assistant", "content": None, "reasoning_content": "so"}, ""),
+        ({"role": "assistant", "content": None, "refusal": "I will not."}, "I will not."),
+        ({"role": "function", "name": "f", "content": None}, ""),
+    ],
+)
+def test_content_may_be_null_where_something_is_in_its_place(
+    client: TestClient, message: dict[str, Any], text: str
+) -> None:
+    rendered = text_of_prompt(client, [*CHAT["messages"], message, {"role": "user", "content": "and?"}])  # type: ignore[misc]
+    assert f"<|{message['role']}|>{text}<end>" in rendered
+
+
+def test_an_empty_list_of_calls_is_none(client: TestClient) -> None:
+    """The message counted as one with calls, so that the model began another one instead of continuing it."""
+    last = {"role": "assistant", "content": "wat", "tool_calls": []}
+    assert text_of_prompt(client, [*CHAT["messages"], last]).endswith("<|assistant|>wat")  # type: ignore[misc]
+
+
+def test_a_developers_message_is_the_systems(client: TestClient) -> None:
+    """Most templates know no developer: they ignore what it says, or refuse it."""
+    assert text_of_prompt(client, [{"role": "developer", "content": "be brief"}]).startswith("<s><|system|>be brief")
 
 
 def test_text_parts_are_joined(client: TestClient) -> None:

@@ -290,6 +290,32 @@ def test_what_a_request_does_not_say_is_what_the_model_says() -> None:
         assert [(params.temperature, params.top_k, params.max_tokens) for params in seen] == [(0.3, 7, 6), (0.0, 7, 6)]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (URL, CHAT),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 2}),
+        ("/v1/messages", {**CHAT, "model": "m"}),
+        ("/inference/v1/generate", {"token_ids": [5], "sampling_params": {"max_tokens": 2}}),
+    ],
+)
+def test_a_model_that_is_greedy_by_itself_is_sampled_at_temperature_1(path: str, body: dict[str, Any]) -> None:
+    """A client that sends no temperature got the same answer every time, and n choices were n copies."""
+    with client_of(ServingSettings(served_model_name=("m",))) as client:
+        server = client.app.state.server  # type: ignore[attr-defined]
+        seen, generate = [], server.engine.generate
+
+        def watched(prompt: Any, params: SamplingParams, **options: Any) -> Any:
+            seen.append(params.temperature)
+            return generate(prompt, params, **options)
+
+        server.engine.default_params = lambda: SamplingParams(temperature=0.0)
+        server.engine.generate = watched
+        assert client.post(path, json=body).status_code == 200
+        assert seen == [1.0]
+
+
 @pytest.mark.parametrize(("path", "rest"), [(URL, {}), ("/v1/messages", {"max_tokens": 4})])
 def test_a_chat_without_messages_is_refused_in_plain_words(path: str, rest: dict[str, int]) -> None:
     """It said "List should have at least 1 item after validation, not 0, got []"."""

@@ -24,6 +24,13 @@ def test_keywords_come_before_the_environment_and_that_before_a_file(
     assert ServingSettings(max_stop=1).max_stop == 1
 
 
+def test_names_may_be_separated_by_commas() -> None:
+    """As an option, `--served-model-name a,b` was one name."""
+    for names in ("a, b", ["a,b"], ("a", "b"), ["a", "b,"]):
+        settings = ServingSettings(served_model_name=names, cors_origins=names)  # type: ignore[arg-type]
+        assert (settings.served_model_name, settings.cors_origins) == (("a", "b"), ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
