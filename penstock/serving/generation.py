@@ -137,9 +137,15 @@ async def submit(
         except RequestTooLarge:
             if params.max_tokens is None:
                 raise
-            handles[number] = start(prompts[number], ids[number], replace(params, max_tokens=None))
+            handles[number] = start(_encoded(handle, prompts[number]), ids[number], replace(params, max_tokens=None))
             await handles[number].admitted()
     return handles
+
+
+def _encoded(handle: RequestHandle, prompt: Prompt) -> Prompt:
+    """The prompt of a refused request as the engine has encoded it, if it has: that need not be done twice."""
+    ids = handle.prompt_token_ids
+    return {"prompt": handle.prompt, "prompt_token_ids": ids} if ids else prompt
 
 
 def usage_of(outputs: Sequence[RequestOutput]) -> Usage:

@@ -27,6 +27,7 @@ from penstock.engine.text.detokenizer import Detokenizer
 from penstock.engine.text.reasoning import ReasoningEnd
 from penstock.engine.text.stops import StopStrings
 from penstock.engine.text.stream import BeamStopMatcher, NoText, Text, TextStream
+from penstock.engine.text.token_bound import TokenBound
 from penstock.engine.text.token_text import TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
 from penstock.engine.text.tokenizer_pool import SHORT_TEXT, TokenizerPool, encode_prompt, encode_words, is_plain
@@ -81,6 +82,7 @@ class InputProcessor:
         self._encodes_short_text = is_plain(tokenizer)
         # The demo model has a template, but was trained on source code alone.
         self._expects_chats = bool(getattr(tokenizer, "chat_template", None)) and spec.name != str(MODEL_DIR)
+        self._bound = TokenBound()
         self._pool = pool
         self._admission = admission
         self._grammars = GrammarCompiler(spec.vocab_size, spec.eos_token_ids)
@@ -101,16 +103,17 @@ class InputProcessor:
             grammar = self._grammars.find(params.structured_outputs, params.reasoning_end)
             if grammar is None:
                 compilation = partial(self._grammars.compile, params.structured_outputs, params.reasoning_end)
-                return self._pool.submit(_encode, prompt, words, compilation)
+                return self._pool.submit(_encode, prompt, words, compilation, self._check_length)
         if not prompt.needs_tokenizer and not any(isinstance(word, str) for word in words):
             return _encode(None, prompt, words)._replace(grammar=grammar)
         if self._encodes_short_text and not words and prompt.text is not None and len(prompt.text) <= SHORT_TEXT:
             return _encode(self._tokenizer, prompt, words)._replace(grammar=grammar)
-        return self._pool.submit(_encode, prompt, words, lambda tokenizer: grammar)
+        return self._pool.submit(_encode, prompt, words, lambda tokenizer: grammar, self._check_length)
 
     def admit(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
         """Set the request's collector and sequences. Raises `RequestError`, `DeadlineExceeded`."""
         text, ids, bad_words, _ = encoded
+        request.channel.prompt, request.channel.prompt_token_ids = text, ids
         if now >= min(request.deadline, request.ttft_deadline):
             raise DeadlineExceeded(f"request {request.id} passed its deadline while it was encoded")
         params = self._resolve(request.params, len(ids), bad_words)
@@ -120,7 +123,6 @@ class InputProcessor:
         # After the length check, because scanning a million ids holds the interpreter lock.
         self._check_vocabulary(ids)
         self._admission.adjust(request.place, len(ids))
-        request.channel.prompt, request.channel.prompt_token_ids = text, ids
         before = ids[len(ids) - request.num_continued :]
         context = () if request.origin is None else ids[-CONTEXT:]
         texts = [self._text(params, context, before) for _ in range(params.num_texts)]
@@ -128,6 +130,17 @@ class InputProcessor:
         request.sequences = self._sequences(request, params, encoded, seq_ids, frozenset(stops))
         if params.use_beam_search:
             request.search = self._search(request.sequences[0], params)
+
+    def _check_length(self, tokenizer: Tokenizer | None, text: str) -> None:
+        """Refuse a text that certainly does not fit without encoding it, which takes a second per megabyte.
+
+        On a thread of the pool. Raises `RequestTooLarge`.
+        """
+        if len(text) > self.limit and (least := self._bound.at_least(tokenizer, text)) > self.limit:
+            raise RequestTooLarge(
+                f"the prompt has at least {least} tokens and the limit is {self.limit} for prompt and output "
+                "together: shorten the prompt"
+            ).with_hint(self._remedy)
 
     def text_after(self, text: str | None, tokens: SequenceOf[int], params: SamplingParams) -> str | None:
         """The text followed by the text of the tokens; None where texts are unknown."""
@@ -295,7 +308,8 @@ def _encode(
     prompt: PromptInput,
     bad_words: Collection[str | SequenceOf[int]],
     compilation: Callable[[Tokenizer | None], CompiledGrammar | None] | None = None,
+    check: Callable[[Tokenizer | None, str], None] | None = None,
 ) -> Encoded:
-    text, ids = encode_prompt(tokenizer, prompt)
+    text, ids = encode_prompt(tokenizer, prompt, check=check)
     words = encode_words(tokenizer, bad_words) if bad_words else []
     return Encoded(text, ids, words, None if compilation is None else compilation(tokenizer))

@@ -90,19 +90,24 @@ def _resolve(future: Future[T], fn: Callable[..., T], tokenizer: Tokenizer | Non
 
 
 def encode_prompt(
-    tokenizer: Tokenizer | None, prompt: PromptInput, *, add_special_tokens: bool = True
+    tokenizer: Tokenizer | None,
+    prompt: PromptInput,
+    *,
+    add_special_tokens: bool = True,
+    check: Callable[[Tokenizer | None, str], None] | None = None,
 ) -> tuple[str | None, list[int]]:
     """Return (the prompt's text, its token ids); the text is None if only ids were given.
 
     Chat messages are rendered by the tokenizer's template, which writes the special tokens itself. `tokenizer` may be
-    None for token ids. Raises `RequestError` for a prompt that cannot be encoded.
+    None for token ids. `check` may refuse the text before it is encoded. Raises `RequestError` for a prompt that cannot
+    be encoded.
     """
     if prompt.token_ids is not None:
         return prompt.text, prompt.token_ids
-    if prompt.chat is not None:
-        text = _render(tokenizer, prompt.chat)
-        return text, _encode_text(tokenizer, text, add_special_tokens=False)
-    return prompt.text, _encode_text(tokenizer, prompt.text or "", add_special_tokens)
+    text = prompt.text or "" if prompt.chat is None else _render(tokenizer, prompt.chat)
+    if check is not None:
+        check(tokenizer, text)
+    return text, _encode_text(tokenizer, text, add_special_tokens and prompt.chat is None)
 
 
 def prompt_text(tokenizer: Tokenizer | None, prompt: PromptInput) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from penstock import InferenceEngine, RequestAborted, RequestTooLarge, SamplingP
 from penstock.serving.generation import Generation, Options, Usage, submit, usage_of
 from penstock.serving.metrics import Metrics
 from tests.http_sockets import wait_until
+from tests.tokenizers_for_tests import byte_level
 
 
 @pytest.fixture
@@ -53,6 +55,28 @@ async def test_a_refused_prompt_stops_the_others(engine: InferenceEngine) -> Non
 async def test_too_many_tokens_are_cut_to_what_fits(engine: InferenceEngine) -> None:
     outputs = await (await submitted(engine, [1], [2] * 60, max_tokens=1000)).outputs()
     assert [len(output.generated_ids) for output in outputs] == [63, 4]
+
+
+async def test_a_prompt_is_encoded_once_also_if_its_max_tokens_are_cut() -> None:
+    """Clients that always send a large `max_tokens` had every prompt encoded twice."""
+    prompts: list[object] = []
+    async with InferenceEngine(
+        ScriptedModel([5, 6, 7]), byte_level(), batch_timeout_ms=0, max_sequence_length=64
+    ) as engine:
+        generate = engine.generate
+
+        def watched(prompt: Any, *args: Any, **options: Any) -> Any:
+            prompts.append(prompt)
+            return generate(prompt, *args, **options)
+
+        engine.generate = watched  # type: ignore[method-assign]
+        with ExitStack() as cancels:
+            (handle,) = await submit(
+                engine, [{"prompt": "water"}], SamplingParams(max_tokens=1000), Options(), "id", cancels
+            )
+            output = await handle
+    assert (output.prompt, len(output.generated_ids)) == ("water", 64 - len(output.prompt_token_ids))
+    assert prompts == [{"prompt": "water"}, {"prompt": "water", "prompt_token_ids": output.prompt_token_ids}]
 
 
 @pytest.mark.parametrize("num_prompts", [1, 2])

@@ -20,6 +20,7 @@ from penstock.generation import GenerationConfig, Params
 from penstock.models.protocol import ModelSpec
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission, QueuePlace
+from tests.tokenizers_for_tests import byte_level
 
 LIMIT = 40
 
@@ -39,13 +40,14 @@ class Pool:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.tokenizer: Any = Tokenizer()
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
         """Run it."""
         self.calls += 1
         future: Future[Any] = Future()
         try:
-            future.set_result(fn(Tokenizer(), *args))
+            future.set_result(fn(self.tokenizer, *args))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -70,9 +72,9 @@ class Rig:
 
     def admit(self, prompt: Any, params: Params = None, now: float = 0.0, **fields: Any) -> Request:
         """An admitted request."""
-        place = QueuePlace("r", 2)
+        place, self.channel = QueuePlace("r", 2), Channel("r")
         request = Request(
-            id="r", prompt=read_prompt(prompt), params=params, channel=Channel("r"), arrival=0.0, place=place, **fields
+            id="r", prompt=read_prompt(prompt), params=params, channel=self.channel, arrival=0.0, place=place, **fields
         )
         self.admission.reserve([place])
         encoded = self.inputs.encode(request)
@@ -154,6 +156,27 @@ def test_generation_config_is_cut_to_the_room() -> None:
 def test_what_can_never_fit_is_refused_with_the_numbers(prompt: list[int], params: Params, says: str) -> None:
     with pytest.raises(RequestTooLarge, match=says):
         Rig().admit(prompt, params)
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
+    """A megabyte took seconds to encode, only to be refused."""
+    rig, tokenizer = Rig(), byte_level()
+    rig.pool.tokenizer = tokenizer
+    longest = max(map(len, tokenizer.get_vocab()))
+    least = LIMIT + 1
+    for prompt in ({"prompt": "a" * least * longest}, [{"role": "user", "content": "a" * least * longest}]):
+        with pytest.raises(RequestTooLarge, match=r"the prompt has at least 4\d tokens and the limit is 40"):
+            rig.admit(prompt, SamplingParams(max_tokens=1))
+    with pytest.raises(RequestTooLarge, match=f"the prompt has {LIMIT * longest + 1} tokens"):  # with BOS
+        rig.admit({"prompt": "~" * LIMIT * longest}, SamplingParams(max_tokens=1))
+
+
+def test_a_refused_request_says_what_its_prompt_was_encoded_to() -> None:
+    """A server that asks again with a smaller `max_tokens` encoded every such prompt twice."""
+    rig = Rig()
+    with pytest.raises(RequestTooLarge):
+        rig.admit("cab", SamplingParams(max_tokens=LIMIT))
+    assert (rig.channel.prompt, rig.channel.prompt_token_ids) == ("cab", [2, 0, 1])
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
