@@ -58,7 +58,7 @@ class OpenAIEngine(StreamedEngine[Body]):
     async def _open(self) -> None:
         import openai  # of the extra `client`
 
-        client = openai.AsyncOpenAI(
+        self._client = client = openai.AsyncOpenAI(
             base_url=self.url,
             api_key=self._api_key or "none",
             max_retries=self._max_retries,
@@ -68,12 +68,11 @@ class OpenAIEngine(StreamedEngine[Body]):
             try:
                 self.model = (await client.models.list()).data[0].id
             except (openai.OpenAIError, LookupError) as error:
-                await client.close()
                 raise ConfigurationError(f"no model can be found at {self.url}: {described(error)}") from None
-        self._client = client
 
     async def _close(self) -> None:
-        await self._client.close()
+        if self._client is not None:
+            await self._client.close()
 
     async def _stream(self, request: StreamedRequest[Body]) -> None:
         async with await self._open_stream(request) as stream:

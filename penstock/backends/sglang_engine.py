@@ -16,6 +16,7 @@ from typing import Any
 from penstock.api.arguments import Arguments
 from penstock.api.prompt import Prompt
 from penstock.backends.encoding import Encoder
+from penstock.backends.engine_start import EngineStart
 from penstock.backends.hosted import Completion, HostedEngine, HostedWork, to_the_end
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.request_params import plain_params
@@ -145,18 +146,18 @@ class SGLangEngine(HostedEngine):
     # The connection.
 
     async def _open(self) -> None:
-        # Not on the main thread, where SGLang would install signal handlers; nor on this one, which serves deadlines.
-        self._sglang = await to_the_end(start_sglang, self.model, self._options)
+        self._sglang = await EngineStart(start_sglang, self.model, self._options).result()
         self._sglang.attach(self._fail_all)
         self._encoder = Encoder(self._sglang.manager.tokenizer)
         self._weights = SGLangWeights(self._sglang, self.model)
         self._adapters = SGLangAdapters(self._sglang)
 
     async def _close(self) -> None:
-        assert self._sglang is not None
-        self._encoding().close()
-        self._sglang.detach()
-        await asyncio.to_thread(self._sglang.close)
+        if self._encoder is not None:
+            self._encoder.close()
+        if self._sglang is not None:
+            self._sglang.detach()
+            await to_the_end(self._sglang.close)
 
     def _fail_all(self) -> None:
         """End all requests, because a process of SGLang's has ended."""

@@ -11,10 +11,10 @@ import atexit
 import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from penstock.backends.engine_options import check_installed, check_names
+from penstock.backends.engine_start import Processes
 from penstock.backends.process_state import restored_process
 from penstock.backends.sglang_children import run_detokenizer, run_scheduler
 from penstock.errors import ConfigurationError, EngineClosed, described, shown
@@ -65,7 +65,7 @@ def dead() -> EngineClosed:
 class SGLang:
     """A running `Engine` and its processes. All but `close` is called on the event loop that `attach` was called on."""
 
-    def __init__(self, engine: Any, processes: list[BaseProcess]) -> None:
+    def __init__(self, engine: Any, processes: Processes) -> None:
         self.engine = engine
         self.manager = engine.tokenizer_manager  # of which pausing and aborting are methods
         self._processes = processes
@@ -106,11 +106,10 @@ class SGLang:
 
     def detach(self) -> None:
         """Expect nothing more of the processes."""
-        assert self._death is not None
-        assert self._handling is not None
         self._ignore_processes()
-        self._death.cancel()
-        self._handling.cancel()
+        for future in (self._death, self._handling):
+            if future is not None:
+                future.cancel()
 
     def close(self) -> None:
         """End the processes. Happens when the program exits, too."""
@@ -135,58 +134,35 @@ class SGLang:
             asyncio.get_running_loop().remove_reader(process.sentinel)
 
 
-def end_processes(processes: list[BaseProcess]) -> None:
-    """Kill processes and their children, and wait for them."""
-    for process in processes:
-        if process.is_alive():  # the id of one that has ended may be another's
-            from sglang.srt.utils import kill_process_tree
-
-            kill_process_tree(process.pid)
-        process.join()
-
-
-def start_sglang(model: str, options: Mapping[str, object]) -> SGLang:
-    """An `Engine` for a model, with its processes. `options` are fields of SGLang's `ServerArgs`.
+def start_sglang(processes: Processes, model: str, options: Mapping[str, object]) -> SGLang:
+    """An `Engine` for a model, with its `processes`. `options` are fields of SGLang's `ServerArgs`.
 
     Called on a thread without an event loop. Raises `ConfigurationError`.
     """
-    with restored_process():
+    with restored_process(), processes.recorded():
         from sglang.srt.server_args import ServerArgs
 
         check_names("SGLang", options, inspect.signature(ServerArgs).parameters)
         fixed = {name: value for name, (value, _) in FIXED.items()}
-        processes: list[BaseProcess] = []
         os.environ[_RAW_LOGPROBS] = "1"
         try:
             engine = _new_engine({**DEFAULTS, **options, **fixed, "model_path": model}, processes)
         except Exception as error:
-            end_processes(processes)
+            processes.end()
             raise ConfigurationError(f"SGLang cannot start {model}: {described(error)}") from error
         return SGLang(engine, processes)
 
 
-def _new_engine(options: Mapping[str, object], processes: list[BaseProcess]) -> Any:
-    """The `Engine`, whose processes are added to `processes` as they start."""
+def _new_engine(options: Mapping[str, object], processes: Processes) -> Any:
+    """The `Engine`, whose processes are `processes`."""
     from sglang.srt.entrypoints import engine as sglang_engine
 
     class ContainedEngine(sglang_engine.Engine):  # type: ignore[misc]
         run_scheduler_process_func = staticmethod(run_scheduler)
         run_detokenizer_process_func = staticmethod(run_detokenizer)
 
-        @classmethod
-        def _launch_scheduler_processes(cls, *arguments: object, **keywords: object) -> object:
-            launched = super()._launch_scheduler_processes(*arguments, **keywords)
-            processes.extend(launched[1] or ())
-            return launched
-
-        @classmethod
-        def _launch_detokenizer_subprocesses(cls, *arguments: object, **keywords: object) -> object:
-            launched = super()._launch_detokenizer_subprocesses(*arguments, **keywords)
-            processes.extend(launched[0])
-            return launched
-
         def shutdown(self) -> None:  # SGLang's own ends all children of the program
-            end_processes(processes)
+            processes.end()
 
     configure_logger = sglang_engine.configure_logger
     sglang_engine.configure_logger = lambda *_, **__: None  # it would replace the handlers of the root logger

@@ -111,7 +111,7 @@ class StreamedEngine(ABC, Generic[W]):
 
     @abstractmethod
     async def _close(self) -> None:
-        """Free what `_open` took; no stream is being read."""
+        """Free what `_open` took, all of it or, where it failed, some; no stream is being read."""
 
     @abstractmethod
     async def _stream(self, request: StreamedRequest[W]) -> None:
@@ -155,13 +155,21 @@ class StreamedEngine(ABC, Generic[W]):
         if self._has_ended:
             raise EngineClosed("the engine was stopped")
         if self._opening is None or _has_failed(self._opening):
-            self._opening = asyncio.ensure_future(self._open())
+            self._opening = asyncio.ensure_future(self._connect())
         opening = self._opening
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
             if opening.cancelled():
                 raise EngineClosed("the engine was stopped") from None
+            raise
+
+    async def _connect(self) -> None:
+        """Open the connection; what a failed or cancelled attempt took is freed."""
+        try:
+            await self._open()
+        except BaseException:
+            await self._close()
             raise
 
     # Submitting.
@@ -320,7 +328,11 @@ class StreamedEngine(ABC, Generic[W]):
             return {"running": len(self._requests), "ended": self._num_ended}
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self.start)
+        try:
+            await asyncio.to_thread(self.start)
+        except BaseException:  # `__aexit__` is not called; a cancelled caller leaves a start that goes on
+            await asyncio.to_thread(self.stop, 0.0)
+            raise
         return self
 
     async def __aexit__(

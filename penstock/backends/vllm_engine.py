@@ -7,13 +7,16 @@ Owns the `AsyncLLM`, unless a running one was given, and translates requests and
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from penstock.api.arguments import Arguments
 from penstock.backends.encoding import Encoder
+from penstock.backends.engine_start import EngineStart
 from penstock.backends.hosted import HostedEngine, HostedWork, to_the_end
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.streamed import StreamedRequest
@@ -63,6 +66,7 @@ class VLLMEngine(HostedEngine):
         self._owns_llm = llm is None
         self._llm: Any = llm
         self._options = options
+        self._stop_llm: Callable[[], None] | None = None  # while vLLM was started here; called when the program exits
         self._aborts: set[asyncio.Task[None]] = set()
 
     @property
@@ -97,15 +101,20 @@ class VLLMEngine(HostedEngine):
     # The connection.
 
     async def _open(self) -> None:
-        if self._llm is None:
-            # Not on the main thread, where vLLM could install signal handlers; nor on this one, which serves deadlines.
-            self._llm = await to_the_end(start_vllm, self.model, self._options)
+        if self._owns_llm:
+            start = EngineStart(start_vllm, self.model, self._options)
+            self._llm = await start.result()
+            self._stop_llm = functools.partial(stop_vllm, self._llm, start.processes)
+            atexit.register(self._stop_llm)
         self._encoder, self._weights = Encoder(self._llm.get_tokenizer()), VLLMWeights(self._llm, self.model)
 
     async def _close(self) -> None:
-        self._encoding().close()
-        if self._owns_llm:
-            await asyncio.to_thread(stop_vllm, self._llm)
+        if self._encoder is not None:
+            self._encoder.close()
+        if self._stop_llm is not None:
+            stop, self._stop_llm, self._llm = self._stop_llm, None, None
+            await to_the_end(stop)
+            atexit.unregister(stop)
 
     # Requests.
 

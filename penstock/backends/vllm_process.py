@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from penstock.backends.engine_options import check_installed, check_names
+from penstock.backends.engine_start import Processes
 from penstock.backends.process_state import restored_process
 from penstock.errors import ConfigurationError, described
 
@@ -39,13 +40,13 @@ def check_options(options: Mapping[str, object]) -> None:
         raise ConfigurationError("scheduling_policy must be 'priority': under any other, vLLM ignores priorities")
 
 
-def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
-    """An `AsyncLLM` for a model, with its engine process. `options` are fields of vLLM's `AsyncEngineArgs`.
+def start_vllm(processes: Processes, model: str, options: Mapping[str, Any]) -> Any:
+    """An `AsyncLLM` for a model, with its `processes`. `options` are fields of vLLM's `AsyncEngineArgs`.
 
     Called where no event loop runs: the `AsyncLLM` then belongs to the loop of its first request. The environment
     variables that vLLM sets for its processes are removed again. Raises `ConfigurationError`.
     """
-    with restored_process():
+    with restored_process(), processes.recorded():
         from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -57,13 +58,15 @@ def start_vllm(model: str, options: Mapping[str, Any]) -> Any:
                 options = {**options, "structured_outputs_config": StructuredOutputsConfig(**structured)}
             return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **options))
         except Exception as error:
+            processes.end()  # the error's traceback keeps the `AsyncLLM` alive, which would end them
             raise ConfigurationError(f"vLLM cannot start {model}: {described(error)}") from error
 
 
-def stop_vllm(llm: Any) -> None:
-    """End an `AsyncLLM` and its process.
+def stop_vllm(llm: Any, processes: Processes) -> None:
+    """End an `AsyncLLM` and its processes.
 
     vLLM does so again when the object is deleted, which may be when the interpreter exits and its modules are empty.
     """
     llm.shutdown()
     llm.shutdown = lambda timeout=None: None
+    processes.end()  # vLLM does not wait for one that it had to kill

@@ -86,8 +86,7 @@ def test_the_engine_is_made_and_called_as_sglangs(source: Source) -> None:
     real = methods(engine)
     for name in ("async_generate", "async_load_lora_adapter", "async_unload_lora_adapter"):
         assert_like(getattr(fake_sglang.Engine, name), real[name])
-    for name in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses", "shutdown"):
-        assert_like(getattr(fake_sglang.Engine, name), real[name])
+    assert_like(fake_sglang.Engine.shutdown, real["shutdown"])
     assert {"run_scheduler_process_func", "run_detokenizer_process_func"} <= set(fields(engine))
     text = source.text("entrypoints/engine.py")
     for words in (
@@ -97,8 +96,8 @@ def test_the_engine_is_made_and_called_as_sglangs(source: Source) -> None:
         "self.tokenizer_manager = tokenizer_manager",
         "tokenizer_manager._subprocess_watchdog = subprocess_watchdog",
         "self.loop = ",
-        "scheduler_procs,",
-        "return processes, names",
+        "proc = mp.Process(",  # whose start is recorded
+        "proc.start()",
     ):
         assert words in text, words
     assert "def stop(self)" in source.text("utils/watchdog.py")
@@ -111,7 +110,6 @@ def test_the_processes_run_sglangs_own_functions(source: Source) -> None:
     ):
         assert name in source.definitions(path)
         assert "parent_process.send_signal(signal.SIGQUIT)" in source.text(path)
-    assert_like(fake_sglang.kill_process_tree, source.definitions("utils/common.py")["kill_process_tree"])
 
 
 def test_the_manager_has_the_methods_that_are_called(source: Source) -> None:

@@ -18,6 +18,7 @@ import penstock
 from penstock import InferenceEngine
 from penstock.api.event_loop import LoopThread
 from penstock.backends.config import VLLMBackendConfig
+from penstock.backends.engine_start import Processes
 from penstock.backends.vllm_process import start_vllm, stop_vllm
 from penstock.training.vllm import VLLMBackend
 
@@ -46,14 +47,14 @@ needs_vllm = [
 @contextmanager
 def running_llm(**options: Any) -> Iterator[RunningLLM]:
     """An `AsyncLLM` on the shipped model."""
-    thread = LoopThread("vllm")
+    thread, processes = LoopThread("vllm"), Processes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*NO_COMPILING)
-        llm = start_vllm(MODEL, OPTIONS | options)
+        llm = start_vllm(processes, MODEL, OPTIONS | options)
     try:
         yield llm, thread.loop
     finally:
-        stop_vllm(llm)
+        stop_vllm(llm, processes)
         thread.close(wait=True)
 
 

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from multiprocessing.connection import wait
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar, Literal
 
@@ -210,15 +211,15 @@ def configure_logger(server_args: Any, prefix: str = "") -> None:
     logging.basicConfig(level="ERROR", force=True)
 
 
-def kill_process_tree(parent_pid: int, include_parent: bool = True) -> None:
-    os.kill(parent_pid, 9)
-
-
 class Engine:
-    """`made`: all that were made; `with_processes`: how many processes an engine starts."""
+    """`made`: all that were made; `num_processes`: how many processes an engine starts.
+
+    With `never_ready` it waits for them until one of them has ended.
+    """
 
     made: ClassVar[list[Engine]] = []
-    with_processes: ClassVar[int] = 0
+    num_processes: ClassVar[int] = 0
+    never_ready: ClassVar[bool] = False
     fault: ClassVar[str] = ""
     run_scheduler_process_func: Any = staticmethod(run_scheduler_process)
     run_detokenizer_process_func: Any = staticmethod(run_detokenizer_process)
@@ -249,9 +250,12 @@ class Engine:
         cls, server_args: Any, port_args: Any, run_scheduler_process_func: Any, *, placement_group: Any = None
     ) -> tuple[Any, list[Any]]:
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=time.sleep, args=(60,)) for _ in range(cls.with_processes)]
+        processes = [context.Process(target=time.sleep, args=(60,)) for _ in range(cls.num_processes)]
         for process in processes:
             process.start()
+        if cls.never_ready:
+            wait([process.sentinel for process in processes])
+            raise RuntimeError("scheduler died")
         return None, processes
 
     @classmethod
@@ -312,7 +316,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "sglang.srt.managers.scheduler": {"run_scheduler_process": run_scheduler_process},
         "sglang.srt.managers.detokenizer_manager": {"run_detokenizer_process": run_detokenizer_process},
         "sglang.srt.server_args": {"ServerArgs": ServerArgs},
-        "sglang.srt.utils": {"kill_process_tree": kill_process_tree},
     }
     for name, members in contents.items():
         module = ModuleType(name)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum
 from importlib.machinery import ModuleSpec
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -138,9 +141,14 @@ class Call:
 
 
 class FakeLLM:
-    """`step` is awaited before every token; `reload` is called by `collective_rpc`. `made`: those made from options."""
+    """`step` is awaited before every token; `reload` is called by `collective_rpc`. `made`: those made from options.
+
+    `num_processes`: how many processes one starts; with `never_ready` it waits for them until one of them has ended.
+    """
 
     made: ClassVar[list[FakeLLM]] = []
+    num_processes: ClassVar[int] = 0
+    never_ready: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -167,6 +175,12 @@ class FakeLLM:
 
     @classmethod
     def from_engine_args(cls, arguments: AsyncEngineArgs) -> FakeLLM:
+        processes = [get_context("spawn").Process(target=time.sleep, args=(600,)) for _ in range(cls.num_processes)]
+        for process in processes:
+            process.start()
+        if cls.never_ready:
+            wait([process.sentinel for process in processes])
+            raise RuntimeError("Engine core initialization failed")
         llm = cls(logprobs_mode=arguments.logprobs_mode, model=arguments.model)
         llm.arguments = arguments
         cls.made.append(llm)

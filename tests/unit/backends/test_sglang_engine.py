@@ -247,10 +247,10 @@ async def test_a_request_that_ends_while_sglang_starts_does_not_start_it_again(m
     """The first engine went on loading, belonged to nobody and was never ended."""
     begun, may_end = threading.Event(), threading.Event()
 
-    def start(model: str, options: dict[str, Any]) -> SGLang:
+    def start(*arguments: Any) -> SGLang:
         begun.set()
         assert may_end.wait(10)
-        return start_sglang(model, options)
+        return start_sglang(*arguments)
 
     monkeypatch.setattr("penstock.backends.sglang_engine.start_sglang", start)
     engine = SGLangEngine("m")
@@ -267,7 +267,7 @@ async def test_a_request_that_ends_while_sglang_starts_does_not_start_it_again(m
 
 
 async def test_a_dead_process_fails_every_waiter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_sglang.Engine, "with_processes", 2)
+    monkeypatch.setattr(fake_sglang.Engine, "num_processes", 2)
     async with SGLangEngine(str(folder(tmp_path / "model"))) as engine:
         manager = fake_sglang.Engine.made[-1].tokenizer_manager
         running = engine.generate([1], SamplingParams(temperature=0, max_tokens=400))
@@ -287,7 +287,7 @@ async def test_a_dead_process_fails_every_waiter(tmp_path: Path, monkeypatch: py
 
 
 def test_a_failed_start_ends_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_sglang.Engine, "with_processes", 1)
+    monkeypatch.setattr(fake_sglang.Engine, "num_processes", 1)
     monkeypatch.setattr(fake_sglang.Engine, "fault", "CUDA is missing")
     before = set(multiprocessing.active_children())
     with pytest.raises(ConfigurationError, match="SGLang cannot start m: RuntimeError: CUDA is missing"):
