@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing.util  # noqa: F401 - its exit handler waits for processes: those registered later run before it
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
 from penstock.api.exiting import halt_at_exit, interrupt, join_threads
+from penstock.backends.child_process import run_with_parent
 from penstock.errors import EngineClosed, ExecutionError, described
 
 T = TypeVar("T")
@@ -27,7 +29,7 @@ class Processes:
 
     def __init__(self) -> None:
         self._processes: list[BaseProcess] = []
-        self._is_killed = False
+        self._killed = threading.Event()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -48,18 +50,23 @@ class Processes:
 
     def _start(self, process: BaseProcess, start: Callable[[BaseProcess], None]) -> None:
         """Start a process. It is recorded before it can be killed, and killed here if that was asked for meanwhile."""
+        process._target = partial(run_with_parent, os.getpid(), process._target)  # type: ignore[attr-defined]
         self._processes.append(process)
-        if not self._is_killed:
+        if not self._killed.is_set():
             start(process)
-        if self._is_killed:
+        if self._killed.is_set():
             _kill(process)
             raise EngineClosed("the start of the engine was cancelled")
 
     def kill(self) -> None:
         """Kill all processes with their children; one that starts from now on is killed at once."""
-        self._is_killed = True
+        self._killed.set()
         for process in self._processes:
             _kill(process)
+
+    def wait_until_killed(self) -> None:
+        """Block until somebody kills them. Where a thread that has started a process ends, the process is killed."""
+        self._killed.wait()
 
     def end(self) -> None:
         """Kill all processes with their children, and wait for them."""
@@ -76,7 +83,7 @@ class EngineStart(Generic[T]):
     """A call of `function` with `Processes` for what it starts, and `arguments`, on a daemon thread.
 
     A daemon thread, because the end of the program waits for all others. Not the main thread, on which the engine would
-    install signal handlers.
+    install signal handlers. It stays until the processes are killed.
     """
 
     def __init__(self, function: Callable[..., T], *arguments: object) -> None:
@@ -115,6 +122,7 @@ class EngineStart(Generic[T]):
     def _run(self) -> None:
         try:
             self._future.set_result(self._call())
+            self.processes.wait_until_killed()
         except Exception as error:
             self._future.set_exception(error)
         except BaseException as error:  # would end the task that waits for it, and its event loop

@@ -242,3 +242,27 @@ def test_an_error_of_the_start_is_the_error() -> None:
 
     with pytest.raises(ConfigurationError, match="no such model"):
         asyncio.run(EngineStart(fail).result())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told that its parent has ended")
+def test_a_program_that_is_killed_takes_the_processes_with_it() -> None:
+    """They hold the program's output open: it is read to its end."""
+    program = PROGRAM.replace("raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-9, "", "")
+
+
+async def test_processes_outlive_the_start_that_has_succeeded() -> None:
+    """SGLang's are killed when the thread that started them ends."""
+
+    def start(processes: Processes) -> BaseProcess:
+        with processes.recorded():
+            return spawn()
+
+    starting = EngineStart(start)
+    process = await starting.result()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "penstock-start"]
+    assert (thread.is_alive(), process.is_alive()) == (True, True)
+    starting.processes.end()
+    thread.join(60)
+    assert (thread.is_alive(), process.is_alive()) == (False, False)
