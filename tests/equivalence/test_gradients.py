@@ -126,6 +126,16 @@ def test_the_gradients_of_an_adapter_are_peft_s_own() -> None:
     assert_equal_gradients(gradients(model, scored(model)), expected)
 
 
+def test_layers_that_the_owner_checkpoints_get_gradients_over_frozen_embeddings() -> None:
+    """A reentrant checkpoint gave the layers below the first trained one none, and adapters no gradient at all."""
+    model = build("llama").train()
+    model.get_input_embeddings().requires_grad_(False)
+    model.enable_input_require_grads()
+    expected = gradients(model, plain_logprobs(model, PAIRS))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    assert_equal_gradients(gradients(model, scored(model)), expected)
+
+
 def test_masked_tokens_have_no_gradient() -> None:
     """An environment mask that was ignored trained the model on tokens that it had not written."""
     model = build("llama")

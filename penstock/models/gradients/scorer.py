@@ -168,11 +168,12 @@ class DifferentiableScorer:
         for part, original in zip(view.modules(), self._owner.modules(), strict=True):
             part.training = original.training and self._dropout
         cast(PreTrainedModel, view).set_attn_implementation(IMPLEMENTATION)
-        if self._checkpoint_layers:
-            for part in view.modules():
-                if isinstance(part, GradientCheckpointingLayer):
-                    part.gradient_checkpointing = False
-                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        for part in view.modules():
+            if self._checkpoint_layers and isinstance(part, GradientCheckpointingLayer):
+                part.gradient_checkpointing = False
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+            else:
+                _make_non_reentrant(part)
         if self._attach is not None:
             self._attach(view)
         return view
@@ -190,6 +191,17 @@ class DifferentiableScorer:
                 segments=SegmentAttention(row.segments, ids.device),
             )
         return outputs[0]
+
+
+def _make_non_reentrant(part: nn.Module) -> None:
+    """Have a part that its owner checkpoints give gradients, whether or not its inputs need any.
+
+    Reentrant checkpoints give none to a layer over frozen embeddings, unless a hook that a view leaves out
+    (`enable_input_require_grads`) makes their output need gradients.
+    """
+    function = vars(part).get("_gradient_checkpointing_func")
+    if isinstance(function, partial) and function.func is checkpoint:
+        vars(part)["_gradient_checkpointing_func"] = partial(function, use_reentrant=False)
 
 
 def _refuse_distributed(owner: nn.Module) -> None:
