@@ -15,10 +15,13 @@ from typing import Any
 from penstock.api.blocking import run
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError, RequestError
+from penstock.outputs import CompletionOutput
 from penstock.sampling import SamplingParams
 
 Trainer = Any  # a GRPOTrainer or RLOOTrainer, whose package is not installed with this one
 Rows = list[list[list[float]]]
+_RESTRICTING = ("top_p", "top_k", "min_p", "repetition_penalty")
+_UNRESTRICTED = SamplingParams()
 _ATTRIBUTES = frozenset({"use_vllm", "vllm_mode", "vllm_generation", "_last_loaded_step"})  # that the block has set
 
 
@@ -27,8 +30,8 @@ def generate_with(trainer: Trainer, **settings: Any) -> Iterator[InferenceEngine
     """Inside the block, the trainer samples its completions from an engine that borrows its model.
 
     `settings` are those of `EngineConfig`. Sampling follows the trainer's arguments, its seed included, and GRPO's
-    importance ratios are those of the engine's log probabilities to the trainer's own. Raises `ConfigurationError`
-    for a trainer that has a generator already, or none.
+    importance ratios are those of the engine's log probabilities to the trainer's own, both at the temperature and
+    without filters. Raises `ConfigurationError` for a trainer that has a generator already, or none.
     """
     if not hasattr(trainer, "use_vllm") or trainer.use_vllm or getattr(trainer, "rollout_func", None) is not None:
         raise ConfigurationError(
@@ -99,5 +102,20 @@ class EngineGeneration:
                 for handle in handles:
                     handle.cancel()
         ids = [output.token_ids for output in outputs]
-        logprobs = [[[value] for value in output.sampled_logprobs or ()] for output in outputs]
+        logprobs = [[[value] for value in row] for row in self._logprobs(prompts, outputs)]
         return [list(prompt) for prompt in prompts], ids, logprobs, [[[token] for token in row] for row in ids]
+
+    def _logprobs(self, prompts: Sequence[Sequence[int]], outputs: Sequence[CompletionOutput]) -> list[list[float]]:
+        """What the trainers compute too: at the temperature, without the filters and the penalty.
+
+        Those would make each ratio the probability that they keep, and the ratio of a long completion almost 0.
+        """
+        temperature = self._params.temperature
+        if temperature == 1:
+            return [output.token_logprobs for output in outputs]
+        if all(getattr(self._params, name) == getattr(_UNRESTRICTED, name) for name in _RESTRICTING):
+            return [output.sampled_logprobs for output in outputs]
+        completions = [output.token_ids for output in outputs]
+        tempered = SamplingParams(temperature=temperature)
+        scores = run(self._engine.score([list(prompt) for prompt in prompts], completions, params=tempered))
+        return [[] if score.tempered is None else score.tempered.tolist() for score in scores]
