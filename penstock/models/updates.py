@@ -19,6 +19,7 @@ from penstock.errors import ConfigurationError, WeightsError, described, shown
 from penstock.models.completeness import listed
 from penstock.models.folder import check_source
 from penstock.models.reading import read_module
+from penstock.models.wrappers import unwrapped_name
 
 Weights = Mapping[str, Tensor]
 Put = Callable[[str, Tensor, Tensor], None]  # name, place, new value
@@ -45,7 +46,12 @@ def read_source(weights: Weights, source: WeightSource) -> WeightSource:
     if isinstance(source, list | tuple):
         source = dict(map(_pair, source))
     if isinstance(source, Mapping):
-        _check_all(weights, source)
+        try:
+            _check_all(weights, source)
+        except WeightsError:
+            raise
+        except Exception as error:  # by a mapping or a tensor of another library
+            raise WeightsError(f"the new weights cannot be read: {described(error)}") from error
     elif source is not None and not isinstance(source, Iterable):
         raise WeightsError(
             f"weights cannot come from a {type(source).__name__}: pass a state dict, a folder of safetensors, "
@@ -61,16 +67,16 @@ def copy_into(name: str, place: Tensor, value: Tensor) -> None:
 
 
 def write(weights: Weights, source: Mapping[str, object] | Iterable[tuple[str, object]], put: Put) -> set[str]:
-    """Write the tensors of a source that was read, each with `put`; their names. Others keep their values.
+    """Write the tensors of a source that was read, each with `put`; their names in `weights`. Others stay as they are.
 
     Raises `WeightsError`: with `is_mixed` once a tensor has been written, since the others have their old values.
     """
     names: set[str] = set()
     try:
         for name, tensor in map(_pair, source.items() if isinstance(source, Mapping) else source):
-            target = _checked(weights, name, tensor)
-            names.add(name)
-            put(name, target, tensor)
+            place_name = _checked(weights, name, tensor)
+            names.add(place_name)
+            put(place_name, weights[place_name], tensor)
     except Exception as error:
         raise _write_error(error, len(names)) from error
     return names
@@ -85,28 +91,36 @@ def _pair(pair: object) -> tuple[str, Tensor]:
     raise WeightsError(f"weights are pairs of a name and a tensor, got a {type(pair).__name__}")
 
 
-def _checked(weights: Weights, name: str, tensor: Tensor) -> Tensor:
-    """The tensor that is to get these values. Raises `WeightsError` where they do not fit."""
-    target = weights.get(name)
+def _checked(weights: Weights, name: str, tensor: Tensor) -> str:
+    """The name, without any wrapper, of the weight that is to get these values. Raises `WeightsError`."""
+    place_name = name if name in weights else unwrapped_name(name)
+    target = weights.get(place_name)
     if target is None:
         raise WeightsError(f"the model has no weight {shown(name)}: names are those of the module's state_dict()")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise WeightsError(f"{name} is no dense tensor: convert it first")
     if target.shape != tensor.shape:
         raise WeightsError(f"{name} has the shape {list(tensor.shape)}, and {list(target.shape)} in the model")
     if target.dtype != tensor.dtype and not (target.is_floating_point() and tensor.is_floating_point()):
         raise WeightsError(f"{name} is {tensor.dtype}, and {target.dtype} in the model: convert it first")
     if tensor.is_meta:
         raise WeightsError(f"{name} is on the meta device and has no values")
-    return target
+    return place_name
 
 
 def _check_all(weights: Weights, named: Mapping[str, object]) -> None:
     """Check all tensors of a mapping, also that tied weights get one value."""
     values: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in map(_pair, named.items()):
-        target = _checked(weights, name, tensor)
+        target = weights[_checked(weights, name, tensor)]
         earlier_name, value = values.setdefault(target.data_ptr() or id(target), (name, tensor))
-        if value.data_ptr() != tensor.data_ptr() and not torch.equal(value.to(tensor), tensor):
+        if value.data_ptr() != tensor.data_ptr() and not _are_equal(value.to(tensor), tensor):
             raise WeightsError(f"{earlier_name} and {name} are one tensor in the model, and differ in the source")
+
+
+def _are_equal(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same numbers, NaN being one of them."""
+    return torch.equal(value, other) or torch.allclose(value, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _read_folder(weights: Weights, folder: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from penstock.errors import ConfigurationError, ExecutionError, WeightsError
 from penstock.models.borrow import Borrowed
 from penstock.models.storage import release_rows
 from penstock.models.updates import copy_into, named_weights, read_source, write
-from penstock.models.wrappers import parameters_by_name, unwrapped_name
+from penstock.models.wrappers import name_before_compiling, parameters_by_name, unwrapped_name
 from penstock.optimizers.rewrites.recipes import DerivedWeights
 
 
@@ -103,7 +103,8 @@ class ModelWeights:
     def _places(self) -> dict[str, Tensor]:
         """What a source is compared with, by name; parameters of a model that the engine loaded have no values."""
         if self._borrowed is not None:
-            return named_weights(self._borrowed.owner)
+            named = named_weights(self._borrowed.owner).items()
+            return {name_before_compiling(name): value for name, value in named}
         assert self._module is not None, "the executor is closed"
         remaining = named_weights(self._module).items()
         buffers = {name: value for name, value in remaining if not isinstance(value, nn.Parameter)}

@@ -1,4 +1,4 @@
-"""Sees through what training loops put around a module: `unwrapped`, `parameters_by_name`, `refuse_scattered`.
+"""Sees through what training loops put around a module: `unwrapped`, `unwrapped_name`, `refuse_scattered` and others.
 
 Compiled modules (`torch.compile`) and data-parallel ones run the module that they contain; a sharded one has not all of
 its weights. Owns nothing and changes nothing. Called by `borrow` and `loading`.
@@ -25,12 +25,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by the names that they have without any wrapper; tied ones under each of theirs."""
     named = unwrapped(module).named_parameters(remove_duplicate=False)
-    return {name.replace(f"{COMPILED}.", ""): parameter for name, parameter in named}
+    return {name_before_compiling(name): parameter for name, parameter in named}
+
+
+def name_before_compiling(name: str) -> str:
+    """The name of a weight without what `torch.compile` adds to it."""
+    return name.replace(f"{COMPILED}.", "")
 
 
 def unwrapped_name(name: str) -> str:
-    """The name of a parameter without what compiled and data-parallel wrappers add to it."""
-    return name.replace(f"{COMPILED}.", "").removeprefix("module.")
+    """The name of a weight without what compiled and data-parallel wrappers add to it."""
+    return name_before_compiling(name).removeprefix("module.")
 
 
 def refuse_scattered(module: nn.Module) -> None:

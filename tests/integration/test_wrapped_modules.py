@@ -125,3 +125,26 @@ def test_packed_copies_of_a_wrapped_module_are_refreshed_by_any_of_its_names(nam
     assert num_units == runner.refresh_weights()
     assert num_units > 0
     runner.close()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("mode", ["shared", "packed"])
+@pytest.mark.parametrize("named_by", ["wrapper", "module"])
+@pytest.mark.parametrize("name", ["compiled", "compiled layers", "data parallel", "compiled and distributed"])
+async def test_an_update_takes_the_names_of_a_wrapper_and_those_of_its_module(
+    name: str, named_by: str, mode: str
+) -> None:
+    """Packed copies of compiled layers kept the old weights, and the state dict of a wrapper was refused."""
+    wrapped, other = WRAPPERS[name](build("llama")), build("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    expected = greedy_by_transformers(other, PROMPT, 12)
+    source = other.state_dict()
+    engine = engine_of(wrapped, mode)
+    assert tokens(engine) != expected
+    if named_by == "wrapper":
+        source = dict(zip(wrapped.state_dict(), source.values(), strict=True))
+    await engine.update_weights(source)
+    assert tokens(engine) == expected
+    engine.stop()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from penstock.errors import WeightsError, described, shown
 from penstock.kernels.native import FLOATS
 from penstock.models.watch import is_adapter_layer
-from penstock.models.wrappers import COMPILED
+from penstock.models.wrappers import name_before_compiling
 
 PREFIX = "base_model.model."  # of names inside of a `PeftModel`
 
@@ -107,7 +107,7 @@ def adapter_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 def plain_name(name: str) -> str:
     """The name of a module as it is in the base model alone."""
-    return name.replace(f"{COMPILED}.", "").removeprefix(PREFIX)
+    return name_before_compiling(name).removeprefix(PREFIX)
 
 
 def _layer(path: str, a: Tensor, b: Tensor, scaling: float) -> LoraLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ class WithBuffers(nn.Module):
         self.register_buffer("count", torch.tensor(3))
 
 
+class Unreadable(UserDict[str, Tensor]):
+    """State that somebody else stores."""
+
+    def items(self) -> Any:
+        raise OSError("the disk is gone")
+
+
 def test_weights_are_parameters_and_buffers_of_checkpoints_under_every_name() -> None:
     model = WithBuffers()
     assert named_weights(model).keys() == model.state_dict().keys()
@@ -89,6 +97,8 @@ def test_values_are_converted_to_the_dtype_of_the_model() -> None:
         ({"model.norm.weight": torch.ones(32, dtype=torch.int64)}, "convert it first"),
         ({"model.norm.weight": [1.0] * 32}, "is a list: pass tensors"),
         ({"model.norm.weight": torch.ones(32, device="meta")}, "meta device"),
+        ({"model.norm.weight": torch.ones(32).to_sparse()}, "no dense tensor"),
+        (Unreadable(), "cannot be read: OSError: the disk is gone"),
         ([torch.ones(32)], "pairs of a name and a tensor"),
         ([("model.norm.weight",)], "pairs of a name and a tensor"),
         (3, "cannot come from a int"),
@@ -98,7 +108,7 @@ def test_values_are_converted_to_the_dtype_of_the_model() -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_written(source: Any, message: str) -> None:
     model = build("llama")
     values = values_of(model)
-    if isinstance(source, dict):
+    if type(source) is dict:
         source = {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 32)} | source  # the first would fit
     with pytest.raises(WeightsError, match=message) as caught:
         update(model, source)
@@ -112,6 +122,8 @@ def test_tied_weights_get_one_value() -> None:
     with pytest.raises(WeightsError, match=r"first\.weight and second\.weight are one tensor"):
         update(model, {"first.weight": torch.eye(2), "second.weight": torch.zeros(2, 2)})
     assert torch.equal(model.first.weight, torch.eye(2))
+    update(model, {name: torch.full((2, 2), torch.nan) for name in ("first.weight", "second.weight")})
+    assert bool(model.first.weight.isnan().all())
 
 
 def failing(values: dict[str, Tensor], count: int, error: Any) -> Iterator[tuple[str, Any]]:
