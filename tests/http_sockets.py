@@ -17,7 +17,7 @@ import uvicorn
 
 from penstock.serving.http_protocol import HttpProtocol
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A started engine whose model gives scripted replies."""
+"""A started engine whose model gives scripted replies, and a model that stops at a step of the test's choice."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from penstock import InferenceEngine
+from penstock import InferenceEngine, ScriptedModel
+from penstock.constraints.masks import Masks
 from penstock.models.scripted_replies import ScriptedReplies
+from penstock.step import StepPlan, StepResult
 from tests.tokenizers_for_tests import byte_level
+
+
+class HoldingModel(ScriptedModel):
+    """Holds its step number `hold_at`, from 1 on, until `release()`: whatever a test does meanwhile comes before it."""
+
+    def __init__(self, *args: Any, hold_at: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.hold_at = hold_at
+
+    def execute(self, plan: StepPlan, masks: Masks | None = None) -> StepResult:
+        if self.plans + 1 == self.hold_at:
+            self.hold()
+        return super().execute(plan, masks)
 
 
 @contextmanager

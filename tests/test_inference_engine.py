@@ -215,11 +215,14 @@ class TestInferenceEngineIntegration:
         model.hold()
         running = engine.submit_request([1], GREEDY)
         wait_until(lambda: model.plans == 1)
-        waiting = engine.submit_request([1], GREEDY, deadline=0.5)
+        waiting = engine.submit_request([1], GREEDY)
         with pytest.raises(EngineOverloaded, match="Request queue is full"):
             engine.submit_request([1], GREEDY)
-        with pytest.raises(DeadlineExceeded):
+        engine.abort(waiting)
+        with pytest.raises(RequestAborted):
             result_of(engine, waiting)
+        with pytest.raises(DeadlineExceeded):
+            result_of(engine, engine.submit_request([1], GREEDY, deadline=0.1))
         engine.abort(running)
         model.release()
         with pytest.raises(RequestAborted):

@@ -12,17 +12,26 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 from penstock.api.channel import RequestStatus
 from penstock.api.handle import RequestHandle
-from penstock.api.protocols import Engine
+from penstock.api.protocols import Callback, Engine
 from penstock.errors import DeadlineExceeded, EngineClosed, RequestAborted, RequestError
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import RequestPriority, SamplingParams
-
-PATIENCE_S = 30.0
+from penstock.testing.outcomes import (
+    ATTEMPTS,
+    PATIENCE_S,
+    ended,
+    error_of,
+    nothing,
+    output_of,
+    seconds_until_accepted,
+    tokens_of,
+)
 
 
 class EngineContract:
@@ -59,7 +68,7 @@ class EngineContract:
     def test_a_handle_is_awaited_and_iterated_at_once(self) -> None:
         async def main(engine: Engine) -> None:
             handle = engine.generate(self.prompt, self._params(9))
-            tokens, output = await asyncio.gather(_tokens(handle), handle)
+            tokens, output = await asyncio.gather(tokens_of(handle), handle)
             assert tokens == output.generated_ids
             assert await handle == output
             assert handle.status is RequestStatus.COMPLETED
@@ -119,8 +128,8 @@ class EngineContract:
                 raise LookupError("no")
 
             neighbour = engine.generate(self.prompt, self._params(9))
-            failing = engine.generate(self.prompt, self._params(self.LENGTH), callback=callback)
-            assert isinstance(await _error(failing), RequestError)
+            _, error = await self._ended(engine, nothing, callback=callback)
+            assert isinstance(error, RequestError)
             assert len((await neighbour).generated_ids) == 9
 
         self._run(main)
@@ -129,27 +138,33 @@ class EngineContract:
 
     def test_cancelling_aborts_with_the_partial_output(self) -> None:
         async def main(engine: Engine) -> None:
+            first_ids: list[int] = []
             for cancel in (RequestHandle.cancel, lambda handle: engine.abort(handle.request_id)):
-                handle = engine.generate(self.prompt, self._params(self.LENGTH))
-                first_delta = await anext(handle)
-                cancel(handle)
-                error = await _error(handle)
+
+                async def end(handle: RequestHandle, cancel: Callable[[RequestHandle], None] = cancel) -> None:
+                    first_ids[:] = (await anext(handle)).token_ids
+                    cancel(handle)
+
+                handle, error = await self._ended(engine, end)
                 assert isinstance(error, RequestAborted)
                 assert error.output is not None
-                assert list(error.output.generated_ids[: len(first_delta.token_ids)]) == list(first_delta.token_ids)
+                assert list(error.output.generated_ids[: len(first_ids)]) == first_ids
                 assert handle.status is RequestStatus.CANCELLED
 
         self._run(main)
 
     def test_cancelling_a_task_that_reads_aborts_the_request(self) -> None:
         async def main(engine: Engine) -> None:
-            for reader in (_await, _tokens):
-                handle = engine.generate(self.prompt, self._params(self.LENGTH))
-                task = asyncio.ensure_future(reader(handle))
-                await asyncio.sleep(0.02)
-                task.cancel()
-                await asyncio.wait([task])
-                assert isinstance(await _error(handle), RequestAborted)
+            for reader in (output_of, tokens_of):
+
+                async def end(handle: RequestHandle, reader: Callable[..., Awaitable[object]] = reader) -> None:
+                    task = asyncio.ensure_future(reader(handle))
+                    await asyncio.sleep(0.02)
+                    task.cancel()
+                    await asyncio.wait([task])
+
+                _, error = await self._ended(engine, end)
+                assert isinstance(error, RequestAborted)
 
         self._run(main)
 
@@ -163,9 +178,8 @@ class EngineContract:
                     pass
 
             for leave in (close, leave_block):
-                handle = engine.generate(self.prompt, self._params(self.LENGTH))
-                await leave(handle)
-                assert isinstance(await _error(handle), RequestAborted)
+                _, error = await self._ended(engine, leave)
+                assert isinstance(error, RequestAborted)
 
         self._run(main)
 
@@ -179,26 +193,28 @@ class EngineContract:
 
             engine.generate(self.prompt, self._params(9), request_id="kept", callback=note).detach()
             assert await asyncio.wait_for(reasons.get(), PATIENCE_S) == "length"
-            async for _ in engine.generate(self.prompt, self._params(self.LENGTH), request_id="dropped"):
-                break
-            gc.collect()
+            begin_s = time.monotonic()
+            await engine.generate(self.prompt, self._params(self.LENGTH))
+            whole_s = time.monotonic() - begin_s
+
+            def reuse() -> RequestHandle:
+                return engine.generate(self.prompt, self._params(9), request_id="dropped")
+
             # The id can be used again once the request has ended, long before it would complete.
-            begin = asyncio.get_running_loop().time()
-            while True:
-                try:
-                    output = await engine.generate(self.prompt, self._params(9), request_id="dropped")
+            for _ in range(ATTEMPTS):
+                async for _ in engine.generate(self.prompt, self._params(self.LENGTH), request_id="dropped"):
                     break
-                except RequestError:
-                    assert asyncio.get_running_loop().time() - begin < 0.15
-                    await asyncio.sleep(0.01)
-            assert len(output.generated_ids) == 9
+                gc.collect()
+                if await seconds_until_accepted(reuse) < whole_s / 2:
+                    return
+            raise AssertionError(f"the id of a request of {whole_s:.2f} s was in use for more than half of it")
 
         self._run(main)
 
     def test_a_deadline_ends_a_request_with_what_it_has(self) -> None:
         async def main(engine: Engine) -> None:
             handle = engine.generate(self.prompt, self._params(self.LENGTH), deadline=0.1)
-            error = await _error(handle)
+            error = await error_of(handle)
             assert isinstance(error, DeadlineExceeded)
             assert error.output is None or len(error.output.generated_ids) < self.LENGTH
             assert handle.status is RequestStatus.FAILED
@@ -221,7 +237,7 @@ class EngineContract:
 
     def test_bad_arguments_are_refused_at_once_and_lose_nothing(self) -> None:
         async def main(engine: Engine) -> None:
-            busy = engine.generate(self.prompt, self._params(9), request_id="busy")
+            busy = engine.generate(self.prompt, self._params(9))
             bad_arguments: tuple[dict[str, object], ...] = (
                 {"prompt": []},
                 {"prompt": [-1]},
@@ -231,7 +247,6 @@ class EngineContract:
                 {"deadline": "soon"},
                 {"callback": 3},
                 {"request_id": 3},
-                {"request_id": "busy"},
             )
             for arguments in bad_arguments:
                 refused = {"prompt": self.prompt, "params": self._params(9)} | arguments
@@ -241,6 +256,21 @@ class EngineContract:
                     continue
                 raise AssertionError(f"{arguments} was accepted")
             assert len((await busy).generated_ids) == 9
+
+        self._run(main)
+
+    def test_an_id_in_use_is_refused(self) -> None:
+        async def main(engine: Engine) -> None:
+            for _ in range(ATTEMPTS):
+                busy = engine.generate(self.prompt, self._params(self.LENGTH), request_id="busy")
+                try:
+                    other = engine.generate(self.prompt, self._params(9), request_id="busy")
+                except RequestError:
+                    assert len((await busy).generated_ids) == self.LENGTH
+                    return
+                assert busy.done(), "an id in use was accepted"
+                await other
+            raise AssertionError("every request completed before its id was used again")
 
         self._run(main)
 
@@ -278,17 +308,28 @@ class EngineContract:
         self._run(main)
 
     def test_stopping_without_a_drain_ends_what_runs(self) -> None:
+        errors: list[Exception | None] = []
+
         async def main(engine: Engine) -> None:
             running = engine.generate(self.prompt, self._params(self.LENGTH))
             await anext(running)
             await asyncio.to_thread(engine.stop, 0)
-            error = await _error(running)
-            assert isinstance(error, EngineClosed)
-            assert error.output is not None
-            assert error.output.generated_ids
-            assert running.status is RequestStatus.FAILED
+            errors.append(await error_of(running))
+            assert running.status is (RequestStatus.COMPLETED if errors[-1] is None else RequestStatus.FAILED)
 
-        self._run(main)
+        while not any(errors):
+            assert len(errors) < ATTEMPTS, "every request completed before the engine was stopped"
+            self._run(main)
+        error = errors[-1]
+        assert isinstance(error, EngineClosed)
+        assert error.output is not None
+        assert error.output.generated_ids
+
+    async def _ended(
+        self, engine: Engine, end: Callable[[RequestHandle], Awaitable[None]], callback: Callback | None = None
+    ) -> tuple[RequestHandle, Exception]:
+        """A request that `end` has ended while it ran, and its error."""
+        return await ended(lambda: engine.generate(self.prompt, self._params(self.LENGTH), callback=callback), end)
 
     def _params(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
@@ -299,19 +340,3 @@ class EngineContract:
                 await asyncio.wait_for(main(engine), 2 * PATIENCE_S)
 
         asyncio.run(body())
-
-
-async def _await(handle: RequestHandle) -> RequestOutput:
-    return await handle
-
-
-async def _tokens(handle: RequestHandle) -> list[int]:
-    return [token async for delta in handle for token in delta.token_ids]
-
-
-async def _error(handle: RequestHandle) -> Exception | None:
-    try:
-        await asyncio.wait_for(_await(handle), PATIENCE_S)
-    except Exception as error:
-        return error
-    return None

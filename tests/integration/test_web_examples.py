@@ -23,7 +23,7 @@ from tests.http_sockets import PATIENCE_S, Answer, Connection, running, wait_unt
 from tests.tokenizers_for_tests import byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTLY_S = 1.0
+PROMPTLY_S = 10.0  # of 25 s that an endless request takes
 TEXT = "water falls "
 ENDLESS = 5000
 EXAMPLES = ("web_service", "fastapi_service")
@@ -225,7 +225,10 @@ def test_a_deadline_before_the_first_token_is_504(serve: Serve, endpoint: Endpoi
 def test_a_deadline_while_tokens_come_shows(serve: Serve, endpoint: Endpoint) -> None:
     """The stream just ended, as if that were all."""
     service = serve(endpoint, step_s=0.005)
-    answer = service.ask(endpoint, "water", max_tokens=ENDLESS, deadline_s=0.4)
+    for deadline_s in (0.4, 4, 20):  # the machine may be slow to begin
+        answer = service.ask(endpoint, "water", max_tokens=ENDLESS, deadline_s=deadline_s)
+        if not endpoint.streams or (answer.status == 200 and len(answer.events) > 6):
+            break
     if endpoint.streams:
         assert answer.status == 200
         names = [name for name, _ in answer.events]

@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import signal
 import threading
-import time
 
 import pytest
 
@@ -81,11 +80,9 @@ def test_an_interruption_cancels_the_coroutine(inside_loop: bool) -> None:
 
     previous = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             asyncio.run(main()) if inside_loop else run(endless())
         assert ends == ["cancelled"]
-        assert time.monotonic() - begin < 5
         assert not [thread for thread in threading.enumerate() if thread.name == "penstock-blocking"]
     finally:
         signal.signal(signal.SIGUSR1, previous)

@@ -261,7 +261,7 @@ def test_reader_that_registers_while_the_request_ends_is_woken(monkeypatch: pyte
     monkeypatch.setattr(channel_module, "threading", SimpleNamespace(Lock=threading.Lock, Event=SlowEvent))
     channel = Channel("a")
     end(channel)
-    readers[0].join(5)
+    readers[0].join(60)
     assert not readers[0].is_alive()
 
 

@@ -13,13 +13,13 @@ import trio
 from penstock import InferenceEngine, RequestAborted, RequestHandle, RequestOutput, SamplingParams, ScriptedModel
 
 FEW = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-MANY = SamplingParams(temperature=0.0, max_tokens=5000, ignore_eos=True)
+MANY = SamplingParams(temperature=0.0, max_tokens=1_000_000, ignore_eos=True)
 Spelling = Callable[[RequestHandle], Awaitable[RequestOutput]]
 
 
 @pytest.fixture
 async def engine() -> AsyncIterator[InferenceEngine]:
-    async with InferenceEngine(ScriptedModel([7], step_s=0.001), max_sequence_length=8192) as served:
+    async with InferenceEngine(ScriptedModel([7], step_s=0.001), max_sequence_length=None) as served:
         yield served
 
 
@@ -39,7 +39,7 @@ async def in_a_wait(handle: RequestHandle) -> RequestOutput:
 
 
 async def within_a_time(handle: RequestHandle) -> RequestOutput:
-    return await asyncio.wait_for(handle, 20)
+    return await asyncio.wait_for(handle, 60)
 
 
 async def shielded(handle: RequestHandle) -> RequestOutput:

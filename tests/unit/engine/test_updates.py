@@ -155,12 +155,15 @@ async def test_t5_a_cache_reset_is_never_a_no_op_while_requests_run() -> None:
 
 async def test_t6_waiting_never_lets_a_rollout_span_an_update() -> None:
     """Of a group of three samples one has not started, and the request after it neither."""
-    model = Model(step_s=0.01)  # a hundred steps take longer than the update needs to be ordered
+    model = Held()
     async with engine_of(model, max_batch_size=2) as engine:
         group = engine.generate(PROMPT, SamplingParams(n=3, max_tokens=40, ignore_eos=True, seed=1))
         await anext(group)  # now two of its samples have taken all rows
         later = engine.generate(PROMPT, params(5))
-        assert await engine.update_weights(mode="wait") == 1
+        update = asyncio.ensure_future(engine.update_weights(mode="wait"))
+        await asyncio.sleep(0)  # it is on its way to the engine's loop
+        model.may_go_on.set()
+        assert await update == 1
         versions = [out.weight_versions for out in (await group).outputs]
         assert versions == [[0] * 40] * 3
         assert (await later).outputs[0].weight_versions == [1] * 5

@@ -30,23 +30,26 @@ from tests.unit.engine.replicas.scripted import (
 
 
 class Slow(ScriptedModel):
-    """A model that releases its memory only after `event`, and has begun to once `is_releasing`."""
+    """A model that releases its memory only after `event`, and has begun to once `is_releasing` is set."""
 
-    is_releasing = False
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__([5], vocab_size=32)
+        self._event, self.is_releasing = event, threading.Event()
+
+    def unload(self, *, cache: bool, weights: bool) -> None:
+        self.is_releasing.set()
+        self._event.wait(PATIENCE_S)
+
+
+class Unable(ScriptedModel):
+    """A model that cannot release its memory, and says so only after `event`."""
 
     def __init__(self, event: threading.Event) -> None:
         super().__init__([5], vocab_size=32)
         self._event = event
 
     def unload(self, *, cache: bool, weights: bool) -> None:
-        self.is_releasing = True
         self._event.wait(PATIENCE_S)
-
-
-class Unable(ScriptedModel):
-    """A model that cannot release its memory."""
-
-    def unload(self, *, cache: bool, weights: bool) -> None:
         raise WeightsError("not now")
 
 
@@ -69,7 +72,7 @@ def test_a_caller_who_leaves_while_a_refused_order_is_undone_leaves_no_replica_b
 
     async def main(engine: ReplicatedEngine) -> None:
         task = asyncio.ensure_future(engine.sleep())
-        await until(lambda: slow.is_releasing)
+        await until(slow.is_releasing.is_set)
         task.cancel()
         await asyncio.wait([task])
         event.set()
@@ -78,7 +81,7 @@ def test_a_caller_who_leaves_while_a_refused_order_is_undone_leaves_no_replica_b
 
     event = threading.Event()
     slow = Slow(event)
-    run(main, engine_of([slow, Unable([5], vocab_size=32)], tokenizer=None))
+    run(main, engine_of([slow, Unable(slow.is_releasing)], tokenizer=None))
 
 
 def test_a_caller_who_leaves_does_not_leave_an_adapter_on_some_replicas() -> None:
