@@ -36,7 +36,7 @@ is_current() {
 }
 
 setup() {
-    local kind=$1 extras="" python
+    local kind=$1 extras="" python output=(--quiet --quiet)
     [[ $kind == runtime ]] || extras="[$kind]"
     if is_current .penstock-dev || is_current ".penstock-$kind"; then return; fi
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -44,10 +44,11 @@ setup() {
         echo "penstock: creating $VENV with $("$python" --version)" >&2
         "$python" -m venv --clear "$VENV"
     fi
+    if [[ -t 2 ]]; then output=(--progress-bar on); fi  # someone watches: pip shows what it downloads
     echo "penstock: installing ($kind); the first time takes a few minutes" >&2
     rm -f "$VENV"/.penstock-*
     # Python compiles what it imports by itself. All files of all packages take as long to compile as to fetch and unpack.
-    "$VENV/bin/python" -m pip install --quiet --quiet --no-compile --constraint constraints.txt --editable ".$extras"
+    "$VENV/bin/python" -m pip install "${output[@]}" --no-compile --constraint constraints.txt --editable ".$extras" >&2
     fingerprint >"$VENV/.penstock-$kind"
     echo "penstock: installed after $SECONDS s" >&2
 }
