@@ -47,6 +47,7 @@ from tests.tokenizers_for_tests import byte_level
 
 PATIENCE_S = 30.0
 AT_ONCE_S = 0.05
+ATTEMPTS = 10
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
 
@@ -104,12 +105,14 @@ def tiny() -> Iterator[InferenceEngine]:
 def refusal(kind: type[Exception], standard: type[Exception], says: str, call: Callable[[], object]) -> Exception:
     """Check that `call` is refused at once, with words that match `says`."""
     best = float("inf")
-    for _ in range(3):  # a busy machine may stall any single try
+    for _ in range(ATTEMPTS):  # a busy machine may stall any single one
         begin = perf_counter()
         with pytest.raises(standard, match=says) as caught:
             call()
         best = min(best, perf_counter() - begin)
         assert type(caught.value) is kind
+        if best < AT_ONCE_S:
+            break
     assert best < AT_ONCE_S, f"took {best:.3f} s"
     return caught.value
 

@@ -20,6 +20,7 @@ URL = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "what falls?"}]
 STEP_S = 0.01
 GAP_S = 0.5  # generous, because other processes use the machine too
+ATTEMPTS = 5  # at what they may spoil nevertheless
 CHAT = {"messages": MESSAGES, "max_tokens": 5}
 NESTED = '{"messages": ' + "[" * 100_000
 HOSTILE: list[tuple[str, str]] = [
@@ -82,24 +83,31 @@ class Neighbour:
 
 
 def refuse_at_once(port: int, path: str, body: str) -> None:
-    begin_s = monotonic()
-    connection = send(port, path, body)
-    answer = connection.read()
-    assert 400 <= answer.status < 500, body[:200]
-    assert monotonic() - begin_s < GAP_S, body[:200]
-    assert json.loads(answer.body)["error"]["message"]
-    connection.close()
+    for _ in range(ATTEMPTS):
+        begin_s = monotonic()
+        connection = send(port, path, body)
+        answer = connection.read()
+        elapsed_s = monotonic() - begin_s
+        assert 400 <= answer.status < 500, body[:200]
+        assert json.loads(answer.body)["error"]["message"]
+        connection.close()
+        if elapsed_s < GAP_S:
+            return
+    pytest.fail(f"refused after {elapsed_s:.1f} s: {body[:200]}")
 
 
 def test_hostile_requests_are_refused_at_once_and_no_stream_stalls(port: int) -> None:
-    neighbour = Neighbour(port)
-    num_rounds = 0
-    while num_rounds < 3 or len(neighbour.gaps_s) <= 10:  # on a fast machine three rounds end before ten chunks
-        for path, body in HOSTILE:
-            refuse_at_once(port, path, body)
-        num_rounds += 1
-    neighbour.close()
-    assert max(neighbour.gaps_s) < GAP_S
+    for _ in range(ATTEMPTS):
+        neighbour = Neighbour(port)
+        num_rounds = 0
+        while num_rounds < 3 or len(neighbour.gaps_s) <= 10:  # on a fast machine three rounds end before ten chunks
+            for path, body in HOSTILE:
+                refuse_at_once(port, path, body)
+            num_rounds += 1
+        neighbour.close()
+        if max(neighbour.gaps_s) < GAP_S:
+            return
+    pytest.fail(f"the stream stalled for {max(neighbour.gaps_s):.1f} s")
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from penstock.models.checkpoint import hub_options
 from penstock.models.hub import check_available, is_cached, unreachable
 
 COMMIT = "a" * 40
-LIMIT_S = 5.0
+LIMIT_S = 30.0  # half of what the hub library's own attempts take; an answer comes after 3 s at most
 
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """A hub that accepts connections and never answers, in place of the real one."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(hub, "VALID_S", 0.0)  # an earlier test may have had the same port
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_ETAG_TIMEOUT"):
@@ -44,18 +45,19 @@ def cache_with(folder: Path, *names: str) -> EngineConfig:
     return EngineConfig(download_dir=str(folder))
 
 
-def test_an_unknown_name_is_refused_within_five_seconds_where_the_hub_refuses_connections(
-    endpoint: socket.socket, tmp_path: Path
+def test_an_unknown_name_is_refused_after_one_attempt_where_the_hub_refuses_connections(
+    endpoint: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hub library retried every file five times: a minute of silence, or of warnings."""
     endpoint.close()
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", f"{LIMIT_S}")
     start_s = time.monotonic()
     with pytest.raises(ConfigurationError, match=r"'nobody/nothing': there is no such folder.* cannot be reached \("):
         check_available("nobody/nothing", EngineConfig(download_dir=str(tmp_path)))
     assert time.monotonic() - start_s < LIMIT_S
 
 
-def test_an_unknown_name_is_refused_within_five_seconds_where_the_hub_never_answers(
+def test_an_unknown_name_is_refused_after_one_attempt_where_the_hub_never_answers(
     endpoint: socket.socket, tmp_path: Path
 ) -> None:
     start_s = time.monotonic()
@@ -66,13 +68,21 @@ def test_an_unknown_name_is_refused_within_five_seconds_where_the_hub_never_answ
     assert time.monotonic() - start_s < LIMIT_S
 
 
-def test_the_hub_is_asked_once_for_all_files_of_a_load(endpoint: socket.socket, tmp_path: Path) -> None:
-    endpoint.close()
-    reason = unreachable()
-    start_s = time.monotonic()
-    assert {unreachable() for _ in range(100)} == {reason}
+def test_the_hub_is_asked_once_for_all_files_of_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: list[str] = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            questions.append(url)
+            raise ConnectionError("refused")
+
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", f"{LIMIT_S}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.test")
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    assert len({unreachable() for _ in range(100)}) == 1
     assert hub_options("owner/model", EngineConfig(download_dir=str(tmp_path)))["local_files_only"]
-    assert time.monotonic() - start_s < hub.TIMEOUT_S
+    assert questions == ["http://hub.test"]
 
 
 def test_a_cached_model_loads_from_the_cache_where_the_hub_cannot_be_reached(

@@ -8,7 +8,6 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -170,11 +169,9 @@ def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
 
 
 def test_many_bad_words_are_compared_by_hash() -> None:
-    """Each was compared with all before it: a list of 100,000 kept the tokenizer busy for hours."""
+    """Each was compared with all before it: a list of 100,000 kept the tokenizer busy for hours, a hang here."""
     words = [[number, number] for number in range(100_000)]
-    begin_s = perf_counter()
     assert encode_words(None, [*words, *words]) == words
-    assert perf_counter() - begin_s < 10
 
 
 def test_a_bad_word_of_white_space_stays_what_it_is() -> None:
@@ -298,7 +295,7 @@ def test_close_finishes_what_was_submitted_and_refuses_more() -> None:
     assert waiting.result() == "done"
     assert len(new) == 2
     for thread in new:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive()
 
 
@@ -310,7 +307,7 @@ def test_workers_end_with_a_pool_that_is_dropped() -> None:
     del pool
     gc.collect()
     for thread in new:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive()
 
 
