@@ -89,6 +89,7 @@ class EngineStart(Generic[T]):
     def __init__(self, function: Callable[..., T], *arguments: object) -> None:
         self.processes = Processes()
         self._future: Future[T] = Future()
+        self._is_halted = False
         self._call = partial(function, self.processes, *arguments)
         self._thread = threading.Thread(target=self._run, name="penstock-start", daemon=True)
 
@@ -114,7 +115,8 @@ class EngineStart(Generic[T]):
         return waiting.result()
 
     def halt(self, until: float) -> None:
-        """End the processes and the thread, because the program exits."""
+        """End the processes and the thread, because the program exits. Nobody is told of the failure."""
+        self._is_halted = True
         self.processes.kill()
         join_threads([self._thread], until)
         interrupt(self._thread, until)
@@ -123,10 +125,14 @@ class EngineStart(Generic[T]):
         try:
             self._future.set_result(self._call())
             self.processes.wait_until_killed()
-        except Exception as error:
-            self._future.set_exception(error)
-        except BaseException as error:  # would end the task that waits for it, and its event loop
-            self._future.set_exception(ExecutionError(f"the start ended with {described(error)}"))
+        except BaseException as error:
+            if not self._is_halted:
+                self._future.set_exception(_loop_safe(error))
+
+
+def _loop_safe(error: BaseException) -> Exception:
+    """The error, or one for an exception that would end the task that waits for it, and its event loop."""
+    return error if isinstance(error, Exception) else ExecutionError(f"the start ended with {described(error)}")
 
 
 def _kill(process: BaseProcess) -> None:

@@ -7,20 +7,20 @@ lost. Runs on the server's loop only.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 
 from pydantic_core import to_json
 
-from penstock.errors import EngineClosed, EngineOverloaded, PenstockError, RequestAborted, described
+from penstock.errors import EngineClosed, EngineOverloaded, PenstockError, RequestAborted, RequestError, described
 from penstock.serving.errors import HttpError, failure_of
 from penstock.serving.logs import access_logger
+from penstock.serving.tinker.kept_answers import KeptAnswers
+from penstock.serving.tinker.shares import check_share
 
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
-MAX_READ = 512  # answers that were read and may have been lost
-MAX_UNREAD = 1 << 14  # answers that nobody has asked for yet; the oldest are dropped first
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +50,24 @@ class _Future:
 class Futures:
     """Futures by request id, which the caller makes so that a request sent twice is one.
 
-    At most `max_pending` are under way.
+    At most `max_pending` are under way, and answers of at most `max_bytes` are kept.
     """
 
-    def __init__(self, max_pending: int) -> None:
+    def __init__(self, max_pending: int, max_bytes: int) -> None:
         self._max_pending = max_pending
+        self._max_bytes = max_bytes
         self._futures: dict[str, _Future] = {}
-        self._num_pending = 0
-        self._unread: OrderedDict[str, None] = OrderedDict()
-        self._read: OrderedDict[str, None] = OrderedDict()
+        self._num_pending: Counter[str] = Counter()  # by owner
+        self._kept = KeptAnswers(max_bytes)
         self._log = access_logger()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._futures
 
-    def check_room(self) -> None:
+    def check_room(self, owner: str) -> None:
         """Raise a 429, which the SDK obeys by waiting, where too many requests are under way."""
-        if self._num_pending >= self._max_pending:
-            text = f"{self._num_pending} requests are under way, this server's limit: wait for one of them"
-            raise HttpError(429, text, code="engine_overloaded", retry_after_s=1)
+        held, taken, what = self._num_pending[owner], self._num_pending.total(), "requests are under way"
+        check_share(what, owner, held, taken, self._max_pending, code="engine_overloaded", retry_after_s=1)
 
     def start(
         self, request_id: str, session_id: str, owner: str, work: Work, *, can_be_cancelled: bool = False
@@ -76,18 +75,19 @@ class Futures:
         """Run `work`, whose errors are answers too; `can_be_cancelled` by its client if nothing else depends on it."""
         task = asyncio.create_task(self._answer(request_id, work), name=f"tinker {request_id}")
         self._futures[request_id] = _Future(session_id, owner, task, can_be_cancelled)
-        self._num_pending += 1
-        task.add_done_callback(lambda _: self._note_done(request_id))
+        self._num_pending[owner] += 1
+        task.add_done_callback(lambda task: self._note_done(request_id, owner, task))
 
     async def wait(self, request_id: str, owner: str, timeout_s: float) -> Answer | None:
         """The answer, or None where there is none yet."""
         future = self._futures.get(request_id)
         if future is None or future.owner != owner:
-            return failure(HttpError(404, f"the request {request_id} is not known: its session ended, or it was read"))
+            text = f"the request {request_id} is not known: its session ended, its answer was read, or it was dropped"
+            return failure(HttpError(404, f"{text} because too much was unread"))
         await asyncio.wait({future.task}, timeout=timeout_s)
         if not future.task.done():
             return None
-        self._note_read(request_id)
+        self._drop(self._kept.read(request_id, owner))
         if future.task.cancelled():
             return failure(RequestAborted("the request was cancelled"))
         return future.task.result()
@@ -108,28 +108,27 @@ class Futures:
             if future.session_id == session_id:
                 future.task.cancel()
                 del self._futures[request_id]
-                for answered in (self._unread, self._read):
-                    answered.pop(request_id, None)
+                self._kept.discard(request_id, future.owner)
 
-    def _note_done(self, request_id: str) -> None:
-        self._num_pending -= 1
+    def _note_done(self, request_id: str, owner: str, task: asyncio.Task[Answer]) -> None:
+        self._num_pending[owner] -= 1
+        if not self._num_pending[owner]:
+            del self._num_pending[owner]
         if request_id in self._futures:
-            self._unread[request_id] = None
-            self._keep_newest(self._unread, MAX_UNREAD)
+            size = 0 if task.cancelled() else len(task.result().body)
+            self._drop(self._kept.add(request_id, owner, size))
 
-    def _note_read(self, request_id: str) -> None:
-        self._unread.pop(request_id, None)
-        self._read[request_id] = None
-        self._read.move_to_end(request_id)
-        self._keep_newest(self._read, MAX_READ)
-
-    def _keep_newest(self, answered: OrderedDict[str, None], limit: int) -> None:
-        while len(answered) > limit:
-            self._futures.pop(answered.popitem(last=False)[0], None)
+    def _drop(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            del self._futures[request_id]
 
     async def _answer(self, request_id: str, work: Work) -> Answer:
         try:
-            return await work
+            answer = await work
+            if len(answer.body) > self._max_bytes:
+                size = len(answer.body)
+                raise RequestError(f"the answer has {size} bytes, and {self._max_bytes} are kept: ask for less")
+            return answer
         except Exception as error:
             if not isinstance(error, PenstockError):
                 self._log.error("tinker request failed", request_id=request_id, error=described(error), exc_info=True)

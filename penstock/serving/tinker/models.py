@@ -99,7 +99,8 @@ def save_for_sampler(service: TinkerService, owner: str, body: SaveWeights) -> s
 
     async def work() -> Answer:
         weights = await _snapshot(service, owner, run, is_inflight=body.kind == "inflight")
-        session.samplers[sampler_id] = Sampler(sampler_id, run.base_model, weights, is_inflight=body.kind == "inflight")
+        sampler = Sampler(sampler_id, run.base_model, weights, is_inflight=body.kind == "inflight")
+        session.add_sampler(sampler, service.settings.max_samplers)
         return Answer.of(sampling_session_id=sampler_id, type="save_weights_for_sampler")
 
     return service.submit(request_id, session, work())
@@ -222,7 +223,7 @@ def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | No
     session, run = service.sessions.of_part(model_id, owner), service.sessions.run(model_id, owner)
     request_id = f"{run.id}:{seq_id or uuid.uuid4().hex}"
     if request_id not in service.futures:
-        service.futures.check_room()
+        service.futures.check_room(owner)
     if not seq_id:
         return session, run, request_id
     if seq_id <= run.last_seq and request_id not in service.futures:

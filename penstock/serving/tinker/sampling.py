@@ -44,7 +44,7 @@ def create_sampler(service: TinkerService, owner: str, body: CreateSamplingSessi
         base_model = service.check_base_model(saved.info.base_model, names)
         weights = Weights(f"tinker-{saved.info.id}", saved)
         sampler = Sampler(sampler_id, base_model, weights, body.model_path)
-    session.samplers[sampler_id] = sampler
+    session.add_sampler(sampler, service.settings.max_samplers)
     return sampler
 
 
@@ -58,7 +58,7 @@ def sample(service: TinkerService, owner: str, body: Sample, namespace: str, max
     _check_scores(body, len(ids))
     request_id = f"{sampler.id}:{body.seq_id}"
     if request_id not in service.futures:
-        service.futures.check_room()
+        service.futures.check_room(owner)
     space = f"{namespace}/{sampler.id}" if sampler.is_inflight else namespace
 
     async def work() -> Answer:

@@ -56,7 +56,7 @@ class TinkerService:
         self.engine = engine
         self.trainer = trainer
         self.settings = settings or TinkerSettings()
-        self.futures = Futures(self.settings.max_pending)
+        self.futures = Futures(self.settings.max_pending, self.settings.max_answer_bytes)
         self.sessions = Sessions(
             self.settings.session_timeout_s, self.settings.max_sessions, self.futures.is_busy, clock
         )

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from penstock.errors import shown
 from penstock.serving.errors import HttpError
 from penstock.serving.tinker.adapters import Weights
+from penstock.serving.tinker.shares import check_share
 from penstock.training.lora.records import TrainedAdapter
 
 Clock = Callable[[], float]
-MAX_ENDED = 4096  # ids of ended sessions that are told from unknown ones
+MAX_ENDED = 4096  # ids of ended sessions, and in each of forgotten samplers, that are told from unknown ones
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +61,14 @@ class Session:
     display_name: str | None
     last_seen: float
     runs: dict[str, Run] = field(default_factory=dict)
-    samplers: dict[str, Sampler] = field(default_factory=dict)
+    samplers: OrderedDict[str, Sampler] = field(default_factory=OrderedDict)  # in the order of their last use
+    forgotten: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_ENDED))  # ids of samplers
+
+    def add_sampler(self, sampler: Sampler, limit: int) -> None:
+        """Add a sampler, and forget those beyond `limit` that were not used for the longest time."""
+        self.samplers[sampler.id] = sampler
+        while len(self.samplers) > limit:
+            self.forgotten.append(self.samplers.popitem(last=False)[0])
 
 
 class Sessions:
@@ -76,9 +84,8 @@ class Sessions:
 
     def create(self, owner: str, user_metadata: Mapping[str, object] | None, display_name: str | None) -> Session:
         """A new session. Raises an `HttpError` beyond the limit."""
-        if len(self._open) >= self._limit:
-            text = f"this server has {len(self._open)} open sessions, its limit: close one, or wait until it ends"
-            raise HttpError(429, text, code="too_many_sessions", retry_after_s=10)
+        held, taken, what = len(self.owned(owner)), len(self._open), "sessions are open"
+        check_share(what, owner, held, taken, self._limit, code="too_many_sessions", retry_after_s=10)
         session = Session(f"session-{uuid.uuid4().hex}", owner, user_metadata, display_name, self._clock())
         self._open[session.id] = session
         return session
@@ -110,9 +117,14 @@ class Sessions:
 
     def sampler(self, sampler_id: str, owner: str) -> Sampler:
         """A sampling session. Raises an `HttpError`."""
-        sampler = self.of_part(sampler_id, owner).samplers.get(sampler_id)
+        session = self.of_part(sampler_id, owner)
+        sampler = session.samplers.get(sampler_id)
+        if sampler is None and sampler_id in session.forgotten:
+            text = f"the sampling session {sampler_id} was forgotten, others were used later: create a new client"
+            raise HttpError(410, text, code="session_ended")
         if sampler is None:
             raise HttpError(404, f"there is no sampling session {shown(sampler_id)}", code="not_found")
+        session.samplers.move_to_end(sampler_id)
         return sampler
 
     def owned(self, owner: str) -> list[Session]:

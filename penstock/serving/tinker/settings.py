@@ -19,8 +19,9 @@ class TinkerSettings:
     """`folder` holds saved adapters. A session without a sign of life for `session_timeout_s` ends.
 
     At most `max_loaded_adapters` that nobody samples from stay in the engine; others are read again from their files.
-    Of each model in training, the newest `max_snapshots` that were made without a name are kept. At most `max_pending`
-    requests are under way. Raises `RequestError`.
+    Of each model in training, the newest `max_snapshots` that were made without a name are kept, and of each session
+    the `max_samplers` that were used last. At most `max_pending` requests are under way, and answers of at most
+    `max_answer_bytes` are kept until they are read. Raises `RequestError`.
     """
 
     folder: Path = field(default_factory=default_folder)
@@ -29,11 +30,21 @@ class TinkerSettings:
     max_models: int = 64
     max_loaded_adapters: int = 16
     max_snapshots: int = 32
+    max_samplers: int = 1024
     max_pending: int = 4096
+    max_answer_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.folder, Path):
             raise refused("folder", self.folder, "a pathlib.Path")
         real("session_timeout_s", self.session_timeout_s, 1.0, 1e9, "a number of seconds >= 1")
-        for name in ("max_sessions", "max_models", "max_loaded_adapters", "max_snapshots", "max_pending"):
+        for name in (
+            "max_sessions",
+            "max_models",
+            "max_loaded_adapters",
+            "max_snapshots",
+            "max_samplers",
+            "max_pending",
+        ):
             integer(name, getattr(self, name), 1, rule="an integer >= 1")
+        integer("max_answer_bytes", self.max_answer_bytes, 1 << 16, rule="an integer >= 65536")

@@ -61,7 +61,13 @@ def test_settings_have_the_sentences_and_defaults_of_the_document() -> None:
     fields = {name: field for name, field in ProcessSettings.model_fields.items() if name.startswith("tinker")}
     assert rows == {"tinker": "false", "tinker_folder": "", "tinker_session_timeout_s": "600"}
     assert rows.keys() == fields.keys()
-    assert (TinkerSettings().max_loaded_adapters, TinkerSettings().max_snapshots) == (16, 32)
+    limits = dict(re.findall(r"^\| `(max\w*)` \| (\S*)(?: MiB)? \|", TEXT, re.MULTILINE))
+    settings = TinkerSettings()
+    assert {name: int(value) for name, value in limits.items()} == {
+        **{name: getattr(settings, name) for name in ("max_sessions", "max_pending", "max_models", "max_samplers")},
+        "max_answer_bytes": settings.max_answer_bytes >> 20,
+    }
+    assert (settings.max_loaded_adapters, settings.max_snapshots) == (16, 32)
 
 
 def test_what_cannot_be_trained_is_refused_before_the_server_starts(

@@ -152,6 +152,7 @@ def start(processes):
         process.start()
         has_started.set()
         process.join()
+        raise RuntimeError("the process ended")
 
 if __name__ == "__main__":
     threading.Thread(target=lambda: asyncio.run(EngineStart(start).result()), daemon=True).start()

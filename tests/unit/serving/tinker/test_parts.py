@@ -17,11 +17,11 @@ from tinker.proto.response_conv import deserialize_forward_backward_output
 
 from penstock import ConfigurationError, RequestError
 from penstock.serving.errors import HttpError
-from penstock.serving.tinker import futures as futures_module
+from penstock.serving.tinker import kept_answers
 from penstock.serving.tinker.adapters import LoadedAdapters, Weights
 from penstock.serving.tinker.checkpoints import Checkpoints, Info, WeightsPath, bytes_of
 from penstock.serving.tinker.futures import Answer, Futures
-from penstock.serving.tinker.sessions import Sessions
+from penstock.serving.tinker.sessions import Sampler, Sessions
 from penstock.serving.tinker.settings import TinkerSettings
 from penstock.serving.tinker.training import TrainingThread
 from penstock.serving.tinker.wire import MAX_ELEMENTS, LossRequest, array_of, loss_message
@@ -29,6 +29,7 @@ from penstock.training.lora.records import LoraShape, LossResult
 
 RUN = "session-1:train:0"
 INT64 = pb.DTYPE_INT64
+BYTES = 1 << 20
 
 
 def sparse(values: list[int], crow: list[int], columns: list[int], shape: list[int]) -> pb.Tensor:
@@ -94,8 +95,8 @@ async def answered(value: int) -> Answer:
 
 
 async def test_answers_can_be_read_again_until_many_others_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(futures_module, "MAX_READ", 2)
-    futures = Futures(max_pending=10)
+    monkeypatch.setattr(kept_answers, "MAX_READ", 2)
+    futures = Futures(10, BYTES)
     for i in range(4):
         futures.start(f"r{i}", "s", "", answered(i))
     for i in range(4):
@@ -110,8 +111,8 @@ async def test_answers_can_be_read_again_until_many_others_were(monkeypatch: pyt
 
 
 async def test_answers_that_nobody_reads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(futures_module, "MAX_UNREAD", 3)
-    futures = Futures(max_pending=10)
+    monkeypatch.setattr(kept_answers, "MAX_UNREAD", 3)
+    futures = Futures(10, BYTES)
     for i in range(6):
         futures.start(f"r{i}", "s", "", answered(i))
     for _ in range(20):  # turns of the loop, in which they end
@@ -120,27 +121,104 @@ async def test_answers_that_nobody_reads_are_bounded(monkeypatch: pytest.MonkeyP
 
 
 async def test_too_many_requests_are_told_to_wait() -> None:
-    futures, release = Futures(max_pending=2), asyncio.Event()
+    futures, release = Futures(2, BYTES), asyncio.Event()
 
     async def work() -> Answer:
         await release.wait()
         return Answer.of()
 
     for i in range(2):
-        futures.check_room()
+        futures.check_room("")
         futures.start(f"r{i}", "s", "", work())
     with pytest.raises(HttpError, match="2 requests are under way") as caught:
-        futures.check_room()
+        futures.check_room("")
     assert caught.value.status == 429
     assert await futures.wait("r0", "", 0.001) is None
     release.set()
     await futures.wait("r0", "", 5)
-    futures.check_room()
+    futures.check_room("")
+
+
+async def test_no_key_takes_the_room_of_the_others() -> None:
+    """One key could fill all places, and others were refused until it had its answers."""
+    futures, release = Futures(8, BYTES), asyncio.Event()
+
+    async def work() -> Answer:
+        await release.wait()
+        return Answer.of()
+
+    def fill(owner: str) -> int:
+        count = 0
+        while True:
+            try:
+                futures.check_room(owner)
+            except HttpError:
+                return count
+            futures.start(f"{owner}{count}", "s", owner, work())
+            count += 1
+
+    assert [fill(owner) for owner in ("ann", "bob", "cid")] == [4, 2, 1]
+    with pytest.raises(HttpError, match="4 requests are under way for this key") as caught:
+        futures.check_room("ann")
+    assert (caught.value.status, caught.value.retry_after_s) == (429, 1)
+    release.set()
+    for i in range(4):
+        await futures.wait(f"ann{i}", "ann", 5)
+    futures.check_room("bob")
+
+
+async def big(size: int) -> Answer:
+    return Answer(bytes(size))
+
+
+async def finished(futures: Futures, owner: str, sizes: dict[str, int]) -> None:
+    """Answers of these sizes, which nobody reads."""
+    for name, size in sizes.items():
+        futures.start(name, "s", owner, big(size))
+        for _ in range(5):  # turns of the loop, in which it ends
+            await asyncio.sleep(0)
+
+
+async def test_unread_answers_are_bounded_by_bytes_and_the_key_that_holds_most_loses_its_oldest() -> None:
+    """They were bounded by count alone, and large ones filled the memory."""
+    futures = Futures(10, max_bytes=1000)
+    await finished(futures, "ann", {"small": 100})
+    await finished(futures, "bob", {"b0": 300, "b1": 300, "b2": 300})
+    assert all(name in futures for name in ("small", "b0", "b1", "b2"))
+    await finished(futures, "bob", {"b3": 300})
+    assert [name in futures for name in ("small", "b0", "b1", "b2", "b3")] == [True, False, True, True, True]
+    await finished(futures, "ann", {"large": 550})
+    assert [name in futures for name in ("small", "b1", "b2", "b3", "large")] == [False, False, False, True, True]
+    lost = await futures.wait("b2", "bob", 5)
+    assert lost is not None
+    assert b"dropped because too much was unread" in lost.body
+
+
+async def test_answers_that_were_read_make_room_for_those_that_were_not() -> None:
+    futures = Futures(10, max_bytes=1000)
+    await finished(futures, "ann", {"a": 400, "b": 400})
+    await futures.wait("b", "ann", 5)
+    await finished(futures, "bob", {"c": 400})
+    assert [name in futures for name in "abc"] == [True, False, True]
+    futures.drop("s")
+    await finished(futures, "bob", {"d": 1000})
+    assert "d" in futures
+
+
+async def test_an_answer_that_is_larger_than_all_that_are_kept_is_refused() -> None:
+    futures = Futures(10, max_bytes=1000)
+    await finished(futures, "ann", {"a": 1001})
+    answer = await futures.wait("a", "ann", 5)
+    assert answer is not None
+    assert json.loads(answer.body) == {
+        "error": "the answer has 1001 bytes, and 1000 are kept: ask for less",
+        "category": "user",
+    }
 
 
 async def test_only_a_sample_can_be_cancelled_and_only_by_its_owner() -> None:
     """A pass that was cancelled before it began was missing from the next step, which was made all the same."""
-    futures, release = Futures(max_pending=10), asyncio.Event()
+    futures, release = Futures(10, BYTES), asyncio.Event()
 
     async def work() -> Answer:
         await release.wait()
@@ -156,7 +234,7 @@ async def test_only_a_sample_can_be_cancelled_and_only_by_its_owner() -> None:
 
 
 async def test_faults_are_answers_that_tell_nothing_of_the_server() -> None:
-    futures = Futures(max_pending=10)
+    futures = Futures(10, BYTES)
 
     async def fail(error: BaseException) -> Answer:
         raise error
@@ -175,7 +253,7 @@ def test_sessions_end_when_their_clients_are_silent_and_not_while_they_wait() ->
     clock, busy = [0.0], {"any": False}
     sessions = Sessions(10.0, 2, lambda session_id: busy["any"], lambda: clock[0])
     first, second = sessions.create("ann", None, None), sessions.create("bob", None, None)
-    with pytest.raises(HttpError, match="2 open sessions"):
+    with pytest.raises(HttpError, match="2 sessions are open, this server's limit"):
         sessions.create("ann", None, None)
     clock[0] = 9.0
     assert sessions.get(first.id, "ann") is first
@@ -256,6 +334,39 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("adapter"))) == 1
 
 
+def test_one_key_leaves_sessions_for_others() -> None:
+    sessions = Sessions(10.0, 4, lambda session_id: False, lambda: 0.0)
+    for owner in ("ann", "ann", "bob"):
+        sessions.create(owner, None, None)
+    with pytest.raises(HttpError, match="2 sessions are open for this key"):
+        sessions.create("ann", None, None)
+    sessions.create("cid", None, None)
+    anonymous = Sessions(10.0, 4, lambda session_id: False, lambda: 0.0)
+    for _ in range(4):
+        anonymous.create("", None, None)
+
+
+def test_samplers_that_were_not_used_for_the_longest_time_are_forgotten() -> None:
+    """A session of thousands of steps kept all of its samplers."""
+    sessions = Sessions(10.0, 2, lambda session_id: False, lambda: 0.0)
+    session = sessions.create("ann", None, None)
+    ids = [f"{session.id}:sample:{number}" for number in range(4)]
+    for sampler_id in ids[:3]:
+        session.add_sampler(Sampler(sampler_id, "base"), limit=3)
+    sessions.sampler(ids[0], "ann")
+    session.add_sampler(Sampler(ids[3], "base"), limit=3)
+    for kept in (ids[0], ids[2], ids[3]):
+        assert sessions.sampler(kept, "ann").id == kept
+    with pytest.raises(HttpError, match="create a new client") as caught:
+        sessions.sampler(ids[1], "ann")
+    assert caught.value.status == 410
+    with pytest.raises(HttpError, match="there is no sampling session") as caught:
+        sessions.sampler(f"{session.id}:sample:9", "ann")
+    assert caught.value.status == 404
+    session.add_sampler(Sampler(ids[1], "base"), limit=3)  # a request that is sent again
+    assert sessions.sampler(ids[1], "ann").id == ids[1]
+
+
 def test_settings_out_of_range_are_refused() -> None:
     for values in (
         {"folder": "x"},
@@ -263,6 +374,8 @@ def test_settings_out_of_range_are_refused() -> None:
         {"max_models": 0},
         {"max_loaded_adapters": 1.5},
         {"max_pending": "x"},
+        {"max_samplers": 0},
+        {"max_answer_bytes": 100},
     ):
         with pytest.raises(RequestError):
             TinkerSettings(**values)  # type: ignore[arg-type]
