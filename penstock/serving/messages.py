@@ -14,6 +14,7 @@ from pydantic_core import from_json
 
 from penstock.serving.errors import invalid
 
+_STRINGS = ("name", "tool_call_id", "refusal", "reasoning_content", "reasoning")
 # What an assistant's message may have in place of content.
 _IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning")
 
@@ -31,6 +32,7 @@ def _plain(message: Mapping[str, object], where: str) -> dict[str, object]:
     plain = {
         name: value for name, value in message.items() if value is not None and (name, value) != ("tool_calls", [])
     }
+    _check_strings(plain, _STRINGS, where)
     plain["role"] = "system" if role == "developer" else role
     plain["content"] = _content(role, plain, where)
     reasoning = message.get("reasoning_content", message.get("reasoning"))
@@ -52,6 +54,13 @@ def _content(role: str, message: Mapping[str, object], where: str) -> str:
     return _text(content, f"{where}.content")
 
 
+def _check_strings(values: Mapping[str, object], names: Iterable[str], where: str) -> None:
+    """Refuse fields of other types: a template would write them into the prompt somehow."""
+    for name in names:
+        if not isinstance(values.get(name, ""), str | None):
+            raise invalid(f"{where}.{name} must be a string", f"{where}.{name}")
+
+
 def _tool_calls(calls: object, where: str) -> list[dict[str, object]]:
     """The calls with their arguments as objects, which is what templates expect."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
@@ -60,6 +69,7 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, object]]:
 
 
 def _tool_call(call: Mapping[str, object], where: str) -> dict[str, object]:
+    _check_strings(call, ("id", "type"), where)
     function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise invalid(f"{where} needs a function with a name", where)

@@ -24,8 +24,10 @@ def chat_messages(system: Blocks | None, messages: Sequence[Mapping[str, object]
         role, where = message.get("role"), f"messages.{number}"
         if role not in ("user", "assistant", "system"):
             raise invalid(f"{where}.role must be user or assistant", f"{where}.role")
-        read = _assistant_message if role == "assistant" else _other_messages
-        converted += read(str(role), message.get("content"), f"{where}.content")
+        content, read = message.get("content"), _assistant_message if role == "assistant" else _other_messages
+        if role == "user" and content in ("", []):
+            raise invalid(f"{where} needs content, which must not be empty", f"{where}.content")
+        converted += read(str(role), content, f"{where}.content")
     result = [_joined(list(group)) for _, group in groupby(converted, _Kinds())]
     if result and result[-1] == {"role": "assistant", "content": ""}:
         result.pop()  # nothing to continue

@@ -237,6 +237,8 @@ def test_a_template_without_tools_gets_instructions() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "text only"),
         ({"messages": [{"role": "user", "content": [3]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages.0 needs content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0 needs content"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "JSON"),
         (
             {

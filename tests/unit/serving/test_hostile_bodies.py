@@ -78,6 +78,12 @@ def test_a_body_that_is_no_request_is_a_400(client: TestClient, name: str) -> No
 
 FIELDS: list[tuple[str, Any]] = [
     *[("messages", value) for value in ([], {}, "hi", [1], [{}], [{"role": 1, "content": "x"}], None)],
+    *[("messages", [{"role": "tool", "content": "x", name: 5}]) for name in ("name", "tool_call_id")],
+    *[("messages", [{"role": "assistant", name: ["x"]}]) for name in ("refusal", "reasoning", "reasoning_content")],
+    *[
+        ("messages", [{"role": "assistant", "tool_calls": [{name: 5, "function": {"name": "f", "arguments": "{}"}}]}])
+        for name in ("id", "type")
+    ],
     *[("messages", [{"role": "user", "content": value}]) for value in (1, {}, [1], [{"type": "text"}], [{"text": 1}])],
     *[("n", value) for value in (0, -1, 1.5, "2", True, [], 10**6, 2**31, 10**30)],
     *[("best_of", value) for value in (0, 17, "2")],
