@@ -187,7 +187,8 @@ def _methods_at(request: Request) -> list[str]:
     """The methods of all routes with the path that fits first; the router names those of one route only."""
     routes = [route for route in request.app.routes if isinstance(route, Route)]
     path = next((route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE), None)
-    return sorted({method for route in routes if route.path == path for method in route.methods or ()})
+    methods = {method for route in routes if route.path == path for method in route.methods or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _allow_browsers(api: FastAPI, server: Server) -> None:

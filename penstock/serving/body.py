@@ -101,11 +101,13 @@ def _refusal(error: ValidationError, body: object) -> HttpError:
     details = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
     param = ".".join(_place(details["loc"], body, is_missing=details["type"] == "missing"))
     value = _brief(details.get("input"))
+    if not param:
+        return invalid(f"the body must be a JSON object, got {value}")
     if details["type"] == "missing":
-        return invalid(f"{param} is missing", param or None)
+        return invalid(f"{param} is missing", param)
     if details["type"] == "too_short" and not details.get("input"):
-        return invalid(f"{param} is empty: pass at least one", param or None)
-    return invalid(f"{param or 'the body'}: {details['msg']}, got {value}", param or None)
+        return invalid(f"{param} is empty: pass at least one", param)
+    return invalid(f"{param}: {details['msg']}, got {value}", param)
 
 
 def _place(location: Sequence[int | str], body: object, *, is_missing: bool) -> Iterator[str]:

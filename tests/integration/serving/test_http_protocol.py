@@ -48,6 +48,16 @@ def send_until_closed(connection: Connection, data: bytes, times: int) -> None:
         pass  # the server does not wait for all of it
 
 
+def test_head_is_get_without_a_body(port: int) -> None:
+    """It was a 405, which made monitors and load balancers call the server down."""
+    connection = Connection(port)
+    for path in (b"/health", b"/ready", b"/v1/models"):
+        connection.send(b"HEAD %b HTTP/1.1\r\nhost: test\r\n\r\n" % path)
+        assert connection.read_head().status == 200
+        assert ask(connection) == 200  # a body would be taken for the beginning of this answer
+    connection.close()
+
+
 def test_endless_headers_are_a_431(port: int) -> None:
     """They were kept in memory for as long as the client went on."""
     connection = Connection(port)

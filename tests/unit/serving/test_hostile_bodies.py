@@ -168,6 +168,14 @@ def test_unknown_fields_are_ignored(client: TestClient) -> None:
     assert client.post("/v1/chat/completions", json={**CHAT, "store": True, "made_up": {"a": 1}}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
+def test_a_body_that_is_no_object_is_refused_in_plain_words(client: TestClient, path: str) -> None:
+    """It said "Input should be a valid dictionary or instance of ChatRequest"."""
+    for body in (b"null", b"[1, 2]", b"5", b'"hi"'):
+        error = refused(client, path, body)
+        assert error["message"].startswith("the body must be a JSON object, got ")
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [("POST", "/v1/nope", 404), ("GET", "/v1/completions", 405)])
 def test_unknown_paths_and_methods_have_errors_of_the_same_shape(
     client: TestClient, method: str, path: str, status: int

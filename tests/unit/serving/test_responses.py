@@ -364,7 +364,7 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns_if_the_client_wi
 
 def test_a_wrong_method_is_told_all_that_are_right(client: TestClient, engine: SplitEngine) -> None:
     answer = client.patch("/v1/responses/x")
-    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD")
     assert client.get("/v1/responses").headers["allow"] == "POST"
     assert client.patch("/v1/responses/input_tokens").headers["allow"] == "POST"
 
