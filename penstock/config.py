@@ -24,12 +24,11 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from penstock.errors import ConfigurationError, shown
-from penstock.values import plain
+from penstock.values import nearest, plain
 
 T = TypeVar("T")
 GIB = 1024**3
 MAX_INT, MAX_FLOAT = 2**63 - 1, 1e12  # of any setting
-
 
 # Other engines' names for the same settings, accepted as keywords and in YAML.
 ALIASES = {
@@ -43,7 +42,7 @@ ALIASES = {
     "enable_prefix_caching": "enable_kv_cache",
 }
 
-# Valid in `disabled_rewrites`: the passes of `optimizers.rewriting`, and "kernels" for all of them.
+# Valid in `disabled_rewrites`: the passes of `optimizers.rewrites`, and "kernels" for all of them.
 REWRITES = ("kernels", "fused_layers", "packed_linears", "packed_norms")
 
 # Formats of 4-bit checkpoints, which cannot be read yet.
@@ -163,11 +162,7 @@ class EngineConfig(BaseSettings):
     max_queue_size: int = Field(1000, ge=1, description="Maximum number of waiting requests; one more raises EngineOverloaded.")
     max_queued_tokens: int | None = Field(None, ge=1, description="Maximum prompt tokens of all waiting requests; None is no limit.")
     priority_boost_threshold: float = Field(5.0, ge=1e-6, description="Seconds of waiting after which a request moves up one priority class in the queue, so that nothing starves.")
-    default_max_tokens: int = Field(
-        256,
-        ge=1,
-        description="Maximum new tokens of a request without parameters, unless the model's generation config sets it.",
-    )
+    default_max_tokens: int = Field(256, ge=1, description="Maximum new tokens of a request without parameters, unless the model's generation config sets it.")
 
     # K/V cache, read at start
     block_size: int = Field(16, ge=1, le=256, description="Tokens per cache block.")
@@ -251,9 +246,8 @@ class EngineConfig(BaseSettings):
     def _check_rewrites(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in REWRITES:
-                matches = difflib.get_close_matches(name, REWRITES, n=1)
-                hint = f"did you mean {matches[0]!r}?" if matches else f"choose from {', '.join(REWRITES)}"
-                raise PydanticCustomError("unknown_rewrite", "there is no rewrite {name}: {hint}", {"name": repr(name), "hint": hint})
+                hint = nearest(name, REWRITES) or f": choose from {', '.join(REWRITES)}"
+                raise PydanticCustomError("unknown_rewrite", "there is no rewrite {name}{hint}", {"name": repr(name), "hint": hint})
         return names
 
     def __init__(self, **values: Unpack[Settings]) -> None:
@@ -307,8 +301,7 @@ def _explain(details: ErrorDetails, names: Iterable[str], secrets: Collection[st
     location = details["loc"]
     name = ".".join(map(str, location)) or "configuration"
     if details["type"] in ("extra_forbidden", "no_such_attribute"):
-        matches = difflib.get_close_matches(name, list(names), n=1)
-        return f"unknown setting {name!r}" + (f": did you mean {matches[0]!r}?" if matches else "")
+        return f"unknown setting {name!r}{nearest(name, names)}"
     value = shown(details.get("input"))
     if details["type"] in ("literal_error", "enum"):
         return f"{name}={value} is not available: choose {details['ctx']['expected']}, or leave it out"

@@ -114,15 +114,16 @@ def items(name: str, values: object) -> tuple[Any, ...]:
     """The items of a list, an array or any other iterable, of any type; none of None."""
     if values is None:
         return ()
-    if not isinstance(values, str | bytes | Mapping):
-        try:
-            iterable = values.tolist() if hasattr(values, "tolist") else values
-            elements = tuple(islice(cast(Iterable[object], iterable), MAX_ITEMS + 1))
-        except Exception:
-            raise refused(name, values, "a list") from None
-        if len(elements) <= MAX_ITEMS:
-            return elements
-    raise refused(name, values, f"a list of at most {MAX_ITEMS} items")
+    if isinstance(values, str | bytes | Mapping):
+        raise refused(name, values, "a list")
+    try:
+        iterable = values.tolist() if hasattr(values, "tolist") else values
+        elements = tuple(islice(cast(Iterable[object], iterable), MAX_ITEMS + 1))
+    except Exception:
+        raise refused(name, values, "a list") from None
+    if len(elements) > MAX_ITEMS:
+        raise refused(name, values, f"a list of at most {MAX_ITEMS} items")
+    return elements
 
 
 def token_ids(name: str, values: object) -> tuple[int, ...]:

@@ -59,8 +59,7 @@ def read_arguments(
     callback: object = None,
 ) -> Arguments:
     """Check and copy the arguments of `Engine.generate`. The deadlines are given in seconds from now."""
-    if callback is not None:
-        check_callback(callback)
+    check_callback(callback)
     now = time.monotonic()
     return Arguments(
         read_prompt(prompt),

@@ -115,7 +115,8 @@ def _read(prompt: object) -> PromptInput:
 def _read_mapping(prompt: Mapping[str, object]) -> PromptInput:
     prompt = dict(prompt)
     if unknown := set(prompt) - (_CHAT_KEYS if "messages" in prompt else _TEXT_KEYS):
-        raise RequestError(f"a prompt has no key {min(map(str, unknown))!r}: pass {KINDS}")
+        kinds = 'chat messages in a list, [{"role": ..., "content": ...}]' if "role" in prompt else KINDS
+        raise RequestError(f"a prompt has no key {min(map(str, unknown))!r}: pass {kinds}")
     if "messages" in prompt:
         return PromptInput(chat=_read_chat(prompt))
     text = prompt.get("prompt")
@@ -185,13 +186,15 @@ def read_ids(prompt: object) -> list[int]:
     """Token ids as a list of plain integers. Raises `RequestError`."""
     values = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # numpy, torch, array.array
     if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray):
-        raise RequestError(f"a prompt cannot be a {type(prompt).__name__}: pass {KINDS}")
+        raise RequestError(f"a prompt cannot be of type {type(prompt).__name__}: pass {KINDS}")
     if not values:
         raise RequestError(EMPTY)
+    if isinstance(values[0], Sequence):
+        raise RequestError("a request has one prompt, and this looks like a list of them: make a request of each")
     try:
         ids = list(map(index, values))
     except TypeError as error:
-        raise RequestError(f"token ids must be integers, but {error}: pass {KINDS}, one per request") from None
+        raise RequestError(f"token ids must be integers, but {error}: pass {KINDS}") from None
     if bool in set(map(type, values)):
         raise RequestError("token ids must be integers, not True or False: pass the ids, not a mask")
     if min(ids) < 0:

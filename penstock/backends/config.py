@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from penstock.backends import sglang_process, vllm_process
 from penstock.config import EngineConfig
@@ -26,20 +26,6 @@ CONFIGS = Path(__file__).with_name("configs")  # a file of defaults for each kin
 _DTYPES = (None, "auto", "float32", "float16", "bfloat16")
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _LARGEST = 1 << 20
-
-
-class BackendSettings(Protocol):
-    """The settings of one kind of backend. Raises `ConfigurationError` for values that cannot be."""
-
-    name: ClassVar[str]
-
-    def check_available(self) -> None:
-        """Raise `ConfigurationError` if such a backend cannot be made here."""
-        ...
-
-    def open(self, model: str | None) -> EngineBackend:
-        """A backend with its model loaded."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

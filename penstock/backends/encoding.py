@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from penstock.api.prompt import Chat, PromptInput
+from penstock.api.prompt import PromptInput
+from penstock.api.rendering import render_chat
 from penstock.errors import RequestError, text_of
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class Encoder:
 
 def _encode(tokenizer: Any, prompt: PromptInput, add_special_tokens: bool) -> tuple[str, list[int]]:
     """A chat template writes the special tokens itself."""
-    text = prompt.text or "" if prompt.chat is None else _render(tokenizer, prompt.chat)
+    text = prompt.text or "" if prompt.chat is None else render_chat(tokenizer, prompt.chat)
     try:
         ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens and prompt.chat is None))
     except Exception as error:
@@ -54,21 +55,6 @@ def _encode(tokenizer: Any, prompt: PromptInput, add_special_tokens: bool) -> tu
     if not ids:
         raise RequestError(f"{text[:40]!r} has no tokens: pass other text, or token ids")
     return text, ids
-
-
-def _render(tokenizer: Any, chat: Chat) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
-    optional = {"tools": chat.tools, "documents": chat.documents, "continue_final_message": chat.continue_final_message}
-    options = {**{name: value for name, value in optional.items() if value}, **chat.arguments}
-    starts_turn = chat.add_generation_prompt
-    try:
-        rendered = tokenizer.apply_chat_template(
-            chat.messages, add_generation_prompt=starts_turn, tokenize=False, **options
-        )
-    except Exception as error:  # templates raise arbitrary errors for unknown roles and orders
-        raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
-    return str(rendered)
 
 
 def _decode(tokenizer: Any, ids: list[int], skip_special_tokens: bool) -> str:

@@ -5,12 +5,12 @@ Pure functions. What the API cannot express is refused by name, before anything 
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from penstock.api.prompt import Chat, PromptInput
+from penstock.backends.request_params import IGNORED, changed, plain_params
 from penstock.errors import RequestError
-from penstock.generation import GenerationConfig, Params
+from penstock.generation import Params
 from penstock.sampling import SamplingParams
 
 # Parameters that every server knows, and those that vLLM, SGLang and Penstock add; the latter are sent if they differ
@@ -25,8 +25,8 @@ _EXTENSIONS = {
 }
 # Sent in a form of their own, without effect on what a server generates, or derived from others.
 _OTHERS = {
-    *("max_tokens", "stop", "seed", "logit_bias", "output_kind", "speculation_length", "detokenize"),
-    *("early_stopping", "length_penalty", "renormalize_logits"),  # of beams and ranks, which are refused
+    *("max_tokens", "stop", "seed", "logit_bias", "detokenize"),
+    *IGNORED,
 }
 _DEFAULTS = SamplingParams()
 
@@ -38,18 +38,17 @@ def request_body(prompt: PromptInput, params: Params) -> Body:
 
     Raises `RequestError`.
     """
-    extensions = {} if params is None else _extensions(_plain(params))
-    standard = {} if params is None else _standard(_plain(params))
+    extensions: Body = {}
+    standard: Body = {}
+    if params is not None:
+        plain = plain_params(params)
+        extensions, standard = _extensions(plain), _standard(plain)
     if prompt.chat is None:
         content: Body = {"prompt": prompt.text if prompt.token_ids is None else prompt.token_ids}
     else:
         content = _chat(prompt.chat)
         extensions |= _template_arguments(prompt.chat)
     return {**content, **standard, "extra_body": extensions}
-
-
-def _plain(params: SamplingParams | GenerationConfig) -> SamplingParams:
-    return params.sampling_params() if isinstance(params, GenerationConfig) else params
 
 
 def _standard(params: SamplingParams) -> Body:
@@ -68,10 +67,9 @@ def _standard(params: SamplingParams) -> Body:
 
 def _extensions(params: SamplingParams) -> Body:
     expressible = _STANDARD.keys() | _EXTENSIONS.keys() | _OTHERS
-    for field in fields(params):
-        is_default = getattr(params, field.name) == getattr(_DEFAULTS, field.name)
-        if field.init and field.name not in expressible and not is_default:
-            raise RequestError(f"{field.name} cannot be sent to an OpenAI-compatible server: leave it out")
+    for name in changed(params):
+        if name not in expressible:
+            raise RequestError(f"{name} cannot be sent to an OpenAI-compatible server: leave it out")
     values = {theirs: getattr(params, ours) for ours, theirs in _EXTENSIONS.items()}
     return {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
 

@@ -101,7 +101,20 @@ def check_model(model: object) -> None:
         check_source(str(model))
     elif not (model is None or _is_runner(model) or hasattr(model, "parameters")):
         raise ConfigurationError(
-            f"a model cannot be a {type(model).__name__}: pass a hub id, a folder, an nn.Module, or nothing"
+            f"a model cannot be of type {type(model).__name__}: pass a hub id, a folder, an nn.Module, or nothing"
+        )
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Refuse an unusable tokenizer argument before anything is loaded. Raises `ConfigurationError`."""
+    if isinstance(tokenizer, EngineConfig):
+        raise ConfigurationError(
+            "the settings were passed as the tokenizer: write InferenceEngine(model, config=config)"
+        )
+    if not (tokenizer is None or isinstance(tokenizer, str | Path) or hasattr(tokenizer, "encode")):
+        raise ConfigurationError(
+            f"a tokenizer cannot be of type {type(tokenizer).__name__}: pass a hub id, a folder, an object with "
+            "encode() and decode(), or nothing"
         )
 
 

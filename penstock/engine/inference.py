@@ -27,17 +27,17 @@ from penstock.api.prompt import Prompt, read_prompt
 from penstock.api.protocols import Callback
 from penstock.api.stats import EngineStats
 from penstock.config import EngineConfig, EngineSettings, with_settings
-from penstock.engine.assembly import Assembly, Parts, check_model, shut_down
+from penstock.engine.assembly import Assembly, Parts, check_model, check_tokenizer, shut_down
 from penstock.engine.capabilities import Capabilities
 from penstock.engine.loop.host import Host
 from penstock.engine.loop.memory import NOTHING_FREED, optimize_memory
 from penstock.engine.observe.figures import figures
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.forking import Fork, check_num_forks, forkable
-from penstock.engine.requests.request import Request, new_request
+from penstock.engine.requests.request import Request, new_request, unused_id
 from penstock.engine.requests.room import RoomQueue
 from penstock.engine.updates import Updates
-from penstock.errors import EngineClosed, RequestError
+from penstock.errors import EngineClosed
 from penstock.generation import Params, default_params
 from penstock.sampling import RequestPriority, SamplingParams
 from penstock.scheduling.admission import Admission
@@ -66,6 +66,7 @@ class InferenceEngine(Capabilities, Updates):
     ) -> None:
         self.config = with_settings(config, settings)
         check_model(model)
+        check_tokenizer(tokenizer)
         self._log = engine_logger(self.config)
         self._metrics = Metrics(self.config.enable_metrics, self.config.kept_outputs)
         self._admission = Admission(self.config)
@@ -109,7 +110,7 @@ class InferenceEngine(Capabilities, Updates):
             adapter=adapter,
             callback=callback,
         )
-        request = new_request(self._unused_id(request_id), arguments, self._random.getrandbits(62))
+        request = new_request(unused_id(request_id, self._channels), arguments, self._random.getrandbits(62))
         self._submit([request])
         handle = RequestHandle(request.channel, self)
         if callback is not None:
@@ -182,7 +183,7 @@ class InferenceEngine(Capabilities, Updates):
     ) -> list[RequestHandle]:
         """`RequestHandle.fork` for a request given by its id."""
         request_id = check_id(request_id)
-        ids = [self._unused_id(None) for _ in range(check_num_forks(n, self.config.max_queue_size))]
+        ids = [unused_id(None, self._channels) for _ in range(check_num_forks(n, self.config.max_queue_size))]
         fork = Fork(request_id, index=index, at=at, append=append)
         requests = fork.new_requests(ids, forkable(self._channels.get(request_id), request_id), params)
         self._submit(requests, fork)
@@ -321,13 +322,6 @@ class InferenceEngine(Capabilities, Updates):
         if self._pid != os.getpid():
             raise EngineClosed("this engine was created before os.fork(): create a new one in the child process")
         self._host.start()
-
-    def _unused_id(self, request_id: str | None) -> str:
-        """The id, or a fresh one. Raises `RequestError` while it is in use."""
-        request_id = check_id(request_id)
-        if (channel := self._channels.get(request_id)) is not None and not channel.ended:
-            raise RequestError(f"request id {request_id!r} is already running: use another, or none")
-        return request_id
 
     def _submit(self, requests: SequenceOf[Request], fork: Fork | None = None) -> None:
         """Pass all requests to the engine's thread, or none."""

@@ -179,8 +179,15 @@ def _switch_attention(module: nn.Module) -> None:
 def _own_logits(module: nn.Module, ids: Tensor) -> Tensor:
     """The logits [T, vocab] of the model with its own attention."""
     with torch.inference_mode():
-        logits: Tensor = module(input_ids=ids[None], use_cache=False).logits[0]
-    return logits.float()
+        return _logits_of(module, module(input_ids=ids[None], use_cache=False))
+
+
+def _logits_of(module: nn.Module, output: object) -> Tensor:
+    """The float32 logits [T, vocab] of an output. Raises `ConfigurationError` for a model without an output head."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ConfigurationError(f"{type(module).__name__} returns no logits: load it with AutoModelForCausalLM")
+    return cast(Tensor, logits)[0].float()
 
 
 def _forward(module: nn.Module, ids: Tensor, positions: Tensor, paged: StepAttention, **options: Tensor) -> Tensor:
@@ -189,8 +196,7 @@ def _forward(module: nn.Module, ids: Tensor, positions: Tensor, paged: StepAtten
             out = module(input_ids=ids[None], position_ids=positions[None], use_cache=False, paged=paged, **options)
     except TypeError as error:
         raise _refusal(module, f"the step's metadata does not reach its attention ({text_of(error)})") from error
-    logits: Tensor = out.logits[0]
-    return logits.float().clone()
+    return _logits_of(module, out).clone()
 
 
 def _paged_logits(

@@ -32,8 +32,15 @@ def check_source(source: str) -> str:
 
 
 def check_tokenizer_files(source: str) -> None:
-    """Raise `ConfigurationError` for a folder without any file of a tokenizer, before its weights are read."""
+    """Raise `ConfigurationError` for a folder that is missing, or without any file of a tokenizer.
+
+    What is no folder and looks like a hub id is left to the hub library. Called before weights are read.
+    """
     folder = Path(expanded(source))
+    if not folder.exists() and _looks_local(source):
+        raise ConfigurationError(
+            f"there is no tokenizer folder {source}: check the path, or pass a hub id ('owner/name')"
+        )
     if folder.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)):
         raise ConfigurationError(
             f"{source} holds no tokenizer (no tokenizer.json or tokenizer_config.json): save it there with "
@@ -58,6 +65,10 @@ def _looks_local(source: str) -> bool:
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigurationError(
+                f"{folder} holds an adapter: load the model that it belongs to, then engine.load_adapter(name, folder)"
+            )
         raise ConfigurationError(f"{folder} holds no config.json: pass a folder written by save_pretrained")
     if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         raise ConfigurationError(f"{folder} holds no weights (*.safetensors or *.bin): the download may be incomplete")

@@ -57,18 +57,6 @@ _IGNORED: dict[str, tuple[Callable[[object], bool], str]] = {
     "force_words_ids": (bool, "pass a logits processor"),
     "cache_implementation": (lambda value: value == "quantized", "set EngineConfig's fields for the K/V cache"),
 }
-# Fields that change no token of a decoder-only model: memory, speed, return values, padding, encoders.
-WITHOUT_MEANING = frozenset({
-    "use_cache", "cache_config", "max_cache_len", "low_memory",
-    "prefill_chunk_size", "compile_config", "disable_compile", "continuous_batching_config",
-    "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-    "return_dict_in_generate", "transformers_version",
-    "pad_token_id", "bos_token_id", "decoder_start_token_id",
-    "use_mtp", "speculation_type", "is_assistant", "num_assistant_tokens",
-    "num_assistant_tokens_schedule", "prompt_lookup_num_tokens", "max_matching_ngram_size",
-    "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
-    "assistant_ensemble_weight",
-})  # fmt: skip
 _ANSWER = "penstock-answer"
 KNOWN = frozenset({*_RULES, *_DRAWS, *_BEAMS, *_LENGTHS, *_IGNORED, "do_sample", "num_beams", "eos_token_id"})
 

@@ -70,8 +70,8 @@ def load(model: str | Path | nn.Module | None, tokenizer: object, config: Engine
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     else:
         name = expanded(str(MODEL_DIR if model is None else model))
-        if tokenizer is None and config.tokenizer is None and not config.skip_tokenizer_init:
-            check_tokenizer_files(name)
+        if not config.skip_tokenizer_init and (tokenizer is None or isinstance(tokenizer, str | Path)):
+            check_tokenizer_files(str(tokenizer or config.tokenizer or name))
         module = load_bare(name, config)
         tokenizer = _tokenizer_for(name, tokenizer, config)
     prepared, spec, ignored = _prepare(module, borrowed, tokenizer, config, name)
@@ -147,14 +147,15 @@ def _tokenizer_for(source: str | None, tokenizer: object, config: EngineConfig) 
     """The caller's tokenizer object, or the one named, or the model's own; None when skipped."""
     if config.skip_tokenizer_init:
         return None
-    if tokenizer is not None and not isinstance(tokenizer, str):
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
         return tokenizer
-    name = tokenizer if isinstance(tokenizer, str) else config.tokenizer
+    name = config.tokenizer if tokenizer is None else str(tokenizer)
     if source is None and name is None:
         raise ConfigurationError(
             "a live module needs its tokenizer: InferenceEngine(model, tokenizer), or skip_tokenizer_init=True"
         )
     path = expanded(name or str(source))
+    check_tokenizer_files(path)
     try:
         return read_tokenizer(path, config)
     except Exception as error:

@@ -28,10 +28,6 @@ class AbortRequest(RequestModel):
     request_id: str
 
 
-class NoFields(RequestModel):
-    """An empty object."""
-
-
 async def drain(server: Server, request: Request) -> Response:
     """Refuse new requests, wait for the open ones, abort the rest. The server stays up and not ready."""
     body = await read_model(request, DrainRequest, server.settings.max_body_bytes, default=b"{}")

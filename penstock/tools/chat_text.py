@@ -10,7 +10,8 @@ from typing import Protocol
 
 from penstock.api.prompt import Message, Prompt, read_prompt
 from penstock.api.protocols import Engine, Rendering, Templated, Tokenizing
-from penstock.errors import RequestError, text_of
+from penstock.api.rendering import render_chat
+from penstock.errors import RequestError
 
 
 class ChatTokenizer(Protocol):
@@ -95,11 +96,7 @@ class _TokenizerText:
     async def render(self, messages: Sequence[Message], options: Mapping[str, object]) -> str:
         chat = read_prompt(_prompt(messages, options)).chat
         assert chat is not None
-        arguments = {"tools": chat.tools, "add_generation_prompt": True, "tokenize": False, **chat.arguments}
-        try:
-            return str(self._tokenizer.apply_chat_template(chat.messages, **arguments))
-        except Exception as error:  # templates raise arbitrary errors for unknown roles and orders
-            raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
+        return render_chat(self._tokenizer, chat)
 
     async def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

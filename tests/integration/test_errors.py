@@ -391,6 +391,12 @@ def test_an_incomplete_folder_is_refused_at_once(tmp_path: Path) -> None:
     refusal(ConfigurationError, ValueError, "no weights.*incomplete", lambda: InferenceEngine(str(tmp_path)))
 
 
+def test_a_folder_of_an_adapter_says_how_to_load_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    says = r"holds an adapter: .* engine.load_adapter"
+    refusal(ConfigurationError, ValueError, says, lambda: InferenceEngine(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-100], lambda data: b"\xff" * 64, lambda data: b"", lambda data: data + b"\0"]
 )
@@ -406,6 +412,15 @@ def test_a_folder_without_tokenizer_names_both_remedies(tmp_path: Path) -> None:
     engine = InferenceEngine(str(saved(tmp_path)))
     failure(ConfigurationError, ValueError, r"with tokenizer='.*skip_tokenizer_init=True", engine.start)
     failure(ConfigurationError, ValueError, "skip_tokenizer_init=True", InferenceEngine(build("llama")).start)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_missing_folder_of_a_tokenizer_is_refused_before_weights_are_read(
+    kind: Callable[[str], str | Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.models.loading.read_module", lambda *_: pytest.fail("weights were read"))
+    engine = InferenceEngine(None, kind("/no/such/folder"))
+    failure(ConfigurationError, ValueError, "there is no tokenizer folder /no/such/folder", engine.start)
 
 
 def test_what_does_not_exist_on_this_machine_is_refused() -> None:
@@ -436,6 +451,13 @@ def test_an_architecture_that_cannot_be_paged_is_refused_with_the_remedy(name: s
 def test_a_module_that_is_no_language_model_is_refused() -> None:
     engine = InferenceEngine(nn.Linear(2, 2), skip_tokenizer_init=True)
     failure(ConfigurationError, ValueError, "it is not a transformers model", engine.start)
+
+
+@pytest.mark.parametrize("verify_model", [True, False])
+def test_a_model_without_an_output_head_says_how_to_load_it(verify_model: bool) -> None:
+    module: Any = build("llama")
+    engine = InferenceEngine(module.model, skip_tokenizer_init=True, verify_model=verify_model)
+    failure(ConfigurationError, ValueError, "returns no logits: load it with AutoModelForCausalLM", engine.start)
 
 
 def test_a_load_failure_reaches_every_waiter(tmp_path: Path) -> None:
@@ -609,8 +631,15 @@ def test_an_output_kind_may_be_given_by_its_name() -> None:
 def test_a_config_or_model_of_the_wrong_type_says_what_to_pass() -> None:
     wrong: Any = {"max_batch_size": 3}
     refusal(ConfigurationError, ValueError, "EngineConfig.from_yaml", lambda: InferenceEngine(config=wrong))
-    refusal(ConfigurationError, ValueError, "a model cannot be a dict", lambda: InferenceEngine(wrong))
+    refusal(ConfigurationError, ValueError, "a model cannot be of type dict", lambda: InferenceEngine(wrong))
     refusal(ConfigurationError, ValueError, "name is empty", lambda: InferenceEngine(""))
+
+
+def test_a_tokenizer_of_the_wrong_type_is_refused_at_once() -> None:
+    """Settings in its place failed while the model loaded, as an unhashable type."""
+    config = EngineConfig()
+    refusal(ConfigurationError, ValueError, "write .*config=config", lambda: InferenceEngine(None, config))
+    refusal(ConfigurationError, ValueError, "a tokenizer cannot be of type int", lambda: InferenceEngine(None, 5))
 
 
 def test_keywords_beside_a_config_leave_the_callers_object_alone() -> None:

@@ -180,7 +180,7 @@ class Host:
 
     def _closed_error(self) -> EngineClosed:
         reason = "the engine was stopped" if self.error is None else f"the engine failed: {text_of(self.error)}"
-        return EngineClosed(f"{reason}; create a new one")
+        return EngineClosed(f"{reason}: create a new one")
 
     def _end_boot(self) -> None:
         with self._lock:

@@ -35,10 +35,10 @@ from penstock.engine.replicas.host import RouterHost
 from penstock.engine.replicas.orders import Orders
 from penstock.engine.replicas.replica import Replica
 from penstock.engine.replicas.sources import Models
-from penstock.engine.requests.request import Request, new_request
+from penstock.engine.requests.request import Request, new_request, unused_id
 from penstock.engine.requests.room import RoomQueue
 from penstock.engine.updates import UpdateBlock, check_adapter, reading_weights
-from penstock.errors import ConfigurationError, EngineClosed, RequestError, shown
+from penstock.errors import ConfigurationError, EngineClosed, shown
 from penstock.generation import Params, default_params
 from penstock.models.protocol import ModelRunner
 from penstock.sampling import RequestPriority, SamplingParams
@@ -118,7 +118,7 @@ class ReplicatedEngine(Capabilities):
             adapter=adapter,
             callback=callback,
         )
-        request = new_request(self._unused_id(request_id), arguments, self._random.getrandbits(62))
+        request = new_request(unused_id(request_id, self._channels), arguments, self._random.getrandbits(62))
         self._submit(request)
         handle = RequestHandle(request.channel, self)
         if callback is not None:
@@ -319,13 +319,6 @@ class ReplicatedEngine(Capabilities):
             self._admission.release(request.place)
             raise
         self._channels[request.id] = request.channel
-
-    def _unused_id(self, request_id: str | None) -> str:
-        """The id, or a fresh one. Raises `RequestError` while it is in use."""
-        request_id = check_id(request_id)
-        if (channel := self._channels.get(request_id)) is not None and not channel.ended:
-            raise RequestError(f"request id {request_id!r} is already running: use another, or none")
-        return request_id
 
 
 def _shut_down(host: RouterHost, callbacks: Callbacks, unregister: Callable[[], None]) -> None:

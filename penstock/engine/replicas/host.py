@@ -79,7 +79,7 @@ class RouterHost:
         """`start`; the future that says when all replicas are loaded. Raises `EngineClosed` after `stop`."""
         self.start()
         if self._thread is None:
-            raise EngineClosed("the engine was stopped; create a new one")
+            raise EngineClosed("the engine was stopped: create a new one")
         return self.booted
 
     def submit(self, request: Request, displaced: Sequence[QueuePlace]) -> None:
@@ -139,7 +139,7 @@ class RouterHost:
         if (fault := self._dispatcher.fault) is not None:
             raise EngineClosed(str(fault))
         if self._is_stopping:
-            raise EngineClosed("the engine was stopped; create a new one")
+            raise EngineClosed("the engine was stopped: create a new one")
 
     def _open_loop(self) -> asyncio.AbstractEventLoop:
         self.check_open()
@@ -187,7 +187,7 @@ class RouterHost:
             self._dispatcher.open()
         except Exception as error:
             text = text_of(error) if isinstance(error, PenstockError) else described(error)
-            self._dispatcher.fail(EngineClosed(f"the engine failed: {text}; create a new one"))
+            self._dispatcher.fail(EngineClosed(f"the engine failed: {text}: create a new one"))
             await asyncio.to_thread(self._stop_replicas)
             self.booted.set_exception(error)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from penstock.api.weights import WeightSource
 from penstock.config import EngineConfig
-from penstock.engine.assembly import check_model
+from penstock.engine.assembly import check_model, check_tokenizer
 from penstock.engine.replicas.replica import Source
 from penstock.errors import ConfigurationError, shown, text_of
 from penstock.values import integer
@@ -52,6 +52,7 @@ class Models:
             raise ConfigurationError(f"each replica needs a model and a device, and there are {text}")
         for candidate in models:
             check_model(candidate)
+        check_tokenizer(tokenizer)
         count = next(iter(counts.values()))
         if count > 1 and not is_list and not _is_name(model) and not hasattr(model, "parameters"):
             raise ConfigurationError(f"{count} replicas cannot share one {type(model).__name__}: pass a list of them")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from penstock.api.arguments import Arguments
+from penstock.api.arguments import Arguments, check_id
 from penstock.api.channel import Channel
 from penstock.api.prompt import PromptInput
 from penstock.engine.requests.collector import Collector
+from penstock.errors import RequestError
 from penstock.generation import Params
 from penstock.optimizers.beam_search import BeamSearch
 from penstock.sampling import RequestPriority
@@ -68,3 +69,11 @@ def new_request(request_id: str, arguments: Arguments, seed: int = 0) -> Request
         place=QueuePlace(request_id, num_tokens, priority, deadline),
         seed=seed,
     )
+
+
+def unused_id(request_id: str | None, channels: Mapping[str, Channel]) -> str:
+    """The id, or a fresh one for None. Raises `RequestError` while a request with this id runs."""
+    request_id = check_id(request_id)
+    if (channel := channels.get(request_id)) is not None and not channel.ended:
+        raise RequestError(f"request id {request_id!r} is already running: use another, or none")
+    return request_id

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from penstock.api.exiting import join_threads
 from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
+from penstock.api.rendering import render_chat
 from penstock.engine.text.token_text import TokenDecoder, redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
-from penstock.errors import EngineClosed, RequestError, RequestTooLarge, text_of
+from penstock.errors import EngineClosed, RequestError, RequestTooLarge
 
 # Number of characters that a Rust tokenizer encodes in less time than two thread switches take.
 SHORT_TEXT = 256
@@ -193,16 +194,7 @@ def is_plain(tokenizer: Tokenizer | None) -> bool:
 def _render(tokenizer: Tokenizer | None, chat: Chat) -> str:
     """The conversation as one text, rendered by the tokenizer's chat template."""
     _need_tokenizer(tokenizer, 'pass {"prompt_token_ids": [...]}')
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
-    render = getattr(tokenizer, "apply_chat_template")  # noqa: B009 - not every tokenizer has it
-    optional = {"tools": chat.tools, "documents": chat.documents, "continue_final_message": chat.continue_final_message}
-    options = {**{name: value for name, value in optional.items() if value}, **chat.arguments}
-    try:
-        text = render(chat.messages, add_generation_prompt=chat.add_generation_prompt, tokenize=False, **options)
-    except BaseException as error:  # templates raise arbitrary errors for unknown roles and orders
-        raise RequestError(f"the chat template refused these messages: {text_of(error)}") from error
-    if len(text := str(text)) > MAX_RENDERED:
+    if len(text := render_chat(tokenizer, chat)) > MAX_RENDERED:
         raise RequestTooLarge(f"the chat template wrote {len(text)} characters, more than {MAX_RENDERED}")
     return text
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from penstock.errors import RequestError, WeightsError
+from penstock.models.adapters.layers import shape_of
 from penstock.training.lora.records import LORA_ALPHA, LoraShape
 
 PREFIX = "base_model.model."  # of names in the files of peft
@@ -91,7 +92,7 @@ def target_layers(module: PreTrainedModel, shape: LoraShape) -> dict[str, nn.Mod
     for path, part in module.named_modules():
         if "Attention" in type(part).__name__:
             attention.update(part.modules())
-        if features(part) is None or path.rpartition(".")[2] in _ROUTERS:
+        if shape_of(part) is None or path.rpartition(".")[2] in _ROUTERS:
             continue
         is_wanted = shape.train_attn if part in attention else shape.train_mlp
         if shape.train_unembed if part is head else is_wanted:
@@ -99,17 +100,8 @@ def target_layers(module: PreTrainedModel, shape: LoraShape) -> dict[str, nn.Mod
     return layers
 
 
-def features(module: nn.Module) -> tuple[int, int] | None:
-    """The numbers of inputs and outputs of a linear layer; None for anything else."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        sizes = [getattr(module, name, None) for name in names]
-        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-            return sizes[0], sizes[1]
-    return None
-
-
 def _initialized(part: nn.Module, rank: int, generator: torch.Generator) -> LowRank:
-    sizes = features(part)
+    sizes = shape_of(part)
     assert sizes is not None
     device = next(part.parameters()).device
     bound = 1 / math.sqrt(sizes[0])  # as a linear layer's own weight

@@ -11,11 +11,24 @@ from transformers import GenerationConfig
 
 from penstock.config import EngineConfig
 from penstock.generation import default_params
-from penstock.models.generation_defaults import KNOWN, WITHOUT_MEANING, end_of_turn, eos_token_ids, generation_defaults
+from penstock.models.generation_defaults import KNOWN, end_of_turn, eos_token_ids, generation_defaults
 from penstock.models.loading import load
 from penstock.sampling import SamplingParams
 from tests.tiny_models import VOCAB, build
 from tests.tokenizers_for_tests import byte_level
+
+# Fields that change no token of a decoder-only model: memory, speed, return values, padding, encoders.
+WITHOUT_MEANING = frozenset({
+    "use_cache", "cache_config", "max_cache_len", "low_memory",
+    "prefill_chunk_size", "compile_config", "disable_compile", "continuous_batching_config",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "transformers_version",
+    "pad_token_id", "bos_token_id", "decoder_start_token_id",
+    "use_mtp", "speculation_type", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+    "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight",
+})  # fmt: skip
 
 
 def module_of(**fields: Any) -> Any:

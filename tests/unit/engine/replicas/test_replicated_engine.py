@@ -485,7 +485,7 @@ def test_wrong_arguments_are_refused_with_what_to_change() -> None:
         ({"devices": "cpu", "replicas": 2}, "devices must be a list"),
         ({"devices": [0, 1]}, "devices must be a list"),
         ({"model": scripted, "replicas": 2}, "2 replicas cannot share one ScriptedModel: pass a list"),
-        ({"model": [scripted, 3]}, "a model cannot be a int"),
+        ({"model": [scripted, 3]}, "a model cannot be of type int"),
         ({"model": "./no/such/folder", "replicas": 2}, "there is no model folder"),
         ({"replicas": 2, "routing": "random"}, "routing='random' is unknown: use 'prefix', 'load', 'round_robin'"),
         ({"replicas": 2, "routing": []}, r"routing=\[\] is unknown"),
