@@ -1,4 +1,4 @@
-"""OpenAI's API inside of a FastAPI app that uses the same engine: `uvicorn --app-dir examples mounted_server:app`."""
+"""OpenAI's API inside a FastAPI app that uses the same engine: `uvicorn --app-dir examples mounted_server:app`."""
 
 from collections import Counter
 from collections.abc import AsyncIterator

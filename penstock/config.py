@@ -312,13 +312,13 @@ def _explain(details: ErrorDetails, names: Iterable[str], secrets: Collection[st
 
 @cache
 def warn_of_misspelled_variables(prefix: str, names: tuple[str, ...]) -> None:
-    """Warn, once per process, of environment variables that look like one of these settings and are none."""
+    """Warn, once per process, of environment variables that look like one of these settings and are not."""
     known = {f"{prefix}{name.upper()}" for name in names}
     for variable in os.environ:
         if variable.startswith(prefix) and variable not in known:
             word = variable.removeprefix(prefix).lower()
             if matches := difflib.get_close_matches(word, names, n=1, cutoff=0.7):
-                text = "the environment variable %s is no setting and has no effect: did you mean %s?"
+                text = "the environment variable %s is not a setting and has no effect: did you mean %s?"
                 logging.getLogger("penstock").warning(text, variable, f"{prefix}{matches[0].upper()}")
 
 

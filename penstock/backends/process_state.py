@@ -1,4 +1,4 @@
-"""`restored_process`: another engine starts inside of it and leaves the process as it was.
+"""`restored_process`: another engine starts inside it and leaves the process as it was.
 
 Called by what starts vLLM and SGLang, on threads on which no signal handler can be installed.
 """

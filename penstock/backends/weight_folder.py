@@ -36,7 +36,7 @@ def check_folder(folder: object, model: str | os.PathLike[str]) -> Path:
 def read_shapes(folder: Path) -> Shapes:
     """The name and shape of every tensor in a folder. Raises `WeightsError`."""
     if not folder.is_dir():
-        raise WeightsError(f"{folder} is no folder: save the weights there with save_pretrained(..., safetensors)")
+        raise WeightsError(f"{folder} is not a folder: save the weights there with save_pretrained(..., safetensors)")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{folder} has no .safetensors file: save the weights with save_pretrained")
@@ -57,7 +57,7 @@ def _read_file(file: Path) -> dict[str, tuple[int, ...]]:
         end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
         shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise WeightsError(f"{file} is no safetensors file ({text_of(error)}): write it again") from None
+        raise WeightsError(f"{file} is not a safetensors file ({text_of(error)}): write it again") from None
     if file.stat().st_size != 8 + length + end:
         raise WeightsError(
             f"{file} has {file.stat().st_size} bytes where its header says {8 + length + end}: "

@@ -63,7 +63,7 @@ def loaded_engine(model: Any = None, tokenizer: Any = None, **settings: Any) -> 
 
 @contextlib.contextmanager
 def started_engine(engine: Engine, loading: AbstractContextManager[None] | None = None) -> Iterator[None]:
-    """Start an engine, inside of `loading`; at the end abort all its requests and stop it.
+    """Start an engine, inside `loading`; at the end abort all its requests and stop it.
 
     Ctrl-C ends the process at once while the engine loads, or while it is stopped, which waits for a running step.
     """

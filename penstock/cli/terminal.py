@@ -83,7 +83,7 @@ def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def print_table(table: object) -> None:
-    """Print a rich table on stderr, without breaking its lines if that is no terminal."""
+    """Print a rich table on stderr, without breaking its lines if that is not a terminal."""
     from rich.console import Console
 
     Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH).print(table)

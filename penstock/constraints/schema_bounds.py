@@ -58,7 +58,7 @@ def _entries(schema: object) -> Iterator[tuple[str, object]]:
 
 
 def _divisor(value: object) -> int:
-    """The digits of a number as one integer, without zeros at its ends; 0 for what is no number."""
+    """The digits of a number as one integer, without zeros at its ends; 0 for anything but a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return 0
     digits = "".join(map(str, Decimal(str(value)).as_tuple().digits)).strip("0")
@@ -68,7 +68,7 @@ def _divisor(value: object) -> int:
 class _Conjunctions:
     """Counts the patterns that one text has to match at once; at least as many as there are.
 
-    `num_patterns` is the number in the whole schema, which stands for what a reference that is no path leads to.
+    `num_patterns` is the number in the whole schema, which stands for what a reference that is not a path leads to.
     """
 
     def __init__(self, root: object, num_patterns: int) -> None:

@@ -174,7 +174,7 @@ def write_floats(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
     for target, value in pairs:
         if value is not None:
             if target is None or target.shape != value.shape:
-                raise AssertionError(f"{tuple(value.shape)} is no replacement for {target and tuple(target.shape)}")
+                raise AssertionError(f"{tuple(value.shape)} cannot replace {target and tuple(target.shape)}")
             target.copy_(value.detach())
 
 

@@ -145,7 +145,7 @@ class Linear:
         self._kernels, self._norm, self._calibration = kernels, norm, calibration if quantize else None
         self._sizes, self._mode = [len(w) for w in weights], mode
         if norm is not None and norm.width != self.k:
-            raise AssertionError(f"a norm of {norm.width} numbers is no norm of {self.k}")
+            raise AssertionError(f"a norm of {norm.width} numbers cannot be applied to {self.k}")
         if any(w.dtype != dtype for w in weights):
             raise AssertionError(f"a kernel was given matrices of several dtypes, {[w.dtype for w in weights]}")
         self._format = TYPES[torch.int8 if quantize else dtype]

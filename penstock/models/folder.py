@@ -17,7 +17,7 @@ _TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "spiece*", "*.spm", "sen
 def check_source(source: str) -> str:
     """`expanded(source)`. Raises `ConfigurationError` for a folder that is missing or incomplete.
 
-    What looks like a hub id ("name" or "owner/name") and is no folder is left to the hub library.
+    What looks like a hub id ("name" or "owner/name") and is not a folder is left to the hub library.
     """
     if not source.strip():
         raise ConfigurationError("the model's name is empty: pass a folder or a hub id, or None for the demo model")
@@ -34,7 +34,7 @@ def check_source(source: str) -> str:
 def check_tokenizer_files(source: str) -> None:
     """Raise `ConfigurationError` for a folder that is missing, or without any file of a tokenizer.
 
-    What is no folder and looks like a hub id is left to the hub library. Called before weights are read.
+    What is not a folder and looks like a hub id is left to the hub library. Called before weights are read.
     """
     folder = Path(expanded(source))
     if not folder.exists() and _looks_local(source):

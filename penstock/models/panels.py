@@ -229,7 +229,7 @@ def metadata_of(rows: Sequence[Row], block_size: int, slots: np.ndarray) -> page
 
 
 def _table(row: Row, block_size: int, by_panel: bool) -> np.ndarray:
-    """The panels of a row's context, or its slots where blocks are no multiples of a panel."""
+    """The panels of a row's context, or its slots where blocks are not multiples of a panel."""
     blocks: np.ndarray = np.array(row.blocks[: -(-row.end // block_size)], dtype=np.int32)
     unit = block_size // PANEL if by_panel else block_size
     if unit > 1:

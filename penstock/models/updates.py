@@ -98,7 +98,7 @@ def _checked(weights: Weights, name: str, tensor: Tensor) -> str:
     if target is None:
         raise WeightsError(f"the model has no weight {shown(name)}: names are those of the module's state_dict()")
     if tensor.is_nested or tensor.layout is not torch.strided:
-        raise WeightsError(f"{name} is no dense tensor: convert it first")
+        raise WeightsError(f"{name} is not a dense tensor: convert it first")
     if target.shape != tensor.shape:
         raise WeightsError(f"{name} has the shape {list(tensor.shape)}, and {list(target.shape)} in the model")
     if target.dtype != tensor.dtype and not (target.is_floating_point() and tensor.is_floating_point()):

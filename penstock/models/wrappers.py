@@ -16,7 +16,7 @@ _SHARDED = ("FullyShardedDataParallel", "DTensor")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of compiled and data-parallel wrappers; `module` itself where there are none."""
+    """The module inside compiled and data-parallel wrappers; `module` itself where there are none."""
     while (inner := _inner(module)) is not None:
         module = inner
     return module

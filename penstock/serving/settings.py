@@ -129,7 +129,7 @@ class ServingSettings(BaseSettings):
     @field_validator("served_model_name", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        """Names separated by commas, as in the environment; also inside of a list, where options put them."""
+        """Names separated by commas, as in the environment; also inside a list, where options put them."""
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
             return value

@@ -15,7 +15,7 @@ from penstock.tools.definitions import Tool
 from penstock.tools.output_parser import format_named, parse_output
 from penstock.tools.pieces import ToolCall
 
-# What begins a call beyond doubt, and what ends it. In JSON without a marker, what is no complete call may be data.
+# What begins a call beyond doubt, and what ends it. In JSON without a marker, an incomplete call may be data.
 _MARKERS: Mapping[str, tuple[str, str]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "qwen3_coder": ("<tool_call>|<function=", "</tool_call>"),

@@ -24,7 +24,7 @@ def allowed_types(schema: object, root: Mapping[str, object]) -> frozenset[str]:
 
 
 def coerced(text: str, types: frozenset[str]) -> object:
-    """The value that the text stands for. Without types, whatever JSON it is; with "string", only null is no string."""
+    """The value that the text stands for. Without types, whatever JSON it is; with "string", all but null is text."""
     word = text.strip()
     if "null" in types and word.lower() in _NULLS:
         return None
@@ -76,7 +76,7 @@ def _type_of(value: object) -> str:
 
 
 def _target(reference: object, root: Mapping[str, object]) -> object:
-    """What a reference inside of the document leads to, or None."""
+    """What a reference inside the document leads to, or None."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     target: object = root

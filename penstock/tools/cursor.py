@@ -22,7 +22,7 @@ class Malformed(Exception):
 
 
 class EndOfText(Exception):
-    """The text ends inside of something. Never leaves this package."""
+    """The text ends inside something. Never leaves this package."""
 
 
 class Marker:

@@ -176,7 +176,7 @@ class JsonScanner:
         assert match
         end = match.end()
         if end - pos <= _MAX_SCALAR and end == len(text) and (self._stack or not closed):
-            return pos  # it may go on; inside of a list or an object, more must follow
+            return pos  # it may go on; inside a list or an object, more must follow
         if not _WORD.fullmatch(text, pos, end):
             raise _MalformedAt(pos)
         self._next = _COMMA
@@ -192,7 +192,7 @@ class _MalformedAt(Malformed):
 
 
 def json_value(cursor: Cursor, deliver: Callable[[str], None]) -> Reading[None]:
-    """Read one JSON value and deliver its text, piece by piece; all of it if the text ends inside of the value."""
+    """Read one JSON value and deliver its text, piece by piece; all of it if the text ends inside the value."""
     scanner = JsonScanner()
     while True:
         malformed: _MalformedAt | None = None

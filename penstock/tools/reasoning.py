@@ -19,7 +19,7 @@ class ReasoningFormat:
     end: str
 
     def is_open_after(self, prompt: str, continued: str = "") -> bool:
-        """Whether the output begins inside of the reasoning, after this rendered prompt (its end suffices).
+        """Whether the output begins inside the reasoning, after this rendered prompt (its end suffices).
 
         True if the prompt ends with the start marker, as templates do that begin the reasoning. `continued` is the
         text of an assistant message that the prompt ends with and the model continues.
@@ -55,7 +55,7 @@ class ReasoningSplitter:
     """Reads one output: `feed` every piece of text, then `finish` once.
 
     `is_open` says that the prompt began the reasoning already (see `ReasoningFormat.is_open_after`). Otherwise there is
-    reasoning only if the output begins with the start marker. White space inside of the markers and behind the
+    reasoning only if the output begins with the start marker. White space inside the markers and behind the
     reasoning is dropped.
     """
 

@@ -14,7 +14,7 @@ class ToolCallParser:
 
     `format` is a name in `penstock.tools.FORMATS`. `tools` are read by `read_tools`: with them, arguments that are
     plain text are converted by schema, and JSON or Python without a marker counts as a call only for a known name.
-    Malformed calls are no calls; nothing raises for what a model writes.
+    Malformed calls are left out; nothing that a model writes raises.
     """
 
     def __init__(self, format: str = "json", tools: object = None) -> None:

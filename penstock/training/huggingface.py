@@ -32,7 +32,7 @@ class HuggingFaceBackend(EngineBackend):
     `device` is "auto", "cpu", "cuda" or "cuda:1". `dtype` is "auto" (the checkpoint's), "float32", "float16" or
     "bfloat16", their short forms "fp32", "fp16" and "bf16", or a `torch.dtype`. `tokenizer` is an object or a name, by
     default the model's own; a live module needs one. `model_kwargs` are settings of `EngineConfig`. `model` is the
-    module itself, for a trainer, which changes it in place inside of `updating()`. With more than one of `replicas`, a
+    module itself, for a trainer, which changes it in place inside `updating()`. With more than one of `replicas`, a
     `ReplicatedEngine` runs it and copies of it, each on a GPU or all on the CPU. Raises `ConfigurationError`,
     `OutOfMemory`.
     """

@@ -223,7 +223,7 @@ def test_what_is_no_parameter_or_has_another_shape_is_refused_before_anything_is
     before = engine.logprobs()
     perturb_all(module)
     names = ["model.layers.0.mlp.up_proj.weight"]
-    with pytest.raises(ConfigurationError, match=r"'lm_head.wight' is no parameter of the model"):
+    with pytest.raises(ConfigurationError, match=r"'lm_head.wight' is not a parameter of the model"):
         engine.refresh([*names, "lm_head.wight"])
     module.lm_head.weight = nn.Parameter(torch.zeros(170, 32))
     with pytest.raises(ConfigurationError, match=r"lm_head.weight is .* \(170, 32\) .* was \(160, 32\) on cpu"):

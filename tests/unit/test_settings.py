@@ -166,7 +166,7 @@ def test_a_misspelled_environment_variable_is_warned_of(
     EngineConfig()
     EngineConfig()
     assert [record.message for record in caplog.records] == [
-        "the environment variable PENSTOCK_MAX_BATCH_SIEZ is no setting and has no effect: "
+        "the environment variable PENSTOCK_MAX_BATCH_SIEZ is not a setting and has no effect: "
         "did you mean PENSTOCK_MAX_BATCH_SIZE?"
     ]
 
@@ -180,7 +180,7 @@ def test_a_misspelled_environment_variable_of_the_server_is_warned_of(
     ProcessSettings()
     (record,) = caplog.records
     assert record.message.endswith(
-        "PENSTOCK_SERVE_PROT is no setting and has no effect: did you mean PENSTOCK_SERVE_PORT?"
+        "PENSTOCK_SERVE_PROT is not a setting and has no effect: did you mean PENSTOCK_SERVE_PORT?"
     )
 
 

@@ -1,7 +1,7 @@
 """`InferenceServiceClient`: what rollout workers call, whatever service answers.
 
 Owns the weight sync of its calls and the access in OpenAI's style. Subclasses call a service in `completion` and
-`generate`, inside of `_in_service`.
+`generate`, inside `_in_service`.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _logprobs(logprobs: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[floa
 
 
 def _id_of(name: str) -> int:
-    """The id in "token_id:123". A token's text is no id, even if it is made of digits."""
+    """The id in "token_id:123". A token's text is not an id, even if it is made of digits."""
     digits = name.removeprefix(_ID_PREFIX)
     if digits == name or not digits.isdecimal():
         raise ExecutionError(

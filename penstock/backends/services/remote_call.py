@@ -51,7 +51,7 @@ def pop_tools(arguments: dict[str, Any]) -> list[dict[str, object]] | None:
 
 
 def _merged(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments and what is in `extra_body`, under one name each. None is no value; no stream is none either."""
+    """The arguments and those in `extra_body`, under one name each, without values of None. Refuses a stream."""
     extra = arguments.get("extra_body") or {}
     values = {**{name: value for name, value in arguments.items() if name != "extra_body"}, **extra}
     if values.pop("stream", None):

@@ -35,7 +35,7 @@ def render_chat(
 def with_arguments_as_objects(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """Copies of the messages. Arguments of tool calls that are JSON text become objects, as templates expect.
 
-    Raises `RequestError` for what is no list of messages.
+    Raises `RequestError` for anything but a list of messages.
     """
     return [_with_objects(_copy(*numbered)) for numbered in enumerate(items("messages", messages))]
 

@@ -104,7 +104,7 @@ class WeightGate:
     def request(self) -> Iterator[int]:
         """Run a request: waits, and gives the version that it will run with to its end. Raises `WeightsError`.
 
-        A request inside of another one of the same task or thread belongs to it, and does not wait.
+        A request inside another one of the same task or thread belongs to it, and does not wait.
         """
         lease = self._joined()
         if lease is None:
@@ -135,7 +135,7 @@ class WeightGate:
     def update(self) -> Iterator[int]:
         """Run an update: waits until no request runs, and gives the version that it makes. An exception fails it.
 
-        Raises `EngineStateError` inside of a request.
+        Raises `EngineStateError` inside a request.
         """
         self._check_update()
         place = self._enter(self._updates)
@@ -196,7 +196,7 @@ class WeightGate:
         """Raise `EngineStateError` for an update that would wait for itself."""
         lease = _leases.get().get(self)
         if lease is not None and lease.num_holders > 0 and lease.owner == _running():
-            raise EngineStateError("an update inside of a request of the same service would never begin: move it out")
+            raise EngineStateError("an update inside a request of the same service would never begin: move it out")
 
     @property
     def _is_updating(self) -> bool:

@@ -92,8 +92,8 @@ class WeightSyncController:
     def lease(self, model_tag: str) -> AbstractContextManager[int]:
         """Run a request inside: `with controller.lease(tag) as version`. Raises `WeightsError` after a failed update.
 
-        The version holds until the end of the block. Leases inside of it, such as those of clients, belong to it and do
-        not wait; updating the same service inside of it raises `EngineStateError`.
+        The version holds until the end of the block. Leases inside it, such as those of clients, belong to it and do
+        not wait; updating the same service inside it raises `EngineStateError`.
         """
         return self.gate(model_tag).request()
 

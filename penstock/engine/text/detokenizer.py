@@ -11,7 +11,7 @@ from copy import copy
 from penstock.engine.text.token_text import Kind, TokenDecoder
 from penstock.engine.text.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # the decoders' text for bytes that are no complete character
+REPLACEMENT = "\ufffd"  # the decoders' text for bytes that are not a complete character
 
 # UTF-8 resynchronises after three bytes and a visible token holds at least one, so the last four ids always determine
 # whether the stream is inside a character.

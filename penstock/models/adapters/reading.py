@@ -22,7 +22,7 @@ from penstock.kernels.native import FLOATS
 from penstock.models.watch import is_adapter_layer
 from penstock.models.wrappers import name_before_compiling
 
-PREFIX = "base_model.model."  # of names inside of a `PeftModel`
+PREFIX = "base_model.model."  # of names inside a `PeftModel`
 
 # Fields of peft's config -> the values with which the adapter is a plain one. What is not here changes training, or the
 # choice of the layers, which shows in the names of the matrices.
@@ -91,7 +91,7 @@ def not_finite(path: str) -> WeightsError:
 
 
 def adapter_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers of peft inside of a module, by their names. A tenth of what they consist of is looked at."""
+    """The layers of peft inside a module, by their names. A tenth of what they consist of is looked at."""
     for name, part in module._modules.items():
         if part is None:
             continue

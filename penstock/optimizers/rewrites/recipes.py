@@ -186,7 +186,7 @@ class DerivedWeights:
         for name in names:
             key, value = self._ids.get(name), source.get(name)
             if key is None or value is None:
-                raise ConfigurationError(f"{name!r} is no parameter of the model: its names are {_some(self._ids)}")
+                raise ConfigurationError(f"{name!r} is not a parameter of the model: its names are {_some(self._ids)}")
             entry = self._entries[key]
             actual, expected = (tuple(value.shape), value.device), (tuple(entry.shape), entry.device)
             if actual != expected or value.dtype not in FLOATS:

@@ -37,7 +37,7 @@ class NormFacts:
 
 
 def norm_of(module: nn.Module | None) -> NormFacts | None:
-    """The norm that `module` computes, or None if it is no known norm."""
+    """The norm that `module` computes, or None for an unknown one."""
     weight = getattr(module, "weight", None)
     if module is None or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return None
@@ -54,7 +54,7 @@ def norm_of(module: nn.Module | None) -> NormFacts | None:
 
 
 def activation_of(module: Callable[[Tensor], Tensor] | None) -> str | None:
-    """The name of the activation that `module` computes, or None if it is no known one."""
+    """The name of the activation that `module` computes, or None for an unknown one."""
     if module is None:
         return None
     x = torch.linspace(-6.0, 6.0, 64, dtype=torch.float32, device="cpu")

@@ -34,7 +34,7 @@ _NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class WeightsPath:
-    """The place of a saved adapter. Raises `RequestError` for what is no run, kind or name."""
+    """The place of a saved adapter. Raises `RequestError` for an invalid run, kind or name."""
 
     run: str
     kind: str
@@ -43,18 +43,20 @@ class WeightsPath:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise RequestError(
-                f"{shown(self.name)} is no name of saved weights: use up to 128 letters, digits, '_', '-' and '.', the "
+                f"{shown(self.name)} cannot name saved weights: use up to 128 letters, digits, '_', '-' and '.', the "
                 "first of them a letter, a digit or '_'"
             )
         if not _RUN.fullmatch(self.run) or self.kind not in TYPES:
-            raise RequestError(f"{shown(str(self))} is no path of saved weights: these are tinker://RUN/weights/NAME")
+            raise RequestError(
+                f"{shown(str(self))} is not a path of saved weights: these are tinker://RUN/weights/NAME"
+            )
 
     @classmethod
     def parse(cls, path: str) -> WeightsPath:
         """The parts of a path. Raises `RequestError`."""
         parts = path.removeprefix(SCHEME).split("/")
         if not path.startswith(SCHEME) or len(parts) != 3:
-            raise RequestError(f"{shown(path)} is no path of saved weights: these are tinker://RUN/weights/NAME")
+            raise RequestError(f"{shown(path)} is not a path of saved weights: these are tinker://RUN/weights/NAME")
         return cls(*parts)
 
     def __str__(self) -> str:

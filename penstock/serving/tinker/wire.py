@@ -26,7 +26,7 @@ _STOP_REASONS = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
 
 
 class LossRequest:
-    """`/forward_backward`: which model, and what to compute. Raises `RequestError` for what is no such message."""
+    """`/forward_backward`: which model, and what to compute. Raises `RequestError` for any other message."""
 
     def __init__(self, body: bytes) -> None:
         self._message = pb.ForwardBackwardRequest()
@@ -105,7 +105,7 @@ def _values(data: bytes, dtype: int) -> Array:
 
 def _buffer(data: bytes, dtype: npt.DTypeLike) -> Array:
     if len(data) % np.dtype(dtype).itemsize:
-        raise RequestError("a tensor's bytes are no whole number of elements")
+        raise RequestError("a tensor's bytes are not a whole number of elements")
     return np.frombuffer(data, dtype=dtype)
 
 

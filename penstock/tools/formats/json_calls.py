@@ -69,7 +69,7 @@ class _Members:
             self._block.calls.arguments(fragment)
 
     def end(self) -> None:
-        """The object ends. Raises `Malformed` if it is no call."""
+        """The object ends. Raises `Malformed` if it is not a call."""
         if self._name is None:
             raise Malformed
         if not self._has_arguments:

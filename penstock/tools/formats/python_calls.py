@@ -24,7 +24,7 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _PYTHON_ESCAPES = frozenset("\\'\"abfnrtvx01234567NuU\n")
 _CLOSING = {"]": "[", "}": "{", ")": "("}
 _PUNCTUATION = "[]{}(),#\\"
-_STEP_COST = 8  # of a bracket, a comma or a string inside of a list
+_STEP_COST = 8  # of a bracket, a comma or a string inside a list
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -49,7 +49,7 @@ class _Argument:
                 self._nest(character)
 
     def _nest(self, character: str) -> None:
-        """Read a bracket or a comma inside of one."""
+        """Read a bracket or a comma inside one."""
         if character in "[{(" and len(self._stack) < _MAX_DEPTH:
             self._stack.append(character)
         elif character in "]})" and self._stack[-1:] == [_CLOSING[character]]:
@@ -82,7 +82,7 @@ class _Argument:
         match = pattern.match(cursor.text, cursor.pos)
         assert match
         if self._stack or pattern is _PLAIN:
-            self._block.calls.charge(len(match[0]))  # a string that is no part of a list is quick to evaluate
+            self._block.calls.charge(len(match[0]))  # a string outside a list is quick to evaluate
         self._fragments.append(match[0])
         cursor.pos = match.end()
 

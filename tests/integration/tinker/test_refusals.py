@@ -164,7 +164,7 @@ PATHS = ("..", "../../etc", "a/b", "/etc/passwd", "", ".hidden", "a\\b", "a\0b",
 @pytest.mark.parametrize("name", PATHS)
 def test_names_that_are_no_names_reach_no_file(training: tinker.TrainingClient, name: str) -> None:
     for save in (training.save_state, training.save_weights_for_sampler):
-        with pytest.raises(tinker.BadRequestError, match="is no name of saved weights"):
+        with pytest.raises(tinker.BadRequestError, match="cannot name saved weights"):
             save(name).result()
     training.save_state("fine").result()
 
@@ -183,7 +183,7 @@ def test_names_that_are_no_names_reach_no_file(training: tinker.TrainingClient, 
 )
 def test_paths_that_are_no_paths_reach_no_file(client: tinker.ServiceClient, path: str) -> None:
     for create in (client.create_sampling_client, client.create_training_client_from_state):
-        with pytest.raises(tinker.BadRequestError, match=r"is no (path|name) of saved weights"):
+        with pytest.raises(tinker.BadRequestError, match=r"is not a path of saved weights|cannot name saved weights"):
             create(path).result()
 
 

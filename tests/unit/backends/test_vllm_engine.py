@@ -305,10 +305,10 @@ async def test_bad_folders_never_reach_vllm(tmp_path: Path) -> None:
     (indexed / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x", "z": "y"}}')
     (tmp_path / "empty").mkdir()
     cases = {
-        tmp_path / "none": "is no folder",
+        tmp_path / "none": "is not a folder",
         tmp_path / "empty": "no .safetensors file",
         cut: "its header says",
-        noise: "is no safetensors file",
+        noise: "is not a safetensors file",
         indexed: "lacks 'z'",
         folder(tmp_path / "lacking", a=(2, 3)): "lacks 'b'",
         folder(tmp_path / "more", a=(2, 3), b=(4,), c=(1,)): "has 'c'",

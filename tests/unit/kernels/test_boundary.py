@@ -151,7 +151,7 @@ def test_weights_and_biases_of_a_product_belong_together(pool: Kernels) -> None:
         Linear(pool, [weight, weight.double()], [None, None], epilogue=Epilogue(GATED))
     with pytest.raises(AssertionError, match="does not fit 32 outputs"):
         Linear(pool, [weight], [zeros(WIDTH - 1)])
-    with pytest.raises(AssertionError, match="is no norm of 32"):
+    with pytest.raises(AssertionError, match="cannot be applied to 32"):
         Linear(pool, [weight], [None], norm=Norm(pool, RMS, zeros(WIDTH - 1), None, 1e-6, torch.float32))
     with pytest.raises(AssertionError, match="has a bias of 31"):
         Norm(pool, RMS, zeros(WIDTH), zeros(WIDTH - 1), 1e-6, torch.float32)

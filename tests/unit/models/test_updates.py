@@ -97,7 +97,7 @@ def test_values_are_converted_to_the_dtype_of_the_model() -> None:
         ({"model.norm.weight": torch.ones(32, dtype=torch.int64)}, "convert it first"),
         ({"model.norm.weight": [1.0] * 32}, "is a list: pass tensors"),
         ({"model.norm.weight": torch.ones(32, device="meta")}, "meta device"),
-        ({"model.norm.weight": torch.ones(32).to_sparse()}, "no dense tensor"),
+        ({"model.norm.weight": torch.ones(32).to_sparse()}, "not a dense tensor"),
         (Unreadable(), "cannot be read: OSError: the disk is gone"),
         ([torch.ones(32)], "pairs of a name and a tensor"),
         ([("model.norm.weight",)], "pairs of a name and a tensor"),
