@@ -63,7 +63,7 @@ class BatchingStrategy(StrEnum):
 
 
 class EngineSettings(TypedDict, total=False):
-    """The keywords of `EngineConfig` but for `tokenizer`, for type checkers and editors; see there what each means."""
+    """The keywords of `EngineConfig` except `tokenizer`, for type checkers and editors; see there what each means."""
 
     max_batch_size: int
     max_sequence_length: int | None

@@ -1,4 +1,4 @@
-"""`Watch` detects changes of a live module in anything that decides what it computes, but for the values of tensors.
+"""`Watch` detects changes of a live module in anything that decides what it computes, except the values of tensors.
 
 Compares adapters (peft's), submodules, parameters and attributes with an earlier state. Never changes the module and
 never reads a tensor. Called by `borrow` once per step, so most of it is comparisons that run in C.

@@ -74,7 +74,7 @@ def error_response(failure: Failure, scope: Scope) -> Response:
 
 
 class Gate:
-    """The outermost middleware of the app but for CORS."""
+    """The outermost middleware of the app, except for CORS."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self._app = app
