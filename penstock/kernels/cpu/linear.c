@@ -192,6 +192,10 @@ static void prepare_rows(pool *p, const linear_job *j, long tiles, int id)
 
 INLINE long panel_bytes(const linear *w) { return words(w) * NR * (w->format == F16 ? 2 : 4); }
 
+/* How many bytes ahead of a product of so many rows its weights are fetched. With few rows the processor's own prefetcher
+ * is as fast as the memory, but learns from the accesses that miss: what is fetched far ahead hides them from it. */
+INLINE long fetched_ahead(long rows) { return rows <= 4 ? 2048 / rows : 8192; }
+
 /* At most MR rows with panel q, and with the next one too if the rows are few enough. Returns the number of panels. */
 static long multiply_few_rows(const linear_job *j, long q, long last)
 {
@@ -202,7 +206,7 @@ static long multiply_few_rows(const linear_job *j, long q, long last)
     float c[MR * WIDE * VL];
     for (int x = 0; x < WIDE; x++) {
         at[x] = w->weights + (q + x / NV) * size + x % NV * (word / NV);
-        ahead[x] = at[x] + 2048;
+        ahead[x] = at[x] + fetched_ahead(j->rows);
         b.at[x] = &at[x], b.ahead[x] = &ahead[x];
     }
     prefetch_expansion(&j->adapters, j->rows, q * NR, paired ? 2 * NV : NV);
