@@ -1,8 +1,8 @@
 """`Kernels`, the compiled CPU kernels and their pool of threads, and the checks of every tensor that they are given.
 
 Owns the pool; every tensor is the caller's. Holds no lock while a kernel runs. Used by one thread at a time. The calls
-are in `products`, `paged` and `program`. A kernel trusts its arguments, so the address of a tensor comes from `operand`
-or `strided`, which compare dtype, shape, strides and device. Layouts are documented in `cpu/*.c`.
+are in `products`, `paged`, `program` and `logits`. A kernel trusts its arguments, so the address of a tensor comes from
+`operand` or `strided`, which compare dtype, shape, strides and device. Layouts are documented in `cpu/*.c`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.kernels.build import build
-from penstock.kernels.structures import STRUCTURES, AllowedArgmaxStruct, Int, LogitSummaryStruct, Long, Ptr
+from penstock.kernels.structures import STRUCTURES, Int, Long, Ptr
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TYPES = FLOATS | {torch.int8: 3}
@@ -101,58 +100,6 @@ class Kernels:
     def columns(self, n: int) -> int:
         """n outputs rounded up to whole panels of packed weights."""
         return int(self.library.ps_columns(Long(n)))
-
-
-class LogitSummary(NamedTuple):
-    """Of logits [R, N * block]: `block_maxima` [R, N] and `maxima` [R], float32; `tokens`, the argmax, int64 [R].
-
-    `totals` is the sum of exp(logit - maximum), float64 [R]. A row with a NaN has a maximum and a total of NaN.
-    """
-
-    block_maxima: Tensor
-    maxima: Tensor
-    totals: Tensor
-    tokens: Tensor
-
-
-def summarize_logits(kernels: Kernels, logits: Tensor, block: int) -> LogitSummary:
-    """Summarize logits, float32 [R, N * block], in one pass. `block` is a multiple of 16 that divides 8192."""
-    rows, width = logits.shape
-    if width % block or block % 16 or 8192 % block:
-        raise AssertionError(f"rows of {width} logits are not blocks of {block}")
-    source = operand(logits, torch.float32, rows, width)
-    summary = LogitSummary(
-        logits.new_empty(rows, width // block),
-        logits.new_empty(rows),
-        logits.new_empty(rows, dtype=torch.float64),
-        logits.new_empty(rows, dtype=torch.int64),
-    )
-    call = LogitSummaryStruct(source, rows, width, block, *(x.data_ptr() for x in summary))
-    check(kernels.library.ps_summarize_logits(kernels.pool, ctypes.byref(call)))
-    return summary
-
-
-def argmax_allowed(
-    kernels: Kernels, logits: Tensor, block_maxima: Tensor, indices: Tensor, masks: Tensor, block: int
-) -> tuple[Tensor, Tensor]:
-    """The greatest logit that each mask allows in its row, float32 [M] (-inf for none), and its token, int64 [M].
-
-    logits float32 [R, N * block], block_maxima float32 [R, N] of all of them, indices int64 [M] of rows, masks int32
-    [M, W] with a bit per token. `block` is a multiple of 32.
-    """
-    (rows, width), num_masks = logits.shape, len(indices)
-    if width % block or block % 32:
-        raise AssertionError(f"rows of {width} logits are not blocks of {block}")
-    if num_masks and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
-        raise AssertionError(f"the masks belong to rows {indices.tolist()}, and there are {rows}")
-    source = operand(logits, torch.float32, rows, width)
-    tops = operand(block_maxima, torch.float32, rows, width // block)
-    places, bits = operand(indices, torch.int64, num_masks), operand(masks, torch.int32, num_masks, masks.shape[-1])
-    maxima, tokens = logits.new_empty(num_masks), logits.new_empty(num_masks, dtype=torch.int64)
-    addresses = maxima.data_ptr(), tokens.data_ptr()
-    call = AllowedArgmaxStruct(source, tops, places, bits, num_masks, width, block, masks.shape[-1], *addresses)
-    check(kernels.library.ps_allowed_argmax(kernels.pool, ctypes.byref(call)))
-    return maxima, tokens
 
 
 def pages(num_bytes: int) -> Tensor:

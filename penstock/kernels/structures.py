@@ -1,7 +1,7 @@
 """The structures that the compiled kernels are called with, field by field as in `cpu/*.c`.
 
-Owns nothing. `native` compares their sizes with those in C when it loads the library; `products`, `low_rank`, `paged`
-and `program` fill them in.
+Owns nothing. `native` compares their sizes with those in C when it loads the library; `products`, `low_rank`, `paged`,
+`program` and `logits` fill them in.
 """
 
 from __future__ import annotations
@@ -153,6 +153,26 @@ class AllowedArgmaxStruct(ctypes.Structure):
     )
 
 
+class TokenDrawStruct(ctypes.Structure):
+    """`token_draw` in logits.c."""
+
+    _fields_ = (
+        *((name, Ptr) for name in ("logits", "indices", "masks", "peaks", "rates", "floors", "uniforms")),
+        *((name, Long) for name in ("rows", "width", "block", "words")),
+        *((name, Ptr) for name in ("totals", "tokens", "weights")),
+    )
+
+
+class MaskedCopyStruct(ctypes.Structure):
+    """`masked_copy` in logits.c."""
+
+    _fields_ = (
+        *((name, Ptr) for name in ("logits", "indices", "masks")),
+        *((name, Long) for name in ("rows", "width", "block", "words")),
+        *((name, Ptr) for name in ("copy", "block_maxima")),
+    )
+
+
 # By the name of the type in C.
 STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "norm": NormStruct,
@@ -168,4 +188,6 @@ STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "program": ProgramStruct,
     "logit_summary": LogitSummaryStruct,
     "allowed_argmax": AllowedArgmaxStruct,
+    "token_draw": TokenDrawStruct,
+    "masked_copy": MaskedCopyStruct,
 }

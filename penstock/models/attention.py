@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from penstock.kernels.logits import LogitKernels
 from penstock.kernels.paged import AttentionOptions
 from penstock.models.layout import StepLayout
 from penstock.models.storage import LayerShape
-from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer
 
 IMPLEMENTATION = "penstock"
 
@@ -62,13 +62,8 @@ class AttentionBackend(Protocol):
     """Makes K/V storages; chosen once per load. Used by the executor and by the trial passes of `checks`."""
 
     @property
-    def summarize_logits(self) -> LogitSummarizer | None:
-        """How the sampler summarizes logits; None: in plain torch."""
-        ...
-
-    @property
-    def argmax_allowed(self) -> AllowedArgmax | None:
-        """How the sampler finds the greatest logit under a mask; None: in plain torch."""
+    def logit_kernels(self) -> LogitKernels | None:
+        """The sampler's kernels; None: it computes in plain torch."""
         ...
 
     def storage(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from penstock.errors import RequestError
+from penstock.kernels.logits import LogitKernels
 from penstock.models import rules
 from penstock.models.sampler import BYTES_PER_LOGIT
-from penstock.models.vocabulary import LogitSummarizer, Top, Vocabulary
+from penstock.models.vocabulary import Top, Vocabulary
 from penstock.optimizers.beam_search import num_candidates
 from penstock.step import Row, RowResult, TokenLogprobs
 
@@ -27,12 +28,10 @@ _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are c
 class BeamSampler:
     """`chunk_bytes` bounds the temporary tensors over the vocabulary."""
 
-    def __init__(
-        self, eos_token_ids: frozenset[int], chunk_bytes: int, summarize: LogitSummarizer | None = None
-    ) -> None:
+    def __init__(self, eos_token_ids: frozenset[int], chunk_bytes: int, kernels: LogitKernels | None = None) -> None:
         self._eos_token_ids = eos_token_ids
         self._chunk_bytes = chunk_bytes
-        self._summarize = summarize
+        self._kernels = kernels
 
     @torch.no_grad()
     def candidates(self, logits: Tensor, rows: Sequence[Row]) -> list[RowResult]:
@@ -43,7 +42,7 @@ class BeamSampler:
             members = [i for i, row in enumerate(rows) if rules.has_rules(row) == ruled]
             for batch in self._batches(members, logits.shape[1]):
                 raw = logits if len(batch) == len(logits) else logits[_int64(batch, logits.device)]
-                vocabulary = Vocabulary.of(raw, self._summarize)
+                vocabulary = Vocabulary.of(raw, self._kernels)
                 results |= zip(batch, self._sample(vocabulary, [rows[i] for i in batch], ruled), strict=True)
         return [results[i] for i in range(len(rows))]
 

@@ -14,6 +14,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from penstock.kernels.logits import Distributions
 from penstock.models import rules
 from penstock.models.filters import Filters, apply_all_filters, filter_candidates, filter_vocabulary
 from penstock.models.randomness import draw_from_candidates, draw_from_chunks, in_vocabulary_order, uniform
@@ -33,6 +34,11 @@ class Method(Enum):
     NUCLEUS = "nucleus"  # a draw from the top-p of the vocabulary
     TOP_K = "top_k"  # a draw from the top-k, and the top-p of that
     ALL_FILTERS = "all_filters"  # a draw after filters beyond top-k, top-p and min-p
+
+    @property
+    def takes_one_pass(self) -> bool:
+        """Whether `choose_in_one_pass` computes it."""
+        return self in (Method.GREEDY, Method.FULL, Method.MIN_P)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +175,13 @@ def choose(
     """
     possible = ruled.peak.isfinite()
     if group.method is Method.GREEDY:
-        return _choose_greedily(ruled, given, possible)
+        return _greedy_choice(ruled.argmax(), given, possible)
     p, uniforms = _parameters(rows, ruled.peak.device)
     picks: Picks = Draws(uniforms) if given is None else Given(given)
-    if weights is None and (group.method is not Method.TOP_K or not group.width):
-        weights = ruled.weights(p.temperature)
     if group.width:
-        token, mass = _from_candidates(ruled, weights, p, picks, group.width)
+        token, mass = _from_candidates(ruled, _total(group, ruled, weights, p), p, picks, group.width)
     else:
-        assert weights is not None
+        weights = ruled.weights(p.temperature) if weights is None else weights
         if group.method is Method.ALL_FILTERS:
             values = apply_all_filters(ruled.flat, weights.values.flatten(1), p, rows)
             weights = Weights.of(values.view_as(weights.values))
@@ -187,8 +191,47 @@ def choose(
     return Choice(token, scaled - mass.log(), possible)
 
 
-def _choose_greedily(ruled: Vocabulary, given: Tensor | None, possible: Tensor) -> Choice:
-    token, sampled = ruled.argmax(), torch.zeros_like(ruled.peak, dtype=torch.float64)
+def choose_in_one_pass(
+    group: Group, logits: Vocabulary, index: Tensor, masks: Tensor | None, rows: Sequence[Row],
+    given: Tensor | None = None,
+) -> Choice:  # fmt: skip
+    """`choose` for the methods that kernels compute in one pass over the logits, masks included, without a copy.
+
+    `logits` are those after every rule, `index` int64 [R] the place of each row in them, `masks` int32 [R, W]. No token
+    of a row with a NaN is possible.
+    """
+    kernels, peaks = logits.kernels, logits.peak[index]
+    assert kernels is not None
+    tokens = logits.argmax()[index] if group.method is Method.GREEDY and masks is None else index
+    if masks is not None:
+        allowed_peaks, tokens = kernels.argmax_allowed(logits.flat, logits.chunk_peaks, index, masks)
+        peaks = torch.where(peaks.isnan(), peaks, allowed_peaks)
+    if group.method is Method.GREEDY:
+        return _greedy_choice(tokens, given, peaks.isfinite())
+    p, uniforms = _parameters(rows, index.device)
+    distributions = Distributions(index, peaks, p.temperature.float(), p.min_p.float(), masks)
+    if given is None:
+        drawn = kernels.draw(logits.flat, distributions, uniforms)
+        mass = drawn.totals
+    else:
+        drawn = kernels.weigh(logits.flat, distributions, given)
+        mass = drawn.totals.masked_fill(drawn.weights == 0, torch.inf)
+    scaled = (logits.flat[index, drawn.tokens].double() - peaks.double()) / p.temperature
+    return Choice(drawn.tokens, scaled - mass.log(), peaks.isfinite())
+
+
+def _total(group: Group, ruled: Vocabulary, weights: Weights | None, p: Filters) -> Tensor:
+    """The sum of each row's weights, float64 [R]; any number for top-k, which does not need it."""
+    if group.method is Method.TOP_K:
+        return torch.ones_like(p.top_p)
+    if weights is not None:
+        return weights.total
+    return ruled.total if group.plain and ruled.total is not None else ruled.weight_total(p.temperature)
+
+
+def _greedy_choice(token: Tensor, given: Tensor | None, possible: Tensor) -> Choice:
+    """Of the token with the greatest logit in each row, int64 [R]."""
+    sampled = torch.zeros_like(token, dtype=torch.float64)
     if given is None:
         return Choice(token, sampled, possible)
     return Choice(given, sampled.masked_fill(given != token, -torch.inf), possible)
@@ -200,7 +243,9 @@ def _parameters(rows: Sequence[Row], device: torch.device) -> tuple[Filters, Ten
         for row in rows
         for p in (row.params,)
     ]
-    temperature, top_k, top_p, min_p, uniforms = torch.tensor(values, dtype=torch.float64, device="cpu").T.to(device)
+    temperature, top_k, top_p, min_p, uniforms = (
+        torch.tensor(values, dtype=torch.float64, device="cpu").T.contiguous().to(device)
+    )
     temperature = temperature.clamp(rules.FLOAT_TINY, rules.FLOAT_MAX)  # logits are divided by it in float32
     return Filters(temperature, top_k.long(), top_p, min_p), uniforms
 
@@ -213,12 +258,9 @@ def _from_vocabulary(logits: Vocabulary, weights: Weights, p: Filters | None, pi
     return picks.from_vocabulary(weights)
 
 
-def _from_candidates(
-    logits: Vocabulary, weights: Weights | None, p: Filters, picks: Picks, width: int
-) -> tuple[Tensor, Tensor]:
+def _from_candidates(logits: Vocabulary, total: Tensor, p: Filters, picks: Picks, width: int) -> tuple[Tensor, Tensor]:
     """The same from the `width` greatest logits; from the vocabulary for rows that may keep more than these."""
     values, tokens = in_order(*logits.candidates(width))
-    total = torch.ones_like(p.top_p) if weights is None else weights.total
     candidate_weights, sure = filter_candidates(values, logits.peak, total, p)
     token, mass = picks.from_candidates(tokens, candidate_weights)
     unsure = (~sure).nonzero()[:, 0]

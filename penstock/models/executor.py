@@ -76,13 +76,12 @@ class Executor:
         self._workspaces = model.workspaces
         self._device = model.device
         self._storage: KVStorage | None = None
-        summarize = model.backend.summarize_logits
-        kernels = summarize, model.backend.argmax_allowed
-        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, *kernels)
+        kernels = model.backend.logit_kernels
+        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes, kernels)
         # The scheduler leaves the other half to the logits that are scored.
-        self._scorer = RowScorer(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes // 2, *kernels)
+        self._scorer = RowScorer(spec.vocab_size, spec.eos_token_ids, logits_chunk_bytes // 2, kernels)
         self._pooler = Pooler()
-        self._beam_sampler = BeamSampler(spec.eos_token_ids, logits_chunk_bytes, summarize)
+        self._beam_sampler = BeamSampler(spec.eos_token_ids, logits_chunk_bytes, kernels)
 
     def free_bytes(self) -> int:
         """Memory that a K/V cache could take now."""

@@ -207,7 +207,7 @@ def _prepare(
         kernels=prepared.kernels,
         rewrites=prepared.rewrites,
         is_batch_invariant=prepared.is_batch_invariant,
-        checks_candidates=prepared.backend.argmax_allowed is not None,
+        checks_candidates=prepared.backend.logit_kernels is not None,
         defaults=defaults,
     )
     return prepared, spec, ignored

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from penstock.constraints.masks import Masks
 from penstock.errors import RequestError
-from penstock.models.vocabulary import CHUNK, AllowedArgmax, Vocabulary
+from penstock.models.vocabulary import Vocabulary
 from penstock.step import Row
 
 _BYTE = 8
@@ -37,14 +37,15 @@ def mask_rows(rows: Sequence[Row], masks: Masks) -> Tensor:
 
 
 def greatest_allowed(
-    raw: Vocabulary, places: Sequence[int], rows: Sequence[Row], masks: Masks | None, argmax_allowed: AllowedArgmax
+    raw: Vocabulary, places: Sequence[int], rows: Sequence[Row], masks: Masks | None
 ) -> tuple[Tensor, Tensor, dict[int, RequestError]]:
     """The greatest logit that may follow in each row, float32 [R] (-inf for none), and the first token that has it.
 
     `places[i]` is the place of `rows[i]` in `raw`. Also returns the errors of constraints by row. A row that was left
     out of the masks takes its first allowed candidate, which is what its mask would give; one without such a candidate
-    gets a mask now. A row whose logits are not finite keeps its peak, and fails by it.
+    gets a mask now. A row whose logits are not finite keeps its peak, and fails by it. For logits with kernels.
     """
+    assert raw.kernels is not None
     index = torch.tensor(places, dtype=torch.int64, device="cpu")
     peaks, tokens = raw.peak[index], raw.argmax()[index]
     constrained = [i for i, row in enumerate(rows) if row.constraint is not None]
@@ -60,7 +61,8 @@ def greatest_allowed(
     for members, filled in ((masked, masks), (late, late_masks)):
         if members and filled is not None:
             bits = mask_rows([rows[i] for i in members], filled)
-            peaks[members], tokens[members] = argmax_allowed(raw.flat, raw.chunk_peaks, index[members], bits, CHUNK)
+            allowed = raw.kernels.argmax_allowed(raw.flat, raw.chunk_peaks, index[members], bits)
+            peaks[members], tokens[members] = allowed
             errors |= {i: error for i in members if (error := filled.error(rows[i])) is not None}
     return peaks, tokens, errors
 
@@ -93,9 +95,25 @@ def _first_allowed(row: Row, candidates: Sequence[int]) -> int | None:
     return row.constraint.first_allowed(candidates)
 
 
-def rule_out(logits: Tensor, rows: Sequence[Row], masks: Masks) -> None:
-    """Rule out what the masks refuse, in `logits` float32 [R, V], in place. Every row has a constraint."""
-    penalties = F.embedding(mask_rows(rows, masks).view(torch.uint8).int(), _penalties_by_byte()).flatten(1)
+def masked_copy(logits: Vocabulary, rows: Tensor, bits: Tensor) -> Vocabulary:
+    """A copy of the logits of `rows` int64 [R], -inf where their masks `bits` int32 [R, W] refuse a token.
+
+    A row with a NaN keeps a NaN for its peak.
+    """
+    if logits.kernels is None:
+        copy = logits.take(rows)
+        rule_out(copy.flat, bits)
+        return copy.refreshed(bits)
+    flat, chunk_peaks = logits.kernels.masked(logits.flat, rows, bits)
+    unmasked_peaks = logits.peak[rows]
+    peak = torch.where(unmasked_peaks.isnan(), unmasked_peaks, chunk_peaks.amax(-1))
+    chunks = flat.view(len(rows), *logits.chunks.shape[1:])
+    return Vocabulary(chunks, chunk_peaks, peak, logits.size, masks=bits, kernels=logits.kernels)
+
+
+def rule_out(logits: Tensor, bits: Tensor) -> None:
+    """Rule out what masks `bits` int32 [R, W] on the CPU refuse, in `logits` float32 [R, V], in place."""
+    penalties = F.embedding(bits.view(torch.uint8).int(), _penalties_by_byte()).flatten(1)
     width = min(logits.shape[1], penalties.shape[1])
     logits[:, :width] += penalties[:, :width].to(logits.device)
     logits[:, width:] = -torch.inf

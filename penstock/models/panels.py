@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 
 from penstock.errors import ConfigurationError, OutOfMemory
 from penstock.kernels import native, paged
+from penstock.kernels.logits import LogitKernels
 from penstock.kernels.paged import PANEL, TILE
 from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.layout import StepLayout
 from penstock.models.memory import host_free_bytes
 from penstock.models.storage import LayerShape, cache_out_of_memory, contiguous_runs, copy_rows, release_rows
-from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer
+from penstock.models.vocabulary import CHUNK
 from penstock.step import Row
 
 # Tokens of a prompt, or rows with a common prefix, that one task of a thread computes attention for.
@@ -49,8 +49,7 @@ class PanelBackend:
         self._kernels = kernels
         self._int8 = int8
         self._touch = touch
-        self.summarize_logits: LogitSummarizer | None = partial(native.summarize_logits, kernels)
-        self.argmax_allowed: AllowedArgmax | None = partial(native.argmax_allowed, kernels)
+        self.logit_kernels: LogitKernels | None = LogitKernels(kernels, CHUNK)
 
     def storage(
         self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, num_host_blocks: int = 0

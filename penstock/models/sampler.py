@@ -18,10 +18,11 @@ from torch import Tensor
 
 from penstock.constraints.masks import Masks
 from penstock.errors import RequestError
+from penstock.kernels.logits import LogitKernels
 from penstock.models import rules
-from penstock.models.choice import MASKED_GREEDY, PLAIN_GREEDY, Choice, Group, choose, group_of
-from penstock.models.masking import greatest_allowed, mask_errors, rule_out
-from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer, Top, Vocabulary, Weights
+from penstock.models.choice import MASKED_GREEDY, PLAIN_GREEDY, Choice, Group, choose, choose_in_one_pass, group_of
+from penstock.models.masking import greatest_allowed, mask_errors, mask_rows, masked_copy
+from penstock.models.vocabulary import Top, Vocabulary, Weights
 from penstock.step import Row, RowResult, TokenLogprobs
 
 _MIB = 1024**2
@@ -34,17 +35,16 @@ class Sampler:
     """Draws tokens, each row by its own parameters.
 
     `vocab_size` is about how many logits a row has; `chunk_bytes` bounds the temporary tensors over the vocabulary.
+    Logits on the CPU may have `kernels`; without them all is plain torch.
     """
 
     def __init__(
         self, vocab_size: int, eos_token_ids: frozenset[int], chunk_bytes: int = 256 * _MIB,
-        summarize: LogitSummarizer | None = None, argmax_allowed: AllowedArgmax | None = None,
+        kernels: LogitKernels | None = None,
     ) -> None:  # fmt: skip
         self._eos_token_ids = eos_token_ids
         self._max_batch_logits = max(vocab_size, chunk_bytes // BYTES_PER_LOGIT)
-        self._summarize = summarize
-        self._argmax_allowed = argmax_allowed
-        self._one_pass_groups = (PLAIN_GREEDY,) if argmax_allowed is None else (PLAIN_GREEDY, MASKED_GREEDY)
+        self._kernels = kernels
         self._sequences: dict[int, rules.SequenceRules] = {}
 
     @torch.no_grad()
@@ -52,18 +52,17 @@ class Sampler:
         """Draw the next token of each row.
 
         logits [R, V] of any float dtype, on any device: those after the last position of each row. Results come in
-        order. `masks` are those of the rows with a constraint; greedy rows may lack one where there is a kernel for
-        them (`argmax_allowed`). A row whose processor fails, whose rules leave no token (both `RequestError`), whose
-        constraint failed (`GrammarError`) or whose logits are not finite (`ExecutionError`) carries its error and
-        affects no other row.
+        order. `masks` are those of the rows with a constraint; greedy rows may lack one where there are kernels. A row
+        whose processor fails, whose rules leave no token (both `RequestError`), whose constraint failed
+        (`GrammarError`) or whose logits are not finite (`ExecutionError`) carries its error and affects no other row.
         """
         assert len(logits) == len(rows)
         groups = [group_of(row, logits.shape[1]) for row in rows]
-        one_pass = self._summarize is not None and all(group in self._one_pass_groups for group in groups)
-        one_pass = one_pass and all(row.params.logprobs is None for row in rows)
+        one_pass = all(map(self._is_one_pass, groups)) and all(row.params.logprobs is None for row in rows)
+        is_greedy = one_pass and all(group in (PLAIN_GREEDY, MASKED_GREEDY) for group in groups)
         results: list[RowResult] = []
         for batch in self.batches(logits, one_pass=one_pass):
-            if one_pass:
+            if is_greedy:
                 results += self._sample_greedily(logits[batch], rows[batch], masks)
             else:
                 results += self._sample_batch(logits[batch], rows[batch], groups[batch], masks)
@@ -76,8 +75,8 @@ class Sampler:
     def batches(self, logits: Tensor, *, one_pass: bool = False) -> Iterable[slice]:
         """Slices of rows that are sampled together.
 
-        On a CPU a batch is small, so that it stays in the cache from one pass over its logits to the next; where the
-        kernel that summarizes logits makes the only pass (`one_pass`), memory alone limits its size.
+        On a CPU a batch is small, so that it stays in the cache from one pass over its logits to the next; where
+        kernels need a pass or two and no copy (`one_pass`), memory alone limits its size.
         """
         num_logits = self._max_batch_logits
         if one_pass:
@@ -102,14 +101,14 @@ class Sampler:
         members_of: dict[Group, list[int]] = defaultdict(list)
         for i, group in enumerate(groups):
             members_of[group].append(i)
-        weights = raw.weights() if any(group.plain for group in members_of) else None
+        weights = raw.weights() if raw.kernels is None and any(group.plain for group in members_of) else None
         choice = Choice.empty(len(rows), raw.peak.device)
         errors: dict[int, RequestError] = {}
         for group, members in members_of.items():
             index = torch.tensor(members, dtype=torch.int64, device=raw.peak.device)
             member_rows = [rows[i] for i in members]
-            if group == MASKED_GREEDY and given is None and self._argmax_allowed is not None:
-                allowed = greatest_allowed(raw, members, member_rows, masks, self._argmax_allowed)
+            if group == MASKED_GREEDY and given is None and raw.kernels is not None:
+                allowed = greatest_allowed(raw, members, member_rows, masks)
                 chosen, member_errors = Choice.greedy(*allowed[:2]), allowed[2]
             else:
                 member_tokens = None if given is None else given[index]
@@ -124,40 +123,45 @@ class Sampler:
     ) -> tuple[Choice, dict[int, RequestError]]:  # fmt: skip
         """The choice of one group, whose rows are `index` in `raw`, and the errors of its rows; see `choose`."""
         is_all, errors = len(index) == len(raw.peak), dict[int, RequestError]()
-        ruled = raw if is_all else raw.take(index)
-        if group.ruled or group.masked:
-            ruled, errors = self._apply_rules(raw.take(index), rows, group, masks)
+        ruled, bits = raw, None
         plain_weights = weights if group.plain else None
         if plain_weights is not None and not is_all:
             plain_weights = plain_weights.take(index)
+        if group.ruled:
+            ruled, errors = self._apply_rules(raw.take(index), rows)
+            index, is_all = torch.arange(len(rows), dtype=torch.int64, device=index.device), True
+        if masks is not None and group.masked:
+            bits = mask_rows(rows, masks)
+            errors |= mask_errors(rows, masks)
+        if raw.kernels is not None and group.method.takes_one_pass:
+            return choose_in_one_pass(group, ruled, index, bits, rows, tokens), errors
+        if bits is not None:
+            ruled = masked_copy(ruled, index, bits)
+        elif not is_all:
+            ruled = ruled.take(index)
         return choose(group, ruled, plain_weights, rows, tokens), errors
 
     def _sample_batch(
         self, logits: Tensor, rows: Sequence[Row], groups: Sequence[Group], masks: Masks | None
     ) -> list[RowResult]:
-        raw = Vocabulary.of(logits, self._summarize)
+        raw = Vocabulary.of(logits, self._kernels)
         choice, log_total, errors = self.choose(raw, rows, groups, masks)
         return _results(raw, log_total, choice, rows, errors)
 
-    def _apply_rules(
-        self, copy: Vocabulary, rows: Sequence[Row], group: Group, masks: Masks | None
-    ) -> tuple[Vocabulary, dict[int, RequestError]]:
-        errors: dict[int, RequestError] = {}
-        if group.ruled:
-            sequences = [self._sequence(row, copy.size) for row in rows]
-            errors = rules.apply(copy.flat[:, : copy.size], rows, sequences)
-        if masks is not None and group.masked:
-            rule_out(copy.flat, rows, masks)
-            errors |= mask_errors(rows, masks)
-        return copy.refreshed(is_masked=group.masked), errors
+    def _apply_rules(self, copy: Vocabulary, rows: Sequence[Row]) -> tuple[Vocabulary, dict[int, RequestError]]:
+        sequences = [self._sequence(row, copy.size) for row in rows]
+        errors = rules.apply(copy.flat[:, : copy.size], rows, sequences)
+        return copy.refreshed(), errors
+
+    def _is_one_pass(self, group: Group) -> bool:
+        return self._kernels is not None and not group.ruled and group.method.takes_one_pass
 
     def _sample_greedily(self, logits: Tensor, rows: Sequence[Row], masks: Masks | None) -> list[RowResult]:
         """The results of rows that take their greatest logit, of those allowed, and request nothing else."""
-        raw = Vocabulary.of(logits, self._summarize)
+        raw = Vocabulary.of(logits, self._kernels)
         if all(row.constraint is None for row in rows):
             return _greedy_results(raw, raw.peak, raw.argmax(), {})
-        assert self._argmax_allowed is not None
-        return _greedy_results(raw, *greatest_allowed(raw, range(len(rows)), rows, masks, self._argmax_allowed))
+        return _greedy_results(raw, *greatest_allowed(raw, range(len(rows)), rows, masks))
 
     def _sequence(self, row: Row, size: int) -> rules.SequenceRules:
         sequence = self._sequences.get(row.seq_id)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from penstock.errors import RequestError
+from penstock.kernels.logits import LogitKernels
 from penstock.models import rules
 from penstock.models.choice import Choice, group_of
 from penstock.models.sampler import Sampler, ranks_and_tops
-from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer, Vocabulary
+from penstock.models.vocabulary import Vocabulary
 from penstock.scores import FloatArray, Score, ScorePart
 from penstock.scoring import ScoringParams
 from penstock.step import NO_POSITIONS, Row, RowResult, TokenLogprobs
@@ -31,11 +32,11 @@ class RowScorer:
 
     def __init__(
         self, vocab_size: int, eos_token_ids: frozenset[int], chunk_bytes: int,
-        summarize: LogitSummarizer | None = None, argmax_allowed: AllowedArgmax | None = None,
+        kernels: LogitKernels | None = None,
     ) -> None:  # fmt: skip
-        self._summarize = summarize
+        self._kernels = kernels
         # Of its own, because the rules of a sampler's sequences follow what they generate.
-        self._sampler = Sampler(vocab_size, eos_token_ids, chunk_bytes, summarize, argmax_allowed)
+        self._sampler = Sampler(vocab_size, eos_token_ids, chunk_bytes, kernels)
 
     @torch.no_grad()
     def score(self, logits: Tensor, row: Row) -> RowResult:
@@ -57,7 +58,7 @@ class RowScorer:
         ids = list(row.tokens[row.scored.start : row.scored.stop])
         tokens = torch.tensor(ids, dtype=torch.int64, device=logits.device)
         for batch in self._sampler.batches(logits):
-            yield batch, Vocabulary.of(logits[batch], self._summarize), tokens[batch]
+            yield batch, Vocabulary.of(logits[batch], self._kernels), tokens[batch]
 
     def _prompt_logprobs(self, logits: Tensor, row: Row, count: int) -> RowResult:
         """Entries with ranks and the `count` most likely tokens. `sampled` is `logprob`: nothing was sampled."""

@@ -17,19 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from penstock.kernels import reference
+from penstock.kernels.logits import LogitKernels
 from penstock.kernels.paged import AttentionOptions
 from penstock.models.attention import KVStorage, StepAttention
 from penstock.models.layout import StepLayout, on_device, slots_of
 from penstock.models.storage import LayerShape, cache_out_of_memory, contiguous_runs, copy_rows, release_rows
-from penstock.models.vocabulary import AllowedArgmax, LogitSummarizer
 from penstock.step import Row
 
 
 class TorchBackend:
     """Makes `SlotStorage`s on one device."""
 
-    summarize_logits: LogitSummarizer | None = None
-    argmax_allowed: AllowedArgmax | None = None
+    logit_kernels: LogitKernels | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

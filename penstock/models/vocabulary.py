@@ -8,13 +8,12 @@ A sum is float32 within a chunk and float64 across chunks: exact to 1e-7 relativ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import LogitSummary
+from penstock.kernels.logits import Distributions, LogitKernels
 
 CHUNK = 64
 _LOG2_E = 1.4426950408889634
@@ -22,11 +21,6 @@ _LOW_WORD = 0xFFFFFFFF
 _MARGIN = 8  # candidates beyond those requested, so that ties at the edge are complete
 
 Top = tuple[tuple[int, float, int], ...]
-# Maxima and sums of logits float32 [R, N * CHUNK] in one pass; see `LogitSummary`.
-LogitSummarizer = Callable[[Tensor, int], LogitSummary]
-# The greatest allowed logits [M] and their tokens [M], of logits, their blocks' maxima, the rows int64 [M] that masks
-# belong to, the masks int32 [M, W], and the block size.
-AllowedArgmax = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +49,9 @@ class Weights:
 class Vocabulary:
     """Logits float32 [R, N, CHUNK], padded with -inf; each chunk's greatest [R, N] and each row's [R].
 
-    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. Where logits were
-    summarized, `total` is the sum of exp(logit - peak), float64 [R], and `first_peak` the first index of the greatest
-    logit, int64 [R]. `is_masked` says that most logits may be -inf.
+    `size` is the number of logits per row without padding. A row with a NaN has a NaN for its peak. Where `kernels`
+    summarized the logits, `total` is the sum of exp(logit - peak), float64 [R], and `first_peak` the first index of the
+    greatest logit, int64 [R]. Where `masks`, int32 [R, W] with a bit per token, refuse a token, the logit is -inf.
     """
 
     chunks: Tensor
@@ -66,11 +60,15 @@ class Vocabulary:
     size: int
     total: Tensor | None = None
     first_peak: Tensor | None = None
-    is_masked: bool = False
+    masks: Tensor | None = None
+    kernels: LogitKernels | None = None
 
     @classmethod
-    def of(cls, logits: Tensor, summarize: LogitSummarizer | None = None) -> Vocabulary:
-        """Divide logits [R, V] of any float dtype into chunks; copies only where conversion or padding needs it."""
+    def of(cls, logits: Tensor, kernels: LogitKernels | None = None) -> Vocabulary:
+        """Divide logits [R, V] of any float dtype into chunks; copies only where conversion or padding needs it.
+
+        With `kernels`, whose blocks are chunks, on the CPU; plain torch without them.
+        """
         size = logits.shape[1]
         padding = -size % CHUNK
         if padding or logits.dtype != torch.float32 or not logits.is_contiguous():
@@ -79,15 +77,12 @@ class Vocabulary:
             padded[:, size:] = -torch.inf
             logits = padded
         chunks = logits.view(len(logits), -1, CHUNK)
-        if summarize is None:
-            return cls._of_chunks(chunks, size)
-        summary = summarize(logits, CHUNK)
-        return cls(chunks, summary.block_maxima, summary.maxima, size, summary.totals, summary.tokens)
-
-    @classmethod
-    def _of_chunks(cls, chunks: Tensor, size: int) -> Vocabulary:
-        chunk_peaks = chunks.amax(-1)
-        return cls(chunks, chunk_peaks, chunk_peaks.amax(-1), size)
+        if kernels is None:
+            chunk_peaks = chunks.amax(-1)
+            return cls(chunks, chunk_peaks, chunk_peaks.amax(-1), size)
+        summary = kernels.summarize(logits)
+        peaks = summary.block_maxima, summary.maxima
+        return cls(chunks, *peaks, size, summary.totals, summary.tokens, kernels=kernels)
 
     @property
     def flat(self) -> Tensor:
@@ -96,13 +91,15 @@ class Vocabulary:
 
     def take(self, rows: Tensor) -> Vocabulary:
         """A copy of some rows."""
-        total, first_peak = (None if x is None else x[rows] for x in (self.total, self.first_peak))
+        total, first_peak, masks = (None if x is None else x[rows] for x in (self.total, self.first_peak, self.masks))
         copies = self.chunks[rows], self.chunk_peaks[rows], self.peak[rows]
-        return Vocabulary(*copies, self.size, total, first_peak, self.is_masked)
+        return Vocabulary(*copies, self.size, total, first_peak, masks, self.kernels)
 
-    def refreshed(self, *, is_masked: bool = False) -> Vocabulary:
-        """The same logits with their peaks computed again, after `flat` was written to."""
-        return replace(self._of_chunks(self.chunks, self.size), is_masked=is_masked)
+    def refreshed(self, masks: Tensor | None = None) -> Vocabulary:
+        """The same logits with their peaks computed again, after `flat` was written to, by `masks` at last."""
+        chunk_peaks = self.chunks.amax(-1)
+        peak = chunk_peaks.amax(-1)
+        return Vocabulary(self.chunks, chunk_peaks, peak, self.size, masks=masks, kernels=self.kernels)
 
     def at(self, tokens: Tensor) -> Tensor:
         """The logits [R] of one token per row; tokens int64 [R]."""
@@ -122,9 +119,18 @@ class Vocabulary:
         shifted = self.chunks - self.peak[:, None, None]
         if temperature is not None:
             shifted /= temperature[:, None, None].to(shifted.dtype)
-        if self.is_masked:  # PyTorch's exp is many times slower for -inf
+        if self.masks is not None:  # PyTorch's exp is many times slower for -inf
             return Weights.of(shifted.mul_(_LOG2_E).exp2_())
         return Weights.of(shifted.exp_())
+
+    def weight_total(self, temperature: Tensor) -> Tensor:
+        """The total of `weights(temperature)`, float64 [R]."""
+        if self.kernels is None:
+            return self.weights(temperature).total
+        rows = torch.arange(len(self.peak), dtype=torch.int64, device="cpu")
+        floors = torch.zeros_like(self.peak)
+        distributions = Distributions(rows, self.peak, temperature.to(torch.float32), floors, self.masks)
+        return self.kernels.weigh(self.flat, distributions, torch.zeros_like(rows)).totals
 
     def log_total(self, weights: Weights | None = None) -> Tensor:
         """The log of the sum of exp(logit), float64 [R]: what log_softmax subtracts; given `weights()` save work."""

@@ -48,7 +48,7 @@ long ps_size_of(const char *name)
 #define STRUCTURE(type) if (!strcmp(name, #type)) return sizeof(type);
     STRUCTURE(norm) STRUCTURE(linear) STRUCTURE(packing) STRUCTURE(kv_cache) STRUCTURE(attention_metadata)
     STRUCTURE(attention) STRUCTURE(rotary) STRUCTURE(operation) STRUCTURE(program) STRUCTURE(logit_summary)
-    STRUCTURE(allowed_argmax) STRUCTURE(low_rank) STRUCTURE(low_rank_part)
+    STRUCTURE(allowed_argmax) STRUCTURE(token_draw) STRUCTURE(masked_copy) STRUCTURE(low_rank) STRUCTURE(low_rank_part)
 #undef STRUCTURE
     return 0;
 }

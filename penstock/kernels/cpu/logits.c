@@ -1,4 +1,5 @@
-/* What the sampler needs of logits: maxima and sums of exponentials, in one pass over memory; maxima under a mask. */
+/* What the sampler needs of logits: maxima and sums of exponentials, in one pass over memory; maxima, draws and copies
+ * under a mask, whose bit t % 32 of word t / 32 is set if token t is allowed. Tokens beyond its words are not. */
 
 enum { CHUNK = 8192 }; /* logits that stay in the L1 cache between the maximum and the sum */
 
@@ -72,7 +73,7 @@ typedef struct {
     const float *logits;       /* [..][width]; `block` is a multiple of 32 and divides width */
     const float *block_maxima; /* [..][width / block], of all logits */
     const int64_t *indices;    /* [rows]: which row of the logits each mask belongs to */
-    const uint32_t *masks;     /* [rows][words]; bit t % 32 of word t / 32: token t is allowed */
+    const uint32_t *masks;     /* [rows][words] */
     long rows, width, block, words;
     float *maxima;             /* [rows]: the greatest allowed logit; -INFINITY if none is allowed */
     int64_t *tokens;           /* [rows]: its token, the first of equals */
@@ -110,5 +111,148 @@ static void find_allowed_run(pool *p, void *arg, int id)
 int ps_allowed_argmax(pool *p, allowed_argmax *s)
 {
     run_on_pool(p, find_allowed_run, s);
+    return 1;
+}
+
+/* The words of a mask for the tokens from `begin` on; 0 beyond its end. Without a mask all are allowed. */
+INLINE uint32_t allowed_word(const uint32_t *mask, long words, long begin)
+{
+    return !mask ? ~(uint32_t)0 : begin / 32 < words ? mask[begin / 32] : 0;
+}
+
+INLINE uint32_t any_allowed(const uint32_t *mask, long words, long begin, long block)
+{
+    uint32_t any = 0;
+    for (long i = 0; i < block; i += 32) any |= allowed_word(mask, words, begin + i);
+    return any;
+}
+
+/* All ones in lane j where bit `shift` + j is set. */
+INLINE vi lanes_of(uint32_t word, long shift)
+{
+    static const int32_t bits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    return (splati(word >> shift) & *(const vi *)bits) != 0;
+}
+
+typedef struct {
+    const float *logits;    /* [..][width]; `block` is a multiple of 32 and divides width and CHUNK */
+    const int64_t *indices; /* [rows]: the row of the logits that each token is drawn from */
+    const uint32_t *masks;  /* [rows][words], or NULL */
+    const float *peaks, *rates, *floors; /* [rows]: a weight is exp((logit - peak) * rate), and 0 below the floor */
+    const double *uniforms; /* [rows] in [0, 1); NULL: `tokens` are given */
+    long rows, width, block, words;
+    double *totals;         /* [rows]: sum of the weights */
+    int64_t *tokens;        /* [rows]: drawn in vocabulary order */
+    float *weights;         /* [rows]: those of the tokens */
+} token_draw;
+
+/* The sum of a block's weights, which are stored too if `weights` is not NULL. */
+INLINE float weigh_block(const token_draw *d, long m, long begin, float *weights)
+{
+    const float *x = d->logits + d->indices[m] * d->width + begin, peak = d->peaks[m], rate = d->rates[m];
+    const uint32_t *mask = d->masks ? d->masks + m * d->words : NULL;
+    vf sum = splat(0.0f);
+    for (long i = 0; i < d->block; i += VL) {
+        vf weight = vexp((*(const vf *)(x + i) - peak) * rate);
+        vi kept = weight >= splat(d->floors[m]);
+        if (mask) kept &= lanes_of(allowed_word(mask, d->words, begin + i), i % 32);
+        weight = (vf)((vi)weight & kept);
+        if (weights) *(vf *)(weights + i) = weight;
+        sum += weight;
+    }
+    return reduce_add(sum);
+}
+
+static void weigh_chunk(const token_draw *d, long m, long begin, float *sums)
+{
+    const uint32_t *mask = d->masks ? d->masks + m * d->words : NULL;
+    const long end = begin + CHUNK < d->width ? begin + CHUNK : d->width;
+    for (long at = begin; at < end; at += d->block)
+        sums[at / d->block] = any_allowed(mask, d->words, at, d->block) ? weigh_block(d, m, at, NULL) : 0;
+}
+
+/* Draw from a row whose blocks have these sums: first the block, then the token within it. What is drawn lies below the
+ * total, so a token of weight 0 is never drawn. */
+static void draw_token(const token_draw *d, long m, const float *sums)
+{
+    float weights[CHUNK];
+    double total = 0, before = 0, in_block = 0;
+    const long blocks = d->width / d->block;
+    long b = 0, t = 0;
+    for (long i = 0; i < blocks; i++) total += sums[i];
+    d->totals[m] = total;
+    if (!d->uniforms) {
+        weigh_block(d, m, d->tokens[m] / d->block * d->block, weights);
+        d->weights[m] = weights[d->tokens[m] % d->block];
+        return;
+    }
+    double target = fmin(d->uniforms[m] * total, nextafter(total, 0));
+    while (b + 1 < blocks && !(before + sums[b] > target)) before += sums[b++];
+    weigh_block(d, m, b * d->block, weights);
+    for (long i = 0; i < d->block; i++) in_block += weights[i];
+    target = fmin(target - before, nextafter(in_block, 0));
+    before = 0;
+    while (t + 1 < d->block && !(before + weights[t] > target)) before += weights[t++];
+    d->tokens[m] = b * d->block + t;
+    d->weights[m] = weights[t];
+}
+
+static void draw_run(pool *p, void *arg, int id)
+{
+    const token_draw *d = arg;
+    const long count = (d->width + CHUNK - 1) / CHUNK, blocks = d->width / d->block;
+    float *sums = (float *)p->scratch;
+    (void)id;
+    for (long u; (u = claim(p)) < d->rows * count;) weigh_chunk(d, u / count, u % count * CHUNK, sums + u / count * blocks);
+    barrier(p);
+    for (long m; (m = claim(p)) < d->rows;) draw_token(d, m, sums + m * blocks);
+}
+
+int ps_draw(pool *p, token_draw *d)
+{
+    if (!reserve_scratch(p, d->rows * (d->width / d->block) * sizeof(float), 0)) return 0;
+    run_on_pool(p, draw_run, d);
+    return 1;
+}
+
+typedef struct {
+    const float *logits;    /* [..][width]; `block` is a multiple of 32 and divides width and CHUNK */
+    const int64_t *indices; /* [rows]: which row of the logits each mask belongs to */
+    const uint32_t *masks;  /* [rows][words] */
+    long rows, width, block, words;
+    float *copy;            /* [rows][width]: the logits; -INFINITY where a token is not allowed */
+    float *block_maxima;    /* [rows][width / block] */
+} masked_copy;
+
+static void copy_chunk(const masked_copy *s, long m, long begin)
+{
+    const float *x = s->logits + s->indices[m] * s->width;
+    const uint32_t *mask = s->masks + m * s->words;
+    const long end = begin + CHUNK < s->width ? begin + CHUNK : s->width;
+    float *copy = s->copy + m * s->width;
+    for (long at = begin; at < end; at += s->block) {
+        const uint32_t any = any_allowed(mask, s->words, at, s->block);
+        vf maxima = splat(-INFINITY);
+        for (long i = at; i < at + s->block; i += VL) {
+            vf logits = splat(-INFINITY);
+            if (any) logits = blend(lanes_of(allowed_word(mask, s->words, i), i % 32), *(const vf *)(x + i), logits);
+            *(vf *)(copy + i) = logits;
+            maxima = vmax(maxima, logits);
+        }
+        s->block_maxima[m * (s->width / s->block) + at / s->block] = reduce_max(maxima);
+    }
+}
+
+static void copy_run(pool *p, void *arg, int id)
+{
+    const masked_copy *s = arg;
+    const long count = (s->width + CHUNK - 1) / CHUNK;
+    (void)id;
+    for (long u; (u = claim(p)) < s->rows * count;) copy_chunk(s, u / count, u % count * CHUNK);
+}
+
+int ps_masked_copy(pool *p, masked_copy *s)
+{
+    run_on_pool(p, copy_run, s);
     return 1;
 }

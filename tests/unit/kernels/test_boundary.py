@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.build import UNIT
-from penstock.kernels.native import Kernels, available, compare_sizes, summarize_logits
+from penstock.kernels.logits import LogitKernels
+from penstock.kernels.native import Kernels, available, compare_sizes
 from penstock.kernels.paged import AttentionMetadata, AttentionOptions, CacheTable, PanelCache, attend
 from penstock.kernels.products import GATED, RMS, Epilogue, Linear, Norm
 from penstock.kernels.program import STREAM, Attention, HeadGeometry, Program, Rotary
@@ -160,9 +161,9 @@ def test_weights_and_biases_of_a_product_belong_together(pool: Kernels) -> None:
 def test_logits_are_summarized_in_float32_and_whole_blocks(pool: Kernels) -> None:
     for logits in (zeros(2, 128).double(), zeros(128, 2).T, zeros(2, 128)[:, :64]):
         with refused:
-            summarize_logits(pool, logits, 64)
+            LogitKernels(pool, 64).summarize(logits)
     with pytest.raises(AssertionError, match="are not blocks of 64"):
-        summarize_logits(pool, zeros(2, 100), 64)
+        LogitKernels(pool, 64).summarize(zeros(2, 100))
 
 
 def test_slots_are_int64_and_as_many_to_as_from(pool: Kernels) -> None:

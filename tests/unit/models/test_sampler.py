@@ -24,11 +24,24 @@ from transformers import (
 )
 
 from penstock.errors import ExecutionError, RequestError
+from penstock.kernels.logits import LogitKernels
 from penstock.models.sampler import Sampler
 from penstock.sampling import SamplingParams
 from penstock.step import Row, RowResult
 
 EOS = frozenset({0})
+
+COMPUTE: dict[str, LogitKernels | None] = {"kernels": None}
+
+
+@pytest.fixture(autouse=True)
+def with_and_without_kernels(logit_kernels: LogitKernels | None) -> None:
+    """Every test of this file runs in plain torch, and with compiled kernels."""
+    COMPUTE["kernels"] = logit_kernels
+
+
+def sampler_of(size: int, chunk_bytes: int = 2**28) -> Sampler:
+    return Sampler(size, EOS, chunk_bytes, COMPUTE["kernels"])
 
 
 def row_of(seq_id: int = 0, tokens: Sequence[int] = (1, 2, 3, 4), prompt_len: int = 3, **params: Any) -> Row:
@@ -51,7 +64,7 @@ def logits_of(num_rows: int, size: int, scale: float = 3.0, seed: int = 0) -> Te
 
 
 def sample(logits: Tensor, *rows: Row, chunk_bytes: int = 2**28) -> list[RowResult]:
-    return Sampler(logits.shape[1], EOS, chunk_bytes).sample(logits, rows)
+    return sampler_of(logits.shape[1], chunk_bytes).sample(logits, rows)
 
 
 def tokens_of(results: Sequence[RowResult]) -> list[int]:
@@ -61,7 +74,7 @@ def tokens_of(results: Sequence[RowResult]) -> list[int]:
 
 def draws(logits: Tensor, count: int, **params: Any) -> list[int]:
     """`count` draws after the same logits [V], at distinct positions."""
-    row, sampler = row_of(**params), Sampler(len(logits), EOS)
+    row, sampler = row_of(**params), sampler_of(len(logits))
     copies = logits.expand(5000, -1).contiguous()
     tokens: list[int] = []
     for begin in range(0, count, 5000):
@@ -175,7 +188,7 @@ def test_logprobs_ranks_and_tops_by_hand() -> None:
 
 def test_min_tokens_suppresses_eos_until_reached() -> None:
     logits = torch.tensor([[9.0, 1.0, 5.0]])
-    sampler = Sampler(3, EOS)
+    sampler = sampler_of(3)
     for output, token in [([], 2), ([2], 2), ([2, 2], 0)]:
         row = row_of(tokens=[1, 1, 1, *output], temperature=0.0, min_tokens=2)
         assert tokens_of(sampler.sample(logits, [row])) == [token]
@@ -205,7 +218,7 @@ def test_penalties_follow_a_sequence_as_it_grows() -> None:
     """Greedy decoding with penalties, step by step with one sampler, agrees with counting all tokens at every step."""
     logits = logits_of(30, 50, scale=1.0)
     params = {"temperature": 0.0, "repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.2}
-    row, sampler = row_of(tokens=[7, 7, 8], **params), Sampler(50, EOS)
+    row, sampler = row_of(tokens=[7, 7, 8], **params), sampler_of(50)
     tokens = row.tokens
     assert isinstance(tokens, list)
     for step in range(30):
@@ -223,7 +236,7 @@ def test_penalties_follow_a_sequence_as_it_grows() -> None:
 
 def test_a_reused_id_does_not_inherit_another_sequence_s_counts() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.1]])
-    sampler = Sampler(3, EOS)
+    sampler = sampler_of(3)
     assert tokens_of(sampler.sample(logits, [row_of(tokens=[0, 0, 0, 2], temperature=0.0, presence_penalty=1.0)])) == [
         1
     ]
@@ -367,7 +380,7 @@ def test_a_forgotten_sequence_leaves_no_state() -> None:
     def processor(output: list[int], logits: Tensor) -> Tensor:
         return logits
 
-    sampler, reference = Sampler(20, EOS), weakref.ref(processor)
+    sampler, reference = sampler_of(20), weakref.ref(processor)
     sampler.sample(logits_of(1, 20), [row_of(seq_id=3, logits_processors=[processor])])
     del processor
     assert reference() is not None

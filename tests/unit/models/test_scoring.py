@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.errors import ExecutionError, RequestError
+from penstock.kernels.logits import LogitKernels
 from penstock.models.sampler import Sampler
 from penstock.models.scoring import Prefix, RowScorer
 from penstock.sampling import SamplingParams
@@ -22,6 +23,14 @@ from penstock.step import Row, RowResult
 
 EOS = frozenset({0})
 PROMPT = [1, 2, 3]
+
+COMPUTE: dict[str, LogitKernels | None] = {"kernels": None}
+
+
+@pytest.fixture(autouse=True)
+def with_and_without_kernels(logit_kernels: LogitKernels | None) -> None:
+    """Every test of this file runs in plain torch, and with compiled kernels."""
+    COMPUTE["kernels"] = logit_kernels
 
 
 def logits_of(num_rows: int, size: int, scale: float = 3.0, seed: int = 0) -> Tensor:
@@ -35,7 +44,7 @@ def row_of(tokens: Sequence[int], scored: range, params: SamplingParams) -> Row:
 
 
 def score(logits: Tensor, row: Row, chunk_bytes: int = 2**28) -> RowResult:
-    return RowScorer(logits.shape[1], EOS, chunk_bytes).score(logits, row)
+    return RowScorer(logits.shape[1], EOS, chunk_bytes, COMPUTE["kernels"]).score(logits, row)
 
 
 def score_of(logits: Tensor, row: Row, chunk_bytes: int = 2**28) -> Score:
@@ -46,7 +55,7 @@ def score_of(logits: Tensor, row: Row, chunk_bytes: int = 2**28) -> Score:
 
 def sampled(logits: Tensor, params: SamplingParams) -> tuple[list[int], list[float]]:
     """The tokens that a sequence draws from these logits, one row each, and their log probabilities as sampled."""
-    sampler, tokens, logprobs = Sampler(logits.shape[1], EOS), list(PROMPT), []
+    sampler, tokens, logprobs = Sampler(logits.shape[1], EOS, kernels=COMPUTE["kernels"]), list(PROMPT), []
     for i in range(len(logits)):
         row = Row(3, tokens, len(tokens) - 1, len(tokens), array("i"), True, params, len(PROMPT), seed=5)
         (result,) = sampler.sample(logits[i : i + 1], [row])
@@ -195,7 +204,7 @@ def test_a_forgotten_sequence_leaves_no_state() -> None:
     def processor(output: list[int], logits: Tensor) -> Tensor:
         return logits
 
-    scorer, reference = RowScorer(20, EOS, 2**20), weakref.ref(processor)
+    scorer, reference = RowScorer(20, EOS, 2**20, COMPUTE["kernels"]), weakref.ref(processor)
     params = ScoringParams(num_scored=1, tempers=True, logits_processors=[processor])
     scorer.score(logits_of(1, 20), row_of([1, 2], range(1, 2), params))
     del processor, params
