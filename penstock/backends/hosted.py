@@ -19,9 +19,10 @@ from penstock.api.channel import Channel
 from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt, as_batch, read_prompt
 from penstock.api.protocols import WithAdapters
-from penstock.api.waiting import result_of
+from penstock.api.waiting import call_on_loop, result_of
 from penstock.api.weights import UpdateMode
 from penstock.backends.encoding import Encoder
+from penstock.backends.hosted_order import HostedOrder
 from penstock.backends.hosted_weights import HostedWeights
 from penstock.backends.prompt_scores import Scoring
 from penstock.backends.request_params import NEW_TOKENS
@@ -176,8 +177,9 @@ class HostedEngine(StreamedEngine[HostedWork]):
         """Start no more requests. "abort" ends what runs, "wait" serves it first, "keep" leaves it for later.
 
         Raises `EngineStateError` if the engine is paused already, and while it is paused, resumed or updated by others.
+        A caller who is cancelled leaves the engine running.
         """
-        await self._run(lambda: self._opened_weights().pause(mode))
+        await self._order(lambda order: self._opened_weights().pause(mode, order))
 
     async def resume(self) -> None:
         """Go on after `pause`. Raises `EngineStateError` if the engine is not paused, and where `pause` does."""
@@ -188,9 +190,10 @@ class HostedEngine(StreamedEngine[HostedWork]):
 
         `mode` says what happens to running requests: "abort" ends them, "wait" serves them first, "keep" lets them go
         on with K/V that are computed anew, where the engine can; otherwise it is refused. Raises `WeightsError` for
-        weights that do not fit: nothing was changed then, unless it has `is_mixed`.
+        weights that do not fit: nothing was changed then, unless it has `is_mixed`. If the caller is cancelled, an
+        update that waits for requests, or for another one, is given up; one that is being loaded goes on to its end.
         """
-        return await self._run(lambda: self._opened_weights().update(source, mode))
+        return await self._order(lambda order: self._opened_weights().update(source, mode, order))
 
     def _opened_weights(self) -> HostedWeights:
         assert self._weights is not None, "the engine has not started"
@@ -199,6 +202,16 @@ class HostedEngine(StreamedEngine[HostedWork]):
     def _encoding(self) -> Encoder:
         assert self._encoder is not None, "the engine has not started"
         return self._encoder
+
+    async def _order(self, function: Callable[[HostedOrder], Awaitable[T]]) -> T:
+        """`_run`, of a function that is told if the caller leaves."""
+        order = HostedOrder()
+        try:
+            return await self._run(lambda: function(order))
+        except BaseException:
+            with self._lock, contextlib.suppress(EngineClosed):
+                call_on_loop(self._loop(), order.leave)
+            raise
 
     async def _run(self, function: Callable[[], Awaitable[T]]) -> T:
         """The result of a coroutine on the engine's loop, for a caller on any loop."""

@@ -7,11 +7,14 @@ engine's own calls. Runs on the engine's loop; called by `HostedEngine`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import ClassVar
 
 from penstock.api.weights import UpdateMode, check_mode
+from penstock.backends.hosted_order import HostedOrder
 from penstock.backends.weight_folder import check_folder
 from penstock.errors import EngineClosed, EngineStateError, RequestError, WeightsError, text_of
 
@@ -26,6 +29,7 @@ class HostedWeights(ABC):
         self._model = model
         self._changing = asyncio.Lock()  # held by whatever pauses, resumes or loads
         self._is_paused = False
+        self._undoing: set[asyncio.Task[None]] = set()
         self._folder: Path | None = None  # of the latest update
         self.version = 0
 
@@ -48,12 +52,13 @@ class HostedWeights(ABC):
     def _is_alive(self) -> bool:
         """Whether the engine's processes run."""
 
-    async def pause(self, mode: UpdateMode) -> None:
+    async def pause(self, mode: UpdateMode, order: HostedOrder) -> None:
         """See `HostedEngine.pause`."""
         check_mode(mode)
         self._require_no_change()
-        async with self._changing:
-            await self._enter_pause(mode)
+        async with self._turn(order):
+            await self._enter_pause(mode, order)
+            order.undo = self._begin_to_undo_pause
 
     async def resume(self) -> None:
         """See `HostedEngine.resume`."""
@@ -61,17 +66,17 @@ class HostedWeights(ABC):
         async with self._changing:
             await self._leave_pause()
 
-    async def update(self, source: object, mode: UpdateMode) -> int:
+    async def update(self, source: object, mode: UpdateMode, order: HostedOrder) -> int:
         """See `HostedEngine.update_weights`."""
         check_mode(mode)
         if mode == "keep" and not self.keeps:
             raise RequestError(f"mode='keep' reuses old K/V with {self.engine}: use 'wait' or 'abort'")
         folder = await asyncio.to_thread(check_folder, source, self._model)
-        async with self._changing:
+        async with self._turn(order):
             if self._is_paused:
                 await self._replace(folder)
             else:
-                await self._enter_pause(mode)
+                await self._enter_pause(mode, order)
                 try:
                     await self._replace(folder)
                 finally:
@@ -83,11 +88,39 @@ class HostedWeights(ABC):
         if self._changing.locked():
             raise EngineStateError("the engine is being paused, resumed or updated: wait until that has ended")
 
-    async def _enter_pause(self, mode: UpdateMode) -> None:
+    @contextlib.asynccontextmanager
+    async def _turn(self, order: HostedOrder) -> AsyncIterator[None]:
+        """A block that holds the lock. Raises `CancelledError` if the caller leaves before it begins."""
+        await order.wait_for(self._changing.acquire())
+        try:
+            order.check()
+            yield
+        finally:
+            self._changing.release()
+
+    async def _enter_pause(self, mode: UpdateMode, order: HostedOrder) -> None:
+        """Pause. One that fails, or is left by its caller, is taken back, because the engine may have begun with it."""
         if self._is_paused:
             raise EngineStateError("the engine is paused already: call resume() first")
-        await self._pause(mode)
+        try:
+            await order.wait_for(self._pause(mode))
+            order.check()
+        except BaseException as error:
+            self._is_paused = (order.has_left or isinstance(error, Exception)) and self._is_alive()
+            if self._is_paused:  # unless the loop ends, or the engine has
+                await self._leave_pause()
+            raise
         self._is_paused = True
+
+    def _begin_to_undo_pause(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._undo_pause())
+        self._undoing.add(task)
+        task.add_done_callback(self._undoing.discard)
+
+    async def _undo_pause(self) -> None:
+        async with self._changing:
+            if self._is_paused and self._is_alive():
+                await self._leave_pause()
 
     async def _leave_pause(self) -> None:
         if not self._is_paused:

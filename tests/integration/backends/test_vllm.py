@@ -259,6 +259,21 @@ async def test_an_update_waits_for_what_runs_or_aborts_it(engine: VLLMEngine) ->
         await engine.update_weights(MODEL, mode="keep")
 
 
+async def test_an_order_whose_caller_leaves_while_it_waits_is_taken_back_at_vllm(engine: VLLMEngine) -> None:
+    version = engine.weight_version
+    running = engine.generate(CHAT, SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True))
+    await anext(running)
+    for order in (engine.pause("wait"), engine.update_weights(MODEL, mode="wait")):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await order
+        assert (await engine.generate(CHAT, GREEDY)).outputs[0].weight_versions == [version] * 24
+    running.cancel()
+    with pytest.raises(RequestAborted):
+        await running
+    assert await engine.update_weights(MODEL, mode="wait") == version + 1
+
+
 async def test_a_paused_engine_starts_nothing(engine: VLLMEngine) -> None:
     await engine.pause()
     with pytest.raises(EngineStateError):

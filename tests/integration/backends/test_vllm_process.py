@@ -72,6 +72,23 @@ async def test_starting_changes_nothing_and_a_dead_process_fails_every_waiter() 
     assert state_of_the_process() == before
 
 
+async def test_a_start_whose_caller_leaves_ends_the_process_that_it_has_started() -> None:
+    others = set(multiprocessing.active_children())
+
+    async def enter() -> None:
+        async with VLLMEngine(MODEL, **OPTIONS):
+            raise AssertionError("it was entered")
+
+    entering = asyncio.ensure_future(enter())
+    while set(multiprocessing.active_children()) == others and not entering.done():  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.05)
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    assert set(multiprocessing.active_children()) == others
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "penstock-start"]
+
+
 def test_bad_options_are_one_sentence() -> None:
     with pytest.raises(
         ConfigurationError, match=r"no option 'tensor_paralel_size': did you mean 'tensor_parallel_size'"

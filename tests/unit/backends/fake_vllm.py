@@ -166,7 +166,7 @@ class FakeLLM:
         self.log: list[Any] = []  # of what is not a request
         self.arguments: AsyncEngineArgs | None = None
         self.errored = False
-        self.paused = threading.Event()
+        self.paused, self.resumed = threading.Event(), threading.Event()
         self.is_shut_down = False
         self._step = step or (lambda: asyncio.sleep(0.001))
         self._reload = reload
@@ -249,6 +249,7 @@ class FakeLLM:
 
     async def resume_generation(self) -> None:
         self.log.append("resume")
+        self.resumed.set()
 
     async def reset_prefix_cache(self) -> None:
         self.log.append("reset")

@@ -412,6 +412,24 @@ async def test_an_update_ends_requests_with_what_they_have(tmp_path: Path) -> No
         assert 0 < len(caught.value.output.generated_ids) < 400
 
 
+async def test_a_caller_who_leaves_an_update_that_waits_takes_it_back(tmp_path: Path) -> None:
+    async with SGLangEngine(str(folder(tmp_path / "model"))) as engine:
+        manager = fake_sglang.Engine.made[-1].tokenizer_manager
+        running = engine.generate([1], SamplingParams(temperature=0, max_tokens=400))
+        await anext(running)
+        update = asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait"))
+        await engine.tokenize("a")  # the update has had its turn of the loop
+        update.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await update
+        running.cancel()
+        assert (await engine.generate([1], PARAMS)).outputs[0].weight_versions == [0] * 4
+        assert await engine.update_weights(tmp_path / "model", mode="wait") == 1
+    assert [entry for entry in manager.log if isinstance(entry, tuple) and entry[0] == "load"] == [
+        ("load", str(tmp_path / "model"), "1")
+    ]
+
+
 async def test_weights_that_fail_to_load_are_taken_back(tmp_path: Path) -> None:
     model, new = folder(tmp_path / "model"), folder(tmp_path / "new")
     async with SGLangEngine(model) as engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from penstock import (
 )
 from penstock.api.event_loop import LoopThread
 from penstock.api.protocols import Engine
+from penstock.backends.hosted_order import HostedOrder
 from penstock.backends.vllm_engine import VLLMEngine
+from penstock.backends.vllm_weights import VLLMWeights
 from penstock.errors import ConfigurationError, EngineStateError, WeightsError
 from penstock.testing.contract import EngineContract
 from tests.unit.backends.fake_vllm import FakeLLM, install
@@ -369,3 +372,98 @@ async def test_an_update_in_an_engine_that_is_stopped_says_so(tmp_path: Path, mo
     await asyncio.to_thread(engine.stop, 0)
     with pytest.raises(EngineClosed, match="was stopped"):
         await update
+
+
+@pytest.mark.parametrize("order", ["pause", "update"])
+async def test_a_caller_who_leaves_an_order_that_waits_for_requests_takes_it_back(tmp_path: Path, order: str) -> None:
+    """vLLM stayed paused, and an update was carried out later, although nobody waited for it."""
+    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    async with VLLMEngine(llm) as engine:
+        handle = engine.generate([1], SamplingParams(max_tokens=1000))
+        await anext(handle)
+        waiting = engine.pause("wait") if order == "pause" else engine.update_weights(tmp_path / "model", mode="wait")
+        task = asyncio.ensure_future(waiting)
+        assert await asyncio.to_thread(llm.paused.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(llm.resumed.wait, 10)
+        handle.cancel()
+        await engine.pause("wait")  # nothing is open that it would have to wait for
+        await engine.resume()
+    assert llm.log == [("pause", "wait", True), "resume"] * 2
+    assert engine.weight_version == 0
+
+
+async def test_a_caller_who_leaves_lets_weights_be_loaded_to_the_end(tmp_path: Path) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    async def load(method: str, kwargs: dict[str, str]) -> None:
+        llm.log.append(method)
+        begun.set()
+        await asyncio.to_thread(may_end.wait, 10)
+
+    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    llm.collective_rpc = load  # type: ignore[method-assign]
+    async with VLLMEngine(llm) as engine:
+        task = asyncio.ensure_future(engine.update_weights(tmp_path / "model"))
+        assert await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        may_end.set()
+        assert await asyncio.to_thread(llm.resumed.wait, 10)
+        assert engine.weight_version == 1
+        assert (await engine.generate([1], PARAMS)).outputs[0].weight_versions == [1] * 4
+    assert llm.log == [("pause", "abort", True), "reload_weights", "reset", ("version", "1"), "resume"]
+
+
+async def test_a_caller_who_leaves_while_others_hold_the_engine_waits_for_no_turn(tmp_path: Path) -> None:
+    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    async with VLLMEngine(llm) as engine:
+        handle = engine.generate([1], SamplingParams(max_tokens=1000))
+        await anext(handle)
+        first = asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait"))
+        assert await asyncio.to_thread(llm.paused.wait, 10)
+        second = asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait"))
+        await engine.tokenize("a")  # the second one has its turn of the loop
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        handle.cancel()
+        assert await first == 1
+    assert llm.log.count(("pause", "wait", True)) == 1
+
+
+async def test_a_pause_that_is_reached_while_its_caller_leaves_is_left_again() -> None:
+    """The caller cannot know that it was reached."""
+    order, calls = HostedOrder(), []
+    order.leave()
+    with pytest.raises(asyncio.CancelledError):
+        await order.wait_for(asyncio.sleep(0))
+    reached = HostedOrder()
+    await reached.wait_for(asyncio.sleep(0))
+    reached.undo = lambda: calls.append("undone")
+    reached.leave()
+    assert calls == ["undone"]
+
+
+async def test_a_pause_is_undone_once_its_caller_has_gone(llm: FakeLLM) -> None:
+    weights = VLLMWeights(llm, "m")
+    order = HostedOrder()
+    await weights.pause("abort", order)
+    order.leave()
+    assert await asyncio.to_thread(llm.resumed.wait, 10)
+    await weights.pause("abort", HostedOrder())
+    await weights.resume()
+    assert llm.log == [("pause", "abort", True), "resume"] * 2
+
+
+async def test_a_pause_that_vllm_refuses_leaves_it_running(llm: FakeLLM, engine: VLLMEngine) -> None:
+    async def refuse(*, mode: str, clear_cache: bool) -> None:
+        raise RuntimeError("not now")
+
+    llm.pause_generation = refuse  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="not now"):
+        await engine.pause()
+    assert llm.log == ["resume"]
