@@ -30,7 +30,7 @@ PROMPTS = ("def main(", "class Gate:\n    ", "import ", "for i in range(")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PERIOD_S = 0.005
 LATE_MS = 50.0
-ATTEMPTS = 4
+ATTEMPTS = 10
 
 
 async def texts(dtype: str) -> list[list[int]]:

@@ -131,6 +131,7 @@ class Rig:
         self.admission = Admission(self.config)
         self.metrics = Metrics()
         self.now = 0.0
+        self.step_s = 0.01
         self.sleeps: list[float] = []
         self.plans: list[StepPlan] = []
         self.planned = asyncio.Event()
@@ -186,7 +187,7 @@ class Rig:
         """The model has finished the step."""
         self.while_executing()
         self.trace.append("result")
-        self.now += 0.01
+        self.now += self.step_s
         try:
             future.set_result(self.model.execute(plan))
         except Exception as error:
@@ -578,7 +579,8 @@ async def test_deadline_in_the_queue_ends_a_request_that_never_ran() -> None:
 
 async def test_deadline_in_mid_stream_keeps_what_was_generated() -> None:
     rig = Rig()
-    channel = rig.submit(max_tokens=20, deadline=0.025)  # steps end at 0.01, 0.02, 0.03
+    rig.step_s = 100.0  # the timer of a deadline counts real seconds, and is not to fire
+    channel = rig.submit(max_tokens=20, deadline=250.0)  # steps end at 100, 200, 300
     await rig.steps(4)
     error = ending(channel)
     assert isinstance(error, DeadlineExceeded)
