@@ -62,6 +62,8 @@ def failure_of(error: BaseException) -> Failure:
     """The answer to an error."""
     if isinstance(error, HttpError):
         headers = _retry_after(error.retry_after_s) if error.retry_after_s else {}
+        if error.status == 401:
+            headers = {"www-authenticate": "Bearer"}
         return Failure(error.status, text_of(error), _type_of(error.status), error.code, error.param, headers)
     if isinstance(error, WeightsError) and error.is_mixed:
         return Failure(500, text_of(error), "server_error", "mixed_weights")

@@ -97,9 +97,11 @@ class Gate:
         begin_s, client_name, facts = time.perf_counter(), "", {}
         try:
             with ExitStack() as stack:
-                call = Call(answer.request_id, self._admit(scope, path, headers, stack))
-                client_name, facts = call.client.name, call.facts
-                scope["penstock.call"] = call
+                client = self._client(path, headers)
+                client_name = client.name
+                self._admit(scope, path, client, stack)
+                call = scope["penstock.call"] = Call(answer.request_id, client)
+                facts = call.facts
                 if scope["method"] == "POST":
                     await self._server.load()
                 await self._app(scope, receive, answer)
@@ -115,18 +117,21 @@ class Gate:
                 **{"status": answer.status, "key": client_name, "duration_s": duration_s, **facts},
             )
 
-    def _admit(self, scope: Scope, path: str, headers: Headers, stack: ExitStack) -> Client:
-        """The client, with its open call counted. Raises `HttpError`."""
+    def _client(self, path: str, headers: Headers) -> Client:
+        """Who sends the request. Raises `HttpError`."""
         keys = self._server.keys
-        if path.startswith("/admin/") or path in _ADMIN_PATHS:
+        if _is_admins(path):
             keys.check_admin(headers)
             return Client()
         client = Client() if path in OPEN_PATHS else keys.client(headers)
         check_origin(self._server.settings, headers)
-        if scope["method"] == "POST" and not _CANCELLATION.fullmatch(path):
+        return client
+
+    def _admit(self, scope: Scope, path: str, client: Client, stack: ExitStack) -> None:
+        """Count a request that generates as open. Raises `HttpError`."""
+        if scope["method"] == "POST" and not (_is_admins(path) or _CANCELLATION.fullmatch(path)):
             stack.enter_context(client.admitted())
             stack.enter_context(self._server.lifecycle.call())
-        return client
 
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, answer: _Answer) -> None:
         failure = failure_of(error)
@@ -164,6 +169,16 @@ def _request_id(headers: Headers) -> str:
     return presented if _VALID_ID.fullmatch(presented) else f"req-{uuid.uuid4().hex}"
 
 
+def _is_admins(path: str) -> bool:
+    return path.startswith("/admin/") or path in _ADMIN_PATHS
+
+
 def _route_of(scope: Scope) -> str:
-    """The route's pattern, so that made-up paths neither fill the metrics nor reach the log."""
-    return getattr(scope.get("route"), "path", "unknown")
+    """The route's pattern, so that made-up paths neither fill the metrics nor reach the log.
+
+    A request that was refused before it was routed has the route of its path, if there is one without parameters.
+    """
+    if (route := scope.get("route")) is not None:
+        return str(getattr(route, "path", "unknown"))
+    path = route_path(scope)
+    return path if any(getattr(route, "path", None) == path for route in scope["app"].routes) else "unknown"

@@ -13,6 +13,7 @@ import ipaddress
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -198,8 +199,9 @@ def _config(api: ASGIApp, settings: ProcessSettings) -> uvicorn.Config:
 def listen(settings: ProcessSettings) -> socket.socket:
     """A socket bound to the address; it refuses connections until `serve`. Raises `ConfigurationError`.
 
-    Called before the model is loaded, so that a port in use is known at once.
+    Called before the model is loaded, so that a port in use and a bad certificate are known at once.
     """
+    _check_certificate(settings)
     try:
         host, port = settings.host, settings.port
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -214,6 +216,17 @@ def listen(settings: ProcessSettings) -> socket.socket:
         where, reason = f"{settings.host}:{settings.port}", error.strerror or error
         raise ConfigurationError(f"cannot listen on {where}: {reason}; choose another --port") from None
     return listener
+
+
+def _check_certificate(settings: ProcessSettings) -> None:
+    """Raises `ConfigurationError` unless TLS could begin with these files."""
+    if settings.ssl_certfile is None or settings.ssl_keyfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except OSError as error:  # of a file, or of what is in it
+        files = f"ssl_certfile={settings.ssl_certfile} and ssl_keyfile={settings.ssl_keyfile}"
+        raise ConfigurationError(f"TLS cannot use {files}: {error.strerror or error}") from None
 
 
 def _url(listener: socket.socket, settings: ProcessSettings) -> str:

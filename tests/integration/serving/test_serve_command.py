@@ -170,6 +170,17 @@ def test_what_cannot_be_served_is_one_line(answers: str, tmp_path: Path, capsys:
             "reachable by others": failure(capsys, "--model", answers, "--host", "0.0.0.0"),
             "needs replies": failure(capsys, "--model", f"scripted:{tmp_path / 'bad.yaml'}"),
             "TLS needs both": failure(capsys, "--ssl-certfile", "x.pem"),
+            "ssl_keyfile=/nowhere": failure(
+                *(capsys, "--model", "/no-model", "--port", "0"),
+                "--ssl-certfile",
+                "/nowhere",
+                "--ssl-keyfile",
+                "/nowhere",
+            ),
+            "bad.yaml: [SSL]": failure(
+                *(capsys, "--model", answers, "--port", "0"),
+                *("--ssl-certfile", str(tmp_path / "bad.yaml"), "--ssl-keyfile", str(tmp_path / "bad.yaml")),
+            ),
             "max_batch_size": failure(capsys, "--model", answers, "--max-batch-size", "many"),
             "NAME=FOLDER": failure(capsys, "--model", answers, "--adapter", "poet"),
             "takes no adapters": failure(capsys, "--model", answers, *adapter),

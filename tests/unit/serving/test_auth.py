@@ -34,7 +34,7 @@ def test_every_route_but_the_open_ones_is_401_without_a_key() -> None:
                 if path in OPEN_PATHS:
                     assert response.status_code == 200
                 else:
-                    assert response.status_code == 401, path
+                    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), path
                     assert method == "HEAD" or response.json()["error"]["type"] == "authentication_error"
 
 

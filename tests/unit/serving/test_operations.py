@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from penstock import InferenceEngine, SamplingParams
 from penstock.engine.requests import input_processor
-from penstock.serving import ServingSettings, app
+from penstock.serving import ApiKey, ServingSettings, app
 from penstock.serving.readiness import Readiness
 from tests.http_sockets import PATIENCE_S
 from tests.unit.serving.service import CHAT, client_of, events
@@ -271,6 +271,24 @@ def test_the_log_has_a_line_per_request_and_nothing_of_its_text(caplog: pytest.L
     assert lines[0]["completion_tokens"] == 6
     assert "secret" not in caplog.text
     assert "water" not in caplog.text
+
+
+def test_the_log_names_route_and_key_of_refused_requests(caplog: pytest.LogCaptureFixture) -> None:
+    """A key beyond its rate was logged without its name, at an unknown path."""
+    key = ApiKey(name="app", key="app-key", requests_per_minute=1)  # type: ignore[arg-type]
+    with client_of(ServingSettings(api_keys=(key,))) as client, caplog.at_level(logging.INFO, "penstock.serving"):
+        for secret in ("app-key", "app-key", "wrong"):
+            client.post(URL, json=CHAT, headers={"x-api-key": secret})
+        client.post("/v1/made/up", json=CHAT)
+        lines = [json.loads(record.message) for record in caplog.records]
+        metrics = client.get("/metrics", headers={"x-api-key": "app-key"}).text
+    assert [(line["status"], line["path"], line["key"]) for line in lines] == [
+        (200, URL, "app"),
+        (429, URL, "app"),
+        (401, URL, ""),
+        (401, "unknown", ""),
+    ]
+    assert f'penstock:http_responses_total{{path="{URL}",status="429"}} 1.0' in metrics
 
 
 def test_the_openapi_document_describes_every_body() -> None:
