@@ -103,7 +103,7 @@ class ChatAnswer:
         return choice
 
     def _logprobs(self, ids: Sequence[int], entries: Sequence[Mapping[int, Logprob]]) -> dict[str, object]:
-        return chat_logprobs(ids, entries, self.body.top_logprobs or 0, self.body.return_tokens_as_token_ids)
+        return chat_logprobs(ids, entries, self.body.top_logprobs or 0, bool(self.body.return_tokens_as_token_ids))
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}

@@ -17,8 +17,8 @@ from penstock.serving.usage import usage_json
 class StreamOptions(RequestModel):
     """What a stream says about usage: in a last chunk, or in every chunk as well."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 Choice = Mapping[str, object]
@@ -39,8 +39,8 @@ class Chunks:
         self._head = head
         self._generation = generation
         self._reasoning_tokens = reasoning_tokens
-        self._has_usage = options is not None and options.include_usage
-        self._is_continuous = self._has_usage and options is not None and options.continuous_usage_stats
+        self._has_usage = options is not None and bool(options.include_usage)
+        self._is_continuous = self._has_usage and options is not None and bool(options.continuous_usage_stats)
         self._before = b'data: %b,"choices":[' % to_json(head).removesuffix(b"}")
         self._after = b'],"usage":null}\n\n' if self._has_usage else b"]}\n\n"
 

@@ -108,7 +108,7 @@ class CompletionAnswer:
         return [choice]
 
     def _logprobs(self, top: int) -> CompletionLogprobs:
-        return CompletionLogprobs(top, as_ids=self.body.return_tokens_as_token_ids)
+        return CompletionLogprobs(top, as_ids=bool(self.body.return_tokens_as_token_ids))
 
     def _head(self) -> dict[str, object]:
         return {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": self.model}

@@ -36,8 +36,8 @@ class EmbeddingRequest(OptionFields):
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(None, ge=1, le=MAX_INT)
     user: str | None = None
-    pooling: Literal["mean", "last"] = "mean"
-    normalize: bool = True
+    pooling: Literal["mean", "last"] | None = "mean"
+    normalize: bool | None = True
 
     def prompts(self, settings: ServingSettings) -> list[Prompt]:
         """The inputs as the engine takes them. Raises `HttpError`."""
@@ -61,9 +61,9 @@ async def embeddings(server: Server, request: Request) -> Response:
     embed = partial(server.engine.embed, adapter=adapter) if adapter else server.engine.embed
     work = embed(
         body.prompts(server.settings),
-        pooling=body.pooling,
+        pooling=body.pooling or "mean",
         dimensions=body.dimensions,
-        normalize=body.normalize,
+        normalize=body.normalize is not False,
         namespace=options.namespace,
         priority=options.priority,
         deadline=options.deadline,

@@ -81,8 +81,8 @@ class SamplingFields(OptionFields):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
+    return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
 
     def params(
         self, settings: ServingSettings, num_prompts: int = 1, base: SamplingParams | None = None, **more: object

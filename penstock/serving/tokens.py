@@ -37,7 +37,7 @@ class TokenizeRequest(TemplateFields):
     prompt: str | None = None
     messages: Listed[dict[str, object]] | None = None
     tools: Listed[dict[str, object]] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = True
 
 
 class DetokenizeRequest(RequestModel):
@@ -74,7 +74,7 @@ async def tokenize(server: Server, request: Request) -> Response:
     ids = (
         []
         if body.prompt == ""
-        else await _tokenizing(server).tokenize(prompt, add_special_tokens=body.add_special_tokens)
+        else await _tokenizing(server).tokenize(prompt, add_special_tokens=body.add_special_tokens is not False)
     )
     return json_response({"tokens": ids, "count": len(ids), "max_model_len": server.max_model_len, "token_strs": None})
 

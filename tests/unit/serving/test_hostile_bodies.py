@@ -164,6 +164,29 @@ def test_what_the_template_refuses_is_a_400_in_its_words(client: TestClient) -> 
     assert "no robots" in refused(client, "/v1/chat/completions", json.dumps(body).encode())["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"model": None, **CHAT}),
+        ("/v1/embeddings", {"input": "hi"}),
+        ("/tokenize", {"prompt": "hi"}),
+    ],
+)
+def test_null_is_the_default_of_every_field(client: TestClient, path: str, body: dict[str, Any]) -> None:
+    """Clients that write all of their fields were refused for those of vLLM's that are flags."""
+    document = client.get("/openapi.json").json()
+    reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+    nulls: dict[str, Any] = dict.fromkeys(set(schema["properties"]) - set(schema.get("required", ())))
+    if "stream_options" in nulls:
+        nulls["stream_options"] = {"include_usage": None, "continuous_usage_stats": None}
+    response = client.post(path, json={**nulls, **body})
+    assert response.status_code == 200, response.text
+
+
 def test_unknown_fields_are_ignored(client: TestClient) -> None:
     assert client.post("/v1/chat/completions", json={**CHAT, "store": True, "made_up": {"a": 1}}).status_code == 200
 
