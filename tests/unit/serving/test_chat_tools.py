@@ -72,10 +72,19 @@ def test_calls_are_the_same_streamed_and_at_once(reply: str) -> None:
 
 
 def test_a_call_that_is_cut_off_ends_with_length() -> None:
+    """Whether or not anything of it was sent, before the cut or because of it."""
     with replying([CALL], TEMPLATE) as client:
-        body = {**QUESTION, "max_tokens": 20}
-        assert client.post(URL, json=body).json()["choices"][0]["finish_reason"] == "length"
-        assert assembled(events(client.post(URL, json={**body, "stream": True}))[:-1])[1] == ["length"]
+        total = client.post("/tokenize", json={"prompt": CALL, "add_special_tokens": False}).json()["count"]
+        num_calls = []
+        for max_tokens in range(4, total, 6):
+            body = {**QUESTION, "max_tokens": max_tokens}
+            whole = client.post(URL, json=body).json()["choices"][0]
+            message, reasons = assembled(events(client.post(URL, json={**body, "stream": True}))[:-1])
+            assert [whole["finish_reason"]] == reasons == ["length"]
+            num_calls.append(len(message["tool_calls"]))
+            assert num_calls[-1] == len(whole["message"].get("tool_calls", ()))
+    assert num_calls[0] == 0
+    assert num_calls[-1] == 1
 
 
 def test_only_one_call_comes_where_only_one_is_allowed() -> None:
@@ -137,8 +146,7 @@ def test_a_template_without_tools_gets_them_in_the_system_message() -> None:
             assert '"weather"' in text
 
 
-@pytest.mark.parametrize("names", ["reasoning_content", "reasoning"])
-def test_reasoning_has_both_of_its_names_and_is_accepted_under_both(names: str) -> None:
+def test_reasoning_has_both_of_its_names() -> None:
     with replying(["<think>\nhm, rain\n</think>\n\nIt rains."], THINKING) as client:
         body = {"messages": QUESTION["messages"]}
         message = client.post(URL, json=body).json()["choices"][0]["message"]
@@ -153,8 +161,18 @@ def test_reasoning_has_both_of_its_names_and_is_accepted_under_both(names: str) 
         options = {"stream": True, "stream_options": {"include_usage": True}}
         *_, last, _ = events(client.post(URL, json={**body, **options}))
         assert last["usage"]["completion_tokens_details"] == usage
-        turns = [*body["messages"], {"role": "assistant", "content": "It rains.", names: "hm"}, *body["messages"]]  # type: ignore[misc]
-        assert client.post(URL, json={"messages": turns}).status_code == 200
+        deltas = [choice["delta"] for chunk in chunks if chunk != "[DONE]" for choice in chunk["choices"]]
+        assert all(delta.get("reasoning_content") == delta.get("reasoning") for delta in deltas)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_of_an_earlier_turn_reaches_templates_under_both_names(name: str) -> None:
+    template = "{% for m in messages %}{{ m.reasoning_content }}/{{ m.reasoning }} {% endfor %}"
+    turn = {"role": "assistant", "content": "It rains.", name: "hm"}
+    with replying(["yes"], template) as client:
+        body = {"messages": [turn, *QUESTION["messages"]]}  # type: ignore[misc]
+        ids = client.post("/tokenize", json=body).json()["tokens"]
+        assert client.post("/detokenize", json={"tokens": ids}).json()["prompt"].startswith("hm/hm ")
 
 
 def test_the_settings_name_the_formats() -> None:
