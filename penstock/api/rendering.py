@@ -11,9 +11,9 @@ from penstock.errors import RequestError, text_of
 
 def render_chat(tokenizer: object, chat: Chat) -> str:
     """The conversation as one text. Raises `RequestError`, also for whatever the template raises."""
-    if not getattr(tokenizer, "chat_template", None):
+    render = getattr(tokenizer, "apply_chat_template", None)
+    if render is None or not getattr(tokenizer, "chat_template", True):  # some tokenizers render without a template
         raise RequestError("this tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
-    render = getattr(tokenizer, "apply_chat_template")  # noqa: B009 - not every tokenizer has it
     optional = {"tools": chat.tools, "documents": chat.documents, "continue_final_message": chat.continue_final_message}
     options = {**{name: value for name, value in optional.items() if value}, **chat.arguments}
     try:

@@ -224,12 +224,12 @@ class InputProcessor:
         adapter = self.adapters.key(request.adapter) if request.adapter else ""
         for _ in range(params.num_sequences):
             first_sequence = sequences[0] if sequences else None
+            # The prompt is scored once.
+            own_params = params if first_sequence is None else without_prompt_logprobs(params)
             sequence = Sequence(
                 id=next(seq_ids),
                 request_id=request.id,
-                params=params
-                if first_sequence is None
-                else without_prompt_logprobs(params),  # the prompt is scored once
+                params=own_params,
                 tokens=list(ids),
                 max_len=len(ids) + params.max_tokens if params.generates else len(ids),
                 stop_ids=eos | stops | frozenset(params.stop_token_ids or ()),
@@ -287,10 +287,8 @@ class InputProcessor:
         """The search for the end of the reasoning, which goes on after `output`; None where it has ended."""
         assert self._tokenizer is not None
         ids = self._special.ids_of((marker,)) if self._special is not None and params.skip_special_tokens else {}
-        reasoning, detokenizer = (
-            ReasoningEnd(marker, next(iter(ids), None)),
-            Detokenizer(self._tokenizer, skip_special_tokens=params.skip_special_tokens),
-        )
+        reasoning = ReasoningEnd(marker, next(iter(ids), None))
+        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=params.skip_special_tokens)
         has_ended = any(reasoning.push(token, detokenizer.push(token)) is not None for token in output)
         return None if has_ended else reasoning
 
