@@ -111,7 +111,7 @@ def check_tokenizer(tokenizer: object) -> None:
         raise ConfigurationError(
             "the settings were passed as the tokenizer: write InferenceEngine(model, config=config)"
         )
-    if not (tokenizer is None or isinstance(tokenizer, str | Path) or hasattr(tokenizer, "encode")):
+    if not (tokenizer is None or isinstance(tokenizer, str | Path) or hasattr(tokenizer, "decode")):
         raise ConfigurationError(
             f"a tokenizer cannot be of type {type(tokenizer).__name__}: pass a hub id, a folder, an object with "
             "encode() and decode(), or nothing"
