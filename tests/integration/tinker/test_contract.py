@@ -132,6 +132,7 @@ async def test_rollout_workers_get_records_from_the_service(
         record = response["nexrl_train"]
         assert record["prompt_tokens"] == TEXT[:3]
         assert len(record["response_tokens"]) == len(record["response_logprobs"]) > 0
+    await client.aclose()
 
 
 def test_the_sdks_future_is_that_of_the_batch(training: tinker.TrainingClient) -> None:

@@ -28,7 +28,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("saved")
     with process("--port", "0", "--tinker", "--tinker-folder", str(folder)) as server:
-        yield url_of(server)
+        url = url_of(server)
+        yield url
+        answer = httpx.post(f"{url}/api/v1/create_session", json={}, headers={"x-api-key": "tml-local"})
+        assert answer.status_code == 200
         server.terminate()
         assert server.wait(20) == 0  # ended by the signal, with a session open
 
@@ -44,7 +47,7 @@ def test_the_first_example_learns_its_text(
     assert float(lines[9]) < 1 < 20 < float(lines[0])
     service = names["service"]
     assert isinstance(service, tinker.ServiceClient)
-    del service, names  # without being closed, as programs do
+    service.close("success").result()  # its client would ask for the session until the end of the tests
 
 
 async def test_the_second_example_makes_an_application(tmp_path: Path) -> None:

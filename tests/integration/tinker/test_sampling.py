@@ -179,6 +179,7 @@ def test_a_sampling_client_works_in_another_process(base: tinker.SamplingClient)
     one, other = (each.sample(prompt(PROMPT), 1, params).result().sequences[0] for each in (base, copy))
     assert one.tokens == other.tokens
     assert one.sequence_id != other.sequence_id
+    copy.holder.close()  # which keeps the session alive, too
 
 
 def test_a_sample_that_nobody_waits_for_is_cancelled(server: Running, base: tinker.SamplingClient) -> None:
