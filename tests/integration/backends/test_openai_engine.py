@@ -180,8 +180,11 @@ async def test_a_deadline_carries_the_text_so_far() -> None:
     native.start()
     with running(app(native)) as server:
         async with OpenAIEngine(address(server)) as engine:
-            with pytest.raises(DeadlineExceeded) as caught:
-                await engine.generate([70], SamplingParams(max_tokens=2000, ignore_eos=True), deadline=1.0)
+            for deadline_s in (1.0, 15.0):  # the machine may be slow to begin
+                with pytest.raises(DeadlineExceeded) as caught:
+                    await engine.generate([70], SamplingParams(max_tokens=2000, ignore_eos=True), deadline=deadline_s)
+                if caught.value.output is not None and len(caught.value.output.text) > 2:
+                    break
             assert caught.value.output is not None
             assert len(caught.value.output.text) > 2
     native.stop(0)

@@ -59,7 +59,7 @@ def drained(stream: IO[str]) -> list[str]:
 def ask(url: str, question: str, **headers: str) -> Any:
     body = json.dumps({"messages": [{"role": "user", "content": question}]}).encode()
     request = urllib.request.Request(f"{url}/v1/chat/completions", body, headers)
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)["choices"][0]["message"]["content"]
 
 
@@ -70,10 +70,10 @@ def answers(tmp_path: Path) -> str:
 
 
 def test_it_serves_scripted_answers_and_drains_at_a_signal(answers: str, tmp_path: Path) -> None:
-    sections = "serving: {port: 0, served_model_name: mine}\nengine: {max_sequence_length: 300}\n"
+    sections = "serving: {port: 0, served_model_name: mine}\nengine: {max_sequence_length: 5000}\n"
     (tmp_path / "server.yaml").write_text(sections)
     with process(
-        "--model", answers, "--config", str(tmp_path / "server.yaml"), *("--api-key", "k1", "--drain-timeout-s", "2")
+        "--model", answers, "--config", str(tmp_path / "server.yaml"), *("--api-key", "k1", "--drain-timeout-s", "5")
     ) as server:
         url, key = url_of(server), {"authorization": "Bearer k1"}
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -81,22 +81,24 @@ def test_it_serves_scripted_answers_and_drains_at_a_signal(answers: str, tmp_pat
         assert ask(url, "how is the weather?", **key) == "It rains in the valley."
         assert ask(url, "who are you?", **key) == "I do not know."
         (model,) = json.loads(get(f"{url}/v1/models"))["data"]
-        assert (model["id"], model["max_model_len"]) == ("mine", 300)
+        assert (model["id"], model["max_model_len"]) == ("mine", 5000)
         results: list[str] = []
-        asking = threading.Thread(target=lambda: results.append(ask(url, "the weather again", **key)))
-        asking.start()
-        body = json.dumps({"prompt": "weather", "max_tokens": 250, "stream": True, "ignore_eos": True}).encode()
+        body = json.dumps({"prompt": "weather", "max_tokens": 4000, "stream": True, "ignore_eos": True}).encode()
         request = urllib.request.Request(f"{url}/v1/completions", body, key)
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             assert response.readline().startswith(b"data: ")
+            asking = threading.Thread()
             while open_requests(get(f"{url}/metrics")) < 2:
-                pass
+                if not asking.is_alive():  # it has not begun, or was answered before anybody looked
+                    asking = threading.Thread(target=lambda: results.append(ask(url, "the weather again", **key)))
+                    asking.start()
             server.send_signal(signal.SIGTERM)
             lines = [line for line in response.read().decode().split("\n\n") if line]
         assert [line for line in lines if "error" in line] == lines[-1:]  # outlasted the drain, and was told once
-        asking.join(20)
-        assert results == ["It rains in the valley."]  # finished meanwhile
-        assert server.wait(20) == 0
+        asking.join(60)
+        assert set(results) == {"It rains in the valley."}  # the last one finished meanwhile
+        assert not asking.is_alive()
+        assert server.wait(60) == 0
 
 
 def test_it_serves_several_replicas(answers: str) -> None:
@@ -107,7 +109,7 @@ def test_it_serves_several_replicas(answers: str) -> None:
         for number in "01":
             assert re.search(rf'^penstock:replica_routed_requests{{.*replica="{number}"}} 1.0$', metrics, re.MULTILINE)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
 
 
 def test_it_says_what_it_waits_for_and_a_second_ctrl_c_ends_it(answers: str) -> None:
@@ -145,7 +147,7 @@ def test_adapters_of_the_command_line_are_served_from_the_start(tmp_path: Path) 
 
 def get(url: str) -> bytes:
     request = urllib.request.Request(url, headers={"x-api-key": "k1"})
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return bytes(response.read())
 
 

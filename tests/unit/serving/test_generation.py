@@ -16,10 +16,10 @@ from tests.http_sockets import wait_until
 from tests.tokenizers_for_tests import byte_level
 
 
-@pytest.fixture
-async def engine() -> AsyncIterator[InferenceEngine]:
-    settings = {"skip_tokenizer_init": True, "batch_timeout_ms": 0, "max_sequence_length": 64}
-    async with InferenceEngine(ScriptedModel([5, 6, 7], step_s=0.002), **settings) as engine:  # type: ignore[arg-type]
+@pytest.fixture(params=[64])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[InferenceEngine]:
+    settings = {"skip_tokenizer_init": True, "batch_timeout_ms": 0, "max_sequence_length": request.param}
+    async with InferenceEngine(ScriptedModel([5, 6, 7], step_s=0.002), **settings) as engine:
         yield engine
 
 
@@ -89,6 +89,7 @@ async def test_leaving_a_stream_ends_all_of_it(engine: InferenceEngine, num_prom
     await asyncio.to_thread(wait_until, lambda: num_requests(engine) == 0)
 
 
+@pytest.mark.parametrize("engine", [100_000], indirect=True)
 @pytest.mark.parametrize("num_prompts", [1, 2])
 async def test_cancelling_ends_a_stream_with_an_error(engine: InferenceEngine, num_prompts: int) -> None:
     generation = await submitted(engine, *[[1]] * num_prompts, max_tokens=None)
