@@ -25,7 +25,9 @@ def allowed_origins(settings: ServingSettings) -> tuple[str, ...] | None:
 def check_origin(settings: ServingSettings, headers: Mapping[str, str]) -> None:
     """Raise a 403 for a page of another site, where no key stops it."""
     origin = headers.get("origin")
-    if origin is None or settings.api_keys or origin.partition("://")[2] == headers.get("host"):
+    if origin is None or settings.api_keys:
+        return
+    if settings.trusts_host and origin.partition("://")[2] == headers.get("host"):
         return
     origins = allowed_origins(settings)
     is_allowed = re.fullmatch(LOCAL, origin) is not None if origins is None else "*" in origins or origin in origins

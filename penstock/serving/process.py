@@ -75,6 +75,11 @@ class ProcessSettings(ServingSettings):
         with explained(ProcessSettings.model_fields, secrets=SECRETS):
             super().__init__(**values)  # type: ignore[misc]  # the base takes these fields too: it reads `model_fields`
 
+    @property
+    def trusts_host(self) -> bool:
+        """Not on loopback: any site may give its own name this address, and so appear to be the host."""
+        return not _is_loopback(self.host)
+
     @classmethod
     def over(cls, file: Mapping[str, object], options: Mapping[str, object]) -> ProcessSettings:
         """Settings from options, then the environment, then a file. Raises `ConfigurationError`."""

