@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from penstock.errors import RequestError, shown
 from penstock.outputs import CompletionOutput, Delta
 from penstock.sampling import SamplingParams
 from penstock.serving.model_formats import ModelFormats
@@ -155,8 +156,29 @@ def prepare(
 def tool_use(tools: object, choice: object, *, is_parallel: bool = True, max_tools: int = 128) -> ToolUse:
     """The tools of a request, from any API's objects. Raises `RequestError`."""
     records = tuple(read_tools(tools, max_tools=max_tools))
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        records, choice = _allowed(records, choice)
     selected = read_tool_choice(choice, records) if records or choice not in (None, "auto") else NO_TOOLS
     return ToolUse(tools=records, choice=selected if records else NO_TOOLS, is_parallel=is_parallel)
+
+
+def _allowed(tools: Sequence[Tool], choice: Mapping[str, object]) -> tuple[tuple[Tool, ...], str]:
+    """Some of the tools, and the mode, of a choice of several; chats nest it. Raises `RequestError`."""
+    nested = choice.get("allowed_tools", choice)
+    listed, mode = (nested.get("tools"), nested.get("mode")) if isinstance(nested, Mapping) else (None, None)
+    if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
+        raise RequestError("tool_choice of type allowed_tools needs tools, a list of objects")
+    if mode not in ("auto", "required"):
+        raise RequestError(f'tool_choice of type allowed_tools needs a mode, "auto" or "required", not {shown(mode)}')
+    names = [_name_of(tool) for tool in listed]
+    if unknown := [name for name in names if name not in {tool.name for tool in tools}]:
+        raise RequestError(f"tool_choice allows {shown(unknown[0])}, which is none of the tools")
+    return tuple(tool for tool in tools if tool.name in names), mode
+
+
+def _name_of(tool: Mapping[str, object]) -> object:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, Mapping) else None
 
 
 def _demand(use: ToolUse, structure: StructuredOutputs | None, formats: ModelFormats) -> StructuredOutputs | None:

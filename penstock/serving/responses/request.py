@@ -17,7 +17,6 @@ from penstock.serving.responses.items import Item, chat_messages, read_items
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, check_limit
 from penstock.serving.settings import ServingSettings
 from penstock.structured_outputs import StructuredOutputs
-from penstock.tools import read_tools
 
 LOGPROBS = "message.output_text.logprobs"
 MAX_TOP_LOGPROBS = 20
@@ -96,16 +95,8 @@ class InputTokensRequest(TemplateFields):
         return prepare(prompt, params, formats, use=use, structure=structure, thinks=template.thinks)
 
     def _tool_use(self, settings: ServingSettings) -> ToolUse:
-        tools = read_tools(self.tools, max_tools=settings.max_tools)
-        choice = self.tool_choice
-        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            allowed = choice.get("tools")
-            names = (
-                [tool.get("name") for tool in allowed if isinstance(tool, dict)] if isinstance(allowed, list) else []
-            )
-            tools = [tool for tool in tools if tool.name in names]
-            choice = str(choice.get("mode", "auto"))
-        return tool_use(tools, choice, is_parallel=self.parallel_tool_calls is not False, max_tools=settings.max_tools)
+        is_parallel = self.parallel_tool_calls is not False
+        return tool_use(self.tools, self.tool_choice, is_parallel=is_parallel, max_tools=settings.max_tools)
 
     def _template(self) -> TemplateFields:
         """How the chat is rendered."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from penstock.errors import RequestError
 from penstock.outputs import CompletionOutput, Delta
 from penstock.sampling import SamplingParams
 from penstock.serving import ServingSettings
@@ -215,6 +216,35 @@ def test_stop_strings_and_structures_sleep_while_the_model_reasons() -> None:
     assert task.begins_after_reasoning("<|assistant|><think>\n\n</think>\n\n")
     assert not task.begins_after_reasoning("<|assistant|><think>\n")
     assert task.without_reasoning().params.reasoning_end is None
+
+
+def test_several_tools_may_be_allowed_in_the_shapes_of_both_apis() -> None:
+    """Chats refused this choice."""
+    nested = [{"type": "function", "function": {"name": "time"}}]
+    flat = [{"type": "function", "name": "time"}]
+    for mode in ("auto", "required"):
+        for choice in ({"allowed_tools": {"mode": mode, "tools": nested}}, {"mode": mode, "tools": flat}):
+            use = tool_use(TOOLS, {"type": "allowed_tools", **choice})
+            assert ([tool.name for tool in use.tools], use.choice.mode) == (["time"], mode)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"mode": "auto"}, "needs tools"),
+        ({"allowed_tools": 5}, "needs tools"),
+        ({"mode": "auto", "tools": ["time"]}, "needs tools"),
+        ({"mode": "auto", "tools": [{"name": "rain"}]}, "'rain', which is none of the tools"),
+        ({"mode": "auto", "tools": [{"function": 5}]}, "None, which is none of the tools"),
+        ({"mode": "none", "tools": []}, "needs a mode"),
+        ({"tools": [{"name": "time"}]}, "needs a mode"),
+        ({"mode": "required", "tools": []}, "there are no tools"),
+    ],
+)
+def test_a_bad_choice_of_several_tools_is_refused(choice: dict[str, Any], words: str) -> None:
+    """What was wrong in it left tools out."""
+    with pytest.raises(RequestError, match=words):
+        tool_use(TOOLS, {"type": "allowed_tools", **choice})
 
 
 def test_a_required_call_is_a_grammar_and_a_named_one_ends_with_stop() -> None:
