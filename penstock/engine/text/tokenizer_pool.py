@@ -6,9 +6,10 @@ by `InputProcessor` for every prompt that is not token ids.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
 from penstock.api.rendering import render_chat
 from penstock.engine.text.token_text import TokenDecoder, redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
-from penstock.errors import EngineClosed, RequestError, RequestTooLarge
+from penstock.errors import EngineClosed, PenstockError, RequestError, RequestTooLarge, described
 
 # Number of characters that a Rust tokenizer encodes in less time than two thread switches take.
 SHORT_TEXT = 256
@@ -122,14 +123,27 @@ def prompt_text(tokenizer: Tokenizer | None, prompt: PromptInput) -> str:
 
 def encode_ids(tokenizer: Tokenizer | None, prompt: PromptInput, add_special_tokens: bool) -> list[int]:
     """The token ids of a prompt. Raises `RequestError`."""
-    return encode_prompt(tokenizer, prompt, add_special_tokens=add_special_tokens)[1]
+    with _explained("the prompt could not be encoded"):
+        return encode_prompt(tokenizer, prompt, add_special_tokens=add_special_tokens)[1]
 
 
 def decode_ids(tokenizer: Tokenizer | None, ids: Sequence[int], skip_special_tokens: bool) -> str:
     """The text of token ids; ids without text are left out. Raises `RequestError`."""
     _need_tokenizer(tokenizer, "there is no text to decode to")
     assert tokenizer is not None
-    return TokenDecoder(tokenizer, skip_special_tokens).text(ids)
+    with _explained("the token ids could not be decoded"):
+        return TokenDecoder(tokenizer, skip_special_tokens).text(ids)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Make any error of a tokenizer a `RequestError`."""
+    try:
+        yield
+    except PenstockError:
+        raise
+    except BaseException as error:  # a Rust tokenizer's panic is no Exception
+        raise RequestError(f"{what}: {described(error)}") from error
 
 
 def encode_words(tokenizer: Tokenizer | None, words: Iterable[str | Sequence[int]]) -> list[list[int]]:

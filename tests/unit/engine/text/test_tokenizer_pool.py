@@ -16,7 +16,7 @@ import torch
 from tokenizers import normalizers
 
 from penstock.api.prompt import read_prompt
-from penstock.engine.text.tokenizer_pool import TokenizerPool, encode_words, prompt_text
+from penstock.engine.text.tokenizer_pool import TokenizerPool, decode_ids, encode_ids, encode_words, prompt_text
 from penstock.engine.text.tokenizer_pool import encode_prompt as encode_input
 from penstock.errors import EngineClosed, RequestError
 from tests.tokenizers_for_tests import TEXT, byte_fallback, byte_level
@@ -298,6 +298,21 @@ def test_close_finishes_what_was_submitted_and_refuses_more() -> None:
     for thread in new:
         thread.join(timeout=60)
         assert not thread.is_alive()
+
+
+def test_faults_of_a_tokenizer_are_the_requests() -> None:
+    """`generate` said so; `tokenize` and `detokenize` raised them as they were, which servers answer with 500."""
+
+    class Broken:
+        def encode(self, text: str, **options: object) -> list[int]:
+            raise ZeroDivisionError("broken")
+
+        decode = convert_ids_to_tokens = encode
+
+    with pytest.raises(RequestError, match="the prompt could not be encoded: ZeroDivisionError: broken"):
+        encode_ids(Broken(), read_prompt("x"), True)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="the token ids could not be decoded: ZeroDivisionError: broken"):
+        decode_ids(Broken(), [5], True)  # type: ignore[arg-type]
 
 
 def test_workers_end_with_a_pool_that_is_dropped() -> None:
