@@ -164,5 +164,8 @@ def _gradient_options(
     if not flag("requires_grad", requires_grad):
         return None
     if adapter:
-        raise RequestError("gradients run through the live module with its own adapters: leave adapter out")
+        raise RequestError(
+            "gradients run through the live module, and not through copies that load_adapter made: lend the engine the "
+            "peft module whose adapter is trained, and leave adapter out"
+        )
     return GradientOptions(params, values, checkpoint_layers)

@@ -204,13 +204,14 @@ async def test_a_block_that_reads_weights_is_told_of_every_update() -> None:
 
 
 async def test_adapters_of_a_live_module_get_the_gradients_of_plain_passes() -> None:
-    base = build("llama")
+    base: Any = build("llama")
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     model.eval()
+    base.lm_head.weight.requires_grad_(True)
     async with InferenceEngine(model, skip_tokenizer_init=True) as engine:
         (score,) = await engine.score(PROMPT[:3], PROMPT[3:], requires_grad=True)
         (exact,) = await engine.score(PROMPT[:3], PROMPT[3:])
-        with pytest.raises(RequestError, match="live module"):
+        with pytest.raises(RequestError, match="lend the engine the peft module"):
             await engine.score(PROMPT[:3], PROMPT[3:], requires_grad=True, adapter="default")
     torch.testing.assert_close(score.logprobs.detach(), torch.from_numpy(exact.logprobs), atol=1e-5, rtol=0)
     score.logprobs.sum().backward()
