@@ -58,4 +58,6 @@ async def alive(llm: Any, call: Coroutine[Any, Any, T]) -> T:
                 raise dead()
     finally:
         task.cancel()
+    if task.exception() is not None and llm.errored:
+        raise dead() from task.exception()
     return task.result()

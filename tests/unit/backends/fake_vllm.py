@@ -239,6 +239,8 @@ class FakeLLM:
         self._reload(kwargs["weights_path"])
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        if self.errored:
+            raise EngineDeadError
         self.log.append(("pause", mode, clear_cache))
         self.paused.set()
         if mode == "wait":

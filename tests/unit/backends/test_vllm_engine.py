@@ -181,7 +181,9 @@ async def test_a_dead_process_fails_every_waiter(tmp_path: Path) -> None:
         await asyncio.to_thread(llm.paused.wait)
         llm.die()
         results = await asyncio.gather(*waiters, return_exceptions=True)
-    assert [type(result) for result in results] == [EngineClosed] * 4
+        assert [type(result) for result in results] == [EngineClosed] * 4
+        with pytest.raises(EngineClosed, match="process ended"):  # it was vLLM's own error
+            await engine.update_weights(tmp_path / "model")
 
 
 async def test_a_given_llm_stays_up_on_its_loop(llm: FakeLLM) -> None:
