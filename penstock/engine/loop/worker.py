@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeVar, TypeVarTuple
@@ -32,10 +33,8 @@ class Worker:
     """Runs jobs one after another. The first job starts the thread."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._halting = threading.Event()
-        args = (self._jobs, self._halting)
-        self._thread = threading.Thread(target=_work, args=args, name=name, daemon=True)
+        self._jobs = _Jobs()
+        self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
         self._started = False
         self._ended = False
 
@@ -47,7 +46,7 @@ class Worker:
     def run(self, fn: Callable[[*Ts], T], *args: *Ts) -> Job[T]:
         """Run `fn` on the thread, unless `done` is cancelled before its turn. Call it from coroutines of one loop.
 
-        Raises `RuntimeError` after `shutdown`.
+        Raises `RuntimeError` after `shutdown`. The job fails if something other than a job ends the thread.
         """
         if self._ended:
             raise RuntimeError("the worker was shut down")
@@ -62,22 +61,56 @@ class Worker:
     def shutdown(self) -> None:
         """Finish the queued jobs, accept no more, and wait for the thread."""
         self._ended = True
-        self._jobs.put(None)
+        self._jobs.queue.put(None)
         if self._started:
             self._thread.join()
 
     def halt(self, until: float) -> None:
         """Interrupt the running job, start no other, and wait for the thread until then, because the process exits."""
-        self._halting.set()
-        self._jobs.put(None)
+        self._jobs.is_halting.set()
+        self._jobs.queue.put(None)
         if self._started:
             interrupt(self._thread, until)
 
 
-def _work(jobs: SimpleQueue[Callable[[], None] | None], halting: threading.Event) -> None:
-    while (job := jobs.get()) is not None and not halting.is_set():
-        job()
-        del job  # so that an idle worker keeps nothing alive
+class _Jobs:
+    """The jobs that have not ended, the first of which may be running. `fault` is what ended the thread before them."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.is_halting = threading.Event()
+        self.fault: BaseException | None = None
+        self._open: deque[functools.partial[None]] = deque()
+
+    def put(self, job: functools.partial[None]) -> None:
+        self._open.append(job)
+        self.queue.put(job)
+        if self.fault is not None:
+            self.fail(self.fault)
+
+    def end_first(self) -> None:
+        self._open.popleft()
+
+    def fail(self, error: BaseException) -> None:
+        """Fail all jobs, because the thread ends: whoever waits for them would wait forever."""
+        self.fault = error
+        fault = ExecutionError(f"the thread of the model was ended by {described(error)}: create a new engine")
+        while self._open:
+            loop, job, _ = self._open.popleft().args
+            call_on_loop(loop, complete_future, job.begun, None, None)
+            call_on_loop(loop, complete_future, job.done, None, fault)
+
+
+def _work(jobs: _Jobs) -> None:
+    try:
+        while (job := jobs.queue.get()) is not None and not jobs.is_halting.is_set():
+            job()
+            jobs.end_first()
+            del job  # so that an idle worker keeps nothing alive
+    except BaseException as error:
+        if not jobs.is_halting.is_set():
+            jobs.fail(error)
+        raise
 
 
 def _do(loop: asyncio.AbstractEventLoop, job: Job[T], fn: Callable[[], T]) -> None:

@@ -184,3 +184,21 @@ async def test_an_error_that_cannot_be_printed_arrives(worker: Worker) -> None:
     with pytest.raises(ExecutionError, match="the model raised Mute"):
         await asyncio.wait_for(worker.run(raiser(Mute())).done, 10)
     assert await worker.run(int, "2").done == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # what ends the thread
+async def test_jobs_of_a_thread_that_something_else_has_ended_fail() -> None:
+    """Whoever waited for them waited forever, and so did every later request of the engine."""
+    from ctypes import c_ulong, py_object, pythonapi
+
+    worker = Worker("struck")
+    await worker.run(int).done
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "struck"]
+    assert pythonapi.PyThreadState_SetAsyncExc(c_ulong(worker.ident or 0), py_object(MemoryError)) == 1
+    for _ in range(2):  # the first one wakes the thread, the second one finds it dead
+        job = worker.run(int)
+        await asyncio.wait_for(job.begun, 60)
+        with pytest.raises(ExecutionError, match="thread of the model was ended by MemoryError"):
+            await job.done
+        await asyncio.to_thread(thread.join, 60)
+    worker.shutdown()
