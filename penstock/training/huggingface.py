@@ -12,7 +12,7 @@ from typing import Any
 
 from penstock.api.prompt import as_batch
 from penstock.api.protocols import Completion
-from penstock.config import EngineConfig
+from penstock.config import EngineConfig, canonical
 from penstock.demo import MODEL_DIR
 from penstock.engine.inference import InferenceEngine
 from penstock.engine.replicas.engine import ReplicatedEngine
@@ -50,7 +50,7 @@ class HuggingFaceBackend(EngineBackend):
         replicas: int = 1,
         **model_kwargs: Any,
     ) -> None:
-        settings = {**_DEFAULTS, **model_kwargs, "trust_remote_code": trust_remote_code}
+        settings = {**_DEFAULTS, **canonical(model_kwargs), "trust_remote_code": trust_remote_code}
         placement: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
         config = EngineConfig(**settings, **placement)
         self.model: Module = _module(model_name, config)

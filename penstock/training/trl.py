@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from penstock.api.blocking import run
+from penstock.config import EngineConfig, canonical
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError, RequestError
 from penstock.outputs import CompletionOutput
@@ -20,6 +21,7 @@ from penstock.sampling import SamplingParams
 
 Trainer = Any  # a GRPOTrainer or RLOOTrainer, whose package is not installed with this one
 Rows = list[list[list[float]]]
+_DEFAULTS = {"max_queue_size": 1_000_000, "max_sequence_length": None}  # a trainer's batch and lengths are its own
 _RESTRICTING = ("top_p", "top_k", "min_p", "repetition_penalty")
 _UNRESTRICTED = SamplingParams()
 _ATTRIBUTES = frozenset({"use_vllm", "vllm_mode", "vllm_generation", "_last_loaded_step"})  # that the block has set
@@ -29,7 +31,8 @@ _ATTRIBUTES = frozenset({"use_vllm", "vllm_mode", "vllm_generation", "_last_load
 def generate_with(trainer: Trainer, **settings: Any) -> Iterator[InferenceEngine]:
     """Inside the block, the trainer samples its completions from an engine that borrows its model.
 
-    `settings` are those of `EngineConfig`. Sampling follows the trainer's arguments, its seed included, and GRPO's
+    `settings` are those of `EngineConfig`; by default the queue holds any batch, and sequences may be as long as the
+    model allows. Sampling follows the trainer's arguments, its seed included, and GRPO's
     importance ratios are those of the engine's log probabilities to the trainer's own, both at the temperature and
     without filters. Raises `ConfigurationError` for a trainer that has a generator already, or none.
     """
@@ -38,7 +41,8 @@ def generate_with(trainer: Trainer, **settings: Any) -> Iterator[InferenceEngine
             "generate_with takes a GRPOTrainer or RLOOTrainer with use_vllm=False and without a rollout_func"
         )
     before = {name: value for name, value in vars(trainer).items() if name in _ATTRIBUTES}
-    engine = InferenceEngine(trainer.model, trainer.processing_class, **settings)
+    config = EngineConfig(**{**_DEFAULTS, **canonical(settings)})
+    engine = InferenceEngine(trainer.model, trainer.processing_class, config)
     try:
         engine.start()
         trainer.vllm_generation = EngineGeneration(engine, params_of(trainer), trainer.args.seed)

@@ -54,6 +54,13 @@ def plain_logits(model: Any, prompt: list[int], response: list[int]) -> torch.Te
         return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
 
 
+def test_the_size_of_the_queue_may_have_its_name_of_vllm() -> None:
+    """It was refused as given twice, because the default of the backend has this engine's name."""
+    module = InferenceModule(build("llama"), skip_tokenizer_init=True, max_num_queued_reqs=50)
+    assert module.backend.engine.config.max_queue_size == 50
+    module.close()
+
+
 class CountingBackend(InferenceBackend):
     """Returns the number of the call, and has a version that tests can set."""
 

@@ -83,6 +83,15 @@ def test_each_optimizer_step_is_a_version_of_the_weights(engine: InferenceEngine
     assert engine.weight_version == 2
 
 
+def test_the_queue_holds_the_batch_of_a_trainer_unless_it_is_limited() -> None:
+    """A batch of more than 1000 prompts raised `EngineOverloaded` in the middle of the training."""
+    trainer = trainer_of(model=ScriptedModel([5]), processing_class=None)
+    with generate_with(trainer) as engine:
+        assert (engine.config.max_queue_size, engine.config.max_sequence_length) == (1_000_000, None)
+    with generate_with(trainer, max_num_queued_reqs=50, max_model_len=64) as engine:
+        assert (engine.config.max_queue_size, engine.config.max_sequence_length) == (50, 64)
+
+
 def test_images_are_refused(engine: InferenceEngine) -> None:
     with pytest.raises(RequestError, match="text alone"):
         EngineGeneration(engine, SamplingParams(), seed=0).generate([[1]], [["image"]], 1)
