@@ -144,6 +144,20 @@ async def test_a_live_module_and_its_folder_are_the_same_adapter(tmp_path: Path)
         assert torch.equal(await scores(engine, "live"), await scores(engine, "folder"))
 
 
+async def test_a_folder_with_the_head_of_the_base_model_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """peft saves it by default, and the error did not say how to do without."""
+    base = build("llama")
+    model = adapted(base, 1, ["lm_head"])
+    async with engine_of(base) as engine:
+        with pytest.warns(UserWarning, match="save_embedding_layers"):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(WeightsError, match=r"lm_head\.base_layer\.weight.*save_embedding_layers=False"):
+            await engine.load_adapter("head", tmp_path)
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+        await engine.load_adapter("head", tmp_path)
+        assert_own(model, await engine.generate(PROMPT, GREEDY, adapter="head"))
+
+
 async def test_eight_adapters_of_several_ranks_and_layers_run_in_one_batch() -> None:
     base = build("llama")
     subsets = [["q_proj"], ["v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"], TARGETS["llama"]]

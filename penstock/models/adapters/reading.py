@@ -203,11 +203,18 @@ def _read_folder(folder: Path) -> dict[str, LoraLayer]:
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise WeightsError(f"the adapter holds {key}, and only LoRA matrices of linear layers are supported")
+            raise _not_a_matrix(key)
         pairs.setdefault(plain_name(match[1]), {})[match[2]] = tensor
     if half := next((path for path, pair in pairs.items() if len(pair) < 2), None):
         raise WeightsError(f"the adapter lacks one of the two matrices of {half}")
     return {path: _layer(path, pair["A"], pair["B"], _scaling(config, path, pair)) for path, pair in pairs.items()}
+
+
+def _not_a_matrix(key: str) -> WeightsError:
+    if ".base_layer." in key:  # peft saves the weight of a head or embedding that has an adapter
+        remedy = "save it with save_pretrained(folder, save_embedding_layers=False)"
+        return WeightsError(f"the adapter holds {key}, which is a weight of the base model: {remedy}")
+    return WeightsError(f"the adapter holds {key}, and only LoRA matrices of linear layers are supported")
 
 
 def _scaling(config: Mapping[str, Any], path: str, pair: Mapping[str, Tensor]) -> float:
