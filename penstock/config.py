@@ -17,14 +17,15 @@ from enum import StrEnum
 from functools import cache
 from numbers import Number
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
 
 from penstock.errors import ConfigurationError, shown
-from penstock.values import nearest, plain
+from penstock.values import nearest, plain, split_names
 
 T = TypeVar("T")
 GIB = 1024**3
@@ -202,7 +203,7 @@ class EngineConfig(BaseSettings):
     num_threads: int | None = Field(None, ge=1, description="Number of CPU threads; None: one for each core that this process may use. Read at load.")
     deterministic: bool = Field(False, description="Guarantee that a request's tokens and logprobs are bitwise the same whatever else is in the batch (CPU); models that cannot guarantee it are refused. Read at load.")
     weight_mode: Literal["shared", "packed"] | None = Field(None, description='"shared" runs on the weights where they are: no further bytes, and changes of a live module show at once. "packed" runs on one copy in the layout of the compiled CPU kernels, several times faster; changes of a live module show once the copy is written again. Without these kernels weights stay shared. None: packed for a model that the engine loads, shared for a live module. Read at load.')
-    disabled_rewrites: tuple[str, ...] = Field((), description='Rewrites to leave out when a model is loaded: "kernels" (all of them), "fused_layers", "packed_linears", "packed_norms".')
+    disabled_rewrites: Annotated[tuple[str, ...], NoDecode] = Field((), description='Rewrites to leave out when a model is loaded: "kernels" (all of them), "fused_layers", "packed_linears", "packed_norms".')
     enable_memory_pooling: bool = Field(True, description="Keep the memory of a step's logits for the next step. Read at load.")
     gc_threshold: float = Field(0.8, gt=0, le=1, description="Fraction of memory use above which an engine that becomes idle releases unused memory, as optimize_memory() does; cached prefixes stay.")
     enable_gradient_checkpointing: bool = Field(False, description="Accepted for compatibility: it has no meaning in inference.")
@@ -216,12 +217,15 @@ class EngineConfig(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_number_type(cls, value: object, info: ValidationInfo) -> object:
-        """Accept numpy scalars as numbers; refuse a bool, a `Decimal` and a fraction."""
-        value = plain(value)
+    def _read_text_and_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """Read numpy scalars, "none", and names separated by commas; refuse a bool, a `Decimal` and a fraction."""
+        value = split_names(value) if info.field_name == "disabled_rewrites" else plain(value)
         kind = cls.model_fields[info.field_name or ""].annotation
+        kinds = {kind, *get_args(kind)}
+        if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in kinds and str not in kinds:
+            return None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if {int, float} & {kind, *get_args(kind)} and isinstance(value, Number) and not is_number:
+        if {int, float} & kinds and isinstance(value, Number) and not is_number:
             raise PydanticCustomError("no_number", "Input should be an int or a float")
         return value
 
@@ -295,6 +299,8 @@ def explained(names: Iterable[str], secrets: Collection[str] = ()) -> Iterator[N
         yield
     except ValidationError as error:
         raise ConfigurationError("; ".join(_explain(details, names, secrets) for details in error.errors())) from None
+    except SettingsError as error:  # names the field, and not its value
+        raise ConfigurationError(f"{error}: in the environment it is JSON") from None
 
 
 def _explain(details: ErrorDetails, names: Iterable[str], secrets: Collection[str]) -> str:

@@ -110,6 +110,14 @@ def text(name: str, value: object) -> str:
     return str.__str__(value)
 
 
+def split_names(value: object) -> object:
+    """The names in a text, separated by commas, or in a list of such texts; anything else unchanged."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+        return value
+    return tuple(name for value in values for part in value.split(",") if (name := part.strip()))
+
+
 def items(name: str, values: object) -> tuple[Any, ...]:
     """The items of a list, an array or any other iterable, of any type; none of None."""
     if values is None:

@@ -24,7 +24,7 @@ ERROR = 2
 EXAMPLES = """examples:
   penstock generate 'def fibonacci(n):'    complete with the built-in model
   penstock chat --model Qwen/Qwen3-0.6B    chat with a model from the hub
-  penstock serve --model ./my-model        serve it over HTTP with OpenAI's APIs
+  penstock serve --model ./my-model        serve it over HTTP, as OpenAI and Anthropic do
   penstock bench --model ./my-model        compare with transformers.generate
   penstock doctor                          check this machine and its setup
 

@@ -1,4 +1,4 @@
-"""`penstock serve`: an HTTP server with OpenAI's APIs around one model.
+"""`penstock serve`: an HTTP server with OpenAI's and Anthropic's APIs around one model.
 
 Owns the options and what is printed. Settings come from options, then the environment (PENSTOCK_SERVE_* for the server,
 PENSTOCK_* for the engine), then the YAML file of `--config`. Called by `command`.
@@ -48,8 +48,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Declare the command."""
     parser = commands.add_parser(
         "serve",
-        help="serve a model over HTTP with OpenAI's APIs",
-        description="Serve a model over HTTP with OpenAI's APIs.",
+        help="serve a model over HTTP with OpenAI's and Anthropic's APIs",
+        description="Serve a model over HTTP with OpenAI's and Anthropic's APIs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -98,12 +98,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     """One option per setting of the engine; values are checked by `EngineConfig`."""
-    group = parser.add_argument_group("engine", "Settings of the engine, as in EngineConfig.")
+    group = parser.add_argument_group("engine", "Settings of the engine, as in EngineConfig; none is None.")
     names = {name: [name] for name in EngineConfig.model_fields}
     for alias, name in ALIASES.items():
         names[name].append(alias)
     for name, spellings in names.items():
-        text = (EngineConfig.model_fields[name].description or "").replace("%", "%%")
+        field = EngineConfig.model_fields[name]
+        default = "" if field.default in (None, ()) else f" (default: {field.default})"
+        text = f"{field.description}{default}".replace("%", "%%")
         options = [f"--{spelling.replace('_', '-')}" for spelling in spellings]
         group.add_argument(*options, dest=f"engine_{name}", metavar="V", help=text)
 

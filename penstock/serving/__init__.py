@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's APIs over any engine that implements `penstock.api`, as an ASGI application.
+"""The HTTP server: OpenAI's and Anthropic's APIs over any engine of `penstock.api`, as an ASGI application.
 
 Needs `pip install 'penstock[serve]'`. Translates requests and answers; all scheduling, sampling and text handling is
 the engine's. `app(engine)` makes the application; `ServingSettings` are its settings.

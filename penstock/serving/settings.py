@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from penstock.config import explained
 from penstock.errors import ConfigurationError
 from penstock.sampling import RequestPriority
+from penstock.values import split_names
 
 Names = Annotated[tuple[str, ...], NoDecode]  # as one text: separated by commas
 SECRETS = ("api_keys", "admin_key")  # settings whose values no message may show
@@ -126,14 +127,7 @@ class ServingSettings(BaseSettings):
         with explained(type(self).model_fields, secrets=SECRETS):
             super().__init__(**values)
 
-    @field_validator("served_model_name", "cors_origins", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        """Names separated by commas, as in the environment; also inside a list, where options put them."""
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-            return value
-        return tuple(name for value in values for part in value.split(",") if (name := part.strip()))
+    _split = field_validator("served_model_name", "cors_origins", mode="before")(lambda value: split_names(value))
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -12,9 +12,10 @@ from typing import Any, get_type_hints
 import pytest
 
 from harness.processes import own_environment
-from penstock import EngineConfig, FinishReason, InferenceEngine
+from penstock import ConfigurationError, EngineConfig, FinishReason, InferenceEngine
 from penstock.api.arguments import RequestOptions
 from penstock.config import ALIASES, Settings, warn_of_misspelled_variables
+from penstock.serving import ServingSettings
 from penstock.serving.process import ProcessSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,3 +189,29 @@ def test_a_finish_reason_equals_its_string() -> None:
     assert FinishReason.STOP == "stop"
     assert f"{FinishReason.DEADLINE}" == "deadline"
     assert {"length": 1}[FinishReason.LENGTH] == 1
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null"])
+def test_none_may_be_written_as_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an option nor the environment could give `max_sequence_length` the value that its description names."""
+    monkeypatch.setenv("PENSTOCK_MAX_SEQUENCE_LENGTH", text)
+    config = EngineConfig(target=text, tokenizer="none")  # type: ignore[arg-type]
+    assert (config.max_sequence_length, config.target, config.tokenizer) == (None, None, "none")
+    with pytest.raises(ConfigurationError, match="max_batch_size: Input should be a valid integer"):
+        EngineConfig(max_batch_size=text)  # type: ignore[arg-type]
+
+
+def test_rewrites_may_be_written_as_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the environment they raised an error of pydantic-settings, and no option could name them."""
+    monkeypatch.setenv("PENSTOCK_DISABLED_REWRITES", "packed_norms, kernels")
+    assert EngineConfig().disabled_rewrites == ("packed_norms", "kernels")
+    assert EngineConfig(disabled_rewrites="fused_layers").disabled_rewrites == ("fused_layers",)
+    with pytest.raises(ConfigurationError, match="there is no rewrite 'kernel': did you mean 'kernels'"):
+        EngineConfig(disabled_rewrites="kernel")
+
+
+def test_what_is_not_json_in_the_environment_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_SERVE_API_KEYS", "secret")
+    with pytest.raises(ConfigurationError, match=r'"api_keys".*: in the environment it is JSON') as caught:
+        ServingSettings()
+    assert "secret" not in str(caught.value)
