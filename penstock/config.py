@@ -46,10 +46,6 @@ ALIASES = {
 # Valid in `disabled_rewrites`: the passes of `optimizers.rewrites`, and "kernels" for all of them.
 REWRITES = ("kernels", "fused_layers", "packed_linears", "packed_norms")
 
-# Formats of 4-bit checkpoints, which cannot be read yet.
-FOUR_BIT_FORMATS = ("awq", "gptq", "squeezellm")
-
-
 # A setting's value.
 Value = str | int | float | bool | tuple[str, ...] | None
 
@@ -240,7 +236,7 @@ class EngineConfig(BaseSettings):
     @field_validator("quantization", mode="before")
     @classmethod
     def _refuse_four_bits(cls, name: object) -> object:
-        if isinstance(name, str) and name in FOUR_BIT_FORMATS:
+        if isinstance(name, str) and name in ("awq", "gptq", "squeezellm"):
             why = "4-bit checkpoints cannot be read yet: load the model's original checkpoint, with quantization='int8' if memory is short"
             raise PydanticCustomError("four_bits", "{why}", {"why": why})
         return name
@@ -266,16 +262,21 @@ class EngineConfig(BaseSettings):
     @classmethod
     def from_yaml(cls, path: str | Path) -> EngineConfig:
         """Read a YAML mapping of field names. Raises `ConfigurationError` if it is missing or not a mapping."""
-        import yaml
+        settings = canonical(read_mapping(path)).items()
+        return cls(**cast(Settings, {name: value for name, value in settings if f"PENSTOCK_{name.upper()}" not in os.environ}))
 
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigurationError(f"cannot read the configuration {path}: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"{path} must hold a mapping of setting names to values")
-        settings = {name: value for name, value in canonical(values).items() if f"PENSTOCK_{name.upper()}" not in os.environ}
-        return cls(**cast(Settings, settings))
+
+def read_mapping(path: str | Path) -> Mapping[str, object]:
+    """A YAML file that holds a mapping of names. Raises `ConfigurationError`."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"cannot read the settings {path}: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigurationError(f"{path} must hold a mapping of setting names to values")
+    return values
 
 
 def canonical(values: Mapping[str, T]) -> dict[str, T]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from penstock.cli.session import JsonObject
+from penstock.config import read_mapping
 from penstock.demo import MODEL_DIR
 from penstock.errors import ConfigurationError
 from penstock.models.scripted_replies import ScriptedReplies
@@ -23,8 +24,6 @@ _KEYS = frozenset({"replies", "step_s", "tokenizer", "chat_template", "max_lengt
 
 def scripted_engine_parts(path: str, settings: JsonObject) -> tuple[ScriptedReplies, object]:
     """The model and its tokenizer. Raises `ConfigurationError`."""
-    from penstock.serving.settings import read_mapping
-
     script = read_mapping(path)
     if unknown := set(script) - _KEYS:
         raise ConfigurationError(f"{path} has an unknown key {min(unknown)!r}: it may have {', '.join(sorted(_KEYS))}")

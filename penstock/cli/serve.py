@@ -18,7 +18,7 @@ from penstock.cli.options import positive
 from penstock.cli.scripted_file import scripted_engine_parts
 from penstock.cli.session import JsonObject
 from penstock.cli.terminal import note
-from penstock.config import ALIASES, EngineConfig
+from penstock.config import ALIASES, EngineConfig, read_mapping
 from penstock.errors import ConfigurationError
 from penstock.values import integer
 
@@ -158,8 +158,6 @@ def _model_and_tokenizer(model: str | None, settings: JsonObject, num_replicas: 
 
 def _sections(path: str | None) -> dict[str, JsonObject]:
     """The two sections of the configuration file."""
-    from penstock.serving.settings import read_mapping
-
     sections = dict(read_mapping(path)) if path is not None else {}
     if unknown := set(sections) - {"engine", "serving"}:
         raise ConfigurationError(f"{path} has an unknown section {min(unknown)!r}: it may have engine and serving")

@@ -7,15 +7,13 @@ Values come from keywords, then environment variables (`PENSTOCK_SERVE_MAX_BODY_
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self, TypedDict, Unpack, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from penstock.config import explained
-from penstock.errors import ConfigurationError
+from penstock.config import explained, read_mapping
 from penstock.sampling import RequestPriority
 from penstock.values import split_names
 
@@ -150,16 +148,3 @@ class ServingSettings(BaseSettings):
             if f"PENSTOCK_SERVE_{name.upper()}" not in os.environ
         }
         return cls(**cast(ServingKeywords, {**values, **overrides}))
-
-
-def read_mapping(path: str | Path) -> Mapping[str, object]:
-    """A YAML file that holds a mapping of names. Raises `ConfigurationError`."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"cannot read the settings {path}: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigurationError(f"{path} must hold a mapping of setting names to values")
-    return values

@@ -215,3 +215,21 @@ def test_what_is_not_json_in_the_environment_is_a_typed_error(monkeypatch: pytes
     with pytest.raises(ConfigurationError, match=r'"api_keys".*: in the environment it is JSON') as caught:
         ServingSettings()
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: [", "cannot read the settings"),
+        (b"\xff\xfe", "cannot read the settings"),
+        (b"- a", "must hold a mapping of setting names"),
+        (b"1: 2", "must hold a mapping of setting names"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_names_is_refused(content: bytes, says: str, tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 and names that are no text raised errors of other types."""
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(content)
+    for settings in (EngineConfig, ServingSettings):
+        with pytest.raises(ConfigurationError, match=says):
+            settings.from_yaml(file)  # type: ignore[attr-defined]
