@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,16 +15,25 @@ from tests.tokenizers_for_tests import byte_level
 
 
 class HoldingModel(ScriptedModel):
-    """Holds its step number `hold_at`, from 1 on, until `release()`: whatever a test does meanwhile comes before it."""
+    """Holds its step number `hold_at`, from 1 on, until `release()`, which may come before the step.
+
+    What a test does once `is_held` is set comes after the steps before this one, and before its end.
+    """
 
     def __init__(self, *args: Any, hold_at: int, **options: Any) -> None:
         super().__init__(*args, **options)
         self.hold_at = hold_at
+        self.is_held, self._may_go_on = threading.Event(), threading.Event()
 
     def execute(self, plan: StepPlan, masks: Masks | None = None) -> StepResult:
         if self.plans + 1 == self.hold_at:
-            self.hold()
+            self.is_held.set()
+            self._may_go_on.wait()
         return super().execute(plan, masks)
+
+    def release(self) -> None:
+        self._may_go_on.set()
+        super().release()
 
 
 @contextmanager

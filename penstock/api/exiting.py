@@ -21,6 +21,8 @@ from typing import Protocol
 
 EXIT_S = 1.0  # for all engines of a process together
 _POLL_S = 0.02
+# Loop threads that are to block, and whether they do: a blocked one runs no second callback that would say so.
+_blocked: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
 
 class Haltable(Protocol):
@@ -57,8 +59,11 @@ def _halt_despite_interruptions(part: Haltable) -> None:
 
 
 def block_loop_thread(loop: asyncio.AbstractEventLoop, thread: threading.Thread, until: float) -> None:
-    """Make the thread of an event loop block forever instead of running its next callback."""
-    blocked = threading.Event()
+    """Make the thread of an event loop block forever instead of running its next callback.
+
+    May be called again, where Ctrl-C interrupted it or what came after it.
+    """
+    blocked = _blocked.setdefault(thread, threading.Event())
 
     def wait_for_ever() -> None:
         blocked.set()

@@ -413,10 +413,10 @@ async def test_a_scripted_model_has_no_adapters() -> None:
 
 
 async def test_an_engine_stops_while_requests_run_with_an_adapter_that_was_unloaded() -> None:
-    base = build("llama")
-    engine = engine_of(base)
+    base = build("llama", max_position_embeddings=1 << 16)
+    engine = engine_of(base, max_sequence_length=None)
     await engine.load_adapter("a", adapted(base, 1, ["q_proj"]))
-    handle = engine.generate(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True), adapter="a")
+    handle = engine.generate(PROMPT, SamplingParams(max_tokens=60_000, ignore_eos=True), adapter="a")
     await anext(aiter(handle))
     await engine.unload_adapter("a")
     await asyncio.to_thread(engine.stop, 0)

@@ -25,14 +25,14 @@ from tests.scripted_engine import HoldingModel
 PATIENCE_S = 30.0
 ATTEMPTS = 10  # at what other programs on the machine may spoil
 LOW, NORMAL, HIGH, CRITICAL = RequestPriority
-Make = Callable[..., tuple[InferenceEngine, ScriptedModel]]
+Make = Callable[..., tuple[InferenceEngine, HoldingModel]]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
     made: list[InferenceEngine] = []
 
-    def build(step_s: float = 0.0, hold_at: int = 0, **settings: Any) -> tuple[InferenceEngine, ScriptedModel]:
+    def build(step_s: float = 0.0, hold_at: int = 0, **settings: Any) -> tuple[InferenceEngine, HoldingModel]:
         model = HoldingModel([5, 6, 7], max_length=4096, step_s=step_s, hold_at=hold_at)
         made.append(InferenceEngine(model, None, **{"max_batch_size": 1, "batch_timeout_ms": 0, **settings}))
         return made[-1], model
@@ -110,7 +110,7 @@ def test_forks_come_together_and_displace_together(make: Make) -> None:
     """fork(n) that was refused in the middle left forks behind that ran without a handle."""
     engine, model = make(max_queue_size=3, hold_at=6)
     origin = engine.generate([1], SamplingParams(max_tokens=2000), priority=HIGH)
-    wait_until(lambda: engine.get_stats()["totals"]["generated_tokens"] > 3)
+    wait_until(model.is_held.is_set)
     others = [engine.generate([1], SamplingParams(max_tokens=1), priority=rank) for rank in (HIGH, LOW, LOW)]
     with pytest.raises(EngineOverloaded):
         origin.fork(3)
@@ -128,7 +128,7 @@ def test_forks_come_together_and_displace_together(make: Make) -> None:
 def test_more_forks_than_may_wait_are_refused_as_a_whole(make: Make) -> None:
     engine, model = make(max_queue_size=2, hold_at=6)
     origin = engine.generate([1], SamplingParams(max_tokens=2000))
-    wait_until(lambda: engine.get_stats()["totals"]["generated_tokens"] > 3)
+    wait_until(model.is_held.is_set)
     with pytest.raises(EngineOverloaded, match="4 forks, and at most"):
         origin.fork(4)
     assert engine.get_stats()["queue"]["num_requests"] == 1
@@ -207,7 +207,7 @@ def test_the_named_wait_is_about_what_it_takes(make: Make, tokens: bool) -> None
     limit = {"max_queued_tokens": 30} if tokens else {"max_queue_size": 3}
     engine, _ = make(step_s=0.005, max_batch_size=2, **limit)
     handles = [engine.generate([1] * 10, SamplingParams(max_tokens=60)).detach() for _ in range(2)]
-    wait_until(lambda: all(handle.status is RequestStatus.PROCESSING for handle in handles))
+    wait_until(lambda: not any(handle.status is RequestStatus.QUEUED for handle in handles))
     handles += [engine.generate([1] * 10, SamplingParams(max_tokens=60)).detach() for _ in range(3)]
     wait_until(lambda: engine.get_stats()["totals"]["generated_tokens"] > 4)
     measured: list[tuple[float, float]] = []

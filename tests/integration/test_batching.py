@@ -172,7 +172,7 @@ async def test_lengths_that_are_alike_start_together(scripted: Make) -> None:
     settings = {"bucket_size": 4, "max_batch_size": 2, "enable_kv_cache": False, "hold_at": 1}
     engine, model = scripted(batching_strategy="bucketed", **settings)
     first = engine.generate([1], tokens(1))
-    await asyncio.to_thread(wait_until, lambda: model.plans == 1)
+    await asyncio.to_thread(wait_until, model.is_held.is_set)
     handles = [engine.generate([number] * length, tokens(1)) for number, length in ((2, 8), (3, 60), (4, 9), (5, 61))]
     await asyncio.to_thread(wait_until, lambda: engine.get_stats()["queue"]["num_waiting"] == len(handles))
     model.release()

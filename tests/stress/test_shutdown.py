@@ -26,6 +26,7 @@ from penstock.step import StepPlan, StepResult
 ENDLESS = SamplingParams(max_tokens=100_000)
 PROMPTLY_S = 30.0  # on a busy machine; all the ways to wait for ever take much longer
 PATIENCE_S = 60.0
+PROGRAM_S = 100.0  # importing PyTorch alone may take a minute
 GONE_S = 2.0  # half of it is what engines may take when a program ends
 ATTEMPTS = 5
 
@@ -290,7 +291,7 @@ def wait():
 @pytest.mark.parametrize("how", EXITS)
 def test_interpreter_exits_with_a_running_request(how: str) -> None:
     code = PROGRAM + EXITS[how] + "\nprint('end')\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROGRAM_S, check=False)
     assert done.returncode == 0
     assert done.stdout.startswith("end")
     assert "Traceback" not in done.stderr, done.stderr
@@ -330,6 +331,7 @@ print(time.monotonic(), flush=True)
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("busy", "ending"), [*((busy, "") for busy in BUSY), *(("a model that loads", e) for e in ENDINGS if e)]
 )
@@ -339,7 +341,7 @@ def test_a_program_that_ends_while_the_engine_works_is_gone_soon(busy: str, endi
     status, says = ENDINGS[ending]
 
     def seconds_to_end() -> float:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, check=False)
         assert (done.returncode, done.stderr.strip().rpartition("\n")[2]) == (status, says), done.stderr
         begin, end = map(float, done.stdout.split())
         return end - begin
@@ -379,7 +381,7 @@ atexit.register(lambda: signal.setitimer(signal.ITIMER_REAL, {interrupted_after_
 def test_the_models_thread_has_ended_when_libraries_are_finalized(interrupted_after_s: float) -> None:
     """The finalizers of torch ran beside its kernels, before the exit handler and after one that Ctrl-C had ended."""
     code = FINALIZED.format(interrupted_after_s=interrupted_after_s)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROGRAM_S, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
 
@@ -397,6 +399,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.timeout(600)
 def test_ctrl_c_while_a_model_loads_ends_the_program() -> None:
     """asyncio waited for the thread in which the engine waited for its model."""
 
@@ -411,7 +414,7 @@ def test_ctrl_c_while_a_model_loads_ends_the_program() -> None:
         process.stdout.readline()
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=PROGRAM_S)
         assert stderr.strip().endswith(b"KeyboardInterrupt")
         return time.monotonic() - begin
 

@@ -15,7 +15,7 @@ from fastapi import Depends, FastAPI, Header, HTTPException
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from penstock import InferenceEngine, SamplingParams, ScriptedModel
+from penstock import InferenceEngine, SamplingParams
 from penstock.engine.requests import input_processor
 from penstock.serving import ServingSettings, app
 from tests.http_sockets import PATIENCE_S, Connection, running, wait_until
@@ -30,7 +30,7 @@ MESSAGES: Any = [{"role": "user", "content": "what falls?"}]
 @dataclass
 class Service:
     engine: InferenceEngine
-    model: ScriptedModel
+    model: HoldingModel
     port: int
 
     def post(self, path: str, **body: Any) -> Connection:
@@ -86,7 +86,7 @@ def test_a_client_that_leaves_ends_its_request_in_the_step_that_runs(serve: Serv
     if path == "/v1/responses":
         body = {"input": "water", "max_output_tokens": 4000}
     connection = service.post(path, **body, stream=stream)
-    wait_until(lambda: service.model.plans == 4)
+    wait_until(service.model.is_held.is_set)
     assert service.num_requests == 1
     connection.close()
     wait_until(lambda: service.num_requests == 0)

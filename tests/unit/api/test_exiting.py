@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from penstock.api.event_loop import LoopThread
 from penstock.api.exiting import interrupt
 
 
@@ -53,6 +54,14 @@ def test_a_thread_that_is_interrupted_in_a_finalizer_ends_and_prints_nothing(
     assert not thread.is_alive()
     assert reports == []
     assert sys.unraisablehook is hook
+
+
+def test_the_thread_of_a_loop_that_is_blocked_already_is_not_waited_for() -> None:
+    """Ctrl-C at the exit of a program had its handler start again, which then waited for as long as it may."""
+    loop = LoopThread("loop")
+    for _ in range(2):
+        loop.halt(time.monotonic() + 600)
+    assert loop.is_alive()
 
 
 def test_what_a_finalizer_raises_in_another_thread_is_still_reported(reports: list[type[BaseException]]) -> None:

@@ -172,6 +172,7 @@ class FakeLLM:
         self._reload = reload
         self._queues: dict[str, list[Any]] = {}
         self._death = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the requests
 
     @classmethod
     def from_engine_args(cls, arguments: AsyncEngineArgs) -> FakeLLM:
@@ -192,6 +193,7 @@ class FakeLLM:
     async def generate(
         self, prompt: dict[str, Any], params: Any, request_id: str, *, priority: int = 0
     ) -> AsyncIterator[Any]:
+        self._loop = asyncio.get_running_loop()
         call = Call(prompt, params, request_id, priority)
         self.calls.append(call)
         ids = prompt["prompt_token_ids"]
@@ -228,9 +230,10 @@ class FakeLLM:
             self._queues[request_id].append("abort")
 
     def die(self) -> None:
-        """The engine's process ends."""
+        """The engine's process ends. Called on any thread, once a request runs."""
         self.errored = True
-        self._death.set()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._death.set)
 
     async def collective_rpc(self, method: str, kwargs: dict[str, str]) -> None:
         self.log.append((method, kwargs["weights_path"]))

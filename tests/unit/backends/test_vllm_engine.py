@@ -136,12 +136,14 @@ async def test_errors_of_vllm_are_typed(engine: VLLMEngine) -> None:
         await engine.generate([{"role": "user", "content": "hi"}], PARAMS)
 
 
-async def test_an_abort_keeps_what_vllm_had_not_handed_out(engine: VLLMEngine, llm: FakeLLM) -> None:
-    handle = engine.generate([1], SamplingParams(max_tokens=400, n=2, temperature=1.0))
-    await anext(handle)
-    handle.cancel()
-    with pytest.raises(RequestAborted) as caught:
-        await handle
+async def test_an_abort_keeps_what_vllm_had_not_handed_out() -> None:
+    llm = FakeLLM(step=lambda: asyncio.sleep(0.01))
+    async with VLLMEngine(llm) as engine:
+        handle = engine.generate([1], SamplingParams(max_tokens=1900, n=2, temperature=1.0))
+        await anext(handle)
+        handle.cancel()
+        with pytest.raises(RequestAborted) as caught:
+            await handle
     assert caught.value.output is not None
     for completion in caught.value.output.outputs:
         assert completion.token_ids[-1] == 99
@@ -177,6 +179,8 @@ async def test_a_dead_process_fails_every_waiter(tmp_path: Path) -> None:
     llm = FakeLLM(step=lambda: never().wait(), model=str(folder(tmp_path / "model")))
     async with VLLMEngine(llm) as engine:
         waiters: list[Any] = [asyncio.ensure_future(engine.generate([1], PARAMS)) for _ in range(3)]
+        while len(llm.calls) < 3:  # noqa: ASYNC110 - the update waits for those which it finds
+            await asyncio.sleep(0.001)
         waiters.append(asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait")))
         await asyncio.to_thread(llm.paused.wait)
         llm.die()
@@ -344,13 +348,13 @@ async def test_pauses_come_in_pairs(engine: VLLMEngine, llm: FakeLLM) -> None:
 
 async def test_no_request_runs_while_weights_are_loaded(tmp_path: Path) -> None:
     """A resume() let requests run in the middle of an update, and an update did not wait for the end of a pause."""
-    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    llm = FakeLLM(step=lambda: asyncio.sleep(0.01), model=str(folder(tmp_path / "model")))
     new = folder(tmp_path / "new")
     async with VLLMEngine(llm) as engine:
-        handle = engine.generate([1], SamplingParams(max_tokens=1000))
+        handle = engine.generate([1], SamplingParams(max_tokens=1900))
         await anext(handle)
         pause = asyncio.ensure_future(engine.pause("wait"))
-        assert await asyncio.to_thread(llm.paused.wait, 10)
+        assert await asyncio.to_thread(llm.paused.wait, 60)
         update = asyncio.ensure_future(engine.update_weights(new))
         for order in (engine.resume, engine.pause):
             with pytest.raises(EngineStateError, match="wait until that has ended"):
@@ -370,7 +374,7 @@ async def test_an_update_in_an_engine_that_is_stopped_says_so(tmp_path: Path, mo
     monkeypatch.setattr(llm, "resume_generation", lambda: asyncio.Event().wait())
     engine = VLLMEngine(llm)
     update = asyncio.ensure_future(engine.update_weights(folder(tmp_path / "new")))
-    assert await asyncio.to_thread(llm.paused.wait, 10)
+    assert await asyncio.to_thread(llm.paused.wait, 60)
     await asyncio.to_thread(engine.stop, 0)
     with pytest.raises(EngineClosed, match="was stopped"):
         await update
