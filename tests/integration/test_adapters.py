@@ -414,7 +414,7 @@ async def test_a_scripted_model_has_no_adapters() -> None:
 
 async def test_an_engine_stops_while_requests_run_with_an_adapter_that_was_unloaded() -> None:
     base = build("llama", max_position_embeddings=1 << 16)
-    engine = engine_of(base, max_sequence_length=None)
+    engine = engine_of(base, max_sequence_length=None, kv_cache_tokens=1 << 16)
     await engine.load_adapter("a", adapted(base, 1, ["q_proj"]))
     handle = engine.generate(PROMPT, SamplingParams(max_tokens=60_000, ignore_eos=True), adapter="a")
     await anext(aiter(handle))

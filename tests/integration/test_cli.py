@@ -46,7 +46,7 @@ from penstock.models.baseline import Baseline
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-TIMEOUT_S = 60
+TIMEOUT_S = 100  # importing PyTorch alone may take a minute
 
 
 def command(*args: str) -> list[str]:
