@@ -73,7 +73,7 @@ class Dispatcher:
         self._timers = DeadlineTimers(time.monotonic, lambda request: self.abort(request.id, FinishReason.DEADLINE))
         self._numbers, self._turns = itertools.count(), itertools.count()
         self._watches: set[asyncio.Task[None]] = set()
-        self._is_draining = False
+        self.is_draining = False  # a replica that ends has not failed; set by whoever stops the engine, on any thread
 
     # Read from any thread.
 
@@ -269,12 +269,12 @@ class Dispatcher:
 
     def drain(self) -> None:
         """Set `drained` once nothing is open, or steps have stopped for an unknown time."""
-        self._is_draining = True
+        self.is_draining = True
         self._check_drained()
 
     def _check_drained(self) -> None:
         is_at_rest = self.state in (EngineState.PAUSED, EngineState.ASLEEP)
-        if self._is_draining and (not self._open or is_at_rest or self.fault is not None):
+        if self.is_draining and (not self._open or is_at_rest or self.fault is not None):
             self.drained.set()
 
     def close_all(self) -> None:
@@ -306,7 +306,7 @@ class Dispatcher:
         if self._router is None or number not in self._router.live:
             return
         self._router.lose(number)
-        if self._is_draining:
+        if self.is_draining:
             return  # it was stopped
         reason = self._replicas[number].failure
         self._log.error("a replica failed", replica=number, error=reason)

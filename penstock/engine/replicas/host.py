@@ -161,6 +161,7 @@ class RouterHost:
             return
         with contextlib.suppress(Exception):  # `drain_s` excludes the time to load
             self.booted.result()
+        self._dispatcher.is_draining = True  # at once: the replicas may have ended before the loop has its next turn
         call_on_loop(thread.loop, self._dispatcher.drain)
         self._dispatcher.drained.wait(min(drain_s, threading.TIMEOUT_MAX))
         call_on_loop(thread.loop, self._dispatcher.close_all)
