@@ -59,6 +59,14 @@ def test_a_long_text_has_a_bound_above_0(name: str) -> None:
     assert TokenBound().at_least(tokenizer, "ä" * 10_000) >= 20_000 // NFC_FACTOR // longest
 
 
+def test_a_token_may_take_in_more_bytes_than_it_has() -> None:
+    tokenizer = composing()
+    tokenizer.add_tokens([AddedToken("\u0136" * 8, normalized=True)])  # 16 bytes, composed from 40
+    text = "\u212a\u0327" * 80
+    assert len(tokenizer.encode(text, add_special_tokens=False)) == 10
+    assert TokenBound().at_least(tokenizer, text) <= 10
+
+
 def test_no_character_composes_from_more_bytes_than_is_assumed() -> None:
     sources: dict[str, int] = {}
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
