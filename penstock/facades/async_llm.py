@@ -12,6 +12,7 @@ from penstock.api.handle import RequestHandle
 from penstock.api.prompt import Prompt
 from penstock.api.stats import EngineStats
 from penstock.engine.inference import InferenceEngine
+from penstock.errors import ConfigurationError, shown
 from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
@@ -119,6 +120,8 @@ class AsyncLLMEngine:
     @classmethod
     def from_engine_args(cls, engine_args: AsyncEngineArgs) -> Self:
         """An engine with these arguments. Raises `ConfigurationError`."""
+        if not isinstance(engine_args, AsyncEngineArgs):
+            raise ConfigurationError(f"engine_args must be AsyncEngineArgs, got {shown(engine_args)}")
         return cls(InferenceEngine(engine_args.model, engine_args.tokenizer, engine_args.config))
 
     def generate(

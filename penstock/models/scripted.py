@@ -17,6 +17,7 @@ from itertools import repeat
 
 from penstock.api.weights import WeightSource
 from penstock.constraints.masks import Masks
+from penstock.errors import ConfigurationError, shown
 from penstock.models.protocol import ModelSpec
 from penstock.pooling import PoolingParams
 from penstock.scores import FloatArray, Score, ScorePart
@@ -54,6 +55,8 @@ class ScriptedModel:
             eos_token_ids=eos_token_ids,
             hidden_size=hidden_size,
         )
+        if not callable(script) and not all(hasattr(token, "__index__") for token in script):
+            raise ConfigurationError(f"a script is a list of token ids or a function, got {shown(script)}")
         self.step_s = step_s
         self.token_s = token_s
         self.plans = 0

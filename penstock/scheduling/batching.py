@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 from pydantic import BaseModel, ConfigDict, Field
 
 from penstock.config import BatchingStrategy, explained
-from penstock.errors import RequestError, RequestTooLarge
+from penstock.errors import ConfigurationError, RequestError, RequestTooLarge, shown
 from penstock.sampling import RequestPriority
 from penstock.scheduling.bucketing import Item, Tensor, calculate_padding_efficiency, create_padded_batch
 from penstock.scheduling.estimator import MemoryEstimator
@@ -126,6 +126,8 @@ class DynamicBatcher:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(config, BatchingConfig | None):
+            raise ConfigurationError(f"config must be a BatchingConfig, got {shown(config)}")
         self.config = config or BatchingConfig()
         self.memory_estimator = memory_estimator
         self._clock = clock

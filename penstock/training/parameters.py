@@ -6,15 +6,23 @@ Owns names and rules only. Called by the backends and by `InferenceModule`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
 
 from penstock.sampling import SamplingParams
-from penstock.values import flag, plain
+from penstock.values import flag, nearest, plain
 
 # Keywords that `Engine.generate` takes, all others being fields of `SamplingParams`.
 ENGINE_OPTIONS = frozenset({"priority", "deadline", "ttft_deadline", "namespace", "adapter"})
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "n": "num_return_sequences"}  # of `SamplingParams`
+_NAMES = frozenset(
+    {
+        *("use_cache", "do_sample", "return_logits", "return_logprobs", *_OTHER_NAMES.values()),
+        *ENGINE_OPTIONS,
+        *(field.name for field in fields_of(SamplingParams) if field.init),
+    }
+).difference(_OTHER_NAMES)
 _SEEDS = 1 << 64
 
 
@@ -29,11 +37,13 @@ def sampling_params(
 ) -> SamplingParams:
     """The same parameters under this engine's names. `do_sample=False` is greedy, whatever the temperature.
 
-    Raises `RequestError` for values, and `TypeError` for fields that `SamplingParams` does not have.
+    Raises `RequestError` for values, and `TypeError` for unknown names.
     """
     if given := _OTHER_NAMES.keys() & fields.keys():
         name = min(given)
         raise TypeError(f"generate has no parameter {name!r}: its name is {_OTHER_NAMES[name]!r}")
+    if unknown := fields.keys() - _NAMES:
+        raise TypeError(f"generate has no parameter {min(unknown)!r}{nearest(min(unknown), _NAMES)}")
     is_sampled = flag("do_sample", do_sample)
     return SamplingParams(
         max_tokens=max_new_tokens,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penstock.errors import RequestAborted
+from penstock.errors import ConfigurationError, RequestAborted
 from penstock.facades.async_llm import AsyncEngineArgs, AsyncLLMEngine
 from penstock.models.scripted import ScriptedModel
 from penstock.outputs import RequestOutput
@@ -121,3 +121,8 @@ async def test_lower_numbers_are_served_first(engine: AsyncLLMEngine, number: in
     engine.engine.generate = spy  # type: ignore[method-assign]
     await engine.generate([1], SamplingParams(max_tokens=1), priority=number)
     assert given == [RequestPriority[priority]]
+
+
+def test_arguments_of_another_type_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="engine_args must be AsyncEngineArgs, got"):
+        AsyncLLMEngine.from_engine_args({"model": None})  # type: ignore[arg-type]

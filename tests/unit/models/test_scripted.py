@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from penstock import InferenceEngine, SamplingParams, ScriptedModel
+from penstock import ConfigurationError, InferenceEngine, SamplingParams, ScriptedModel
 
 
 @pytest.mark.parametrize("chunk", [512, 3])
@@ -29,3 +31,10 @@ async def test_a_script_scores_completions_as_certain() -> None:
         (score,) = await engine.score([1, 2, 3], [4, 5, 6, 7], params=SamplingParams(), logits=True, entropies=True)
         assert score.logprobs.tolist() == score.tempered.tolist() == score.entropies.tolist() == [0.0] * 4
         assert score.logits.argmax(-1).tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("script", ["abc", [1, "a"]])
+def test_a_script_without_token_ids_is_refused(script: Any) -> None:
+    """Its tokens ended the engine's thread, and with it all requests."""
+    with pytest.raises(ConfigurationError, match="a script is a list of token ids or a function"):
+        ScriptedModel(script)

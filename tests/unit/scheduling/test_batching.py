@@ -285,3 +285,8 @@ def test_continuous_batcher_needs_no_attribute_and_keeps_to_its_memory() -> None
     assert continuous_batcher.update_batch() == ([("a", 200)], [])
     continuous_batcher.complete("a")
     assert continuous_batcher.update_batch() == ([], [("b", 200)])
+
+
+def test_a_config_of_another_type_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="config must be a BatchingConfig, got"):
+        DynamicBatcher({"max_batch_size": 2})  # type: ignore[arg-type]

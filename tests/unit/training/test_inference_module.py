@@ -160,8 +160,9 @@ def test_prompts_may_be_ids_and_chats(inference: InferenceModule) -> None:
 
 
 def test_unknown_options_and_wrong_values_are_refused(inference: InferenceModule) -> None:
-    with pytest.raises(TypeError, match="did you mean 'min_tokens'"):
-        inference.generate("x", min_token=3)
+    for name, known in (("min_token", "min_tokens"), ("max_new_token", "max_new_tokens"), ("do_samples", "do_sample")):
+        with pytest.raises(TypeError, match=f"generate has no parameter '{name}': did you mean '{known}'"):
+            inference.generate("x", **{name: 3})
     for name, known in (("max_tokens", "max_new_tokens"), ("n", "num_return_sequences")):  # raised `KeyError`
         with pytest.raises(TypeError, match=f"no parameter '{name}': its name is '{known}'"):
             inference.generate("x", **{name: 2})
