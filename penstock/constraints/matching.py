@@ -23,6 +23,15 @@ from penstock.errors import GrammarError, described
 from penstock.structured_outputs import StructuredOutputs
 
 _MAX_MASK_THREADS = 8
+# Tokens that llguidance allows together where the grammar allows them all, and otherwise tries by their characters. Its
+# own `general_slices` have strings of up to 10 and up to 30 characters; near the end of a string with `maxLength` most
+# tokens are tried then.
+_IN_STRING = r'[^"\\\x00-\x1F\x7F]'
+SLICES = (
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_IN_STRING}{{1,{length}}}" for length in (3, 4, 5, 6, 7, 8, 9, 10, 14, 30)),
+    f"{_IN_STRING}+",
+)
 # Deterministic bounds on the work of compiling and of one mask, in llguidance's own units.
 # Ambiguous grammars reach the library's own bound on items (50,000) only after a second per token. The values of a JSON
 # schema are delimited, so its rows may be long and are not repeated: 2,000 items take 10 ms.
@@ -47,7 +56,7 @@ class GrammarVocabulary:
         # A model without EOS: its last token stands in, and is in no mask.
         self.eos_ids = sorted(token for token in eos_ids if token < num_tokens) or [num_tokens - 1]
         bare = LLTokenizer(tokenizer_json, n_vocab=size, eos_token=self.eos_ids, slices=[])
-        self.tokenizer = bare.with_slices(LLTokenizer.general_slices())
+        self.tokenizer = bare.with_slices(list(SLICES))
         self.num_words = -(-size // 32)
         self._size = size
         self._num_started = itertools.count()

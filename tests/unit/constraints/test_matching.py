@@ -378,3 +378,13 @@ def test_grammars_with_expressions_of_their_own_have_a_mask_for_every_token(valu
 
 def test_a_sequence_that_reasons_has_a_mask_for_every_token() -> None:
     assert not start("</think>", json={"type": "string"}).prefers_candidates
+
+
+@pytest.mark.parametrize("length", [*range(1, 13), 17, 40])
+def test_a_mask_within_a_string_of_limited_length_allows_just_the_tokens_that_are_accepted(length: int) -> None:
+    constraint = start(json={"type": "string", "maxLength": length})
+    constraint.advance(ids('"'))
+    for letter in "abcd"[:length]:
+        accepted = {token for token in range(len(tokenizer())) if constraint.first_allowed([token]) is not None}
+        assert masks(constraint) == [accepted]
+        constraint.advance(ids(letter))
