@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.native import FLOATS, TYPES, Kernels, check, pages, strided
-from penstock.kernels.structures import LinearStruct, LowRankPartStruct, LowRankStruct, Ptr
+from penstock.kernels.structures import LinearStruct, LowRankLayerStruct, LowRankPartStruct, LowRankStruct, Ptr
 
 _ADD = 1  # the mode of a `LinearStruct`
 
@@ -103,18 +103,24 @@ def pack_adapter(
     They are in the memory of an adapter that is used no more, if `spare` is that and is large enough: fresh pages take
     longer than packing. Raises `NotFiniteError`.
     """
-    calls = [(slots, parts, (LowRankPartStruct * len(parts))(*map(_part_struct, parts))) for slots, parts in layers]
-    sizes = [slots.library.ps_low_rank_bytes(ctypes.byref(slots.layer), a, len(a)) for slots, _, a in calls]
-    memory = pages(sum(sizes)) if spare is None or len(spare) < sum(sizes) else spare
-    address, low_ranks = memory.data_ptr(), []
-    for (slots, parts, array), size in zip(calls, sizes, strict=True):
-        low_rank = LowRank(LowRankStruct(), memory)
-        layer, target = ctypes.byref(slots.layer), ctypes.byref(low_rank.struct)
-        broken = slots.library.ps_pack_low_rank(layer, array, len(array), target, address)
-        if broken < len(parts):
-            raise NotFiniteError(parts[broken])
-        low_ranks.append((slots, low_rank))
-        address += size
+    arrays = [(LowRankPartStruct * len(parts))(*map(_part_struct, parts)) for _, parts in layers]
+    structs = [LowRankStruct() for _ in layers]
+    calls = (LowRankLayerStruct * len(layers))(
+        *(
+            LowRankLayerStruct(
+                ctypes.addressof(slots.layer), ctypes.addressof(array), ctypes.addressof(struct), len(array)
+            )
+            for (slots, _), array, struct in zip(layers, arrays, structs, strict=True)
+        )
+    )
+    library = layers[0][0].library
+    size = library.ps_low_rank_bytes(calls, len(calls))
+    memory = pages(size) if spare is None or len(spare) < size else spare
+    library.ps_pack_low_ranks(calls, len(calls), memory.data_ptr())
+    for call, (_, parts) in zip(calls, layers, strict=True):
+        if call.broken < len(parts):
+            raise NotFiniteError(parts[call.broken])
+    low_ranks = [(slots, LowRank(struct, memory)) for (slots, _), struct in zip(layers, structs, strict=True)]
     return PackedAdapter(low_ranks, memory)
 
 

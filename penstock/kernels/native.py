@@ -45,12 +45,12 @@ class Kernels:
         self.library = library
         self.threads = threads
         library.ps_pool_new.restype = Ptr
-        for name in ("ps_columns", "ps_lanes", "ps_cache_bytes", "ps_low_rank_bytes", "ps_pack_low_rank"):
+        for name in ("ps_columns", "ps_lanes", "ps_cache_bytes", "ps_low_rank_bytes"):
             getattr(library, name).restype = Long
         for name in ("ps_linear", "ps_low_rank"):
             getattr(library, name).argtypes = [Ptr, Ptr, Ptr, Long, Long, Ptr, Long, Ptr]
-        library.ps_low_rank_bytes.argtypes = [Ptr, Ptr, Long]
-        library.ps_pack_low_rank.argtypes = [Ptr, Ptr, Long, Ptr, Ptr]
+        library.ps_low_rank_bytes.argtypes = [Ptr, Long]
+        library.ps_pack_low_ranks.argtypes = [Ptr, Long, Ptr]
         library.ps_norm.argtypes = [Ptr, Ptr, Ptr, Long, Ptr, Int]
         library.ps_attention.argtypes = [Ptr, Ptr]
         library.ps_program.argtypes = [Ptr, Ptr]

@@ -41,7 +41,7 @@ class LowRankStruct(ctypes.Structure):
     _fields_ = (
         ("rank", Long),
         *((name, Int) for name in ("type", "unused")),
-        *((name, Ptr) for name in ("a", "b", "first", "begin")),
+        *((name, Ptr) for name in ("a", "b", "ranges")),
     )
 
 
@@ -54,6 +54,15 @@ class LowRankPartStruct(ctypes.Structure):
         *((name, Int) for name in ("a_type", "b_type")),
         ("scaling", Float),
         ("unused", Int),
+    )
+
+
+class LowRankLayerStruct(ctypes.Structure):
+    """`low_rank_layer` in low_rank_packing.c."""
+
+    _fields_ = (
+        *((name, Ptr) for name in ("layer", "parts", "target")),
+        *((name, Long) for name in ("count", "broken")),
     )
 
 
@@ -179,6 +188,7 @@ STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "linear": LinearStruct,
     "low_rank": LowRankStruct,
     "low_rank_part": LowRankPartStruct,
+    "low_rank_layer": LowRankLayerStruct,
     "packing": PackingStruct,
     "kv_cache": CacheStruct,
     "attention_metadata": MetadataStruct,

@@ -192,16 +192,18 @@ static void prepare_rows(pool *p, const linear_job *j, long tiles, int id)
 
 INLINE long panel_bytes(const linear *w) { return words(w) * NR * (w->format == F16 ? 2 : 4); }
 
-/* How many bytes ahead of a product of so many rows its weights are fetched. With few rows the processor's own prefetcher
- * is as fast as the memory, but learns from the accesses that miss: what is fetched far ahead hides them from it. */
+/* How many bytes ahead of a product of so many rows its weights are fetched. Measured on Zen 4: with few rows its own
+ * prefetcher is as fast as the memory, and what is fetched far ahead slows it down. */
 INLINE long fetched_ahead(long rows) { return rows <= 4 ? 2048 / rows : 8192; }
 
-/* At most MR rows with panel q, and with the next one too if the rows are few enough. Returns the number of panels. */
-static long multiply_few_rows(const linear_job *j, long q, long last)
+/* At most MR rows with panel q of those up to `last`, and with the one behind it too if the rows are few enough; `next`
+ * is the panel that this thread multiplies after the last one. Returns the number of panels. */
+static long multiply_few_rows(const linear_job *j, long q, long last, long next)
 {
     const linear *w = j->w;
     const long size = panel_bytes(w), k = words(w), word = size / k, paired = j->rows <= WIDE_ROWS && q + 1 < last;
-    const char *at[WIDE], *ahead[WIDE];
+    const long after = q + 1 + paired < last ? q + 1 + paired : next;
+    const char *at[WIDE], *ahead[WIDE], *lines[MAX_LINES];
     b_operand b = {.segments = 1, .steps = k, .stride = word};
     float c[MR * WIDE * VL];
     for (int x = 0; x < WIDE; x++) {
@@ -209,7 +211,8 @@ static long multiply_few_rows(const linear_job *j, long q, long last)
         ahead[x] = at[x] + fetched_ahead(j->rows);
         b.at[x] = &at[x], b.ahead[x] = &ahead[x];
     }
-    prefetch_expansion(&j->adapters, j->rows, q * NR, paired ? 2 * NV : NV);
+    b.num_lines = lines_of_expansion(&j->adapters, j->rows, after * NV, (after + 1 + paired) * NV, lines, k);
+    if (b.num_lines) b.lines = lines;
     const rows_kernel_fn multiply = (paired ? wide_kernels : rows_kernels)[w->format][j->rows];
     multiply((const int32_t *)prepared_row(j, 0), j->stride / 4, j->row_scales, &b, c, WIDE * VL, 0);
     epilogue(j, 0, j->rows, q * NR, c, WIDE * VL);
@@ -254,7 +257,7 @@ static void linear_run(pool *p, void *arg, int id)
     for (long u = claim(p), next; u < units; u = next) {
         next = claim(p); /* claimed now, so that its weights can be prefetched */
         long first = u / parts * per_unit, last = first + per_unit < panels ? first + per_unit : panels, part = u % parts;
-        for (long q = first; few && q < last;) q += multiply_few_rows(&j, q, last);
+        for (long q = first; few && q < last;) q += multiply_few_rows(&j, q, last, next * per_unit);
         for (long q = first; !few && q < last; q++) {
             long after = q + 1 < last ? q + 1 : next < units ? next / parts * per_unit : q;
             multiply_panel(&j, q, after, part * tiles / parts, (part + 1) * tiles / parts, tiles);
@@ -274,7 +277,7 @@ static scratch_bytes plan_linear(
     j->prepared_bytes = j->in_place ? 0 : rows * (j->stride + (1 + blocks(w)) * sizeof(float));
     j->on_tiles = tiles_allowed && (w->format == BF16 || (w->format == I8 && rows > MR));
     j->packed_bytes = j->on_tiles ? round_up(rows, TILE) * round_up(k, TILE) * 4 : rows > MR ? rows * k * 4 : 0;
-    j->adapters = (row_adapters){w->adapters, w->adapters ? slots : NULL, NULL, w->max_rank, w->num_slots};
+    j->adapters = (row_adapters){w->adapters, w->adapters ? slots : NULL, NULL, w->max_rank, w->num_slots, (w->n + NR - 1) / NR * NV};
     const size_t inner_bytes = j->adapters.slots ? rows * w->max_rank * sizeof(float) : 0;
     return (scratch_bytes){j->prepared_bytes + j->packed_bytes + inner_bytes, (w->k + VL) * 4};
 }

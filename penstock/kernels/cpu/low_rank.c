@@ -3,14 +3,18 @@
  * Each row of a step has an adapter or none, so a batch may mix them. `shrink` is t = A x in float32, taken where a row
  * was normed; `expand` is B t, which is added to the sums of a product before its activation. Both depend on one row. */
 
+/* What an adapter has for a vector of packed columns: rows of b from `begin` to the `begin` of the next vector, one for
+ * each rank from `first` on. Side by side, because the caches hold neither when a product reaches them. */
+typedef struct { int32_t begin, first; } rank_range;
+
 /* One adapter at one linear layer. Ranks are those of all its matrices there, one after another, rounded up to whole
- * vectors. a is [rank / VL][k][VL]. For vector v of packed columns, b has rows [begin[v], begin[v + 1]) of VL numbers,
- * one for each rank from first[v] on; other ranks add nothing to these columns. The scaling is part of b. */
+ * vectors. a is [rank / VL][k][VL]. b has rows of VL numbers for each vector of packed columns, `ranges` says which;
+ * other ranks add nothing to these columns. The scaling is part of b. */
 typedef struct {
     long rank;
     int32_t type, unused;
     const char *a, *b;
-    const int32_t *first, *begin;
+    const rank_range *ranges; /* one more than vectors */
 } low_rank;
 
 /* The adapters of the rows of a job: `table` by slot, and the slot of each row, -1 for none. An adapter whose slot is not
@@ -19,7 +23,7 @@ typedef struct {
     const low_rank *const *table;
     const int32_t *slots; /* NULL: no row has one */
     float *inner;
-    long stride, num_slots;
+    long stride, num_slots, vectors; /* `vectors` of packed columns */
 } row_adapters;
 
 INLINE const low_rank *adapter_of(const row_adapters *r, long m)
@@ -53,9 +57,9 @@ static void shrink(const low_rank *w, const float *x, long k, float *t)
 INLINE void expand_as(const low_rank *w, const int rows, long v, const float *t, long stride, float *d, const int type)
 {
     for (int j = 0; j < NV; j++, v++) {
-        const float *from = t + w->first[v];
+        const float *from = t + w->ranges[v].first;
         vf sum[4] = {0};
-        for (long b = w->begin[v]; b < w->begin[v + 1]; b++, from++) {
+        for (long b = w->ranges[v].begin; b < w->ranges[v + 1].begin; b++, from++) {
             vf row = load(w->b, b * VL, type);
             _Pragma("GCC unroll 4") for (int i = 0; i < rows; i++) sum[i] = multiply_add(row, splat(from[i * stride]), sum[i]);
         }
@@ -91,7 +95,27 @@ static void prefetch_expansion(const row_adapters *r, long rows, long n, long ve
     for (long m = 0; r->slots && m < rows; m++) {
         const low_rank *w = adapter_of(r, m);
         if (!w) continue;
-        const long size = VL * ELEMENT_BYTES[w->type], begin = w->begin[n / VL];
-        prefetch(w->b + begin * size, (w->begin[n / VL + vectors] - begin) * size);
+        const long size = VL * ELEMENT_BYTES[w->type], begin = w->ranges[n / VL].begin;
+        prefetch(w->b + begin * size, (w->ranges[n / VL + vectors].begin - begin) * size);
     }
+}
+
+enum { MAX_LINES = 512 };
+
+/* The cache lines of b that `expand` reads for vectors [begin, end) of packed columns, at most `limit` and MAX_LINES;
+ * their number is returned. They lie apart, so nothing but a list of them lets memory run ahead of a product. */
+static long lines_of_expansion(const row_adapters *r, long rows, long begin, long end, const char **lines, long limit)
+{
+    long count = 0;
+    if (limit > MAX_LINES) limit = MAX_LINES;
+    if (end > r->vectors) end = r->vectors;
+    for (long m = 0; r->slots && begin < end && m < rows; m++) {
+        const low_rank *w = adapter_of(r, m);
+        if (!w || (m && w == adapter_of(r, m - 1))) continue;
+        const long size = VL * ELEMENT_BYTES[w->type];
+        const char *at = w->b + w->ranges[begin].begin * size, *last = w->b + w->ranges[end].begin * size;
+        for (; at < last && count < limit; at += 64) lines[count++] = at;
+        if (count < limit) lines[count++] = (const char *)(w->ranges + end) + 64; /* for the panels behind these */
+    }
+    return count;
 }

@@ -45,8 +45,10 @@ static long total_rank(const low_rank_part *parts, long count)
     return (rank + VL - 1) / VL * VL;
 }
 
-/* Bytes of the memory that `ps_pack_low_rank` needs, in whole cache lines. */
-long ps_low_rank_bytes(const linear *w, const low_rank_part *parts, long count)
+/* Whole cache lines, so that no vector of a or b that lies behind crosses two. */
+static long range_bytes(const linear *w) { return round_up((vectors_of(w) + 1) * sizeof(rank_range), 64); }
+
+static long low_rank_bytes(const linear *w, const low_rank_part *parts, long count)
 {
     long vectors = vectors_of(w), rows = 0;
     for (long v = 0; v < vectors; v++) {
@@ -54,7 +56,7 @@ long ps_low_rank_bytes(const linear *w, const low_rank_part *parts, long count)
         rows += ranks_of(w, parts, count, v, &rank);
     }
     long numbers = total_rank(parts, count) * w->k + rows * VL;
-    return (numbers * ELEMENT_BYTES[w->in_type] + (2 * vectors + 1) * sizeof(int32_t) + 63) / 64 * 64;
+    return range_bytes(w) + round_up(numbers * ELEMENT_BYTES[w->in_type], 64);
 }
 
 /* A row of one of the matrices that are packed, as a lane of vectors; NULL is a row of zeros. */
@@ -130,20 +132,46 @@ static long pack_b(const linear *w, const low_rank_part *parts, long count, long
     return broken;
 }
 
-/* Pack the parts that an adapter has of one layer, in the order of their outputs, into `memory`. Returns the number of
- * the first part that is not finite in the type of the layer's inputs, `count` if all are. */
-long ps_pack_low_rank(const linear *w, const low_rank_part *parts, long count, low_rank *target, char *memory)
+static long pack_layer(const linear *w, const low_rank_part *parts, long count, low_rank *target, char *memory)
 {
     const long rank = total_rank(parts, count), vectors = vectors_of(w), size = ELEMENT_BYTES[w->in_type];
-    int32_t *first = (int32_t *)memory, *begin = first + vectors;
-    char *a = (char *)(begin + vectors + 1), *b = a + rank * w->k * size;
+    rank_range *ranges = (rank_range *)memory;
+    char *a = memory + range_bytes(w), *b = a + rank * w->k * size;
     long broken = pack_a(w, parts, count, a, rank);
-    begin[0] = 0;
+    ranges[0].begin = 0;
     for (long v = 0; v < vectors; v++) {
-        begin[v + 1] = begin[v] + ranks_of(w, parts, count, v, first + v);
-        long found = pack_b(w, parts, count, v, first[v], b + begin[v] * VL * size);
+        ranges[v + 1].begin = ranges[v].begin + ranks_of(w, parts, count, v, &ranges[v].first);
+        long found = pack_b(w, parts, count, v, ranges[v].first, b + ranges[v].begin * VL * size);
         broken = found < broken ? found : broken;
     }
-    *target = (low_rank){rank, w->in_type, 0, a, b, first, begin};
+    *target = (low_rank){rank, w->in_type, 0, a, b, ranges};
     return broken;
+}
+
+/* What an adapter has of one layer, `count` parts in the order of their outputs. `broken` is the first that is not finite
+ * in the type of the layer's inputs, `count` if all are. */
+typedef struct {
+    const linear *layer;
+    const low_rank_part *parts;
+    low_rank *target;
+    long count, broken;
+} low_rank_layer;
+
+/* Bytes of the memory that `ps_pack_low_ranks` needs. */
+long ps_low_rank_bytes(const low_rank_layer *layers, long count)
+{
+    long bytes = 0;
+    for (const low_rank_layer *g = layers; g < layers + count; g++) bytes += low_rank_bytes(g->layer, g->parts, g->count);
+    return bytes;
+}
+
+/* Pack an adapter into `memory`, up to a layer with a part that is not finite. All layers are one call, because a caller
+ * that holds an interpreter's lock may have to wait for it after each. */
+void ps_pack_low_ranks(low_rank_layer *layers, long count, char *memory)
+{
+    for (low_rank_layer *g = layers; g < layers + count; g++) {
+        g->broken = pack_layer(g->layer, g->parts, g->count, g->target, memory);
+        if (g->broken < g->count) return;
+        memory += low_rank_bytes(g->layer, g->parts, g->count);
+    }
 }

@@ -52,6 +52,8 @@ INLINE void add_block(const int mr, const int nv, vf (*acc)[WIDE], const float *
 typedef struct {
     const char *const *at[WIDE], *const *ahead[WIDE];
     long shift[WIDE], segments, steps, stride;
+    const char *const *lines; /* cache lines of something else, prefetched at an even pace; or NULL */
+    long num_lines;
 } b_operand;
 
 /* Rows of a lie `ars` words apart, and have `scales` for I8. `add`: c holds the sums to start from; not for I8. */
@@ -62,6 +64,9 @@ INLINE void rows_kernel(
     for (int i = 0; i < mr; i++)
         for (int j = 0; j < nv; j++) acc[i][j] = add ? *(vf *)(c + i * ldc + j * VL) : (vf){0};
     const long stride = b->stride, steps = b->steps;
+    const char *const *lines = b->lines ? b->lines : b->at[0];
+    const uint64_t pace = b->lines ? ((uint64_t)b->num_lines << 32) / (b->segments * steps) : 0; /* 2^32: a line for each word */
+    uint64_t line = 0;
     for (long s = 0; s < b->segments; s++) {
         const char *at[WIDE], *ahead[WIDE];
         for (int j = 0; j < nv; j++) at[j] = b->at[j][s] + b->shift[j], ahead[j] = b->ahead[j][s] + b->shift[j];
@@ -69,6 +74,8 @@ INLINE void rows_kernel(
         for (long k = 0; k < steps; k++, offset += stride) {
             if (f == I8 && k && k % BLOCK_WORDS == 0) add_block(mr, nv, acc, scales, blocks_of(steps), k / BLOCK_WORDS - 1, c, ldc);
             vi x[WIDE];
+            __builtin_prefetch(lines[line >> 32], 0, 2);
+            line += pace;
             _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++) {
                 x[j] = f == F16 ? (vi)from_half(at[j] + offset) : *(const vi *)(at[j] + offset);
                 __builtin_prefetch(ahead[j] + offset, 0, 2);
