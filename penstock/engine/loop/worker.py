@@ -55,7 +55,11 @@ class Worker:
             self._thread.start()
         loop = asyncio.get_running_loop()
         job: Job[T] = Job(loop.create_future(), loop.create_future())
-        self._jobs.put(functools.partial(_do, loop, job, functools.partial(fn, *args)))
+        call = functools.partial(_do, loop, job, functools.partial(fn, *args))
+        self._jobs.open.append(call)
+        self._jobs.queue.put(call)
+        if self._jobs.fault is not None:
+            self._jobs.fail(self._jobs.fault)
         return job
 
     def shutdown(self) -> None:
@@ -74,29 +78,20 @@ class Worker:
 
 
 class _Jobs:
-    """The jobs that have not ended, the first of which may be running. `fault` is what ended the thread before them."""
+    """`open` are the jobs that have not ended, the first of which may run. `fault` is what ended the thread before."""
 
     def __init__(self) -> None:
+        self.open: deque[functools.partial[None]] = deque()
         self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.is_halting = threading.Event()
         self.fault: BaseException | None = None
-        self._open: deque[functools.partial[None]] = deque()
-
-    def put(self, job: functools.partial[None]) -> None:
-        self._open.append(job)
-        self.queue.put(job)
-        if self.fault is not None:
-            self.fail(self.fault)
-
-    def end_first(self) -> None:
-        self._open.popleft()
 
     def fail(self, error: BaseException) -> None:
         """Fail all jobs, because the thread ends: whoever waits for them would wait forever."""
         self.fault = error
         fault = ExecutionError(f"the thread of the model was ended by {described(error)}: create a new engine")
-        while self._open:
-            loop, job, _ = self._open.popleft().args
+        while self.open:
+            loop, job, _ = self.open.popleft().args
             call_on_loop(loop, complete_future, job.begun, None, None)
             call_on_loop(loop, complete_future, job.done, None, fault)
 
@@ -105,7 +100,7 @@ def _work(jobs: _Jobs) -> None:
     try:
         while (job := jobs.queue.get()) is not None and not jobs.is_halting.is_set():
             job()
-            jobs.end_first()
+            jobs.open.popleft()
             del job  # so that an idle worker keeps nothing alive
     except BaseException as error:
         if not jobs.is_halting.is_set():
