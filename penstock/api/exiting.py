@@ -71,7 +71,7 @@ def block_loop_thread(loop: asyncio.AbstractEventLoop, thread: threading.Thread,
 
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(wait_for_ever)
-        while thread.is_alive() and not blocked.wait(_POLL_S) and time.monotonic() < until:
+        while _runs(thread) and not blocked.wait(_POLL_S) and time.monotonic() < until:
             pass
 
 
@@ -83,9 +83,16 @@ def interrupt(thread: threading.Thread, until: float) -> None:
     from ctypes import c_ulong, py_object, pythonapi
 
     with _unreported_exits_of(thread):
-        while thread.is_alive() and time.monotonic() < until:
+        while _runs(thread) and time.monotonic() < until:
             pythonapi.PyThreadState_SetAsyncExc(c_ulong(thread.ident or 0), py_object(SystemExit))
-            thread.join(_POLL_S)
+            time.sleep(_POLL_S)
+    if not _runs(thread):
+        join_threads([thread], until)  # it still has to leave the interpreter
+
+
+def _runs(thread: threading.Thread) -> bool:
+    """Whether a thread runs Python code. `is_alive` says that it does not once Ctrl-C has interrupted a `join`."""
+    return thread in threading.enumerate()
 
 
 @contextlib.contextmanager
