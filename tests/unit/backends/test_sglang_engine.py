@@ -423,7 +423,8 @@ async def test_an_update_ends_requests_with_what_they_have(tmp_path: Path) -> No
 async def test_a_caller_who_leaves_an_update_that_waits_takes_it_back(tmp_path: Path) -> None:
     async with SGLangEngine(str(folder(tmp_path / "model"))) as engine:
         manager = fake_sglang.Engine.made[-1].tokenizer_manager
-        running = engine.generate([1], SamplingParams(temperature=0, max_tokens=400))
+        manager.step = lambda: asyncio.sleep(0.01)
+        running = engine.generate([1], SamplingParams(temperature=0, max_tokens=1900))
         await anext(running)
         update = asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait"))
         await engine.tokenize("a")  # the update has had its turn of the loop

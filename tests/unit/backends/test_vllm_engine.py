@@ -383,17 +383,17 @@ async def test_an_update_in_an_engine_that_is_stopped_says_so(tmp_path: Path, mo
 @pytest.mark.parametrize("order", ["pause", "update"])
 async def test_a_caller_who_leaves_an_order_that_waits_for_requests_takes_it_back(tmp_path: Path, order: str) -> None:
     """vLLM stayed paused, and an update was carried out later, although nobody waited for it."""
-    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    llm = FakeLLM(step=lambda: asyncio.sleep(0.01), model=str(folder(tmp_path / "model")))
     async with VLLMEngine(llm) as engine:
-        handle = engine.generate([1], SamplingParams(max_tokens=1000))
+        handle = engine.generate([1], SamplingParams(max_tokens=1900))
         await anext(handle)
         waiting = engine.pause("wait") if order == "pause" else engine.update_weights(tmp_path / "model", mode="wait")
         task = asyncio.ensure_future(waiting)
-        assert await asyncio.to_thread(llm.paused.wait, 10)
+        assert await asyncio.to_thread(llm.paused.wait, 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(llm.resumed.wait, 10)
+        assert await asyncio.to_thread(llm.resumed.wait, 60)
         handle.cancel()
         await engine.pause("wait")  # nothing is open that it would have to wait for
         await engine.resume()
@@ -407,30 +407,30 @@ async def test_a_caller_who_leaves_lets_weights_be_loaded_to_the_end(tmp_path: P
     async def load(method: str, kwargs: dict[str, str]) -> None:
         llm.log.append(method)
         begun.set()
-        await asyncio.to_thread(may_end.wait, 10)
+        await asyncio.to_thread(may_end.wait, 60)
 
     llm = FakeLLM(model=str(folder(tmp_path / "model")))
     llm.collective_rpc = load  # type: ignore[method-assign]
     async with VLLMEngine(llm) as engine:
         task = asyncio.ensure_future(engine.update_weights(tmp_path / "model"))
-        assert await asyncio.to_thread(begun.wait, 10)
+        assert await asyncio.to_thread(begun.wait, 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         may_end.set()
-        assert await asyncio.to_thread(llm.resumed.wait, 10)
+        assert await asyncio.to_thread(llm.resumed.wait, 60)
         assert engine.weight_version == 1
         assert (await engine.generate([1], PARAMS)).outputs[0].weight_versions == [1] * 4
     assert llm.log == [("pause", "abort", True), "reload_weights", "reset", ("version", "1"), "resume"]
 
 
 async def test_a_caller_who_leaves_while_others_hold_the_engine_waits_for_no_turn(tmp_path: Path) -> None:
-    llm = FakeLLM(model=str(folder(tmp_path / "model")))
+    llm = FakeLLM(step=lambda: asyncio.sleep(0.01), model=str(folder(tmp_path / "model")))
     async with VLLMEngine(llm) as engine:
-        handle = engine.generate([1], SamplingParams(max_tokens=1000))
+        handle = engine.generate([1], SamplingParams(max_tokens=1900))
         await anext(handle)
         first = asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait"))
-        assert await asyncio.to_thread(llm.paused.wait, 10)
+        assert await asyncio.to_thread(llm.paused.wait, 60)
         second = asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="wait"))
         await engine.tokenize("a")  # the second one has its turn of the loop
         second.cancel()
@@ -459,7 +459,7 @@ async def test_a_pause_is_undone_once_its_caller_has_gone(llm: FakeLLM) -> None:
     order = HostedOrder()
     await weights.pause("abort", order)
     order.leave()
-    assert await asyncio.to_thread(llm.resumed.wait, 10)
+    assert await asyncio.to_thread(llm.resumed.wait, 60)
     await weights.pause("abort", HostedOrder())
     await weights.resume()
     assert llm.log == [("pause", "abort", True), "resume"] * 2
