@@ -204,11 +204,14 @@ async def test_t7_a_token_has_the_version_of_the_step_that_made_it() -> None:
 
 
 async def test_t8_ended_requests_go_on_only_when_they_are_submitted_again() -> None:
-    model = Model()
+    model = Held()  # so that the output is short, and its prompt is one row
     async with engine_of(model) as engine:
         handle = engine.generate(PROMPT, params())
         await anext(handle)
-        await engine.update_weights()
+        update = asyncio.ensure_future(engine.update_weights())
+        await asyncio.sleep(0)  # it is on its way to the engine's loop
+        model.may_go_on.set()
+        await update
         output = await aborted(handle)
         num_rows = len(model.rows)
         assert engine.get_stats()["queue"]["num_requests"] == 0
