@@ -131,9 +131,13 @@ def test_ctrl_c_while_an_engine_starts_ends_it(engine: HostedEngine, never_ready
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        engine.start()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs behind them
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.start()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     thread.join()
     assert not multiprocessing.active_children()
 
