@@ -22,7 +22,8 @@ from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.sampling import SamplingParams
 
 ENDLESS = SamplingParams(max_tokens=1_000_000)  # more than an engine makes while a test's thread waits for its turn
-AT_ONCE_S = 8.0  # half a second on a calm machine; waiting for the callback took 10 s, for the request 30 s
+AT_ONCE_S = 3.0  # half a second on a calm machine
+ATTEMPTS = 5  # at what a busy machine may spoil
 PATIENCE_S = 60.0
 ENGINE_THREADS = ("penstock-engine", "penstock-model", "penstock-tokenizer")
 
@@ -75,9 +76,13 @@ def engine() -> Iterator[InferenceEngine]:
 @pytest.fixture
 def slow_engine() -> Iterator[InferenceEngine]:
     """An engine that makes 200 tokens a second at most."""
-    found = InferenceEngine(ScriptedModel([5], step_s=0.005), batch_timeout_ms=0, max_sequence_length=None)
+    found = new_slow_engine()
     yield found
     found.stop(0)
+
+
+def new_slow_engine() -> InferenceEngine:
+    return InferenceEngine(ScriptedModel([5], step_s=0.005), batch_timeout_ms=0, max_sequence_length=None)
 
 
 def tokens(count: int) -> SamplingParams:
@@ -322,42 +327,52 @@ def test_on_a_loop_of_the_callers_an_exit_ends_the_loop_too(engine: InferenceEng
 @pytest.mark.parametrize("kind", ["stop", "aclose"])
 @pytest.mark.parametrize("drain", [0.0, 30.0])
 def test_an_engine_closes_at_once_in_its_own_callback(
-    slow_engine: InferenceEngine, kind: str, drain: float, earlier_threads: set[threading.Thread]
+    kind: str, drain: float, earlier_threads: set[threading.Thread]
 ) -> None:
     """`await engine.aclose()` waited 10 s for the callback that awaited it."""
-    done = threading.Event()
 
-    async def close(delta: Delta) -> None:
-        await slow_engine.aclose(drain)
-        done.set()
+    def seconds_to_close() -> float:
+        engine, done = new_slow_engine(), threading.Event()
 
-    def stop(delta: Delta) -> None:
-        slow_engine.stop(drain)
-        done.set()
+        async def close(delta: Delta) -> None:
+            await engine.aclose(drain)
+            done.set()
 
-    begin = monotonic()
-    slow_engine.generate([1], ENDLESS, callback=stop if kind == "stop" else close)
-    assert done.wait(PATIENCE_S)
-    while new_threads(earlier_threads):
-        assert monotonic() - begin < AT_ONCE_S
-        threading.Event().wait(0.005)
+        def stop(delta: Delta) -> None:
+            engine.stop(drain)
+            done.set()
+
+        begin = monotonic()
+        engine.generate([1], ENDLESS, callback=stop if kind == "stop" else close)
+        assert done.wait(PATIENCE_S)
+        while new_threads(earlier_threads):
+            assert monotonic() - begin < PATIENCE_S
+            threading.Event().wait(0.005)
+        return monotonic() - begin
+
+    assert any(seconds_to_close() < AT_ONCE_S for _ in range(ATTEMPTS))
 
 
 @pytest.mark.parametrize("kind", ["stop", "aclose"])
-async def test_an_engine_closes_at_once_in_a_callback_on_the_callers_loop(
-    slow_engine: InferenceEngine, kind: str
-) -> None:
-    done = asyncio.Event()
+async def test_an_engine_closes_at_once_in_a_callback_on_the_callers_loop(kind: str) -> None:
+    async def seconds_to_close() -> float:
+        engine, done = new_slow_engine(), asyncio.Event()
 
-    async def close(delta: Delta) -> None:
-        await (slow_engine.aclose() if kind == "aclose" else asyncio.sleep(0, slow_engine.stop()))
-        done.set()
+        async def close(delta: Delta) -> None:
+            await (engine.aclose() if kind == "aclose" else asyncio.sleep(0, engine.stop()))
+            done.set()
 
-    begin = monotonic()
-    handle = slow_engine.generate([1], ENDLESS, callback=close)
-    await asyncio.wait_for(done.wait(), PATIENCE_S)
-    assert monotonic() - begin < AT_ONCE_S
-    assert handle.done()
+        begin = monotonic()
+        handle = engine.generate([1], ENDLESS, callback=close)
+        await asyncio.wait_for(done.wait(), PATIENCE_S)
+        elapsed_s = monotonic() - begin
+        assert handle.done()
+        return elapsed_s
+
+    for _ in range(ATTEMPTS):
+        if (elapsed_s := await seconds_to_close()) < AT_ONCE_S:
+            return
+    pytest.fail(f"closing took {elapsed_s:.1f} s")
 
 
 def test_closing_in_a_callback_still_serves_the_other_requests(slow_engine: InferenceEngine) -> None:

@@ -17,7 +17,8 @@ from penstock.models.checkpoint import hub_options
 from penstock.models.hub import check_available, is_cached, unreachable
 
 COMMIT = "a" * 40
-LIMIT_S = 30.0  # half of what the hub library's own attempts take; an answer comes after 3 s at most
+LIMIT_S = 5.0
+ATTEMPTS = 5  # at what a busy machine may spoil
 
 
 @pytest.fixture
@@ -45,27 +46,30 @@ def cache_with(folder: Path, *names: str) -> EngineConfig:
     return EngineConfig(download_dir=str(folder))
 
 
-def test_an_unknown_name_is_refused_after_one_attempt_where_the_hub_refuses_connections(
+def refused_soon(folder: Path, says: str) -> None:
+    """Check that an unknown name is refused with these words, within the limit in one attempt at least."""
+    for _ in range(ATTEMPTS):
+        start_s = time.monotonic()
+        with pytest.raises(ConfigurationError, match=says):
+            check_available("nobody/nothing", EngineConfig(download_dir=str(folder)))
+        if (elapsed_s := time.monotonic() - start_s) < LIMIT_S:
+            return
+    pytest.fail(f"refused after {elapsed_s:.1f} s")
+
+
+def test_an_unknown_name_is_refused_within_five_seconds_where_the_hub_refuses_connections(
     endpoint: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hub library retried every file five times: a minute of silence, or of warnings."""
     endpoint.close()
-    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", f"{LIMIT_S}")
-    start_s = time.monotonic()
-    with pytest.raises(ConfigurationError, match=r"'nobody/nothing': there is no such folder.* cannot be reached \("):
-        check_available("nobody/nothing", EngineConfig(download_dir=str(tmp_path)))
-    assert time.monotonic() - start_s < LIMIT_S
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "30")
+    refused_soon(tmp_path, r"'nobody/nothing': there is no such folder.* cannot be reached \(")
 
 
-def test_an_unknown_name_is_refused_after_one_attempt_where_the_hub_never_answers(
+def test_an_unknown_name_is_refused_within_five_seconds_where_the_hub_never_answers(
     endpoint: socket.socket, tmp_path: Path
 ) -> None:
-    start_s = time.monotonic()
-    with pytest.raises(
-        ConfigurationError, match=r"cache does not hold it, and http.* (did not answer|cannot be reach)"
-    ):
-        check_available("nobody/nothing", EngineConfig(download_dir=str(tmp_path)))
-    assert time.monotonic() - start_s < LIMIT_S
+    refused_soon(tmp_path, r"cache does not hold it, and http.* (did not answer|cannot be reach)")
 
 
 def test_the_hub_is_asked_once_for_all_files_of_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +80,7 @@ def test_the_hub_is_asked_once_for_all_files_of_a_load(tmp_path: Path, monkeypat
             questions.append(url)
             raise ConnectionError("refused")
 
-    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", f"{LIMIT_S}")
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "30")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.test")
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
