@@ -618,7 +618,8 @@ if engine.get_stats()['memory_usage'] > 0.9:
 
 def test_memory_can_be_optimized_while_serving(tiny: InferenceEngine) -> None:
     """004-17, 004-36, 004-38, 004-109."""
-    asyncio.run(tiny.submit_request_async("a", GenerationConfig(max_length=2)))
+    whole_block = "a" * tiny.config.block_size
+    asyncio.run(tiny.submit_request_async(whole_block, GenerationConfig(max_length=2)))
     run(MEMORY, engine=tiny)
     assert tiny.get_stats()["cache_info"]["num_entries"] > 0
     found = tiny.optimize_memory()
