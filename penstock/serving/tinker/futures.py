@@ -17,7 +17,7 @@ from penstock.errors import EngineClosed, EngineOverloaded, PenstockError, Reque
 from penstock.serving.errors import HttpError, failure_of
 from penstock.serving.logs import access_logger
 from penstock.serving.tinker.kept_answers import KeptAnswers
-from penstock.serving.tinker.shares import check_share
+from penstock.serving.tinker.shares import Places
 
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
@@ -54,7 +54,7 @@ class Futures:
     """
 
     def __init__(self, max_pending: int, max_bytes: int) -> None:
-        self._max_pending = max_pending
+        self._places = Places("requests are under way", max_pending, "engine_overloaded", retry_after_s=1)
         self._max_bytes = max_bytes
         self._futures: dict[str, _Future] = {}
         self._num_pending: Counter[str] = Counter()  # by owner
@@ -66,8 +66,7 @@ class Futures:
 
     def check_room(self, owner: str) -> None:
         """Raise a 429, which the SDK obeys by waiting, where too many requests are under way."""
-        held, taken, what = self._num_pending[owner], self._num_pending.total(), "requests are under way"
-        check_share(what, owner, held, taken, self._max_pending, code="engine_overloaded", retry_after_s=1)
+        self._places.check(owner, self._num_pending[owner], self._num_pending.total())
 
     def start(
         self, request_id: str, session_id: str, owner: str, work: Work, *, can_be_cancelled: bool = False

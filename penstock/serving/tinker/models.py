@@ -1,7 +1,7 @@
 """Models in training: create, compute, step, save and load, each as the work of a future.
 
-What can be checked at once is refused at once; whatever runs does so on the training thread, in the order of arrival.
-Called by the endpoints.
+What can be checked at once is refused at once; whatever runs does so on the training thread, for each key in the order
+of arrival. Called by the endpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from penstock.errors import RequestError
-from penstock.serving.errors import HttpError
 from penstock.serving.tinker.adapters import Weights
 from penstock.serving.tinker.checkpoints import SAMPLER, TRAINING, Info, Saved, WeightsPath
 from penstock.serving.tinker.futures import PROTOBUF, Answer
@@ -66,7 +65,7 @@ def compute(service: TinkerService, owner: str, request: LossRequest) -> str:
         return loss_message(adapter.forward_backward(batch))
 
     async def work() -> Answer:
-        return Answer(await service.thread.run(job), PROTOBUF)
+        return Answer(await service.thread.run(owner, job), PROTOBUF)
 
     return service.submit(request_id, session, work())
 
@@ -79,7 +78,7 @@ def optim_step(service: TinkerService, owner: str, body: OptimStep) -> str:
     adam = Adam(**body.adam_params.model_dump())
 
     async def work() -> Answer:
-        norm = await service.thread.run(lambda: run.trained().step(adam))
+        norm = await service.thread.run(owner, lambda: run.trained().step(adam))
         return Answer.of(metrics={"grad_norm": norm}, type="optim_step")
 
     return service.submit(request_id, session, work())
@@ -156,7 +155,7 @@ def _save(service: TinkerService, owner: str, body: SaveWeights, kind: str) -> s
         service.checkpoints.save(path, info, write, overwrite=body.overwrite)
 
     async def work() -> Answer:
-        await service.thread.run(job)
+        await service.thread.run(owner, job)
         return Answer.of(path=str(path), type=None)
 
     return service.submit(request_id, session, work())
@@ -170,12 +169,12 @@ async def _snapshot(service: TinkerService, owner: str, run: Run, *, is_inflight
         info = Info.new(owner, run.base_model, adapter.shape)
         return service.checkpoints.snapshot(run.id, info, lambda folder: adapter.save(folder, optimizer=False))
 
-    saved = await service.thread.run(job)
+    saved = await service.thread.run(owner, job)
     if not is_inflight:
         weights = Weights(f"tinker-{saved.info.id}", saved)
         run.snapshots.append(weights)
         if len(run.snapshots) > service.settings.max_snapshots:
-            _forget(service, run.snapshots.popleft())
+            _forget(service, owner, run.snapshots.popleft())
         return weights
     if run.inflight is None:
         run.inflight = Weights(f"tinker-{uuid.uuid4().hex}", saved)
@@ -184,14 +183,14 @@ async def _snapshot(service: TinkerService, owner: str, run: Run, *, is_inflight
     async with service.adapters.using(run.inflight):
         pass  # so that samples from now on have the new weights
     if replaced is not None:
-        service.thread.post(lambda: service.checkpoints.discard(replaced))
+        service.thread.post(owner, lambda: service.checkpoints.discard(replaced))
     return run.inflight
 
 
-def _forget(service: TinkerService, weights: Weights) -> None:
+def _forget(service: TinkerService, owner: str, weights: Weights) -> None:
     saved, weights.saved = weights.saved, None
     if saved is not None:
-        service.thread.post(lambda: service.checkpoints.discard(saved))
+        service.thread.post(owner, lambda: service.checkpoints.discard(saved))
 
 
 def _new_run(service: TinkerService, session: Session, number: int, base_model: str) -> Run:
@@ -199,8 +198,7 @@ def _new_run(service: TinkerService, session: Session, number: int, base_model: 
     run_id = f"{session.id}:train:{number}"
     if (run := session.runs.get(run_id)) is not None:
         return run
-    if (count := service.sessions.num_runs()) >= service.settings.max_models:
-        raise HttpError(400, f"this server trains {count} models, its limit: close a session", code="too_many_models")
+    service.sessions.check_models(session.owner)
     run = session.runs[run_id] = Run(run_id, base_model)
     return run
 
@@ -208,7 +206,7 @@ def _new_run(service: TinkerService, session: Session, number: int, base_model: 
 async def _make(service: TinkerService, session: Session, run: Run, job: Callable[[], None]) -> None:
     """Run the job that makes a model. One that could not be made does not count against the limit."""
     try:
-        await service.thread.run(job)
+        await service.thread.run(session.owner, job)
     except Exception:
         if run.adapter is None:
             session.runs.pop(run.id, None)
@@ -229,7 +227,7 @@ def _ordered(service: TinkerService, owner: str, model_id: str, seq_id: int | No
     if seq_id <= run.last_seq and request_id not in service.futures:
         raise RequestError(f"request {seq_id} of {run.id} comes after {run.last_seq}: send requests in their order")
     if seq_id > run.last_seq + 1:
-        service.thread.post(lambda: run.trained().mark_incomplete())
+        service.thread.post(owner, lambda: run.trained().mark_incomplete())
     run.last_seq = max(run.last_seq, seq_id)
     return session, run, request_id
 

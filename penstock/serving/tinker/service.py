@@ -57,9 +57,7 @@ class TinkerService:
         self.trainer = trainer
         self.settings = settings or TinkerSettings()
         self.futures = Futures(self.settings.max_pending, self.settings.max_answer_bytes)
-        self.sessions = Sessions(
-            self.settings.session_timeout_s, self.settings.max_sessions, self.futures.is_busy, clock
-        )
+        self.sessions = Sessions(self.settings, self.futures.is_busy, clock)
         self.checkpoints = Checkpoints(self.settings.folder)
         self.adapters = LoadedAdapters(engine, self.settings.max_loaded_adapters)
         self.thread = TrainingThread()
@@ -107,7 +105,7 @@ class TinkerService:
         self.sessions.end(session)
         self.futures.drop(session.id)
         for run in session.runs.values():
-            await self._drop(run)
+            await self._drop(session.owner, run)
 
     async def end_expired(self) -> None:
         """End the sessions whose clients are gone."""
@@ -123,11 +121,11 @@ class TinkerService:
         await asyncio.to_thread(self.thread.close)
         self.checkpoints.close()
 
-    async def _drop(self, run: Run) -> None:
+    async def _drop(self, owner: str, run: Run) -> None:
         run.adapter = None
         for weights in (*run.snapshots, *([] if run.inflight is None else [run.inflight])):
             await self.adapters.unload(weights)
-        self.thread.post(lambda: self.checkpoints.drop_snapshots(run.id))
+        self.thread.post(owner, lambda: self.checkpoints.drop_snapshots(run.id))
 
 
 def _loadable(name: str) -> str:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from penstock.errors import shown
 from penstock.serving.errors import HttpError
 from penstock.serving.tinker.adapters import Weights
-from penstock.serving.tinker.shares import check_share
+from penstock.serving.tinker.settings import TinkerSettings
+from penstock.serving.tinker.shares import Places
 from penstock.training.lora.records import TrainedAdapter
 
 Clock = Callable[[], float]
@@ -74,9 +75,11 @@ class Session:
 class Sessions:
     """The open sessions. `is_busy(id)` keeps one alive whose client only waits."""
 
-    def __init__(self, timeout_s: float, limit: int, is_busy: Callable[[str], bool], clock: Clock) -> None:
-        self._timeout_s = timeout_s
-        self._limit = limit
+    def __init__(self, settings: TinkerSettings, is_busy: Callable[[str], bool], clock: Clock) -> None:
+        self._timeout_s = settings.session_timeout_s
+        self._places = Places("sessions are open", settings.max_sessions, "too_many_sessions", retry_after_s=10)
+        # To try again would be in vain: only the client can end them.
+        self._models = Places("models are in training", settings.max_models, "too_many_models", "close a session")
         self._is_busy = is_busy
         self._clock = clock
         self._open: dict[str, Session] = {}
@@ -84,8 +87,7 @@ class Sessions:
 
     def create(self, owner: str, user_metadata: Mapping[str, object] | None, display_name: str | None) -> Session:
         """A new session. Raises an `HttpError` beyond the limit."""
-        held, taken, what = len(self.owned(owner)), len(self._open), "sessions are open"
-        check_share(what, owner, held, taken, self._limit, code="too_many_sessions", retry_after_s=10)
+        self._places.check(owner, len(self.owned(owner)), len(self._open))
         session = Session(f"session-{uuid.uuid4().hex}", owner, user_metadata, display_name, self._clock())
         self._open[session.id] = session
         return session
@@ -131,9 +133,10 @@ class Sessions:
         """The open sessions of one owner, the newest first."""
         return [session for session in reversed(self._open.values()) if session.owner == owner]
 
-    def num_runs(self) -> int:
-        """The number of models in training."""
-        return sum(len(session.runs) for session in self._open.values())
+    def check_models(self, owner: str) -> None:
+        """Raise an `HttpError` where no other model of this owner can be trained."""
+        held, taken = (sum(len(session.runs) for session in part) for part in (self.owned(owner), self.all()))
+        self._models.check(owner, held, taken)
 
     def end(self, session: Session) -> None:
         """Let nobody use a session any more."""

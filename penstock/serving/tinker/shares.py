@@ -1,23 +1,34 @@
-"""`check_share`: whether the owner of a key may take another place of those that all keys share."""
+"""`Places`: places that all keys share, of which no key takes those that are left for the others."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from penstock.serving.errors import HttpError
 
 
-def check_share(what: str, owner: str, held: int, taken: int, limit: int, *, code: str, retry_after_s: float) -> None:
-    """Raise a 429 where no place is left, and where an owner already holds as many as are left for all others.
+@dataclass(frozen=True, slots=True)
+class Places:
+    """`limit` places. A refusal says `what` takes them and the `remedy`; without `retry_after_s`, not to try again.
 
     A key that is alone may hold half of the places, two keys a third each, and there always is room for another one.
     Without keys ("") there is only the limit. After Choudhury and Hahne, "Dynamic queue length thresholds for
     shared-memory packet switches" (1998), with a factor of 1.
     """
-    if taken >= limit:
-        text = f"{taken} {what}, this server's limit: wait for one of them to end"
-    elif owner and held >= limit - taken:
-        text = (
-            f"{held} {what} for this key, as many as the server has room for from others: wait for one of them to end"
-        )
-    else:
-        return
-    raise HttpError(429, text, code=code, retry_after_s=retry_after_s)
+
+    what: str
+    limit: int
+    code: str
+    remedy: str = "wait for one of them to end"
+    retry_after_s: float = 0
+
+    def check(self, owner: str, held: int, taken: int) -> None:
+        """Refuse another place to an owner that holds `held` of the `taken` places. Raises an `HttpError`."""
+        if taken >= self.limit:
+            text = f"{taken} {self.what}, this server's limit"
+        elif owner and held >= self.limit - taken:
+            text = f"{held} {self.what} for this key, as many as the server has room for from others"
+        else:
+            return
+        status = 429 if self.retry_after_s else 400
+        raise HttpError(status, f"{text}: {self.remedy}", code=self.code, retry_after_s=self.retry_after_s)

@@ -1,32 +1,72 @@
-"""`TrainingThread`: the one thread on which all adapters are trained, in the order in which requests came.
+"""`TrainingThread`: the one thread on which all adapters are trained. Keys take turns, one job of each at a time.
 
-Jobs of different sessions take turns there; an event loop only waits. A job that has begun runs to its end.
+The jobs of a key run in the order in which they came. An event loop only waits; a job that has begun runs to its end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
+class Turns(Generic[T]):
+    """Items that wait, by owner; from any thread. Whoever was served last comes after all others that wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # none of them is empty; the next owner is the first
+
+    def add(self, owner: str, item: T) -> None:
+        """Let an item wait behind those of its owner."""
+        with self._lock:
+            self._waiting.setdefault(owner, deque()).append(item)
+
+    def pop(self) -> T:
+        """The first item of the next owner; there must be one."""
+        with self._lock:
+            owner, items = self._waiting.popitem(last=False)
+            item = items.popleft()
+            if items:
+                self._waiting[owner] = items
+            return item
+
+
 class TrainingThread:
-    """Starts with its first job."""
+    """Starts with its first job. `owner` is the name of the key that a job is done for."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="penstock-training")
+        self._turns: Turns[Callable[[], object]] = Turns()
 
-    async def run(self, job: Callable[[], T]) -> T:
+    async def run(self, owner: str, job: Callable[[], T]) -> T:
         """The result of a job. Cancelling the caller drops a job that has not begun."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, job)
+        result = Future[T]()
+        self.post(owner, lambda: _carry_out(job, result))
+        return await asyncio.wrap_future(result)
 
-    def post(self, job: Callable[[], object]) -> None:
+    def post(self, owner: str, job: Callable[[], object]) -> None:
         """Run a job later; nobody waits for it."""
-        self._executor.submit(job)
+        self._turns.add(owner, job)
+        self._executor.submit(lambda: self._turns.pop()())
 
     def close(self) -> None:
         """Finish the jobs that nobody has dropped."""
         self._executor.shutdown(wait=True)
+
+
+def _carry_out(job: Callable[[], T], result: Future[T]) -> None:
+    if not result.set_running_or_notify_cancel():
+        return
+    try:
+        value = job()
+    except BaseException as error:
+        result.set_exception(error)
+        del result  # otherwise the error's traceback and the future keep each other alive
+    else:
+        result.set_result(value)

@@ -311,7 +311,7 @@ def test_a_request_that_is_sent_again_is_done_once(
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = [{"name": name, "key": f"tml-{name}"} for name in ("ann", "bob")]
     settings = ServingSettings(api_keys=tuple(map(ApiKey.model_validate, keys)), admin_key=SecretStr("root"))
-    with serving(tmp_path_factory.mktemp("guarded"), settings, session_timeout_s=60, max_models=2) as running:
+    with serving(tmp_path_factory.mktemp("guarded"), settings, session_timeout_s=60, max_models=4) as running:
         yield running
 
 
@@ -366,7 +366,7 @@ def test_a_poll_is_asked_again_until_there_is_an_answer(guarded: Running, monkey
     release, headers = threading.Event(), {"x-api-key": "tml-ann"}
     with guarded.client("tml-ann") as client, httpx.Client(base_url=guarded.url, headers=headers) as http:
         training = client.create_lora_training_client(guarded.model, rank=1).result()
-        guarded.service.thread.post(release.wait)
+        guarded.service.thread.post("ann", release.wait)
         future = training.forward([supervised()], "cross_entropy")
         body = {"request_id": f"{training.model_id}:1"}
         wait_until(lambda: body["request_id"] in guarded.service.futures)
@@ -387,8 +387,10 @@ def test_more_models_than_the_server_trains_are_refused(guarded: Running) -> Non
     with guarded.client("tml-ann") as client:
         for _ in range(2):
             client.create_lora_training_client(guarded.model, rank=1).result()
-        with pytest.raises(tinker.BadRequestError, match="trains 2 models, its limit"):
+        with pytest.raises(tinker.BadRequestError, match="2 models are in training for this key"):
             client.create_lora_training_client(guarded.model, rank=1).result()
+        with guarded.client("tml-bob") as other:
+            other.create_lora_training_client(guarded.model, rank=1).result()
     with guarded.client("tml-ann") as client:
         client.create_lora_training_client(guarded.model, rank=1).result()
 

@@ -21,7 +21,7 @@ from penstock.serving.tinker import kept_answers
 from penstock.serving.tinker.adapters import LoadedAdapters, Weights
 from penstock.serving.tinker.checkpoints import Checkpoints, Info, WeightsPath, bytes_of
 from penstock.serving.tinker.futures import Answer, Futures
-from penstock.serving.tinker.sessions import Sampler, Sessions
+from penstock.serving.tinker.sessions import Run, Sampler, Sessions
 from penstock.serving.tinker.settings import TinkerSettings
 from penstock.serving.tinker.training import TrainingThread
 from penstock.serving.tinker.wire import MAX_ELEMENTS, LossRequest, array_of, loss_message
@@ -249,9 +249,13 @@ async def test_faults_are_answers_that_tell_nothing_of_the_server() -> None:
         assert b"secret" not in answer.body
 
 
+def settings(max_sessions: int, **values: Any) -> TinkerSettings:
+    return TinkerSettings(session_timeout_s=10, max_sessions=max_sessions, **values)
+
+
 def test_sessions_end_when_their_clients_are_silent_and_not_while_they_wait() -> None:
     clock, busy = [0.0], {"any": False}
-    sessions = Sessions(10.0, 2, lambda session_id: busy["any"], lambda: clock[0])
+    sessions = Sessions(settings(2), lambda session_id: busy["any"], lambda: clock[0])
     first, second = sessions.create("ann", None, None), sessions.create("bob", None, None)
     with pytest.raises(HttpError, match="2 sessions are open, this server's limit"):
         sessions.create("ann", None, None)
@@ -312,13 +316,51 @@ def test_snapshots_of_another_server_are_deleted_only_once_it_has_ended(tmp_path
 def test_the_training_thread_does_what_was_posted_before_it_ends() -> None:
     """Files of the sessions that end with the server were left behind."""
     thread, release, done = TrainingThread(), threading.Event(), list[int]()
-    thread.post(release.wait)
-    thread.post(lambda: done.append(1))
+    thread.post("", release.wait)
+    thread.post("", lambda: done.append(1))
     closing = threading.Thread(target=thread.close)
     closing.start()
     release.set()
     closing.join()
     assert done == [1]
+
+
+async def test_keys_take_turns_on_the_training_thread() -> None:
+    """A key that had sent a hundred passes held up the step of another one until all of them were done."""
+    thread, release, order = TrainingThread(), threading.Event(), list[str]()
+
+    async def run(owner: str, number: int) -> None:
+        await thread.run(owner, lambda: order.append(f"{owner}{number}"))
+
+    thread.post("ann", release.wait)
+    counts = {"ann": 5, "bob": 1, "cid": 2}
+    tasks = [asyncio.create_task(run(owner, i)) for owner, count in counts.items() for i in range(count)]
+    await asyncio.sleep(0)  # all of them wait
+    release.set()
+    await asyncio.gather(*tasks)
+    assert order == ["ann0", "bob0", "cid0", "ann1", "cid1", "ann2", "ann3", "ann4"]
+    thread.close()
+
+
+async def test_jobs_of_the_training_thread_that_nobody_waits_for_are_dropped_and_errors_raised() -> None:
+    thread, release, done = TrainingThread(), threading.Event(), list[str]()
+    thread.post("", release.wait)
+
+    async def run(name: str) -> None:
+        await thread.run("", lambda: done.append(name))
+
+    async def fail() -> None:
+        await thread.run("", lambda: 1 / 0)
+
+    tasks = [asyncio.create_task(run("first")), asyncio.create_task(run("second")), asyncio.create_task(fail())]
+    await asyncio.sleep(0)  # all of them wait
+    tasks[0].cancel()
+    await asyncio.wait(tasks[:1])
+    release.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [asyncio.CancelledError, type(None), ZeroDivisionError]
+    assert done == ["second"]
+    thread.close()
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -335,20 +377,44 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_one_key_leaves_sessions_for_others() -> None:
-    sessions = Sessions(10.0, 4, lambda session_id: False, lambda: 0.0)
+    sessions = Sessions(settings(4), lambda session_id: False, lambda: 0.0)
     for owner in ("ann", "ann", "bob"):
         sessions.create(owner, None, None)
     with pytest.raises(HttpError, match="2 sessions are open for this key"):
         sessions.create("ann", None, None)
     sessions.create("cid", None, None)
-    anonymous = Sessions(10.0, 4, lambda session_id: False, lambda: 0.0)
+    anonymous = Sessions(settings(4), lambda session_id: False, lambda: 0.0)
     for _ in range(4):
         anonymous.create("", None, None)
 
 
+def test_one_key_leaves_models_for_others() -> None:
+    """One key could take all models that the server trains."""
+    sessions = Sessions(settings(8, max_models=4), lambda session_id: False, lambda: 0.0)
+
+    def fill(owner: str) -> tuple[int, HttpError]:
+        session = sessions.create(owner, None, None)
+        while True:
+            try:
+                sessions.check_models(owner)
+            except HttpError as error:
+                return len(session.runs), error
+            run = Run(f"{session.id}:train:{len(session.runs)}", "base")
+            session.runs[run.id] = run
+
+    counts = [fill(owner)[0] for owner in ("ann", "bob")]
+    assert counts == [2, 1]
+    none, error = fill("ann")
+    assert (none, error.status) == (0, 400)
+    assert "2 models are in training for this key, as many as the server has room for from others" in str(error)
+    number, error = fill("")
+    assert number == 1
+    assert "4 models are in training, this server's limit: close a session" in str(error)
+
+
 def test_samplers_that_were_not_used_for_the_longest_time_are_forgotten() -> None:
     """A session of thousands of steps kept all of its samplers."""
-    sessions = Sessions(10.0, 2, lambda session_id: False, lambda: 0.0)
+    sessions = Sessions(settings(2), lambda session_id: False, lambda: 0.0)
     session = sessions.create("ann", None, None)
     ids = [f"{session.id}:sample:{number}" for number in range(4)]
     for sampler_id in ids[:3]:
