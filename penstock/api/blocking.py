@@ -12,13 +12,17 @@ import functools
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
 
 from penstock.api.waiting import call_on_loop
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+# Modes of a library that hold for one thread, as those of torch do: each function captures the calling thread's, and
+# returns a block in which they hold on another thread.
+thread_modes: list[Callable[[], AbstractContextManager[None]]] = []
 
 
 def run(coroutine: Coroutine[object, object, T]) -> T:
@@ -58,10 +62,15 @@ def entered(block: AbstractAsyncContextManager[T]) -> Iterator[T]:
 def _run_on_thread(coroutine: Coroutine[object, object, T]) -> T:
     outcome, tasks = Future[T](), Future[asyncio.Task[T]]()
     context = contextvars.copy_context()  # the caller's context variables hold there too
+    modes = [capture() for capture in thread_modes]
 
     def work() -> None:
         try:
-            outcome.set_result(context.run(asyncio.run, _noted(coroutine, tasks)))
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode)
+                result = context.run(asyncio.run, _noted(coroutine, tasks))
+            outcome.set_result(result)
         except BaseException as error:
             outcome.set_exception(error)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 from penstock.api.blocking import entered, run
 from penstock.api.handle import RequestHandle
@@ -24,7 +24,7 @@ from penstock.facades.engine_args import EngineArguments, engine_config
 from penstock.generation import Params
 from penstock.outputs import EmbeddingOutput, RequestOutput
 from penstock.sampling import SamplingParams
-from penstock.scores import Score
+from penstock.scores import DifferentiableScore, Score
 from penstock.values import items
 
 _DEFAULTS: EngineSettings = {
@@ -139,17 +139,30 @@ class LLM:
         """`InferenceEngine.wake`; blocks until requests are served again."""
         run(self.engine.wake())
 
+    @overload
     def score(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        completions: Completion | Sequence[Completion],
-        *,
-        params: Params = None,
-        logits: bool = False,
-        entropies: bool = False,
-    ) -> list[Score]:
+        self, prompts: Prompt | Sequence[Prompt], completions: Completion | Sequence[Completion], *,
+        params: Params = None, logits: bool = False, entropies: bool = False, adapter: str = "",
+        requires_grad: Literal[False] = False,
+    ) -> list[Score]: ...  # fmt: skip
+
+    @overload
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], completions: Completion | Sequence[Completion], *,
+        params: Params = None, requires_grad: Literal[True], values: Literal["module", "engine"] = "module",
+        checkpoint_layers: bool = False,
+    ) -> list[DifferentiableScore]: ...  # fmt: skip
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], completions: Completion | Sequence[Completion], *,
+        params: Params = None, logits: bool = False, entropies: bool = False, adapter: str = "",
+        requires_grad: bool = False, values: Literal["module", "engine"] = "module", checkpoint_layers: bool = False,
+    ) -> list[Score] | list[DifferentiableScore]:  # fmt: skip
         """`InferenceEngine.score`, which see; blocks until all completions are scored."""
-        return run(self.engine.score(prompts, completions, params=params, logits=logits, entropies=entropies))
+        options: dict[str, Any] = {"params": params, "logits": logits, "entropies": entropies, "adapter": adapter}
+        options |= {"requires_grad": requires_grad, "values": values, "checkpoint_layers": checkpoint_layers}
+        scores: list[Score] | list[DifferentiableScore] = run(self.engine.score(prompts, completions, **options))
+        return scores
 
     def check_logprobs(self, outputs: RequestOutput | Sequence[RequestOutput] | None = None) -> LogprobReport:
         """`InferenceEngine.check_logprobs`, which see; blocks until the module has computed."""

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from penstock import (
+    LLM,
     ConfigurationError,
     EngineStateError,
     InferenceEngine,
@@ -98,6 +99,32 @@ async def test_the_caller_s_modes_hold_on_the_other_thread() -> None:
             (rounded,) = await engine.score(PROMPT, PROMPT, requires_grad=True)
     assert rounded.logprobs.dtype == torch.float32
     assert not torch.equal(rounded.logprobs.detach(), score.logprobs)
+
+
+def test_an_llm_scores_with_gradients_and_adapters() -> None:
+    """`LLM.score` took neither `requires_grad` nor `adapter`, although `engine.score` does."""
+    model = build("llama")
+    llm = LLM(model, skip_tokenizer_init=True)
+    (score,) = llm.score(PROMPT, PROMPT, params=SamplingParams(temperature=0.5), requires_grad=True, values="engine")
+    (engine_score,) = llm.score(PROMPT, PROMPT, params=SamplingParams(temperature=0.5))
+    assert score.logprobs.tolist() == pytest.approx(engine_score.tempered, abs=0)
+    score.logprobs.sum().backward()
+    assert model.get_parameter("lm_head.weight").grad is not None
+    with pytest.raises(RequestError, match="'policy'"):
+        llm.score(PROMPT, PROMPT, adapter="policy")
+    llm.stop()
+
+
+async def test_the_caller_s_modes_hold_in_blocking_calls_inside_a_running_loop() -> None:
+    """In a notebook, `LLM.score` ran on a thread that knew nothing of `torch.no_grad` and `torch.autocast`."""
+    llm = LLM(build("llama"), skip_tokenizer_init=True)
+    with torch.no_grad():
+        (score,) = llm.score(PROMPT, PROMPT, requires_grad=True)
+    assert not score.logprobs.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        (rounded,) = llm.score(PROMPT, PROMPT, requires_grad=True)
+    assert not torch.equal(rounded.logprobs.detach(), score.logprobs)
+    llm.stop()
 
 
 @pytest.mark.parametrize(

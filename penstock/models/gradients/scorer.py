@@ -6,8 +6,7 @@ parameters. Must not run beside an update of the weights. Made by the executor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -26,26 +25,12 @@ from penstock.models.borrow import device_and_dtype, view_of
 from penstock.models.checks import refuse_unsupported, vocab_size
 from penstock.models.gradients.attention import IMPLEMENTATION, SegmentAttention
 from penstock.models.gradients.head import Head
+from penstock.models.gradients.modes import ThreadModes
 from penstock.models.gradients.packing import IntArray, PackedRow, pack
 from penstock.models.wrappers import unwrapped
 from penstock.scores import DifferentiableScore
 
 DEFAULT_CHUNK_BYTES = 64 << 20
-
-
-class _Modes:
-    """The gradient and autocast modes of the thread that constructs this, for another thread."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._gradients = torch.is_grad_enabled()
-        self._device = device.type
-        self._autocast = torch.is_autocast_enabled(device.type)
-        self._dtype = torch.get_autocast_dtype(device.type)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        with torch.set_grad_enabled(self._gradients), torch.autocast(self._device, self._dtype, self._autocast):
-            yield
 
 
 class DifferentiableScorer:
@@ -66,7 +51,7 @@ class DifferentiableScorer:
         self._owner = owner = unwrapped(owner)
         refuse_unsupported(owner)
         self._device, _ = device_and_dtype(owner)
-        self._modes = _Modes(self._device)
+        self._modes = ThreadModes()
         self._checkpoint_layers = checkpoint_layers
         self._chunk_bytes = logits_chunk_bytes
         self._max_length = max_length
