@@ -383,6 +383,30 @@ def test_a_poll_is_asked_again_until_there_is_an_answer(guarded: Running, monkey
         assert future.result().metrics["loss:sum"] > 0
 
 
+def test_a_key_that_has_sent_many_passes_does_not_hold_up_the_step_of_another(
+    guarded: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training thread served requests in the order of arrival."""
+    monkeypatch.setattr(endpoints, "POLL_S", 0.02)
+    first, last, thread = threading.Event(), threading.Event(), guarded.service.thread
+    with guarded.client("tml-ann") as ann, guarded.client("tml-bob") as bob:
+        many, one = (each.create_lora_training_client(guarded.model, rank=1).result() for each in (ann, bob))
+        one.forward_backward([supervised()], "cross_entropy").result()
+        thread.post("ann", first.wait)
+        passes = [many.forward([supervised()], "cross_entropy") for _ in range(10)]
+        body = {"request_id": f"{many.model_id}:10"}
+        wait_until(lambda: body["request_id"] in guarded.service.futures)
+        step = one.optim_step(types.AdamParams())
+        wait_until(lambda: f"{one.model_id}:2" in guarded.service.futures)
+        thread.post("bob", last.wait)
+        first.set()
+        step.result()
+        poll = httpx.post(f"{guarded.url}{API}/retrieve_future", json=body, headers={"x-api-key": "tml-ann"})
+        last.set()
+        assert poll.status_code == 408
+        assert all(each.result().metrics for each in passes)
+
+
 def test_more_models_than_the_server_trains_are_refused(guarded: Running) -> None:
     with guarded.client("tml-ann") as client:
         for _ in range(2):
