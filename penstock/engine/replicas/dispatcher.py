@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -142,8 +143,9 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         try:
             serving = self.live()
+            longest = max((replica.parts.inputs for replica in serving), key=lambda inputs: inputs.limit)
             pool = serving[next(self._turns) % len(serving)].parts.pool
-            encoded = pool.submit(encode_prompt, request.prompt)
+            encoded = pool.submit(functools.partial(encode_prompt, check=longest.check_length), request.prompt)
         except PenstockError as error:
             self._finish(entry, FinishReason.ERROR, error)
         else:

@@ -165,7 +165,11 @@ class ReplicatedEngine(Capabilities):
             raise
 
     async def __aenter__(self) -> Self:
-        await self._loaded_soon()
+        try:
+            await self._loaded_soon()
+        except BaseException:  # nobody will call `__aexit__`
+            self._finalizer()
+            raise
         return self
 
     async def __aexit__(

@@ -103,12 +103,23 @@ class InputProcessor:
             grammar = self._grammars.find(params.structured_outputs, params.reasoning_end)
             if grammar is None:
                 compilation = partial(self._grammars.compile, params.structured_outputs, params.reasoning_end)
-                return self._pool.submit(_encode, prompt, words, compilation, self._check_length)
+                return self._pool.submit(_encode, prompt, words, compilation, self.check_length)
         if not prompt.needs_tokenizer and not any(isinstance(word, str) for word in words):
             return _encode(None, prompt, words)._replace(grammar=grammar)
         if self._encodes_short_text and not words and prompt.text is not None and len(prompt.text) <= SHORT_TEXT:
             return _encode(self._tokenizer, prompt, words)._replace(grammar=grammar)
-        return self._pool.submit(_encode, prompt, words, lambda tokenizer: grammar, self._check_length)
+        return self._pool.submit(_encode, prompt, words, lambda tokenizer: grammar, self.check_length)
+
+    def check_length(self, tokenizer: Tokenizer | None, text: str) -> None:
+        """Refuse a text that certainly does not fit without encoding it, which takes a second per megabyte.
+
+        On a thread of the pool; its `tokenizer` may be that of any replica. Raises `RequestTooLarge`.
+        """
+        if len(text) > self.limit and (least := self._bound.at_least(tokenizer, text)) > self.limit:
+            raise RequestTooLarge(
+                f"the prompt has at least {least} tokens and the limit is {self.limit} for prompt and output "
+                "together: shorten the prompt"
+            ).with_hint(self._remedy)
 
     def admit(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
         """Set the request's collector and sequences. Raises `RequestError`, `DeadlineExceeded`."""
@@ -130,17 +141,6 @@ class InputProcessor:
         request.sequences = self._sequences(request, params, encoded, seq_ids, frozenset(stops))
         if params.use_beam_search:
             request.search = self._search(request.sequences[0], params)
-
-    def _check_length(self, tokenizer: Tokenizer | None, text: str) -> None:
-        """Refuse a text that certainly does not fit without encoding it, which takes a second per megabyte.
-
-        On a thread of the pool. Raises `RequestTooLarge`.
-        """
-        if len(text) > self.limit and (least := self._bound.at_least(tokenizer, text)) > self.limit:
-            raise RequestTooLarge(
-                f"the prompt has at least {least} tokens and the limit is {self.limit} for prompt and output "
-                "together: shorten the prompt"
-            ).with_hint(self._remedy)
 
     def text_after(self, text: str | None, tokens: SequenceOf[int], params: SamplingParams) -> str | None:
         """The text followed by the text of the tokens; None where texts are unknown."""

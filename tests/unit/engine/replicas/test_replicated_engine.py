@@ -18,11 +18,13 @@ from penstock import (
     EngineOverloaded,
     ExecutionError,
     GenerationConfig,
+    InferenceEngine,
     OutOfMemory,
     ReplicatedEngine,
     RequestAborted,
     RequestError,
     RequestPriority,
+    RequestTooLarge,
     SamplingParams,
     ScriptedModel,
 )
@@ -263,6 +265,20 @@ def test_what_a_replica_refuses_fails_that_request_alone() -> None:
     run(main, engine_of(models(), max_sequence_length=100))
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
+    """It was encoded first, which takes a second per megabyte, and a bound of the bytes tells as much."""
+    longest = max(map(len, byte_level().get_vocab()))
+
+    async def main(engine: ReplicatedEngine) -> None:
+        content = "a" * 41 * longest
+        for prompt in ({"prompt": content}, [{"role": "user", "content": content}]):
+            with pytest.raises(RequestTooLarge, match=r"the prompt has at least 4\d tokens and the limit is 40"):
+                await engine.generate(prompt, short(1))  # type: ignore[arg-type]
+        assert counts(engine) == [0, 0]
+
+    run(main, engine_of(models(), max_sequence_length=40))
+
+
 def test_a_tokenizer_that_raises_fails_its_request_alone() -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = None
@@ -389,6 +405,65 @@ def test_a_replica_that_cannot_load_fails_the_start_and_leaves_no_thread() -> No
     assert engine.get_stats()["engine_status"] == "failed"
     engine.stop()
     join_threads(before)
+
+
+class Loading(ScriptedModel):
+    """A model that takes its memory only after `event`, and has begun to once `is_allocating` is set."""
+
+    def __init__(self) -> None:
+        super().__init__([5], vocab_size=32)
+        self.event, self.is_allocating, self.is_closed = threading.Event(), threading.Event(), False
+
+    def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        self.is_allocating.set()
+        self.event.wait(PATIENCE_S)
+        super().allocate(num_blocks, block_size, num_host_blocks)
+
+    def close(self) -> None:
+        self.is_closed = True
+        super().close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_caller_who_is_cancelled_while_replicas_load_leaves_nothing_behind(count: int) -> None:
+    """They were loaded to their end, and served nobody until the engine was closed."""
+    before = set(threading.enumerate())
+    replicas = [Loading() for _ in range(count)]
+    engine = ReplicatedEngine(replicas) if count > 1 else InferenceEngine(replicas[0])
+
+    async def enter() -> None:
+        async with engine:
+            raise AssertionError("it is not loaded yet")
+
+    async def main() -> None:
+        task = asyncio.create_task(enter())
+        for replica in replicas:
+            await until(replica.is_allocating.is_set)
+        task.cancel()
+        assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
+
+    asyncio.run(main())
+    for replica in replicas:
+        replica.event.set()
+    join_threads(before)
+    assert all(replica.is_closed for replica in replicas)
+    with pytest.raises(EngineClosed, match="was stopped"):
+        engine.generate([1])
+    engine.stop()
+
+
+def test_an_engine_that_could_not_be_entered_leaves_no_thread() -> None:
+    """The thread of the router stayed until the engine was collected."""
+    before = set(threading.enumerate())
+    engine = ReplicatedEngine([ScriptedModel([1]), Large([1])])
+
+    async def main() -> None:
+        with pytest.raises(OutOfMemory):
+            await engine.__aenter__()
+
+    asyncio.run(main())
+    join_threads(before)
+    assert engine.get_stats()["engine_status"] == "failed"
 
 
 def test_stopping_drains_what_runs_and_what_waits() -> None:
