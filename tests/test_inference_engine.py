@@ -275,7 +275,9 @@ class TestBenchmarks:
 
     def test_throughput_of_a_real_model_is_in_the_statistics(self, engine: InferenceEngine) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=16)
+        asyncio.run(engine.pause())  # so that all of them have arrived before the first step
         handles = [engine.generate(text, params) for text in prompts(16, 30, VOCAB, seed=6)]
+        asyncio.run(engine.resume())
         num_tokens = sum(len(handle.result(PATIENCE_S).generated_ids) for handle in handles)
         metrics = engine.get_stats()["performance_metrics"]
         rate, step = metrics["tokens_per_second"], metrics["batch_processing_time"]

@@ -19,7 +19,10 @@ async def test_concurrent_callers_get_what_each_would_get_alone(name: str) -> No
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     tight = {"kv_cache_tokens": 256, "block_size": 4, "max_num_batched_tokens": 64, "max_sequence_length": None}
     async with InferenceEngine(model, skip_tokenizer_init=True, **tight) as engine:
-        outputs = await asyncio.gather(*(engine.generate(prompt, params) for prompt in PROMPTS))
+        await engine.pause()  # so that all of them have arrived before the first step
+        handles = [engine.generate(prompt, params) for prompt in PROMPTS]
+        await engine.resume()
+        outputs = await asyncio.gather(*handles)
         assert engine.get_stats()["queue"]["num_preemptions"] > 0
     expected = [greedy_by_transformers(model, prompt, 30) for prompt in PROMPTS]
     assert [output.generated_ids for output in outputs] == expected

@@ -150,23 +150,23 @@ async def test_a_group_computes_its_shared_prompt_once() -> None:
     assert largest_error(scores, "llama", [(prompt, completion) for completion in group]) < 1e-5
 
 
+@pytest.mark.usefixtures("steps_cost_the_same")
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 async def test_a_crowd_that_generates_speculates_and_is_preempted_changes_nothing(name: str) -> None:
     """The cache holds a fraction of the crowd, prompts take several steps, and drafts are verified meanwhile."""
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     tight = {**ENGINE, "kv_cache_tokens": 256, "block_size": 4, "max_num_batched_tokens": 24}
     speculating = {"enable_speculative_decoding": True, "drafter": "ngram", "speculation_length": 3}
-    stats = {"num_preemptions": 0}
-    for _ in range(20):  # how many are preempted depends on the steps at which they arrive
-        async with InferenceEngine(model_of(name), **tight, **speculating) as engine:
-            scores, *generated = await asyncio.gather(
-                engine.score(PROMPTS, COMPLETIONS), *(engine.generate(text, params) for text in TEXTS)
-            )
-            stats = {**engine.get_stats()["queue"], **engine.get_stats()["totals"]}
-        if stats["num_preemptions"] > 0:
-            break
-    assert stats["num_preemptions"] > 0
-    assert stats["drafted_tokens"] > 0
+    async with InferenceEngine(model_of(name), **tight, **speculating) as engine:
+        await engine.pause()  # so that all of them have arrived before the first step
+        scoring = asyncio.create_task(engine.score(PROMPTS, COMPLETIONS))
+        await until(lambda: engine.get_stats()["queue"]["num_waiting"] == len(PROMPTS))
+        handles = [engine.generate(text, params) for text in TEXTS]
+        await engine.resume()
+        scores, *generated = await asyncio.gather(scoring, *handles)
+        stats = engine.get_stats()
+        assert stats["queue"]["num_preemptions"] > 0
+        assert stats["totals"]["drafted_tokens"] > 0
     assert largest_error(scores, name, PAIRS) < 1e-5
     assert [out.generated_ids for out in generated] == [greedy_by_transformers(model_of(name), t, 30) for t in TEXTS]
 

@@ -493,6 +493,8 @@ async def test_a_request_has_the_adapter_that_it_names(adapter: Path) -> None:
         assert first != others[0] == others[1]
         assert others[2] is None
         assert len((await running).generated_ids) == 60  # with what it had
+        while ("unload", first) not in manager.log:  # noqa: ASYNC110 - on the engine's loop, after the request's end
+            await asyncio.sleep(0.001)
         await engine.unload_adapter("policy")
         assert engine.adapters == []
         assert engine.adapter_generation("policy") == 0

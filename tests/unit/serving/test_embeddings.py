@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from penstock import SamplingParams
 from penstock.serving import ServingSettings, app
+from tests.http_sockets import wait_until
 from tests.tokenizers_for_tests import byte_level
 from tests.unit.serving.service import client_of
 from tests.unit.testing.echo import EchoEngine
 
 URL = "/v1/embeddings"
-_LONG = SamplingParams(max_tokens=400)
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +124,12 @@ def test_more_inputs_than_the_queue_holds_are_served() -> None:
 
 
 def test_a_full_queue_is_a_429() -> None:
-    with client_of(max_queue_size=1, max_batch_size=1, step_s=0.05) as client:
-        engine = client.app.state.server.engine  # type: ignore[attr-defined]
-        handles = [engine.generate("water", _LONG)]
-        while not engine.get_stats()["queue"]["num_running"]:
-            pass
-        handles.append(engine.generate("water", _LONG))
+    with client_of(max_queue_size=1, max_batch_size=1) as client:
+        engine, model = client.app.state.server.engine, client.app.state.model  # type: ignore[attr-defined]
+        model.hold()
+        handles = [engine.generate("water")]
+        wait_until(lambda: model.plans == 1)  # its step begins once its place in the queue is free
+        handles.append(engine.generate("water"))
         response = client.post(URL, json={"input": ["a", "b"]})
         assert response.status_code == 429
         assert "retry-after" in response.headers

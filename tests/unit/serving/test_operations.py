@@ -16,7 +16,7 @@ from penstock import InferenceEngine, SamplingParams
 from penstock.engine.requests import input_processor
 from penstock.serving import ApiKey, ServingSettings, app
 from penstock.serving.readiness import Readiness
-from tests.http_sockets import PATIENCE_S
+from tests.http_sockets import PATIENCE_S, wait_until
 from tests.unit.serving.service import CHAT, client_of, events
 
 URL = "/v1/chat/completions"
@@ -222,11 +222,9 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
         model = client.app.state.model
         model.hold()
         requests = [Background(client, CHAT)]
-        wait_for_open_request(client)
+        wait_until(lambda: model.plans == 1)  # its step begins once its place in the queue is free
         requests.append(Background(client, CHAT))
-        engine, pulse = client.app.state.server.engine, threading.Event()
-        while engine.get_stats()["queue"]["num_queued_requests"] == 0:
-            pulse.wait(0.005)
+        wait_for_open_request(client, "num_queued_requests")
         for stream in (False, True):
             response = client.post(URL, json={**CHAT, "stream": stream})
             assert response.status_code == 429

@@ -18,6 +18,8 @@ from penstock.engine.requests.request import Request
 from penstock.errors import ConfigurationError, EngineClosed
 from penstock.scheduling.admission import QueuePlace
 
+PATIENCE_S = 60.0
+
 
 class Core:
     """The part of an `EngineCore` that the host uses; it serves until it is stopped and has no requests."""
@@ -34,11 +36,11 @@ class Core:
         return len(self.requests)
 
     async def run(self) -> None:
-        while not (self.stopping and not self.requests):
+        while self.fault is None and not (self.stopping and not self.requests):
             self.wake.clear()
             await self.wake.wait()
-            if self.fault is not None:
-                raise self.fault
+        if self.fault is not None:
+            raise self.fault
 
     def stop(self) -> None:
         self.stopping = True
@@ -62,7 +64,7 @@ def make(error: BaseException | None = None, gate: threading.Event | None = None
 
     def load() -> None:
         if gate is not None:
-            gate.wait(10)
+            gate.wait(PATIENCE_S)
         if error is not None:
             raise error
 
@@ -88,7 +90,7 @@ def on_engine(host: Host, function: Callable[[Core], Any]) -> Any:
         done.set()
 
     host.post(act)
-    assert done.wait(10)
+    assert done.wait(PATIENCE_S)
     return found[0]
 
 
@@ -128,7 +130,7 @@ def test_failure_to_load_is_raised_in_waiting_callers_and_ends_the_requests() ->
     with pytest.raises(ConfigurationError):
         host.wait_ready()
     with pytest.raises(ConfigurationError):
-        waiting.channel.wait_blocking(10)
+        waiting.channel.wait_blocking(PATIENCE_S)
     assert waiting.channel.status is RequestStatus.FAILED
     with pytest.raises(EngineClosed):
         host.post(lambda core: None)
@@ -151,7 +153,7 @@ def test_started_from_many_threads_at_once_it_starts_once() -> None:
     errors: list[BaseException] = []
 
     def begin() -> None:
-        barrier.wait(10)
+        barrier.wait(PATIENCE_S)
         try:
             host.start()
             host.post(lambda _: core.seen.append("posted"))
@@ -163,7 +165,7 @@ def test_started_from_many_threads_at_once_it_starts_once() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert errors == []
     assert on_engine(host, lambda core: core.seen) == ["posted"] * 8
     host.stop(10)
@@ -201,7 +203,7 @@ def test_draining_host_takes_aborts_but_no_requests() -> None:
     with pytest.raises(EngineClosed):
         host.post(lambda core: None, [request()])
     on_engine(host, lambda core: core.close_all())
-    stopping.join(10)
+    stopping.join(PATIENCE_S)
     assert not stopping.is_alive()
 
 
@@ -305,7 +307,7 @@ def test_garbage_that_posts_while_something_is_posted_does_not_deadlock(monkeypa
     Dropped(host, seen)
     posting = threading.Thread(target=on_engine, args=(host, lambda core: None), daemon=True)
     posting.start()
-    posting.join(5)
+    posting.join(PATIENCE_S)
     assert not posting.is_alive()
     on_engine(host, lambda core: None)
     assert seen == ["dropped"]

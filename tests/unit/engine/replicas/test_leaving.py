@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penstock import EngineClosed, ReplicatedEngine, RequestAborted, ScriptedModel, WeightsError
+from penstock import EngineClosed, EngineStateError, ReplicatedEngine, RequestAborted, ScriptedModel, WeightsError
 from penstock.api.log import engine_logger
 from penstock.config import EngineConfig
 from penstock.engine.observe.metrics import Metrics
@@ -165,6 +165,8 @@ def test_an_engine_that_is_paused_while_it_drains_waits_for_nothing() -> None:
             for handle in running:
                 await anext(handle)
             pause = asyncio.ensure_future(engine.pause("wait"))
+            await asyncio.sleep(0)  # it begins before the next order,
+            assert isinstance(await error_of(engine.pause()), EngineStateError)  # which finds it being carried out
             waiting = engine.generate([9], short())
             stop = asyncio.ensure_future(engine.aclose(2 * PATIENCE_S))
             await until(lambda: engine.get_stats()["engine_status"] == "stopped")

@@ -191,10 +191,12 @@ def test_a_caller_who_leaves_undoes_an_order_that_waits() -> None:
             lambda: engine.sleep(mode="wait"),
         ):
             task = asyncio.ensure_future(order())
+            await asyncio.sleep(0)  # it begins before the next order,
+            assert isinstance(await error_of(engine.pause()), EngineStateError)  # which finds it being carried out
             other = engine.generate([2] * 20, short())  # held: it has not started
             done, _ = await asyncio.wait([task], timeout=0.05)
             assert not done
-            assert isinstance(await error_of(engine.pause()), EngineStateError)
+            assert not other.done()
             task.cancel()
             await asyncio.wait([task])
             assert task.cancelled()

@@ -21,7 +21,7 @@ from penstock.sampling import RequestPriority
 from penstock.scheduling.admission import Admission, QueuePlace
 
 LOW, NORMAL, HIGH, _ = RequestPriority
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 async def never_boots(worker: object) -> Any:

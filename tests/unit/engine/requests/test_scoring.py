@@ -140,8 +140,8 @@ async def test_a_batch_beyond_the_queue_waits_for_its_own_pairs_only() -> None:
         scores = await engine.score([[number] for number in range(30)], [[1] * (1 + number) for number in range(30)])
         assert [len(score) for score in scores] == [*range(1, 31)]
         model.hold()
-        waiting = [engine.generate([1])]
-        await until(lambda: engine.get_stats()["queue"]["num_running"] > 0)
+        num_plans, waiting = model.plans, [engine.generate([1])]
+        await until(lambda: model.plans > num_plans)  # its step begins once its place in the queue is free
         waiting += [engine.generate([1]) for _ in range(2)]
         with pytest.raises(EngineOverloaded):
             await engine.score([1], [2])
