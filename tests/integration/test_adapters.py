@@ -29,6 +29,7 @@ from penstock import (
     WeightsError,
     WithAdapters,
 )
+from tests.held_passes import Served
 from tests.tiny_models import build
 
 # Architecture -> the layers that adapters change. In gpt2 they are transposed; there and in phi3 several are one.
@@ -48,9 +49,11 @@ PROMPT = [(7 * i * i + 3 * i) % 150 + 2 for i in range(28)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
+OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "num_threads": 1, "batch_timeout_ms": 0, "block_size": 4}
+
+
 def engine_of(model: nn.Module, **settings: Any) -> InferenceEngine:
-    options = {"skip_tokenizer_init": True, "num_threads": 1, "batch_timeout_ms": 0, "block_size": 4}
-    return InferenceEngine(model, **{**options, **settings})
+    return InferenceEngine(model, **{**OPTIONS, **settings})
 
 
 def adapted(base: nn.Module, seed: int, targets: list[str], **settings: Any) -> Any:
@@ -254,14 +257,16 @@ async def test_an_unloaded_adapter_is_refused_while_the_requests_that_run_with_i
 async def test_two_loads_of_one_name_at_once_are_refused_and_of_two_names_are_not() -> None:
     base = build("llama")
     models = [adapted(base, seed, ["q_proj"]) for seed in range(2)]
-    async with engine_of(base) as engine:
+    async with Served(base, **OPTIONS) as served:
+        engine, running = served.engine, await served.begin(PROMPT, GREEDY, 1)
         first, second, other = (
             asyncio.create_task(engine.load_adapter(name, model))
             for name, model in (("a", models[0]), ("a", models[1]), ("b", models[1]))
         )
         with pytest.raises(EngineStateError, match="'a' is being loaded"):
             await second
-        await asyncio.gather(first, other)
+        served.passes.release()  # no adapter could be written before
+        await asyncio.gather(first, other, running)
         assert sorted(engine.adapters) == ["a", "b"]
         assert_own(models[0], await engine.generate(PROMPT, GREEDY, adapter="a"))
         generation = engine.adapter_generation("a")
@@ -273,11 +278,12 @@ async def test_a_fork_runs_with_the_adapter_of_its_origin() -> None:
     base = build("llama")
     model = adapted(base, 1, TARGETS["llama"])
     long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
-    async with engine_of(base, kept_outputs=4) as engine:
+    async with Served(base, kept_outputs=4, **OPTIONS) as served:
+        engine = served.engine
         await engine.load_adapter("a", model)
-        handle = engine.generate(PROMPT, long, adapter="a")
-        await anext(aiter(handle))
+        handle = await served.begin(PROMPT, long, 1, adapter="a")
         (branch,) = handle.fork(1, append=[5, 6, 7])
+        served.passes.release()
         assert_own(model, await handle)
         output = await branch
         ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from functools import cache
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from penstock import InferenceEngine, RequestError, RequestHandle, RequestOutput, SamplingParams
+from penstock import InferenceEngine, RequestError, RequestOutput, SamplingParams
+from penstock.demo import MODEL_DIR
+from tests.held_passes import Served, read
 from tests.tiny_models import build
 
 PROMPT = [5, 9, 30, 8, 77, 12, 40, 3, 2, 66, 31]
@@ -18,32 +20,25 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SETTINGS: dict[str, Any] = {"skip_tokenizer_init": True, "block_size": 4, "log_level": "ERROR"}
 
 
-@cache
-def model_of(name: str) -> Any:
-    return build(name)
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with Served(build("llama"), **SETTINGS) as served:
+        yield served
 
 
 @pytest.fixture
-async def engine() -> AsyncIterator[InferenceEngine]:
-    async with InferenceEngine(model_of("llama"), **SETTINGS) as engine:
-        yield engine
-
-
-async def after(handle: RequestHandle, count: int) -> None:
-    """Read until at least `count` tokens came."""
-    read = 0
-    while read < count:
-        read += len((await anext(handle)).token_ids)
+def engine(served: Served) -> InferenceEngine:
+    return served.engine
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"enable_kv_cache": False}, {"kv_cache_tokens": 72, "max_batch_size": 3}], ids=str
 )
 async def test_a_fork_says_what_a_fresh_request_from_there_would(settings: dict[str, Any]) -> None:
-    async with InferenceEngine(model_of("qwen3"), **{**SETTINGS, **settings}) as engine:
-        handle = engine.generate(PROMPT, GREEDY)
-        await after(handle, 6)
+    async with Served(build("qwen3"), **{**SETTINGS, **settings}) as served:
+        engine, handle = served.engine, await served.begin(PROMPT, GREEDY, 6)
         forks = [*handle.fork(2), *handle.fork(2, GREEDY, at=5), *handle.fork(1, GREEDY, append=[7, 7, 7])]
+        served.passes.release()
         outputs: list[RequestOutput] = await asyncio.gather(handle, *forks)
         for output in outputs[1:]:
             params = SamplingParams(temperature=0.0, max_tokens=len(output.generated_ids), ignore_eos=True)
@@ -54,66 +49,74 @@ async def test_a_fork_says_what_a_fresh_request_from_there_would(settings: dict[
         assert [len(output.generated_ids) for output in outputs[3:]] == [24, 24, 24]
 
 
-async def test_a_fork_computes_nothing_anew(engine: InferenceEngine) -> None:
-    handle = engine.generate(PROMPT * 20, GREEDY)
-    await after(handle, 3)
+async def test_a_fork_computes_nothing_anew(served: Served) -> None:
+    handle = await served.begin(PROMPT * 20, GREEDY, 3)
     [fork] = handle.fork()
+    served.passes.release()
     output = await fork
     prompt = len(output.prompt_token_ids)
     assert output.num_cached_tokens >= prompt - 2, "all but the newest token, which the next step computes"
 
 
-async def test_sampled_forks_go_their_own_ways_and_do_so_again(engine: InferenceEngine) -> None:
+async def test_sampled_forks_go_their_own_ways_and_do_so_again(served: Served) -> None:
     params, seen = SamplingParams(temperature=1.0, seed=4, max_tokens=20, ignore_eos=True), []
     for _ in range(2):
-        handle = engine.generate(PROMPT, params)
-        await after(handle, 4)
-        outputs = await asyncio.gather(handle, *handle.fork(3, at=4))
+        handle = await served.begin(PROMPT, params, 4)
+        forks = handle.fork(3, at=4)
+        served.passes.release()
+        outputs = await asyncio.gather(handle, *forks)
         seen.append([output.output_ids[0] for output in outputs])
     assert seen[0] == seen[1]
     assert len(set(map(tuple, seen[0]))) == 4
     assert len({tuple(ids[: len(PROMPT) + 4]) for ids in seen[0]}) == 1
 
 
-async def test_forks_of_forks(engine: InferenceEngine) -> None:
-    handle = engine.generate(PROMPT, GREEDY)
+async def test_forks_of_forks(served: Served) -> None:
+    handle = await served.begin(PROMPT, GREEDY, 3)
     for _ in range(4):
-        await after(handle, 3)
         [handle] = handle.fork()
+        served.passes.arm(4)
+        await read(handle, 3)
+    served.passes.release()
     output = await handle
-    whole = await engine.generate(PROMPT, GREEDY)
+    whole = await served.engine.generate(PROMPT, GREEDY)
     assert output.output_ids == whole.output_ids
 
 
-async def test_dropping_a_fork_frees_it_and_leaves_the_others(engine: InferenceEngine) -> None:
-    handle = engine.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
-    await after(handle, 2)
+async def test_dropping_a_fork_frees_it_and_leaves_the_others(served: Served) -> None:
+    handle = await served.begin(PROMPT, SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True), 2)
     kept, dropped = handle.fork(2)
     dropped.cancel()
     handle.cancel()
-    assert len((await kept).generated_ids) > 150
-    stats = engine.get_stats()
+    served.passes.release()
+    assert len((await kept).generated_ids) == 198
+    stats = served.engine.get_stats()
     assert (stats["queue"]["num_requests"], stats["queue"]["num_running"]) == (0, 0)
 
 
-async def test_forks_from_a_thread_and_from_another_loop(engine: InferenceEngine) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
-    handle = engine.generate(PROMPT, params)
-    await after(handle, 2)
+async def test_forks_from_a_thread_and_from_another_loop(served: Served) -> None:
+    handle = await served.begin(PROMPT, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True), 2)
+    are_forked = threading.Barrier(3)
     found: list[list[int]] = []
 
     def plainly() -> None:
-        found.append(handle.fork()[0].result(60).output_ids[0])
+        [fork] = handle.fork()
+        are_forked.wait(60)
+        found.append(fork.result(60).output_ids[0])
 
     def on_a_loop() -> None:
-        async def fork() -> None:
-            found.append((await handle.fork()[0]).output_ids[0])
+        async def await_a_fork() -> None:
+            [fork] = handle.fork()
+            are_forked.wait(60)
+            found.append((await fork).output_ids[0])
 
-        asyncio.run(fork())
+        asyncio.run(await_a_fork())
 
     threads = [threading.Thread(target=target) for target in (plainly, on_a_loop)]
     for thread in threads:
         thread.start()
+    await asyncio.to_thread(are_forked.wait, 60)
+    served.passes.release()
     output = await handle
     await asyncio.gather(*(asyncio.to_thread(thread.join) for thread in threads))
     assert found == [output.output_ids[0]] * 2
@@ -161,11 +164,12 @@ async def test_a_beam_search_beside_others_finds_what_it_finds_alone(engine: Inf
 
 async def test_texts_of_a_fork_continue_its_parents() -> None:
     params = SamplingParams(temperature=0.7, seed=1, max_tokens=30)
-    async with InferenceEngine(log_level="ERROR") as engine:
-        handle = engine.generate("class Stack:\n", params)
-        await after(handle, 4)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)
+    async with Served(model, tokenizer, log_level="ERROR") as served:
+        handle = await served.begin("class Stack:\n", params, 4)
         [fork] = handle.fork()
+        served.passes.release()
         output = await fork
-        text = engine.tokenizer.decode(output.output_ids[0], skip_special_tokens=True)
+        text = tokenizer.decode(output.output_ids[0], skip_special_tokens=True)
     assert output.prompt is not None
     assert output.prompt + output.text == text

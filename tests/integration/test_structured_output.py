@@ -18,12 +18,12 @@ from penstock import (
     GrammarError,
     InferenceEngine,
     RequestError,
-    RequestHandle,
     RequestOutput,
     SamplingParams,
     ScriptedModel,
     StructuredOutputs,
 )
+from tests.held_passes import Served, read
 from tests.letters import LetterTokenizer
 from tests.mutated_grammars import mutated_regexes, mutated_schemas
 from tests.tiny_models import build
@@ -50,15 +50,25 @@ CONSTRAINTS: tuple[StructuredOutputs, ...] = (
 SETTINGS: dict[str, Any] = {"block_size": 4, "log_level": "ERROR", "batch_timeout_ms": 0}
 
 
+def new_model() -> Any:
+    return build("llama", vocab_size=len(byte_level()), eos_token_id=EOS)
+
+
 @cache
 def model() -> Any:
-    return build("llama", vocab_size=len(byte_level()), eos_token_id=EOS)
+    return new_model()
 
 
 @pytest.fixture
 async def engine() -> AsyncIterator[InferenceEngine]:
     async with InferenceEngine(model(), byte_level(), **SETTINGS) as engine:
         yield engine
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with Served(new_model(), byte_level(), **SETTINGS) as served:
+        yield served
 
 
 def greedy(structured: StructuredOutputs, **params: Any) -> SamplingParams:
@@ -141,19 +151,14 @@ async def test_samples_forks_and_preemption_keep_every_output_valid(speculates: 
     assert stats["queue"]["num_preemptions"] > 0
 
 
-async def after(handle: RequestHandle, count: int) -> None:
-    read = 0
-    while read < count:
-        read += len((await anext(handle)).token_ids)
-
-
-async def test_a_fork_goes_on_with_the_grammar_of_its_origin(engine: InferenceEngine) -> None:
+async def test_a_fork_goes_on_with_the_grammar_of_its_origin(served: Served) -> None:
     structured = CONSTRAINTS[0]
-    handle = engine.generate("a prompt", greedy(structured, max_tokens=150))
-    await after(handle, 6)
+    handle = await served.begin("a prompt", greedy(structured, max_tokens=150), 6)
     forks = [*handle.fork(1), *handle.fork(3, sampled(structured, 3, max_tokens=120), at=4)]
-    await after(forks[0], 3)
+    served.passes.arm(4)
+    await read(forks[0], 3)
     forks += forks[0].fork(2, sampled(structured, 5, max_tokens=100))
+    served.passes.release()
     origin, *branches = await asyncio.gather(handle, *forks)
     prompt_len = len(origin.prompt_token_ids)
     assert branches[0].output_ids[0] == origin.output_ids[0], "a greedy fork goes the same way"
@@ -166,20 +171,20 @@ async def test_a_fork_goes_on_with_the_grammar_of_its_origin(engine: InferenceEn
     assert stopped >= 2
 
 
-async def test_a_fork_whose_appended_tokens_break_the_grammar_is_refused(engine: InferenceEngine) -> None:
-    handle = engine.generate("a prompt", greedy(StructuredOutputs(regex="[0-9]{100}"), max_tokens=120))
-    await after(handle, 3)
+async def test_a_fork_whose_appended_tokens_break_the_grammar_is_refused(served: Served) -> None:
+    handle = await served.begin("a prompt", greedy(StructuredOutputs(regex="[0-9]{100}"), max_tokens=120), 3)
     [fork] = handle.fork(1, append=byte_level().encode("x", add_special_tokens=False))
+    served.passes.release()
     with pytest.raises(GrammarError, match="could not be continued"):
         await fork
     assert (await handle).outputs[0].finish_reason == "stop"
 
 
-async def test_a_fork_with_another_constraint_begins_it_anew(engine: InferenceEngine) -> None:
-    handle = engine.generate("a prompt", greedy(StructuredOutputs(regex="[0-9]{100}"), max_tokens=120))
-    await after(handle, 5)
+async def test_a_fork_with_another_constraint_begins_it_anew(served: Served) -> None:
+    handle = await served.begin("a prompt", greedy(StructuredOutputs(regex="[0-9]{100}"), max_tokens=120), 5)
     letters = StructuredOutputs(regex="[a-z]{4}")
     [fork] = handle.fork(1, greedy(letters), at=5)
+    served.passes.release()
     check(letters, (await fork).outputs[0].text)
     await handle
 

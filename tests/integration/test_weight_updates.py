@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import itertools
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,15 +35,18 @@ from penstock.api.weights import UpdateMode
 from penstock.kernels import native
 from penstock.models.memory import resident_bytes
 from tests.drive import logprobs_by_transformers
+from tests.held_passes import Served, watched
 from tests.tiny_models import VOCAB, build
 
 NUM_CLIENTS, NUM_UPDATES = 64, 100
 Record = tuple[list[int], CompletionOutput]
 
 
+OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "num_threads": 1, "batch_timeout_ms": 0, "block_size": 4}
+
+
 def engine_of(model: nn.Module, **settings: Any) -> InferenceEngine:
-    options = {"skip_tokenizer_init": True, "num_threads": 1, "batch_timeout_ms": 0, "block_size": 4}
-    return InferenceEngine(model, **{**options, **settings})
+    return InferenceEngine(model, **{**OPTIONS, **settings})
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -58,19 +60,6 @@ def noisy(values: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         name: value + 0.1 * value.abs().mean() * torch.randn(value.shape, generator=generator)
         for name, value in values.items()
     }
-
-
-def watched(model: nn.Module, on_forward: Callable[[], None]) -> nn.Module:
-    """The model with a class of its own, whose passes call a function first, in a view of it as well."""
-    kind = type(model)
-
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        on_forward()
-        return kind.forward(self, *args, **options)
-
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    return model
 
 
 class Run:
@@ -242,10 +231,14 @@ async def test_requests_that_keep_stale_kv_equal_their_replay_and_say_so() -> No
 async def test_after_an_update_a_repeated_prompt_equals_a_fresh_engine_bitwise(mode: UpdateMode) -> None:
     model = build("llama")
     prompt, params = list(range(5, 50)), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    async with engine_of(model) as engine:
+    async with Served(model, **OPTIONS) as served:
+        engine = served.engine
         before = (await engine.generate(prompt, params)).outputs[0]
-        beside = engine.generate(prompt[:7], params)
-        await engine.update_weights(noisy(snapshot(model), 1), mode=mode)
+        beside = await served.begin(prompt[:7], params, 1)
+        update = asyncio.ensure_future(engine.update_weights(noisy(snapshot(model), 1), mode=mode))
+        await asyncio.sleep(0)  # until the order was given
+        served.passes.release()
+        await update
         if mode == "abort":
             with pytest.raises(RequestAborted):
                 await beside
