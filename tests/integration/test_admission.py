@@ -141,6 +141,7 @@ def test_many_threads_and_classes_lose_nobody_and_never_overfill_the_queue(make:
     engine.start()
     model.hold()  # until the queue was full, however fast the engine is
     tally: list[tuple[RequestPriority, str]] = []
+    kept: list[RequestHandle] = []
     most = [0]
 
     def client(seed: int) -> None:
@@ -149,22 +150,26 @@ def test_many_threads_and_classes_lose_nobody_and_never_overfill_the_queue(make:
             rank = draw.choice([LOW, NORMAL, HIGH, CRITICAL])
             prompt = [1] * draw.randint(1, 30)
             try:
-                handles.append((rank, engine.generate(prompt, SamplingParams(max_tokens=2), priority=rank)))
+                handle = engine.generate(prompt, SamplingParams(max_tokens=2), priority=rank)
             except EngineOverloaded:
                 tally.append((rank, "refused"))
+            else:
+                if draw.random() < 0.1:
+                    handle.cancel()
+                else:
+                    handles.append((rank, handle))
+                    kept.append(handle)
             most[0] = max(most[0], engine.get_stats()["queue"]["num_queued_requests"])
-            if draw.random() < 0.1 and handles:
-                handles[-1][1].cancel()
-                handles.pop()
         tally.extend((rank, outcome(handle)) for rank, handle in handles)
 
     threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: bool(tally) and engine.get_stats()["totals"]["displaced_requests"] > 0)
+    wait_until(lambda: bool(tally) and any(handle.status is RequestStatus.FAILED for handle in kept))
     model.release()
     for thread in threads:
         thread.join(PATIENCE_S)
+    wait_until(lambda: engine.get_stats()["queue"]["num_requests"] == 0)  # the last one may have been cancelled
     queue = engine.get_stats()["queue"]
     assert (queue["num_requests"], queue["num_queued_requests"], queue["num_queued_tokens"]) == (0, 0, 0)
     assert {told for _, told in tally} == {"refused", "displaced", "2 tokens"}

@@ -22,6 +22,7 @@ from penstock import (
     EngineConfig,
     InferenceEngine,
     MemoryEstimator,
+    RequestHandle,
     RequestPriority,
     RequestTooLarge,
     SamplingParams,
@@ -83,6 +84,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert monotonic() < begin + PATIENCE_S
         sleep(0.001)
+
+
+async def served_at_once(engine: InferenceEngine, model: Watched, handles: list[RequestHandle]) -> None:
+    """Let the model begin its first step once all requests are there, and wait for their ends."""
+    await asyncio.to_thread(wait_until, lambda: engine.get_stats()["queue"]["num_requests"] == len(handles))
+    model.release()
+    await asyncio.gather(*handles)
 
 
 def tokens(count: int) -> SamplingParams:
@@ -193,8 +201,9 @@ async def test_a_static_batch_is_joined_by_nobody(scripted: Make) -> None:
 
 async def test_memory_aware_never_preempts_where_continuous_does(scripted: Make) -> None:
     async def preemptions(strategy: str) -> int:
-        engine, _ = scripted(batching_strategy=strategy, kv_cache_tokens=512, enable_kv_cache=False)
-        await asyncio.gather(*(engine.generate([i] * 32, tokens(128)) for i in range(1, 9)))
+        settings = {"kv_cache_tokens": 512, "enable_kv_cache": False, "hold_at": 1}
+        engine, model = scripted(batching_strategy=strategy, **settings)
+        await served_at_once(engine, model, [engine.generate([i] * 32, tokens(128)) for i in range(1, 9)])
         return int(engine.get_stats()["queue"]["num_preemptions"])
 
     assert await preemptions("continuous") > 0
@@ -244,9 +253,9 @@ async def test_a_batch_limit_assigned_while_serving_is_in_force_at_the_next_step
 
 async def test_every_step_is_recorded_and_the_engine_advises(scripted: Make) -> None:
     """004-86: nothing called record_batch. 40 requests behind a batch of 2 call for a larger one."""
-    engine, _ = scripted(max_batch_size=2)
+    engine, model = scripted(max_batch_size=2, hold_at=1)
     assert engine.batching_optimizer.get_recommendations()["samples"] == 0
-    await asyncio.gather(*(engine.generate([i], tokens(4)) for i in range(1, 41)))
+    await served_at_once(engine, model, [engine.generate([i], tokens(4)) for i in range(1, 41)])
     found = engine.batching_optimizer.get_recommendations()
     assert found["best_strategy"] == "continuous"
     assert found["samples"] == engine.get_stats()["totals"]["steps"]

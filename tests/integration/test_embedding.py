@@ -33,6 +33,7 @@ from penstock import (
     ScriptedModel,
 )
 from tests.drive import greedy_by_transformers
+from tests.scripted_engine import HoldingModel
 from tests.tiny_models import build
 
 PATIENCE_S = 30.0
@@ -42,13 +43,18 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 PROMPT = [3, 4, 5, 6, 7]
 
 
-def new_engine(**settings: Any) -> InferenceEngine:
-    return InferenceEngine(ScriptedModel([5, 6, 7], max_length=256), skip_tokenizer_init=True, **settings)
+def new_engine() -> InferenceEngine:
+    return InferenceEngine(ScriptedModel([5, 6, 7], max_length=256), skip_tokenizer_init=True)
 
 
 @pytest.fixture
-def engine() -> Iterator[InferenceEngine]:
-    made = new_engine()
+def model() -> ScriptedModel:
+    return ScriptedModel([5, 6, 7], max_length=256)
+
+
+@pytest.fixture
+def engine(model: ScriptedModel) -> Iterator[InferenceEngine]:
+    made = InferenceEngine(model, skip_tokenizer_init=True)
     yield made
     made.stop(0.0)
 
@@ -169,15 +175,18 @@ def test_loading_and_generating_changes_no_global_state_either() -> None:
 
 
 LEFT_OVER = """
-import asyncio, sys
+import asyncio, sys, threading
 from penstock import InferenceEngine, SamplingParams, ScriptedModel
 async def first(handle):
     return await anext(handle)
 idle, never = (InferenceEngine(ScriptedModel([5], max_length=64), skip_tokenizer_init=True) for _ in range(2))
 idle.generate([1], SamplingParams(max_tokens=2)).result(30)
-idle.submit_request([1], SamplingParams(max_tokens=2), callback=lambda output: sys.stdout.write("called back\\n"))
-done = idle.submit_request([1], SamplingParams(max_tokens=2))
-idle.get_request(done).result(30)
+called_back = threading.Event()
+def callback(output):
+    sys.stdout.write("called back\\n")
+    called_back.set()
+idle.submit_request([1], SamplingParams(max_tokens=2), callback=callback)
+called_back.wait(30)
 busy = InferenceEngine(ScriptedModel([5], max_length=4096, step_s=0.005), skip_tokenizer_init=True)
 handle = busy.generate([1], SamplingParams(max_tokens=4000))
 asyncio.run(first(handle))
@@ -421,12 +430,12 @@ def test_dropping_the_last_reference_stops_the_threads() -> None:
             AsyncEngineArgs(ScriptedModel([5], max_length=64), skip_tokenizer_init=True)
         ),
     ):
-        before = own_threads()
+        before = own_threads()  # of engines that end just now, too
         owner: Any = make()
         engine = getattr(owner, "engine", owner)
         engine.generate(PROMPT, THREE).result(PATIENCE_S)
         engine.submit_request(PROMPT, THREE, callback=lambda output: None)
-        assert own_threads() > before
+        assert own_threads() - before
         dead = weakref.ref(engine)
         del owner, engine
         wait_until(lambda d=dead: gc.collect() >= 0 and d() is None)  # type: ignore[misc]
@@ -448,9 +457,11 @@ def test_a_handle_keeps_its_engine_alive() -> None:
     assert handle.result(PATIENCE_S).generated_ids == [5, 6, 7]
 
 
-def test_dropping_a_handle_aborts_its_request(engine: InferenceEngine) -> None:
+def test_dropping_a_handle_aborts_its_request(engine: InferenceEngine, model: ScriptedModel) -> None:
+    model.hold()
     engine.generate(PROMPT, SamplingParams(max_tokens=250))
     wait_until(lambda: engine.get_stats()["totals"]["requests"] == 1)
+    model.release()
     assert engine.get_stats()["queue"]["num_finished_abort"] <= 1
     assert engine.get_stats()["queue"]["num_finished_length"] == 0
 
@@ -466,15 +477,20 @@ def test_stopping_twice_and_from_several_threads_is_harmless(engine: InferenceEn
     engine.stop()
 
 
-def test_a_coroutine_may_stop_the_engine_that_it_waits_for(engine: InferenceEngine) -> None:
+def test_a_coroutine_may_stop_the_engine_that_it_waits_for() -> None:
+    model = HoldingModel([5, 6, 7], hold_at=2, max_length=256)
+    engine = InferenceEngine(model, skip_tokenizer_init=True)
+
     async def main() -> None:
         handle = engine.generate(PROMPT, SamplingParams(max_tokens=250))
         await anext(handle)
-        await engine.aclose(drain=0.0)
+        closing = asyncio.create_task(engine.aclose(drain=0.0))
         with pytest.raises(EngineClosed, match="the engine was stopped") as caught:
             await handle
         assert caught.value.output is not None
         assert caught.value.output.generated_ids
+        model.release()
+        await closing
 
     awaiting: Coroutine[Any, Any, None] = main()
     asyncio.run(awaiting)

@@ -39,6 +39,7 @@ from penstock import (
 )
 from penstock.api.channel import RequestStatus
 from tests.drive import greedy_by_transformers
+from tests.scripted_engine import HoldingModel
 from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level
 
@@ -59,13 +60,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def scripted() -> Iterator[Callable[..., tuple[InferenceEngine, ScriptedModel]]]:
+def scripted() -> Iterator[Callable[..., tuple[InferenceEngine, HoldingModel]]]:
     """Makes engines over a `ScriptedModel` that says "ok" again and again, unless told otherwise."""
     made: list[InferenceEngine] = []
 
-    def make(script: Any = None, **settings: Any) -> tuple[InferenceEngine, ScriptedModel]:
+    def make(script: Any = None, hold_at: int = 0, **settings: Any) -> tuple[InferenceEngine, HoldingModel]:
         words = TOKENIZER.encode("ok", add_special_tokens=False)
-        model = ScriptedModel(script or words, max_length=2048, eos_token_ids=frozenset({EOS}))
+        model = HoldingModel(script or words, hold_at=hold_at, max_length=2048, eos_token_ids=frozenset({EOS}))
         made.append(InferenceEngine(model, TOKENIZER, EngineConfig(**settings)))
         return made[-1], model
 
@@ -74,7 +75,7 @@ def scripted() -> Iterator[Callable[..., tuple[InferenceEngine, ScriptedModel]]]
         engine.stop(0.0)
 
 
-Make = Callable[..., tuple[InferenceEngine, ScriptedModel]]
+Make = Callable[..., tuple[InferenceEngine, HoldingModel]]
 
 
 def run(source: str, **names: Any) -> SimpleNamespace:
@@ -596,9 +597,16 @@ def test_the_statistics_have_the_keys_of_the_handbook(scripted: Make) -> None:
 
 def test_a_first_token_is_timed_before_the_last(scripted: Make) -> None:
     """B4-11: an earlier engine's first token latency was the time of the whole generation."""
-    engine, model = scripted(default_max_tokens=20)
+    engine, model = scripted(hold_at=2, default_max_tokens=20)
     model.step_s = 0.002
-    asyncio.run(engine.submit_request_async("a"))
+
+    async def main() -> None:
+        handle = engine.generate("a")
+        await anext(handle)
+        model.release()  # 19 steps follow, of 2 ms or more
+        await handle
+
+    asyncio.run(main())
     metrics = engine.get_stats()["performance_metrics"]
     assert metrics["end_to_end_latency"]["latest"] - metrics["first_token_latency"]["latest"] >= 0.038
     assert metrics["tokens_per_second"]["mean"] <= 500

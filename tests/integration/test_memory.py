@@ -11,6 +11,7 @@ import pytest
 
 from penstock import ConfigurationError, InferenceEngine, RequestPriority, SamplingParams, ScriptedModel
 from tests.drive import greedy_by_transformers, prompts
+from tests.held_passes import Served
 from tests.tiny_models import VOCAB, build
 
 LOW, HIGH = RequestPriority.LOW, RequestPriority.HIGH
@@ -20,13 +21,15 @@ SMALL: dict[str, Any] = {"kv_cache_tokens": 256, "block_size": 4, "max_num_batch
 async def test_preempted_requests_come_back_from_the_host_with_the_same_tokens() -> None:
     model, texts = build("llama"), prompts(12, 150, VOCAB, seed=5)
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-    engine = InferenceEngine(model, skip_tokenizer_init=True, max_sequence_length=None, swap_space=0.01, **SMALL)
-    async with engine:
-        low = [engine.generate(text, params, priority=LOW) for text in texts[::2]]
+    settings = {"skip_tokenizer_init": True, "max_sequence_length": None, "swap_space": 0.01, **SMALL}
+    async with Served(model, **settings) as served:
+        served.passes.arm(4)
+        low = [served.engine.generate(text, params, priority=LOW) for text in texts[::2]]
         await anext(low[0])
-        high = [engine.generate(text, params, priority=HIGH) for text in texts[1::2]]
+        high = [served.engine.generate(text, params, priority=HIGH) for text in texts[1::2]]
+        served.passes.release()  # only now may a request of the lower class end
         outputs = await asyncio.gather(*low, *high)
-        stats = engine.get_stats()
+        stats = served.engine.get_stats()
     assert stats["queue"]["num_preemptions"] > 0
     assert stats["cache_info"]["swapped_out"] > 0
     expected = [greedy_by_transformers(model, text, 20) for text in (*texts[::2], *texts[1::2])]

@@ -96,7 +96,7 @@ from rl_primitives import (
 
 def test_generation_result_has_the_five_fields(inference: InferenceModule) -> None:
     """000-1, 000-2, 000-3, 000-6."""
-    result = inference.generate(PROMPTS, max_new_tokens=8)
+    result = inference.generate(PROMPTS, max_new_tokens=8, ignore_eos=True)
     assert isinstance(result, GenerationResult)
     assert isinstance(result.texts[0], str)
     assert len(result.texts) == len(result.token_ids) == 2
@@ -180,7 +180,7 @@ inference = InferenceModule(
     )
     module = names["inference"]
     assert {parameter.dtype for parameter in module.backend.model.parameters()} == {torch.bfloat16}
-    assert module.generate("Hello", max_new_tokens=3).lengths == [3]
+    assert module.generate("Hello", max_new_tokens=3, ignore_eos=True).lengths == [3]
     module.close()
 
 
