@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from time import monotonic
 from typing import Any
 
@@ -332,19 +333,20 @@ def test_an_engine_closes_at_once_in_its_own_callback(
     """`await engine.aclose()` waited 10 s for the callback that awaited it."""
 
     def seconds_to_close() -> float:
-        engine, done = new_slow_engine(), threading.Event()
+        engine, began = new_slow_engine(), Future[float]()
 
         async def close(delta: Delta) -> None:
+            begin = monotonic()
             await engine.aclose(drain)
-            done.set()
+            began.set_result(begin)
 
         def stop(delta: Delta) -> None:
+            begin = monotonic()
             engine.stop(drain)
-            done.set()
+            began.set_result(begin)
 
-        begin = monotonic()
         engine.generate([1], ENDLESS, callback=stop if kind == "stop" else close)
-        assert done.wait(PATIENCE_S)
+        begin = began.result(PATIENCE_S)
         while new_threads(earlier_threads):
             assert monotonic() - begin < PATIENCE_S
             threading.Event().wait(0.005)
@@ -356,16 +358,15 @@ def test_an_engine_closes_at_once_in_its_own_callback(
 @pytest.mark.parametrize("kind", ["stop", "aclose"])
 async def test_an_engine_closes_at_once_in_a_callback_on_the_callers_loop(kind: str) -> None:
     async def seconds_to_close() -> float:
-        engine, done = new_slow_engine(), asyncio.Event()
+        engine, elapsed = new_slow_engine(), asyncio.Future[float]()
 
         async def close(delta: Delta) -> None:
+            begin = monotonic()
             await (engine.aclose() if kind == "aclose" else asyncio.sleep(0, engine.stop()))
-            done.set()
+            elapsed.set_result(monotonic() - begin)
 
-        begin = monotonic()
         handle = engine.generate([1], ENDLESS, callback=close)
-        await asyncio.wait_for(done.wait(), PATIENCE_S)
-        elapsed_s = monotonic() - begin
+        elapsed_s = await asyncio.wait_for(elapsed, PATIENCE_S)
         assert handle.done()
         return elapsed_s
 
