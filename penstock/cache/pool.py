@@ -18,16 +18,14 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.num_empty = 0
         self.num_cached_free = 0
         self._refs = array("i", bytes(4 * num_blocks))
         self._cached = bytearray(num_blocks)
         # Circular lists through two sentinels after the blocks; a block is linked if and only if it is free.
         self._empty, self._lru = num_blocks, num_blocks + 1
-        self._next = array("i", range(num_blocks + 2))
-        self._prev = array("i", range(num_blocks + 2))
-        for block in range(num_blocks):
-            self._link_before(self._empty, block)
+        self._next = array("i", range(1, num_blocks + 1)) + array("i", (0, self._lru))
+        self._prev = array("i", range(-1, num_blocks)) + array("i", (self._lru,))
+        self._prev[0] = self._empty
         self.num_empty = num_blocks
 
     @property
