@@ -75,16 +75,17 @@ def _run_on_thread(coroutine: Coroutine[object, object, T]) -> T:
             outcome.set_exception(error)
 
     thread = threading.Thread(target=work, name="penstock-blocking", daemon=True)
-    thread.start()
     try:
+        thread.start()
         return outcome.result()
     except BaseException:
-        if not outcome.done():  # the caller was interrupted
+        if thread.ident is not None and not outcome.done():  # the caller was interrupted, perhaps at the start
             task = tasks.result()
             call_on_loop(task.get_loop(), task.cancel)
         raise
     finally:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 async def _noted(coroutine: Coroutine[object, object, T], tasks: Future[asyncio.Task[T]]) -> T:

@@ -61,6 +61,31 @@ def test_the_context_variables_of_the_caller_hold(inside_loop: bool) -> None:
     assert contextvars.copy_context().run(call) == "acme"
 
 
+def test_an_interruption_while_the_coroutine_is_being_started_cancels_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ran on, and nobody waited for it."""
+    begun, ends, start = threading.Event(), list[str](), threading.Thread.start
+
+    async def endless() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.append("cancelled")
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    async def main() -> None:
+        monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+        run(endless())
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert ends == ["cancelled"]
+
+
 @pytest.mark.parametrize("inside_loop", [False, True])
 def test_an_interruption_cancels_the_coroutine(inside_loop: bool) -> None:
     ends: list[str] = []
