@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.native import Kernels, address, check, operand
-from penstock.kernels.structures import AllowedArgmaxStruct, LogitSummaryStruct, MaskedCopyStruct, TokenDrawStruct
+from penstock.kernels.structures import (
+    AllowedArgmaxStruct,
+    GreatestLogitsStruct,
+    LogitSummaryStruct,
+    MaskedCopyStruct,
+    TokenDrawStruct,
+)
 
 _PIECE = 8192  # logits that one thread takes at a time
 
@@ -93,6 +99,27 @@ class LogitKernels:
         call = AllowedArgmaxStruct(source, tops, places, bits, *sizes, address(maxima), address(tokens))
         check(self._kernels.library.ps_allowed_argmax(self._kernels.pool, ctypes.byref(call)))
         return maxima, tokens
+
+    def greatest(
+        self, logits: Tensor, block_maxima: Tensor, rows: Tensor, count: int, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The `count` greatest logits of rows int64 [M] that their masks [M, W] allow, [M, count], and their tokens.
+
+        float32, descending; of equal logits the first tokens, int64. Behind the last that is allowed, -inf and token 0.
+        A NaN is left out. block_maxima float32 [R, N] of all logits.
+        """
+        source, width, num_rows = self._source(logits), logits.shape[1], len(rows)
+        if not 0 < count <= width:
+            raise AssertionError(f"a kernel cannot find {count} of {width} logits")
+        tops = operand(block_maxima, torch.float32, len(logits), width // self.block)
+        num_words = 0 if masks is None else masks.shape[-1]
+        bits = None if masks is None else operand(masks, torch.int32, num_rows, num_words)
+        values, tokens = logits.new_empty(num_rows, count), logits.new_empty(num_rows, count, dtype=torch.int64)
+        sizes = num_rows, width, self.block, num_words, count
+        places = _places(rows, logits)
+        call = GreatestLogitsStruct(source, tops, places, bits, *sizes, address(values), address(tokens))
+        check(self._kernels.library.ps_greatest_logits(self._kernels.pool, ctypes.byref(call)))
+        return values, tokens
 
     def masked(self, logits: Tensor, rows: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """A copy of `rows` int64 [M], -inf where their masks [M, W] refuse a token, and its blocks' maxima [M, N]."""

@@ -182,6 +182,16 @@ class MaskedCopyStruct(ctypes.Structure):
     )
 
 
+class GreatestLogitsStruct(ctypes.Structure):
+    """`greatest_logits` in logits.c."""
+
+    _fields_ = (
+        *((name, Ptr) for name in ("logits", "block_maxima", "indices", "masks")),
+        *((name, Long) for name in ("rows", "width", "block", "words", "count")),
+        *((name, Ptr) for name in ("greatest", "tokens")),
+    )
+
+
 # By the name of the type in C.
 STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "norm": NormStruct,
@@ -200,4 +210,5 @@ STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "allowed_argmax": AllowedArgmaxStruct,
     "token_draw": TokenDrawStruct,
     "masked_copy": MaskedCopyStruct,
+    "greatest_logits": GreatestLogitsStruct,
 }

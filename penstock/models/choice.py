@@ -14,9 +14,10 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from penstock.kernels.logits import Distributions
+from penstock.kernels.logits import Distributions, LogitKernels
 from penstock.models import rules
 from penstock.models.filters import Filters, apply_all_filters, filter_candidates, filter_vocabulary
+from penstock.models.masking import masked_copy
 from penstock.models.randomness import draw_from_candidates, draw_from_chunks, in_vocabulary_order, uniform
 from penstock.models.vocabulary import Vocabulary, Weights, in_order
 from penstock.step import Row
@@ -35,11 +36,6 @@ class Method(Enum):
     TOP_K = "top_k"  # a draw from the top-k, and the top-p of that
     ALL_FILTERS = "all_filters"  # a draw after filters beyond top-k, top-p and min-p
 
-    @property
-    def takes_one_pass(self) -> bool:
-        """Whether `choose_in_one_pass` computes it."""
-        return self in (Method.GREEDY, Method.FULL, Method.MIN_P)
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -54,6 +50,11 @@ class Group:
     plain: bool
     width: int
     masked: bool = False
+
+    @property
+    def takes_one_pass(self) -> bool:
+        """Whether `choose_in_one_pass` computes it."""
+        return self.width > 0 or self.method in (Method.GREEDY, Method.FULL, Method.MIN_P)
 
 
 PLAIN_GREEDY = Group(Method.GREEDY, False, False, 0)
@@ -179,7 +180,10 @@ def choose(
     p, uniforms = _parameters(rows, ruled.peak.device)
     picks: Picks = Draws(uniforms) if given is None else Given(given)
     if group.width:
-        token, mass = _from_candidates(ruled, _total(group, ruled, weights, p), p, picks, group.width)
+        candidates, total = in_order(*ruled.candidates(group.width)), _total(group, ruled, weights, p)
+        token, mass, unsure = _from_candidates(candidates, ruled.peak, total, p, picks)
+        if group.width < ruled.size and len(unsure):
+            token[unsure], mass[unsure] = _from_all(ruled.take(unsure), p.take(unsure), picks.take(unsure))
     else:
         weights = ruled.weights(p.temperature) if weights is None else weights
         if group.method is Method.ALL_FILTERS:
@@ -195,10 +199,10 @@ def choose_in_one_pass(
     group: Group, logits: Vocabulary, index: Tensor, masks: Tensor | None, rows: Sequence[Row],
     given: Tensor | None = None,
 ) -> Choice:  # fmt: skip
-    """`choose` for the methods that kernels compute in one pass over the logits, masks included, without a copy.
+    """`choose` for what kernels compute in one pass over the logits or less, masks included, without a copy.
 
     `logits` are those after every rule, `index` int64 [R] the place of each row in them, `masks` int32 [R, W]. No token
-    of a row with a NaN is possible.
+    of a row with a NaN is possible. Rows that may keep more than their candidates are copied, one after the other.
     """
     kernels, peaks = logits.kernels, logits.peak[index]
     assert kernels is not None
@@ -210,14 +214,37 @@ def choose_in_one_pass(
         return _greedy_choice(tokens, given, peaks.isfinite())
     p, uniforms = _parameters(rows, index.device)
     distributions = Distributions(index, peaks, p.temperature.float(), p.min_p.float(), masks)
-    if given is None:
-        drawn = kernels.draw(logits.flat, distributions, uniforms)
-        mass = drawn.totals
+    if group.width:
+        picks = Draws(uniforms) if given is None else Given(given)
+        token, mass = _from_greatest(group, logits, kernels, distributions, p, picks)
+    elif given is None:
+        token, _, mass = kernels.draw(logits.flat, distributions, uniforms)
     else:
-        drawn = kernels.weigh(logits.flat, distributions, given)
-        mass = drawn.totals.masked_fill(drawn.weights == 0, torch.inf)
-    scaled = (logits.flat[index, drawn.tokens].double() - peaks.double()) / p.temperature
-    return Choice(drawn.tokens, scaled - mass.log(), peaks.isfinite())
+        token, weights, totals = kernels.weigh(logits.flat, distributions, given)
+        mass = totals.masked_fill(weights == 0, torch.inf)
+    scaled = (logits.flat[index, token].double() - peaks.double()) / p.temperature
+    return Choice(token, scaled - mass.log(), peaks.isfinite())
+
+
+def _from_greatest(
+    group: Group, logits: Vocabulary, kernels: LogitKernels, of: Distributions, p: Filters, picks: Picks
+) -> tuple[Tensor, Tensor]:
+    """Pick after top-k, top-p and min-p: tokens [R], and the mass [R] of all that could have been drawn."""
+    candidates = kernels.greatest(logits.flat, logits.chunk_peaks, of.rows, group.width, of.masks)
+    if group.method is Method.TOP_K:
+        total = torch.ones_like(p.top_p)
+    elif group.plain and logits.total is not None:
+        total = logits.total[of.rows]
+    else:
+        unfiltered = of._replace(floors=torch.zeros_like(of.floors))
+        total = kernels.weigh(logits.flat, unfiltered, torch.zeros_like(of.rows)).totals
+    token, mass, unsure = _from_candidates(candidates, of.peaks, total, p, picks)
+    if group.width < logits.size:
+        for row in unsure[:, None]:  # what follows takes some passes over a row, which stays in the cache
+            index = of.rows[row]
+            copy = logits.take(index) if of.masks is None else masked_copy(logits, index, of.masks[row])
+            token[row], mass[row] = _from_all(copy, p.take(row), picks.take(row))
+    return token, mass
 
 
 def _total(group: Group, ruled: Vocabulary, weights: Weights | None, p: Filters) -> Tensor:
@@ -258,14 +285,18 @@ def _from_vocabulary(logits: Vocabulary, weights: Weights, p: Filters | None, pi
     return picks.from_vocabulary(weights)
 
 
-def _from_candidates(logits: Vocabulary, total: Tensor, p: Filters, picks: Picks, width: int) -> tuple[Tensor, Tensor]:
-    """The same from the `width` greatest logits; from the vocabulary for rows that may keep more than these."""
-    values, tokens = in_order(*logits.candidates(width))
-    candidate_weights, sure = filter_candidates(values, logits.peak, total, p)
-    token, mass = picks.from_candidates(tokens, candidate_weights)
-    unsure = (~sure).nonzero()[:, 0]
-    if width < logits.size and len(unsure):
-        unsure_logits, p = logits.take(unsure), p.take(unsure)
-        unsure_weights = unsure_logits.weights(p.temperature)
-        token[unsure], mass[unsure] = _from_vocabulary(unsure_logits, unsure_weights, p, picks.take(unsure))
-    return token, mass
+def _from_all(logits: Vocabulary, p: Filters, picks: Picks) -> tuple[Tensor, Tensor]:
+    """The same, with weights that are computed for it."""
+    return _from_vocabulary(logits, logits.weights(p.temperature), p, picks)
+
+
+def _from_candidates(
+    candidates: tuple[Tensor, Tensor], peaks: Tensor, total: Tensor, p: Filters, picks: Picks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from each row's greatest logits and their tokens [R, W], in order; peaks and `total` [R] of whole rows.
+
+    Also returns the rows that may keep more than these, int64.
+    """
+    values, tokens = candidates
+    candidate_weights, sure = filter_candidates(values, peaks, total, p)
+    return *picks.from_candidates(tokens, candidate_weights), (~sure).nonzero()[:, 0]

@@ -133,7 +133,7 @@ class Sampler:
         if masks is not None and group.masked:
             bits = mask_rows(rows, masks)
             errors |= mask_errors(rows, masks)
-        if raw.kernels is not None and group.method.takes_one_pass:
+        if raw.kernels is not None and group.takes_one_pass:
             return choose_in_one_pass(group, ruled, index, bits, rows, tokens), errors
         if bits is not None:
             ruled = masked_copy(ruled, index, bits)
@@ -154,7 +154,7 @@ class Sampler:
         return copy.refreshed(), errors
 
     def _is_one_pass(self, group: Group) -> bool:
-        return self._kernels is not None and not group.ruled and group.method.takes_one_pass
+        return self._kernels is not None and not group.ruled and group.takes_one_pass
 
     def _sample_greedily(self, logits: Tensor, rows: Sequence[Row], masks: Masks | None) -> list[RowResult]:
         """The results of rows that take their greatest logit, of those allowed, and request nothing else."""

@@ -173,6 +173,9 @@ class Vocabulary:
 
         Of all rows, or of `rows` int64 [R].
         """
+        if self.kernels is not None and count * 2 <= self.chunks.shape[1]:
+            places = torch.arange(len(self.peak), dtype=torch.int64, device="cpu") if rows is None else rows
+            return self.kernels.greatest(self.flat, self.chunk_peaks, places, count)
         width = min(self.size, count + _MARGIN)
         while True:
             logits, tokens = in_order(*self.candidates(width, rows))

@@ -49,7 +49,7 @@ long ps_size_of(const char *name)
     STRUCTURE(norm) STRUCTURE(linear) STRUCTURE(packing) STRUCTURE(kv_cache) STRUCTURE(attention_metadata)
     STRUCTURE(attention) STRUCTURE(rotary) STRUCTURE(operation) STRUCTURE(program) STRUCTURE(logit_summary)
     STRUCTURE(allowed_argmax) STRUCTURE(token_draw) STRUCTURE(masked_copy) STRUCTURE(low_rank) STRUCTURE(low_rank_part)
-    STRUCTURE(low_rank_layer)
+    STRUCTURE(low_rank_layer) STRUCTURE(greatest_logits)
 #undef STRUCTURE
     return 0;
 }

@@ -1,5 +1,5 @@
-/* What the sampler needs of logits: maxima and sums of exponentials, in one pass over memory; maxima, draws and copies
- * under a mask, whose bit t % 32 of word t / 32 is set if token t is allowed. Tokens beyond its words are not. */
+/* What the sampler needs of logits: maxima and sums of exponentials, in one pass over memory; maxima, the greatest in
+ * order, draws and copies under a mask, whose bit t % 32 of word t / 32 is set if token t is allowed. Tokens beyond its words are not. */
 
 enum { CHUNK = 8192 }; /* logits that stay in the L1 cache between the maximum and the sum */
 
@@ -254,5 +254,90 @@ static void copy_run(pool *p, void *arg, int id)
 int ps_masked_copy(pool *p, masked_copy *s)
 {
     run_on_pool(p, copy_run, s);
+    return 1;
+}
+
+typedef struct {
+    const float *logits;       /* [..][width]; `block` is a multiple of 32 and divides width */
+    const float *block_maxima; /* [..][width / block], of all logits */
+    const int64_t *indices;    /* [rows]: the row of the logits that each result belongs to */
+    const uint32_t *masks;     /* [rows][words], or NULL */
+    long rows, width, block, words, count;
+    float *greatest;           /* [rows][count]: descending; -INFINITY beyond those allowed. No NaN is among them */
+    int64_t *tokens;           /* [rows][count]: of equal logits the first */
+} greatest_logits;
+
+/* A number that rises with x, and of equal x falls with the place. 0 is below all of them. */
+INLINE uint64_t key_of(float x, long place)
+{
+    union { float f; int32_t i; } bits = {x + 0.0f}; /* -0 becomes 0 */
+    const int32_t rising = bits.i ^ (bits.i >> 31 & 0x7fffffff);
+    return (uint64_t)((uint32_t)rising ^ 0x80000000u) << 32 | (0xffffffffu - (uint32_t)place);
+}
+
+INLINE long place_of(uint64_t key) { return key ? 0xffffffffu - (uint32_t)key : 0; }
+
+INLINE float value_of(uint64_t key)
+{
+    const int32_t rising = (int32_t)((uint32_t)(key >> 32) ^ 0x80000000u);
+    union { int32_t i; float f; } bits = {rising ^ (rising >> 31 & 0x7fffffff)};
+    return key ? bits.f : -INFINITY;
+}
+
+/* Put a key at the top of a heap, whose top is its least key. */
+static void replace_least(uint64_t *heap, long size, uint64_t key)
+{
+    long at = 0;
+    for (long child; (child = 2 * at + 1) < size; at = child) {
+        if (child + 1 < size && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= key) break;
+        heap[at] = heap[child];
+    }
+    heap[at] = key;
+}
+
+static void offer_block(const greatest_logits *s, long m, long b, uint64_t *heap)
+{
+    const float *x = s->logits + s->indices[m] * s->width;
+    const uint32_t *mask = s->masks ? s->masks + m * s->words : NULL;
+    float least = value_of(heap[0]);
+    for (long w = b * s->block; w < (b + 1) * s->block; w += 32)
+        for (uint32_t bits = allowed_word(mask, s->words, w); bits; bits &= bits - 1) {
+            const long t = w + __builtin_ctz(bits);
+            if (!(x[t] >= least) || key_of(x[t], t) < heap[0]) continue;
+            replace_least(heap, s->count, key_of(x[t], t));
+            least = value_of(heap[0]);
+        }
+}
+
+/* Reads the blocks with the greatest maxima first. Unless a mask refuses what they hold, it reads no others. */
+static void find_greatest(const greatest_logits *s, long m, uint64_t *heap)
+{
+    const long blocks = s->width / s->block, num_first = s->count < blocks ? s->count : blocks;
+    const float *maxima = s->block_maxima + s->indices[m] * blocks;
+    uint64_t *first = heap + s->count;
+    memset(heap, 0, (s->count + num_first) * sizeof *heap);
+    for (long b = 0; b < blocks; b++)
+        if (key_of(maxima[b], b) > first[0]) replace_least(first, num_first, key_of(maxima[b], b));
+    for (long i = num_first; i--;) offer_block(s, m, place_of(first[i]), heap);
+    for (long b = 0; b < blocks; b++)
+        if (key_of(maxima[b], b) < first[0] && !(maxima[b] < value_of(heap[0]))) offer_block(s, m, b, heap);
+    for (long i = s->count; i--;) {
+        s->greatest[m * s->count + i] = value_of(heap[0]);
+        s->tokens[m * s->count + i] = place_of(heap[0]);
+        replace_least(heap, i, heap[i]);
+    }
+}
+
+static void find_greatest_run(pool *p, void *arg, int id)
+{
+    const greatest_logits *s = arg;
+    for (long m; (m = claim(p)) < s->rows;) find_greatest(s, m, (uint64_t *)p->thread_scratch[id]);
+}
+
+int ps_greatest_logits(pool *p, greatest_logits *s)
+{
+    if (!reserve_scratch(p, 0, 2 * s->count * sizeof(uint64_t))) return 0;
+    run_on_pool(p, find_greatest_run, s);
     return 1;
 }

@@ -71,13 +71,62 @@ def test_masks_may_belong_to_some_of_the_rows_in_any_order(kernels: Kernels) -> 
     masks[2, : int(logits[4].argmax()) // 32 + 1] = 0
     found, tokens = of_logits.argmax_allowed(logits, of_logits.summarize(logits).block_maxima, rows, masks)
     copy, copy_maxima = of_logits.masked(logits, rows, masks)
+    greatest = of_logits.greatest(logits, of_logits.summarize(logits).block_maxima, rows, 5, masks)
     drawn = of_logits.draw(logits, distributions(logits, masks, rows=rows), torch.zeros(3).double())
     expected = masked(logits[rows], masks)
+    assert torch.equal(greatest[0], expected.sort(descending=True).values[:, :5])
     assert torch.equal(found, expected.amax(1))
     assert torch.equal(tokens, expected.argmax(1))
     assert torch.equal(copy, expected)
     assert torch.equal(copy_maxima, expected.view(3, -1, BLOCK).amax(-1))
     assert torch.equal(drawn.tokens, expected.isfinite().int().argmax(1))
+
+
+def greatest_of(kernels: Kernels, logits: Tensor, count: int, masks: Tensor | None) -> tuple[Tensor, Tensor]:
+    of_logits = LogitKernels(kernels, BLOCK)
+    maxima, rows = of_logits.summarize(logits).block_maxima, torch.arange(len(logits))
+    return of_logits.greatest(logits, maxima, rows, count, masks)
+
+
+@given(
+    seed=strategies.integers(0, 10**6),
+    num_blocks=strategies.integers(1, 40),
+    count=strategies.sampled_from([1, 2, 16, 64, 65, 500]),
+    missing_words=strategies.integers(-3, 3),
+    density=strategies.sampled_from([None, 0, 1, 2, 3, 4]),
+    num_values=strategies.sampled_from([1, 3, 40, 10**6]),
+)
+@settings(max_examples=120, deadline=None)
+def test_the_greatest_allowed_logits_are_those_of_a_stable_sort(
+    kernels: Kernels, seed: int, num_blocks: int, count: int, missing_words: int, density: int | None, num_values: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-num_values, num_values, (3, num_blocks * BLOCK), generator=generator).float()
+    logits[:, -7:] = -torch.inf
+    num_words = max(1, logits.shape[1] // 32 - missing_words)
+    masks = None if density is None else random_masks(3, num_words, density, generator)
+    count = min(count, logits.shape[1])
+    values, tokens = greatest_of(kernels, logits, count, masks)
+    expected = (logits if masks is None else masked(logits, masks)).sort(descending=True, stable=True)
+    assert torch.equal(values, expected.values[:, :count])
+    possible = values.isfinite()
+    assert torch.equal(tokens[possible], expected.indices[:, :count][possible])
+    if masks is None:
+        assert torch.equal(tokens, expected.indices[:, :count])
+
+
+def test_the_greatest_logits_of_a_row_leave_out_nan_and_count_minus_zero_as_zero(kernels: Kernels) -> None:
+    logits = torch.full((1, 256), -1.0)
+    logits[0, [3, 70, 200]] = torch.tensor([torch.nan, -0.0, 0.0])
+    values, tokens = greatest_of(kernels, logits, 4, None)
+    assert (values.tolist(), tokens.tolist()) == ([[0.0, 0.0, -1.0, -1.0]], [[70, 200, 0, 1]])
+
+
+def test_beyond_the_allowed_logits_there_is_token_0_with_minus_infinity(kernels: Kernels) -> None:
+    masks = torch.zeros(1, 8, dtype=torch.int32)
+    masks[0, 2] = 1 << 7
+    values, tokens = greatest_of(kernels, torch.zeros(1, 256), 3, masks)
+    assert (values.tolist(), tokens.tolist()) == ([[0.0, -torch.inf, -torch.inf]], [[71, 0, 0]])
 
 
 def distributions(
@@ -218,6 +267,7 @@ def test_operands_are_checked(kernels: Kernels) -> None:
         for attempt in (
             lambda masks=masks: of_logits.argmax_allowed(logits, maxima, rows, masks),
             lambda masks=masks: of_logits.masked(logits, rows, masks),
+            lambda masks=masks: of_logits.greatest(logits, maxima, rows, 3, masks),
             lambda of=of: of_logits.draw(logits, of, uniforms),
         ):
             with pytest.raises(AssertionError, match="a kernel was given"):
@@ -228,11 +278,15 @@ def test_operands_are_checked(kernels: Kernels) -> None:
             of_logits.draw(logits, spoiled, uniforms)
     with pytest.raises(AssertionError, match="a kernel was given"):
         of_logits.draw(logits, of, uniforms.float())
+    for count in (0, 129):
+        with pytest.raises(AssertionError, match=f"cannot find {count} of 128 logits"):
+            of_logits.greatest(logits, maxima, rows, count)
     with pytest.raises(AssertionError, match="cannot take blocks of 48"):
         LogitKernels(kernels, 48)
     for attempt in (
         lambda: of_logits.argmax_allowed(logits, maxima, rows + 1, bits),
         lambda: of_logits.masked(logits, rows + 1, bits),
+        lambda: of_logits.greatest(logits, maxima, rows + 1, 3, bits),
         lambda: of_logits.draw(logits, of._replace(rows=rows + 1), uniforms),
     ):
         with pytest.raises(AssertionError, match=r"rows \[1, 2\] are requested, and there are 2"):

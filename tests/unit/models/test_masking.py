@@ -221,6 +221,7 @@ WAYS: list[dict[str, Any]] = [
     {"top_p": 0.6},
     {"top_p": 0.95, "temperature": 2.0},
     {"top_k": 3},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.05, "temperature": 1.3},
     {"top_k": 1200},
     {"typical_p": 0.5},
     {"repetition_penalty": 1.5, "temperature": 0.9},
