@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -69,10 +69,10 @@ class KeyRing:
 
     def __init__(self, settings: ServingSettings) -> None:
         self._clients = [(_digest_of(key), Client(key)) for key in settings.api_keys]
+        _check_distinct(self._clients)
         self._anonymous = None if self._clients else Client()
-        admin = settings.admin_key
         self._administrator = Client(ApiKey(name="admin", key=SecretStr("-"), max_priority="critical"))
-        self._admin = None if admin is None else _digest(admin.get_secret_value())
+        self._admin = _admin_digest(settings.admin_key)
 
     def client(self, headers: Mapping[str, str]) -> Client:
         """The owner of the key in the headers, who may be an administrator. Raises a 401."""
@@ -113,9 +113,30 @@ def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode(errors="surrogatepass")).digest()
 
 
+def _admin_digest(key: SecretStr | None) -> bytes | None:
+    """Raises `ConfigurationError` for an empty key, which every request without one would present."""
+    if key is None:
+        return None
+    if not key.get_secret_value():
+        raise ConfigurationError("admin_key is empty: set one (PENSTOCK_SERVE_ADMIN_KEY), or leave it out")
+    return _digest(key.get_secret_value())
+
+
+def _check_distinct(clients: Sequence[tuple[bytes, Client]]) -> None:
+    """Raises `ConfigurationError` for a key with two names, of which only one could count."""
+    names: dict[bytes, str] = {}
+    for digest, client in clients:
+        if digest in names:
+            raise ConfigurationError(f"the API keys {names[digest]!r} and {client.name!r} are the same key")
+        names[digest] = client.name
+
+
 def _digest_of(key: ApiKey) -> bytes:
     if key.sha256 is not None:
-        return bytes.fromhex(key.sha256)
+        digest = bytes.fromhex(key.sha256)
+        if digest == _digest(""):
+            raise ConfigurationError(f"the API key {key.name!r} is empty: its sha256 is that of no text")
+        return digest
     try:
         secret = _secret_of(key)
     except KeyError:

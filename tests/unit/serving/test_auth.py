@@ -213,3 +213,22 @@ def test_a_file_that_is_no_text_holds_no_key(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigurationError, match="key 'a' cannot be read"):
         KeyRing(ServingSettings(api_keys=(ApiKey(name="a", file=tmp_path / "key"),)))
+
+
+def test_an_empty_admin_key_is_refused_rather_than_opening_everything() -> None:
+    """Regression: with `PENSTOCK_SERVE_ADMIN_KEY=` a request without any key was the administrator's."""
+    with pytest.raises(ConfigurationError, match="admin_key is empty"):
+        KeyRing(ServingSettings(api_keys=SETTINGS.api_keys, admin_key=""))
+
+
+def test_the_digest_of_no_text_is_no_key() -> None:
+    """Regression: it was accepted, and then a request without any key was its owner's."""
+    with pytest.raises(ConfigurationError, match="key 'a' is empty"):
+        KeyRing(ServingSettings(api_keys=(ApiKey(name="a", sha256=hashlib.sha256(b"").hexdigest()),)))
+
+
+def test_one_key_under_two_names_is_refused() -> None:
+    """Regression: the limits and the priority of one of the two had no effect."""
+    keys = (ApiKey(name="a", key="same"), ApiKey(name="b", sha256=hashlib.sha256(b"same").hexdigest()))
+    with pytest.raises(ConfigurationError, match="'a' and 'b' are the same key"):
+        KeyRing(ServingSettings(api_keys=keys))
