@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from starlette.requests import Request
@@ -59,43 +60,43 @@ class _Creation:
         """The response at once."""
         self.answer.read(output.outputs[0], self.reader)
         await self._count(usage_of([output]))
-        self._keep()
+        self._keep(self.exchange.server.responses.put)
         return self.answer.value()
 
     async def frames(self, generation: Generation) -> AsyncIterator[bytes]:
         """The response as server-sent events."""
-        answer = self.answer
-        self._keep()
-        yield answer.frame(answer.event("response.created"))
-        yield answer.frame(answer.event("response.in_progress"))
+        answer, store = self.answer, self.exchange.server.responses
+        self._keep(store.begin)
         try:
+            yield answer.frame(answer.event("response.created"))
+            yield answer.frame(answer.event("response.in_progress"))
             async for _, delta in generation.deltas():
                 for event in answer.read(delta, self.reader):
                     yield answer.frame(event)
             await self._count(await generation.final_usage())
-            self._keep()
-        finally:
-            if answer.usage is None:  # cancelled, or failed
-                answer.status = "cancelled"
-                self._keep()
+        except (GeneratorExit, asyncio.CancelledError):  # the client has left
+            answer.status = "cancelled"
+            self._keep(store.end)
+            raise
+        self._keep(store.end)
         yield answer.frame(answer.event(f"response.{answer.status}"))
 
     def failure_frames(self, failure: Failure) -> bytes:
         """The last events of a stream that fails."""
         events = self.answer.fail(failure)
-        self._keep()
+        self._keep(self.exchange.server.responses.end)
         return b"".join(map(self.answer.frame, events))
 
     async def _count(self, usage: Usage) -> None:
         num_reasoning = await self.exchange.server.num_tokens(self.reader.reasoning)
         self.answer.usage = replace(usage, reasoning_tokens=min(num_reasoning, usage.completion_tokens))
 
-    def _keep(self) -> None:
+    def _keep(self, store: Callable[[str, str, StoredResponse], None]) -> None:
         """Store the response as it is now."""
         body, exchange = self.answer.body, self.exchange
         if body.store is not False:
             stored = StoredResponse.of(self.answer.value(), self.input_items, body.previous_response_id)
-            exchange.server.responses.put(exchange.call.client.namespace, exchange.id, stored)
+            store(exchange.call.client.namespace, exchange.id, stored)
 
 
 async def retrieve_response(server: Server, request: Request) -> Response:
@@ -177,6 +178,10 @@ def _history(server: Server, request: Request, body: InputTokensRequest) -> list
     if body.previous_response_id is None:
         return []
     max_bytes = server.settings.max_body_bytes
+    previous = server.responses.get(_namespace(request), body.previous_response_id)
+    if previous is not None and previous.response()["status"] == "in_progress":
+        text = "the response is still being created: continue it once it has ended, or cancel it"
+        raise invalid(text, "previous_response_id", "previous_response_in_progress")
     try:
         return server.responses.conversation(_namespace(request), body.previous_response_id, max_bytes)
     except OverflowError:

@@ -67,6 +67,18 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._shelves: dict[str, _Shelf] = {}
+        self._open: set[str] = set()  # ids of responses that are being created and were not deleted
+
+    def begin(self, namespace: str, response_id: str, response: StoredResponse) -> None:
+        """Keep a response that is still being created; `end` must follow."""
+        self._open.add(response_id)
+        self.put(namespace, response_id, response)
+
+    def end(self, namespace: str, response_id: str, response: StoredResponse) -> None:
+        """Keep the last state of a response, unless it was deleted meanwhile."""
+        if response_id in self._open:
+            self._open.discard(response_id)
+            self.put(namespace, response_id, response)
 
     def put(self, namespace: str, response_id: str, response: StoredResponse) -> None:
         """Keep a response, in place of an earlier state of it."""
@@ -86,6 +98,7 @@ class ResponseStore:
 
     def delete(self, namespace: str, response_id: str) -> bool:
         """Whether there was such a response."""
+        self._open.discard(response_id)
         shelf = self._shelves.get(namespace)
         return shelf is not None and shelf.take(response_id) is not None
 

@@ -182,3 +182,28 @@ def test_a_streamed_response_can_be_cancelled_by_its_id() -> None:
         assert stored.status == "cancelled"
         assert stored.output_text
         assert "water falls water falls".startswith(stored.output_text[:20])
+
+
+def test_a_response_that_is_deleted_while_it_is_streamed_stays_deleted() -> None:
+    """Regression: it was stored again when its stream ended, or when its client left."""
+    with held() as (model, url), openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+        stream = client.responses.create(model="scripted", input="what falls?", max_output_tokens=8, stream=True)
+        response_id = next(stream).response.id
+        client.responses.delete(response_id)
+        model.release()
+        assert [event.type for event in stream][-1] == "response.incomplete"
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(response_id)
+
+
+def test_a_response_that_is_still_streamed_cannot_be_continued() -> None:
+    """Regression: the conversation went on without the answer."""
+    with held() as (model, url), openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+        stream = client.responses.create(model="scripted", input="what falls?", max_output_tokens=8, stream=True)
+        more = {"model": "scripted", "input": "and then?", "max_output_tokens": 2}
+        more["previous_response_id"] = next(stream).response.id
+        with pytest.raises(openai.BadRequestError, match="still being created"):
+            client.responses.create(**more)
+        model.release()
+        assert [event.type for event in stream][-1] == "response.incomplete"
+        assert client.responses.create(**more).status == "incomplete"
