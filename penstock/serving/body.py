@@ -1,8 +1,8 @@
 """Request bodies: read within a limit, parsed strictly, validated against a pydantic model.
 
-Every fault is an `HttpError`: 413 for a long body, with or without a content-length, 408 for a slow one, and 400 for
-anything that is not valid JSON of the right types. NaN, lone surrogates, deep nesting, tens of thousands of lists and
-numbers of thousands of digits are invalid.
+Every fault is an `HttpError`: 413 for a long body, with or without a content-length, 408 for a slow one, 415 for a
+compressed one, and 400 for anything that is not valid JSON of the right types. NaN, lone surrogates, deep nesting, tens
+of thousands of lists and numbers of thousands of digits are invalid.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ async def read_model(request: Request, model: type[M], max_bytes: int, default: 
 async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
     """The whole body."""
     too_large = HttpError(413, f"the body has more than {max_bytes} bytes, this server's limit", code="body_too_large")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() not in ("", "identity"):
+        text = f"bodies with content-encoding {encoding[:40]!r} are not read: send the body uncompressed"
+        raise HttpError(415, text, code="unsupported_encoding")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):
         raise too_large

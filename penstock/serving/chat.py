@@ -65,7 +65,8 @@ class ChatAnswer:
         chunks = Chunks(head, self.body.stream_options, generation, lambda: self._reasoning_tokens(readers))
         # The first choices say whose turn it is.
         first = [_delta_choice(index, {"role": "assistant", "content": ""}) for index in range(len(readers))]
-        return chunks.frames(first, lambda _, delta: self._delta_choices(delta, readers[delta.index]))
+        prompt_ids = {"prompt_token_ids": generation.handles[0].prompt_token_ids} if self.body.return_token_ids else {}
+        return chunks.frames(first, lambda _, delta: self._delta_choices(delta, readers[delta.index]), **prompt_ids)
 
     async def _reasoning_tokens(self, readers: Sequence[OutputReader]) -> int:
         return sum([await self.server.num_tokens(reader.reasoning) for reader in readers])
@@ -80,9 +81,9 @@ class ChatAnswer:
         if has_logprobs:
             choices[0]["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)
         if has_ids and choices:
-            choices[0]["token_ids"] = delta.token_ids
+            choices[0] |= {"token_ids": delta.token_ids, "weight_versions": delta.weight_versions}
         if delta.finish_reason in REGULAR_ENDS:
-            choices.append(_delta_choice(delta.index, {}, reader.finish_reason(delta.finish_reason)))
+            choices.append(_delta_choice(delta.index, {}, reader.finish_reason(delta.finish_reason, delta.stop_reason)))
             choices[-1]["stop_reason"] = delta.stop_reason
         return choices
 
@@ -95,7 +96,7 @@ class ChatAnswer:
             "index": completion.index,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": reader.finish_reason(completion.finish_reason),
+            "finish_reason": reader.finish_reason(completion.finish_reason, completion.stop_reason),
             "stop_reason": completion.stop_reason,
         }
         if self.body.return_token_ids:

@@ -37,6 +37,7 @@ class TemplateFields(RequestModel):
             raise invalid(f"chat_template_kwargs cannot set {min(refused)!r}", "chat_template_kwargs")
         if self.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", self.reasoning_effort)
+            arguments.setdefault("enable_thinking", self.reasoning_effort != "none")
         optional: Mapping[str, object] = {
             "tools": tools,
             "documents": self.documents,

@@ -94,10 +94,11 @@ class OutputReader:
         """The reasoning so far."""
         return "".join(self._reasoning)
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether a tool was called."""
-        return self._has_calls
+    def has_calls(self, stop: str | int | None) -> bool:
+        """Whether tools were called, and `stop`, by which the output ended, did not cut off the last call."""
+        if stop is None or not self._has_calls:
+            return self._has_calls
+        return self._parser.tool_calls()[-1 if self._use.is_parallel else 0].is_complete
 
     def read(self, delta: Delta) -> list[Piece]:
         """What a delta of the engine completes, in order."""
@@ -108,10 +109,10 @@ class OutputReader:
         """The pieces of a whole text: one for each call, and for each stretch of content or reasoning."""
         return self._kept([*self._parser.feed(completion.text), *self._parser.finish()])
 
-    def finish_reason(self, reason: str | None) -> str | None:
+    def finish_reason(self, reason: str | None, stop: str | int | None = None) -> str | None:
         """The reason that clients are told: an end after calls is `tool_calls`, unless the caller named the tool."""
-        is_calling = self._has_calls and self._use.choice.mode != "named"
-        return "tool_calls" if reason == "stop" and is_calling else reason
+        is_calling = reason == "stop" and self._use.choice.mode != "named" and self.has_calls(stop)
+        return "tool_calls" if is_calling else reason
 
     def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Without the calls beyond the first where only one is allowed."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from penstock.api.handle import RequestHandle
 from penstock.outputs import CompletionOutput, Delta, RequestOutput
 from penstock.serving.body import read_model
 from penstock.serving.chunks import Chunks
@@ -31,13 +32,26 @@ async def completions(server: Server, request: Request) -> Response:
     params = body.sampling(server.settings, len(prompts), server.defaults)
     options = body.options(exchange.call.client)
     generation = await exchange.submit(prompts, params, options)
-    answer = CompletionAnswer(body, exchange.id, model)
+    echoes = [await _echo_of(server, handle) for handle in generation.handles] if body.echo else []
+    answer = CompletionAnswer(body, exchange.id, model, echoes)
     if body.stream:
         return exchange.stream(generation, answer.frames(generation))
-    outputs = await exchange.outputs(generation)
-    if body.echo and body.logprobs is not None:
-        answer.first_texts.extend([await server.text_of(output.prompt_token_ids[:1]) for output in outputs])
-    return json_response(answer.whole(outputs))
+    return json_response(answer.whole(await exchange.outputs(generation)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Echo:
+    """A prompt as text, and the text of its first token, which has no log probability that would name it."""
+
+    text: str = ""
+    first_text: str = ""
+
+
+async def _echo_of(server: Server, handle: RequestHandle) -> _Echo:
+    """Of a prompt of token ids the text of all of them; what the tokenizer put before a text is not echoed."""
+    ids, text = handle.prompt_token_ids, handle.prompt
+    first_text = await server.text_of(ids[:1], skip_special_tokens=text is not None)
+    return _Echo(await server.text_of(ids, skip_special_tokens=False) if text is None else text, first_text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +61,9 @@ class CompletionAnswer:
     body: CompletionRequest
     id: str
     model: str
+    echoes: list[_Echo]  # of each prompt, if they are asked for
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)  # of streamed choices
-    first_texts: list[str] = field(default_factory=list)  # of the prompts' first tokens, which have no log probability
+    begun: set[int] = field(default_factory=set)  # streamed choices whose prompt was named
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, object]:
         """The answer at once."""
@@ -61,15 +76,23 @@ class CompletionAnswer:
     def frames(self, generation: Generation) -> AsyncIterator[bytes]:
         """The answer as server-sent events, of which the first are the echoes."""
         n, handles = self.body.n or 1, generation.handles
-        echoes = [_text_choice(index, handles[index // n].prompt or "") for index in range(len(handles) * n)]
-        chunks = Chunks(self._head(), self.body.stream_options, generation)
-        return chunks.frames(
-            echoes if self.body.echo else (),
-            lambda number, delta: self._delta_choices(number * n + delta.index, delta),
-        )
+        echoes = [_text_choice(index, self.echoes[index // n].text) for index in range(len(self.echoes) * n)]
+        hides_output = self.body.max_tokens == 0
+        chunks = Chunks(self._head(), self.body.stream_options, generation, hides_output=hides_output)
+
+        def choices_of(number: int, delta: Delta) -> list[dict[str, object]]:
+            index = number * n + delta.index
+            choices = self._delta_choices(index, delta)
+            if self.body.return_token_ids and choices and index not in self.begun:
+                self.begun.add(index)
+                choices[0]["prompt_token_ids"] = handles[number].prompt_token_ids
+            return choices
+
+        return chunks.frames(echoes, choices_of)
 
     def _choice(self, number: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, object]:
         text, ids, entries = completion.text, completion.token_ids, list(completion.logprobs or ())
+        echo = self.echoes[number] if self.body.echo else _Echo()
         if self.body.max_tokens == 0:
             text, ids, entries = "", [], []
         logprobs = None
@@ -77,10 +100,10 @@ class CompletionAnswer:
             builder, all_ids, all_entries = self._logprobs(self.body.logprobs), ids, [*entries]
             if self.body.echo and output.prompt_logprobs is not None:
                 all_ids, all_entries = output.prompt_token_ids + ids, [*output.prompt_logprobs, *entries]  # type: ignore[list-item]
-            logprobs = builder.add(all_ids, all_entries, self.first_texts[number] if self.body.echo else "")
+            logprobs = builder.add(all_ids, all_entries, echo.first_text)
         choice: dict[str, object] = {
             "index": number * (self.body.n or 1) + completion.index,
-            "text": (output.prompt or "") + text if self.body.echo else text,
+            "text": echo.text + text,
             "logprobs": logprobs,
             "finish_reason": "length" if self.body.max_tokens == 0 else completion.finish_reason,
             "stop_reason": completion.stop_reason,
@@ -104,7 +127,7 @@ class CompletionAnswer:
         choice = _text_choice(index, delta.text, logprobs, reason)
         choice["stop_reason"] = delta.stop_reason if reason else None
         if self.body.return_token_ids:
-            choice["token_ids"] = delta.token_ids
+            choice |= {"token_ids": delta.token_ids, "weight_versions": delta.weight_versions}
         return [choice]
 
     def _logprobs(self, top: int) -> CompletionLogprobs:

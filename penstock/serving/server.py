@@ -105,11 +105,11 @@ class Server:
         text = f"The model `{name[:200]}` does not exist: this server has {', '.join([*self.names, *self.adapters])}"
         raise HttpError(404, text, code="model_not_found", param="model")
 
-    async def text_of(self, ids: Sequence[int]) -> str:
-        """The text of token ids without special tokens; none if the engine does not tokenize."""
+    async def text_of(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids; none if the engine does not tokenize."""
         if not isinstance(self.engine, Tokenizing):
             return ""
-        return await self.engine.detokenize(ids, skip_special_tokens=True)
+        return await self.engine.detokenize(ids, skip_special_tokens=skip_special_tokens)
 
     async def num_tokens(self, text: str) -> int:
         """The number of tokens of a text; 0 if the engine does not tokenize."""

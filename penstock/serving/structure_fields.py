@@ -59,17 +59,37 @@ class ResponseFormat(RequestModel):
         return StructuredOutputs(json=self.json_schema.schema_)
 
 
-class StructureFields(RequestModel):
-    """Both ways to say it; not at once."""
+class VllmStructureFields(RequestModel):
+    """vLLM's way to say it. Its old names are refused: ignoring them would leave the output unconstrained."""
+
+    structured_outputs: StructuredFields | None = None
+    guided_json: object = None
+    guided_regex: object = None
+    guided_choice: object = None
+    guided_grammar: object = None
+
+    def structure_beside(self, other: StructuredOutputs | None, name: str) -> StructuredOutputs | None:
+        """What the output must be, or None. `other` is what the API's own field `name` says; not both at once.
+
+        Raises `HttpError`, `RequestError`.
+        """
+        for kind in ("json", "regex", "choice", "grammar"):
+            if getattr(self, f"guided_{kind}") is not None:
+                text = f'guided_{kind} was replaced: pass structured_outputs={{"{kind}": ...}}'
+                raise invalid(text, f"guided_{kind}")
+        if self.structured_outputs is None:
+            return other
+        if other is not None:
+            raise invalid(f"pass either {name} or structured_outputs", "structured_outputs")
+        return self.structured_outputs.value()
+
+
+class StructureFields(VllmStructureFields):
+    """Both ways of OpenAI's chats and completions; not at once."""
 
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredFields | None = None
 
     def structure(self) -> StructuredOutputs | None:
         """What the output must be, or None. Raises `HttpError`, `RequestError`."""
         from_format = None if self.response_format is None else self.response_format.value()
-        if self.structured_outputs is None:
-            return from_format
-        if from_format is not None:
-            raise invalid("pass either response_format or structured_outputs", "structured_outputs")
-        return self.structured_outputs.value()
+        return self.structure_beside(from_format, "response_format")

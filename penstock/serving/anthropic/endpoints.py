@@ -92,7 +92,7 @@ class MessageAnswer:
 
     def _end(self, finish_reason: str | None, stop: str | int | None, usage: Usage, reader: OutputReader) -> Event:
         is_at_limit = usage.completion_tokens >= self.body.max_tokens
-        reason = stop_reason(finish_reason, stop, reader.has_calls, is_at_limit)
+        reason = stop_reason(finish_reason, stop, reader.has_calls(stop), is_at_limit)
         return {"stop_reason": reason, "stop_sequence": stop if reason == "stop_sequence" else None}
 
     async def _counted(self, usage: Usage, reader: OutputReader) -> Usage:

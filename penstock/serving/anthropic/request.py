@@ -15,6 +15,7 @@ from penstock.serving.errors import invalid
 from penstock.serving.model_formats import ModelFormats
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, check_limit
 from penstock.serving.settings import ServingSettings
+from penstock.serving.structure_fields import VllmStructureFields
 from penstock.structured_outputs import StructuredOutputs
 
 
@@ -55,7 +56,7 @@ class ToolChoiceFields(RequestModel):
     disable_parallel_tool_use: bool = False
 
 
-class CountTokensRequest(TemplateFields):
+class CountTokensRequest(TemplateFields, VllmStructureFields):
     """A conversation."""
 
     messages: Listed[dict[str, object]] = Field(min_length=1)
@@ -98,7 +99,8 @@ class CountTokensRequest(TemplateFields):
 
     def _structure(self) -> StructuredOutputs | None:
         form = None if self.output_config is None else self.output_config.format
-        return None if form is None else StructuredOutputs(json=form.json_schema)
+        from_format = None if form is None else StructuredOutputs(json=form.json_schema)
+        return self.structure_beside(from_format, "output_config.format")
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):

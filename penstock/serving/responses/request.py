@@ -16,6 +16,7 @@ from penstock.serving.model_formats import ModelFormats
 from penstock.serving.responses.items import Item, chat_messages, read_items
 from penstock.serving.sampling_fields import MAX_INT, SamplingFields, check_limit
 from penstock.serving.settings import ServingSettings
+from penstock.serving.structure_fields import VllmStructureFields
 from penstock.structured_outputs import StructuredOutputs
 
 LOGPROBS = "message.output_text.logprobs"
@@ -54,7 +55,7 @@ class TextConfig(RequestModel):
     verbosity: str | None = None
 
 
-class InputTokensRequest(TemplateFields):
+class InputTokensRequest(TemplateFields, VllmStructureFields):
     """A conversation."""
 
     input: str | Listed[dict[str, object]] | None = None
@@ -102,13 +103,14 @@ class InputTokensRequest(TemplateFields):
         """How the chat is rendered."""
         arguments = dict(self.chat_template_kwargs or {})
         effort = self.reasoning.effort if self.reasoning is not None else None
-        if effort is not None:
-            arguments.setdefault("enable_thinking", effort != "none")
         values = {name: getattr(self, name) for name in TemplateFields.model_fields}
         values |= {"chat_template_kwargs": arguments, "reasoning_effort": effort or self.reasoning_effort}
         return TemplateFields.model_validate(values)
 
     def _structure(self) -> StructuredOutputs | None:
+        return self.structure_beside(self._from_format(), "text.format")
+
+    def _from_format(self) -> StructuredOutputs | None:
         form = None if self.text is None else self.text.format
         if form is None or form.type == "text":
             return None

@@ -152,6 +152,8 @@ def test_thinking_is_left_out_where_it_is_disabled(client: TestClient, engine: S
         ("yes", ("stop", "END"), "stop_sequence", "END"),
         ("yes", ("stop", 7), "end_turn", None),
         (CALL, ("stop", None), "tool_use", None),
+        (CALL, ("stop", "END"), "tool_use", None),
+        (CALL[:-20], ("stop", "END"), "stop_sequence", "END"),
         ("x" * 100, ("length", None), "max_tokens", None),
         ("yes", ("length", None), "model_context_window_exceeded", None),
     ],

@@ -173,10 +173,15 @@ def test_a_chats_token_ids_come_back_on_request(client: TestClient) -> None:
     names = [entry["token"] for entry in choice["logprobs"]["content"]]
     assert names == [f"token_id:{token}" for token in choice["token_ids"]]
     assert choice["weight_versions"] == [0] * len(names)
-    *chunks, _ = events(client.post("/v1/chat/completions", json={**CHAT, "return_token_ids": True, "stream": True}))
-    ids = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
-    assert ids == answer["choices"][0]["token_ids"]
-    assert len(ids) == 6
+    for stream_options in ({}, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}):
+        body = {**CHAT, "return_token_ids": True, "stream": True, "stream_options": stream_options}
+        first, *chunks, _ = events(client.post("/v1/chat/completions", json=body))
+        assert first["prompt_token_ids"] == answer["prompt_token_ids"]
+        assert ("usage" in first) == bool(stream_options)
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+        ids = [token for choice in choices for token in choice.get("token_ids", ())]
+        assert ids == answer["choices"][0]["token_ids"]
+        assert [version for choice in choices for version in choice.get("weight_versions", ())] == [0] * 6
 
 
 def test_stop_strings_end_a_chat_and_are_named(client: TestClient) -> None:

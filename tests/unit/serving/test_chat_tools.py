@@ -17,6 +17,7 @@ from penstock.serving.messages import plain_messages
 from penstock.serving.model_formats import ModelFormats
 from penstock.tools import reasoning_format_named
 from tests.unit.serving.service import events, replying
+from tests.unit.serving.split_engine import split_client
 
 URL = "/v1/chat/completions"
 TOOLS = [
@@ -71,6 +72,21 @@ def test_calls_are_the_same_streamed_and_at_once(reply: str) -> None:
     if reply == CALL:
         assert whole["message"]["content"] is None
         assert json.loads(calls[0]["arguments"]) == {"city": "Zürich"}
+
+
+def test_a_call_that_a_stop_string_cuts_off_ends_with_stop() -> None:
+    """Regression: it ended with `tool_calls`, and agents read the half of its arguments that was there."""
+    with replying([CALL], TEMPLATE) as client:
+        for stop, reason, arguments in (
+            ("rich", "stop", '{"city": "Zü'),
+            ("</tool", "tool_calls", '{"city": "Zürich"}'),
+        ):
+            body = {**QUESTION, "stop": stop}
+            choice = client.post(URL, json=body).json()["choices"][0]
+            assert choice["finish_reason"] == reason
+            assert choice["message"]["tool_calls"][0]["function"]["arguments"] == arguments
+            *chunks, _ = events(client.post(URL, json={**body, "stream": True}))
+            assert assembled(chunks)[1] == [reason]
 
 
 def test_a_call_that_is_cut_off_ends_with_length() -> None:
@@ -255,3 +271,12 @@ def test_a_required_call_is_a_grammar_and_a_named_one_ends_with_stop() -> None:
         reader = task.reader("")
         reader.read_whole(CompletionOutput(text=TIME))
         assert [reader.finish_reason(end) for end in ("stop", "length", None)] == [reason, "length", None]
+
+
+def test_no_effort_turns_reasoning_off_in_chats_too() -> None:
+    """Regression: `reasoning_effort: "none"` had an effect in the Responses API only."""
+    with split_client() as (client, engine):
+        engine.chunks = ["yes"]
+        for effort, is_on in (("none", False), ("low", True)):
+            client.post(URL, json={"messages": QUESTION["messages"], "reasoning_effort": effort})
+            assert engine.prompts[-1]["chat_template_kwargs"] == {"reasoning_effort": effort, "enable_thinking": is_on}

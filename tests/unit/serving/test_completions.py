@@ -59,6 +59,30 @@ def test_echo_puts_the_prompt_before_the_text_and_its_logprobs_before_the_others
     assert len({len(values) for values in logprobs.values()}) == 1
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_echo_of_token_ids_is_their_text(client: TestClient, is_streamed: bool) -> None:
+    """Regression: prompts of ids were not echoed, so that offsets of log probabilities were beyond the text."""
+    tokens = client.post("/tokenize", json={"prompt": "water falls"}).json()["tokens"]
+    whole = client.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    body = {"prompt": [tokens, tokens[:2]], "max_tokens": 2, "echo": True, "n": 2, "stream": is_streamed}
+    response = client.post(URL, json=body)
+    texts = texts_of(events(response)[:-1] if is_streamed else [response.json()])
+    assert texts[0].startswith(whole)
+    assert texts[1].startswith(whole)
+    assert texts[2].startswith(client.post("/detokenize", json={"tokens": tokens[:2]}).json()["prompt"])
+    if not is_streamed:
+        choice = client.post(URL, json={**body, "logprobs": 0, "n": 1}).json()["choices"][0]
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}])
+def test_a_streamed_score_counts_no_completion_tokens(client: TestClient, options: dict[str, bool]) -> None:
+    """Regression: it counted the one token that is generated and not shown, unlike the answer at once."""
+    body = {"prompt": "water", "max_tokens": 0, "echo": True, "stream": True, "stream_options": options}
+    *chunks, _ = events(client.post(URL, json=body))
+    assert {chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["usage"]} == {0}
+
+
 def test_an_echo_without_new_tokens_scores_the_prompt(client: TestClient) -> None:
     body = {"prompt": "water", "max_tokens": 0, "echo": True, "logprobs": 1}
     answer = client.post(URL, json=body).json()
@@ -95,6 +119,8 @@ def test_token_ids_come_back_on_request(client: TestClient) -> None:
     body = {"prompt": [5, 6], "max_tokens": 3, "return_token_ids": True, "stream": True}
     *chunks, _ = events(client.post(URL, json=body))
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == ids
+    assert [chunk["choices"][0].get("prompt_token_ids") for chunk in chunks] == [[5, 6], *[None] * (len(chunks) - 1)]
+    assert [version for chunk in chunks for version in chunk["choices"][0]["weight_versions"]] == [0] * 3
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

@@ -151,6 +151,13 @@ def test_a_long_body_is_a_413_with_and_without_a_length(client: TestClient) -> N
     assert response.status_code == 413
 
 
+def test_a_compressed_body_is_a_415_that_says_so(client: TestClient) -> None:
+    """Regression: it was called JSON that is not valid."""
+    response = client.post("/v1/completions", content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    assert "uncompressed" in response.json()["error"]["message"]
+
+
 def test_an_image_for_a_text_model_is_a_400_that_says_so(client: TestClient) -> None:
     parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
     body = {"messages": [{"role": "user", "content": parts}]}

@@ -50,6 +50,18 @@ def test_choices_expressions_and_grammars_are_followed_in_both_apis() -> None:
             assert client.post("/inference/v1/generate", json=ids).status_code == 200
 
 
+def test_responses_and_messages_take_vllms_structures_too() -> None:
+    """Regression: `structured_outputs` had no effect in these two APIs."""
+    with replying(["no idea"], TEMPLATE) as client:
+        more = {"structured_outputs": {"choice": ["yes", "no"]}, "temperature": 0}
+        response = client.post("/v1/responses", json={"input": "x", **more}).json()
+        assert response["output"][0]["content"][0]["text"] == "no"
+        body = {"messages": QUESTION["messages"], "max_tokens": 9, **more}
+        assert client.post("/v1/messages", json=body).json()["content"][0]["text"] == "no"
+        body["output_config"] = {"format": {"type": "json_schema", "schema": SCHEMA}}
+        assert "output_config.format" in client.post("/v1/messages", json=body).json()["error"]["message"]
+
+
 def test_a_constraint_begins_behind_the_reasoning() -> None:
     """It constrained the reasoning, or nothing."""
     with replying(['<think>\nIs it "no"?\n</think>\n\nno'], THINKING) as client:
@@ -83,6 +95,8 @@ def test_a_template_that_ends_the_reasoning_itself_is_noticed() -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
         ({"structured_outputs": {}}, "exactly one"),
         ({"structured_outputs": {"choice": []}}, "choice"),
+        ({"guided_json": {"type": "integer"}}, "structured_outputs"),
+        ({"guided_choice": ["yes", "no"]}, "structured_outputs"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
