@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from typing import Literal
+from typing import Literal, get_args
 
 from penstock.errors import RequestError, shown
 
 # Named tensors, all at once or one by one; a folder of safetensors; None: the live module, whose owner has changed it.
 WeightSource = Mapping[str, object] | Iterable[tuple[str, object]] | str | PathLike[str] | None
 UpdateMode = Literal["abort", "wait", "keep"]
-SleepLevel = Literal["cache", "weights", "all"]
+# What is released: the K/V cache, weights that can be made or read again, both, or both with weights that cannot be.
+SleepLevel = Literal["cache", "weights", "all", "discard"]
 
 _MODES = ("abort", "wait", "keep")
-_LEVELS = ("cache", "weights", "all")
+_LEVELS = get_args(SleepLevel)
 
 
 def check_mode(mode: UpdateMode, stale_kv: bool = False) -> None:
@@ -31,4 +32,4 @@ def check_mode(mode: UpdateMode, stale_kv: bool = False) -> None:
 def check_level(level: SleepLevel) -> None:
     """Raise `RequestError` for an unknown level."""
     if level not in _LEVELS:
-        raise RequestError(f"level={shown(level)} is unknown: use 'cache', 'weights' or 'all'")
+        raise RequestError(f"level={shown(level)} is unknown: use 'cache', 'weights', 'all' or 'discard'")

@@ -71,13 +71,13 @@ class Parts:
         return self.draft.trim_memory(self.drafter.unused_blocks())
 
     def unload(self, level: SleepLevel) -> None:
-        """Free what an engine that is asleep does without. On the model's thread. Raises `WeightsError`."""
-        self.runner.unload(cache=level != "weights", weights=level != "cache")
+        """Free what an engine that is asleep does without. On the model's thread."""
+        self.runner.unload(level)
         if self.draft is not None and level != "weights":
-            self.draft.unload(cache=True, weights=False)
+            self.draft.unload("cache")
 
     def reload(self, level: SleepLevel) -> None:
-        """Take back what `unload` freed. On the model's thread. Raises `OutOfMemory`."""
+        """Take back what `unload` freed. On the model's thread. Raises `WeightsError`, `OutOfMemory`."""
         if level != "cache":
             self.runner.reload()
         if level == "weights":

@@ -121,17 +121,22 @@ class Updates:
         await _carry_out(self, lambda core: core.gate.resume())
 
     async def sleep(self: _Loading, level: SleepLevel = "all", *, mode: UpdateMode = "abort") -> None:
-        """Run no step until `wake()`, and release memory: the K/V "cache", packed copies of the "weights", or "all".
+        """Run no step until `wake()`, and release memory: the K/V "cache", the "weights", or "all".
 
-        Cached prefixes are lost, except with level "weights". Weights can be updated meanwhile. Raises `WeightsError`
-        where packed weights could not be made again.
+        Weights are released that can be made again from a live module, or read again from where the engine read them;
+        for others, `WeightsError` is raised. Level "discard" is "all", and releases these as well. Cached prefixes are
+        lost, except with level "weights". Weights can be updated meanwhile.
         """
         check_mode(mode)
         check_level(level)
         await _carry_out(self, lambda core: core.gate.sleep(level, mode))
 
     async def wake(self: _Loading) -> None:
-        """Take back what `sleep()` released. Raises `OutOfMemory`, and then stays asleep."""
+        """Take back what `sleep()` released, and read weights again that were not updated meanwhile.
+
+        Raises `OutOfMemory`, and `WeightsError` where weights cannot be read again. Then the engine stays asleep, and
+        `wake()` can be repeated.
+        """
         await _carry_out(self, lambda core: core.gate.wake())
 
     async def load_adapter(self: _Loading, name: str, source: object) -> None:

@@ -18,7 +18,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from penstock.api.weights import WeightSource
+from penstock.api.weights import SleepLevel, WeightSource
 from penstock.constraints.masks import Masks
 from penstock.errors import ConfigurationError, ExecutionError, OutOfMemory, described, text_of
 from penstock.models.adapters.choice import adapters_for
@@ -29,6 +29,7 @@ from penstock.models.checks import probe, vocab_size
 from penstock.models.gradients.scorer import DifferentiableScorer
 from penstock.models.layout import StepLayout
 from penstock.models.memory import free_bytes, host_free_bytes, memory_usage, resident_bytes, trim_memory
+from penstock.models.origin import Origin
 from penstock.models.pooling import HiddenStates, Pooler
 from penstock.models.preparation import PreparedModel
 from penstock.models.protocol import ModelChanged, ModelSpec
@@ -57,19 +58,21 @@ class ForwardOutput:
 class Executor:
     """A `ModelRunner` over a module that was prepared for paged attention.
 
-    `borrowed` is the live module that `model.module` is a view of, if it is one.
+    `borrowed` is the live module that `model.module` is a view of, if it is one; else its weights are from `origin`.
     """
 
     def __init__(
-        self, model: PreparedModel, spec: ModelSpec, logits_chunk_bytes: int, borrowed: Borrowed | None = None
-    ) -> None:
+        self, model: PreparedModel, spec: ModelSpec, logits_chunk_bytes: int, borrowed: Borrowed | None = None,
+        origin: Origin | None = None,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.weight_version = 0
         self._borrowed = borrowed
         self._chunk_bytes = logits_chunk_bytes
         self._module = model.module
         self.adapters = adapters_for(model, borrowed)
-        self._weights = ModelWeights(model.module, model.weights, borrowed, is_packed=spec.weight_mode == "packed")
+        is_packed = spec.weight_mode == "packed"
+        self._weights = ModelWeights(model.module, model.weights, borrowed, origin, is_packed=is_packed)
         self._layers = model.layers
         self._shapes = model.shapes
         self._backend = model.backend
@@ -121,17 +124,21 @@ class Executor:
         self._weights.update(source)
         self.weight_version += 1
 
-    def unload(self, *, cache: bool, weights: bool) -> None:
-        """Free the K/V storage until `allocate`, and packed copies of weights until `reload`. Raises `WeightsError`."""
-        if weights:
+    def check_unload(self, level: SleepLevel) -> None:
+        """Raise `WeightsError` where `unload` would lose weights."""
+        self._weights.check_release(level)
+
+    def unload(self, level: SleepLevel) -> None:
+        """Free the K/V storage until `allocate`, and weights until `reload`."""
+        if level != "cache":
             self._weights.release()
-        if cache:
+        if level != "weights":
             self._storage = None
         self.trim_memory()
 
     def reload(self) -> None:
-        """Make released copies of weights again, from the weights of now. Raises `WeightsError`."""
-        self._weights.follow_owner()
+        """Make or read released weights again. Raises `WeightsError`, `OutOfMemory`; then it can be repeated."""
+        self._weights.reload()
 
     def gradient_scorer(self, *, checkpoint_layers: bool, dropout: bool = True) -> DifferentiableScorer:
         """Scores with gradients through the borrowed module, for any thread. Raises `ConfigurationError`."""

@@ -26,6 +26,7 @@ from penstock.models.folder import check_tokenizer_files, expanded
 from penstock.models.generation_defaults import eos_token_ids, generation_defaults
 from penstock.models.hardware import torch_threads_kept
 from penstock.models.hub import check_available
+from penstock.models.origin import Origin
 from penstock.models.pinning import PinnedDefaults
 from penstock.models.positions import LengthLimit, length_limit
 from penstock.models.preparation import PreparedModel, prepare
@@ -62,6 +63,7 @@ def load(model: str | Path | nn.Module | None, tokenizer: object, config: Engine
     Raises `ConfigurationError` for what cannot be found, read or run, `OutOfMemory` when weights do not fit.
     """
     borrowed: Borrowed | None = None
+    origin: Origin | None = None
     if isinstance(model, nn.Module):
         tokenizer = _tokenizer_for(None, tokenizer, config)
         model = unwrapped(model)
@@ -73,9 +75,10 @@ def load(model: str | Path | nn.Module | None, tokenizer: object, config: Engine
         if not config.skip_tokenizer_init and (tokenizer is None or isinstance(tokenizer, str | Path)):
             check_tokenizer_files(str(tokenizer or config.tokenizer or name))
         module = load_bare(name, config)
+        origin = Origin(name, config)
         tokenizer = _tokenizer_for(name, tokenizer, config)
     prepared, spec, ignored = _prepare(module, borrowed, tokenizer, config, name)
-    runner = Executor(prepared, spec, config.logits_chunk_bytes, borrowed)
+    runner = Executor(prepared, spec, config.logits_chunk_bytes, borrowed, origin)
     if ignored:
         log.warning("the generation config of %s is not followed in: %s", name, "; ".join(ignored))
     return LoadedModel(runner, tokenizer)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from penstock.api.weights import WeightSource
+from penstock.api.weights import SleepLevel, WeightSource
 from penstock.constraints.masks import Masks
 from penstock.scores import DifferentiableScore, FloatArray
 from penstock.step import StepPlan, StepResult
@@ -121,12 +121,16 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def unload(self, *, cache: bool, weights: bool) -> None:
-        """Free the K/V storage until `allocate`, and packed copies of weights until `reload`. Raises `WeightsError`."""
+    def check_unload(self, level: SleepLevel) -> None:
+        """Raise `WeightsError` where `unload` would lose weights."""
+        ...
+
+    def unload(self, level: SleepLevel) -> None:
+        """Free the K/V storage until `allocate`, and weights until `reload`."""
         ...
 
     def reload(self) -> None:
-        """Make released copies of weights again, from the weights of now. Raises `OutOfMemory`."""
+        """Make or read released weights again. Raises `WeightsError`, `OutOfMemory`; then it can be repeated."""
         ...
 
     def close(self) -> None:

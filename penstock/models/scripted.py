@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import repeat
 
-from penstock.api.weights import WeightSource
+from penstock.api.weights import SleepLevel, WeightSource
 from penstock.constraints.masks import Masks
 from penstock.errors import ConfigurationError, shown
 from penstock.models.protocol import ModelSpec
@@ -118,7 +118,10 @@ class ScriptedModel:
         self.updates.append(source)
         self.weight_version += 1
 
-    def unload(self, *, cache: bool, weights: bool) -> None:
+    def check_unload(self, level: SleepLevel) -> None:
+        """There is nothing to lose."""
+
+    def unload(self, level: SleepLevel) -> None:
         """There is nothing to free."""
 
     def reload(self) -> None:

@@ -63,6 +63,23 @@ def copy_rows(source: Tensor, target: Tensor, runs: Sequence[Run]) -> None:
         target[first_target : first_target + count].copy_(rows, non_blocking=True)
 
 
+def release_memory(tensor: Tensor) -> None:
+    """Give the memory of a tensor back until `restore_memory`; its values are lost. It must have a storage of its own.
+
+    On a CPU the addresses stay, since kernels may hold them.
+    """
+    if tensor.device.type == "cpu":
+        drop_pages(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    else:
+        tensor.untyped_storage().resize_(0)
+
+
+def restore_memory(tensor: Tensor) -> None:
+    """Take back what `release_memory` gave; the values are undefined. Raises `torch.OutOfMemoryError`."""
+    if not tensor.untyped_storage().nbytes():
+        tensor.untyped_storage().resize_(tensor.nbytes)
+
+
 def release_rows(rows: Tensor, begin: int, end: int) -> None:
     """Give the pages of rows [begin, end) back to the system; from then on they read as zeros. CPU only."""
     if rows.device.type == "cpu" and begin < end:

@@ -15,14 +15,21 @@ from torch import Tensor, nn
 
 from penstock.api.weights import WeightSource
 from penstock.config import EngineConfig
-from penstock.errors import ConfigurationError, WeightsError, described, shown
+from penstock.errors import WeightsError, described, shown
 from penstock.models.completeness import listed
-from penstock.models.folder import check_source
-from penstock.models.reading import read_module
+from penstock.models.origin import Origin
 from penstock.models.wrappers import unwrapped_name
 
 Weights = Mapping[str, Tensor]
 Put = Callable[[str, Tensor, Tensor], None]  # name, place, new value
+
+
+class FolderWeights(dict[str, Tensor]):
+    """Every weight of a model, as a folder has them that can be read again."""
+
+    def __init__(self, weights: Weights, origin: Origin) -> None:
+        super().__init__(weights)
+        self.origin = origin
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -123,22 +130,16 @@ def _are_equal(value: Tensor, other: Tensor) -> bool:
     return torch.equal(value, other) or torch.allclose(value, other, rtol=0, atol=0, equal_nan=True)
 
 
-def _read_folder(weights: Weights, folder: Path) -> dict[str, Tensor]:
+def _read_folder(weights: Weights, folder: Path) -> FolderWeights:
     """The tensors of a folder that `save_pretrained` wrote, under the module's names; those of every weight."""
     if not folder.is_dir():
         raise WeightsError(f"there is no folder {folder}: pass one with config.json and safetensors")
-    try:
-        check_source(str(folder.absolute()))
-        module = read_module(str(folder), "auto", EngineConfig(load_format="safetensors"))
-    except ConfigurationError as error:
-        raise WeightsError(str(error)) from error
-    except Exception as error:
-        raise WeightsError(f"the weights in {folder} cannot be read: {described(error)}") from error
-    named = named_weights(module)
+    origin = Origin(str(folder), EngineConfig(load_format="safetensors"))
+    named = named_weights(origin.read())
     if missing := weights.keys() - named.keys():
         raise WeightsError(f"{folder} lacks weights of the model ({listed(missing)}): it holds another model's")
     _check_all(weights, named)
-    return named
+    return FolderWeights(named, origin)
 
 
 def _write_error(error: Exception, num_written: int) -> WeightsError:

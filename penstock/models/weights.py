@@ -11,25 +11,34 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from penstock.api.weights import WeightSource
+from penstock.api.weights import SleepLevel, WeightSource
 from penstock.errors import ConfigurationError, ExecutionError, WeightsError
 from penstock.models.borrow import Borrowed
-from penstock.models.storage import release_rows
-from penstock.models.updates import copy_into, named_weights, read_source, write
+from penstock.models.completeness import listed
+from penstock.models.origin import Origin, reading
+from penstock.models.storage import release_memory, restore_memory
+from penstock.models.updates import FolderWeights, copy_into, named_weights, read_source, write
 from penstock.models.wrappers import name_before_compiling, parameters_by_name, unwrapped_name
 from penstock.optimizers.rewrites.recipes import DerivedWeights
 
 
 class ModelWeights:
-    """The weights of `module`, a view of what is `borrowed` if anything is; with `is_packed`, kernels have copies."""
+    """The weights of `module`, a view of what is `borrowed`, or read from `origin`: one of these is None.
+
+    With `is_packed`, kernels have copies.
+    """
 
     def __init__(
-        self, module: nn.Module, derived: DerivedWeights, borrowed: Borrowed | None, *, is_packed: bool
-    ) -> None:
+        self, module: nn.Module, derived: DerivedWeights, borrowed: Borrowed | None, origin: Origin | None, *,
+        is_packed: bool,
+    ) -> None:  # fmt: skip
         self._module: nn.Module | None = module
         self._derivations: DerivedWeights | None = derived
         self._borrowed = borrowed
+        self._origin = origin
         self._is_packed = is_packed
+        self._changed: set[str] = set()  # parameters whose values are not those of the origin
+        self._missing: set[str] = set()  # parameters that have no values while the engine sleeps
 
     def refresh(self, names: Collection[str] | None = None, source: Mapping[str, Tensor] | None = None) -> int:
         """Have everything follow the parameters `names` (None: all) of the borrowed module as they are now.
@@ -64,7 +73,13 @@ class ModelWeights:
     def update(self, source: WeightSource) -> None:
         """Write weights that were read, or take over what the owner wrote (None). Raises `WeightsError`."""
         if self._borrowed is None:
-            write(self._places(), source, self._put)  # type: ignore[arg-type]  # no folder: it was read
+            self._restore()
+            names = self._derived.distinct(write(self._places(), source, self._put))  # type: ignore[arg-type]
+            self._missing -= names
+            if isinstance(source, FolderWeights):
+                self._origin, self._changed = source.origin, set()
+            else:
+                self._changed |= names
         elif source is None:
             self.follow_owner()
         else:
@@ -79,21 +94,56 @@ class ModelWeights:
             # What no pass packed is the owner's own and new already, while the copies are old.
             raise WeightsError(f"{error}; close the engine: old and new weights are mixed", is_mixed=True) from error
 
-    def release(self) -> None:
-        """Free the memory of packed copies until `follow_owner`. Raises `WeightsError`."""
-        if not self._is_packed:
-            return
-        if self._borrowed is None:
+    def check_release(self, level: SleepLevel) -> None:
+        """Raise `WeightsError` where a sleep of this level would lose weights that it has to keep."""
+        if self._changed and level in ("weights", "all"):
             raise WeightsError(
-                "this engine loaded its weights and keeps them in packed form only, so they could not be made again: "
-                "sleep with level='cache', or lend the engine a live module"
+                f"{len(self._changed)} weights were updated since they were read from {self._origin}, which could not "
+                "be read again: sleep with level='cache', save them and pass the folder to update_weights(), or sleep "
+                "with level='discard' and update them before wake()"
             )
-        for memory in self._derived.packed_memory():
-            release_rows(memory, 0, len(memory))
+
+    def release(self) -> None:
+        """Free the memory of weights until `reload`: packed copies, and all of a model that the engine loaded."""
+        memory = self._derived.packed_memory() if self._is_packed else []
+        if self._borrowed is None:
+            memory += self._derived.remaining()
+            self._missing = self._derived.distinct()
+        for tensor in memory:
+            release_memory(tensor)
+
+    def reload(self) -> None:
+        """Make or read again what was released and has not been updated since. Where that fails, it can be repeated.
+
+        Raises `WeightsError`, `OutOfMemory`.
+        """
+        if self._borrowed is not None:
+            self.follow_owner()
+            return
+        if lost := self._missing & self._changed:
+            raise WeightsError(
+                f"{len(lost)} weights were discarded ({listed(lost)}) and are not in {self._origin}: pass them to "
+                "update_weights(), then call wake() again"
+            )
+        if not self._missing:
+            return
+        assert self._origin is not None, "neither borrowed nor read"
+        self._restore()
+        with reading(self._origin):
+            values, places = named_weights(self._origin.read_again()), self._places()
+            for name in sorted(self._missing):
+                self._put(name, places[name], values[name])
+                self._missing.remove(name)
 
     def close(self) -> None:
         """Let go of all weights."""
         self._module = self._borrowed = self._derivations = None
+
+    def _restore(self) -> None:
+        """Take back the memory of parameters that were released."""
+        with reading(self._origin):
+            for tensor in self._derived.remaining() if self._missing else ():
+                restore_memory(tensor)
 
     @property
     def _derived(self) -> DerivedWeights:

@@ -22,7 +22,7 @@ from penstock.serving.readiness import status_of
 from penstock.serving.server import Server
 
 PATHS = frozenset({"/update_weights", "/pause", "/resume", "/is_paused", "/sleep", "/wake_up", "/is_sleeping"})
-_LEVELS = {"1": "all", "2": "all"}  # vLLM's numbers: this engine makes packed copies again from where they came from
+_LEVELS = {"1": "all", "2": "discard"}  # vLLM's numbers
 
 
 class UpdateRequest(RequestModel, extra="forbid"):
@@ -63,7 +63,7 @@ async def is_paused(server: Server, request: Request) -> Response:
 
 
 async def sleep(server: Server, request: Request) -> Response:
-    """Release memory until `/wake_up`: `level` is "cache", "weights" or "all"; vLLM's 1 and 2 mean "all"."""
+    """Release memory until `/wake_up`: `level` is "cache", "weights", "all" (vLLM's 1) or "discard" (vLLM's 2)."""
     level = request.query_params.get("level", "all")
     await _trainable(server).sleep(cast(SleepLevel, _LEVELS.get(level, level)), mode=_mode(request, "abort"))
     return json_response({"status": "sleeping"})

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -31,7 +32,7 @@ from penstock import (
     SamplingParams,
     WeightsError,
 )
-from penstock.api.weights import UpdateMode
+from penstock.api.weights import SleepLevel, UpdateMode
 from penstock.kernels import native
 from penstock.models.memory import resident_bytes
 from tests.drive import logprobs_by_transformers
@@ -418,15 +419,137 @@ async def test_an_update_that_packed_copies_cannot_follow_closes_the_engine() ->
             await engine.generate([5, 6], SamplingParams(max_tokens=1))
 
 
-async def test_an_engine_that_has_only_packed_weights_does_not_release_them(tmp_path: Path) -> None:
+LEVELS: list[SleepLevel] = ["weights", "all", "discard"]
+SLEEPERS: list[dict[str, Any]] = [{}, {"weight_mode": "shared"}, {"dtype": "bfloat16"}]
+if native.available():
+    SLEEPERS.append({"quantization": "int8"})
+
+
+@pytest.mark.parametrize("settings", SLEEPERS, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+async def test_an_engine_that_loaded_its_weights_drops_them_in_sleep_and_reads_them_again(
+    level: SleepLevel, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """It refused every level but "cache": the weights of a sleeping engine stayed in memory beside the trainer's."""
     build("llama").save_pretrained(tmp_path)  # type: ignore[operator]
-    async with engine_of(tmp_path) as engine:
-        if engine.get_stats()["weight_mode"] == "packed":
-            with pytest.raises(WeightsError, match="level='cache'"):
-                await engine.sleep("weights")
-        await engine.sleep("cache")
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    async with engine_of(tmp_path, **settings) as engine:
+        before = (await engine.generate(prompt, params)).outputs[0]
+        for _ in range(2):
+            await engine.sleep(level)
+            await engine.wake()
+            engine.reset_prefix_cache()  # plain torch rounds a chunk after cached tokens in another way
+            after = (await engine.generate(prompt, params)).outputs[0]
+            assert after.token_logprobs == before.token_logprobs
+            assert after.weight_versions == [0] * 12
+
+
+async def test_weights_that_were_dropped_take_no_memory() -> None:
+    async with InferenceEngine(max_sequence_length=256, kv_cache_tokens=1024) as engine:
+        await engine.generate("def f(", SamplingParams(max_tokens=4))
+        await asyncio.to_thread(engine.optimize_memory)
+        weight_bytes = engine.get_stats()["packed_bytes"]
+        before = resident_bytes(torch.device("cpu"))
+        await engine.sleep("weights")
+        assert before - resident_bytes(torch.device("cpu")) > 0.8 * weight_bytes
         await engine.wake()
-        assert (await engine.generate([5, 6], SamplingParams(max_tokens=1))).outputs[0].weight_versions == [0]
+
+
+async def test_a_wake_that_cannot_read_the_weights_leaves_the_engine_asleep_and_may_be_repeated(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "moved"
+    build("llama").save_pretrained(folder)  # type: ignore[operator]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=0)
+    async with engine_of(folder) as engine:
+        before = (await engine.generate([5, 6], params)).outputs[0]
+        await engine.sleep()
+        folder.rename(elsewhere)
+        for _ in range(2):
+            with pytest.raises(WeightsError, match=r"put these back.*wake"):
+                await engine.wake()
+            assert engine.get_stats()["engine_status"] == "asleep"
+        elsewhere.rename(folder)
+        await engine.wake()
+        assert (await engine.generate([5, 6], params)).outputs[0].token_logprobs == before.token_logprobs
+
+
+async def test_a_folder_that_was_written_over_in_the_meantime_is_not_taken_for_the_old_weights(tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    async with engine_of(tmp_path) as engine:
+        await engine.sleep()
+        model.load_state_dict(noisy(snapshot(model), 1), strict=False)
+        model.save_pretrained(tmp_path)  # type: ignore[operator]
+        with pytest.raises(WeightsError, match="not those that were read before"):
+            await engine.wake()
+        await engine.update_weights(tmp_path)
+        await engine.wake()
+        out = (await engine.generate(prompt, params)).outputs[0]
+    assert out.weight_versions == [1] * 12
+    assert out.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, out.token_ids), abs=1e-4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+async def test_updates_of_a_sleeping_engine_are_kept_and_the_rest_is_read_again(
+    level: SleepLevel, tmp_path: Path
+) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    weights = noisy(snapshot(model), 1)
+    some = {name: weights[name] for name in list(weights)[::2]}
+    model.load_state_dict(some, strict=False)
+    async with engine_of(tmp_path) as engine:
+        await engine.sleep(level)
+        await engine.update_weights(some)
+        await engine.wake()
+        out = (await engine.generate(prompt, params)).outputs[0]
+    assert out.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, out.token_ids), abs=1e-4)
+
+
+async def test_weights_that_no_folder_has_are_dropped_only_on_demand(tmp_path: Path) -> None:
+    """As RL frameworks do it: sleep, train, update in several parts, wake, and the same again."""
+    model = build("llama")
+    model.save_pretrained(tmp_path / "first")  # type: ignore[operator]
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    async with engine_of(tmp_path / "first") as engine:
+        for seed in (1, 2):
+            weights = noisy(snapshot(model), seed)
+            model.load_state_dict(weights, strict=False)
+            await engine.sleep("discard")
+            await engine.update_weights(dict(list(weights.items())[:5]))
+            if seed == 2:
+                with pytest.raises(WeightsError, match="discarded"):
+                    await engine.wake()
+            await engine.update_weights(iter(list(weights.items())[5:]))
+            await engine.wake()
+            out = (await engine.generate(prompt, params)).outputs[0]
+            assert out.token_logprobs == pytest.approx(logprobs_by_transformers(model, prompt, out.token_ids), abs=1e-4)
+            running = engine.generate([5, 6], SamplingParams(max_tokens=500, ignore_eos=True))
+            await anext(running)
+            with pytest.raises(WeightsError, match="level='discard'"):
+                await engine.sleep("all")
+            assert len((await running).generated_ids) == 500  # a refused order disturbs nobody
+        model.save_pretrained(tmp_path / "last")  # type: ignore[operator]
+        await engine.update_weights(tmp_path / "last")
+        await engine.sleep("all")
+        await engine.wake()
+        after = (await engine.generate(prompt, params)).outputs[0]
+    assert after.token_logprobs == out.token_logprobs
+
+
+async def test_adapters_and_cached_blocks_survive_a_sleep_without_weights(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)  # type: ignore[operator]
+    policy = get_peft_model(build("llama"), LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))
+    prompt, params = list(range(5, 30)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    async with engine_of(tmp_path) as engine:
+        await engine.load_adapter("policy", policy)
+        before = [await engine.generate(prompt, params, adapter=name) for name in ("", "policy")]
+        await engine.sleep("weights")
+        await engine.wake()
+        after = [await engine.generate(prompt, params, adapter=name) for name in ("", "policy")]
+    assert [out.outputs[0].token_logprobs for out in before] == [out.outputs[0].token_logprobs for out in after]
+    assert all(out.num_cached_tokens == 24 for out in after)
 
 
 async def test_updates_of_a_draft_model_engine_keep_its_drafts_apart(tmp_path: Path) -> None:

@@ -209,8 +209,8 @@ class Gate:
         self._rest(EngineState.RUNNING)
 
     async def sleep(self, level: SleepLevel, mode: UpdateMode) -> None:
-        """Stop the steps until `wake`, and release memory. Raises `WeightsError` where weights cannot be released."""
-        await self._enter("sleep")
+        """Stop the steps until `wake`, and release memory. Raises `WeightsError` where weights would be lost."""
+        await self._enter("sleep", lambda: self._check_unload(level))
         await self._stop_steps(mode)
         self._awake, self._level = self._resting, level
         try:
@@ -225,7 +225,10 @@ class Gate:
         self._rest(EngineState.ASLEEP)
 
     async def wake(self) -> None:
-        """Take the memory back, and return to the state before `sleep`. Raises `OutOfMemory`, and then stays asleep."""
+        """Take the memory back, and return to the state before `sleep`.
+
+        Raises `OutOfMemory`, `WeightsError`, and then stays asleep.
+        """
         await self._enter("wake")
         try:
             await self._change(self._jobs.reload, self._level)
@@ -250,6 +253,9 @@ class Gate:
             except BaseException:
                 self.state = self._resting
                 raise
+
+    async def _check_unload(self, level: SleepLevel) -> None:
+        await self._jobs.run(self._jobs.runner.check_unload, level).done
 
     async def _check_and_stop(self, mode: UpdateMode, source: WeightSource) -> WeightSource:
         """Begin an update, while steps still run and then without them; what the source is once it was read."""

@@ -223,7 +223,7 @@ class ReplicatedEngine(Capabilities):
         await self._order(lambda: self._orders.sleep(level, mode))
 
     async def wake(self) -> None:
-        """Take back what `sleep()` released. Raises `OutOfMemory`, and then all replicas stay asleep."""
+        """Take back what `sleep()` released. Raises as that of `InferenceEngine`; then all replicas stay asleep."""
         await self._order(self._orders.wake)
 
     def reading_weights(self) -> AbstractContextManager[int]:

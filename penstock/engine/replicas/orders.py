@@ -36,7 +36,6 @@ class Orders:
         self._is_leaving = False  # its caller has left, and it is being undone
         self._is_free = asyncio.Event()
         self._adapters = asyncio.Lock()
-        self._level: SleepLevel = "all"
 
     def release_models(self) -> None:
         """Keep no live module alive, because the engine is being stopped."""
@@ -107,14 +106,17 @@ class Orders:
         """Stop the steps of all replicas until `wake`, and release memory."""
         async with self._order():
             await self._stop(mode, lambda replica: lambda core: core.gate.sleep(level, mode), _wake)
-            self._level = level
             if level != "weights":
                 self._dispatcher.forget_prefixes()
 
     async def wake(self) -> None:
-        """Take the memory back; where one replica cannot, all stay asleep."""
+        """Take the memory back; where one replica cannot, all stay asleep, with the weights that they have by then."""
         async with self._order():
-            await self._all(lambda replica: _wake, lambda core: core.gate.sleep(self._level, "keep"))
+            try:
+                await self._all(lambda replica: _wake, lambda core: core.gate.sleep("cache", "keep"))
+            except BaseException:
+                self._dispatcher.forget_prefixes()
+                raise
 
     @contextlib.asynccontextmanager
     async def _order(self) -> AsyncIterator[None]:

@@ -155,6 +155,15 @@ class DerivedWeights:
         """Where the parameter of this name was when the model was loaded."""
         return self._entries[self._ids[name]].device
 
+    def distinct(self, names: Collection[str] | None = None) -> set[str]:
+        """One name for each parameter of these (None: of all); names of anything else are left out."""
+        keys = self._entries.keys() if names is None else {self._ids[name] for name in names if name in self._ids}
+        return {self._entries[key].names[0] for key in keys}
+
+    def remaining(self) -> list[Tensor]:
+        """The parameters that no pass has replaced."""
+        return [part._parameters[leaf] for part, leaf, _ in self._places]  # type: ignore[misc]  # none is None
+
     def packed_memory(self) -> list[Tensor]:
         """The memory of all packed matrices."""
         return [unit.product.memory for unit in self._units if unit.product is not None]
@@ -177,7 +186,7 @@ class DerivedWeights:
         assert current is not None
         if self._shares and isinstance(value, nn.Parameter):
             part._parameters[leaf] = value
-        elif current.data_ptr() != value.data_ptr():
+        elif current.dtype != value.dtype or not torch.equal(current, value):  # pages of files stay unwritten
             current.copy_(value)
 
     def _checked(self, source: Mapping[str, Tensor], names: Collection[str]) -> dict[int, Tensor]:

@@ -44,7 +44,7 @@ class Model(ScriptedModel):
         super().__init__(SCRIPT, **options)
         self.rows: list[tuple[int, int]] = []  # (version, first position) of every row
         self.is_writing = False
-        self.unloaded: list[tuple[bool, bool]] = []
+        self.unloaded: list[SleepLevel] = []
         self.num_reloads = 0
         self.num_allocations = 0
 
@@ -56,8 +56,8 @@ class Model(ScriptedModel):
     def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         self.num_allocations += 1
 
-    def unload(self, *, cache: bool, weights: bool) -> None:
-        self.unloaded.append((cache, weights))
+    def unload(self, level: SleepLevel) -> None:
+        self.unloaded.append(level)
 
     def reload(self) -> None:
         self.num_reloads += 1
@@ -362,11 +362,11 @@ async def test_an_update_in_a_pause_recomputes_what_goes_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "freed", "num_allocations"),
-    [("cache", (True, False), 2), ("weights", (False, True), 1), ("all", (True, True), 2)],
+    ("level", "num_reloads", "num_allocations"),
+    [("cache", 0, 2), ("weights", 1, 1), ("all", 1, 2), ("discard", 1, 2)],
 )
 async def test_sleep_frees_what_its_level_says_and_wake_takes_it_back(
-    level: SleepLevel, freed: tuple[bool, bool], num_allocations: int
+    level: SleepLevel, num_reloads: int, num_allocations: int
 ) -> None:
     model = Model()
     async with engine_of(model) as engine:
@@ -374,11 +374,11 @@ async def test_sleep_frees_what_its_level_says_and_wake_takes_it_back(
         await anext(handle)
         await engine.sleep(level, mode="keep")
         assert engine.get_stats()["engine_status"] == "asleep"
-        assert model.unloaded == [freed]
+        assert model.unloaded == [level]
         assert (model.num_reloads, model.num_allocations) == (0, 1)
         assert await engine.update_weights(mode="keep") == 1
         await engine.wake()
-        assert (model.num_reloads, model.num_allocations) == (int(freed[1]), num_allocations)
+        assert (model.num_reloads, model.num_allocations) == (num_reloads, num_allocations)
         await read_until(handle, 1)
         assert next(start for version, start in model.rows if version == 1) == 0
         handle.cancel()

@@ -17,7 +17,14 @@ from penstock.kernels.native import Kernels, available
 from penstock.kernels.paged import attend
 from penstock.models.attention import KVStorage
 from penstock.models.panels import PanelStorage, metadata_of
-from penstock.models.storage import LayerShape, contiguous_runs, copy_rows, release_rows
+from penstock.models.storage import (
+    LayerShape,
+    contiguous_runs,
+    copy_rows,
+    release_memory,
+    release_rows,
+    restore_memory,
+)
 from penstock.models.torch_attention import SlotStorage
 from penstock.sampling import SamplingParams
 from penstock.step import Row
@@ -145,3 +152,22 @@ def test_released_pages_read_as_zeros_and_others_are_unchanged() -> None:
     assert [int(row.sum()) == 0 for row in rows[:6]] == [False, False, True, True, False, False]
     release_rows(rows, 3, 3)
     assert rows[4:].eq(7).all()
+
+
+def test_a_tensor_on_a_device_gives_its_storage_back_and_takes_it_again() -> None:
+    tensor = torch.empty(64, 64, device="meta")
+    release_memory(tensor)
+    assert tensor.untyped_storage().nbytes() == 0
+    for _ in range(2):
+        restore_memory(tensor)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are returned on Linux")
+def test_a_tensor_of_the_host_gives_its_pages_back_and_keeps_its_address() -> None:
+    tensor = torch.full((1024, 1024), 1.0)
+    address = tensor.data_ptr()
+    release_memory(tensor)
+    assert tensor.sum() < 4096  # whole pages read as zeros
+    restore_memory(tensor)
+    assert tensor.data_ptr() == address

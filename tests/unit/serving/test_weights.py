@@ -99,13 +99,30 @@ def test_a_paused_server_is_not_ready_and_answers_after_it_was_resumed() -> None
         assert client.post(URL, json=CHAT).status_code == 200
 
 
-@pytest.mark.parametrize("level", ["1", "cache", "all"])
+@pytest.mark.parametrize("level", ["1", "2", "cache", "weights", "all", "discard"])
 def test_a_sleeping_server_wakes_up(level: str) -> None:
     with client_of(WITH_ADMIN) as client:
         assert client.post(f"/sleep?level={level}", headers=ADMIN).json() == {"status": "sleeping"}
         assert client.get("/is_sleeping", headers=ADMIN).json() == {"is_sleeping": True}
         assert client.post("/wake_up", headers=ADMIN).json() == {"status": "awake"}
         assert client.post(URL, json=CHAT).status_code == 200
+
+
+def test_a_server_that_drops_its_weights_wakes_once_its_folder_is_there_again(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "moved"
+    build("llama").save_pretrained(folder)  # type: ignore[operator]
+    engine = InferenceEngine(folder, skip_tokenizer_init=True, kv_cache_tokens=4096)
+    with TestClient(app(engine, WITH_ADMIN)) as client:
+        before = engine.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=4, logprobs=0)).result()
+        assert client.post("/sleep?level=weights", headers=ADMIN).status_code == 200
+        folder.rename(elsewhere)
+        assert status_and_code(client.post("/wake_up", headers=ADMIN)) == (400, "invalid_weights")
+        assert client.get("/is_sleeping", headers=ADMIN).json() == {"is_sleeping": True}
+        elsewhere.rename(folder)
+        assert client.post("/wake_up", headers=ADMIN).json() == {"status": "awake"}
+        after = engine.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=4, logprobs=0)).result()
+    assert after.outputs == before.outputs
+    engine.stop(0)
 
 
 def test_calls_out_of_turn_are_conflicts() -> None:

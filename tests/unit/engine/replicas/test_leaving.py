@@ -11,6 +11,7 @@ import pytest
 
 from penstock import EngineClosed, EngineStateError, ReplicatedEngine, RequestAborted, ScriptedModel, WeightsError
 from penstock.api.log import engine_logger
+from penstock.api.weights import SleepLevel
 from penstock.config import EngineConfig
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.replicas.dispatcher import Dispatcher
@@ -36,7 +37,7 @@ class Slow(ScriptedModel):
         super().__init__([5], vocab_size=32)
         self._event, self.is_releasing = event, threading.Event()
 
-    def unload(self, *, cache: bool, weights: bool) -> None:
+    def unload(self, level: SleepLevel) -> None:
         self.is_releasing.set()
         self._event.wait(PATIENCE_S)
 
@@ -48,7 +49,7 @@ class Unable(ScriptedModel):
         super().__init__([5], vocab_size=32)
         self._event = event
 
-    def unload(self, *, cache: bool, weights: bool) -> None:
+    def unload(self, level: SleepLevel) -> None:
         self._event.wait(PATIENCE_S)
         raise WeightsError("not now")
 

@@ -18,7 +18,7 @@ from penstock import (
     ScriptedModel,
     WeightsError,
 )
-from penstock.api.weights import WeightSource
+from penstock.api.weights import SleepLevel, WeightSource
 from tests.unit.engine.replicas.scripted import (
     DYING,
     LONG,
@@ -42,7 +42,7 @@ class Refusing(ScriptedModel):
     def read_weights(self, source: WeightSource) -> WeightSource:
         raise WeightsError("not these")
 
-    def unload(self, *, cache: bool, weights: bool) -> None:
+    def unload(self, level: SleepLevel) -> None:
         if self.is_poor:
             raise WeightsError("not now")
 
