@@ -23,33 +23,27 @@ Stamps = dict[str, tuple[int, int]]  # of each weight file: bytes, and nanosecon
 
 
 class Origin:
-    """A folder with its files as they are now, or a model on the hub at its present commit."""
+    """The files of a folder, or of a hub's snapshot, as they are now."""
 
     def __init__(self, source: str, config: EngineConfig) -> None:
-        self._source = str(Path(source).absolute()) if Path(source).is_dir() else source
+        self._folder = str(Path(source).absolute()) if Path(source).is_dir() else _snapshot(source, config)
         self._config = config
-        self._stamps = _stamps(self._source)
-        if not self._stamps:
-            from transformers.utils.hub import resolve_revision
-
-            revision = resolve_revision(source, **hub_options(source, config))
-            self._config = config.model_copy(update={"revision": revision})
+        self._stamps = _stamps(self._folder)
 
     def __str__(self) -> str:
-        return self._source
+        return self._folder
 
     def read(self) -> nn.Module:
         """A module with the weights, on the CPU, in the dtypes of the files. Raises `WeightsError`, `OutOfMemory`."""
-        with reading(self._source):
-            if self._stamps:
-                check_source(self._source)
-            return read_module(self._source, "auto", self._config)
+        with reading(self._folder):
+            check_source(self._folder)
+            return read_module(self._folder, "auto", self._config)
 
     def read_again(self) -> nn.Module:
         """`read`. Raises `WeightsError` also where the files of a folder are not those that were there at first."""
-        if _stamps(self._source) != self._stamps:
+        if _stamps(self._folder) != self._stamps:
             raise WeightsError(
-                f"the weight files in {self._source} are not those that were read before: put these back, or pass new "
+                f"the weight files in {self._folder} are not those that were read before: put these back, or pass new "
                 "weights to update_weights(), then call wake() again"
             )
         return self.read()
@@ -68,6 +62,15 @@ def reading(source: object) -> Iterator[None]:
         raise OutOfMemory(f"out of memory while reading the weights in {source}: free some, then try again") from error
     except Exception as error:
         raise WeightsError(f"the weights in {source} cannot be read: {described(error)}") from error
+
+
+def _snapshot(source: str, config: EngineConfig) -> str:
+    """The folder in the hub's cache that a model was loaded from: a branch may go on meanwhile."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(source, "config.json", **hub_options(source, config))
+    assert path is not None, "a model was loaded from there"
+    return str(Path(path).parent)
 
 
 def _stamps(source: str) -> Stamps:

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from penstock.config import EngineConfig
 from penstock.models.loading import load
+from penstock.models.origin import Origin
 from penstock.models.reading import read_module
 from tests.tiny_models import ARCHITECTURES, LLAMA, build
 
@@ -221,6 +222,21 @@ def test_a_hub_snapshot_is_read_like_a_folder(
     no_from_pretrained()
     config = EngineConfig(download_dir=str(tmp_path))
     assert_same_module(read_module("some/llama", "auto", config), reference)
+
+
+def test_weights_from_the_hub_are_read_again_at_the_commit_that_was_loaded(tmp_path: Path) -> None:
+    """A branch that went on meanwhile would give a sleeping engine the weights of another commit."""
+    repository = tmp_path / "models--some--llama"
+    first, second = build("llama").eval(), build("llama", hidden_size=16).eval()
+    for number, model in enumerate((first, second)):
+        model.save_pretrained(repository / "snapshots" / (str(number) * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    config = EngineConfig(download_dir=str(tmp_path))
+    origin = Origin("some/llama", config)
+    (repository / "refs" / "main").write_text("1" * 40)
+    assert origin.read_again().config.hidden_size == first.config.hidden_size
+    assert read_module("some/llama", "auto", config).config.hidden_size == second.config.hidden_size
 
 
 class OtherConfig(LlamaConfig):
