@@ -513,6 +513,8 @@ async def test_an_update_that_is_cancelled_while_it_waits_leaves_no_trace() -> N
         await anext(running)
         for order in (engine.update_weights(mode="wait"), engine.pause("wait"), engine.sleep(mode="wait")):
             task = asyncio.ensure_future(order)
+            await asyncio.sleep(0)  # it begins before the next order,
+            assert isinstance(await outcome(engine.pause()), EngineStateError)  # which finds it being carried out
             while engine.get_stats()["queue"]["num_requests"] < 2:
                 held = engine.generate(PROMPT, params(3))
                 await anext(running)

@@ -145,6 +145,10 @@ def test_a_reset_forgets_prefixes() -> None:
 # The one queue.
 
 
+def num_queued(engine: ReplicatedEngine) -> int:
+    return engine.get_stats()["queue"]["num_queued_requests"]
+
+
 def test_a_request_of_a_higher_class_overtakes_all_that_wait_for_any_replica() -> None:
     order: list[int] = []
 
@@ -200,7 +204,7 @@ def test_a_full_queue_refuses_or_makes_room_by_class() -> None:
         running = [engine.generate([number] * 4, short(1)) for number in range(4)]
         for handle in running:
             await handle.admitted()
-        await until(lambda: sum(handle.status.value == "processing" for handle in running) == 2)
+        await until(lambda: num_queued(engine) == 2)  # two run, and the others have places in the queue
         waiting = [engine.generate([7], short(1)) for _ in range(2)]
         with pytest.raises(EngineOverloaded, match="Request queue is full"):
             engine.generate([8], short(1))
@@ -221,7 +225,7 @@ def test_a_full_queue_refuses_or_makes_room_by_class() -> None:
 def test_who_waits_for_room_is_let_in_when_a_request_starts_or_the_engine_stops() -> None:
     async def main(engine: ReplicatedEngine) -> None:
         running = [engine.generate([number] * 4, short(1)) for number in range(4)]
-        await until(lambda: sum(handle.status.value == "processing" for handle in running) == 2)
+        await until(lambda: num_queued(engine) == 2)  # two run, and the others have places in the queue
         waiting = [engine.generate([7], short(1)) for _ in range(2)]
         room = asyncio.ensure_future(engine.wait_for_room([1]))
         await asyncio.sleep(0)
@@ -232,7 +236,7 @@ def test_who_waits_for_room_is_let_in_when_a_request_starts_or_the_engine_stops(
         for model in replicas:
             model.hold()
         running = [engine.generate([number] * 4, short(1)) for number in range(4)]
-        await until(lambda: sum(handle.status.value == "processing" for handle in running) == 2)
+        await until(lambda: num_queued(engine) == 2)  # two run, and the others have places in the queue
         waiting = [engine.generate([7], short(1)) for _ in range(2)]
         room = asyncio.ensure_future(engine.wait_for_room([1]))
         await asyncio.sleep(0)
