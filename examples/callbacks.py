@@ -9,7 +9,7 @@ PROMPTS = ("def read_lines(path):\n", "def is_empty(self):\n", "import os\n")
 
 
 def log(text: str) -> None:
-    print(f"[{threading.current_thread().name}] {text}")
+    print(f"[{threading.current_thread().name}] {text}\n", end="")  # in one piece, beside other threads
 
 
 def submit_all(engine: InferenceEngine) -> None:

@@ -30,7 +30,7 @@ async def main() -> None:
         try:
             await engine.generate(PROMPT, PARAMS, deadline=0.1)
         except DeadlineExceeded as error:
-            print("deadline: kept", len(error.output.generated_ids), "tokens")
+            print("deadline: kept", len(error.output.generated_ids) if error.output else 0, "tokens")
 
         await engine.generate(PROMPT, SamplingParams(max_tokens=1))
         print("requests left:", engine.get_stats()["queue"]["num_requests"])

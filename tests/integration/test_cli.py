@@ -122,7 +122,7 @@ def test_output_follows_a_schema_an_expression_or_a_choice(tmp_path: Path) -> No
 
 
 def test_ctrl_c_cancels_a_generation() -> None:
-    with running("generate", "def f():", "--max-tokens", "1900") as process:
+    with running("generate", "def f():", "--max-tokens", "1900", "--min-tokens", "1900") as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
@@ -200,7 +200,8 @@ def test_closed_stdout_ends_a_generation_quietly() -> None:
 
 
 def test_ctrl_c_cancels_an_answer_and_then_leaves_the_chat() -> None:
-    with running("chat", "--model", str(MODEL_DIR), "--system", "Write Python.", "--max-tokens", "1500") as process:
+    long = ("--max-tokens", "1500", "--min-tokens", "1500")
+    with running("chat", "--model", str(MODEL_DIR), "--system", "Write Python.", *long) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

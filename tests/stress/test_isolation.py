@@ -15,6 +15,7 @@ from penstock.errors import EngineOverloaded
 from penstock.models.scripted import ScriptedModel
 from penstock.outputs import Delta
 from penstock.sampling import SamplingParams
+from tests.scripted_engine import HoldingModel
 
 ATTEMPTS = 3  # at what other programs on the machine may spoil
 STEP_S = 0.002
@@ -48,7 +49,8 @@ class Reader(threading.Thread):
 
 def test_blocked_loop_delays_nobody_else_and_its_deltas_merge() -> None:
     """One loop is blocked until the request of another has ended, so any delay would be for ever."""
-    engine = InferenceEngine(ScriptedModel([5, 6, 7], step_s=STEP_S, max_length=4096), batch_timeout_ms=0)
+    model = HoldingModel([5, 6, 7], hold_at=2, step_s=STEP_S, max_length=4096)
+    engine = InferenceEngine(model, batch_timeout_ms=0)
     engine.start()
     is_blocked, may_go_on = threading.Event(), threading.Event()
 
@@ -59,6 +61,7 @@ def test_blocked_loop_delays_nobody_else_and_its_deltas_merge() -> None:
     blocked, other = Reader(engine, 150, pause), Reader(engine, 150, lambda: None)
     blocked.start()
     assert is_blocked.wait(PATIENCE_S)
+    model.release()  # its loop was blocked by the first of 150 tokens
     other.start()
     other.join(PATIENCE_S)
     has_ended = not other.is_alive()
