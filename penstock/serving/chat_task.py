@@ -25,6 +25,7 @@ from penstock.tools import (
     Tool,
     ToolCallDelta,
     ToolChoice,
+    call_text,
     constraint,
     format_named,
     read_tool_choice,
@@ -151,7 +152,7 @@ def prepare(
     if _hides_markers(use, formats):
         changes["skip_special_tokens"] = False
     params = replace(params, **changes) if changes else params  # type: ignore[arg-type]  # checked by SamplingParams
-    return ChatTask(_with_tools(prompt, use, formats), params, formats, use, _continued(prompt))
+    return ChatTask(_with_tools(_with_calls(prompt, formats), use, formats), params, formats, use, _continued(prompt))
 
 
 def tool_use(tools: object, choice: object, *, is_parallel: bool = True, max_tools: int = 128) -> ToolUse:
@@ -210,6 +211,29 @@ def _hides_markers(use: ToolUse, formats: ModelFormats) -> bool:
     if formats.reasoning is not None:
         markers += (formats.reasoning.start, formats.reasoning.end)
     return formats.hides_markers(*markers)
+
+
+def _with_calls(prompt: ChatPrompt, formats: ModelFormats) -> ChatPrompt:
+    """The prompt with the earlier calls in the assistant's text, where the template would leave them out."""
+    messages = prompt["messages"]
+    assert isinstance(messages, list)
+    if formats.template_knows_calls or not any("tool_calls" in message for message in messages):
+        return prompt
+    return {**prompt, "messages": [_with_text_of_calls(message, formats.tools) for message in messages]}
+
+
+def _with_text_of_calls(message: Mapping[str, object], format: str) -> Mapping[str, object]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    functions = [call["function"] for call in calls]
+    texts = [call_text(function["name"], _mapping(function["arguments"]), format) for function in functions]
+    return {**message, "content": "\n".join(filter(None, [str(message["content"]), *texts]))}
+
+
+def _mapping(arguments: object) -> Mapping[str, object]:
+    """The arguments of an earlier call; of one that is not an object, none."""
+    return arguments if isinstance(arguments, Mapping) else {}
 
 
 def _with_tools(prompt: ChatPrompt, use: ToolUse, formats: ModelFormats) -> ChatPrompt:

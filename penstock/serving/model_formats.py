@@ -12,6 +12,7 @@ from penstock.tools import (
     format_named,
     reasoning_format_named,
     reasoning_format_of,
+    renders_calls,
     renders_tools,
     tool_format_of,
 )
@@ -24,6 +25,7 @@ class ModelFormats:
     tools: str = "json"
     reasoning: ReasoningFormat | None = None
     template_knows_tools: bool = False
+    template_knows_calls: bool = True  # also where there is no template
     special_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def hides_markers(self, *texts: str) -> bool:
@@ -39,7 +41,8 @@ def formats_of(engine: Engine, settings: ServingSettings) -> ModelFormats:
     name = settings.reasoning_format or reasoning_format_of(template)
     reasoning = None if name in (None, "none") else reasoning_format_named(str(name))
     markers = [*format_named(tools).special_tokens, *((reasoning.start, reasoning.end) if reasoning else ())]
-    return ModelFormats(tools, reasoning, renders_tools(template), _special_ids(tokenizer, markers))
+    knows_calls = template is None or renders_calls(template)
+    return ModelFormats(tools, reasoning, renders_tools(template), knows_calls, _special_ids(tokenizer, markers))
 
 
 def _template_of(tokenizer: object) -> str | None:

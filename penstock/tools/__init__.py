@@ -20,7 +20,14 @@ from penstock.tools.pieces import (
     random_id,
 )
 from penstock.tools.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningSplitter, reasoning_format_named
-from penstock.tools.templates import reasoning_format_of, renders_tools, tool_format_of, tool_instructions
+from penstock.tools.templates import (
+    call_text,
+    reasoning_format_of,
+    renders_calls,
+    renders_tools,
+    tool_format_of,
+    tool_instructions,
+)
 from penstock.tools.tool_call_parser import ToolCallParser
 from penstock.tools.turns import TemplateFork, TokenRecord, Turn, TurnPrompt
 
@@ -46,6 +53,7 @@ __all__ = [
     "ToolChoice",
     "Turn",
     "TurnPrompt",
+    "call_text",
     "constraint",
     "format_named",
     "joined",
@@ -56,6 +64,7 @@ __all__ = [
     "read_tools",
     "reasoning_format_named",
     "reasoning_format_of",
+    "renders_calls",
     "renders_tools",
     "tool_format_of",
     "tool_instructions",

@@ -41,6 +41,11 @@ _EXAMPLES: Mapping[str, str] = {
 }
 
 
+# What stands for the arguments in an example: JSON, or a text for each of them.
+_JSON_ARGUMENTS = '{"ARGUMENT": VALUE}'
+_ARGUMENT = re.compile(r'<parameter name="ARGUMENT">VALUE</parameter>\n|<parameter=ARGUMENT>\nVALUE\n</parameter>\n')
+
+
 def tool_format_of(template: str | None) -> str:
     """The format of the calls that a chat template renders; "json" if it renders none that is known."""
     return _sign_in(template, _TOOL_SIGNS) or "json"
@@ -64,6 +69,26 @@ def tool_instructions(tools: Sequence[Tool], format: str) -> str:
         f"You may call these functions, each given with the JSON schema of its arguments:\n{functions}\n\n"
         f"To call a function, answer with its name and arguments in exactly this form:\n{example}"
     )
+
+
+def renders_calls(template: str | None) -> bool:
+    """Whether a chat template renders earlier calls. If not, write them into the assistant's text with `call_text`."""
+    return "tool_calls" in (template or "")
+
+
+def call_text(name: str, arguments: Mapping[str, object], format: str) -> str:
+    """A call as a model writes it in this format."""
+    example = _EXAMPLES[format_named(format).name].replace("FUNCTION", name, 1)
+    if _JSON_ARGUMENTS in example:
+        return example.replace(_JSON_ARGUMENTS, json.dumps(arguments, ensure_ascii=False))
+    if (argument := _ARGUMENT.search(example)) is None:
+        return example.replace("ARGUMENT=VALUE", ", ".join(f"{key}={value!r}" for key, value in arguments.items()))
+    filled = (
+        argument[0].replace("VALUE", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for value in arguments.values()
+    )
+    texts = (text.replace("ARGUMENT", key, 1) for key, text in zip(arguments, filled, strict=True))
+    return example.replace(argument[0], "".join(texts))
 
 
 def _sign_in(template: str | None, signs: tuple[tuple[str, str], ...]) -> str | None:

@@ -164,6 +164,21 @@ def test_a_template_without_tools_gets_them_in_the_system_message() -> None:
             assert '"weather"' in text
 
 
+def test_a_template_without_calls_gets_earlier_ones_in_the_assistants_text() -> None:
+    """Regression: the model read an empty message of its own before the result of a call that it had not made."""
+    function = {"name": "weather", "arguments": '{"city": "Bern"}'}
+    call = {"id": "c", "type": "function", "function": function}
+    result = {"role": "tool", "tool_call_id": "c", "content": "It rains."}
+    for content, lines in ((None, ""), ("Let me see.", "Let me see.\n")):
+        history = [{"role": "assistant", "content": content, "tool_calls": [call]}, result]
+        body = {"messages": [*QUESTION["messages"], *history], "tools": TOOLS}  # type: ignore[misc]
+        with replying(["x"], "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}") as client:
+            ids = client.post("/tokenize", json=body).json()["tokens"]
+            text = client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+        expected = f'<|assistant|>{lines}{{"name": "weather", "arguments": {{"city": "Bern"}}}}<|tool|>It rains.'
+        assert text.endswith(expected)
+
+
 def test_reasoning_has_both_of_its_names() -> None:
     with replying(["<think>\nhm, rain\n</think>\n\nIt rains."], THINKING) as client:
         body = {"messages": QUESTION["messages"]}

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 import penstock
-from penstock.tools import FORMATS, parse_output, reasoning_format_of, renders_tools, tool_format_of, tool_instructions
+from penstock.tools import (
+    FORMATS,
+    call_text,
+    parse_output,
+    reasoning_format_of,
+    renders_calls,
+    renders_tools,
+    tool_format_of,
+    tool_instructions,
+)
 from tests.unit.tools.texts import TOOLS
 
 QWEN3 = """{%- if tools %}For each function call, return a json object within <tool_call></tool_call> XML tags:
@@ -56,3 +65,16 @@ def test_instructions_show_the_format_that_is_parsed(name: str) -> None:
     example = example.replace("ARGUMENT", "n").replace("VALUE", "5")
     (call,) = parse_output(example, name, TOOLS).tool_calls
     assert (call.name, call.arguments) == ("search", {"n": 5})
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("arguments", [{}, {"n": 5}, {"query": 'ARGUMENT "é" VALUE', "n": 5}])
+def test_the_text_of_a_call_is_read_as_that_call(name: str, arguments: dict[str, object]) -> None:
+    (call,) = parse_output(call_text("search", arguments, name), name, TOOLS).tool_calls
+    assert (call.name, call.arguments) == ("search", arguments)
+
+
+def test_a_template_tells_whether_it_renders_earlier_calls() -> None:
+    assert renders_calls("{% for call in message.tool_calls %}{{ call.function.name }}{% endfor %}")
+    assert not renders_calls("{{ message.content }}")
+    assert not renders_calls(None)
