@@ -13,7 +13,9 @@ from starlette.testclient import TestClient
 from penstock.outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from penstock.serving import ServingSettings, app
 
-THINKING_TEMPLATE = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ tools }}<think></think><tool_call>"
+THINKING_TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ tools }}<think></think><tool_call>"
+)
 
 
 class SplitHandle:
