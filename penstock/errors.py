@@ -23,7 +23,8 @@ the exception (`with_hint`): tracebacks show it, and a web service leaves it out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Self
 
 from penstock.outputs import RequestOutput
@@ -77,9 +78,26 @@ class PackageMissing(ConfigurationError, ImportError):
 
 
 class RequestError(PenstockError, ValueError):
-    """One request is invalid; no other is affected."""
+    """One request is invalid; no other is affected. `parameter` is the name of what is wrong, None if that is unknown.
+
+    Names are those of `generate` and of the parameters: "prompt", "temperature".
+    """
 
     http_status = 400
+
+    def __init__(self, *args: object, parameter: str | None = None) -> None:
+        super().__init__(*args)
+        self.parameter = parameter
+
+
+@contextmanager
+def concerning(parameter: str) -> Iterator[None]:
+    """A block whose `RequestError`s are about this parameter, unless they name another one."""
+    try:
+        yield
+    except RequestError as error:
+        error.parameter = error.parameter or parameter
+        raise
 
 
 class RequestTooLarge(RequestError):

@@ -57,7 +57,8 @@ class GenerationConfig:
         num_beams = integer("num_beams", self.num_beams, 1, rule="an integer >= 1")
         do_sample = flag("do_sample", self.do_sample)
         if num_beams > 1 and do_sample:
-            raise RequestError(f"num_beams={num_beams} searches and draws nothing: set do_sample=False with it")
+            text = f"num_beams={num_beams} searches and draws nothing: set do_sample=False with it"
+            raise RequestError(text, parameter="num_beams")
         min_tokens = integer("min_length", self.min_length, 0, LARGEST_LENGTH, "an integer >= 0")
         params = SamplingParams(
             n=self.num_return_sequences,
@@ -83,7 +84,8 @@ class GenerationConfig:
         if prompt_len and max_tokens < 1:
             raise RequestTooLarge(
                 f"the prompt has {prompt_len} tokens and max_length={max_length} leaves no room for output: "
-                'raise max_length, or count new tokens only with length_mode="new"'
+                'raise max_length, or count new tokens only with length_mode="new"',
+                parameter="max_length",
             )
         return max_tokens if room is None else min(max_tokens, room)
 
@@ -139,7 +141,8 @@ def fitted(
         subject = "prompt and completion have" if isinstance(params, ScoringParams) else "the prompt has"
         raise RequestTooLarge(
             f"{subject} {prompt_len} tokens and the {limit.name} is {limit.tokens} for prompt and output together: "
-            "shorten the prompt"
+            "shorten the prompt",
+            parameter="prompt",
         ).with_hint(limit.hint)
     if params is None:
         params = default_params(defaults, max_tokens, prompt_len)
@@ -152,6 +155,7 @@ def fitted(
     if params.max_tokens is not None and params.max_tokens > room:
         raise RequestTooLarge(
             f"a prompt of {prompt_len} tokens and max_tokens={params.max_tokens} exceed the {limit.name} of "
-            f"{limit.tokens}: ask for at most {room}, or max_tokens=None for what fits"
+            f"{limit.tokens}: ask for at most {room}, or max_tokens=None for what fits",
+            parameter="max_tokens",
         ).with_hint(limit.hint)
     return params, room if params.max_tokens is None else params.max_tokens

@@ -49,7 +49,9 @@ class ScoringParams(SamplingParams):
         """
         if params is not None and (params.structured_outputs is not None or params.use_beam_search):
             name = "use_beam_search" if params.use_beam_search else "structured_outputs"
-            raise RequestError(f"a score does not apply {name}: leave it out of params, or leave params out")
+            raise RequestError(
+                f"a score does not apply {name}: leave it out of params, or leave params out", parameter=name
+            )
         values: dict[str, Any] = {} if params is None else {name: getattr(params, name) for name in DRAWN_FROM}
         values |= {"tempers": params is not None, "wants_logits": logits, "wants_entropies": entropies}
         return cls(num_scored=num_scored, **values)

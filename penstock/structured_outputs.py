@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from json import dumps, loads
 from typing import Any, Literal
 
-from penstock.errors import GrammarError, RequestError, described
+from penstock.errors import GrammarError, RequestError, concerning, described
 from penstock.values import flag, items, refused, suggests_keywords, text
 
 Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
@@ -51,7 +51,8 @@ class StructuredOutputs:
         ]
         if len(kinds) != 1:
             received = " and ".join(kinds) or "none of them"
-            raise RequestError(f"StructuredOutputs takes exactly one of {', '.join(KINDS)}, got {received}")
+            message = f"StructuredOutputs takes exactly one of {', '.join(KINDS)}, got {received}"
+            raise RequestError(message, parameter="structured_outputs")
         if self.json is not None:
             _set(self, "json", _schema_text(self.json))
         if self.choice is not None:
@@ -90,7 +91,8 @@ def _bounded(name: str, value: object) -> str:
     try:
         string.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{name} has an unpaired surrogate at character {error.start}: remove it") from None
+        message = f"{name} has an unpaired surrogate at character {error.start}: remove it"
+        raise RequestError(message, parameter=name.rpartition(" ")[2]) from None
     return string
 
 
@@ -102,6 +104,7 @@ def _choices(value: object) -> tuple[str, ...]:
     return choices
 
 
+@concerning("json")
 def _schema_text(value: object) -> str:
     """The schema as JSON text. Raises `RequestError` for other types, `GrammarError` for what is not JSON."""
     if isinstance(value, type):

@@ -143,5 +143,5 @@ def token_ids(name: str, values: object) -> tuple[int, ...]:
 
 
 def refused(name: str, value: object, rule: str) -> RequestError:
-    """The error for a value that does not follow a rule."""
-    return RequestError(f"{name} must be {rule}, got {shown(value)}")
+    """The error for a value that does not follow a rule. `name` ends with the parameter: "each of stop_token_ids"."""
+    return RequestError(f"{name} must be {rule}, got {shown(value)}", parameter=name.rpartition(" ")[2])

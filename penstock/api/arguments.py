@@ -78,7 +78,8 @@ def check_params(params: Params) -> Params:
     if isinstance(params, GenerationConfig):
         return dataclasses.replace(params)
     if params is not None and not isinstance(params, SamplingParams):
-        raise RequestError(f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}")
+        text = f"params must be SamplingParams or GenerationConfig, got {type(params).__name__}"
+        raise RequestError(text, parameter="params")
     return params
 
 
@@ -101,4 +102,4 @@ def check_id(request_id: str | None) -> str:
 def check_callback(callback: object) -> None:
     """Raise `RequestError` for a callback that is not callable; None means no callback."""
     if callback is not None and not callable(callback):
-        raise RequestError(f"callback must be a function, got {shown(callback)}")
+        raise RequestError(f"callback must be a function, got {shown(callback)}", parameter="callback")

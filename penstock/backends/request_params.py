@@ -31,13 +31,16 @@ def refuse_unknown(engine: str, params: SamplingParams, names: Collection[str]) 
     """Raise `RequestError` for a parameter that an engine of this name does not have, unless it is its default."""
     for name in changed(params):
         if name not in names:
-            raise RequestError(f"{engine} has no {name} in a request: leave it out, or use the native engine")
+            text = f"{engine} has no {name} in a request: leave it out, or use the native engine"
+            raise RequestError(text, parameter=name)
 
 
 def refuse_whitespace_pattern(engine: str, params: SamplingParams) -> None:
     """Raise `RequestError` for a pattern that would hold for this request alone."""
     if params.structured_outputs is not None and params.structured_outputs.whitespace_pattern is not None:
-        raise RequestError(f"{engine} has one whitespace_pattern for all requests: leave it out")
+        raise RequestError(
+            f"{engine} has one whitespace_pattern for all requests: leave it out", parameter="structured_outputs"
+        )
 
 
 def as_sampled(params: SamplingParams, logprobs: Iterable[float]) -> Iterable[float]:

@@ -41,7 +41,8 @@ class SGLangAdapters:
             return None
         if name not in self._own_names:
             loaded = ", ".join(map(shown, self._own_names)) or "none"
-            raise RequestError(f"adapter {shown(name)} is not loaded (there is {loaded}): call load_adapter() first")
+            text = f"adapter {shown(name)} is not loaded (there is {loaded}): call load_adapter() first"
+            raise RequestError(text, parameter="adapter")
         return self._own_names[name]
 
     async def load(self, name: str, source: object) -> None:

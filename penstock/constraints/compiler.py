@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from penstock.constraint import Constraint, MaskFiller
-from penstock.errors import GrammarError
+from penstock.errors import GrammarError, concerning
 from penstock.structured_outputs import StructuredOutputs
 
 MAX_GRAMMARS = 64
@@ -53,6 +53,7 @@ class GrammarCompiler:
             self._grammars[structured, reasoning_end] = grammar  # the latest now
             return grammar
 
+    @concerning("structured_outputs")
     def compile(self, structured: StructuredOutputs, reasoning_end: str | None, tokenizer: object) -> CompiledGrammar:
         """The grammar, compiled now or lately. `tokenizer` is the calling thread's own copy. Raises `GrammarError`."""
         if (known := self.find(structured, reasoning_end)) is not None:

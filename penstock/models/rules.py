@@ -111,7 +111,8 @@ def run_processor(processor: LogitsProcessor, output: list[int], logits: Tensor)
         logits.copy_(result.detach())
     except BaseException as error:  # user code may raise more than `Exception`
         reason = text_of(error) if isinstance(error, RequestError) else described(error)
-        raise RequestError(f"logits processor {_name(processor)} failed: {reason}") from error
+        text = f"logits processor {_name(processor)} failed: {reason}"
+        raise RequestError(text, parameter="logits_processors") from error
     logits.clamp_(max=FLOAT_MAX)  # +inf means "this one"; its difference to itself must stay 0
 
 

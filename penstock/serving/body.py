@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from penstock.errors import shown
 from penstock.serving.errors import CLIENT_CLOSED, HttpError, invalid
+from penstock.serving.field_names import note_body
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -45,9 +46,11 @@ async def read_model(request: Request, model: type[M], max_bytes: int, default: 
     """The body as an instance of the model. `default` stands for an empty body."""
     values = parse(await read_body(request, max_bytes) or default)
     try:
-        return model.model_validate(values)
+        body = model.model_validate(values)
     except ValidationError as error:
         raise _refusal(error, values) from None
+    note_body(request.scope, body)
+    return body
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:

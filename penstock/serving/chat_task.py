@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from penstock.errors import RequestError, shown
+from penstock.errors import RequestError, concerning, shown
 from penstock.outputs import CompletionOutput, Delta
 from penstock.sampling import SamplingParams
 from penstock.serving.model_formats import ModelFormats
@@ -164,6 +164,7 @@ def tool_use(tools: object, choice: object, *, is_parallel: bool = True, max_too
     return ToolUse(tools=records, choice=selected if records else NO_TOOLS, is_parallel=is_parallel)
 
 
+@concerning("tool_choice")
 def _allowed(tools: Sequence[Tool], choice: Mapping[str, object]) -> tuple[tuple[Tool, ...], str]:
     """Some of the tools, and the mode, of a choice of several; chats nest it. Raises `RequestError`."""
     nested = choice.get("allowed_tools", choice)

@@ -98,7 +98,7 @@ class Exchange:
         ping: bytes = COMMENT,
     ) -> Response:
         """The frames as a response. An error becomes the last frame; otherwise `done` is, if it is not empty."""
-        guarded = self._guarded(generation, frames, lambda error: failure_frame(failure_of(error)), done)
+        guarded = self._guarded(generation, frames, failure_frame, done)
         interval_s = self.server.settings.ping_interval_s
         return EventStream(guarded, generation.cancel, ping=ping, interval_s=interval_s)
 
@@ -106,7 +106,7 @@ class Exchange:
         self,
         generation: Generation,
         frames: AsyncIterator[bytes],
-        error_frame: Callable[[BaseException], bytes],
+        failure_frame: FailureFrame,
         done: bytes,
     ) -> AsyncGenerator[bytes, None]:
         try:
@@ -119,7 +119,7 @@ class Exchange:
             self.call.facts["error"] = type(error).__name__
             if not isinstance(error, PenstockError):
                 self.server.log.error("stream failed", response_id=self.id, error=described(error), exc_info=True)
-            yield error_frame(error)
+            yield failure_frame(failure_of(error, self.request.scope))
         finally:
             self.call.facts["completion_tokens"] = generation.usage().completion_tokens
             self._note_ends(generation)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from starlette.types import Scope
+
 from penstock.errors import (
     DeadlineExceeded,
     EngineClosed,
@@ -24,6 +26,7 @@ from penstock.errors import (
     WeightsError,
     text_of,
 )
+from penstock.serving.field_names import field_of
 
 CLIENT_CLOSED = 499
 
@@ -58,8 +61,8 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return HttpError(400, message, code=code, param=param)
 
 
-def failure_of(error: BaseException) -> Failure:
-    """The answer to an error."""
+def failure_of(error: BaseException, scope: Scope | None = None) -> Failure:
+    """The answer to an error; `scope` is that of the request, whose field it names."""
     if isinstance(error, HttpError):
         headers = _retry_after(error.retry_after_s) if error.retry_after_s else {}
         if error.status == 401:
@@ -72,7 +75,8 @@ def failure_of(error: BaseException) -> Failure:
             headers = _retry_after(error.retry_after_s) if isinstance(error, EngineOverloaded) else {}
             if isinstance(error, DeadlineExceeded):
                 headers = {"x-should-retry": "false"}
-            return Failure(status, text_of(error), _type_of(status), code, None, headers)
+            param = field_of(scope, error.parameter) if isinstance(error, RequestError) else None
+            return Failure(status, text_of(error), _type_of(status), code, param, headers)
     return Failure(500, "internal error: the server's log has the details", "server_error")
 
 

@@ -134,7 +134,7 @@ class Gate:
             stack.enter_context(self._server.lifecycle.call())
 
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        failure = failure_of(error)
+        failure = failure_of(error, scope)
         if failure.status >= 500:
             self._server.log.error(
                 "request failed",

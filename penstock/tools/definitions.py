@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from penstock.errors import RequestError, shown
+from penstock.errors import RequestError, concerning, shown
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -53,6 +53,7 @@ class ToolChoice:
     name: str | None = None
 
 
+@concerning("tools")
 def read_tools(tools: object, *, max_tools: int = MAX_TOOLS, place: str = "tools") -> list[Tool]:
     """The tools as records. Raises `RequestError` that names the place of what is wrong; `place` begins it."""
     if tools is None:
@@ -70,6 +71,7 @@ def read_tools(tools: object, *, max_tools: int = MAX_TOOLS, place: str = "tools
     return records
 
 
+@concerning("tool_choice")
 def read_tool_choice(choice: object, tools: Sequence[Tool], *, place: str = "tool_choice") -> ToolChoice:
     """The choice as a record, from a word or from the objects of OpenAI's and Anthropic's APIs."""
     if isinstance(choice, ToolChoice):

@@ -118,7 +118,9 @@ class Dispatcher:
         entry = _Open(request)
         earlier = self._open.get(request.id)
         if earlier is not None and not earlier.request.channel.ended:
-            error = RequestError(f"request id {request.id!r} is already running: use another, or none")
+            error = RequestError(
+                f"request id {request.id!r} is already running: use another, or none", parameter="request_id"
+            )
             self._finish(entry, FinishReason.ERROR, error)
             return
         self._open[request.id] = entry

@@ -37,7 +37,8 @@ class AdapterNames:
             return ""
         if (key := self._keys.get(name)) is None:
             known = ", ".join(self.names()) or "none"
-            raise RequestError(f"adapter {shown(name)} is not loaded (there is {known}): call load_adapter() first")
+            text = f"adapter {shown(name)} is not loaded (there is {known}): call load_adapter() first"
+            raise RequestError(text, parameter="adapter")
         return key
 
     def generation(self, name: str) -> int:

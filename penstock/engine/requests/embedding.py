@@ -39,7 +39,8 @@ class Embedding:
         if not hidden_size:
             raise RequestError("this model gives no embeddings: it has no hidden states")
         if self.dimensions is not None and self.dimensions > hidden_size:
-            raise RequestError(f"dimensions={self.dimensions} is more than the {hidden_size} that this model has")
+            text = f"dimensions={self.dimensions} is more than the {hidden_size} that this model has"
+            raise RequestError(text, parameter="dimensions")
 
     def output(self, output: RequestOutput) -> EmbeddingOutput:
         """The result of one prompt."""

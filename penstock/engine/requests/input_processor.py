@@ -118,7 +118,8 @@ class InputProcessor:
         if len(text) > self.limit and (least := self._bound.at_least(tokenizer, text)) > self.limit:
             raise RequestTooLarge(
                 f"the prompt has at least {least} tokens and the limit is {self.limit} for prompt and output "
-                "together: shorten the prompt"
+                "together: shorten the prompt",
+                parameter="prompt",
             ).with_hint(self._remedy)
 
     def admit(self, request: Request, encoded: Encoded, seq_ids: Iterator[int], now: float) -> None:
@@ -169,9 +170,8 @@ class InputProcessor:
     def _check_vocabulary(self, ids: Collection[int]) -> None:
         highest = max(ids, default=0)
         if highest >= self._spec.vocab_size:
-            raise RequestError(
-                f"token id {highest} in the prompt is outside the model's vocabulary of {self._spec.vocab_size}"
-            )
+            text = f"token id {highest} in the prompt is outside the model's vocabulary of {self._spec.vocab_size}"
+            raise RequestError(text, parameter="prompt")
 
     def _resolve(self, params: Params, prompt_len: int, bad_words: list[list[int]]) -> SamplingParams:
         """The parameters with a definite `max_tokens` that fits."""
@@ -186,25 +186,28 @@ class InputProcessor:
         if params.num_samples > self._config.max_queue_size:
             raise RequestTooLarge(
                 f"{params.num_samples} completions of one prompt exceed the queue's limit "
-                f"({self._config.max_queue_size}): ask for fewer"
+                f"({self._config.max_queue_size}): ask for fewer",
+                parameter="n",
             ).with_hint("To allow more, raise max_queue_size.")
         if params.num_beams and params.num_beams > (max_rows := ceilings(self._config).max_batch_size):
             raise RequestTooLarge(
-                f"{params.num_beams} beams exceed the maximum per step ({max_rows}): search with fewer"
+                f"{params.num_beams} beams exceed the maximum per step ({max_rows}): search with fewer",
+                parameter="best_of",
             ).with_hint("To allow more, raise max_batch_size.")
         max_logprobs = self._config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name) or 0
             if max_logprobs >= 0 and not 0 <= value <= max_logprobs:
                 raise RequestError(
-                    f"{name}={value} is more than this engine allows: ask for at most {max_logprobs}"
+                    f"{name}={value} is more than this engine allows: ask for at most {max_logprobs}", parameter=name
                 ).with_hint("To allow more, raise max_logprobs.")
 
     def _check_effects(self, params: SamplingParams) -> None:
         """Refuse parameters that certainly have no effect, and warn about those that probably have none."""
         check_ids(params, self._spec.vocab_size)
         if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need text, and this engine serves token ids only: pass stop_token_ids")
+            text = "stop strings need text, and this engine serves token ids only: pass stop_token_ids"
+            raise RequestError(text, parameter="stop")
         for sentence in ineffective(params, self._spec, self._special):
             self._warn(sentence)
 

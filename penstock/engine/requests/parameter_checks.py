@@ -32,7 +32,7 @@ def check_ids(params: SamplingParams, vocab_size: int) -> None:
     )
     for name, ids in restrictions:
         if ids and (token := _outside(ids, vocab_size)) is not None:
-            raise RequestError(f"token id {token} in {name} {_OUTSIDE} of {vocab_size}: {_REMEDY}")
+            raise RequestError(f"token id {token} in {name} {_OUTSIDE} of {vocab_size}: {_REMEDY}", parameter=name)
 
 
 def _outside(ids: Collection[int], vocab_size: int) -> int | None:

@@ -75,5 +75,7 @@ def unused_id(request_id: str | None, channels: Mapping[str, Channel]) -> str:
     """The id, or a fresh one for None. Raises `RequestError` while a request with this id runs."""
     request_id = check_id(request_id)
     if (channel := channels.get(request_id)) is not None and not channel.ended:
-        raise RequestError(f"request id {request_id!r} is already running: use another, or none")
+        raise RequestError(
+            f"request id {request_id!r} is already running: use another, or none", parameter="request_id"
+        )
     return request_id

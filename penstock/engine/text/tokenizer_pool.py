@@ -19,7 +19,7 @@ from penstock.api.prompt import EMPTY, Chat, PromptInput, read_ids
 from penstock.api.rendering import render_chat
 from penstock.engine.text.token_text import TokenDecoder, redefines
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
-from penstock.errors import EngineClosed, PenstockError, RequestError, RequestTooLarge, described
+from penstock.errors import EngineClosed, PenstockError, RequestError, RequestTooLarge, concerning, described
 
 # Number of characters that a Rust tokenizer encodes in less time than two thread switches take.
 SHORT_TEXT = 256
@@ -91,6 +91,7 @@ def _resolve(future: Future[T], fn: Callable[..., T], tokenizer: Tokenizer | Non
         future.set_result(result)
 
 
+@concerning("prompt")
 def encode_prompt(
     tokenizer: Tokenizer | None,
     prompt: PromptInput,
@@ -121,6 +122,7 @@ def prompt_text(tokenizer: Tokenizer | None, prompt: PromptInput) -> str:
     return prompt.text or ""
 
 
+@concerning("prompt")
 def encode_ids(tokenizer: Tokenizer | None, prompt: PromptInput, add_special_tokens: bool) -> list[int]:
     """The token ids of a prompt. Raises `RequestError`."""
     with _explained("the prompt could not be encoded"):
@@ -146,6 +148,7 @@ def _explained(what: str) -> Iterator[None]:
         raise RequestError(f"{what}: {described(error)}") from error
 
 
+@concerning("bad_words")
 def encode_words(tokenizer: Tokenizer | None, words: Iterable[str | Sequence[int]]) -> list[list[int]]:
     """Token ids of `bad_words`: each string as at the start of a text and as after a space; ids unchanged.
 
