@@ -1,9 +1,8 @@
 """`EngineConfig`: every setting of the engine, with a sentence each.
 
 Values come from keywords, then environment variables (`PENSTOCK_MAX_BATCH_SIZE=8`), then a YAML file
-(`EngineConfig.from_yaml(path)`), then the defaults. Fields stay assignable while the engine runs; an assignment is
-validated and takes effect at the next step unless the field's description says otherwise. Unknown names raise
-`ConfigurationError` with the nearest valid one.
+(`EngineConfig.from_yaml(path)`), then the defaults. Assignments are validated. While an engine runs, those of fields that
+it reads at start are refused; others take effect at the next step. Unknown names raise an error with the nearest one.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, Unpack, cast, ge
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from penstock.errors import ConfigurationError, shown
+from penstock.held_settings import HeldSettings
 from penstock.values import nearest, plain, split_names
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class Settings(EngineSettings, total=False):
     tokenizer: str | None
 
 
-class EngineConfig(BaseSettings):
+class EngineConfig(HeldSettings):
     """Settings of an `InferenceEngine`."""
 
     model_config = SettingsConfigDict(

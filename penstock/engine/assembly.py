@@ -33,6 +33,7 @@ from penstock.engine.requests.input_processor import InputProcessor
 from penstock.engine.text.tokenizer import Tokenizer, copy_tokenizer
 from penstock.engine.text.tokenizer_pool import TokenizerPool
 from penstock.errors import ConfigurationError
+from penstock.held_settings import LIVE_SETTINGS, hold
 from penstock.models.folder import check_source
 from penstock.models.hub import check_available
 from penstock.models.protocol import GuessingRunner, ModelRunner, ModelSpec
@@ -243,6 +244,7 @@ class Assembly:
         self._advisor = advisor
         self._log = log
         self._last_weight_version = 0  # when the parts were released
+        self._release_settings: Callable[[], object] = lambda: None
 
     @property
     def weight_version(self) -> int:
@@ -255,7 +257,12 @@ class Assembly:
         assert self._sources is not None
         (model, tokenizer), self._sources = self._sources, None
         config, admission, log = self._config, self._admission, self._log
-        parts = self.parts = await worker.run(assemble, model, tokenizer, config, admission, log).done
+        self._release_settings = hold(config, LIVE_SETTINGS)
+        try:
+            parts = self.parts = await worker.run(assemble, model, tokenizer, config, admission, log).done
+        except BaseException:
+            self._release_settings()  # for another attempt with other settings
+            raise
         observer = StepObserver(config, parts.scheduler, self._metrics, parts.tuning, self._advisor, log)
         admission.estimate_wait = observer.forecast.wait_s
         core_parts = CoreParts(
@@ -276,7 +283,8 @@ class Assembly:
         return EngineCore(core_parts, execute, time.monotonic)
 
     def close(self) -> None:
-        """Release all parts."""
+        """Release all parts, and the settings."""
+        self._release_settings()
         self._last_weight_version = self.weight_version
         parts, self.parts = self.parts, None
         if parts is not None:

@@ -19,25 +19,12 @@ from penstock.config import EngineConfig, EngineSettings, canonical, uses_draft_
 from penstock.engine.inference import InferenceEngine
 from penstock.errors import ConfigurationError, RequestError
 from penstock.facades.optimizations import Generation, describe, features, totals
+from penstock.held_settings import LIVE_SETTINGS
 from penstock.optimizers.levels import NO_CHECKPOINTS, OptimizationConfig
 from penstock.outputs import RequestOutput
 from penstock.sampling import SamplingParams
 
 KEPT_GENERATIONS = 1024
-# Settings that may change between two generations; the others are read when the model is loaded.
-LIVE = frozenset(
-    {
-        "enable_speculative_decoding",
-        "speculation_length",
-        "target",
-        "profile_performance",
-        "max_batch_size",
-        "max_num_batched_tokens",
-        "batch_timeout_ms",
-        "gc_threshold",
-        "enable_gradient_checkpointing",
-    }
-)
 # A caller who passes one of these replaces all of the level's values for them.
 COUNTS = frozenset({"n", "best_of", "rank_by", "use_beam_search"})
 
@@ -60,7 +47,7 @@ class PerformanceOptimizer:
         self._generations: deque[Generation] = deque(maxlen=KEPT_GENERATIONS)
         engine_config = EngineConfig(**{**self._applied, **self._explicit})
         lacks_draft_model = uses_draft_model(engine_config) and engine_config.enable_speculative_decoding is not True
-        self._live = LIVE - {"enable_speculative_decoding"} if lacks_draft_model else LIVE
+        self._live = LIVE_SETTINGS - {"enable_speculative_decoding"} if lacks_draft_model else LIVE_SETTINGS
         self.engine = InferenceEngine(model, None, engine_config)
         self.engine.start()
         self._log_setup()

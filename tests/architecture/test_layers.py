@@ -27,6 +27,7 @@ ROWS: tuple[frozenset[str] | tuple[str, ...], ...] = (
         "sequence",
         "outputs",
         "config",
+        "held_settings",
         "constraint",
         "generation",
         "sampling",

@@ -6,15 +6,26 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
 from harness.processes import own_environment
-from penstock import ConfigurationError, EngineConfig, FinishReason, InferenceEngine
+from penstock import (
+    ConfigurationError,
+    EngineConfig,
+    FinishReason,
+    InferenceEngine,
+    OutOfMemory,
+    ReplicatedEngine,
+    ScriptedModel,
+)
 from penstock.api.arguments import RequestOptions
 from penstock.config import ALIASES, Settings, warn_of_misspelled_variables
+from penstock.held_settings import LIVE_SETTINGS, QUEUE_SETTINGS
 from penstock.serving import ServingSettings
 from penstock.serving.process import ProcessSettings
 
@@ -233,3 +244,73 @@ def test_a_file_that_is_no_mapping_of_names_is_refused(content: bytes, says: str
     for settings in (EngineConfig, ServingSettings):
         with pytest.raises(ConfigurationError, match=says):
             settings.from_yaml(file)  # type: ignore[attr-defined]
+
+
+def scripted(config: EngineConfig | None = None) -> InferenceEngine:
+    return InferenceEngine(ScriptedModel([5, 6]), None, config, skip_tokenizer_init=True, batch_timeout_ms=0)
+
+
+@contextmanager
+def scripted_running(config: EngineConfig) -> Iterator[InferenceEngine]:
+    engine = scripted(config)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def num_tokens(engine: InferenceEngine) -> int:
+    return int(engine.get_stats()["max_sequence_length"] or 0)
+
+
+def test_a_setting_that_was_read_at_start_is_not_assigned_while_the_engine_runs() -> None:
+    """It was, and had no effect."""
+    engine = scripted()
+    engine.config.kv_cache_tokens = 320
+    engine.start()
+    assert num_tokens(engine) == 320
+    for name, value in (("kv_cache_tokens", 640), ("block_size", 4), ("seed", 1), ("max_model_len", 8)):
+        with pytest.raises(ConfigurationError, match=r"no effect.* can be changed: batch_timeout_ms, .*target"):
+            setattr(engine.config, name, value)
+    engine.config.kv_cache_tokens = 320  # what it is
+    engine.config.max_num_seqs = 3
+    assert (engine.config.max_batch_size, engine.config.block_size) == (3, 16)
+    engine.stop()
+    engine.config.kv_cache_tokens = 640
+    with scripted_running(engine.config) as other:
+        assert num_tokens(other) == 640
+
+
+def test_copies_of_settings_are_free() -> None:
+    with scripted_running(EngineConfig(kv_cache_tokens=320)) as engine:
+        copied = engine.config.model_copy()
+        copied.kv_cache_tokens = 640
+        assert EngineConfig(kv_cache_tokens=64).kv_cache_tokens == 64
+
+
+def test_settings_with_which_an_engine_could_not_start_can_be_changed() -> None:
+    class Small(ScriptedModel):
+        def allocate(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+            raise OutOfMemory("out of memory")
+
+    engine = InferenceEngine(Small([5]), None, skip_tokenizer_init=True)
+    with pytest.raises(OutOfMemory):
+        engine.start()
+    engine.config.kv_cache_tokens = 16
+
+
+def test_of_replicas_only_the_limits_of_the_queue_can_be_changed() -> None:
+    """What else was assigned reached the queue alone, and the replicas had copies."""
+    engine = ReplicatedEngine([ScriptedModel([5]), ScriptedModel([5])], None, skip_tokenizer_init=True)
+    engine.start()
+    engine.config.max_queue_size = 7
+    with pytest.raises(ConfigurationError, match=r"no effect.* changed: max_queue_size, max_queued_tokens$"):
+        engine.config.max_batch_size = 4
+    engine.stop()
+    engine.config.max_batch_size = 4
+
+
+def test_settings_that_are_read_at_start_say_so_and_no_others() -> None:
+    for name, field in EngineConfig.model_fields.items():
+        says = "Read at" in (field.description or "") or "at start" in (field.description or "")
+        assert not (says and name in LIVE_SETTINGS), name
+    assert EngineConfig.model_fields.keys() >= LIVE_SETTINGS >= QUEUE_SETTINGS

@@ -22,6 +22,7 @@ from penstock.engine.observe.figures import figures
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.requests.logprob_check import FinishedRequests
 from penstock.errors import EngineClosed, text_of
+from penstock.held_settings import QUEUE_SETTINGS, hold
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.advisor import BatchingOptimizer
 
@@ -52,6 +53,7 @@ class Replica:
         self._log = log
         self._assembly: Assembly | None = None
         self._unregister = halt_at_exit(self)
+        self._release_settings: Callable[[], object] = lambda: None
 
     @property
     def is_live(self) -> bool:
@@ -103,6 +105,7 @@ class Replica:
     def stop(self) -> None:
         """End all requests, join the threads, release the model. Waits for a running step and a loading model."""
         self.host.stop(0.0)
+        self._release_settings()
         self._source = None
         if self._assembly is not None:
             self._assembly.close()
@@ -117,6 +120,7 @@ class Replica:
     async def _boot(self, worker: Worker) -> EngineCore:
         source, self._source = self._source, None
         assert source is not None
+        self._release_settings = hold(self._config, QUEUE_SETTINGS)
         model, tokenizer, self._config = await worker.run(source).done
         assembly = self._assembly = Assembly(
             *(model, tokenizer, self._config, self._admission, self.metrics, BatchingOptimizer(), self._log)
