@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from penstock import ExecutionError, InferenceEngine, SamplingParams, Score
+from penstock import ExecutionError, InferenceEngine, RequestHandle, SamplingParams, Score
 from penstock.scores import joined
 from penstock.scoring import ScoringParams
 from tests.drive import Driver, greedy_by_transformers, prompts, sequence
@@ -66,6 +66,16 @@ async def until(condition: Callable[[], bool]) -> None:
     """Let the engine work until the condition holds."""
     while not condition():  # noqa: ASYNC110 - the engine's thread signals no event
         await asyncio.sleep(0.001)
+
+
+async def scored_together(engine: InferenceEngine, submit: Callable[[], None] = lambda: None) -> list[Score]:
+    """The scores of all pairs, which have arrived before the first step, and so has what `submit` submits."""
+    await engine.pause()
+    scoring = asyncio.create_task(engine.score(PROMPTS, COMPLETIONS))
+    await until(lambda: engine.get_stats()["queue"]["num_waiting"] == len(PROMPTS))
+    submit()
+    await engine.resume()
+    return await scoring
 
 
 @pytest.mark.parametrize("rewrites", [True, False])
@@ -132,13 +142,13 @@ async def test_weights_changed_in_place_show_in_the_next_score() -> None:
     """T4: nothing of the old weights is read again once the cache is reset."""
     model = build("llama")
     async with InferenceEngine(model, **ENGINE, block_size=4) as engine:
-        before = await engine.score(PROMPTS, COMPLETIONS)
+        before = await scored_together(engine)
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
         engine.reset_prefix_cache()
-        after = await engine.score(PROMPTS, COMPLETIONS)
+        after = await scored_together(engine)
     async with InferenceEngine(model, **ENGINE, block_size=4) as engine:
-        assert difference(after, await engine.score(PROMPTS, COMPLETIONS)) == 0
+        assert difference(after, await scored_together(engine)) == 0
     assert difference(after, before) > 0.01
 
 
@@ -158,12 +168,9 @@ async def test_a_crowd_that_generates_speculates_and_is_preempted_changes_nothin
     tight = {**ENGINE, "kv_cache_tokens": 256, "block_size": 4, "max_num_batched_tokens": 24}
     speculating = {"enable_speculative_decoding": True, "drafter": "ngram", "speculation_length": 3}
     async with InferenceEngine(model_of(name), **tight, **speculating) as engine:
-        await engine.pause()  # so that all of them have arrived before the first step
-        scoring = asyncio.create_task(engine.score(PROMPTS, COMPLETIONS))
-        await until(lambda: engine.get_stats()["queue"]["num_waiting"] == len(PROMPTS))
-        handles = [engine.generate(text, params) for text in TEXTS]
-        await engine.resume()
-        scores, *generated = await asyncio.gather(scoring, *handles)
+        handles: list[RequestHandle] = []
+        scores = await scored_together(engine, lambda: handles.extend(engine.generate(text, params) for text in TEXTS))
+        generated = await asyncio.gather(*handles)
         stats = engine.get_stats()
         assert stats["queue"]["num_preemptions"] > 0
         assert stats["totals"]["drafted_tokens"] > 0

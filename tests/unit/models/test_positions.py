@@ -139,7 +139,7 @@ def test_a_length_beyond_the_model_is_cut_with_a_reason(tmp_path: Path, caplog: 
     edit(folder, rope_parameters=YARN)
     caplog.clear()
     assert generate(folder, max_sequence_length=128) == by_transformers(folder)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("penstock")]
 
 
 def test_a_limit_of_the_settings_says_so(tmp_path: Path) -> None:
