@@ -178,7 +178,9 @@ async def test_a_score_of_a_higher_class_goes_first() -> None:
         await engine.score([1], [2], priority=priority)
         order.append(name)
 
-    async with InferenceEngine(model, max_batch_size=1, batch_timeout_ms=0) as engine:
+    # However slow the machine is, waiting lifts nobody to a higher class.
+    settings = {"max_batch_size": 1, "batch_timeout_ms": 0, "priority_boost_threshold": 1e6}
+    async with InferenceEngine(model, **settings) as engine:
         model.hold()
         blocker = engine.generate([1], SamplingParams(max_tokens=1))
         await until(lambda: engine.get_stats()["queue"]["num_running"] > 0)
