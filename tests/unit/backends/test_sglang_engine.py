@@ -251,13 +251,13 @@ async def test_a_request_that_ends_while_sglang_starts_does_not_start_it_again(m
 
     def start(*arguments: Any) -> SGLang:
         begun.set()
-        assert may_end.wait(10)
+        assert may_end.wait(60)
         return start_sglang(*arguments)
 
     monkeypatch.setattr("penstock.backends.sglang_engine.start_sglang", start)
     engine = SGLangEngine("m")
     first = engine.generate([1], PARAMS)
-    assert await asyncio.to_thread(begun.wait, 10)
+    assert await asyncio.to_thread(begun.wait, 60)
     first.cancel()
     with pytest.raises(RequestAborted):
         await first

@@ -40,9 +40,9 @@ class Unreachable(StreamedEngine[None]):
 async def test_stopping_does_not_wait_for_an_engine_that_does_not_answer() -> None:
     engine = Unreachable()
     starting = asyncio.ensure_future(asyncio.to_thread(engine.start))
-    assert await asyncio.to_thread(engine.connecting.wait, 10)
+    assert await asyncio.to_thread(engine.connecting.wait, 60)
     handle = engine.generate([1])
-    await asyncio.wait_for(asyncio.to_thread(engine.stop, 0), 10)
+    await asyncio.wait_for(asyncio.to_thread(engine.stop, 0), 60)
     for waiting in (starting, handle):
         with pytest.raises(EngineClosed, match="was stopped"):
             await waiting

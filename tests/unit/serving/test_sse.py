@@ -61,7 +61,7 @@ class Frames:
 
 
 async def finished(task: asyncio.Task[None]) -> None:
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, 60)
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 

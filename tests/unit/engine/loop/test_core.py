@@ -42,6 +42,8 @@ from penstock.scheduling.admission import Admission, QueuePlace
 from penstock.scheduling.scheduler import Scheduler
 from penstock.step import Event, StepPlan, StepResult
 
+PATIENCE_S = 60.0
+
 
 class LetterTokenizer:
     """Token 0 is "a", token 1 is "b"; 30 cannot be decoded, 31 panics like the Rust library."""
@@ -220,7 +222,7 @@ class Rig:
     async def finish(self) -> None:
         """Serve until all requests have ended."""
         self.core.stop()
-        await asyncio.wait_for(self.core.run(), 30)
+        await asyncio.wait_for(self.core.run(), PATIENCE_S)
 
     def is_clean(self) -> bool:
         """Whether no state of any request is left."""
@@ -234,7 +236,7 @@ async def drain(channel: Channel) -> list[Delta]:
     found: list[Delta] = []
     while True:
         try:
-            delta = await asyncio.wait_for(channel.take(), 5)
+            delta = await asyncio.wait_for(channel.take(), PATIENCE_S)
         except Exception:
             return found
         if delta is None:
@@ -327,7 +329,7 @@ async def test_an_engine_gives_memory_back_when_it_turns_idle_and_not_between_st
     rig.model.trim_memory = trim_memory  # type: ignore[method-assign]
     running = asyncio.create_task(rig.core.run())
     rig.submit(max_tokens=3)
-    await asyncio.wait_for(trimmed.wait(), 30)
+    await asyncio.wait_for(trimmed.wait(), PATIENCE_S)
     rig.core.stop()
     await running
     assert rig.trace.count("job") == 1
@@ -619,7 +621,7 @@ async def test_deadline_expires_while_the_prompt_is_still_encoded() -> None:
     channel = rig.submit("text", deadline=0.001)
     rig.now = 1.0
     with pytest.raises(DeadlineExceeded):
-        await asyncio.wait_for(channel.wait(), 5)
+        await asyncio.wait_for(channel.wait(), PATIENCE_S)
     assert rig.is_clean()
 
 
@@ -637,7 +639,7 @@ async def test_deadline_expires_in_the_middle_of_a_step() -> None:
     await asyncio.sleep(0)
     rig.now = 1.0
     with pytest.raises(DeadlineExceeded):
-        await asyncio.wait_for(channel.wait(), 5)
+        await asyncio.wait_for(channel.wait(), PATIENCE_S)
     assert not step.done()
     held.set_result(None)
     await step
@@ -745,7 +747,7 @@ async def test_a_speculator_forgets_ended_sequences_when_the_engine_becomes_idle
     rig = Rig(speculator=speculator)
     running = asyncio.create_task(rig.core.run())
     await rig.submit(max_tokens=1).wait()
-    await asyncio.wait_for(speculator.rested.wait(), 30)
+    await asyncio.wait_for(speculator.rested.wait(), PATIENCE_S)
     rig.core.stop()
     await running
     assert speculator.trace[:2] == ["draft", (1, 1, 0.01)]
@@ -860,7 +862,7 @@ async def test_an_awaiting_task_is_woken_when_it_has_been_ranked() -> None:
     channel = rig.submit(max_tokens=1, best_of=2, rank_by=lambda output: output.token_ids[0])
     waiting = asyncio.create_task(channel.wait())
     await rig.steps(1)
-    output = await asyncio.wait_for(waiting, 10)
+    output = await asyncio.wait_for(waiting, PATIENCE_S)
     assert output.outputs[0].token_ids == [1]
 
 
@@ -882,13 +884,13 @@ async def test_a_request_can_be_aborted_while_it_is_ranked() -> None:
 
     def wait(output: Any) -> float:
         asked.set()
-        answer.wait(10)
+        answer.wait(PATIENCE_S)
         return 1.0
 
     rig = Rig()
     channel = rig.submit(max_tokens=1, best_of=2, rank_by=wait)
     await rig.steps(1)
-    assert await asyncio.to_thread(asked.wait, 10)
+    assert await asyncio.to_thread(asked.wait, PATIENCE_S)
     rig.core.abort("a")
     assert isinstance(error := ending(channel), RequestAborted)
     assert error.output is not None

@@ -15,6 +15,8 @@ import pytest
 from penstock.engine.loop.worker import Worker
 from penstock.errors import ExecutionError
 
+PATIENCE_S = 60.0
+
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
@@ -47,8 +49,8 @@ async def test_everything_runs_in_order_on_one_thread_of_that_name(worker: Worke
 
 async def test_begun_completes_before_the_job_is_done(worker: Worker) -> None:
     turn = threading.Event()
-    job = worker.run(turn.wait, 5)
-    await asyncio.wait_for(job.begun, 5)
+    job = worker.run(turn.wait, PATIENCE_S)
+    await asyncio.wait_for(job.begun, PATIENCE_S)
     assert not job.done.done()
     turn.set()
     assert await job.done
@@ -74,7 +76,7 @@ async def test_a_halted_worker_interrupts_its_job_and_begins_no_other() -> None:
 
 async def test_job_has_not_begun_while_another_one_runs(worker: Worker) -> None:
     turn = threading.Event()
-    first, second = worker.run(turn.wait, 5), worker.run(int, "2")
+    first, second = worker.run(turn.wait, PATIENCE_S), worker.run(int, "2")
     await first.begun
     assert not second.begun.done()
     turn.set()
@@ -95,14 +97,14 @@ async def test_errors_that_asyncio_cannot_deliver_arrive_as_one_that_it_can(
 ) -> None:
     """The engine waited forever for a step that raised `StopIteration`. The other errors ended its loop."""
     with pytest.raises(ExecutionError, match=f"the model raised {type(error).__name__}") as caught:
-        await asyncio.wait_for(worker.run(raiser(error)).done, 5)
+        await asyncio.wait_for(worker.run(raiser(error)).done, PATIENCE_S)
     assert caught.value.__cause__ is error
 
 
 async def test_cancelled_before_its_turn_never_runs(worker: Worker) -> None:
     turn = threading.Event()
     ran: list[int] = []
-    worker.run(turn.wait, 5)
+    worker.run(turn.wait, PATIENCE_S)
     second = worker.run(ran.append, 1)
     assert second.done.cancel()
     turn.set()
@@ -112,7 +114,7 @@ async def test_cancelled_before_its_turn_never_runs(worker: Worker) -> None:
 
 async def test_cancelled_while_it_runs_delivers_no_result(worker: Worker) -> None:
     turn = threading.Event()
-    job = worker.run(turn.wait, 5)
+    job = worker.run(turn.wait, PATIENCE_S)
     await job.begun
     assert job.done.cancel()
     turn.set()
@@ -156,10 +158,10 @@ def test_loop_that_has_ended_receives_no_result() -> None:
     worker, turn = Worker("model"), threading.Event()
 
     async def leave() -> None:
-        await worker.run(turn.wait, 5).begun
+        await worker.run(turn.wait, PATIENCE_S).begun
 
     async def come() -> int:
-        return await asyncio.wait_for(worker.run(int, "1").done, 10)
+        return await asyncio.wait_for(worker.run(int, "1").done, PATIENCE_S)
 
     asyncio.run(leave())
     turn.set()
@@ -182,7 +184,7 @@ async def test_an_error_that_cannot_be_printed_arrives(worker: Worker) -> None:
             raise SystemExit(3)
 
     with pytest.raises(ExecutionError, match="the model raised Mute"):
-        await asyncio.wait_for(worker.run(raiser(Mute())).done, 10)
+        await asyncio.wait_for(worker.run(raiser(Mute())).done, PATIENCE_S)
     assert await worker.run(int, "2").done == 2
 
 
@@ -197,8 +199,8 @@ async def test_jobs_of_a_thread_that_something_else_has_ended_fail() -> None:
     assert pythonapi.PyThreadState_SetAsyncExc(c_ulong(worker.ident or 0), py_object(MemoryError)) == 1
     for _ in range(2):  # the first one wakes the thread, the second one finds it dead
         job = worker.run(int)
-        await asyncio.wait_for(job.begun, 60)
+        await asyncio.wait_for(job.begun, PATIENCE_S)
         with pytest.raises(ExecutionError, match="thread of the model was ended by MemoryError"):
             await job.done
-        await asyncio.to_thread(thread.join, 60)
+        await asyncio.to_thread(thread.join, PATIENCE_S)
     worker.shutdown()

@@ -15,7 +15,7 @@ from penstock.step import StepPlan, StepResult
 from tests.tokenizers_for_tests import byte_level
 
 LONG = SamplingParams(max_tokens=100_000, ignore_eos=True)
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 # An engine that fails by a bug says so on its thread.
 DYING = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 

@@ -48,7 +48,7 @@ def test_requests_that_the_last_replica_does_not_take_any_more_end_once() -> Non
         dispatcher.settle(EngineState.RUNNING)
         for request in requests:
             with pytest.raises(EngineClosed, match="all replicas have failed, the last one because a bug"):
-                await asyncio.wait_for(request.channel.wait(), 10)
+                await asyncio.wait_for(request.channel.wait(), 60)
         assert admission.num_requests == dispatcher.num_requests == dispatcher.num_waiting == 0
 
     asyncio.run(main())
