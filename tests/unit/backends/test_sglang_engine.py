@@ -270,6 +270,7 @@ async def test_a_request_that_ends_while_sglang_starts_does_not_start_it_again(m
 
 async def test_a_dead_process_fails_every_waiter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_sglang.Engine, "num_processes", 2)
+    earlier = set(multiprocessing.active_children())
     async with SGLangEngine(str(folder(tmp_path / "model"))) as engine:
         manager = fake_sglang.Engine.made[-1].tokenizer_manager
         manager.step = lambda: asyncio.sleep(0.01)
@@ -279,7 +280,7 @@ async def test_a_dead_process_fails_every_waiter(tmp_path: Path, monkeypatch: py
         manager.pause_generation = lambda obj: asyncio.Event().wait()  # type: ignore[assignment]
         waiters: list[Any] = [asyncio.ensure_future(engine.generate([1], PARAMS)), asyncio.ensure_future(running)]
         waiters.append(asyncio.ensure_future(engine.update_weights(tmp_path / "model", mode="abort")))
-        first, second = multiprocessing.active_children()[-2:]
+        first, second = set(multiprocessing.active_children()) - earlier
         first.kill()
         results = await asyncio.wait_for(asyncio.gather(*waiters, return_exceptions=True), 60)
         assert [type(result) for result in results] == [EngineClosed] * 3
