@@ -36,6 +36,7 @@ from tests.tiny_models import build
 from tests.tokenizers_for_tests import byte_level
 
 HELLO = "Hello, my name is"
+ATTEMPTS = 10
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +561,10 @@ print(f"Throughput: {len(prompts) / (end - start):.2f} requests/second")
 
 def test_a_hundred_prompts_are_batched_by_themselves(run: Run) -> None:
     """003-25, 003-33, 003-65 (fifty and more prompts equal one by one)."""
-    found = run(BATCH)
+    for _ in range(ATTEMPTS):  # a sender that has to wait for its turn sends no batch
+        found = run(BATCH)
+        if found.llm.get_stats()["performance_metrics"]["batch_size"]["max"] > 50:
+            break
     assert [output.prompt for output in found.outputs] == found.prompts
     for output in found.outputs:
         check_completions(output, 50)

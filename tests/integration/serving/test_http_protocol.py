@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -91,7 +92,8 @@ def test_headers_that_do_not_arrive_are_a_408(port: int, monkeypatch: pytest.Mon
     connection.send(b"GET /health HTTP/1.1\r\nhost: ")
     answer = connection.read()
     assert answer.status == 408
-    assert connection.file.read() == b""  # closed
+    with contextlib.suppress(ConnectionResetError):  # closed before the client, on a busy machine, had sent anything
+        assert connection.file.read() == b""
     connection.close()
 
 
