@@ -59,7 +59,8 @@ class GrammarCompiler:
         if (known := self.find(structured, reasoning_end)) is not None:
             return known
         try:
-            from penstock.constraints.matching import Grammar, GrammarVocabulary, vocabulary_of
+            from penstock.constraints.grammar import Grammar
+            from penstock.constraints.matching import GrammarVocabulary, vocabulary_of
         except ImportError:
             raise GrammarError("structured outputs need llguidance: pip install 'penstock[structured]'") from None
         with self._vocabulary_lock:

@@ -1,7 +1,7 @@
 """`GrammarMatcher`: a `Constraint` over llguidance, and `GrammarVocabulary`, which fills masks for many of them.
 
-Imports llguidance, an optional dependency, so this module is imported only where a grammar is compiled. `LLMatcher`
-never raises for bad input: it enters an error state, which every method here asks for.
+Imports llguidance, an optional dependency, so this module is imported only where a grammar is compiled, by `grammar`.
+`LLMatcher` never raises for bad input: it enters an error state, which every method here asks for.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
 
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from penstock.constraint import MaskRequest
-from penstock.constraints.bounds import check_bounds
+from penstock.constraints.probes import ProbeVocabulary, StringTail
 from penstock.constraints.reasoning import Marker, clear
-from penstock.constraints.sources import grammar_text, refusal, shortened
+from penstock.constraints.sources import shortened
 from penstock.errors import GrammarError, described
-from penstock.structured_outputs import StructuredOutputs
 
 _MAX_MASK_THREADS = 8
 # Tokens that llguidance allows together where the grammar allows them all, and otherwise tries by their characters. Its
@@ -32,16 +32,9 @@ SLICES = (
     *(f"{_IN_STRING}{{1,{length}}}" for length in (3, 4, 5, 6, 7, 8, 9, 10, 14, 30)),
     f"{_IN_STRING}+",
 )
-# Deterministic bounds on the work of compiling and of one mask, in llguidance's own units.
-# Ambiguous grammars reach the library's own bound on items (50,000) only after a second per token. The values of a JSON
-# schema are delimited, so its rows may be long and are not repeated: 2,000 items take 10 ms.
-LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000, max_items_in_row=500)
-_SCHEMA_LIMITS = LLParserLimits(verbose_errors=False, step_max_items=20_000, max_items_in_row=2_000)
-
 # How many tokens may be accepted without a mask, which alone renews the fuel of the lexer. A character of a string of
 # limited length costs 20 of the 200,000 units, where a regular expression may cost hundreds.
 _MAX_UNMASKED = 32
-_REGEX_KEYWORDS = ('"pattern"', '"patternProperties"', '"format"')
 
 
 class GrammarVocabulary:
@@ -66,6 +59,15 @@ class GrammarVocabulary:
         """The bytes of every token."""
         return [self.tokenizer.decode_bytes([token]) for token in range(self._size)]
 
+    @cached_property
+    def probes(self) -> ProbeVocabulary:
+        """Made for the first schema with strings of limited length."""
+        texts = [
+            b"" if self.tokenizer.is_special_token(token) or text == b"<[%d]>" % token else text
+            for token, text in enumerate(self.token_bytes)
+        ]
+        return ProbeVocabulary(texts, self.eos_ids, SLICES)
+
     def has_text(self, token: int) -> bool:
         """Whether a token is in the vocabulary and stands for any bytes; a mask allows no other."""
         return token < self._size and bool(self.tokenizer.decode_bytes([token]))
@@ -86,7 +88,10 @@ class GrammarVocabulary:
         single: list[tuple[LLMatcher, int]] = []
         drafted: list[tuple[LLMatcher, int, list[int]]] = []
         matchers = [_own(request) for request in requests]
-        for matcher, request in zip(matchers, requests, strict=True):
+        probed = self._fill_by_probes(matchers, requests, bits)
+        for place, (matcher, request) in enumerate(zip(matchers, requests, strict=True)):
+            if place in probed:
+                continue
             if matcher.is_asleep:
                 matcher.write_asleep(bits, request)
             elif request.draft:
@@ -94,17 +99,35 @@ class GrammarVocabulary:
             else:
                 single.append((matcher.grammar, request.first))
         address, size = bits.buffer_info()
-        place = (address, 4 * self.num_words, size // self.num_words)
+        buffer = (address, 4 * self.num_words, size // self.num_words)
         if single:
-            self._executor.unsafe_compute_mask_ptr(single, *place)
+            self._executor.unsafe_compute_mask_ptr(single, *buffer)
         if drafted:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *place)
-        for matcher, request in zip(matchers, requests, strict=True):
-            matcher.note_mask()
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *buffer)
+        for place, (matcher, request) in enumerate(zip(matchers, requests, strict=True)):
+            matcher.note_mask(is_probed=place in probed)
             if matcher.ends_itself and not matcher.is_asleep:
                 for index in range(request.first, request.first + len(request.draft) + 1):
                     self._refuse_eos(bits, index * self.num_words)
         return {i: matcher.error() for i, matcher in enumerate(matchers) if matcher.grammar.is_error()}
+
+    def _fill_by_probes(
+        self, matchers: SequenceOf[GrammarMatcher], requests: SequenceOf[MaskRequest], bits: array[int]
+    ) -> set[int]:
+        """Write the masks of sequences within strings of limited length; returns their places."""
+        tails = {
+            place: matcher.tail
+            for place, (matcher, request) in enumerate(zip(matchers, requests, strict=True))
+            if matcher.tail is not None and not request.draft and matcher.takes_probes()
+        }
+        if not tails:
+            return set()
+        masks = dict(zip(tails, self.probes.fill(list(tails.values()), self._executor), strict=True))
+        rows = np.frombuffer(bits, dtype=np.int32).reshape(-1, self.num_words)
+        probed = {place: mask for place, mask in masks.items() if mask is not None}
+        for place, mask in probed.items():
+            rows[requests[place].first] = mask
+        return set(probed)
 
     def _refuse_eos(self, bits: array[int], first_word: int) -> None:
         """Take EOS out of a mask that allows anything else; an output that is complete has no next token."""
@@ -117,46 +140,10 @@ class GrammarVocabulary:
             bits[first_word : first_word + self.num_words] = words
 
 
-class Grammar:
-    """A compiled constraint, the start of any number of sequences. Raises `GrammarError` if it cannot be compiled."""
-
-    def __init__(self, structured: StructuredOutputs, reasoning_end: str | None, vocabulary: GrammarVocabulary) -> None:
-        check_bounds(structured)
-        try:
-            text = grammar_text(structured)
-        except ValueError as error:
-            raise error if isinstance(error, GrammarError) else refusal(structured, str(error)) from None
-        limits = _SCHEMA_LIMITS if structured.kind == "json" else LIMITS
-        self._template = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)
-        self._is_frugal = _is_frugal(structured)
-        self._vocabulary = vocabulary
-        self._template.compute_bitmask()  # some limits are reached only by the first mask
-        if self._template.is_error():
-            raise refusal(structured, self._template.get_error())
-        if warnings := self._template.get_grammar_warnings():
-            raise refusal(structured, "; ".join(warnings))
-        self._marker: Marker | None = None
-        if reasoning_end is not None:
-            ids, words = vocabulary.eos_ids, vocabulary.num_words
-            self._marker = Marker(reasoning_end, vocabulary.token_bytes, ids, words)
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether no copy has used up the limits of the lexer that all of them share."""
-        trial = self._template.deep_copy()
-        trial.compute_bitmask()
-        return not trial.is_error()
-
-    def start(self, *, ends_itself: bool) -> GrammarMatcher:
-        """A constraint for a sequence without output."""
-        copy = self._template.deep_copy()
-        return GrammarMatcher(copy, self._vocabulary, self._marker, ends_itself, is_frugal=self._is_frugal)
-
-
 class GrammarMatcher:
     """The constraint of one sequence: asleep until its marker, if it has one, has appeared.
 
-    `is_frugal`: it may go without a mask for a while.
+    `is_frugal`: it may go without a mask for a while. `tail`: it may have masks by probes.
     """
 
     def __init__(
@@ -167,8 +154,10 @@ class GrammarMatcher:
         ends_itself: bool,
         *,
         is_frugal: bool = False,
+        tail: StringTail | None = None,
     ) -> None:
         self.grammar = grammar
+        self.tail = tail
         self.filler = vocabulary
         self.ends_itself = ends_itself
         self._phase = self._num_unmasked = vocabulary.next_phase()
@@ -195,9 +184,13 @@ class GrammarMatcher:
         is_due = self._is_frugal and self._marker is None and self._num_unmasked < _MAX_UNMASKED
         return is_due and not self.grammar.compute_ff_bytes()
 
-    def note_mask(self) -> None:
-        """A mask was filled: the lexer has its fuel again."""
-        self._num_unmasked = self._phase
+    def takes_probes(self) -> bool:
+        """Whether the next mask may be filled by probes, which do not renew the fuel of this grammar's own lexer."""
+        return self.tail is not None and self._num_unmasked < _MAX_UNMASKED and self.tail.catch_up()
+
+    def note_mask(self, *, is_probed: bool = False) -> None:
+        """A mask was filled: the lexer has its fuel again, unless that was done by probes."""
+        self._num_unmasked = self._num_unmasked + 1 if is_probed else self._phase
 
     def first_allowed(self, candidates: SequenceOf[int]) -> int | None:
         """The first candidate that may follow. See `Constraint`."""
@@ -258,6 +251,8 @@ class GrammarMatcher:
         if count < len(tokens) and not (self.ends_itself and self.is_complete):
             self.grammar.consume_tokens(tokens[count:])  # states the reason
             raise self.error()
+        if self.tail is not None:
+            self.tail.advance(tokens[:count])
         return count
 
     def _advance_by(self, tokens: list[int]) -> int:
@@ -295,13 +290,6 @@ class GrammarMatcher:
             if state is None or state == marker.end:
                 return place
         return len(draft)
-
-
-def _is_frugal(structured: StructuredOutputs) -> bool:
-    """Whether all terminals of a grammar are simple: those of a schema without regular expressions of its own."""
-    if structured.kind not in ("json", "json_object") or structured.whitespace_pattern is not None:
-        return False
-    return not any(keyword in structured.source for keyword in _REGEX_KEYWORDS)
 
 
 def _own(request: MaskRequest) -> GrammarMatcher:

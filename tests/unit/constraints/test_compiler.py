@@ -52,7 +52,8 @@ def test_the_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyP
             raise ModuleNotFoundError(name)
         return original(name, *args, **options)
 
-    for name in [name for name in sys.modules if name.startswith(("llguidance", "penstock.constraints.matching"))]:
+    importers = tuple(f"penstock.constraints.{name}" for name in ("grammar", "matching", "probes"))
+    for name in [name for name in sys.modules if name.startswith(("llguidance", *importers))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without_llguidance)
     with pytest.raises(GrammarError, match=r"pip install 'penstock\[structured\]'"):
