@@ -7,6 +7,7 @@ be masked with it. Called by `GrammarVocabulary`.
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ _PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f]{2,}')  # what any JSON string may have
 _PROBE = "\U000f4c4c"  # of a private use area: accepted where any character is, and in no text of a schema
 _MAX_PENDING = 32  # tokens that a grammar takes in without a mask, which renews the fuel of its lexer
 _NEAR = 9  # characters before a limit from which on most tokens would be tried one by one
+_MAX_BYTES = 4  # of a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class ProbeVocabulary:
 class StringTail:
     """What of a JSON string a sequence's output ends with, and its grammar over a `ProbeVocabulary`.
 
-    Strings of the schema have the lengths `limits` at most; it states the texts `words`.
+    Strings of the schema have the lengths `limits` at most; it states the texts `words`, which are sorted.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class StringTail:
         self._vocabulary = vocabulary
         self._limits = limits
         self._words = words
-        self._text: bytes | None = None  # None outside of strings
+        self._text: bytearray | None = None  # None outside of strings
         self._pending: list[int] = []
 
     def start(self) -> StringTail:
@@ -119,15 +121,18 @@ class StringTail:
         """Follow accepted tokens; `catch_up` advances the grammar."""
         self._pending += tokens
         for token in tokens:
-            self._text = _string_after(self._text, self._vocabulary.text_of(token))
+            text = self._vocabulary.text_of(token)
+            if b'"' in text:
+                self._text = _string_after(self._text, text)
+            elif self._text is not None:
+                self._text += text
 
     def catch_up(self) -> bool:
         """Whether a string nears its limit where the probes tell all that may follow; if so, advance to its place.
 
         They do within a string whose characters are free: no text that the schema states begins like it.
         """
-        text = self._text
-        if not text or not self._is_near_limit(text) or not self._is_free(text):
+        if not self._text or not self._is_near_limit(self._text) or not self._is_free(bytes(self._text)):
             return False
         for begin in range(0, len(self._pending), _MAX_PENDING):
             if begin:
@@ -137,20 +142,23 @@ class StringTail:
         self._pending.clear()
         return self.is_usable
 
-    def _is_near_limit(self, text: bytes) -> bool:
+    def _is_near_limit(self, text: bytearray) -> bool:
+        if len(text) > _MAX_BYTES * max(self._limits, default=0):
+            return False
         length = len(text.decode(errors="replace"))
         return any(0 < limit - length <= _NEAR for limit in self._limits)
 
     def _is_free(self, text: bytes) -> bool:
-        return b"\\" not in text and not any(word.startswith(text) and word != text for word in self._words)
+        place = bisect.bisect_right(self._words, text)  # of the first word that is longer, if any begins like this
+        return b"\\" not in text and not any(word.startswith(text) for word in self._words[place : place + 1])
 
 
-def _string_after(string: bytes | None, text: bytes) -> bytes | None:
+def _string_after(string: bytearray | None, text: bytes) -> bytearray | None:
     """The beginning of a JSON string that an output ends with, None outside of strings, after some more text."""
     while (end := text.find(b'"')) >= 0:
         part, text = (string or b"") + text[:end], text[end + 1 :]
         num_backslashes = len(part) - len(part.rstrip(b"\\"))
-        string = b"" if string is None else part + b'"' if num_backslashes % 2 else None
+        string = bytearray() if string is None else bytearray(part + b'"') if num_backslashes % 2 else None
     return None if string is None else string + text
 
 
@@ -161,10 +169,10 @@ def limits_of(schema: str) -> tuple[int, ...]:
 
 
 def words_of(schema: str) -> tuple[bytes, ...]:
-    """Every string of a schema, keys included: among them all texts that it states."""
+    """Every string of a schema, keys included, in order: among them all texts that it states."""
     pairs = _pairs(json.loads(schema))
     words = {word for pair in pairs for word in pair if isinstance(word, str)}
-    return tuple(word.encode("utf-8", "surrogatepass") for word in words)
+    return tuple(sorted(word.encode("utf-8", "surrogatepass") for word in words))
 
 
 def _pairs(value: object, key: str = "") -> Iterator[tuple[str, object]]:

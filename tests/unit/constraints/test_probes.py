@@ -145,4 +145,4 @@ def test_a_tail_whose_vocabulary_lacks_the_characters_of_a_token_is_of_no_use() 
 def test_limits_and_words_are_those_of_the_whole_schema() -> None:
     schema = '{"a": {"maxLength": 3.0, "enum": ["x", {"k": "y"}]}, "b": [{"maxLength": 7}], "maxLength": "no"}'
     assert sorted(limits_of(schema)) == [3, 7]
-    assert set(words_of(schema)) == {b"", b"a", b"b", b"k", b"x", b"y", b"no", b"maxLength", b"enum"}
+    assert words_of(schema) == (b"", b"a", b"b", b"enum", b"k", b"maxLength", b"no", b"x", b"y")
