@@ -13,9 +13,12 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from penstock.api.waiting import call_on_loop
+from penstock.errors import EngineStateError
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -23,6 +26,16 @@ P = ParamSpec("P")
 # Modes of a library that hold for one thread, as those of torch do: each function captures the calling thread's, and
 # returns a block in which they hold on another thread.
 thread_modes: list[Callable[[], AbstractContextManager[None]]] = []
+
+
+@dataclass(slots=True, eq=False)
+class _Update:
+    """A block of `entered`; its engine is None once it has ended."""
+
+    engine: object
+
+
+_updates: ContextVar[tuple[_Update, ...]] = ContextVar("updates", default=())
 
 
 def run(coroutine: Coroutine[object, object, T]) -> T:
@@ -48,15 +61,32 @@ def blocking(function: Callable[P, Coroutine[object, object, T]]) -> Callable[P,
 
 
 @contextmanager
-def entered(block: AbstractAsyncContextManager[T]) -> Iterator[T]:
-    """An asynchronous block as a `with` block. Its exit suppresses no exception. Raises what the block raises."""
+def entered(block: AbstractAsyncContextManager[T], engine: object) -> Iterator[T]:
+    """An update of an engine, an asynchronous block, as a `with` block. Its exit suppresses no exception.
+
+    Raises what the block raises.
+    """
     value = run(block.__aenter__())
+    update = _Update(engine)
+    _updates.set((*(other for other in _updates.get() if other.engine is not None), update))
     try:
         yield value
     except BaseException as error:
         run(block.__aexit__(type(error), error, error.__traceback__))
         raise
-    run(block.__aexit__(None, None, None))
+    else:
+        run(block.__aexit__(None, None, None))
+    finally:
+        update.engine = None
+
+
+def refuse_inside_update(engine: object) -> None:
+    """Raise `EngineStateError` for a blocking call that waits for requests inside of its own caller's `entered`."""
+    if any(update.engine is engine for update in _updates.get()):
+        raise EngineStateError(
+            "this call would wait forever: no request runs inside of the with block that updates the weights; make it "
+            "after the block"
+        )
 
 
 def _run_on_thread(coroutine: Coroutine[object, object, T]) -> T:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Unpack, overload
 
-from penstock.api.blocking import entered, run
+from penstock.api.blocking import entered, refuse_inside_update, run
 from penstock.api.handle import RequestHandle
 from penstock.api.logprob_report import LogprobReport
 from penstock.api.prompt import Message, Prompt, as_batch
@@ -58,8 +58,10 @@ class LLM:
         """Generate for one prompt or a list of prompts; results are in the order of the prompts.
 
         `sampling_params` is one object for all prompts, or a list with one for each. Cancels the remaining requests and
-        raises the first failed request's error.
+        raises the first failed request's error. Raises `EngineStateError` inside `with llm.updating():`, as do all
+        calls that wait for requests.
         """
+        refuse_inside_update(self.engine)
         batch = as_batch(prompts)
         params = _as_params(sampling_params, len(batch))
         handles = [self.engine.generate(prompt, p) for prompt, p in zip(batch, params, strict=True)]
@@ -108,11 +110,12 @@ class LLM:
         normalize: bool = True,
     ) -> list[EmbeddingOutput]:
         """`InferenceEngine.embed`, which see; blocks until all prompts are embedded."""
+        refuse_inside_update(self.engine)
         return run(self.engine.embed(prompts, pooling=pooling, dimensions=dimensions, normalize=normalize))
 
     def updating(self, mode: UpdateMode = "abort", *, stale_kv: bool = False) -> AbstractContextManager[None]:
         """`InferenceEngine.updating` for a `with` block: `with llm.updating(): optimizer.step()`."""
-        return entered(self.engine.updating(mode, stale_kv=stale_kv))
+        return entered(self.engine.updating(mode, stale_kv=stale_kv), self.engine)
 
     def update_weights(self, source: WeightSource = None, *, mode: UpdateMode = "abort", stale_kv: bool = False) -> int:
         """`InferenceEngine.update_weights`, which see; blocks until the weights are in force."""
@@ -159,6 +162,7 @@ class LLM:
         requires_grad: bool = False, values: Literal["module", "engine"] = "module", checkpoint_layers: bool = False,
     ) -> list[Score] | list[DifferentiableScore]:  # fmt: skip
         """`InferenceEngine.score`, which see; blocks until all completions are scored."""
+        refuse_inside_update(self.engine)
         options: dict[str, Any] = {"params": params, "logits": logits, "entropies": entropies, "adapter": adapter}
         options |= {"requires_grad": requires_grad, "values": values, "checkpoint_layers": checkpoint_layers}
         scores: list[Score] | list[DifferentiableScore] = run(self.engine.score(prompts, completions, **options))

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from penstock.api.blocking import blocking, entered, run
+from penstock.api.blocking import blocking, entered, refuse_inside_update, run
 from penstock.api.prompt import Prompt, as_batch
 from penstock.api.protocols import Completion, Engine, PrefixCaching, Scorer, Templated, Trainable, WithAdapters
 from penstock.api.weights import UpdateMode
@@ -167,6 +167,7 @@ class EngineBackend(InferenceBackend):
         self, prompts: Prompts, responses: Responses, *, logits: bool, adapter: str = ""
     ) -> list[FloatArray | None]:
         """The raw logits [R, vocab] or log probabilities [R] of each response of R tokens; None for an empty one."""
+        refuse_inside_update(self.engine)
         options: Any = {"logits": logits} | self._adapter_options(adapter)
 
         async def score(batch: list[Prompt], completions: list[Completion]) -> Sequence[FloatArray | None]:
@@ -230,7 +231,9 @@ class EngineBackend(InferenceBackend):
         return run(self.engine.unload_adapter(name))
 
     def updating(self, mode: UpdateMode = "abort") -> AbstractContextManager[None]:
-        return entered(self.engine.updating(mode)) if isinstance(self.engine, Trainable) else super().updating(mode)
+        if not isinstance(self.engine, Trainable):
+            return super().updating(mode)
+        return entered(self.engine.updating(mode), self.engine)
 
     def clear_cache(self) -> None:
         if isinstance(self.engine, PrefixCaching):
@@ -243,6 +246,7 @@ class EngineBackend(InferenceBackend):
         self, prompts: Prompts, params: SamplingParams, engine_options: dict[str, Any]
     ) -> list[RequestOutput]:
         """The output of each prompt. If one fails or the caller is cancelled, none runs on."""
+        refuse_inside_update(self.engine)
         batch = as_batch(prompts)
         all_params = [seeded(params, ordinal) for ordinal in _ordinals(batch)]
         handles = [self.engine.generate(*pair, **engine_options) for pair in zip(batch, all_params, strict=True)]

@@ -95,11 +95,11 @@ class EngineGeneration:
         """
         if images is not None:
             raise RequestError("this engine generates from text alone: train without images")
-        handles = []
+        handles, room = [], self._engine.get_stats()["max_sequence_length"]
         with profiler or nullcontext():
             try:
                 for prompt in prompts:
-                    params = replace(self._params, seed=self._seeds.getrandbits(63))
+                    params = self._params_for(len(prompt), room)
                     handles.append(self._engine.generate(list(prompt), params))
                 outputs = [handle.result().outputs[0] for handle in handles]
             finally:
@@ -108,6 +108,13 @@ class EngineGeneration:
         ids = [output.token_ids for output in outputs]
         logprobs = [[[value] for value in row] for row in self._logprobs(prompts, outputs)]
         return [list(prompt) for prompt in prompts], ids, logprobs, [[[token] for token in row] for row in ids]
+
+    def _params_for(self, prompt_tokens: int, max_length: int | None) -> SamplingParams:
+        """With a seed of its own; completions end where the model's length does, as those of vLLM and transformers."""
+        max_tokens = self._params.max_tokens
+        if max_tokens is not None and max_length is not None:
+            max_tokens = max(1, min(max_tokens, max_length - prompt_tokens))
+        return replace(self._params, seed=self._seeds.getrandbits(63), max_tokens=max_tokens)
 
     def _logprobs(self, prompts: Sequence[Sequence[int]], outputs: Sequence[CompletionOutput]) -> list[list[float]]:
         """What the trainers compute too: at the temperature, without the filters and the penalty.

@@ -73,8 +73,10 @@ def read_pairs(
     """Copies of one prompt and one completion, or of as many of both. Raises `RequestError` for anything else."""
     prompt_list, completion_list = as_batch(prompts), _as_completions(completions)
     if len(prompt_list) != len(completion_list):
+        empty = "; an empty list of ids counts as none" if not (prompt_list and completion_list) else ""
         raise RequestError(
-            f"{len(prompt_list)} prompts and {len(completion_list)} completions: pass one prompt for each completion"
+            f"{len(prompt_list)} prompts and {len(completion_list)} completions: pass one prompt for each completion, "
+            f"and leave out pairs without a token to score{empty}"
         )
     numbered = enumerate(zip(prompt_list, completion_list, strict=True))
     return [(read_prompt(prompt), _read_completion(number, completion)) for number, (prompt, completion) in numbered]
@@ -83,6 +85,8 @@ def read_pairs(
 def _as_completions(completions: Completion | Sequence[Completion]) -> list[Completion]:
     if isinstance(completions, str):
         return [completions]
+    if completions is None:
+        raise RequestError("completions must be texts, token ids, or a list of them, got None")
     listed = list(items("completions", completions))
     is_single = bool(listed) and not isinstance(listed[0], str) and not hasattr(listed[0], "__len__")
     return [listed] if is_single else listed
@@ -90,6 +94,8 @@ def _as_completions(completions: Completion | Sequence[Completion]) -> list[Comp
 
 def _read_completion(number: int, completion: Completion) -> PromptInput:
     try:
+        if completion is None:
+            raise RequestError("it is None: pass a text or token ids, or leave the pair out")
         if len(completion) == 0:
             raise RequestError("it has no token to score: leave the pair out")
         if isinstance(completion, str):

@@ -704,6 +704,24 @@ def test_an_llm_is_updated_without_a_coroutine() -> None:
     llm.stop()
 
 
+def test_a_blocking_call_inside_of_its_caller_s_update_is_refused() -> None:
+    """`with llm.updating(): llm.generate(...)` waited for ever, for the end of its own block."""
+    llm, other = LLM(Model(), skip_tokenizer_init=True), LLM(Model(), skip_tokenizer_init=True)
+    with llm.updating(), other.updating():
+        pass
+    with llm.updating():
+        calls: list[Callable[[], object]] = [lambda: llm.generate(PROMPT), lambda: llm.score([1], [2])]
+        for call in (*calls, lambda: llm.embed(PROMPT)):
+            with pytest.raises(EngineStateError, match="after the block"):
+                call()
+        assert other.generate(PROMPT, params(2))[0].outputs[0].weight_versions == [1, 1]
+        waiting = llm.engine.generate(PROMPT, params(2))
+    assert waiting.result().outputs[0].weight_versions == [2, 2]
+    assert llm.generate(PROMPT, params(2))[0].outputs[0].weight_versions == [2, 2]
+    llm.stop()
+    other.stop()
+
+
 def test_the_engine_is_trainable() -> None:
     engine: Trainable = engine_of()
     assert isinstance(engine, Trainable)

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from penstock import (
     ConfigurationError,
+    EngineStateError,
     GenerationResult,
     HuggingFaceBackend,
     InferenceBackend,
@@ -305,6 +306,18 @@ def test_cache_drops_the_least_recently_used() -> None:
     """B0-16."""
     module = InferenceModule(backend=CountingBackend(), cache_size=2)
     assert texts(module, "1", "2", "1", "3", "1", "2") == ["1", "2", "1", "3", "1", "4"]
+
+
+def test_a_call_inside_of_its_caller_s_update_is_refused() -> None:
+    """It waited for ever, for the end of its own block."""
+    inference = InferenceModule(build("llama"), skip_tokenizer_init=True)
+    with inference.updating():
+        calls: list[Callable[[Any], object]] = [inference.generate, lambda ids: inference.get_logprobs(ids, [[7]])]
+        for call in calls:
+            with pytest.raises(EngineStateError, match="after the block"):
+                call([[5, 6]])
+    assert len(inference.generate([[5, 6]], max_new_tokens=2)) == 1
+    inference.close()
 
 
 def test_results_of_other_weights_are_not_returned() -> None:

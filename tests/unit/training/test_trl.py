@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from penstock import ConfigurationError, InferenceEngine, RequestError, SamplingParams, ScriptedModel
+from penstock import ConfigurationError, InferenceEngine, RequestError, RequestTooLarge, SamplingParams, ScriptedModel
 from penstock.training.trl import EngineGeneration, generate_with, params_of
 from tests.drive import greedy_by_transformers
 from tests.tiny_models import build
@@ -90,6 +90,16 @@ def test_the_queue_holds_the_batch_of_a_trainer_unless_it_is_limited() -> None:
         assert (engine.config.max_queue_size, engine.config.max_sequence_length) == (1_000_000, None)
     with generate_with(trainer, max_num_queued_reqs=50, max_model_len=64) as engine:
         assert (engine.config.max_queue_size, engine.config.max_sequence_length) == (50, 64)
+
+
+def test_completions_end_where_the_model_s_length_does() -> None:
+    """A prompt near the limit, as after a few results of tools, raised `RequestTooLarge` and ended the training."""
+    trainer = trainer_of(model=ScriptedModel([5, 6, 7]), processing_class=None)
+    with generate_with(trainer, max_sequence_length=16) as engine:
+        rows = EngineGeneration(engine, params_of(trainer), seed=0).generate([[1] * 10, [1] * 14], None, 1)
+        assert [len(row) for row in rows[1]] == [4, 2]
+        with pytest.raises(RequestTooLarge, match="shorten the prompt"):
+            EngineGeneration(engine, params_of(trainer), seed=0).generate([[1] * 16], None, 1)
 
 
 def test_images_are_refused(engine: InferenceEngine) -> None:
