@@ -65,7 +65,7 @@ class Exchange:
         options = replace(options, adapter=server.adapter_of(str(self.call.facts["model"])))
         with ExitStack() as cancels, server.lifecycle.abortable(cancels.close, self.id, self.call.id):
             async with cancelled_on_disconnect(self.request.receive, cancels.close):
-                handles = await submit(server.engine, prompts, params, options, name, cancels)
+                handles = await submit(server.engine, prompts, params, options, name, cancels, server.metrics)
             cancels.pop_all()
         generation = Generation(handles, server.metrics)
         self.call.facts["prompt_tokens"] = generation.usage().prompt_tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,26 +107,24 @@ class Generation:
 
 
 async def submit(
-    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, options: Options, name: str, cancels: ExitStack
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    options: Options,
+    name: str,
+    cancels: ExitStack,
+    metrics: Metrics,
 ) -> list[RequestHandle]:
     """Submit every prompt under the id `name`, numbered if there are several; wait until all are accepted.
 
     A `max_tokens` that does not fit is cut to what fits. Raises the first refusal. Whoever closes `cancels`, during the
     wait or after it, cancels every request.
     """
-    generate = engine.generate
-    if options.adapter and isinstance(engine, WithAdapters):
-        generate = partial(engine.generate, adapter=options.adapter)
+    generate = _generate_of(engine, options)
     ids = [name] if len(prompts) == 1 else [f"{name}-{number}" for number in range(len(prompts))]
 
     def start(prompt: Prompt, request_id: str, params: SamplingParams) -> RequestHandle:
-        handle = generate(
-            *(prompt, params),
-            request_id=request_id,
-            priority=options.priority,
-            deadline=options.deadline,
-            namespace=options.namespace,
-        )
+        handle = generate(prompt, params, request_id=request_id)
         cancels.callback(handle.cancel)
         return handle
 
@@ -137,9 +135,17 @@ async def submit(
         except RequestTooLarge:
             if params.max_tokens is None:
                 raise
+            metrics.record_cut()
             handles[number] = start(_encoded(handle, prompts[number]), ids[number], replace(params, max_tokens=None))
             await handles[number].admitted()
     return handles
+
+
+def _generate_of(engine: Engine, options: Options) -> Callable[..., RequestHandle]:
+    generate: Callable[..., RequestHandle] = engine.generate
+    if options.adapter and isinstance(engine, WithAdapters):
+        generate = partial(engine.generate, adapter=options.adapter)
+    return partial(generate, priority=options.priority, deadline=options.deadline, namespace=options.namespace)
 
 
 def _encoded(handle: RequestHandle, prompt: Prompt) -> Prompt:

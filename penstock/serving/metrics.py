@@ -44,6 +44,10 @@ _LONG_SECONDS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0,
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
+# Reasons of ends that the engine counts: no result comes through the server then.
+_EARLY_ENDS = ("abort", "deadline", "error")
+
+
 class Histogram:
     """Counts values by bucket; `observe` takes well under a microsecond, unlike the client library's."""
 
@@ -108,6 +112,10 @@ class Metrics(Collector):
         if first_s is not None and total_s is not None and num_gaps > 0:
             self.inter_token.observe((total_s - first_s) / num_gaps, num_gaps)
 
+    def record_cut(self) -> None:
+        """Note that a refused request is submitted again with fewer tokens: the engine counts its refusal."""
+        self._totals["cut"] += 1
+
     def record_response(self, path: str, status: int) -> None:
         """Count an HTTP response by the path of its route."""
         self._responses[path, str(status)] += 1
@@ -124,7 +132,9 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All metrics. Called by the registry, once per scrape."""
-        yield from self._engine_metrics(self._engine.get_stats())
+        stats = self._engine.get_stats()
+        queue = _numbers(stats.get("queue"))
+        yield from self._engine_metrics(stats)
         for histogram, name, text in (
             (self.first_token, "vllm:time_to_first_token_seconds", "Time to the first token."),
             (self.inter_token, "vllm:inter_token_latency_seconds", "Time between two tokens of a stream."),
@@ -135,8 +145,9 @@ class Metrics(Collector):
         ):
             yield histogram.family(name, text, self._labels)
         finished = CounterMetricFamily("vllm:request_success", "Completions.", labels=["model_name", "finished_reason"])
-        for reason in dict.fromkeys(("stop", "length", *self._finished)):
-            finished.add_metric([*self._labels.values(), reason], self._finished[reason])
+        early = {reason: queue.get(f"num_finished_{reason}", 0) for reason in _EARLY_ENDS}
+        for reason, count in {"stop": 0, "length": 0, **self._finished, **early}.items():
+            finished.add_metric([*self._labels.values(), reason], count)
         yield finished
         responses = CounterMetricFamily("penstock:http_responses", "HTTP responses.", labels=["path", "status"])
         for labels, count in self._responses.items():
@@ -170,7 +181,8 @@ class Metrics(Collector):
             yield self._counter(name, text, value)
         refused = CounterMetricFamily("penstock:refused_requests", "Refusals.", labels=["model_name", "error"])
         for error, count in _numbers(stats.get("refusals")).items():
-            refused.add_metric([*self._labels.values(), error], count)
+            num_cut = self._totals["cut"] if error == "RequestTooLarge" else 0
+            refused.add_metric([*self._labels.values(), error], max(0, count - num_cut))
         yield refused
         yield from self._replica_metrics(stats)
 

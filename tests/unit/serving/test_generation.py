@@ -24,11 +24,11 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[InferenceEngin
 
 
 async def submitted(engine: InferenceEngine, *prompts: list[int], max_tokens: int | None = 5) -> Generation:
-    params = SamplingParams(max_tokens=max_tokens, n=2)
+    params, metrics = SamplingParams(max_tokens=max_tokens, n=2), Metrics(engine, lambda: "m")
     with ExitStack() as cancels:
-        handles = await submit(engine, prompts, params, Options(namespace="n"), "id", cancels)
+        handles = await submit(engine, prompts, params, Options(namespace="n"), "id", cancels, metrics)
         cancels.pop_all()
-    return Generation(handles, Metrics(engine, lambda: "m"))
+    return Generation(handles, metrics)
 
 
 def num_requests(engine: InferenceEngine) -> int:
@@ -71,9 +71,8 @@ async def test_a_prompt_is_encoded_once_also_if_its_max_tokens_are_cut() -> None
 
         engine.generate = watched  # type: ignore[method-assign]
         with ExitStack() as cancels:
-            (handle,) = await submit(
-                engine, [{"prompt": "water"}], SamplingParams(max_tokens=1000), Options(), "id", cancels
-            )
+            params, metrics = SamplingParams(max_tokens=1000), Metrics(engine, lambda: "m")
+            (handle,) = await submit(engine, [{"prompt": "water"}], params, Options(), "id", cancels, metrics)
             output = await handle
     assert (output.prompt, len(output.generated_ids)) == ("water", 64 - len(output.prompt_token_ids))
     assert prompts == [{"prompt": "water"}, {"prompt": "water", "prompt_token_ids": output.prompt_token_ids}]

@@ -51,6 +51,15 @@ def test_metrics_have_vllms_names_and_count() -> None:
             assert f"vllm:{name}" in values
 
 
+def test_requests_that_end_early_are_counted_by_their_reason() -> None:
+    """Regression: `vllm:request_success` had those that ended with stop or length only."""
+    with client_of(step_s=0.05) as client:
+        assert client.post(URL, json={**CHAT, "max_tokens": 200, "deadline": 0.2}).status_code == 408
+        text = client.get("/metrics").text
+        assert re.search(r'request_success_total\{finished_reason="deadline",model_name="[^"]*"\} 1\.0', text)
+        assert re.search(r'request_success_total\{finished_reason="abort",model_name="[^"]*"\} 0\.0', text)
+
+
 def test_a_model_says_how_long_its_sequences_may_be() -> None:
     with client_of(ServingSettings(served_model_name=("gpt-4o", "org/mine"))) as client:
         models = client.get("/v1/models").json()["data"]
@@ -352,7 +361,10 @@ def test_a_chat_without_messages_is_refused_in_plain_words(path: str, rest: dict
 
 def test_refused_and_displaced_requests_are_metrics() -> None:
     with client_of(max_sequence_length=64) as client:
-        assert client.post(URL, json={"messages": [{"role": "user", "content": "x" * 100}]}).status_code == 400
+        long = {"messages": [{"role": "user", "content": "x" * 100}]}
+        assert client.post(URL, json=long).status_code == 400
+        assert client.post(URL, json={**long, "max_tokens": 5}).status_code == 400
+        assert client.post(URL, json={**CHAT, "max_tokens": 1000}).status_code == 200  # cut to what fits
         text = client.get("/metrics").text
-        assert re.search(r'penstock:refused_requests_total\{error="RequestTooLarge",model_name="[^"]*"\} [12]\.0', text)
+        assert re.search(r'penstock:refused_requests_total\{error="RequestTooLarge",model_name="[^"]*"\} 2\.0', text)
         assert "penstock:displaced_requests_total" in text
