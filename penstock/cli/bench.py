@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import tempfile
 import time
@@ -92,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         return _load_server(args)
     if args.shape and args.model:
         raise ConfigurationError("--shape and --model exclude each other: give one of them")
+    if args.plot or args.concurrency or args.rate != math.inf:
+        raise ConfigurationError("--plot, --concurrency and --rate are for the load on a server: add --url")
     chosen = [WORKLOADS[name] for name in names_from(args.workloads, tuple(WORKLOADS))]
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
         return _run(args, chosen, Path(folder))

@@ -8,6 +8,7 @@ by `penstock bench --url`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -179,7 +180,7 @@ class Clients:
         url = f"{self._server.url}/{ENDPOINTS[self._server.endpoint]}"
         async with self._new_client() as client, client.stream("POST", url, json=self._body(number)) as response:
             if response.status_code != 200:
-                exchange.error = f"HTTP {response.status_code}"
+                exchange.error = _refusal(response.status_code, await response.aread())
                 return
             is_done = False
             async for line in response.aiter_lines():
@@ -224,3 +225,12 @@ def _has_text(choice: dict[str, Any]) -> bool:
     """Whether a choice adds to the answer: text of a completion (a token may have none), content or reasoning."""
     delta = choice.get("delta") or {}
     return "text" in choice or any(delta.get(name) for name in ("content", "reasoning_content", "reasoning"))
+
+
+def _refusal(status: int, body: bytes) -> str:
+    """A refusal in the server's words; those of a full queue have numbers, which would make each a kind of its own."""
+    text = ""
+    if status != 429:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            text = str(json.loads(body)["error"]["message"])
+    return f"HTTP {status}: {text[:200]}" if text else f"HTTP {status}"

@@ -332,6 +332,7 @@ def test_doctor_reports_every_section() -> None:
         (["bench", "--workloads", "single,huge"], "unknown: 'huge'; choose from single, prefill"),
         (["bench", "--workloads", ","], "the list is empty: choose from single, prefill"),
         (["bench", "--shape", "llama-15m", "--model", "m"], "exclude each other"),
+        (["bench", "--rate", "3"], "add --url"),
     ],
 )
 def test_error_is_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

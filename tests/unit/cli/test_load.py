@@ -115,7 +115,9 @@ async def test_reasoning_and_completions_count_as_text() -> None:
 @pytest.mark.parametrize(
     ("response", "error"),
     [
-        (lambda: httpx.Response(429, json={}), "HTTP 429"),
+        (lambda: httpx.Response(429, json={"error": {"message": "Retry in 1.2 s."}}), "HTTP 429"),
+        (lambda: httpx.Response(404, json={"error": {"message": "no such model"}}), "HTTP 404: no such model"),
+        (lambda: httpx.Response(502, text="<html>"), "HTTP 502"),
         (lambda: answer(text()), "the stream ended without [DONE]"),
         (lambda: answer(event(error={"message": "it broke"})), "it broke"),
         (lambda: answer(b"data: {\n\n"), "JSONDecodeError"),
@@ -127,6 +129,7 @@ async def test_every_failure_is_an_error_of_its_request_alone(
     answers = iter([response(), answer(text(), USAGE, DONE)])
     failed, complete = await exchanges_with(lambda request: next(answers), Load(2, concurrency=1))
     assert error in str(failed.error)
+    assert "Retry in" not in str(failed.error)  # its number would make every refusal a kind of error of its own
     assert complete.is_complete
 
 
