@@ -29,12 +29,15 @@ class TemplateFields(RequestModel):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
     reasoning_effort: str | None = None
+    chat_template: object = None
 
     def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] | None = None) -> ChatPrompt:
         """The chat as the engine takes it. Raises `HttpError`."""
         arguments = dict(self.chat_template_kwargs or {})
         if refused := _REFUSED_ARGUMENTS & set(arguments):
             raise invalid(f"chat_template_kwargs cannot set {min(refused)!r}", "chat_template_kwargs")
+        if self.chat_template is not None:
+            raise invalid("requests cannot bring a chat_template: the model's own is used", "chat_template")
         if self.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", self.reasoning_effort)
             arguments.setdefault("enable_thinking", self.reasoning_effort != "none")

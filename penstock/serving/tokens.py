@@ -17,7 +17,7 @@ from penstock.outputs import Logprob
 from penstock.sampling import SamplingParams
 from penstock.serving.body import Listed, RequestModel, read_model
 from penstock.serving.chat_request import TemplateFields
-from penstock.serving.chat_task import prepare, tool_use
+from penstock.serving.chat_task import REGULAR_ENDS, prepare, tool_use
 from penstock.serving.endpoint import Exchange
 from penstock.serving.errors import HttpError, invalid
 from penstock.serving.generation import Generation, usage_of
@@ -98,6 +98,8 @@ async def generate(server: Server, request: Request) -> Response:
     body = await read_model(request, GenerateRequest, server.settings.max_body_bytes)
     exchange.check_model(body.model)
     fields, top = body.sampling_params, body.sampling_params.logprobs
+    if body.stream and fields.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs cannot be streamed: leave stream out", "sampling_params.prompt_logprobs")
     params = fields.params(
         server.settings,
         base=server.defaults,
@@ -126,9 +128,13 @@ async def generate(server: Server, request: Request) -> Response:
 
 async def _frames(name: str, generation: Generation, top: int | None) -> AsyncIterator[bytes]:
     async for _, delta in generation.deltas():
+        reason = delta.finish_reason if delta.finish_reason in REGULAR_ENDS else None  # another end is an error
+        if not (delta.token_ids or reason):
+            continue
         logprobs = None if top is None else chat_logprobs(delta.token_ids, delta.logprobs, top)
         choice = _choice(delta.index, delta.token_ids, logprobs)
-        yield frame({"request_id": name, "choices": [choice | {"finish_reason": delta.finish_reason}]})
+        end = {"finish_reason": reason, "stop_reason": delta.stop_reason if reason else None}
+        yield frame({"request_id": name, "choices": [choice | end]})
 
 
 def _choice(index: int, ids: Iterable[int], logprobs: Mapping[str, object] | None) -> dict[str, object]:

@@ -94,7 +94,10 @@ class CountTokensRequest(TemplateFields, VllmStructureFields):
             arguments.setdefault("enable_thinking", self.thinking.type != "disabled")
         effort = self.output_config.effort if self.output_config is not None else None
         return TemplateFields(
-            documents=self.documents, chat_template_kwargs=arguments, reasoning_effort=effort or self.reasoning_effort
+            documents=self.documents,
+            chat_template=self.chat_template,
+            chat_template_kwargs=arguments,
+            reasoning_effort=effort or self.reasoning_effort,
         )
 
     def _structure(self) -> StructuredOutputs | None:

@@ -151,6 +151,19 @@ def test_a_long_body_is_a_413_with_and_without_a_length(client: TestClient) -> N
     assert response.status_code == 413
 
 
+def test_a_template_in_a_request_is_refused_in_every_api(client: TestClient) -> None:
+    """Regression: it was ignored without a word."""
+    for path, body in (
+        ("/v1/chat/completions", {"messages": MESSAGES}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5}),
+        ("/v1/responses", {"input": "x"}),
+        ("/tokenize", {"messages": MESSAGES}),
+    ):
+        response = client.post(path, json={**body, "chat_template": "{{ 7 * 7 }}"})
+        assert response.status_code == 400
+        assert "chat_template" in response.json()["error"]["message"]
+
+
 def test_a_compressed_body_is_a_415_that_says_so(client: TestClient) -> None:
     """Regression: it was called JSON that is not valid."""
     response = client.post("/v1/completions", content=b"\x1f\x8b", headers={"content-encoding": "gzip"})

@@ -51,9 +51,25 @@ def test_ids_in_ids_out_with_logprobs(client: TestClient) -> None:
     assert first is None
     assert second["6"]["logprob"] == 0
     body = {"token_ids": [5, 6], "sampling_params": params, "stream": True}
+    refusal = client.post("/inference/v1/generate", json=body)
+    assert (refusal.status_code, "prompt_logprobs" in refusal.text) == (400, True)
+    del params["prompt_logprobs"]
     *chunks, done = events(client.post("/inference/v1/generate", json=body))
     assert done == "[DONE]"
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == choice["token_ids"]
+
+
+def test_a_stream_of_ids_ends_with_a_reason_or_with_an_error_and_never_with_both() -> None:
+    """Regression: a request that passed its deadline had a finish reason of its own before the error."""
+    with client_of(step_s=0.05) as client:
+        params: dict[str, object] = {"max_tokens": 200, "deadline": 0.3}
+        body = {"token_ids": [5, 6], "sampling_params": params, "stream": True}
+        *chunks, last = events(client.post("/inference/v1/generate", json=body))
+        assert last["error"]["code"] == "deadline_exceeded"
+        assert {chunk["choices"][0]["finish_reason"] for chunk in chunks} <= {None}
+        params |= {"max_tokens": 2, "deadline": None}
+        *_, last, _ = events(client.post("/inference/v1/generate", json=body))
+        assert (last["choices"][0]["finish_reason"], last["choices"][0]["stop_reason"]) == ("length", None)
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [10**9], ["a"], "text"])
