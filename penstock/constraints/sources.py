@@ -44,6 +44,9 @@ def grammar_text(structured: StructuredOutputs) -> str:
 
 def refusal(structured: StructuredOutputs, reason: str) -> GrammarError:
     """The error for a constraint that llguidance refused for a reason."""
+    if "failed to compile JSON schema" in reason:
+        reason = reason.strip().split("\n")[0]  # a listing follows, of a grammar that the server may have written
+    reason = reason.partition(" Enable 'coerce_one_of'")[0]  # an option that nobody here has
     words = "no text satisfies it" if "NoExtensionBias" in reason else shortened(reason)
     return GrammarError(f"the {_NAMES[structured.kind]} cannot be enforced: {words}")
 

@@ -126,6 +126,7 @@ class ServingSettings(BaseSettings):
             super().__init__(**values)
 
     _split = field_validator("served_model_name", "cors_origins", mode="before")(lambda value: split_names(value))
+    _distinct = field_validator("served_model_name")(lambda names: tuple(dict.fromkeys(names)))
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -105,3 +105,8 @@ def test_no_error_shows_a_key(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         ProcessSettings(**values)
     assert "SECRET" not in str(caught.value)
+
+
+def test_a_name_that_is_given_twice_is_listed_once() -> None:
+    """Regression: `/v1/models` had it twice."""
+    assert ServingSettings(served_model_name=("a", "b", "a")).served_model_name == ("a", "b")

@@ -108,6 +108,24 @@ def test_what_cannot_be_enforced_is_a_400_that_says_what(structure: dict[str, An
         assert word in response.json()["error"]["message"]
 
 
+def test_a_tool_whose_schema_cannot_be_enforced_is_refused_by_its_keyword_and_without_our_grammar() -> None:
+    """Regression: the error quoted the grammar that the server had made of the tools."""
+    parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    with replying(["x"], TEMPLATE) as client:
+        response = client.post(URL, json={**ASK, "tools": tools, "tool_choice": "required"})
+        message = response.json()["error"]["message"]
+        assert response.status_code == 400
+        assert message.endswith('failed to compile JSON schema: Unimplemented keys: ["not"]')
+
+
+def test_alternatives_that_overlap_are_refused_without_advice_that_nobody_can_follow() -> None:
+    schema = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+    with replying(["x"], TEMPLATE) as client:
+        message = client.post(URL, json={**ASK, "response_format": schema_format(schema)}).json()["error"]["message"]
+        assert message.endswith("oneOf constraints are not supported.")
+
+
 NAMED = {"type": "function", "function": {"name": "time"}}
 
 
