@@ -1,9 +1,10 @@
 """What do adapters cost: requests of several LoRA adapters in one batch, compared with as many requests of the base?
 
 A live module of random weights is borrowed, and adapters of peft for all its linear layers are loaded. Reported are the
-tokens per second of one request per adapter, all in the same steps, and of as many requests without an adapter; and the
-seconds that it takes to replace an adapter while another streams, with the longest gap between two tokens of that
-stream while an adapter is replaced, and at other times.
+tokens per second of one request per adapter, all in the same steps, and of as many requests without an adapter. Then an
+adapter is replaced while another streams: the seconds until the caller may go on, the processor time of reading and
+packing it, the seconds until the model has it, which wait for the end of the running step, and for how long that holds
+the model up; and the longest gap between two tokens of the stream while an adapter is replaced, and at other times.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from harness.console import finish, note, show
 from harness.options import parser_for
 from penstock import InferenceEngine, SamplingParams
 from penstock.config import EngineConfig
+from penstock.kernels.low_rank import PackedAdapter
+from penstock.models.adapters.packed import PackedAdapters
 from penstock.models.baseline import SHAPES, random_module
 
 EPILOG = """examples:
@@ -61,8 +66,46 @@ async def rate(engine: InferenceEngine, names: Sequence[str], num_tokens: int) -
     return len(names) * (num_tokens - 1) / (time.perf_counter() - max(firsts))
 
 
+@contextmanager
+def timed(owner: type, name: str, clock: Callable[[], float]) -> Iterator[list[tuple[float, float]]]:
+    """The times by a clock at which calls of a method begin and end from here on."""
+    method, calls = getattr(owner, name), list[tuple[float, float]]()
+
+    def call(*arguments: Any) -> Any:
+        begin = clock()
+        result = method(*arguments)
+        calls.append((begin, clock()))
+        return result
+
+    with patch.object(owner, name, call):
+        yield calls
+
+
+def median_of(spans: Sequence[tuple[float, float]]) -> float:
+    """The median length."""
+    return statistics.median(end - begin for begin, end in spans)
+
+
 async def replacing(engine: InferenceEngine, model: Any, names: Sequence[str], repeats: int) -> dict[str, float]:
-    """Seconds: the median of replacing an adapter while another streams; the stream's longest gaps, then and else."""
+    """Seconds: medians of replacing an adapter while another streams, and the stream's longest gaps, then and else."""
+    with (
+        timed(PackedAdapters, "read", time.thread_time) as reads,
+        timed(PackedAdapter, "put", time.perf_counter) as writes,
+    ):
+        arrivals, changes = await streamed(engine, model, names, repeats)
+    applied = [(begin, end) for (begin, _), (_, end) in zip(changes, writes, strict=True)]
+    gaps: dict[bool, list[float]] = {True: [0.0], False: [0.0]}
+    for first, last in itertools.pairwise(arrivals):
+        gaps[any(begin < last and end > first for begin, end in applied)].append(last - first)
+    times = {"replace_s": changes, "cpu_s": reads, "applied_s": applied, "held_s": writes}
+    medians = {key: median_of(spans) for key, spans in times.items()}
+    return {**medians, "gap_s": max(gaps[True]), "other_gap_s": max(gaps[False])}
+
+
+async def streamed(
+    engine: InferenceEngine, model: Any, names: Sequence[str], repeats: int
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """The times of a stream's tokens, and from when to when an adapter was replaced meanwhile."""
     params = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
     handle = engine.generate([5] * PROMPT_TOKENS, params, adapter=names[0])
     arrivals: list[float] = []
@@ -82,11 +125,8 @@ async def replacing(engine: InferenceEngine, model: Any, names: Sequence[str], r
             tasks.append(asyncio.create_task(replace()))
     await asyncio.gather(*tasks)
     handle.cancel()
-    gaps: dict[bool, list[float]] = {True: [0.0], False: [0.0]}
-    for first, last in itertools.pairwise(arrivals):
-        gaps[any(begin < last and end > first for begin, end in changes)].append(last - first)
-    replace_s = statistics.median(end - begin for begin, end in changes)
-    return {"replace_s": replace_s, "gap_s": max(gaps[True]), "other_gap_s": max(gaps[False])}
+    await engine.generate([5], SamplingParams(max_tokens=1))  # comes after the last change
+    return arrivals, changes
 
 
 async def measure(module: Any, model: Any, mode: Any, args: argparse.Namespace) -> dict[str, float]:
@@ -127,8 +167,9 @@ def run(args: argparse.Namespace) -> None:
     for mode in args.mode or MODES:
         note(mode)
         results[mode] = asyncio.run(measure(module, model, mode, args))
-    keys = ("base", "adapters", "share", "replace_s", "gap_s", "other_gap_s")
-    columns = ("weights", "base tok/s", "adapters tok/s", "of the base", "replace s", "gap s", "other gap s")
+    keys = ("base", "adapters", "share", "replace_s", "cpu_s", "applied_s", "held_s", "gap_s", "other_gap_s")
+    times = ("replace s", "CPU s", "applied s", "held s", "gap s", "other gap s")
+    columns = ("weights", "base tok/s", "adapters tok/s", "of the base", *times)
     rows = [[mode, *(result.get(key) for key in keys)] for mode, result in results.items()]
     show(f"{args.shape}, {args.adapters} adapters of rank {args.rank}", columns, rows)
     finish({"shape": args.shape, "adapters": args.adapters, "rank": args.rank, "results": results})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from penstock.api.weights import SleepLevel, WeightSource
 from penstock.constraints.masks import Masks
@@ -165,14 +165,23 @@ class DifferentiableRunner(Protocol):
         ...
 
 
-class AdapterStore(Protocol):
-    """The adapters of a runner, by keys. Implemented by `AdapterTable`."""
+class AdapterRead(NamedTuple):
+    """An adapter that was read: `load` applies it under a key. To be called on the thread of the steps, between them.
 
-    def read(self, source: object, name: str) -> Callable[[str], None]:
+    Without `may_fail` nobody has to wait for it. Otherwise it may raise `WeightsError`, and has changed nothing then.
+    """
+
+    load: Callable[[str], None]
+    may_fail: bool
+
+
+class AdapterStore(Protocol):
+    """The adapters of a runner, by keys. Implemented by `PackedAdapters` and `TorchAdapters`."""
+
+    def read(self, source: object, name: str) -> AdapterRead:
         """Read an adapter from a folder or a live module, where it may be called `name`, without applying it.
 
-        Returns what loads it under a key, to be called between steps, on the thread that runs them. Any thread. Both
-        raise `WeightsError`.
+        Any thread. Raises `WeightsError`.
         """
         ...
 

@@ -9,6 +9,7 @@ import asyncio
 import copy
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from penstock import (
     WeightsError,
     WithAdapters,
 )
+from penstock.kernels.native import available as kernels_available
 from tests.held_passes import Served
 from tests.tiny_models import build
 
@@ -45,6 +47,7 @@ SHARED: dict[str, Any] = {"weight_mode": "shared"}
 PACKED: dict[str, Any] = {"weight_mode": "packed"}
 UNFUSED: dict[str, Any] = {"weight_mode": "packed", "disabled_rewrites": ["fused_layers"]}
 TORCH: dict[str, Any] = {"weight_mode": "shared", "disabled_rewrites": ["kernels"]}
+PATIENCE_S = 60.0
 PROMPT = [(7 * i * i + 3 * i) % 150 + 2 for i in range(28)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -272,6 +275,31 @@ async def test_two_loads_of_one_name_at_once_are_refused_and_of_two_names_are_no
         generation = engine.adapter_generation("a")
         await engine.load_adapter("a", models[1])
         assert engine.adapter_generation("a") > generation
+
+
+@pytest.mark.skipif(not kernels_available(), reason="without kernels a load waits for the end of the step")
+@pytest.mark.parametrize("settings", [SHARED, PACKED], ids=["shared", "packed"])
+async def test_an_adapter_is_replaced_while_a_step_runs_and_the_next_step_has_it(settings: dict[str, Any]) -> None:
+    """A load waited for the end of the running step, which took longer than everything else that it did."""
+
+    def hold(ids: list[int], logits: Tensor) -> Tensor:
+        begun.set()
+        assert ended.wait(PATIENCE_S)
+        return logits
+
+    begun, ended = threading.Event(), threading.Event()
+    base = build("llama")
+    old, new = (adapted(base, seed, TARGETS["llama"]) for seed in range(2))
+    held = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logits_processors=[hold])
+    async with engine_of(base, **settings) as engine:
+        await engine.load_adapter("a", old)
+        running = engine.generate(PROMPT, held, adapter="a")
+        await asyncio.to_thread(begun.wait)
+        await asyncio.wait_for(engine.load_adapter("a", new), PATIENCE_S / 2)
+        replaced = engine.generate(PROMPT, GREEDY, adapter="a")
+        ended.set()
+        assert_own(new, await replaced)
+        assert_own(old, await running)
 
 
 async def test_a_fork_runs_with_the_adapter_of_its_origin() -> None:

@@ -38,12 +38,14 @@ class AdapterOrders:
         store = self._store()
         with self._exclusive(name):
             try:
-                write = await asyncio.to_thread(store.read, source, name)
+                load, may_fail = await asyncio.to_thread(store.read, source, name)
                 key = self._names.new_key(name)
+                job = self._jobs.run(load, key)  # comes before any step whose requests name the adapter
                 try:
-                    await self._jobs.run(write, key).done
+                    if may_fail:
+                        await job.done
                 except BaseException:
-                    self._jobs.run(store.unload, key)  # the caller may have left while it was written
+                    self._jobs.run(store.unload, key)  # the caller may have left while it was loaded
                     raise
             except PenstockError:
                 raise

@@ -67,24 +67,28 @@ typedef struct {
     long part;
 } lane_row;
 
+/* Numbers [begin, begin + VL) of a row of n. */
+INLINE vf lane_of(const lane_row *r, long begin, long n)
+{
+    if (!r->at) return splat(0.0f);
+    if (begin + VL <= n) return load(r->at, begin, r->type) * r->scaling;
+    vf v = splat(0.0f);
+    for (long i = begin; i < n; i++) v[i - begin] = load_scalar(r->at, i, r->type) * r->scaling;
+    return v;
+}
+
 /* Store n numbers of VL rows as n vectors, one below the other at `to`. Returns the first part with a number that is not
  * finite as it is stored, `none` without one. */
 static long transpose(const lane_row *rows, long n, char *to, int type, long none)
 {
-    float x[VL][PIECE + VL];
     long broken = none;
     vf error = splat(0.0f);
-    for (long begin = 0; begin < n; begin += PIECE) {
-        const long size = n - begin < PIECE ? n - begin : PIECE;
-        for (long lane = 0; lane < VL; lane++) {
-            const lane_row *r = rows + lane;
-            if (r->at) widen(x[lane], r->at + begin * ELEMENT_BYTES[r->type], size, r->type);
-            else memset(x[lane], 0, size * sizeof(float));
-        }
-        for (long i = 0; i < size; i++) {
-            vf v;
-            for (long lane = 0; lane < VL; lane++) v[lane] = x[lane][i] * rows[lane].scaling;
-            store(to, (begin + i) * VL, type, v);
+    for (long begin = 0; begin < n; begin += VL) {
+        vf v[VL];
+        _Pragma("GCC unroll 16") for (long lane = 0; lane < VL; lane++) v[lane] = lane_of(rows + lane, begin, n);
+        transpose_square(v);
+        for (long i = 0; i < VL && begin + i < n; i++) {
+            store(to, (begin + i) * VL, type, v[i]);
             error += load(to, (begin + i) * VL, type) * 0.0f;
         }
     }

@@ -1,4 +1,4 @@
-/* Vectors of VL float32 numbers: formats, conversions, reductions, elementary functions, activations.
+/* Vectors of VL float32 numbers: formats, conversions, transposition, reductions, elementary functions, activations.
  *
  * Type names: vf float32, vi int32, vu uint32, vh 16-bit words, vb int8; each holds VL numbers. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -226,6 +226,43 @@ INLINE void narrow(void *dst, const float *src, long n, int f)
     if (f == F32) narrow_as(dst, src, n, F32);
     else if (f == BF16) narrow_as(dst, src, n, BF16);
     else narrow_as(dst, src, n, F16);
+}
+
+/* a[0], b[0], a[1], b[1] and so on: the first half to a, the second to b. */
+INLINE void interleave(vf *a, vf *b)
+{
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512 first = _mm512_permutex2var_ps((__m512)*a, low, (__m512)*b);
+    *b = (vf)_mm512_permutex2var_ps((__m512)*a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), (__m512)*b);
+    *a = (vf)first;
+#elif defined(__AVX2__)
+    const __m256 even = _mm256_unpacklo_ps((__m256)*a, (__m256)*b), odd = _mm256_unpackhi_ps((__m256)*a, (__m256)*b);
+    *a = (vf)_mm256_permute2f128_ps(even, odd, 0x20);
+    *b = (vf)_mm256_permute2f128_ps(even, odd, 0x31);
+#else
+    vf first, second;
+    for (int i = 0; i < VL; i++) {
+        first[i] = (i % 2 ? *b : *a)[i / 2];
+        second[i] = (i % 2 ? *b : *a)[VL / 2 + i / 2];
+    }
+    *a = first;
+    *b = second;
+#endif
+}
+
+/* Number i of vector j becomes number j of vector i. */
+INLINE void transpose_square(vf v[VL])
+{
+    _Pragma("GCC unroll 4") for (int round = 1; round < VL; round *= 2) {
+        vf next[VL];
+        _Pragma("GCC unroll 8") for (int i = 0; i < VL / 2; i++) {
+            next[2 * i] = v[i];
+            next[2 * i + 1] = v[i + VL / 2];
+            interleave(next + 2 * i, next + 2 * i + 1);
+        }
+        _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) v[i] = next[i];
+    }
 }
 
 /* Most of what a kernel reads was written by another thread and lies in that core's cache. */

@@ -29,6 +29,7 @@ from penstock.kernels.low_rank import (
 from penstock.kernels.native import FLOATS, Kernels
 from penstock.models.adapters.layers import check_fits, head_of, hooked_layers, layers_of, own_adapters_of, shape_of
 from penstock.models.adapters.reading import Adapter, LoraLayer, not_finite, plain_name, read_adapter
+from penstock.models.protocol import AdapterRead
 from penstock.optimizers.rewrites.recipes import DerivedWeights, Placement
 from penstock.step import Row
 
@@ -61,8 +62,11 @@ class PackedAdapters:
         self._loaded: dict[str, tuple[int, PackedAdapter]] = {}
         self._spare: list[Tensor] = []  # memory of the adapter that was last unloaded
 
-    def read(self, source: object, name: str) -> Callable[[str], None]:
-        """Pack an adapter; the function that loads it under a key. Any thread. Raises `WeightsError`."""
+    def read(self, source: object, name: str) -> AdapterRead:
+        """Pack an adapter. Loading it sets pointers, and hooks where no adapter has been. Any thread.
+
+        Raises `WeightsError`.
+        """
         if (problem := own_adapters_of(self._owner)) is not None:
             raise WeightsError(problem)
         layers = self._products(read_adapter(source, name))
@@ -73,7 +77,9 @@ class PackedAdapters:
             packed = pack_adapter(layers, spare)
         except NotFiniteError as error:
             raise not_finite(error.part.name) from None
-        return lambda key: self._load(key, packed)
+        changed = {id(slots) for slots, _ in layers}
+        hooked = [layer for layer in list(self._hooked.values()) if id(layer.sum.adapters) in changed]
+        return AdapterRead(lambda key: self._load(key, packed), any(layer.hook is None for layer in hooked))
 
     def unload(self, key: str) -> None:
         """Drop an adapter that no later step uses; unknown keys are ignored."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -116,7 +116,7 @@ def _layer(path: str, a: Tensor, b: Tensor, scaling: float) -> LoraLayer:
             f"the adapter's matrices of {path} have the shapes {list(a.shape)} and {list(b.shape)}: only linear layers "
             "can have adapters"
         )
-    if not all(matrix.dtype in FLOATS and matrix.device.type != "meta" for matrix in (a, b)):
+    if a.dtype not in FLOATS or b.dtype not in FLOATS or a.is_meta or b.is_meta:
         raise WeightsError(
             f"the adapter's matrices of {path} are {a.dtype} on {a.device}: a floating dtype of up to 32 bits is "
             "needed, in memory"
@@ -145,7 +145,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 def _name_in(adapted: Mapping[str, nn.Module], name: str) -> str:
     """The name that the adapter has in the module. Raises `WeightsError`."""
     layers = adapted.values()
-    names: list[str] = sorted({key for layer in layers for key in (*getattr(layer, "lora_A", ()), *_contents(layer))})
+    names: list[str] = sorted({key for layer in layers for key in (*_keys(layer, "lora_A"), *_contents(layer))})
     if name in names:
         return name
     if len(names) == 1:
@@ -156,7 +156,12 @@ def _name_in(adapted: Mapping[str, nn.Module], name: str) -> str:
 
 def _contents(layer: nn.Module) -> list[str]:
     """The names of the adapters of another kind than LoRA matrices."""
-    return [key for field in ("lora_embedding_A", "modules_to_save") for key in getattr(layer, field, None) or ()]
+    return [key for field in ("lora_embedding_A", "modules_to_save") for key in _keys(layer, field)]
+
+
+def _keys(layer: nn.Module, field: str) -> Collection[str]:
+    """The names of the adapters in one of a layer's dictionaries. The attributes of a module are slow to look up."""
+    return cast(Mapping[str, object], layer._modules.get(field) or {}).keys()
 
 
 def _live_layers(module: nn.Module, adapted: Mapping[str, nn.Module], name: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -166,20 +171,25 @@ def _live_layers(module: nn.Module, adapted: Mapping[str, nn.Module], name: str)
     for path, layer in adapted.items():
         if name in _contents(layer):
             raise WeightsError(f"the adapter {name!r} has an embedding at {path}: only linear layers can have adapters")
-        if name not in getattr(layer, "lora_A", ()):
+        if name not in _keys(layer, "lora_A"):
             continue
-        if name in getattr(layer, "lora_variant", ()):
-            kind = type(layer.lora_variant[name]).__name__  # type: ignore[index]
+        if name in (variants := vars(layer).get("lora_variant", {})):
+            kind = type(variants[name]).__name__
             raise WeightsError(f"the adapter {name!r} is a {kind} at {path}, which is not supported: use plain LoRA")
         yield path, _live_layer(path, layer, name)
 
 
 def _live_layer(path: str, layer: Any, name: str) -> LoraLayer:
     """`layer` is a layer of peft, which this package does not import."""
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    if getattr(b, "bias", None) is not None:
+    a, b = (layer._modules[field]._modules[name] for field in ("lora_A", "lora_B"))
+    if b._parameters.get("bias") is not None:
         raise WeightsError(f"adapters with lora_bias=True are not supported, and {path} has one: train without it")
-    return _layer(path, a.weight, b.weight, layer.scaling[name])
+    return _layer(path, _weight_of(a), _weight_of(b), layer.scaling[name])
+
+
+def _weight_of(part: Any) -> Tensor:
+    weight = part._parameters.get("weight")
+    return part.weight if weight is None else weight  # type: ignore[no-any-return]
 
 
 # A folder.

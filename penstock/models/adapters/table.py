@@ -6,7 +6,7 @@ them changes. Never touches a weight of the model. Used by `Executor` on the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from penstock.errors import WeightsError
 from penstock.models.adapters.layers import check_fits, head_of, hooked_layers, layers_of, own_adapters_of, shape_of
 from penstock.models.adapters.reading import Adapter, LoraLayer, not_finite, read_adapter
+from penstock.models.protocol import AdapterRead
 from penstock.step import Row
 
 # The least number of rows of a layer's matrices: growing copies them, for which the next step has to wait.
@@ -59,14 +60,14 @@ class TorchAdapters:
         self._num_initialized = 0  # of the rows of every layer
         self._selection: _Selection | None = None
 
-    def read(self, source: object, name: str) -> Callable[[str], None]:
-        """`read_adapter`; the function that loads the adapter under a key. Any thread. Raises `WeightsError`."""
+    def read(self, source: object, name: str) -> AdapterRead:
+        """`read_adapter`; loading it may need more memory. Any thread. Raises `WeightsError`."""
         adapter = read_adapter(source, name)
         for path, layer in adapter.layers.items():
             bounds = *layer.a.aminmax(), *(bound.float() * layer.scaling for bound in layer.b.aminmax())
             if not all(bool(bound.isfinite()) for bound in bounds):  # masking would not keep them from other rows
                 raise not_finite(path)
-        return lambda key: self.load(key, adapter)
+        return AdapterRead(lambda key: self.load(key, adapter), may_fail=True)
 
     def load(self, key: str, adapter: Adapter) -> None:
         """Take an adapter in, from the next step on. Raises `WeightsError`, and then nothing has changed."""

@@ -85,6 +85,8 @@ class Placement:
 
     def outputs_of(self, b: Tensor) -> Tensor:
         """The rows of b [outputs of the layer, R] for these outputs of the product."""
+        if self.recipe.transform is unchanged:
+            return b
         # Recipes choose rows of weights [N, K], or transpose GPT-2's [K, N] first, which shows in the strides.
         weight = torch.empty(self.parameter_shape, dtype=b.dtype, device="meta")
         is_transposed = self.recipe.transform(weight).stride(-1) != 1

@@ -16,6 +16,7 @@ from penstock.config import EngineConfig
 from penstock.engine.observe.metrics import Metrics
 from penstock.engine.replicas.dispatcher import Dispatcher
 from penstock.engine.replicas.host import RouterHost
+from penstock.models.protocol import AdapterRead
 from penstock.scheduling.admission import Admission
 from penstock.scheduling.routing import by_prefix
 from tests.unit.engine.replicas.scripted import (
@@ -60,9 +61,9 @@ class Adapters:
     def __init__(self, prepare: Callable[[str], None]) -> None:
         self._prepare = prepare
 
-    def read(self, source: object, name: str) -> Callable[[str], None]:
+    def read(self, source: object, name: str) -> AdapterRead:
         self._prepare(name)
-        return lambda key: None
+        return AdapterRead(lambda key: None, may_fail=False)
 
     def unload(self, key: str) -> None:
         """Nothing is kept."""
