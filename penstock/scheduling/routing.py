@@ -34,7 +34,8 @@ class RoutingStats(TypedDict):
 @dataclass(slots=True, eq=False)
 class Pending:
     """A request that waits, or was given to `replica`. `width` is its number of samples, `digests` those of the full
-    blocks of its `length` prompt tokens. `replica` and `hit_tokens` are written by `Router` only."""
+    blocks of its `length` prompt tokens. `replica`, `hit_tokens` and `num_resets`, how often the caches had been reset
+    when it was given to the replica, are written by `Router` only."""
 
     id: int
     request_id: str
@@ -46,6 +47,7 @@ class Pending:
     digests: list[bytes]
     replica: int | None = None
     hit_tokens: int = 0
+    num_resets: int = 0
 
     @property
     def max_len(self) -> int:
@@ -157,6 +159,7 @@ class Router:
         self._queue = WaitingQueue[Pending](AgingPolicy(boost_s))
         self._choose = choose
         self._index = PrefixIndex()
+        self._num_resets = 0
 
     @property
     def num_waiting(self) -> int:
@@ -208,15 +211,20 @@ class Router:
         replica = self._take_back(request)
         if has_failed is not None:
             replica.num_failures = replica.num_failures + 1 if has_failed else 0
-        replica.prefixes.add(digests)
+        if request.num_resets == self._num_resets:
+            replica.prefixes.add(digests)
 
     def lose(self, number: int) -> None:
         """A replica has failed: give it nothing more. What it was given ends by itself."""
         self._replicas[number].is_live = False
         self._replicas[number].prefixes.clear()
 
-    def forget_prefixes(self) -> None:
-        """No replica finds what it has computed so far, for instance because the weights changed."""
+    def forget_prefixes(self, *, of_running: bool = False) -> None:
+        """No replica finds what it has computed so far, for instance because the weights changed.
+
+        With `of_running` also not what those requests compute that it has now: the cache was reset under them.
+        """
+        self._num_resets += of_running
         for replica in self._replicas:
             replica.prefixes.clear()
 
@@ -250,7 +258,7 @@ class Router:
 
     def _give(self, request: Pending, chosen: Candidate) -> None:
         replica = self._replicas[chosen.number]
-        request.replica, request.hit_tokens = chosen.number, chosen.hit_tokens
+        request.replica, request.hit_tokens, request.num_resets = chosen.number, chosen.hit_tokens, self._num_resets
         replica.load += request.width
         replica.num_requests += 1
         replica.prompt_tokens += request.length

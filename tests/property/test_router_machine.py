@@ -95,9 +95,9 @@ class RouterMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule()
-    def forget(self) -> None:
-        self.router.forget_prefixes()
+    @rule(of_running=st.booleans())
+    def forget(self, of_running: bool) -> None:
+        self.router.forget_prefixes(of_running=of_running)
 
     @invariant()
     def the_router_knows_what_there_is(self) -> None:

@@ -286,10 +286,10 @@ class Dispatcher:
         for request_id in list(self._open):
             self.abort(request_id, FinishReason.ABORT, closing_error())
 
-    def forget_prefixes(self) -> None:
-        """Route by load alone until prefixes have been computed again."""
+    def forget_prefixes(self, *, of_running: bool = False) -> None:
+        """Route by load alone until prefixes have been computed again, with `of_running` by requests yet to come."""
         if self._router is not None:
-            self._router.forget_prefixes()
+            self._router.forget_prefixes(of_running=of_running)
 
     # Failures, and what `Orders` need.
 

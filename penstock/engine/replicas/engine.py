@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
@@ -272,7 +273,7 @@ class ReplicatedEngine(Capabilities):
         """Reuse no K/V computed so far, on any replica."""
         for replica in self._replicas:
             replica.host.try_post(lambda core: core.housekeeper.reset_cache())
-        self._host.call(self._dispatcher.forget_prefixes)
+        self._host.call(partial(self._dispatcher.forget_prefixes, of_running=True))
 
     @property
     def _lead(self) -> Parts | None:

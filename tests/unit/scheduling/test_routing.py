@@ -193,6 +193,23 @@ def test_namespaces_and_forgotten_prefixes_are_not_found() -> None:
     assert again.hit_tokens == 0
 
 
+@pytest.mark.parametrize(("of_running", "num_hits"), [(False, 8), (True, 0)])
+def test_what_a_request_computes_across_a_reset_is_found_by_nobody(of_running: bool, num_hits: int) -> None:
+    """The prefixes of a request that ended beside a reset were expected again, and drew requests to its replica."""
+    routes = router()
+    request = pending(routes, [1] * 8)
+    assign(routes, request)
+    routes.forget_prefixes(of_running=of_running)
+    routes.end(request, digests=request.digests)
+    following = pending(routes, [1] * 9)
+    assign(routes, following)
+    assert following.hit_tokens == num_hits
+    routes.end(following, digests=following.digests)
+    last = pending(routes, [1] * 9)
+    assign(routes, last)
+    assert last.hit_tokens == 8
+
+
 def test_outputs_belong_to_the_prefix_of_the_next_turn() -> None:
     routes = router()
     request, turn = pending(routes, [1] * 8), [1] * 8 + [2] * 8
