@@ -257,19 +257,31 @@ async def test_an_unloaded_adapter_is_refused_while_the_requests_that_run_with_i
         assert_own(models["b"], await handles["b"])
 
 
+class Awaited(dict[str, Any]):
+    """The configurations of a module's adapters, which nobody can look up before a test says so."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.may_be_read = threading.Event()
+
+    def get(self, *arguments: Any) -> Any:
+        assert self.may_be_read.wait(PATIENCE_S)
+        return super().get(*arguments)
+
+
 async def test_two_loads_of_one_name_at_once_are_refused_and_of_two_names_are_not() -> None:
     base = build("llama")
     models = [adapted(base, seed, ["q_proj"]) for seed in range(2)]
-    async with Served(base, **OPTIONS) as served:
-        engine, running = served.engine, await served.begin(PROMPT, GREEDY, 1)
+    models[0].peft_config = configs = Awaited(models[0].peft_config)
+    async with engine_of(base) as engine:
         first, second, other = (
             asyncio.create_task(engine.load_adapter(name, model))
             for name, model in (("a", models[0]), ("a", models[1]), ("b", models[1]))
         )
         with pytest.raises(EngineStateError, match="'a' is being loaded"):
             await second
-        served.passes.release()  # no adapter could be written before
-        await asyncio.gather(first, other, running)
+        configs.may_be_read.set()
+        await asyncio.gather(first, other)
         assert sorted(engine.adapters) == ["a", "b"]
         assert_own(models[0], await engine.generate(PROMPT, GREEDY, adapter="a"))
         generation = engine.adapter_generation("a")
