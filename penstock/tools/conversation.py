@@ -7,6 +7,7 @@ the protocols of `api`; called by programs, from one event loop or thread at a t
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,10 @@ class Conversation:
         return await self._extend(self._turns, _read_messages(message), params)
 
     async def send_results(self, results: Sequence[object], params: Params = None) -> Turn:
-        """Add the results of the last reply's tool calls, in their order, and the reply to them."""
+        """Add the results of the last reply's tool calls, in their order, and the reply to them.
+
+        A result that is no text is written as JSON.
+        """
         calls = self.tool_calls()
         if len(results) != len(calls):
             raise RequestError(f"{len(results)} results for {len(calls)} tool calls: pass one for each")
@@ -258,15 +262,29 @@ def _read_opening(messages: Sequence[Message]) -> tuple[Message, ...]:
 def _read_messages(message: str | Message | Sequence[Message]) -> tuple[Message, ...]:
     if isinstance(message, str):
         return ({"role": "user", "content": text("message", message)},)
-    if isinstance(message, Mapping):
-        return (dict(message),)
-    if is_chat(message):
-        return tuple(map(dict, message))
-    raise RequestError(f"message must be a string, a chat message or a list of them, got {shown(message)}")
+    messages = (message,) if isinstance(message, Mapping) else message
+    if not (is_chat(messages) and all(isinstance(part, Mapping) for part in messages)):
+        raise RequestError(f"message must be a string, a chat message or a list of them, got {shown(message)}")
+    if messages[-1].get("role") == "assistant":
+        raise RequestError(
+            "the last message is the assistant's, and its reply is to be generated: end with a user's message or with "
+            "results of tools, or pass what was said before as messages of a new Conversation"
+        )
+    return tuple(map(dict, messages))
 
 
 def _result_message(call: ToolCall, result: object) -> Message:
-    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": str(result)}
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": _result_text(result)}
+
+
+def _result_text(result: object) -> str:
+    """A text as it is; anything else as JSON, or as Python writes it where JSON cannot."""
+    if isinstance(result, str):
+        return result
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return str(result)
 
 
 def _single(params: Params) -> Params:

@@ -326,6 +326,38 @@ def test_t12_tokens_of_the_environment_have_no_gradient(engine: RecordingEngine)
     assert has_gradient.tolist() == (mask == 1).tolist()
 
 
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "assistant", "content": "Sunny."}, "end with a user's message"),
+        ([{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "Sunny."}], "end with a user's"),
+        ([{"role": "user", "content": "Weather?"}, 5], "a chat message or a list of them"),
+    ],
+)
+def test_messages_that_ask_for_no_reply_are_refused(message: Any, words: str) -> None:
+    """A message of the assistant was refused for arguments that nobody had passed, and a number with a TypeError."""
+    with replying_engine({"Weather?": "It rains."}) as engine, pytest.raises(RequestError, match=words):
+        asyncio.run(Conversation(engine).send(message))
+
+
+@pytest.mark.parametrize(
+    ("result", "written"),
+    [({"sky": None, "wet": True}, '{"sky": null, "wet": true}'), (["ü", 5], '["ü", 5]'), ("sun", "sun"), ({5}, "{5}")],
+)
+def test_a_tool_result_that_is_no_text_is_written_as_json(result: object, written: str) -> None:
+    """A dictionary was written as Python writes it, with `None`, `True` and single quotes."""
+    replies = {"Weather?": '<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>', "": "Well."}
+
+    async def talk(engine: InferenceEngine) -> str:
+        conversation = Conversation(engine, params=SamplingParams(max_tokens=200), tools=WEATHER)
+        await conversation.send("Weather?")
+        turn = await conversation.send_results([result])
+        return str(turn.prompt.messages[0]["content"])
+
+    with replying_engine(replies, HERMES) as engine:
+        assert asyncio.run(talk(engine)) == written
+
+
 def test_tool_results_follow_the_calls_of_the_last_reply() -> None:
     calls = '<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
     replies = {"Weather?": calls * 2, "rain": "It rains.", "Hello?": "Hello."}
