@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from penstock import InferenceEngine
+from penstock.api.blocking import run
 from penstock.demo import MODEL_DIR
 from penstock.training.trl import generate_with
 
@@ -97,3 +99,60 @@ def test_ratios_of_trl_are_1_up_to_the_rounding_of_transformers(tmp_path: Any) -
     largest = [log["sampling/sampling_logp_difference/max"] for log in logs]
     assert max(largest) < 2 * torch.cat(recorder.between).max(), "two ways of transformers differ as much"
     assert [log["sampling/importance_sampling_ratio/mean"] for log in logs] == pytest.approx([1.0] * 3, abs=1e-5)
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
+
+
+class Caller:
+    """Stands before a trainer's generator: what the model writes first is a call of `add`, with its own logprobs."""
+
+    def __init__(self, generation: Any, engine: InferenceEngine, call: list[int]) -> None:
+        self._generation, self._engine, self._call = generation, engine, call
+        self.prompts: list[Ids] = []
+
+    def sync_weights(self) -> None:
+        self._generation.sync_weights()
+
+    def generate(self, prompts: Ids, *args: Any, **options: Any) -> Any:
+        self.prompts.append(prompts)
+        if len(self.prompts) % 2 == 0:  # after the results of the tools
+            return self._generation.generate(prompts, *args, **options)
+        calls = [self._call for _ in prompts]
+        scores = run(self._engine.score(prompts, calls))
+        logprobs = [[[value] for value in score.logprobs.tolist()] for score in scores]
+        return prompts, calls, logprobs, [[[token] for token in call] for call in calls]
+
+
+@pytest.mark.timeout(600)
+def test_a_trainer_with_tools_goes_on_from_their_results_with_ratios_of_1(tmp_path: Any) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.chat_template_utils import qwen3_chat_template
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer.chat_template = qwen3_chat_template
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
+    sizes = SIZES | {"per_device_train_batch_size": 4, "max_completion_length": 96, "max_steps": 2}
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="float32"),
+        lambda completions, **_: [float(len(str(each))) for each in completions],
+        args=GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **sizes, **QUIET),
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "2 + 3?"}]] * 4}),
+        processing_class=tokenizer,
+        tools=[add],
+    )
+    with generate_with(trainer) as engine:
+        caller = trainer.vllm_generation = Caller(trainer.vllm_generation, engine, tokenizer(call)["input_ids"])
+        trainer.train()
+    assert all("<tool_response>\n5\n</tool_response>" in tokenizer.decode(ids) for ids in caller.prompts[1])
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    assert [(log["tools/call_frequency"], log["tools/failure_frequency"]) for log in logs] == [(1.0, 0.0)] * 2
+    assert [log["sampling/importance_sampling_ratio/mean"] for log in logs] == pytest.approx([1.0] * 2, abs=1e-3)
