@@ -82,6 +82,9 @@ class Metrics(Collector):
         self.inter_token = Histogram(_SECONDS)
         self._end_to_end = Histogram(_LONG_SECONDS)
         self._queue_time = Histogram(_LONG_SECONDS)
+        self._prefill_time = Histogram(_LONG_SECONDS)
+        self._decode_time = Histogram(_LONG_SECONDS)
+        self._inference_time = Histogram(_LONG_SECONDS)
         self._prompt_tokens = Histogram(_TOKENS)
         self._generation_tokens = Histogram(_TOKENS)
         self._finished: Counter[str] = Counter()
@@ -95,6 +98,9 @@ class Metrics(Collector):
             (self.first_token, times.first_token_s),
             (self._end_to_end, times.total_s),
             (self._queue_time, times.queued_s),
+            (self._prefill_time, _between(times.queued_s, times.first_token_s)),
+            (self._decode_time, _between(times.first_token_s, times.total_s)),
+            (self._inference_time, _between(times.queued_s, times.total_s)),
         ):
             if seconds is not None:
                 histogram.observe(seconds)
@@ -140,6 +146,9 @@ class Metrics(Collector):
             (self.inter_token, "vllm:inter_token_latency_seconds", "Time between two tokens of a stream."),
             (self._end_to_end, "vllm:e2e_request_latency_seconds", "Time from arrival to the end."),
             (self._queue_time, "vllm:request_queue_time_seconds", "Time in the queue."),
+            (self._prefill_time, "vllm:request_prefill_time_seconds", "Time from the queue to the first token."),
+            (self._decode_time, "vllm:request_decode_time_seconds", "Time from the first token to the end."),
+            (self._inference_time, "vllm:request_inference_time_seconds", "Time from the queue to the end."),
             (self._prompt_tokens, "vllm:request_prompt_tokens", "Prompt tokens of a request."),
             (self._generation_tokens, "vllm:request_generation_tokens", "New tokens of a completion."),
         ):
@@ -215,6 +224,10 @@ class Metrics(Collector):
         family = CounterMetricFamily(name, text, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
         return family
+
+
+def _between(begin_s: float | None, end_s: float | None) -> float | None:
+    return None if begin_s is None or end_s is None else end_s - begin_s
 
 
 def _numbers(section: object) -> Mapping[str, float]:
