@@ -152,8 +152,9 @@ async def create_sampling_session(server: Server, request: Request) -> Response:
 async def asample(server: Server, request: Request) -> Response:
     """Samples, and what is asked about the prompt."""
     body = await _read(server, request, bodies.Sample)
-    namespace, limit = call_of(request.scope).client.namespace, server.settings.max_choices
-    request_id, sequences = sampling.sample(service_of(server), owner_of(request), body, namespace, limit)
+    sampling.check_limits(body, server.settings)
+    namespace = call_of(request.scope).client.namespace
+    request_id, sequences = sampling.sample(service_of(server), owner_of(request), body, namespace)
     return json_response({"request_id": request_id, "sample_sequence_ids": sequences})
 
 

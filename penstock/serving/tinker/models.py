@@ -37,7 +37,7 @@ def create_model(service: TinkerService, owner: str, body: CreateModel, base_mod
     fields = body.lora_config
     shape = LoraShape(fields.rank, fields.seed, fields.train_attn, fields.train_mlp, fields.train_unembed)
     session = service.sessions.get(body.session_id, owner)
-    run = _new_run(service, session, body.model_seq_id, base_model)
+    run = _new_run(service, session, body.model_seq_id, base_model, shape)
 
     def job() -> None:
         run.adapter = service.trainer.create(shape)
@@ -114,7 +114,7 @@ def load_weights(service: TinkerService, owner: str, body: LoadWeights, names: t
     if body.session_id is not None:
         base_model = service.check_base_model(body.base_model or saved.info.base_model, names)
         session = service.sessions.get(body.session_id, owner)
-        run = _new_run(service, session, _required(body.model_seq_id), base_model)
+        run = _new_run(service, session, _required(body.model_seq_id), base_model, saved.info.shape())
         request_id = f"{run.id}:0"
 
     def job() -> None:
@@ -193,13 +193,14 @@ def _forget(service: TinkerService, owner: str, weights: Weights) -> None:
         service.thread.post(owner, lambda: service.checkpoints.discard(saved))
 
 
-def _new_run(service: TinkerService, session: Session, number: int, base_model: str) -> Run:
-    """The model with this number in its session, made if it is new. Raises an `HttpError` beyond the limit."""
+def _new_run(service: TinkerService, session: Session, number: int, base_model: str, shape: LoraShape) -> Run:
+    """The model with this number in its session, made if it is new. Raises an `HttpError` beyond the limits."""
     run_id = f"{session.id}:train:{number}"
     if (run := session.runs.get(run_id)) is not None:
         return run
-    service.sessions.check_models(session.owner)
-    run = session.runs[run_id] = Run(run_id, base_model)
+    num_bytes = service.trainer.num_bytes(shape)
+    service.sessions.check_models(session.owner, num_bytes)
+    run = session.runs[run_id] = Run(run_id, base_model, num_bytes)
     return run
 
 

@@ -16,6 +16,8 @@ from tinker.proto import tinker_public_pb2 as pb
 from penstock.errors import EngineOverloaded, ExecutionError, RequestError
 from penstock.outputs import CompletionOutput, Logprob, RequestOutput
 from penstock.sampling import SamplingParams
+from penstock.serving.sampling_fields import MAX_TOKEN_IDS, check_limit
+from penstock.serving.settings import ServingSettings
 from penstock.serving.tinker.adapters import Weights
 from penstock.serving.tinker.checkpoints import WeightsPath
 from penstock.serving.tinker.futures import PROTOBUF, Answer
@@ -48,12 +50,21 @@ def create_sampler(service: TinkerService, owner: str, body: CreateSamplingSessi
     return sampler
 
 
-def sample(service: TinkerService, owner: str, body: Sample, namespace: str, max_samples: int) -> tuple[str, list[str]]:
+def check_limits(body: Sample, settings: ServingSettings) -> None:
+    """Refuse more samples or stops than this server allows. Raises `HttpError`."""
+    stop = body.sampling_params.stop
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    strings = [item for item in stops if isinstance(item, str)]
+    check_limit("num_samples", body.num_samples, settings.max_choices, "samples")
+    check_limit("stop", len(strings), settings.max_stop, "stop strings")
+    check_limit("stop", sum(map(len, strings)), settings.max_stop_characters, "characters of stop strings")
+    check_limit("stop", len(stops), MAX_TOKEN_IDS, "stop tokens")
+
+
+def sample(service: TinkerService, owner: str, body: Sample, namespace: str) -> tuple[str, list[str]]:
     """Begin to sample; the id of the future, and one of each sequence. Raises `RequestError`, `HttpError`."""
     sampler = service.sessions.sampler(body.sampling_session_id, owner)
     session = service.sessions.of_part(sampler.id, owner)
-    if body.num_samples > max_samples:
-        raise RequestError(f"num_samples is {body.num_samples}, and this server draws at most {max_samples} at once")
     ids, params = _tokens(body.prompt), _params(body)
     _check_scores(body, len(ids))
     request_id = f"{sampler.id}:{body.seq_id}"

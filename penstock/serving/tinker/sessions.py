@@ -29,6 +29,7 @@ class Run:
 
     id: str
     base_model: str
+    num_bytes: int  # in training
     adapter: TrainedAdapter | None = None
     last_seq: int = 0
     snapshots: deque[Weights] = field(default_factory=deque)
@@ -80,6 +81,8 @@ class Sessions:
         self._places = Places("sessions are open", settings.max_sessions, "too_many_sessions", retry_after_s=10)
         # To try again would be in vain: only the client can end them.
         self._models = Places("models are in training", settings.max_models, "too_many_models", "close a session")
+        what, remedy = "bytes of models are in training", "close a session, or train a smaller rank"
+        self._bytes = Places(what, settings.max_model_bytes, "too_many_models", remedy)
         self._is_busy = is_busy
         self._clock = clock
         self._open: dict[str, Session] = {}
@@ -133,10 +136,14 @@ class Sessions:
         """The open sessions of one owner, the newest first."""
         return [session for session in reversed(self._open.values()) if session.owner == owner]
 
-    def check_models(self, owner: str) -> None:
-        """Raise an `HttpError` where no other model of this owner can be trained."""
-        held, taken = (sum(len(session.runs) for session in part) for part in (self.owned(owner), self.all()))
-        self._models.check(owner, held, taken)
+    def check_models(self, owner: str, num_bytes: int) -> None:
+        """Raise an `HttpError` where no other model of this owner, of this size, can be trained."""
+        held, taken = (
+            [run.num_bytes for session in sessions for run in session.runs.values()]
+            for sessions in (self.owned(owner), self.all())
+        )
+        self._models.check(owner, len(held), len(taken))
+        self._bytes.check(owner, sum(held), sum(taken), num_bytes)
 
     def end(self, session: Session) -> None:
         """Let nobody use a session any more."""

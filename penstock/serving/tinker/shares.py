@@ -22,11 +22,13 @@ class Places:
     remedy: str = "wait for one of them to end"
     retry_after_s: float = 0
 
-    def check(self, owner: str, held: int, taken: int) -> None:
-        """Refuse another place to an owner that holds `held` of the `taken` places. Raises an `HttpError`."""
-        if taken >= self.limit:
+    def check(self, owner: str, held: int, taken: int, wanted: int = 1) -> None:
+        """Refuse further places to an owner that holds `held` of the `taken` places. Raises an `HttpError`."""
+        if taken + wanted > self.limit:
             text = f"{taken} {self.what}, this server's limit"
-        elif owner and held >= self.limit - taken:
+            if wanted > 1:
+                text = f"{taken} {self.what}, and {wanted} more are beyond this server's limit of {self.limit}"
+        elif owner and held + wanted > self.limit - (taken + wanted - 1):
             text = f"{held} {self.what} for this key, as many as the server has room for from others"
         else:
             return

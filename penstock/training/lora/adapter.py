@@ -100,6 +100,12 @@ def target_layers(module: PreTrainedModel, shape: LoraShape) -> dict[str, nn.Mod
     return layers
 
 
+def num_parameters(module: PreTrainedModel, shape: LoraShape) -> int:
+    """How many numbers the matrices of an adapter have."""
+    sizes = [shape_of(part) or (0, 0) for part in target_layers(module, shape).values()]
+    return shape.rank * sum(inputs + outputs for inputs, outputs in sizes)
+
+
 def _initialized(part: nn.Module, rank: int, generator: torch.Generator) -> LowRank:
     sizes = shape_of(part)
     assert sizes is not None

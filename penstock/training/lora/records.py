@@ -134,6 +134,10 @@ class TrainedAdapter(Protocol):
 class AdapterTrainer(Protocol):
     """Trains adapters of one base module, any number of them."""
 
+    def num_bytes(self, shape: LoraShape) -> int:
+        """The bytes of such an adapter in training, with its gradients and the state of its optimizer."""
+        ...
+
     def create(self, shape: LoraShape) -> TrainedAdapter:
         """A new adapter, which changes nothing yet. Raises `RequestError`."""
         ...

@@ -19,7 +19,7 @@ from penstock.errors import ConfigurationError, RequestError, WeightsError, desc
 from penstock.models.checks import vocab_size
 from penstock.models.gradients.scorer import DifferentiableScorer
 from penstock.models.wrappers import unwrapped
-from penstock.training.lora.adapter import LoraAdapter
+from penstock.training.lora.adapter import LoraAdapter, num_parameters
 from penstock.training.lora.losses import Loss, check_data, loss_of, summed
 from penstock.training.lora.records import LORA_ALPHA, Adam, Datum, LoraShape, LossBatch, LossResult
 
@@ -46,6 +46,10 @@ class LoraTrainer:
         self.max_length = max_length
         self.tokens_per_pass = tokens_per_pass
         DifferentiableScorer(module)  # refuses what it cannot run
+
+    def num_bytes(self, shape: LoraShape) -> int:
+        """The bytes of such an adapter in training: float32 matrices, gradients and the two moments of AdamW."""
+        return 4 * 4 * num_parameters(self.module, shape)
 
     def create(self, shape: LoraShape) -> LoraModel:
         """A new adapter, which changes nothing yet. Raises `RequestError`."""

@@ -27,6 +27,9 @@ from tests.tokenizers_for_tests import byte_level
 class NoTrainer:
     """A trainer for tests that train nothing."""
 
+    def num_bytes(self, shape: LoraShape) -> int:
+        return 0
+
     def create(self, shape: LoraShape) -> TrainedAdapter:
         raise RequestError("nothing is trained here")
 

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import tinker
 from pydantic import SecretStr
+from safetensors.numpy import load_file
 from tinker import types
 
 from penstock.serving import ServingSettings
 from penstock.serving.settings import ApiKey
 from penstock.serving.tinker import endpoints
+from penstock.training.lora.records import LoraShape
+from penstock.training.lora.trainer import LoraTrainer
 from tests.http_sockets import wait_until
 from tests.integration.tinker.service import KEY, TEXT, Running, datum, logprobs, prompt, serving, step, supervised
+from tests.tiny_models import build
 
 ONES = [1.0] * (len(TEXT) - 1)
 API = "/api/v1"
@@ -223,6 +227,9 @@ BAD_SAMPLES: dict[str, tuple[list[int], dict[str, Any], dict[str, Any], str]] = 
     "top_p": ([5], {"top_p": 0.0}, {}, "top_p"),
     "max_tokens": ([5], {"max_tokens": 0}, {}, "max_tokens"),
     "stop": ([5], {"stop": ["x"]}, {}, "stop"),
+    "many stops": ([5], {"stop": [f"x{i}" for i in range(50_000)]}, {}, "50000 stop strings are more than this server"),
+    "long stops": ([5], {"stop": ["x" * 100_000]}, {}, "100000 characters of stop strings are more than"),
+    "stop ids": ([5], {"stop": list(range(50_000))}, {}, "50000 stop tokens are more than"),
     "long": ([5] * 600, {}, {}, "512"),
     "samples": ([5], {}, {"num_samples": 1000}, "num_samples"),
     "top": ([5], {}, {"topk_sample_logprobs": 100_000}, "topk_sample_logprobs"),
@@ -420,6 +427,20 @@ def test_more_models_than_the_server_trains_are_refused(guarded: Running) -> Non
             other.create_lora_training_client(guarded.model, rank=1).result()
     with guarded.client("tml-ann") as client:
         client.create_lora_training_client(guarded.model, rank=1).result()
+
+
+def test_models_that_are_too_large_together_are_refused(tmp_path: Path) -> None:
+    """A few dozen adapters of the largest rank took all memory of the machine."""
+    trainer = LoraTrainer(build("llama"))
+    trainer.create(LoraShape(4)).save(tmp_path, optimizer=False)
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert trainer.num_bytes(LoraShape(4)) == 4 * size  # with gradients and two moments
+    with serving(tmp_path / "adapters", max_model_bytes=4 * size) as server, server.client() as client:
+        with pytest.raises(tinker.BadRequestError, match="beyond this server's limit"):
+            client.create_lora_training_client(server.model, rank=5).result()
+        client.create_lora_training_client(server.model, rank=4).result()
+        with pytest.raises(tinker.BadRequestError, match="close a session, or train a smaller rank"):
+            client.create_lora_training_client(server.model, rank=1).result()
 
 
 def test_models_that_could_not_be_made_do_not_count(guarded: Running) -> None:

@@ -396,10 +396,10 @@ def test_one_key_leaves_models_for_others() -> None:
         session = sessions.create(owner, None, None)
         while True:
             try:
-                sessions.check_models(owner)
+                sessions.check_models(owner, 10)
             except HttpError as error:
                 return len(session.runs), error
-            run = Run(f"{session.id}:train:{len(session.runs)}", "base")
+            run = Run(f"{session.id}:train:{len(session.runs)}", "base", 10)
             session.runs[run.id] = run
 
     counts = [fill(owner)[0] for owner in ("ann", "bob")]
@@ -410,6 +410,25 @@ def test_one_key_leaves_models_for_others() -> None:
     number, error = fill("")
     assert number == 1
     assert "4 models are in training, this server's limit: close a session" in str(error)
+
+
+def test_models_in_training_are_bounded_by_bytes_of_which_one_key_leaves_some_for_others() -> None:
+    """A few dozen adapters of the largest rank took all memory of the machine."""
+    sessions = Sessions(settings(8, max_model_bytes=100), lambda session_id: False, lambda: 0.0)
+    ann = sessions.create("ann", None, None)
+    for size in (101, 51):
+        with pytest.raises(HttpError):
+            sessions.check_models("ann", size)
+    sessions.check_models("ann", 50)
+    ann.runs["a"] = Run("a", "base", 50)
+    with pytest.raises(HttpError, match="50 bytes of models are in training for this key"):
+        sessions.check_models("ann", 1)
+    with pytest.raises(HttpError, match="and 60 more are beyond this server's limit of 100: close a session, or train"):
+        sessions.check_models("bob", 60)
+    sessions.check_models("bob", 25)
+    sessions.check_models("", 50)
+    sessions.end(ann)
+    sessions.check_models("bob", 50)
 
 
 def test_samplers_that_were_not_used_for_the_longest_time_are_forgotten() -> None:
@@ -438,6 +457,7 @@ def test_settings_out_of_range_are_refused() -> None:
         {"folder": "x"},
         {"session_timeout_s": 0},
         {"max_models": 0},
+        {"max_model_bytes": 0},
         {"max_loaded_adapters": 1.5},
         {"max_pending": "x"},
         {"max_samplers": 0},
