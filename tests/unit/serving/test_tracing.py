@@ -23,7 +23,7 @@ from tests.unit.testing.echo import EchoEngine
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported() -> InMemorySpanExporter:
     """Where the spans of this process go; a provider can be set only once."""
     exporter = InMemorySpanExporter()
