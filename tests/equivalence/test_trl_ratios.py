@@ -156,3 +156,28 @@ def test_a_trainer_with_tools_goes_on_from_their_results_with_ratios_of_1(tmp_pa
     logs = [log for log in trainer.state.log_history if "reward" in log]
     assert [(log["tools/call_frequency"], log["tools/failure_frequency"]) for log in logs] == [(1.0, 0.0)] * 2
     assert [log["sampling/importance_sampling_ratio/mean"] for log in logs] == pytest.approx([1.0] * 2, abs=1e-3)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("weight_mode", ["shared", "packed"])
+def test_the_adapter_that_a_trainer_trains_is_the_one_that_is_sampled_from(weight_mode: Any, tmp_path: Any) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    blocks = "# Nobody knows any more why this line is as long as it is, but it fills several blocks of the cache.\n"
+    sizes = SIZES | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="float32"),
+        lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
+        args=GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, learning_rate=1e-2, **sizes, **QUIET),
+        train_dataset=Dataset.from_dict({"prompt": [blocks + prompt for prompt in PROMPTS] * 2}),
+        processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    with generate_with(trainer, weight_mode=weight_mode):
+        trainer.train()
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    assert [log["sampling/importance_sampling_ratio/mean"] for log in logs] == pytest.approx([1.0] * 3, abs=1e-4)
+    changed = [name for name, value in trainer.model.named_parameters() if "lora_B" in name and value.any()]
+    assert changed
