@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels.native import FLOATS, TYPES, Kernels, check, pages, strided
+from penstock.kernels.native import FLOATS, TYPES, Kernels, check, operand, pages, strided
 from penstock.kernels.structures import LinearStruct, LowRankLayerStruct, LowRankPartStruct, LowRankStruct, Ptr
 
 _ADD = 1  # the mode of a `LinearStruct`
@@ -129,20 +129,21 @@ class LowRankSum:
 
     def __init__(self, kernels: Kernels, n: int, k: int, dtype: torch.dtype) -> None:
         self.n, self.k, self.dtype = n, k, dtype
-        self._kernels = kernels
+        self._kernels, self._run = kernels, kernels.library.ps_low_rank
         kind = TYPES[dtype]
         self._struct = LinearStruct(n=n, k=k, format=kind, mode=_ADD, in_type=kind, out_type=kind, scale=1.0)
+        self._layer = ctypes.addressof(self._struct)
         self.adapters = AdapterSlots(kernels, self._struct)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """y [M, N] += what the adapter of each row of x [M, K] adds, in place; both of `dtype`, rows contiguous."""
-        kernels, rows = self._kernels, len(x)
+        """y [..., N] += what the adapter of each row of x [..., K] adds, in place; both contiguous and of `dtype`."""
+        *places, k = x.shape
+        rows = x.numel() // k
         slots = self.adapters.of_rows(rows)
         if slots is None:
             return
-        source, target = strided(x, self.dtype, rows, self.k), strided(y, self.dtype, rows, self.n)
-        layer = ctypes.byref(self._struct)
-        check(kernels.library.ps_low_rank(kernels.pool, layer, source, rows, x.stride(0), target, y.stride(0), slots))
+        source, target = operand(x, self.dtype, *places, self.k), operand(y, self.dtype, *places, self.n)
+        check(self._run(self._kernels.pool, self._layer, source, rows, k, target, self.n, slots))
 
 
 def _part_struct(part: LowRankPart) -> LowRankPartStruct:

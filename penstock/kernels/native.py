@@ -59,7 +59,7 @@ class Kernels:
         self.pool = Ptr(library.ps_pool_new(threads))
         self.lanes = int(library.ps_lanes())
         self._workspace = pages(0)
-        self._adapter_slots: tuple[np.ndarray, np.ndarray] | None = None
+        self._adapter_slots: tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]] | None = None
 
     def close(self) -> None:
         """End the threads. Nothing that uses these kernels may be called afterwards."""
@@ -83,19 +83,21 @@ class Kernels:
 
         `logit_slots` int32 [L] are the same for the rows of the output head.
         """
-        self._adapter_slots = None if slots is None or logit_slots is None else (slots, logit_slots)
+        self._adapter_slots = None
+        if slots is not None and logit_slots is not None:
+            self._adapter_slots = (slots, slots.ctypes.data), (logit_slots, logit_slots.ctypes.data)
 
     def adapter_slots(self, rows: int, *, is_head: bool = False) -> int | None:
         """The address of the selected slots for a layer of so many rows; None if no row has an adapter."""
         if self._adapter_slots is None:
             return None
-        slots = self._adapter_slots[is_head]
+        slots, address = self._adapter_slots[is_head]
         if len(slots) != rows:
             raise AssertionError(
                 f"a layer with an adapter runs on {rows} rows of {len(slots)}: layers that see a part of a step's "
                 "tokens, as experts do, cannot have adapters"
             )
-        return int(slots.ctypes.data)
+        return address
 
     def columns(self, n: int) -> int:
         """n outputs rounded up to whole panels of packed weights."""

@@ -317,6 +317,9 @@ static void low_rank_run(pool *p, void *arg, int id)
     }
 }
 
+/* Products that the calling thread has done, from memory, by the time that another has woken up. */
+enum { ALONE = 1 << 20 };
+
 /* out += what the adapters of the rows of x add. w has no weights; its mode is ADD, its scale 1. */
 int ps_low_rank(pool *p, const linear *w, const void *x, long rows, long ldx, void *out, long ldo, const int32_t *slots)
 {
@@ -326,6 +329,7 @@ int ps_low_rank(pool *p, const linear *w, const void *x, long rows, long ldx, vo
     j.in_place = 1, j.on_tiles = 0, j.prepared_bytes = j.packed_bytes = 0;
     if (!reserve_scratch(p, rows * w->max_rank * sizeof(float), (w->k + VL) * 4)) return 0;
     place_scratch(&j, p);
-    run_on_pool(p, low_rank_run, &j);
+    if (rows * w->max_rank * (w->k + w->n) < ALONE) run_alone(p, low_rank_run, &j);
+    else run_on_pool(p, low_rank_run, &j);
     return 1;
 }

@@ -135,6 +135,16 @@ static void run_on_pool(pool *p, kernel_fn run, void *arg)
     adjust_active(p, now_ns, now_ns - start_ns);
 }
 
+/* Run a call on the calling thread alone: if there is little to do, the others would come too late. */
+static void run_alone(pool *p, kernel_fn run, void *arg)
+{
+    const int active = p->active;
+    p->active = 1;
+    atomic_store(&p->next_claim, 0);
+    run(p, arg, 0);
+    p->active = active;
+}
+
 static void *allocate(size_t bytes)
 {
     void *block = NULL;

@@ -185,9 +185,8 @@ def _adding(kernel: LowRankSum) -> Callable[[nn.Module, tuple[Tensor, ...], Tens
     """A hook that adds to the output of a layer, which nothing else has yet, what the adapters add."""
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0].reshape(-1, kernel.k).to(kernel.dtype)
-        y = output.reshape(-1, kernel.n).to(kernel.dtype)
-        kernel.add(x if x.stride(-1) == 1 else x.contiguous(), y)
-        return y.view(output.shape).to(output.dtype)
+        y = output.to(kernel.dtype).contiguous()
+        kernel.add(inputs[0].to(kernel.dtype).contiguous(), y)
+        return y.to(output.dtype)
 
     return add

@@ -113,6 +113,23 @@ def test_a_sum_adds_to_outputs_that_were_computed_elsewhere(kernels: Kernels, dt
     layer.add(x, actual)
 
 
+def test_a_sum_has_the_same_bits_on_one_thread_and_on_two(kernels: Kernels) -> None:
+    torch.manual_seed(0)
+    several, own = Kernels(2, kernels.library), part(0, 256, 256, 16, torch.float32)
+    for rows in (8, 400):  # one thread computes a small sum alone
+        slots, x, sums = np.zeros(rows, dtype=np.int32), torch.randn(rows, 256), []
+        for pool in (kernels, several):
+            layer, y = LowRankSum(pool, 256, 256, torch.float32), torch.zeros(rows, 256)
+            pack_adapter([(layer.adapters, [own])]).put(0)
+            pool.select_adapters(slots, slots)
+            layer.add(x, y)
+            pool.select_adapters(None)
+            sums.append(y)
+        assert sums[0].any()
+        assert torch.equal(*sums)
+    several.close()
+
+
 def test_an_adapter_that_was_taken_out_adds_nothing(kernels: Kernels) -> None:
     linear, own = Linear(kernels, [torch.randn(16, 16)], [None]), part(0, 16, 16, 2, torch.float32)
     x, slots = torch.randn(2, 16), np.zeros(2, dtype=np.int32)
