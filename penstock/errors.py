@@ -89,6 +89,10 @@ class RequestError(PenstockError, ValueError):
         super().__init__(*args)
         self.parameter = parameter
 
+    def concerns(self, parameter: str) -> None:
+        """Note that this is about a parameter, unless it names another one."""
+        self.parameter = self.parameter or parameter
+
 
 @contextmanager
 def concerning(parameter: str) -> Iterator[None]:
@@ -96,7 +100,7 @@ def concerning(parameter: str) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        error.parameter = error.parameter or parameter
+        error.concerns(parameter)
         raise
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import TypeGuard, cast
 
-from penstock.errors import RequestError, concerning, described, shown
+from penstock.errors import RequestError, described, shown
 from penstock.values import flag, items, plain
 from penstock.values import text as checked_text
 
@@ -77,15 +77,15 @@ class PromptInput:
         return len(self.text or "") // 4 + 1
 
 
-@concerning("prompt")
 def read_prompt(prompt: Prompt) -> PromptInput:
     """Copy the prompt into plain Python. Raises `RequestError` if it is not a valid prompt."""
     try:
         return _read(prompt)
-    except RequestError:
+    except RequestError as error:
+        error.concerns("prompt")
         raise
     except Exception as error:  # raised by an object that only looks like a prompt
-        raise RequestError(f"the prompt cannot be read: {described(error)}") from error
+        raise RequestError(f"the prompt cannot be read: {described(error)}", parameter="prompt") from error
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

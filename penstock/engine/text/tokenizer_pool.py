@@ -91,7 +91,6 @@ def _resolve(future: Future[T], fn: Callable[..., T], tokenizer: Tokenizer | Non
         future.set_result(result)
 
 
-@concerning("prompt")
 def encode_prompt(
     tokenizer: Tokenizer | None,
     prompt: PromptInput,
@@ -107,10 +106,14 @@ def encode_prompt(
     """
     if prompt.token_ids is not None:
         return prompt.text, prompt.token_ids
-    text = prompt.text or "" if prompt.chat is None else _render(tokenizer, prompt.chat)
-    if check is not None:
-        check(tokenizer, text)
-    return text, _encode_text(tokenizer, text, add_special_tokens and prompt.chat is None)
+    try:
+        text = prompt.text or "" if prompt.chat is None else _render(tokenizer, prompt.chat)
+        if check is not None:
+            check(tokenizer, text)
+        return text, _encode_text(tokenizer, text, add_special_tokens and prompt.chat is None)
+    except RequestError as error:
+        error.concerns("prompt")
+        raise
 
 
 def prompt_text(tokenizer: Tokenizer | None, prompt: PromptInput) -> str:
