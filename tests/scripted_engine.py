@@ -1,4 +1,6 @@
-"""A started engine whose model gives scripted replies, and a model that stops at a step of the test's choice."""
+"""A started engine whose model gives scripted replies, a model that stops at a step of the test's choice, and what an
+engine's end leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,8 @@ from penstock.constraints.masks import Masks
 from penstock.models.scripted_replies import ScriptedReplies
 from penstock.step import StepPlan, StepResult
 from tests.tokenizers_for_tests import byte_level
+
+PATIENCE_S = 60.0
 
 
 class HoldingModel(ScriptedModel):
@@ -54,3 +58,11 @@ def replying_engine(replies: Any, template: str | None = None, max_length: int =
         yield engine
     finally:
         engine.stop(drain=0)
+
+
+def join_threads(before: set[threading.Thread]) -> None:
+    """Wait for the end of all threads that were not there before, and of those that these start as they end."""
+    while new := set(threading.enumerate()) - before:
+        for thread in filter(threading.Thread.is_alive, new):  # one that is being started cannot be joined yet
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive(), thread.name

@@ -22,6 +22,7 @@ from penstock.models.scripted import ScriptedModel
 from penstock.outputs import Delta, RequestOutput
 from penstock.sampling import SamplingParams
 from penstock.step import StepPlan, StepResult
+from tests.scripted_engine import join_threads
 
 ENDLESS = SamplingParams(max_tokens=100_000)
 PROMPTLY_S = 30.0  # on a busy machine; all the ways to wait for ever take much longer
@@ -253,10 +254,7 @@ def test_dropped_engine_stops_its_threads() -> None:
     engine.generate([1], SamplingParams(max_tokens=2)).result(PATIENCE_S)
     del engine
     gc.collect()
-    while new := set(threading.enumerate()) - before:  # the last of them may be started by another one
-        thread = new.pop()
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive(), thread.name
+    join_threads(before)
 
 
 EXITS = {
@@ -470,6 +468,4 @@ async def test_cancelling_the_start_waits_for_no_model() -> None:
     await asyncio.sleep(0)  # until then asyncio holds the error, and with it the engine
     gc.collect()  # an engine that was only dropped is not waited for
     gate.set()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
+    join_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -87,13 +86,6 @@ def short(count: int = 3) -> SamplingParams:
 
 def counts(engine: ReplicatedEngine) -> list[int]:
     return [replica["num_requests"] for replica in engine.get_stats()["routing"]]
-
-
-def join_threads(before: set[threading.Thread]) -> None:
-    """Wait for the end of all threads that were not there before."""
-    for thread in set(threading.enumerate()) - before:
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive(), thread.name
 
 
 async def error_of(handle: Awaitable[object]) -> PenstockError | None:

@@ -28,6 +28,7 @@ from penstock import (
     SamplingParams,
     ScriptedModel,
 )
+from tests.scripted_engine import join_threads
 from tests.tokenizers_for_tests import byte_level
 from tests.unit.engine.replicas.scripted import (
     DYING,
@@ -39,7 +40,6 @@ from tests.unit.engine.replicas.scripted import (
     engine_of,
     error_of,
     held,
-    join_threads,
     models,
     release,
     run,
