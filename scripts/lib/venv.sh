@@ -1,7 +1,6 @@
 # Sourced by the scripts one folder up. Goes to the checkout's root and gives them:
 #   setup runtime|serve|dev    a .venv in step with pyproject.toml and constraints.txt, built from nothing if need be
 #   timed NAME COMMAND   runs a command, says how long it took, returns its exit status
-#   tested NAME ARGUMENTS   runs pytest; up to three tests that fail run once more, alone
 # PYTHON names the interpreter to build with, PENSTOCK_VENV another place for the environment.
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
@@ -62,26 +61,6 @@ timed() {
         echo "== $name: FAILED (exit $status) after $((SECONDS - start)) s"
     else
         echo "== $name: ok, $((SECONDS - start)) s"
-    fi
-    return "$status"
-}
-
-# Tests with threads, processes and clocks share the cores with each other. One that fails and then passes alone is
-# named by the last line, for somebody to mend: it depends on time or order. Four failures are not tried again.
-tested() {
-    local name=$1 cache status=0 failed=()
-    shift
-    cache=$(mktemp -d)
-    timed "$name" "$VENV/bin/python" -m pytest --override-ini "cache_dir=$cache" "$@" || status=$?
-    if ((status == 1)); then
-        mapfile -t failed < <("$VENV/bin/python" -c "import json, sys; print(*json.load(open(sys.argv[1])), sep='\n')" \
-            "$cache/v/cache/lastfailed")
-    fi
-    rm -rf "$cache"
-    if ((status == 1 && ${#failed[@]} <= 3)); then
-        timed "$name, failed tests alone" "$VENV/bin/python" -m pytest "${failed[@]}" || return
-        printf '== failed beside others, passed alone: %s\n' "${failed[@]}"
-        return
     fi
     return "$status"
 }

@@ -86,17 +86,12 @@ async def test_reader_that_never_reads_gets_one_merged_delta() -> None:
         assert deltas[0].finish_reason == "length"
 
 
-def num_times_suspended() -> int:
-    """How often the kernel gave this thread's core to another one that wanted it, where that is counted."""
-    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_nivcsw
-
-
 class Flood:
-    """Submits without a pause; notes who was let in, and how long each refusal took for which it had a core."""
+    """Submits without a pause; notes who was let in, and how long each refusal took."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
-        self.num_submitted = self.num_refused = 0
+        self.num_submitted = 0
         self.accepted: list[RequestHandle] = []
         self.refusals_s: list[float] = []
         self.advice_s: list[float] = []
@@ -104,14 +99,11 @@ class Flood:
     def submit(self, count: int) -> None:
         self.num_submitted += count
         for _ in range(count):
-            begin, num_before = time.perf_counter(), num_times_suspended()
+            begin = time.perf_counter()
             try:
                 self.accepted.append(self.engine.generate([1] * 1000, SamplingParams(max_tokens=3)))
             except EngineOverloaded as error:
-                self.num_refused += 1
-                elapsed_s = time.perf_counter() - begin
-                if num_times_suspended() == num_before:
-                    self.refusals_s.append(elapsed_s)
+                self.refusals_s.append(time.perf_counter() - begin)
                 self.advice_s.append(error.retry_after_s)
 
 
@@ -125,14 +117,13 @@ async def test_flood_is_refused_quickly_and_the_engine_serves_afterwards() -> No
             before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             flood.submit(9000)
             growth_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
-            while sorted(flood.refusals_s)[len(flood.refusals_s) * 98 // 100] >= 0.005:
+            while sorted(flood.refusals_s[-9000:])[8820] >= 0.005:  # 98 %: the others waited for other programs
                 assert flood.num_submitted < ATTEMPTS * 10_000
-                flood.refusals_s.clear()
                 flood.submit(9000)
         finally:
             model.release()
         assert 100 <= len(flood.accepted) <= 101  # a hundred wait, and one may be running
-        assert len(flood.accepted) + flood.num_refused == flood.num_submitted
+        assert len(flood.accepted) + len(flood.refusals_s) == flood.num_submitted
         assert min(flood.advice_s) > 0
         assert growth_kib < 20 * 1024
         outputs = await asyncio.gather(*flood.accepted)
