@@ -7,7 +7,6 @@ loop. Knows nothing about models. Created by `Host`, used by coroutines on its l
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import threading
 from collections import deque
@@ -91,11 +90,13 @@ class _Jobs:
         """Fail all jobs, because the thread ends: whoever waits for them would wait forever."""
         self.fault = error
         fault = ExecutionError(f"the thread of the model was ended by {described(error)}: create a new engine")
-        with contextlib.suppress(IndexError):  # the thread and whoever adds a job may do this at once
-            while True:
+        while True:
+            try:
                 loop, job, _ = self.open.popleft().args
-                call_on_loop(loop, complete_future, job.begun, None, None)
-                call_on_loop(loop, complete_future, job.done, None, fault)
+            except IndexError:  # the thread and whoever adds a job may do this at once
+                return
+            call_on_loop(loop, complete_future, job.begun, None, None)
+            call_on_loop(loop, complete_future, job.done, None, fault)
 
 
 def _work(jobs: _Jobs) -> None:
