@@ -226,6 +226,7 @@ def test_stop_on_the_models_thread_does_not_deadlock() -> None:
 
 def test_engine_collected_as_garbage_on_the_models_thread_ends() -> None:
     """The garbage collector runs where it likes. On the model's thread the finalizer waited for itself."""
+    before = set(threading.enumerate())  # those of engines that other tests share
     model = StoppingModel([5], step_s=0.002)
     engine = InferenceEngine(model, batch_timeout_ms=0, max_sequence_length=None)
     handle = begun(engine)
@@ -242,10 +243,7 @@ def test_engine_collected_as_garbage_on_the_models_thread_ends() -> None:
     finally:
         model.during_step = None
         gc.enable()
-    for thread in threading.enumerate():
-        if thread.name == "penstock-engine":
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive()
+    join_threads(before)
 
 
 def test_dropped_engine_stops_its_threads() -> None:
